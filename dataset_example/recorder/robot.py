@@ -1,0 +1,162 @@
+"""The arm's kinematics and the controller that follows Cartesian waypoints.
+
+Poses are those of the flange in the base frame: x y z (m), then roll pitch yaw, extrinsic xyz (rad), as in DROID.
+
+The gripper hangs from the flange with its fingers opening along the flange's x axis, and works at a yaw of about pi/2, with
+its tips leaning 0.15 .. 0.3 rad away from the base, as a person at the controls would hold it. So the recorded roll stays near
+pi - 0.22 and seldom meets the seam between +pi and -pi, where DROID's roll jumps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+# Franka's modified DH table: a, d, alpha of each joint; the flange follows joint 7 at FLANGE_D along z.
+DH = np.array(
+    [
+        (0.0, 0.333, 0.0),
+        (0.0, 0.0, -np.pi / 2),
+        (0.0, 0.316, np.pi / 2),
+        (0.0825, 0.0, np.pi / 2),
+        (-0.0825, 0.384, -np.pi / 2),
+        (0.0, 0.0, np.pi / 2),
+        (0.088, 0.0, np.pi / 2),
+    ]
+)
+FLANGE_D = 0.107
+JOINT_LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
+JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
+REST = np.array([0.0, 0.05, 0.0, -2.25, 0.0, 2.5, -np.pi / 2])
+TCP_OFFSET = 0.15  # m along the flange's z to between the finger pads
+
+CONTROL_HZ = 60
+FRAME_HZ = 15  # DROID's rate: actions are defined between its frames
+# DROID's arm moves about 0.054 rad in a frame for a commanded joint velocity of 1 (measured over real episodes), so a target
+# that moves by dq in a frame is a velocity of dq / 0.054; the controller never asks for more than 1.
+VELOCITY_GAIN = 0.054
+MAX_STEP = VELOCITY_GAIN * FRAME_HZ / CONTROL_HZ
+TURN_RATE = 0.8  # rad/s, at most, of a planned rotation
+PASS_PART = 0.72
+GRIP_TIME = 0.28  # s, to open or close
+
+
+@dataclasses.dataclass(frozen=True)
+class Waypoint:
+    """Where the point between the finger pads goes next, at `speed` m/s.
+
+    `holds` names the object that must be in hand on the way; `passing` points are left for the next one before they are met.
+    """
+
+    position: np.ndarray
+    euler: np.ndarray
+    gripper: float
+    speed: float
+    holds: int | None = None
+    passing: bool = False
+
+
+def joint_frames(joints: np.ndarray) -> np.ndarray:
+    """(7,) joints -> (8, 4, 4): frames of the seven joints and the flange, in the base frame."""
+    frames = np.empty((8, 4, 4))
+    pose = np.eye(4)
+    for index, ((a, d, alpha), angle) in enumerate(zip(DH, joints, strict=True)):
+        ct, st, ca, sa = np.cos(angle), np.sin(angle), np.cos(alpha), np.sin(alpha)
+        step = np.array(
+            [[ct, -st, 0, a], [st * ca, ct * ca, -sa, -d * sa], [st * sa, ct * sa, ca, d * ca], [0, 0, 0, 1]]
+        )
+        pose = pose @ step
+        frames[index] = pose
+    frames[7] = pose
+    frames[7, :3, 3] += FLANGE_D * pose[:3, 2]
+    return frames
+
+
+def flange_pose(joints: np.ndarray) -> np.ndarray:
+    """(7,) joints -> (6,) x y z roll pitch yaw of the flange."""
+    return pose_vector(joint_frames(joints)[7])
+
+
+def pose_vector(frame: np.ndarray) -> np.ndarray:
+    """(4, 4) frame -> (6,) position and extrinsic xyz angles."""
+    return np.concatenate([frame[:3, 3], Rotation.from_matrix(frame[:3, :3]).as_euler("xyz")])
+
+
+def solve_step(joints: np.ndarray, tcp: np.ndarray, euler: np.ndarray, damping: float = 1e-3) -> np.ndarray:
+    """One damped Gauss-Newton step towards a finger position and flange angles, drawn to `REST` in the null space."""
+    frames = joint_frames(joints)
+    flange, goal = frames[7], Rotation.from_euler("xyz", euler).as_matrix()
+    point = flange[:3, 3] + TCP_OFFSET * flange[:3, 2]
+    turn = 0.5 * np.cross(flange[:3, :3], goal, axis=0).sum(axis=1)  # small-angle rotation vector
+    error = np.concatenate([tcp - point, turn])
+    axes, origins = frames[:7, :3, 2], frames[:7, :3, 3]
+    jacobian = np.concatenate([np.cross(axes, point - origins), axes], axis=1).T
+    inverse = jacobian.T @ np.linalg.inv(jacobian @ jacobian.T + damping * np.eye(6))
+    return inverse @ error + (np.eye(7) - inverse @ jacobian) @ (0.05 * (REST - joints))
+
+
+def solve(tcp: np.ndarray, euler: np.ndarray, steps: int = 80) -> np.ndarray:
+    """Joints that reach a pose, from `REST`."""
+    joints = REST.copy()
+    for _ in range(steps):
+        joints = np.clip(joints + solve_step(joints, tcp, euler), JOINT_LOW + 0.02, JOINT_HIGH - 0.02)
+    return joints
+
+
+class ArmController:
+    """Turns waypoints into joint and gripper targets at `CONTROL_HZ`, within DROID's velocity limit."""
+
+    def __init__(self, start: Waypoint) -> None:
+        self.here = start
+        self.joints = solve(start.position, start.euler)
+        self.gripper = start.gripper
+        self._goal: Waypoint | None = None
+        self._duration = self._elapsed = 0.0
+
+    @property
+    def idle(self) -> bool:
+        return self._goal is None
+
+    def go(self, goal: Waypoint) -> None:
+        self._goal, self._elapsed = goal, 0.0
+        move = np.linalg.norm(goal.position - self.here.position) / goal.speed
+        turn = np.abs(goal.euler - self.here.euler).max() / TURN_RATE
+        grip = GRIP_TIME if goal.gripper != self.here.gripper else 0.0
+        self._duration = max(move, turn, grip, 0.1)
+
+    def step(self) -> None:
+        """One control period."""
+        if self._goal is None:
+            position, euler, gripper = self.here.position, self.here.euler, self.here.gripper
+        else:
+            self._elapsed += 1 / CONTROL_HZ
+            position, euler, gripper = self._blend()
+        change = solve_step(self.joints, position, euler)
+        change *= min(1.0, MAX_STEP / np.abs(change).max())
+        self.joints = np.clip(self.joints + change, JOINT_LOW + 0.02, JOINT_HIGH - 0.02)
+        self.gripper = gripper
+        if self._goal is not None and self._arrived(position):
+            self.here = dataclasses.replace(self._goal, position=position, euler=euler, gripper=gripper)
+            self._goal = None
+
+    def _arrived(self, position: np.ndarray) -> bool:
+        """A passing point at PASS_PART of the way; others when the joint targets have caught up with the path."""
+        if self._goal.passing:
+            return self._elapsed >= PASS_PART * self._duration
+        late = self._elapsed > self._duration + 0.6
+        return self._elapsed >= self._duration and (late or self._error(position) < 0.006)
+
+    def _blend(self) -> tuple[np.ndarray, np.ndarray, float]:
+        start, goal, part = self.here, self._goal, min(1.0, self._elapsed / self._duration)
+        ease = part * part * (3 - 2 * part)
+        return (
+            start.position + (goal.position - start.position) * ease,
+            start.euler + (goal.euler - start.euler) * ease,
+            start.gripper + (goal.gripper - start.gripper) * min(1.0, 1.5 * part),
+        )
+
+    def _error(self, position: np.ndarray) -> float:
+        flange = joint_frames(self.joints)[7]
+        return float(np.linalg.norm(flange[:3, 3] + TCP_OFFSET * flange[:3, 2] - position))

@@ -1,0 +1,282 @@
+"""What an episode looks like: objects, table, lights and cameras, drawn at random, and their MJCF.
+
+Units are metres and radians; the world frame is the robot's base frame (x forward, y left, z up), the table top is z = 0.
+Everything a rollout can only know from its history varies here: colours, sizes, pattern, light and camera poses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import mujoco
+import numpy as np
+
+from .arm_mjcf import ARM_ACTUATORS, arm_body
+
+# Saturated object colours, far from each other, from every table and from the robot.
+OBJECT_COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.88, 0.08, 0.06),
+    "green": (0.08, 0.68, 0.12),
+    "blue": (0.08, 0.20, 0.90),
+    "yellow": (0.98, 0.82, 0.05),
+    "magenta": (0.90, 0.10, 0.68),
+    "cyan": (0.05, 0.78, 0.85),
+}
+SMALL_SHAPES = ("cube", "cylinder")
+LARGE_SHAPES = ("box", "drum")
+
+# (table, mat, mat pattern's second tone): muted, so that objects stand out.
+TABLE_PALETTE: tuple[tuple[tuple[float, float, float], ...], ...] = (
+    ((0.66, 0.50, 0.34), (0.70, 0.62, 0.50), (0.52, 0.44, 0.35)),  # wood, linen mat
+    ((0.66, 0.66, 0.64), (0.42, 0.44, 0.48), (0.58, 0.60, 0.64)),  # white, slate mat
+    ((0.36, 0.28, 0.24), (0.64, 0.60, 0.56), (0.46, 0.46, 0.44)),  # dark wood, stone mat
+    ((0.46, 0.52, 0.48), (0.68, 0.70, 0.64), (0.50, 0.64, 0.58)),  # sage, pale mat
+    ((0.30, 0.34, 0.42), (0.60, 0.56, 0.66), (0.42, 0.40, 0.50)),  # navy grey, lilac mat
+)
+FLOORS = ((0.50, 0.48, 0.46), (0.34, 0.36, 0.40), (0.62, 0.58, 0.50), (0.40, 0.46, 0.44))
+MAT_PATTERNS = ("plain", "checker", "stripes", "dots", "border")
+
+# Object centres stay inside this rectangle (x, y); the tray's rim around it stops what rolls.
+WORK_LOW = np.array([0.40, -0.19])
+WORK_HIGH = np.array([0.62, 0.19])
+TRAY_CENTRE = (0.51, 0.0)
+TRAY_HALF = (0.195, 0.275)
+TEXTURE_SIDE = 128
+
+CAMERAS = ("exterior_1_left", "exterior_2_left", "wrist_left")
+IMAGE_HEIGHT, IMAGE_WIDTH = 180, 320
+# Exterior cameras: (azimuth, elevation, distance, vertical field of view), seen from the look-at point.
+LOOK_AT = np.array([0.51, 0.0, 0.07])
+EXTERIOR_VIEWS = {
+    "exterior_1_left": (np.radians(-42.0), np.radians(36.0), 1.0, 23.5),
+    "exterior_2_left": (np.radians(58.0), np.radians(41.0), 1.02, 23.5),
+}
+WRIST_VIEW = (np.array([0.0, -0.095, 0.045]), np.array([0.0, 0.0, 0.215]), 68.0)  # in the flange frame: from, to, fovy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectSpec:
+    """One object. `half` is the half size along its axes; a round one has half[0] == half[1] == radius."""
+
+    colour: str
+    shape: str
+    rgb: tuple[float, float, float]
+    half: tuple[float, float, float]
+    position: tuple[float, float]
+    yaw: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def graspable(self) -> bool:
+        return self.shape in SMALL_SHAPES
+
+    @property
+    def round(self) -> bool:
+        return self.shape in ("cylinder", "drum")
+
+    @property
+    def radius(self) -> float:
+        """Radius of a circle that holds most of the footprint."""
+        return self.half[0] if self.round else 1.2 * self.half[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CameraSpec:
+    position: np.ndarray
+    target: np.ndarray
+    up: np.ndarray
+    fovy: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SceneSpec:
+    objects: tuple[ObjectSpec, ...]
+    table_rgb: np.ndarray
+    floor_rgb: np.ndarray
+    mat_pixels: np.ndarray  # uint8 (side, side, 3)
+    light_position: np.ndarray
+    light_strength: float
+    ambient: float
+    cameras: dict[str, CameraSpec]
+
+
+def sample_scene(rng: np.random.Generator) -> SceneSpec:
+    """Draws everything that is fixed during an episode."""
+    objects = _sample_objects(rng)
+    palette = TABLE_PALETTE[rng.integers(len(TABLE_PALETTE))]
+    tint = rng.uniform(0.93, 1.07, size=3)
+    table, mat, tone = (np.clip(np.array(c) * tint * rng.uniform(0.92, 1.08), 0, 1) for c in palette)
+    angle, height = rng.uniform(0, 2 * np.pi), rng.uniform(1.3, 1.9)
+    reach = rng.uniform(0.25, 0.75)
+    return SceneSpec(
+        objects=objects,
+        table_rgb=table,
+        floor_rgb=np.array(FLOORS[rng.integers(len(FLOORS))]) * rng.uniform(0.9, 1.1),
+        mat_pixels=_paint_mat(rng, mat, tone),
+        light_position=np.array([0.5 + reach * np.cos(angle), reach * np.sin(angle), height]),
+        light_strength=rng.uniform(0.40, 0.62),
+        ambient=rng.uniform(0.40, 0.50),
+        cameras=_sample_cameras(rng),
+    )
+
+
+def _sample_objects(rng: np.random.Generator) -> tuple[ObjectSpec, ...]:
+    """Two graspable objects and a large one, apart from each other, all of different colours."""
+    colours = rng.permutation(list(OBJECT_COLOURS))[:3]
+    sizes = [_sample_size(rng, shape) for shape in (*rng.choice(SMALL_SHAPES, size=2), rng.choice(LARGE_SHAPES))]
+    while True:
+        spots = rng.uniform(WORK_LOW, WORK_HIGH, size=(3, 2))
+        gaps = [np.linalg.norm(spots[i] - spots[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+        if gaps[0] > 0.115 and min(gaps[1:]) > 0.13:
+            break
+    return tuple(
+        ObjectSpec(
+            colour=str(colour),
+            shape=shape,
+            rgb=tuple(float(v) for v in np.clip(np.array(OBJECT_COLOURS[colour]) + rng.uniform(-0.04, 0.04, 3), 0, 1)),
+            half=half,
+            position=(float(spot[0]), float(spot[1])),
+            yaw=float(rng.uniform(-np.pi / 4, np.pi / 4)),
+        )
+        for colour, (shape, half), spot in zip(colours, sizes, spots, strict=True)
+    )
+
+
+def _sample_size(rng: np.random.Generator, shape: str) -> tuple[str, tuple[float, float, float]]:
+    if shape == "cube":
+        half = rng.uniform(0.030, 0.035)
+        return str(shape), (half, half, half)
+    if shape == "cylinder":
+        radius = rng.uniform(0.031, 0.035)
+        return str(shape), (radius, radius, rng.uniform(0.032, 0.040))
+    radius = rng.uniform(0.048, 0.062) if shape == "drum" else rng.uniform(0.046, 0.058)
+    return str(shape), (radius, radius, rng.uniform(0.048, 0.060))
+
+
+def _sample_cameras(rng: np.random.Generator) -> dict[str, CameraSpec]:
+    cameras = {}
+    for name, (azimuth, elevation, distance, fovy) in EXTERIOR_VIEWS.items():
+        azimuth, elevation = np.array([azimuth, elevation]) + rng.uniform(-0.03, 0.03, 2)
+        away = np.array([np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)])
+        target = LOOK_AT + rng.uniform(-0.012, 0.012, 3)
+        distance += rng.uniform(-0.02, 0.02)
+        cameras[name] = CameraSpec(
+            position=target + distance * away, target=target, up=np.array([0.0, 0.0, 1.0]), fovy=fovy
+        )
+    position, target, fovy = WRIST_VIEW
+    cameras["wrist_left"] = CameraSpec(
+        position=position + rng.uniform(-0.004, 0.004, 3),
+        target=target + rng.uniform(-0.004, 0.004, 3),
+        up=np.array([0.0, 1.0, 0.0]),
+        fovy=fovy,
+    )
+    return cameras
+
+
+def _paint_mat(rng: np.random.Generator, base: np.ndarray, tone: np.ndarray) -> np.ndarray:
+    """Pixels of the mat: uint8 (side, side, 3), one of `MAT_PATTERNS` with a random period, phase and direction."""
+    row, column = np.mgrid[0:TEXTURE_SIDE, 0:TEXTURE_SIDE] / TEXTURE_SIDE
+    pattern = MAT_PATTERNS[rng.integers(len(MAT_PATTERNS))]
+    count, phase = rng.integers(4, 8), rng.uniform(0, 1)
+    along = row if rng.random() < 0.5 else column
+    if pattern == "checker":
+        mask = (np.floor(row * count + phase) + np.floor(column * count)) % 2 == 0
+    elif pattern == "stripes":
+        mask = (along * count + phase) % 1 < 0.4
+    elif pattern == "dots":
+        mask = np.hypot((row * count + phase) % 1 - 0.5, (column * count) % 1 - 0.5) < 0.25
+    elif pattern == "border":
+        mask = np.maximum(np.abs(row - 0.5), np.abs(column - 0.5)) > 0.36
+    else:
+        mask = np.zeros_like(row, bool)
+    return np.round(255 * np.where(mask[..., None], tone, base)).astype(np.uint8)
+
+
+def build_model(scene: SceneSpec) -> mujoco.MjModel:
+    """Compiles the scene and paints the mat."""
+    model = mujoco.MjModel.from_xml_string(build_mjcf(scene))
+    texture = model.texture("mat")
+    start = int(texture.adr[0])
+    model.tex_data[start : start + scene.mat_pixels.size] = scene.mat_pixels.reshape(-1)
+    return model
+
+
+def build_mjcf(scene: SceneSpec) -> str:
+    """The whole scene as MJCF.
+
+    Contacts: objects (1) meet everything; hand (2) and table (4) meet objects only, so the hand never jams on the table.
+    """
+    exterior = "".join(_camera(name, scene.cameras[name]) for name in CAMERAS[:2])
+    objects = "".join(_object_body(index, item) for index, item in enumerate(scene.objects))
+    light, strength = scene.light_position, scene.light_strength
+    return f"""<mujoco model="persistworld-example">
+<compiler angle="radian"/>
+<option timestep="{1 / 300!r}" integrator="implicitfast" cone="elliptic" impratio="10"/>
+<visual>
+  <headlight ambient="{_vec([scene.ambient] * 3)}" diffuse=".26 .26 .26" specular="0 0 0"/>
+  <quality shadowsize="512" offsamples="0" numslices="20" numstacks="10" numquads="1"/>
+  <map znear="0.02" zfar="8" shadowclip="1" shadowscale="0.9"/>
+  <global offwidth="{IMAGE_WIDTH}" offheight="{IMAGE_HEIGHT}"/>
+</visual>
+<asset>
+  <texture name="mat" type="2d" builtin="flat" width="{TEXTURE_SIDE}" height="{TEXTURE_SIDE}" rgb1="1 1 1"/>
+  <material name="mat" texture="mat" specular="0" shininess="0"/>
+</asset>
+<default><geom solref="0.01 1"/></default>
+<worldbody>
+  <light pos="{_vec(light)}" dir="{_vec(LOOK_AT - light)}" diffuse="{_vec([strength] * 3)}" specular=".1 .1 .1"
+    cutoff="40" exponent="1" castshadow="true"/>
+  {_table(scene)}{exterior}{objects}
+  {arm_body(_camera("wrist_left", scene.cameras["wrist_left"]))}
+</worldbody>
+{ARM_ACTUATORS}
+</mujoco>"""
+
+
+def _table(scene: SceneSpec) -> str:
+    """Floor, table, mat and the tray's rim, with an unseen wall above it that keeps objects in reach."""
+    (x, y), (half_x, half_y), rim = TRAY_CENTRE, TRAY_HALF, 0.009
+    rim_rgba = _vec([*(0.62 * scene.table_rgb), 1])
+    bars = [
+        (x - half_x, y, rim, half_y + rim),
+        (x + half_x, y, rim, half_y + rim),
+        (x, y - half_y, half_x, rim),
+        (x, y + half_y, half_x, rim),
+    ]
+    rims = "".join(
+        f'<geom type="box" pos="{_vec([cx, cy, half])}" size="{_vec([hx, hy, half])}" rgba="{rgba}"'
+        ' contype="4" conaffinity="0"/>'
+        for cx, cy, hx, hy in bars
+        for half, rgba in ((0.009, rim_rgba), (0.15, "0 0 0 0"))
+    )
+    return f"""<geom type="plane" size="4 4 .1" pos="0 0 -.6" rgba="{_vec([*scene.floor_rgb, 1])}" contype="0" conaffinity="0"/>
+  <geom type="box" size=".58 .62 .3" pos=".4 0 -.3005" rgba="{_vec([*scene.table_rgb, 1])}" contype="4" conaffinity="0"/>
+  <geom type="box" size=".3 .4 .1" pos=".5 0 -.1" rgba="0 0 0 0" friction="1 .02 .002" contype="4" conaffinity="0"/>
+  <geom type="plane" size="{_vec([half_x, half_y, 0.1])}" pos="{_vec([x, y, 0.0003])}" material="mat" contype="0" conaffinity="0"/>
+  {rims}"""
+
+
+def _object_body(index: int, item: ObjectSpec) -> str:
+    volume = (np.pi if item.round else 4) * item.half[0] * item.half[1] * 2 * item.half[2]
+    kind, size = ("cylinder", (item.half[0], item.half[2])) if item.round else ("box", item.half)
+    pose = f'pos="{_vec([*item.position, item.half[2] + 0.001])}" euler="0 0 {item.yaw!r}"'
+    return f"""<body name="object{index}" {pose}><freejoint/>
+    <geom type="{kind}" size="{_vec(size)}" rgba="{_vec([*item.rgb, 1])}" mass="{300 * volume!r}" condim="6"
+      friction=".9 .02 .004" contype="1" conaffinity="7"/></body>
+  """
+
+
+def _camera(name: str, camera: CameraSpec) -> str:
+    back = camera.position - camera.target
+    back = back / np.linalg.norm(back)
+    right = np.cross(camera.up, back)
+    right = right / np.linalg.norm(right)
+    axes = _vec([*right, *np.cross(back, right)])
+    return f'<camera name="{name}" pos="{_vec(camera.position)}" xyaxes="{axes}" fovy="{camera.fovy}"/>'
+
+
+def _vec(values) -> str:
+    return " ".join(f"{float(v):.6g}" for v in values)

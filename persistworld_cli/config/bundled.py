@@ -1,0 +1,50 @@
+"""Where the files that travel with the program lie: presets and the bundled world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from persistworld_cli.errors import PersistWorldError, UsageError
+
+_PREFIX = "bundled:"
+
+
+def bundled_root() -> Path:
+    """The folder that holds ``presets/`` and ``dataset_example/``.
+
+    In a wheel they were put inside the package (``_bundled``); in an editable install they lie in the repository's root.
+
+    Raises:
+        PersistWorldError: neither is there (a broken installation).
+    """
+    package = Path(__file__).resolve().parents[1]
+    for root in (package / "_bundled", package.parent):
+        if (root / "presets").is_dir():
+            return root
+    raise PersistWorldError(
+        "the bundled presets are missing from this installation",
+        where=str(package / "_bundled"),
+        fix="install again: pip install --force-reinstall persistworld, or pip install -e . in the repository",
+    )
+
+
+def resolve_path(value: str | Path) -> Path:
+    """A path as settings write it -> a path on disk; ``bundled:NAME`` is taken from `bundled_root`, ``~`` is expanded.
+
+    Raises:
+        UsageError: ``bundled:NAME`` leaves the bundled folder.
+        PersistWorldError: ``bundled:NAME`` names nothing that is shipped.
+    """
+    text = str(value)
+    if not text.startswith(_PREFIX):
+        return Path(text).expanduser()
+    name = text.removeprefix(_PREFIX)
+    root = bundled_root()
+    path = root / name
+    if not name or not path.resolve().is_relative_to(root.resolve()):
+        raise UsageError(f"'{text}' does not lie in the bundled folder", where=str(root), fix="write bundled:presets/...")
+    if not path.exists():
+        raise PersistWorldError(
+            f"'{text}' is not shipped with this installation", where=str(path), fix="check the name, or give a path"
+        )
+    return path

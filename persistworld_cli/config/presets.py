@@ -1,0 +1,280 @@
+"""Presets (TOML) -> validated, frozen `Settings`, with the layer that each value came from.
+
+Precedence, lowest first: default < preset (and what it extends) < environment < ``--set`` < flag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from persistworld_cli.config.bundled import bundled_root, resolve_path
+from persistworld_cli.config.check import check
+from persistworld_cli.config.settings import Settings
+from persistworld_cli.config.values import coerce, field_types, parse_text
+from persistworld_cli.errors import PersistWorldError, UsageError, nearest
+
+__all__ = [
+    "DEFAULT_PRESET",
+    "Resolved",
+    "bundled_root",
+    "check",
+    "flatten",
+    "from_json",
+    "load_settings",
+    "preset_names",
+    "resolve_path",
+    "to_json",
+]
+
+DEFAULT_PRESET = "tiny"
+ENV_PREFIX = "PERSISTWORLD_"
+_META_KEYS = ("extends", "description")  # what a preset may hold beside its tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """Settings, and for every dotted key the layer it came from."""
+
+    settings: Settings
+    origin: dict[str, str]
+    preset: str  # name or path of the preset
+    implied: bool  # no preset was named: the bundled world was taken
+
+    @property
+    def label(self) -> str:
+        """The preset's name without folder and suffix, for output folders."""
+        return Path(self.preset).stem if self.preset.endswith(".toml") else self.preset
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A value on its way into the settings: where it was written, for messages, and the layer's name."""
+
+    value: Any
+    origin: str
+    where: str
+
+
+def preset_names() -> list[str]:
+    """Names of the bundled presets."""
+    return sorted(path.stem for path in (bundled_root() / "presets").glob("*.toml"))
+
+
+def load_settings(
+    preset: str | None = None,
+    sets: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] = os.environ,
+    flag_names: Mapping[str, str] | None = None,
+) -> Resolved:
+    """Settings of a preset with everything that overrides it, checked.
+
+    Args:
+        preset: bundled name or path of a TOML file; None takes the bundled world's.
+        sets: ``table.key=value`` as given to ``--set``; the value is TOML, or a plain string.
+        flags: dotted key -> value; None values are flags that were not given.
+        env: environment; ``PERSISTWORLD_POST_TRAIN__BETA`` sets ``post_train.beta``.
+        flag_names: dotted key -> the flag's spelling, where it is not ``--<key>``.
+
+    Raises:
+        UsageError: unknown preset or key, wrong type, value out of range, a cycle of ``extends``.
+    """
+    name = preset if preset is not None else DEFAULT_PRESET
+    layers: dict[str, _Value] = {}
+    _read_preset(name, layers, chain=())
+    if preset is None:
+        layers = {key: dataclasses.replace(v, origin=f"{v.origin} (bundled world, no --preset)") for key, v in layers.items()}
+    _add_environment(layers, env)
+    for item in sets:
+        _add_set(layers, item)
+    for key, value in (flags or {}).items():
+        if value is None:
+            continue
+        spelling = (flag_names or {}).get(key) or "--" + key.rpartition(".")[2].replace("_", "-")
+        layers[key] = _Value(_typed(key, value, spelling), spelling, spelling)
+    origin = {key: "default" for key in flatten(Settings())} | {key: v.origin for key, v in layers.items()}
+    settings = _build({key: v.value for key, v in layers.items()})
+    check(settings, {key: v.where for key, v in layers.items()})
+    return Resolved(settings=settings, origin=origin, preset=name, implied=preset is None)
+
+
+def flatten(settings: Settings) -> dict[str, Any]:
+    """``table.key`` -> value, in the order of the classes."""
+    return {
+        f"{table.name}.{field.name}": getattr(getattr(settings, table.name), field.name)
+        for table in dataclasses.fields(settings)
+        for field in dataclasses.fields(getattr(settings, table.name))
+    }
+
+
+def to_json(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Settings as plain tables that `json` writes (tuples become lists); `from_json` gives the same settings back."""
+    tables: dict[str, dict[str, Any]] = {}
+    for key, value in flatten(settings).items():
+        table, _, name = key.partition(".")
+        tables.setdefault(table, {})[name] = list(value) if isinstance(value, tuple) else value
+    return tables
+
+
+def from_json(tables: Mapping[str, Mapping[str, Any]], where: str = "config.json") -> Settings:
+    """The settings that `to_json` wrote, validated as a preset is. Raises UsageError."""
+    values = {
+        key: _typed(key, value, where) for table, entries in tables.items() for key, value in _dotted(table, entries, where)
+    }
+    settings = _build(values)
+    check(settings, {key: where for key in values})
+    return settings
+
+
+def _build(values: Mapping[str, Any]) -> Settings:
+    """Settings with the given (already typed) values in place of the defaults."""
+    tables = {}
+    for table in dataclasses.fields(Settings):
+        own = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(table.name + ".")}
+        tables[table.name] = dataclasses.replace(getattr(Settings(), table.name), **own)
+    return Settings(**tables)
+
+
+def _typed(key: str, value: Any, where: str) -> Any:
+    """``value`` as the type of setting ``key``. Raises UsageError for an unknown key or a wrong type."""
+    types = field_types()
+    if key not in types:
+        raise _unknown_key(key, where)
+    return coerce(value, types[key], key=key, where=where)
+
+
+def _unknown_key(key: str, where: str) -> UsageError:
+    """The error for a key that no table has, naming the nearest one that exists."""
+    known = list(field_types())
+    table, _, name = key.partition(".")
+    tables = sorted({k.partition(".")[0] for k in known})
+    if table not in tables:
+        # The key alone may be right and only its table forgotten or misspelt.
+        same = [k for k in known if k.endswith("." + (name or table))]
+        hint = f"did you mean '{same[0]}'?" if same else nearest(table, tables)
+        return UsageError(f"unknown table '{table}'" if name else f"unknown key '{table}'", where=where, fix=hint)
+    inside = [k for k in known if k.startswith(table + ".")]
+    if not difflib.get_close_matches(key, inside, n=1, cutoff=0.8):
+        moved = [k for k in known if k.endswith("." + name)]
+        if moved:
+            return UsageError(f"unknown key '{key}'", where=where, fix=f"did you mean '{moved[0]}'?")
+    return UsageError(f"unknown key '{key}'", where=where, fix=nearest(key, inside))
+
+
+def _dotted(table: str, entries: Any, where: str) -> list[tuple[str, Any]]:
+    """A TOML table as (dotted key, value) pairs."""
+    if not isinstance(entries, Mapping):
+        raise _unknown_key(table, where)
+    return [(f"{table}.{name}", value) for name, value in entries.items()]
+
+
+def _preset_path(name: str) -> Path:
+    """The file of a bundled preset, or of a path. Raises UsageError."""
+    if name.endswith(".toml") or "/" in name or name.startswith("bundled:"):
+        path = resolve_path(name)
+        if not path.is_file():
+            raise UsageError(f"no preset file '{name}'", where=str(path.absolute()), fix="give the path of a TOML file")
+        return path
+    path = bundled_root() / "presets" / f"{name}.toml"
+    if not path.is_file():
+        raise UsageError(f"unknown preset '{name}'", where="--preset", fix=nearest(name, preset_names()))
+    return path
+
+
+def _read_preset(name: str, layers: dict[str, _Value], chain: tuple[Path, ...]) -> None:
+    """Put a preset's values over ``layers``, after those of the preset it extends."""
+    path = _preset_path(name).resolve()
+    if path in chain:
+        circle = " -> ".join(p.name for p in (*chain, path))
+        raise UsageError(f"presets extend one another in a circle: {circle}", where=str(path), fix="remove one 'extends'")
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = tomli.loads(text)
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"not TOML: {error}", where=str(path), fix="mend the file at the place named above") from error
+    except OSError as error:
+        raise PersistWorldError(f"cannot read the preset: {error.strerror}", where=str(path)) from error
+    for key in _META_KEYS:
+        if key in data and not isinstance(data[key], str):
+            raise UsageError(f"'{key}' must be a string, not {data[key]!r}", where=_place(path, text, "", key))
+    if "extends" in data:
+        parent = data["extends"]
+        beside = path.parent / parent
+        _read_preset(str(beside) if beside.is_file() else parent, layers, (*chain, path))
+    label = f"preset {name}" if path.parent == (bundled_root() / "presets").resolve() else f"preset {path}"
+    for table, entries in data.items():
+        if table in _META_KEYS:
+            continue
+        for key, value in _dotted(table, entries, _place(path, text, "", table)):
+            where = _place(path, text, table, key.partition(".")[2])
+            layers[key] = _Value(_typed(key, value, where), label, where)
+
+
+def _place(path: Path, text: str, table: str, key: str) -> str:
+    """``file:line`` of a key, as far as a look at the lines can tell (inline tables point to their line)."""
+    current = ""
+    for number, raw in enumerate(text.splitlines(), start=1):
+        line = raw.strip()
+        if line.startswith("["):
+            current = line.strip("[]").split("]")[0].replace(" ", "")
+            if current in (f"{table}.{key}", key if not table else ""):
+                return f"{path}:{number}"
+            continue
+        name = line.partition("=")[0].replace(" ", "").replace('"', "")
+        spelled = [f"{current}.{name}" if current else name]
+        wanted = f"{table}.{key}" if table else key
+        if "=" in line and any(s == wanted or s.startswith(wanted + ".") for s in spelled):
+            return f"{path}:{number}"
+    return str(path)
+
+
+def _add_environment(layers: dict[str, _Value], env: Mapping[str, str]) -> None:
+    """Overrides named ``PERSISTWORLD_<TABLE>__<KEY>``; other PERSISTWORLD_ names are switches, not settings."""
+    for variable in sorted(env):
+        table, mark, name = variable.removeprefix(ENV_PREFIX).partition("__")
+        if not variable.startswith(ENV_PREFIX) or not mark:
+            continue
+        origin = f"environment {variable}"
+        _add_text(layers, f"{table.lower()}.{name.lower()}", env[variable], origin, origin)
+
+
+def _add_set(layers: dict[str, _Value], item: str) -> None:
+    """One ``table.key=value`` of ``--set``."""
+    key, mark, text = item.partition("=")
+    if not mark or "." not in key:
+        raise UsageError(f"'{item}' is not table.key=value", where="--set", fix="write --set post_train.beta=0.5")
+    _add_text(layers, key.strip(), text.strip(), "--set", f"--set {item}")
+
+
+def _add_text(layers: dict[str, _Value], key: str, text: str, origin: str, where: str) -> None:
+    """A value written as text; ``table.dict.entry=value`` changes one entry of a setting that is a table itself."""
+    types = field_types()
+    table, name, *rest = key.split(".")
+    base = f"{table}.{name}"
+    if rest and base in types and str(types[base]).startswith("dict"):
+        before = layers[base].value if base in layers else flatten(Settings())[base]
+        merged = _merge_entry(before, rest, parse_text(text, Any), where)
+        layers[base] = _Value(_typed(base, merged, where), origin, where)
+        return
+    if key not in types:
+        raise _unknown_key(key, where)
+    layers[key] = _Value(_typed(key, parse_text(text, types[key]), where), origin, where)
+
+
+def _merge_entry(before: Mapping[str, Any], path: Sequence[str], value: Any, where: str) -> dict[str, Any]:
+    """A copy of ``before`` with the entry at ``path`` replaced."""
+    head, *rest = path
+    if not rest:
+        return {**before, head: value}
+    inner = before.get(head, {})
+    if not isinstance(inner, Mapping):
+        raise UsageError(f"'{head}' is a value, not a table", where=where)
+    return {**before, head: _merge_entry(inner, rest, value, where)}

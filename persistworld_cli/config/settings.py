@@ -1,0 +1,251 @@
+"""Every setting of the program, as frozen dataclasses. A preset (TOML) has one table for each field of `Settings`.
+
+Nothing here imports torch: presets are validated, printed and handed to workers without it.
+Defaults are Ctrl-World's / PersistWorld's values (arXiv 2510.10125, 2603.25685) unless a comment says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldSettings:
+    """What is recorded: cameras in stacking order, picture size, rate."""
+
+    dataset: str = ""  # processed dataset (output of extract-latents); "bundled" = the shipped world
+    raw: str = ""  # raw LeRobot dataset (input of extract-latents)
+    cameras: tuple[str, ...] = ("exterior_1_left", "exterior_2_left", "wrist_left")
+    exterior: tuple[int, ...] = (0, 1)  # indices into cameras
+    wrist: tuple[int, ...] = (2,)
+    height: int = 192
+    width: int = 320
+    rate_hz: float = 5.0
+    state_fields: tuple[str, ...] = ("observation.state.cartesian_position", "observation.state.gripper_position")
+    joint_fields: tuple[str, ...] = ("observation.state.joint_position", "observation.state.gripper_position")
+    val_rule: str = "id-ends-99"  # id-ends-99 (DROID) | info-splits (meta/info.json "splits") | every-N
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The world model's parts. `unet`, `vae`, `text` and `image` are keyword arguments of the diffusers / transformers classes."""
+
+    ckpt: str = ""  # weights: a file, a folder, a hub id, or "bundled:NAME"
+    adapter: str = ""  # PEFT folder on top (post-trained LoRA + action encoder)
+    num_history: int = 6
+    num_frames: int = 5
+    action_dim: int = 7
+    token_dim: int = 1024
+    frame_level: bool = True
+    text_cond: bool = True
+    fps_id: int = 7
+    motion_bucket_id: int = 127
+    unet: dict[str, Any] = field(default_factory=dict)
+    vae: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, Any] = field(default_factory=dict)
+    image: dict[str, Any] = field(default_factory=dict)  # empty: no image encoder (Ctrl-World carries one it does not use)
+    tokenizer: str = ""  # folder or hub id of a CLIP tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How a clip is drawn from the model, and what of the past it is shown."""
+
+    sampler: str = "euler"
+    steps: int = 50
+    guidance: float = 1.0  # 1: none; >1: rises linearly over the predicted frames from 1 to this
+    sigma_min: float = 0.002
+    sigma_max: float = 700.0
+    rho: float = 7.0
+    noise_aug: float = 0.02
+    history: tuple[int, ...] = (0, 0, -8, -6, -4, -2)  # entries of the buffer, oldest first
+    history_policy: tuple[int, ...] = (0, 0, -12, -9, -6, -3)
+    buffer_fill: int = 24  # copies of the first entry the buffer starts with
+    decode_chunk: int = 7  # view-frames decoded as one clip
+    dtype: str = "float32"  # float32 | bfloat16 | float16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSettings:
+    """Which frames make a training clip (method.md section 2)."""
+
+    max_step: int = 2  # frame step 1..max_step, uniform
+    history_stride: int = 4  # history spacing = stride x step frames
+    zero_history_prob: float = 0.15  # history spacing 0 (all history = current frame)
+    rollout_history_prob: float = 0.0  # ours: history laid out as a rollout shows it (SamplingSettings.history)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings:
+    """Teacher-forced training (EDM denoising loss on the predicted frames)."""
+
+    parts: tuple[str, ...] = ("unet", "action_encoder")
+    updates: int = 100_000
+    batch: int = 64
+    lr: float = 1e-5
+    weight_decay: float = 0.0
+    warmup: int = 0
+    decay: str = "constant"  # constant | cosine
+    max_grad_norm: float = 1.0
+    ema: float = 0.0  # decay of the averaged weights; 0 = none
+    p_mean: float = 0.7
+    p_std: float = 1.6
+    history_noise: float = 0.3
+    current_noise: float = 0.2
+    token_drop: float = 0.05
+    mixed_precision: str = "no"  # no | bf16 | fp16
+    gradient_checkpointing: bool = False
+    accumulate: int = 1
+    seed: int = 0
+    save_every: int = 500
+    keep: int = 2
+    log_every: int = 10
+    validate_every: int = 500
+    workers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeSettings:
+    """Training of a small VAE from scratch (only for small worlds; the full-size one is SVD's)."""
+
+    updates: int = 4000
+    batch: int = 8
+    clip: int = 2
+    lr: float = 1e-3
+    kl: float = 1e-6
+    colour_weight: float = 4.0  # extra weight on saturated pixels: small coloured objects must survive
+    edge_weight: float = 0.5  # weight of the gradient-difference loss
+    seed: int = 0
+    save_every: int = 200
+    mixed_precision: str = "no"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings:
+    """Weights of the registered rewards (PersistWorld: -1 LPIPS + 1 SSIM + PSNR/32), and LPIPS's backbone."""
+
+    weights: dict[str, float] = field(default_factory=lambda: {"lpips": -1.0, "ssim": 1.0, "psnr": 1.0 / 32})
+    camera_weights: tuple[float, ...] = ()  # empty: equal
+    lpips_net: str = "alex"
+    lpips_backbone: str = "auto"  # auto | untrained | path of a torchvision state dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostTrainSettings:
+    """PersistWorld's post-training (arXiv 2603.25685; objective from DiffusionNFT, arXiv 2509.16117)."""
+
+    updates: int = 6000
+    groups: int = 4  # start states an update, over all processes
+    candidates: int = 16  # K
+    keep_best: int = 5
+    keep_worst: int = 5
+    chunks: int = 1  # F
+    prefix: str = "uniform"  # uniform | fixed | curriculum
+    prefix_max: int = 9
+    beta: float = 1.0
+    weighting: str = "self"  # plain | self (each branch divided by its detached mean error, DiffusionNFT's code)
+    adv_clip: float = 1.0
+    kl: float = 1e-4
+    sigmas_per_candidate: int = 1
+    ema: str = "ramp"  # ramp: min(ema_rate * step, ema_max) | constant: ema_max
+    ema_rate: float = 0.001
+    ema_max: float = 0.5
+    lora_rank: int = 64
+    lora_alpha: int = 64
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    train_action_encoder: bool = True
+    optimizer: str = "muon"  # muon (matrices; AdamW for the rest) | adamw
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    warmup: int = 0
+    max_grad_norm: float = 1.0
+    micro_batch: int = 8
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    save_every: int = 50
+    keep: int = 2
+    validate_every: int = 100
+    validate_episodes: int = 4
+    validate_steps: int = 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """The closed-loop benchmark (method.md section 5)."""
+
+    split: str = "val"
+    episodes: tuple[str, ...] = ()  # empty: all of the split
+    starts: tuple[int, ...] = (0,)
+    steps: int = 14
+    seeds: tuple[int, ...] = (0,)
+    batch: int = 8
+    sheets: int = 3
+    bootstrap: int = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriveSettings:
+    """Keyboard map and limits (method.md section 6)."""
+
+    episode: str = ""
+    start: int = 0
+    step_m: float = 0.08
+    gripper_open: float = 0.0
+    gripper_closed: float = 0.70
+    workspace_low: tuple[float, ...] = (0.3, -0.5, 0.01)
+    workspace_high: tuple[float, ...] = (0.8, 0.5, 0.5)
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySettings:
+    """A policy in the loop over openpi's websocket protocol (method.md section 6)."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    timeout_s: float = 60.0
+    wait_s: float = 30.0
+    layout: str = "pi05"  # pi05 | pi0 | pi0-fast
+    camera: int = 1  # the exterior camera shown to the policy
+    wrist_camera: int = 2
+    image_size: int = 224
+    task: str = "bundled"
+    skip: int = 2
+    gripper_cap: float = 1.0
+    steps: int = 8
+    adapter: str = "gain"  # gain | meta (fitted by build-meta) | path of an MLP's weights
+    gain: float = 0.054
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchSettings:
+    """Processes and machines, handed to accelerate."""
+
+    num_processes: int = 1
+    num_machines: int = 1
+    machine_rank: int = 0
+    main_process_ip: str = ""
+    main_process_port: int = 0  # 0: a free one
+    threads: int = 0  # CPU threads a process; 0: cores / processes
+    device: str = "auto"  # auto | cpu | cuda
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A whole preset."""
+
+    world: WorldSettings = field(default_factory=WorldSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    clips: ClipSettings = field(default_factory=ClipSettings)
+    vae: VaeSettings = field(default_factory=VaeSettings)
+    pretrain: PretrainSettings = field(default_factory=PretrainSettings)
+    rewards: RewardSettings = field(default_factory=RewardSettings)
+    post_train: PostTrainSettings = field(default_factory=PostTrainSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    drive: DriveSettings = field(default_factory=DriveSettings)
+    policy: PolicySettings = field(default_factory=PolicySettings)
+    launch: LaunchSettings = field(default_factory=LaunchSettings)

@@ -1,0 +1,283 @@
+"""Reader of raw LeRobot datasets, versions 2.0, 2.1 (one file an episode) and 3.0 (many episodes a file).
+
+Every path comes from the templates in ``meta/info.json``. A part of a dataset on disk is normal: episodes whose table is
+not there are simply not listed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from persistworld_cli.errors import PersistWorldError, nearest
+
+# LeRobot's v3.0 converter writes this where a v2.1 dataset had an empty task.
+_NO_TASK = "no instruction"
+_IMAGES = "observation.images."
+
+
+@dataclass(frozen=True)
+class RawEpisode:
+    """Where an episode lies: table file, and for each camera the video file and the number of its first frame there."""
+
+    index: int
+    length: int
+    tasks: tuple[str, ...]
+    table: Path
+    videos: dict[str, tuple[Path, int]]
+
+
+class RawDataset:
+    """A raw LeRobot dataset on disk.
+
+    Args:
+        path: its root folder (with ``meta/info.json``).
+
+    Raises:
+        PersistWorldError: no such dataset, an unknown version, or unreadable metadata.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        info_file = self.path / "meta" / "info.json"
+        if not info_file.is_file():
+            raise PersistWorldError(
+                "no LeRobot dataset here (meta/info.json is missing)",
+                where=str(self.path),
+                fix="give the folder that holds meta/, data/ and videos/",
+            )
+        self.info: dict[str, Any] = _read_json(info_file)
+        self.version = str(self.info.get("codebase_version", ""))
+        if not self.version.startswith(("v2", "v3")):
+            raise PersistWorldError(
+                f"LeRobot version '{self.version}' is not known", where=str(info_file), fix="convert it to v2.1 or v3.0"
+            )
+        missing = [key for key in ("fps", "data_path", "features") if key not in self.info]
+        if missing:
+            raise PersistWorldError(f"info.json lacks {', '.join(missing)}", where=str(info_file), fix="repair the file")
+        self._table: tuple[Path, pa.Table] | None = None
+
+    @property
+    def fps(self) -> float:
+        """Recording rate in Hz."""
+        return float(self.info["fps"])
+
+    @property
+    def features(self) -> dict[str, Any]:
+        """Columns and cameras as info.json declares them."""
+        return dict(self.info["features"])
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Camera names without the ``observation.images.`` in front."""
+        return tuple(k.removeprefix(_IMAGES) for k, v in self.features.items() if v.get("dtype") == "video")
+
+    @property
+    def splits(self) -> dict[str, tuple[int, int]]:
+        """Split name -> half-open range of episode indices, from info.json (``"train": "0:60"``)."""
+        out: dict[str, tuple[int, int]] = {}
+        for name, text in dict(self.info.get("splits", {})).items():
+            first, _, last = str(text).partition(":")
+            try:
+                out[name] = (int(first or 0), int(last) if last else 2**62)
+            except ValueError as error:
+                raise PersistWorldError(
+                    f"split '{name}' reads '{text}'", where=str(self.path / "meta/info.json"), fix="write it as '0:60'"
+                ) from error
+        return out
+
+    @property
+    def episodes(self) -> list[int]:
+        """Indices of the episodes whose table is on disk, ascending."""
+        return sorted(self._present)
+
+    @property
+    def declared(self) -> list[int]:
+        """Indices of all episodes that the metadata names, ascending."""
+        return sorted(self._all)
+
+    def episode(self, index: int) -> RawEpisode:
+        """Where episode ``index`` lies.
+
+        Raises:
+            PersistWorldError: the metadata does not name it, or its table is not on disk.
+        """
+        if index in self._present:
+            return self._present[index]
+        if index in self._all:
+            raise PersistWorldError(f"episode {index} is not on disk", where=str(self._all[index].table), fix="fetch it")
+        raise PersistWorldError(f"no episode {index} in this dataset", where=str(self.path / "meta"), fix="see meta/episodes")
+
+    def read(self, index: int, fields: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Columns of an episode in frame order: (T, D) for list columns, (T,) for scalars; floats as float64.
+
+        Raises:
+            PersistWorldError: a column is missing, the table is unreadable or has no rows of this episode.
+        """
+        episode = self.episode(index)
+        table = self._rows(episode)
+        unknown = [name for name in fields if name not in table.column_names]
+        if unknown:
+            raise PersistWorldError(
+                f"column '{unknown[0]}' is missing", where=str(episode.table), fix=nearest(unknown[0], table.column_names)
+            )
+        return {name: _column(table, name, episode.table) for name in fields}
+
+    def columns(self, index: int) -> list[str]:
+        """Names of the columns in the table of an episode."""
+        return list(pq.read_schema(self.episode(index).table).names)
+
+    def video(self, index: int, camera: str) -> tuple[Path, int, int]:
+        """(file, number of its first frame there, number of frames) of an episode's camera.
+
+        Raises:
+            PersistWorldError: the dataset has no such camera, or the file is not on disk.
+        """
+        episode = self.episode(index)
+        key = camera.removeprefix(_IMAGES)
+        if key not in episode.videos:
+            raise PersistWorldError(
+                f"no camera '{camera}' in episode {index}", where=str(self.path), fix=nearest(key, episode.videos)
+            )
+        path, first = episode.videos[key]
+        if not path.is_file():
+            raise PersistWorldError(f"video of camera '{camera}' is missing", where=str(path), fix="fetch the file")
+        return path, first, episode.length
+
+    def instruction(self, index: int) -> str:
+        """What the robot was told, '' if nothing: the ``language_instruction`` column, else the episode's first task."""
+        episode = self.episode(index)
+        if "language_instruction" in self.features:
+            table = self._rows(episode)
+            if "language_instruction" in table.column_names:
+                text = table.column("language_instruction")[0].as_py()
+                if text:
+                    return str(text)
+        task = episode.tasks[0] if episode.tasks else ""
+        return "" if task == _NO_TASK else task
+
+    @cached_property
+    def _all(self) -> dict[int, RawEpisode]:
+        """Every episode that the metadata names."""
+        return self._episodes_v3() if self.version.startswith("v3") else self._episodes_v2()
+
+    @cached_property
+    def _present(self) -> dict[int, RawEpisode]:
+        """The episodes whose table file is there (checked once a file)."""
+        there = {path: path.is_file() for path in {episode.table for episode in self._all.values()}}
+        return {index: episode for index, episode in self._all.items() if there[episode.table]}
+
+    def _episodes_v2(self) -> dict[int, RawEpisode]:
+        """Version 2: ``meta/episodes.jsonl`` and one file an episode."""
+        path = self.path / "meta" / "episodes.jsonl"
+        if not path.is_file():
+            raise PersistWorldError("list of episodes is missing", where=str(path), fix="fetch the dataset's meta folder")
+        chunk = int(self.info.get("chunks_size", 1000))
+        out: dict[int, RawEpisode] = {}
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                index = int(row["episode_index"])
+                names = {"episode_chunk": index // chunk, "episode_index": index}
+                out[index] = RawEpisode(
+                    index=index,
+                    length=int(row["length"]),
+                    tasks=tuple(str(t) for t in row.get("tasks", [])),
+                    table=self.path / self.info["data_path"].format(**names),
+                    videos={c: (self._video_file(c, names), 0) for c in self.cameras},
+                )
+            except (ValueError, KeyError, TypeError) as error:
+                raise PersistWorldError(f"line {number} is unreadable: {error}", where=str(path), fix="repair it") from error
+        return out
+
+    def _episodes_v3(self) -> dict[int, RawEpisode]:
+        """Version 3: ``meta/episodes/chunk-*/file-*.parquet`` says in which file, and where in it, an episode lies."""
+        files = sorted((self.path / "meta" / "episodes").glob("*/*.parquet"))
+        if not files:
+            raise PersistWorldError("list of episodes is missing", where=str(self.path / "meta/episodes"), fix="fetch it")
+        out: dict[int, RawEpisode] = {}
+        for path in files:
+            try:
+                # the statistics columns are most of the file: leave them
+                names = [n for n in pq.read_schema(path).names if not n.startswith("stats/")]
+                rows = pq.read_table(path, columns=names).to_pylist()
+                for row in rows:
+                    out[int(row["episode_index"])] = self._row_v3(row)
+            except (KeyError, TypeError, pa.ArrowException, OSError) as error:
+                raise PersistWorldError(f"list of episodes is unreadable: {error}", where=str(path), fix="fetch it") from error
+        return out
+
+    def _row_v3(self, row: dict[str, Any]) -> RawEpisode:
+        """An episode from its row in the version 3 list."""
+        videos: dict[str, tuple[Path, int]] = {}
+        for camera in self.cameras:
+            head = f"videos/{_IMAGES}{camera}/"
+            if row.get(head + "chunk_index") is None:
+                continue
+            names = {"chunk_index": int(row[head + "chunk_index"]), "file_index": int(row[head + "file_index"])}
+            videos[camera] = (self._video_file(camera, names), round(float(row[head + "from_timestamp"]) * self.fps))
+        names = {"chunk_index": int(row["data/chunk_index"]), "file_index": int(row["data/file_index"])}
+        return RawEpisode(
+            index=int(row["episode_index"]),
+            length=int(row["length"]),
+            tasks=tuple(str(t) for t in row.get("tasks") or []),
+            table=self.path / self.info["data_path"].format(**names),
+            videos=videos,
+        )
+
+    def _video_file(self, camera: str, names: dict[str, int]) -> Path:
+        """Path of a camera's video from info.json's template."""
+        return self.path / str(self.info["video_path"]).format(video_key=_IMAGES + camera, **names)
+
+    def _rows(self, episode: RawEpisode) -> pa.Table:
+        """The rows of one episode, by frame. The last file read is kept: a version 3 file serves many episodes in a row."""
+        if self._table is None or self._table[0] != episode.table:
+            try:
+                self._table = (episode.table, pq.read_table(episode.table))
+            except (pa.ArrowException, OSError) as error:
+                raise PersistWorldError(
+                    f"table is unreadable: {error}", where=str(episode.table), fix="fetch the file again"
+                ) from error
+        table = self._table[1]
+        if "episode_index" in table.column_names:
+            table = table.filter(pc.equal(table.column("episode_index"), episode.index))
+        if table.num_rows == 0:
+            raise PersistWorldError(f"no rows of episode {episode.index}", where=str(episode.table), fix="fetch it again")
+        if "frame_index" in table.column_names:
+            table = table.sort_by("frame_index")
+        return table
+
+
+def _column(table: pa.Table, name: str, path: Path) -> NDArray[Any]:
+    """A column as an array; nulls in it are an error."""
+    column = table.column(name).combine_chunks()
+    if column.null_count:
+        raise PersistWorldError(f"column '{name}' has {column.null_count} empty cells", where=str(path), fix="fetch it again")
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        flat = np.asarray(column.flatten().to_numpy(zero_copy_only=False))
+        if flat.size % table.num_rows:
+            raise PersistWorldError(f"column '{name}' has rows of unequal length", where=str(path), fix="fetch it again")
+        array = flat.reshape(table.num_rows, -1)
+    else:
+        array = np.asarray(column.to_numpy(zero_copy_only=False))
+    return array.astype(np.float64) if array.dtype.kind == "f" else array
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, OSError) as error:
+        raise PersistWorldError(f"unreadable JSON: {error}", where=str(path), fix="repair or fetch the file") from error

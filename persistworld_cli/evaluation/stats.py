@@ -1,0 +1,205 @@
+"""Paired statistics of two models on the same rollouts.
+
+A rollout of one model is compared with the other model's rollout of the same episode, start and noise. Rollouts of one
+episode (other starts or seeds) resemble each other, so intervals resample whole *episodes*, and what is said in words
+rests on episodes, not on rollouts or frames.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats as scipy_stats
+
+FloatArray = NDArray[np.float64]
+ALPHA = 0.05
+FEWEST = 6  # with n episodes all on one side, the two-sided sign test gives 2 * 0.5^n: above 0.05 up to n = 5
+
+
+def wilson(wins: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share ``wins / n`` (wins may count ties as halves). (0, 1) for n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    z = float(scipy_stats.norm.ppf(0.5 + confidence / 2))
+    share = wins / n
+    centre = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided p of the sign test; ties are left out by the caller. 1 where nothing was won or lost."""
+    if wins + losses == 0:
+        return 1.0
+    return float(scipy_stats.binomtest(wins, wins + losses).pvalue)
+
+
+def wilcoxon(differences: FloatArray) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test of paired differences (n,), zeros left out. 1 where all are zero."""
+    kept = differences[differences != 0]
+    if kept.size == 0:
+        return 1.0
+    return float(scipy_stats.wilcoxon(kept).pvalue)
+
+
+def episode_means(values: FloatArray, episodes: Sequence[str]) -> tuple[list[str], FloatArray]:
+    """Mean of each episode's rollouts, NaN left out: (n, ...) -> names, (E, ...) in order of first appearance."""
+    names = list(dict.fromkeys(episodes))
+    member = np.array([[episode == name for episode in episodes] for name in names], dtype=np.float64)
+    there = np.isfinite(values)
+    total = np.tensordot(member, np.where(there, values, 0.0), axes=1)
+    count = np.tensordot(member, there.astype(np.float64), axes=1)
+    with np.errstate(invalid="ignore"):
+        return names, np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def cluster_bootstrap(
+    values: FloatArray, episodes: Sequence[str], *, samples: int = 2000, seed: int = 0, confidence: float = 0.95
+) -> tuple[FloatArray, FloatArray]:
+    """Percentile interval of the mean when whole episodes are drawn again with replacement.
+
+    Args:
+        values: (n, ...) one entry a rollout; NaN means "no value here" (a recording that ended).
+        episodes: n episode ids, the clusters.
+        samples: how many times to resample.
+        seed: of the resampling.
+        confidence: coverage of the interval.
+
+    Returns:
+        (low, high), each of the shape ``values.shape[1:]``; both are NaN where there is no value at all.
+    """
+    names = list(dict.fromkeys(episodes))
+    member = np.array([[episode == name for episode in episodes] for name in names], dtype=np.float64)
+    flat = values.reshape(values.shape[0], -1)
+    there = np.isfinite(flat)
+    total = member @ np.where(there, flat, 0.0)
+    count = member @ there.astype(np.float64)
+    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=samples)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = (draws @ total) / (draws @ count)
+    edges = np.full((2, flat.shape[1]), np.nan)
+    known = np.isfinite(means).any(axis=0)
+    tail = (1 - confidence) / 2
+    edges[:, known] = np.nanquantile(means[:, known], [tail, 1 - tail], axis=0)
+    return edges[0].reshape(values.shape[1:]), edges[1].reshape(values.shape[1:])
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One metric of two models over the same rollouts; "better" already has the metric's direction in it.
+
+    Attributes:
+        rollouts, episodes: how many of each.
+        wins, losses, ties: rollouts in which the new model is better, worse, the same.
+        win_rate: (wins + ties/2) / rollouts, with its Wilson interval ``win_low .. win_high``.
+        sign_p, wilcoxon_p: two-sided, over rollouts.
+        wilcoxon_p_episodes: two-sided, over the means of episodes.
+        base, new: mean of each model.
+        change: mean of new - base, in the metric's own unit and sign.
+        change_low, change_high: its 95% bootstrap interval over episodes.
+        verdict: better | worse | undecided | too few.
+        words: the same in a sentence.
+    """
+
+    rollouts: int
+    episodes: int
+    wins: int
+    losses: int
+    ties: int
+    win_rate: float
+    win_low: float
+    win_high: float
+    sign_p: float
+    wilcoxon_p: float
+    wilcoxon_p_episodes: float
+    base: float
+    new: float
+    change: float
+    change_low: float
+    change_high: float
+    verdict: str
+    words: str
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+def _verdict(episodes: int, low: float, high: float, p: float, better_up: bool) -> tuple[str, str]:
+    """Verdict and sentence from the interval of the change and the p over episodes."""
+    if episodes < FEWEST:
+        many = "1 episode" if episodes == 1 else f"{episodes} episodes"
+        chance = 2 * 0.5**episodes if episodes else 1.0
+        return "too few", (
+            f"too few to tell: with {many}, even if all went one way, chance alone does that "
+            f"{100 * min(1.0, chance):.0f}% of the time; use at least {FEWEST}"
+        )
+    apart = low > 0 or high < 0
+    if apart and p < ALPHA:
+        good = (low > 0) == better_up
+        word = "better" if good else "worse"
+        return word, f"{word} (p = {p:.2g} over {episodes} episodes)"
+    if apart:
+        return "undecided", f"not settled with {episodes} episodes: the interval excludes no change, p = {p:.2g} does not"
+    return "undecided", f"no difference shown with {episodes} episodes (p = {p:.2g})"
+
+
+def compare(
+    base: FloatArray,
+    new: FloatArray,
+    episodes: Sequence[str],
+    *,
+    higher_is_better: bool,
+    samples: int = 2000,
+    seed: int = 0,
+) -> Paired:
+    """Compare two models rollout by rollout.
+
+    Args:
+        base, new: (n,) one number a rollout; pairs with a NaN are left out.
+        episodes: n episode ids.
+        higher_is_better: the metric's direction.
+        samples, seed: of the bootstrap.
+    """
+    both = np.isfinite(base) & np.isfinite(new)
+    names = [name for name, kept in zip(episodes, both, strict=True) if kept]
+    base, new = base[both], new[both]
+    difference = new - base
+    gain = difference if higher_is_better else -difference
+    wins, losses = int((gain > 0).sum()), int((gain < 0).sum())
+    n = int(difference.size)
+    if n == 0:
+        nan = math.nan
+        verdict, words = _verdict(0, nan, nan, 1.0, higher_is_better)
+        return Paired(0, 0, 0, 0, 0, nan, 0.0, 1.0, 1.0, 1.0, 1.0, nan, nan, nan, nan, nan, verdict, words)
+    ties = n - wins - losses
+    score = wins + ties / 2
+    low, high = (float(edge) for edge in cluster_bootstrap(difference, names, samples=samples, seed=seed))
+    means = episode_means(difference, names)[1]
+    p_episodes = wilcoxon(means)
+    verdict, words = _verdict(means.size, low, high, p_episodes, higher_is_better)
+    return Paired(
+        rollouts=n,
+        episodes=int(means.size),
+        wins=wins,
+        losses=losses,
+        ties=ties,
+        win_rate=score / n,
+        win_low=wilson(score, n)[0],
+        win_high=wilson(score, n)[1],
+        sign_p=sign_test(wins, losses),
+        wilcoxon_p=wilcoxon(difference),
+        wilcoxon_p_episodes=p_episodes,
+        base=float(base.mean()),
+        new=float(new.mean()),
+        change=float(difference.mean()),
+        change_low=low,
+        change_high=high,
+        verdict=verdict,
+        words=words,
+    )

@@ -1,0 +1,152 @@
+"""Three policies in one network: trained (theta), sampling (old) and reference, by switching adapters (peft).
+
+The frozen weights exist once. theta and old each own a LoRA adapter on the UNet and a copy of the action encoder; the
+reference is the network with adapters off and the action encoder as loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.models.world_model import WorldModel
+
+POLICIES = ("theta", "old", "reference")
+
+
+class PolicySwitch:
+    """Puts adapters on a model and says which policy its calls use.
+
+    Args:
+        model: the world model; its UNet gets LoRA layers in place, its weights are frozen.
+        rank, alpha, targets: of the LoRA adapters.
+        train_action_encoder: whether theta's action encoder learns.
+        seed: of the adapters' initial weights (B starts at 0, so theta = old = reference).
+    """
+
+    def __init__(
+        self, model: WorldModel, *, rank: int, alpha: int, targets: tuple[str, ...], train_action_encoder: bool, seed: int
+    ) -> None:
+        self.model = model
+        model.requires_grad_(False)
+        self.config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for name in ("theta", "old"):
+                inject_adapter_in_model(self.config, model.unet, adapter_name=name)
+        self.layers = [m for m in model.unet.modules() if isinstance(m, BaseTunerLayer)]
+        reference = model.action_encoder
+        self.encoders = {"reference": reference, "theta": copy.deepcopy(reference), "old": copy.deepcopy(reference)}
+        self.encoders["theta"].requires_grad_(train_action_encoder)
+        self.copy_theta(0.0)
+        self.activate("theta")
+
+    def activate(self, policy: str) -> None:
+        """Make every later call of the model this policy's."""
+        for layer in self.layers:
+            layer.enable_adapters(policy != "reference")
+            if policy != "reference":
+                layer.set_adapter(policy, inference_mode=policy != "theta")
+        self.model.action_encoder = self.encoders[policy]
+        for name, p in self._lora("theta"):
+            p.requires_grad_(True)
+
+    @contextmanager
+    def use(self, policy: str) -> Iterator[None]:
+        """`activate` for a block, then theta again."""
+        self.activate(policy)
+        try:
+            yield
+        finally:
+            self.activate("theta")
+
+    def _lora(self, policy: str) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self.model.unet.named_parameters() if "lora_" in n and f".{policy}." in n]
+
+    def parameters(self, policy: str = "theta") -> list[nn.Parameter]:
+        """A policy's own parameters, in a fixed order: LoRA, then action encoder."""
+        return [p for _, p in self._lora(policy)] + list(self.encoders[policy].parameters())
+
+    def trainable(self) -> list[nn.Parameter]:
+        """theta's parameters that learn."""
+        return [p for p in self.parameters("theta") if p.requires_grad]
+
+    @torch.no_grad()
+    def copy_theta(self, decay: float) -> None:
+        """old <- decay old + (1 - decay) theta (method.md section 4.5)."""
+        for old, theta in zip(self.parameters("old"), self.parameters("theta"), strict=True):
+            old.copy_(old * decay + theta.detach() * (1 - decay))
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Both policies' own weights, to resume from."""
+        return {
+            name: {
+                **{f"unet.{k}": v for k, v in get_peft_model_state_dict(self.model.unet, adapter_name=name).items()},
+                **{f"action_encoder.{k}": v for k, v in self.encoders[name].state_dict().items()},
+            }
+            for name in ("theta", "old")
+        }
+
+    def load_state(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+        """What `state` gave."""
+        for name, tensors in state.items():
+            lora = {k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")}
+            set_peft_model_state_dict(self.model.unet, lora, adapter_name=name)
+            encoder = {k.removeprefix("action_encoder."): v for k, v in tensors.items() if k.startswith("action_enc")}
+            self.encoders[name].load_state_dict(encoder)
+
+    def save_adapter(self, folder: Path, policy: str = "old") -> None:
+        """Write a policy as a PEFT folder with `action_encoder.safetensors` beside, whole or not at all."""
+        beside = folder.with_name(f".{folder.name}.new")
+        beside.mkdir(parents=True, exist_ok=True)
+        lora = get_peft_model_state_dict(self.model.unet, adapter_name=policy)
+        save_file(
+            {f"base_model.model.{k}": v.detach().cpu().contiguous() for k, v in lora.items()},
+            str(beside / "adapter_model.safetensors"),
+        )
+        self.config.save_pretrained(str(beside))
+        encoder = self.encoders[policy].state_dict()
+        save_file({k: v.cpu().contiguous() for k, v in encoder.items()}, str(beside / "action_encoder.safetensors"))
+        if folder.exists():
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()
+        beside.rename(folder)
+
+
+def merge_adapter(model: WorldModel, folder: Path) -> None:
+    """Merge a PEFT folder (and the action encoder beside it) into the model's weights.
+
+    Raises:
+        PersistWorldError: not an adapter folder, or an adapter of another model.
+    """
+    config_path = folder / "adapter_config.json"
+    if not config_path.exists():
+        raise PersistWorldError(
+            f"no adapter at '{folder}'", where="--adapter", fix="give the folder that holds adapter_config.json"
+        )
+    try:
+        frame_level = model.unet.frame_level
+        merged = PeftModel.from_pretrained(model.unet, str(folder)).merge_and_unload()
+        merged.frame_level = frame_level
+        model.unet = merged
+        encoder = folder / "action_encoder.safetensors"
+        if encoder.exists():
+            model.action_encoder.load_state_dict(load_file(str(encoder)))
+    except (RuntimeError, ValueError, KeyError) as error:
+        rank = json.loads(config_path.read_text()).get("r")
+        raise PersistWorldError(
+            f"the adapter (rank {rank}) does not fit this model: {str(error).splitlines()[0]}",
+            where=str(folder),
+            fix="use the preset and base checkpoint it was trained on",
+        ) from error

@@ -1,0 +1,48 @@
+"""Samplers: from noise to a clip, given only the clean prediction D(x, sigma). One function and one registry line each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, 0-d sigma) -> x0, same shape as x
+Sampler = Callable[[Denoiser, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def euler(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """Euler steps of the probability-flow ODE (EDM algorithm 1 without its correction). x (B, L, C, h, w) at sigmas[0]."""
+    for sigma, below in zip(sigmas[:-1], sigmas[1:], strict=True):
+        x = x + (x - denoise(x, sigma)) / sigma * (below - sigma)
+    return x
+
+
+def heun(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """Heun's second-order steps (EDM algorithm 1): two network calls a step but for the last."""
+    for sigma, below in zip(sigmas[:-1], sigmas[1:], strict=True):
+        slope = (x - denoise(x, sigma)) / sigma
+        ahead = x + slope * (below - sigma)
+        if below > 0:
+            slope = (slope + (ahead - denoise(ahead, below)) / below) / 2
+        x = x + slope * (below - sigma)
+    return x
+
+
+def dpmpp_2m(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """DPM-Solver++ (2M) in its data-prediction form (Lu et al., arXiv 2211.01095, algorithm 2): one call a step."""
+    before: torch.Tensor | None = None
+    for i, (sigma, below) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        x0 = denoise(x, sigma)
+        if below == 0:
+            return x0
+        step = (sigma / below).log()
+        estimate = x0
+        if before is not None:
+            ratio = (sigmas[i - 1] / sigma).log() / step
+            estimate = x0 + (x0 - before) / (2 * ratio)
+        x = below / sigma * x - torch.expm1(-step) * estimate
+        before = x0
+    return x
+
+
+SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun, "dpmpp-2m": dpmpp_2m}

@@ -1,0 +1,47 @@
+"""Instructions to embeddings: CLIP's text tower with projection, and its tokenizer."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from persistworld_cli.errors import PersistWorldError
+
+logger = logging.getLogger(__name__)
+
+
+def build_text_encoder(config: dict[str, object]) -> CLIPTextModelWithProjection:
+    """A CLIP text tower of any size from `CLIPTextConfig` keywords."""
+    return CLIPTextModelWithProjection(CLIPTextConfig(**config))
+
+
+def load_tokenizer(source: str) -> CLIPTokenizer:
+    """A CLIP tokenizer from a folder or a hub id."""
+    try:
+        return CLIPTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        kind = "folder" if Path(source).exists() else "folder or hub id"
+        raise PersistWorldError(
+            f"no CLIP tokenizer at '{source}': {str(error).splitlines()[0]}",
+            where="model.tokenizer",
+            fix=f"give a {kind} that holds vocab.json and merges.txt, e.g. openai/clip-vit-base-patch32",
+        ) from error
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask (B, 77). Longer instructions are cut, with a warning."""
+    length = 77
+    for text in texts:
+        count = len(tokenizer(text)["input_ids"])
+        if count > length:
+            logger.warning("instruction of %d tokens cut to CLIP's %d: '%s...'", count, length, text[:60])
+    batch = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def embed(encoder: CLIPTextModelWithProjection, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Projected text embedding (B, E)."""
+    return encoder(input_ids=ids, attention_mask=mask).text_embeds

@@ -1,0 +1,175 @@
+"""The world model: every part under the names Ctrl-World's checkpoints use, and the calls everything else makes.
+
+Shapes: B batch, N = P + L frames (P history, L predicted), C latent channels, h = V * latent height, w latent width,
+T token width, D action numbers. Latents are scaled (unit variance, roughly).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLTemporalDecoder
+from torch import nn
+from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from persistworld_cli.config.settings import ModelSettings, WorldSettings
+from persistworld_cli.models import text as text_room
+from persistworld_cli.models import vae as vae_room
+from persistworld_cli.models.diffusion import precondition
+from persistworld_cli.models.tokens import ActionEncoder
+from persistworld_cli.models.unet import FrameLevelUNet
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a clip is predicted from.
+
+    Args:
+        history: (B, P, C, h, w) latents of the past, oldest first; noised already where training wants it.
+        current: (B, C, h, w) latent of the current frame.
+        tokens: (B, N, T) one conditioning token a frame.
+        noise_aug: the third of SVD's added ids (0.0 in training, 0.02 at sampling).
+    """
+
+    history: torch.Tensor
+    current: torch.Tensor
+    tokens: torch.Tensor
+    noise_aug: float
+
+    def select(self, rows: torch.Tensor | slice) -> Condition:
+        """The same for some rows of the batch."""
+        return replace(self, history=self.history[rows], current=self.current[rows], tokens=self.tokens[rows])
+
+
+class WorldModel(nn.Module):
+    """UNet, VAE, text and action encoder. Build with `build_world_model`, load with `checkpoints.load_world_model`."""
+
+    def __init__(self, settings: ModelSettings, world: WorldSettings) -> None:
+        super().__init__()
+        self.settings, self.world = settings, world
+        self.unet = FrameLevelUNet(**settings.unet)
+        self.unet.frame_level = settings.frame_level
+        self.vae = AutoencoderKLTemporalDecoder(**settings.vae)
+        if settings.image:
+            self.image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings.image))
+        self.text_encoder = text_room.build_text_encoder(settings.text)
+        self.action_encoder = ActionEncoder(settings.action_dim, settings.token_dim)
+        self._tokenizer: CLIPTokenizer | None = None
+        self._text_cache: dict[str, torch.Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet's weights are."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        """Loaded on first use: only instructions need it."""
+        if self._tokenizer is None:
+            from persistworld_cli.config.presets import resolve_path
+
+            self._tokenizer = text_room.load_tokenizer(str(resolve_path(self.settings.tokenizer)))
+        return self._tokenizer
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one frame, cameras stacked."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        cameras, world = len(self.world.cameras), self.world
+        rows, columns = math.ceil(world.height / factor), math.ceil(world.width / factor)
+        return self.vae.config.latent_channels, cameras * rows, columns
+
+    # -- pictures -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_frames(self, frames_u8: torch.Tensor) -> torch.Tensor:
+        """uint8 pictures (N, V, H, W, 3) to latents (N, C, h, w), float32."""
+        n, v = frames_u8.shape[:2]
+        images = vae_room.pixels_to_unit(frames_u8.flatten(0, 1).to(self.device))
+        return vae_room.stack_cameras(vae_room.encode(self.vae, images).unflatten(0, (n, v)).float())
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor, chunk: int = 0, rows: int = 48) -> torch.Tensor:
+        """Latents (N, C, h, w) or (B, N, C, h, w) to pictures (..., V, 3, H, W) in [0, 1].
+
+        An item's rows are ordered camera by camera and decoded in runs of `chunk` (0: all frames of one camera).
+        `rows` bounds how many pictures go through the decoder at once where runs can be batched.
+        """
+        batched = latents if latents.ndim == 5 else latents[None]
+        b, n = batched.shape[:2]
+        v = len(self.world.cameras)
+        split = vae_room.unstack_cameras(batched.flatten(0, 1), v).unflatten(0, (b, n))
+        flat = split.transpose(1, 2).flatten(0, 2)  # (B * V * N, C, h1, w): item, camera, frame
+        chunk = chunk or n
+        if (v * n) % chunk == 0:
+            per_call = max(1, rows // chunk) * chunk
+            parts = [vae_room.decode_clips(self.vae, part, chunk) for part in flat.split(per_call)]
+        else:
+            parts = [vae_room.decode(self.vae, item, chunk) for item in flat.split(v * n)]
+        pictures = torch.cat(parts).float().unflatten(0, (b, v, n)).transpose(1, 2)
+        pictures = (pictures / 2 + 0.5).clamp(0, 1)
+        return pictures if latents.ndim == 5 else pictures[0]
+
+    # -- conditioning ---------------------------------------------------------------------------------------------
+
+    def text_embeds(self, texts: list[str], *, grad: bool = False) -> torch.Tensor:
+        """Embeddings (B, E) of instructions; remembered unless `grad`."""
+        unknown = sorted({t for t in texts if grad or t not in self._text_cache})
+        if unknown:
+            ids, mask = text_room.tokenize(self.tokenizer, unknown)
+            with torch.set_grad_enabled(grad):
+                fresh = text_room.embed(self.text_encoder, ids.to(self.device), mask.to(self.device))
+            if grad:
+                return fresh[[unknown.index(t) for t in texts]]
+            self._text_cache.update(zip(unknown, fresh, strict=True))
+        return torch.stack([self._text_cache[t] for t in texts])
+
+    def tokens(self, actions: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+        """Conditioning tokens (B, N, T) of normalised actions (B, N, D) and text embeddings (B, E)."""
+        return self.action_encoder(actions, text if self.settings.text_cond else None)
+
+    # -- the network ----------------------------------------------------------------------------------------------
+
+    def network(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """Raw output F (B, L, C, h, w) for noisy frames x (B, L, C, h, w) at levels sigma (B,)."""
+        settings = self.settings
+        scale = precondition(sigma)
+        frames = torch.cat([condition.history, scale.c_in.view(-1, 1, 1, 1, 1) * x], dim=1)
+        current = condition.current / self.vae.config.scaling_factor
+        still = current[:, None].expand(-1, frames.shape[1], -1, -1, -1)
+        ids = torch.tensor([settings.fps_id, settings.motion_bucket_id, condition.noise_aug], device=x.device)
+        out: Any = self.unet(
+            torch.cat([frames, still], dim=2),
+            scale.c_noise,
+            condition.tokens,
+            added_time_ids=ids.to(x.dtype).expand(x.shape[0], 3),
+            return_dict=False,
+        )
+        return out[0][:, condition.history.shape[1] :]
+
+    def denoise(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """Clean prediction D = c_skip x + c_out F, (B, L, C, h, w), at levels sigma (B,)."""
+        scale = precondition(sigma.view(-1, 1, 1, 1, 1))
+        return scale.c_skip * x + scale.c_out * self.network(x, sigma, condition)
+
+    def denoise_guided(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition, guidance: float) -> torch.Tensor:
+        """`denoise` with classifier-free guidance whose weight rises over the L frames from 1 to `guidance`."""
+        if guidance == 1.0:
+            return self.denoise(x, sigma, condition)
+        weight = torch.linspace(1, guidance, x.shape[1], device=x.device, dtype=x.dtype).view(1, -1, 1, 1, 1)
+        both = Condition(
+            history=condition.history.repeat(2, 1, 1, 1, 1),
+            current=condition.current.repeat(2, 1, 1, 1),
+            tokens=torch.cat([torch.zeros_like(condition.tokens), condition.tokens]),
+            noise_aug=condition.noise_aug,
+        )
+        without, given = self.denoise(x.repeat(2, 1, 1, 1, 1), sigma.repeat(2), both).chunk(2)
+        return without + weight * (given - without)
+
+
+def build_world_model(settings: ModelSettings, world: WorldSettings) -> WorldModel:
+    """A model with fresh weights (under `torch.device("meta")`: shapes only)."""
+    return WorldModel(settings, world)

@@ -1,0 +1,90 @@
+"""Teacher-forced training: EDM's denoising loss on the predicted frames (Ctrl-World, arXiv 2510.10125).
+
+Shapes: B batch, P history frames, L predicted frames, N = P + L, C, h, w latent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from persistworld_cli.config.settings import PretrainSettings
+from persistworld_cli.models.diffusion import loss_weight, noised_condition
+from persistworld_cli.models.world_model import Condition, WorldModel
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Every random number of one loss, so that a test can give them and a resumed run can repeat them.
+
+    Args:
+        current_u: (B,) uniform; the current frame's noise level is `current_noise * u`.
+        current_noise: (B, C, h, w) normal.
+        keep_u: (B,) uniform; tokens are kept where it exceeds `token_drop`.
+        sigma_z: (B,) normal; sigma = exp(p_std z + p_mean).
+        noise: (B, L, C, h, w) normal.
+        history_z: (B, P) normal; each history frame's level is `history_noise * z` (signed).
+        history_noise: (B, P, C, h, w) normal.
+    """
+
+    current_u: torch.Tensor
+    current_noise: torch.Tensor
+    keep_u: torch.Tensor
+    sigma_z: torch.Tensor
+    noise: torch.Tensor
+    history_z: torch.Tensor
+    history_noise: torch.Tensor
+
+    @classmethod
+    def sample(cls, shape: tuple[int, ...], history: int, generator: torch.Generator, device: torch.device) -> Draws:
+        """Fresh draws for clips of `shape` (B, N, C, h, w) from a CPU generator."""
+        b, n, *frame = shape
+
+        def normal(*size: int) -> torch.Tensor:
+            return torch.randn(size, generator=generator).to(device)
+
+        def uniform(*size: int) -> torch.Tensor:
+            return torch.rand(size, generator=generator).to(device)
+
+        return cls(
+            current_u=uniform(b),
+            current_noise=normal(b, *frame),
+            keep_u=uniform(b),
+            sigma_z=normal(b),
+            noise=normal(b, n - history, *frame),
+            history_z=normal(b, history),
+            history_noise=normal(b, history, *frame),
+        )
+
+
+def denoising_loss(
+    model: WorldModel,
+    latents: torch.Tensor,
+    actions: torch.Tensor,
+    text: torch.Tensor | None,
+    draws: Draws,
+    settings: PretrainSettings,
+) -> torch.Tensor:
+    """Loss of each item (B,): mean over the predicted frames of (s^2+1)/s^2 |D - x|^2.
+
+    `latents` (B, N, C, h, w) clean, `actions` (B, N, D) normalised, `text` (B, E) or none.
+    """
+    history_count = draws.history_z.shape[1]
+    history, future = latents[:, :history_count], latents[:, history_count:]
+    tokens = model.tokens(actions, text)
+    tokens = tokens * (draws.keep_u > settings.token_drop).to(tokens.dtype).view(-1, 1, 1)
+    sigma = (settings.p_std * draws.sigma_z + settings.p_mean).exp()
+    condition = Condition(
+        history=noised_condition(
+            history, (settings.history_noise * draws.history_z)[:, :, None, None, None], draws.history_noise
+        ),
+        current=noised_condition(
+            future[:, 0], (settings.current_noise * draws.current_u).view(-1, 1, 1, 1), draws.current_noise
+        ),
+        tokens=tokens,
+        noise_aug=0.0,
+    )
+    noisy = future + sigma.view(-1, 1, 1, 1, 1) * draws.noise
+    error = (model.denoise(noisy, sigma, condition).float() - future) ** 2
+    return loss_weight(sigma) * error.flatten(1).mean(dim=1)

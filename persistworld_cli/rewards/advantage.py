@@ -1,0 +1,55 @@
+"""From the rewards of a group of candidates to what the objective needs (method.md section 4, step 3).
+
+Shape legend: G groups (start states), K candidates of a group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from persistworld_cli.errors import UsageError
+
+
+def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
+    """``(R - mean) / (std + eps)`` in each group, with the population's std (DiffusionNFT's code).
+
+    Args:
+        rewards: (G, K).
+        eps: keeps a group of equal rewards at 0 instead of 0/0.
+
+    Returns:
+        (G, K); each row has mean 0.
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    return centred / (rewards.std(dim=1, keepdim=True, correction=0) + eps)
+
+
+def optimality(advantages: Tensor, clip: float = 1.0) -> Tensor:
+    """``r = (clip(A, -c, c)/c + 1)/2`` in [0, 1]: how far a candidate is pulled towards (1) or pushed away from (0)."""
+    return (advantages.clamp(-clip, clip) / clip + 1.0) / 2.0
+
+
+def keep_extremes(rewards: Tensor, best: int, worst: int) -> Tensor:
+    """Which candidates of each group the update uses.
+
+    Args:
+        rewards: (G, K).
+        best, worst: how many of the highest and of the lowest rewards.
+
+    Returns:
+        (G, best + worst) int64 candidate indices: the best from the top down, then the worst from the bottom up.
+        Equal rewards count as falling with the index, so that every process and run picks the same ones.
+
+    Raises:
+        UsageError: more asked for than there are candidates, or none at all.
+    """
+    candidates = rewards.shape[1]
+    if best < 0 or worst < 0 or not 0 < best + worst <= candidates:
+        raise UsageError(
+            f"cannot keep {best} best and {worst} worst of {candidates} candidates",
+            where="post_train.keep_best, keep_worst, candidates",
+            fix="keep at least one and at most `candidates` in all",
+        )
+    order = torch.sort(rewards, dim=1, descending=True, stable=True).indices
+    return torch.cat([order[:, :best], order[:, candidates - worst :].flip(1)], dim=1)

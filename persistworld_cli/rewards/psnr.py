@@ -1,0 +1,39 @@
+"""Peak signal-to-noise ratio of a picture."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CAP_DB = 100.0  # what identical pictures get: a mean over frames must stay finite
+
+
+def psnr(pred: Tensor, target: Tensor) -> Tensor:
+    """PSNR in dB with data range 1, over all pixels and channels of a picture.
+
+    Args:
+        pred: (..., C, H, W) in [0, 1].
+        target: the same shape (or one that broadcasts to it).
+
+    Returns:
+        (...) float32, at most ``CAP_DB`` (reached at a mean squared error of 1e-10).
+    """
+    error = (pred.double() - target.double()).square().mean(dim=(-3, -2, -1))
+    cap = 10.0 ** (-CAP_DB / 10.0)
+    return (-10.0 * torch.log10(error.clamp_min(cap))).float()
+
+
+class Psnr:
+    """`psnr` as a registered reward."""
+
+    label = "psnr"
+    unit = "dB"
+    higher_is_better = True
+
+    def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Pictures (M,3,H,W) and (T,3,H,W), M a multiple of T -> (M,) dB."""
+        return psnr(pred.unflatten(0, (target.shape[0], -1)), target.unsqueeze(1)).flatten()
+
+    def describe(self) -> dict[str, object]:
+        """Exact parameters."""
+        return {"label": self.label, "data_range": 1.0, "cap_db": CAP_DB}

@@ -1,0 +1,76 @@
+"""Structural similarity, by scikit-image's definition, for a batch of pictures on their device.
+
+`skimage.metrics.structural_similarity(a, b, channel_axis=..., data_range=1)`: a uniform 7x7 window, sample covariances
+(N/(N-1)), K1 0.01, K2 0.03, the map cropped by the window's radius, its mean over pixels and channels. (Wang et al. 2004
+use a Gaussian window instead; papers on robot world models report scikit-image's default.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from persistworld_cli.errors import PersistWorldError
+
+WINDOW = 7
+K1, K2 = 0.01, 0.03
+
+
+def _box(picture: Tensor, window: int) -> Tensor:
+    """Mean over every whole window: rows, then columns (a box filter is separable). (M,C,H,W) -> (M,C,H-w+1,W-w+1)."""
+    rows = functional.avg_pool2d(picture, (window, 1), stride=1)
+    return functional.avg_pool2d(rows, (1, window), stride=1)
+
+
+def ssim(pred: Tensor, target: Tensor, *, window: int = WINDOW) -> Tensor:
+    """SSIM of pictures in [0, 1].
+
+    Computed in float64: variances are differences of nearly equal numbers, and C2 = 9e-4 magnifies their error.
+
+    Args:
+        pred: (M, C, H, W), M a multiple of T.
+        target: (T, C, H, W); target t belongs to the M/T consecutive pictures from t*M/T.
+        window: odd side of the window in pixels.
+
+    Returns:
+        (M,) float32.
+
+    Raises:
+        PersistWorldError: a picture smaller than the window.
+    """
+    if min(pred.shape[-2:]) < window:
+        raise PersistWorldError(
+            f"SSIM needs pictures of at least {window}x{window} pixels, got {pred.shape[-2]}x{pred.shape[-1]}",
+            where="world.height, world.width",
+            fix="use larger pictures",
+        )
+    share = pred.shape[0] // target.shape[0]
+    x, y = pred.double(), target.double()
+    unbias = window**2 / (window**2 - 1)
+    mean_x, mean_y = _box(x, window), _box(y, window)
+    var_x = unbias * (_box(x * x, window) - mean_x * mean_x)
+    var_y = unbias * (_box(y * y, window) - mean_y * mean_y)
+    if share > 1:
+        y, mean_y, var_y = (part.repeat_interleave(share, 0) for part in (y, mean_y, var_y))
+    cov = unbias * (_box(x * y, window) - mean_x * mean_y)
+    c1, c2 = K1**2, K2**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * cov + c2) / (var_x + var_y + c2)
+    return (luminance * structure).mean(dim=(-3, -2, -1)).to(torch.float32)
+
+
+class Ssim:
+    """`ssim` as a registered reward."""
+
+    label = "ssim"
+    unit = ""
+    higher_is_better = True
+
+    def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Pictures (M,3,H,W) and (T,3,H,W), M a multiple of T -> (M,)."""
+        return ssim(pred, target)
+
+    def describe(self) -> dict[str, object]:
+        """Exact parameters."""
+        return {"label": self.label, "window": WINDOW, "filter": "uniform", "k1": K1, "k2": K2, "data_range": 1.0}

@@ -1,0 +1,184 @@
+"""Action adapters: what a policy commands (joint velocities) -> where the arm's joints will be.
+
+DROID's controller scales a velocity of 1 to at most 0.2 rad a control step (15 Hz), and the arm lags behind: over real
+episodes the motion a frame is about 0.054 of the velocity (method.md section 6). Two adapters:
+`GainAdapter` sums gain x velocity; `MlpAdapter` is Ctrl-World's network, which has learnt the lag.
+Shapes: velocities (R, 7), R = 15 rows at 15 Hz; joints (7,) rad now -> (R, 7) rad after each row's control step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from persistworld_cli.errors import PersistWorldError
+
+Float = NDArray[np.float64]
+
+NUM_JOINTS = 7
+MLP_ROWS = 15
+DEFAULT_GAIN = 0.054
+
+# Percentiles that Ctrl-World's adapter was trained with (1st, 99th): commanded velocity, and joint change over the 15 rows.
+_VELOCITY_P01 = (-0.4077107, -0.79047304, -0.47850373, -0.8666644, -0.6729502, -0.5602032, -0.692411)
+_VELOCITY_P99 = (0.4900636, 0.7259861, 0.45910007, 0.79220384, 0.69864315, 0.648198, 0.810115)
+_DELTA_P01 = (-0.2801219, -0.397792, -0.22935797, -0.3351759, -0.42025003, -0.36825255, -0.450706)
+_DELTA_P99 = (0.2827909, 0.42184818, 0.33529875, 0.35958457, 0.375613, 0.44463825, 0.469769)
+
+
+class ActionAdapter(Protocol):
+    """Joint velocities and the joints now -> joints after each row."""
+
+    def __call__(self, velocities: ArrayLike, joints: ArrayLike) -> Float:
+        """(R, 7) velocities and (7,) joints -> (R, 7) joints."""
+        ...
+
+
+class GainAdapter:
+    """Joints move by ``gain x velocity`` in each row."""
+
+    def __init__(self, gain: ArrayLike = DEFAULT_GAIN) -> None:
+        """``gain``: one number, or one for each of the 7 joints (rad a row for a velocity of 1)."""
+        self.gain: Float = np.broadcast_to(np.asarray(gain, dtype=np.float64), (NUM_JOINTS,)).copy()
+
+    def __call__(self, velocities: ArrayLike, joints: ArrayLike) -> Float:
+        """(R, 7) velocities and (7,) joints -> (R, 7) joints."""
+        steps = self.gain * np.asarray(velocities, dtype=np.float64)
+        return np.asarray(joints, dtype=np.float64) + np.cumsum(steps, axis=0)
+
+
+class MlpAdapter(torch.nn.Module):
+    """Ctrl-World's adapter: 112 -> 512 -> 512 -> 105 with SiLU.
+
+    In: joints raw, then 15 x 7 velocities mapped to [-1, 1] by their percentiles (not clipped). Out: for each row and joint
+    a share of the range of joint changes, added to the joints now.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        width, flat = 512, MLP_ROWS * NUM_JOINTS
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(NUM_JOINTS + flat, width),
+            torch.nn.SiLU(),
+            torch.nn.Linear(width, width),
+            torch.nn.SiLU(),
+            torch.nn.Linear(width, flat),
+        )
+
+    @torch.no_grad()
+    def forward(self, velocities: ArrayLike, joints: ArrayLike) -> Float:
+        """(R, 7) velocities and (7,) joints -> (R, 7) joints.
+
+        The network takes exactly 15 rows: a shorter chunk (pi0, pi0-FAST) is held at its last velocity behind its end, and
+        only its own rows are given back.
+
+        Raises:
+            PersistWorldError: more than 15 rows.
+        """
+        rows = np.asarray(velocities, dtype=np.float64)
+        if not 1 <= len(rows) <= MLP_ROWS:
+            raise PersistWorldError(
+                f"the action adapter's network takes 1 to {MLP_ROWS} rows of velocities, not {len(rows)}",
+                where="policy.adapter",
+                fix="--adapter gain has no such limit",
+            )
+        held = np.concatenate([rows, np.repeat(rows[-1:], MLP_ROWS - len(rows), axis=0)])
+        low, high = np.array(_VELOCITY_P01), np.array(_VELOCITY_P99)
+        scaled = 2 * (held - low) / (high - low + 1e-8) - 1
+        start = np.asarray(joints, dtype=np.float64)
+        weight = self.net[0].weight
+        assert isinstance(weight, torch.Tensor)
+        inputs = torch.as_tensor(np.concatenate([start, scaled.reshape(-1)]), dtype=weight.dtype, device=weight.device)
+        share = (self.net(inputs).reshape(MLP_ROWS, NUM_JOINTS).double().cpu().numpy() + 1) / 2
+        delta_low, delta_high = np.array(_DELTA_P01), np.array(_DELTA_P99)
+        return (start + share * (delta_high - delta_low) + delta_low)[: len(rows)]
+
+
+def load_adapter(kind: str, gain: float = DEFAULT_GAIN, meta: Path | None = None) -> ActionAdapter:
+    """The adapter that the settings name.
+
+    Args:
+        kind: ``gain`` (the given number for every joint), ``meta`` (fitted by build-meta), or the path of an MLP's weights.
+        gain: for ``gain``.
+        meta: build-meta's ``adapter.json``, for ``meta``.
+
+    Raises:
+        PersistWorldError: the file is missing or does not hold what it should.
+    """
+    if kind == "gain":
+        return GainAdapter(gain)
+    if kind == "meta":
+        return GainAdapter(_read_gain(meta))
+    return _load_mlp(Path(kind).expanduser())
+
+
+def _read_gain(path: Path | None) -> Float:
+    """(7,) gains out of build-meta's ``adapter.json``: a number or a list under ``gain``."""
+    fix = "run persistworld build-meta on the dataset, or take --adapter gain"
+    if path is None or not path.is_file():
+        raise PersistWorldError("the dataset has no fitted action adapter", where=str(path or "policy.adapter"), fix=fix)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        gain = np.broadcast_to(np.asarray(data["gain"], dtype=np.float64), (NUM_JOINTS,))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PersistWorldError(f"not an action adapter: {error!r}", where=str(path), fix=fix) from error
+    if not np.isfinite(gain).all():
+        raise PersistWorldError("the fitted gains are not finite", where=str(path), fix=fix)
+    return gain
+
+
+def _load_mlp(path: Path) -> MlpAdapter:
+    """The network with weights from safetensors, or from a torch file (``weights_only``)."""
+    if not path.is_file():
+        raise PersistWorldError(
+            f"no action adapter '{path}'",
+            where="policy.adapter",
+            fix="give gain, meta, or the path of Ctrl-World's model2_15_9.pth (or the same as safetensors)",
+        )
+    tensors = _read_tensors(path)
+    model = MlpAdapter()
+    expected = model.state_dict()
+    found = {name: _find(tensors, name) for name in expected}
+    for name, tensor in found.items():
+        if tensor is None or tensor.shape != expected[name].shape:
+            got = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+            raise PersistWorldError(
+                f"'{name}' {got}; expected {tuple(expected[name].shape)}",
+                where=str(path),
+                fix="this is not Ctrl-World's action adapter (112-512-512-105)",
+            )
+    model.load_state_dict({name: tensor.float() for name, tensor in found.items() if tensor is not None})
+    return model.eval().requires_grad_(False)
+
+
+def _find(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
+    """The tensor called ``name``, under whatever prefix it was saved (``weights.``, ``module.``)."""
+    matches = [tensor for key, tensor in tensors.items() if key == name or key.endswith("." + name)]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a file, by name; a torch file may hold them one level down (a checkpoint with other entries)."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or pickled file raises many types; all mean the same to the user
+        raise PersistWorldError(
+            f"cannot read the action adapter: {error}", where=str(path), fix="give safetensors, or a plain state dict"
+        ) from error
+    flat: dict[str, torch.Tensor] = {}
+    for key, value in data.items() if isinstance(data, Mapping) else ():
+        if isinstance(value, torch.Tensor):
+            flat[str(key)] = value
+        elif isinstance(value, Mapping):
+            flat.update({str(k): v for k, v in value.items() if isinstance(v, torch.Tensor)})
+    return flat

@@ -1,0 +1,121 @@
+"""Forward kinematics of the arm: joint angles -> pose of the flange in the base frame.
+
+Source: Franka's published modified (Craig) Denavit-Hartenberg table; the flange follows joint 7 at 0.107 m along z. No hand
+rotation and no gripper offset: this is what DROID records as `cartesian_position` (to 4e-8 m and 2e-7 rad).
+Shapes: (...) any leading batch, J joints. Angles in rad, lengths in m, float64 throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.spatial.transform import Rotation
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A serial arm of revolute joints: per joint `a` (m), `d` (m), `alpha` (rad), then the flange at `flange_d` (m) along z."""
+
+    a: tuple[float, ...]
+    d: tuple[float, ...]
+    alpha: tuple[float, ...]
+    flange_d: float
+    joint_low: tuple[float, ...]
+    joint_high: tuple[float, ...]
+
+    @property
+    def num_joints(self) -> int:
+        """Number of joints."""
+        return len(self.a)
+
+
+_RIGHT = float(np.pi / 2)
+PANDA = Arm(
+    a=(0.0, 0.0, 0.0, 0.0825, -0.0825, 0.0, 0.088),
+    d=(0.333, 0.0, 0.316, 0.0, 0.384, 0.0, 0.0),
+    alpha=(0.0, -_RIGHT, _RIGHT, _RIGHT, -_RIGHT, _RIGHT, _RIGHT),
+    flange_d=0.107,
+    joint_low=(-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973),
+    joint_high=(2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973),
+)
+"""Franka Emika Panda, as in DROID."""
+
+
+def joint_frames(joints: ArrayLike, arm: Arm = PANDA) -> Float:
+    """Frames of every joint and of the flange.
+
+    Args:
+        joints: (..., J) rad.
+        arm: the arm's table.
+
+    Returns:
+        (..., J + 1, 4, 4) in the base frame; the last one is the flange.
+
+    Raises:
+        ValueError: the last axis does not hold the arm's number of joints.
+    """
+    angle = np.asarray(joints, dtype=np.float64)
+    if angle.ndim == 0 or angle.shape[-1] != arm.num_joints:
+        raise ValueError(f"joints must be (..., {arm.num_joints}), not {angle.shape}")
+    frames = np.empty((*angle.shape[:-1], arm.num_joints + 1, 4, 4))
+    pose = np.broadcast_to(np.eye(4), (*angle.shape[:-1], 4, 4))
+    for j in range(arm.num_joints):
+        pose = pose @ _link(angle[..., j], arm.a[j], arm.d[j], arm.alpha[j])
+        frames[..., j, :, :] = pose
+    frames[..., -1, :, :] = pose
+    frames[..., -1, :3, 3] += arm.flange_d * pose[..., :3, 2]
+    return frames
+
+
+def _link(theta: Float, a: float, d: float, alpha: float) -> Float:
+    """(...,) joint angle -> (..., 4, 4): RotX(alpha) TransX(a) RotZ(theta) TransZ(d)."""
+    cos, sin = np.cos(theta), np.sin(theta)
+    cos_a, sin_a = np.cos(alpha), np.sin(alpha)
+    link = np.zeros((*theta.shape, 4, 4))
+    link[..., 0, 0], link[..., 0, 1], link[..., 0, 3] = cos, -sin, a
+    link[..., 1, 0], link[..., 1, 1], link[..., 1, 2], link[..., 1, 3] = sin * cos_a, cos * cos_a, -sin_a, -d * sin_a
+    link[..., 2, 0], link[..., 2, 1], link[..., 2, 2], link[..., 2, 3] = sin * sin_a, cos * sin_a, cos_a, d * cos_a
+    link[..., 3, 3] = 1.0
+    return link
+
+
+def forward(joints: ArrayLike, arm: Arm = PANDA) -> Float:
+    """Flange in the base frame: (..., J) rad -> (..., 4, 4). Raises ValueError for a wrong number of joints."""
+    return joint_frames(joints, arm)[..., -1, :, :]
+
+
+def pose(joints: ArrayLike, arm: Arm = PANDA) -> Float:
+    """Flange pose as DROID records it: (..., J) rad -> (..., 6) x y z (m), roll pitch yaw (rad, extrinsic xyz).
+
+    Raises ValueError for a wrong number of joints.
+    """
+    return pose_of_frame(forward(joints, arm))
+
+
+def pose_of_frame(frame: Float) -> Float:
+    """(..., 4, 4) -> (..., 6): position and extrinsic xyz angles (scipy's 'xyz')."""
+    flat = frame.reshape(-1, 4, 4)
+    euler = Rotation.from_matrix(flat[:, :3, :3]).as_euler("xyz") if len(flat) else np.empty((0, 3))
+    return np.concatenate([flat[:, :3, 3], euler], axis=1).reshape(*frame.shape[:-2], 6)
+
+
+def jacobian(joints: ArrayLike, arm: Arm = PANDA, tool_z: float = 0.0) -> Float:
+    """Geometric Jacobian of a point `tool_z` m beyond the flange along its z.
+
+    Args:
+        joints: (..., J) rad.
+        arm: the arm's table.
+        tool_z: distance of the point from the flange, m.
+
+    Returns:
+        (..., 6, J): rows 0..2 velocity of the point, rows 3..5 angular velocity, per rad/s of each joint, in the base frame.
+    """
+    frames = joint_frames(joints, arm)
+    axes, origins = frames[..., :-1, :3, 2], frames[..., :-1, :3, 3]
+    point = frames[..., -1, :3, 3] + tool_z * frames[..., -1, :3, 2]
+    linear = np.cross(axes, point[..., None, :] - origins)
+    return np.swapaxes(np.concatenate([linear, axes], axis=-1), -1, -2)

@@ -1,0 +1,129 @@
+"""The rollout engine: one batched autoregressive step, whoever acts (a recording, a keyboard, a policy).
+
+Shapes: B rollouts, P history frames, L predicted frames, C, h, w latent, D pose numbers.
+Row 0 of an interaction is the current frame again; rows 1..L-1 are new (method.md sections 1 and 3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from persistworld_cli.config.settings import SamplingSettings
+from persistworld_cli.data.store import ActionStat
+from persistworld_cli.errors import UsageError, nearest
+from persistworld_cli.models.diffusion import karras_sigmas
+from persistworld_cli.models.samplers import SAMPLERS
+from persistworld_cli.models.world_model import Condition, WorldModel
+from persistworld_cli.rollout.memory import Memory
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def rollout_noise(keys: Iterable[tuple[int, str, int, int]], shape: tuple[int, ...]) -> torch.Tensor:
+    """Unit noise (B, *shape), float32, row by row a pure function of (seed, episode, start, interaction).
+
+    So a rollout gets the same noise in any batch, on any machine, and for every model it is compared under.
+    """
+    rows = []
+    for key in keys:
+        digest = hashlib.sha256(repr(key).encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        rows.append(torch.randn(shape, generator=generator))
+    return torch.stack(rows)
+
+
+@dataclass
+class RolloutState:
+    """B rollouts in progress: their memory and their instructions' embeddings (B, E), or none."""
+
+    memory: Memory
+    text: torch.Tensor | None
+
+    def select(self, rows: list[int]) -> RolloutState:
+        """A private copy of some rows; a row may be named several times (branching)."""
+        return RolloutState(self.memory.select(rows), None if self.text is None else self.text[rows])
+
+    @classmethod
+    def join(cls, states: list[RolloutState]) -> RolloutState:
+        """States of equal length as one batch."""
+        texts = [s.text for s in states]
+        text = None if any(t is None for t in texts) else torch.cat([t for t in texts if t is not None])
+        return cls(Memory.join([s.memory for s in states]), text)
+
+
+class RolloutEngine:
+    """Autoregressive rollouts of one model under one sampling setting.
+
+    Args:
+        model: the world model.
+        sampling: sampler, steps, guidance, history entries, dtype.
+        stat: action percentiles of the training set.
+        history: the history entries to use; default `sampling.history`.
+    """
+
+    def __init__(
+        self, model: WorldModel, sampling: SamplingSettings, stat: ActionStat, history: tuple[int, ...] | None = None
+    ) -> None:
+        if sampling.sampler not in SAMPLERS:
+            raise UsageError(
+                f"unknown sampler '{sampling.sampler}'", where="sampling.sampler", fix=nearest(sampling.sampler, SAMPLERS)
+            )
+        self.model, self.sampling, self.stat = model, sampling, stat
+        self.entries = history or sampling.history
+        self.sigmas = karras_sigmas(sampling.steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """(L, C, h, w): the noise one rollout needs for one interaction."""
+        return (self.model.settings.num_frames, *self.model.latent_shape)
+
+    @torch.no_grad()
+    def start(self, first_latent: torch.Tensor, first_pose: np.ndarray, texts: list[str]) -> RolloutState:
+        """B fresh rollouts from latents (B, C, h, w), raw poses (B, D) and instructions."""
+        text = self.model.text_embeds(texts) if self.model.settings.text_cond else None
+        return RolloutState(Memory(first_latent.to(self.model.device), first_pose, self.sampling.buffer_fill), text)
+
+    @torch.no_grad()
+    def condition(self, state: RolloutState, poses: np.ndarray) -> Condition:
+        """What the model is shown for an interaction with raw poses (B, L, D), row 0 the current pose."""
+        history, past_poses = state.memory.history(self.entries)
+        current, _ = state.memory.current
+        actions = self.stat.normalise(np.concatenate([past_poses, poses], axis=1))
+        tokens = self.model.tokens(torch.as_tensor(actions, device=self.model.device), state.text)
+        return Condition(history=history, current=current, tokens=tokens, noise_aug=self.sampling.noise_aug)
+
+    @torch.no_grad()
+    def sample(self, condition: Condition, noise: torch.Tensor) -> torch.Tensor:
+        """One clip (B, L, C, h, w) from unit noise of that shape."""
+        sigmas = self.sigmas.to(self.model.device)
+        guidance = self.sampling.guidance
+
+        def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            with self._autocast():
+                return self.model.denoise_guided(x, sigma.expand(x.shape[0]), condition, guidance).float()
+
+        x = noise.to(self.model.device) * (sigmas[0] ** 2 + 1).sqrt()
+        return SAMPLERS[self.sampling.sampler](denoise, x, sigmas)
+
+    @torch.no_grad()
+    def step(self, state: RolloutState, poses: np.ndarray, noise: torch.Tensor) -> torch.Tensor:
+        """Predict an interaction (B, L, C, h, w) and remember its last frame and pose; `state` advances in place."""
+        predicted = self.sample(self.condition(state, poses), noise)
+        state.memory.append(predicted[:, -1], poses[:, -1])
+        return predicted
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        dtype = DTYPES[self.sampling.dtype]
+        return nullcontext() if dtype is torch.float32 else torch.autocast(self.model.device.type, dtype)
+
+
+def recorded_poses(states: np.ndarray, start: int, interaction: int, rows: int) -> np.ndarray:
+    """Poses (rows, D) of an interaction along a recording (T, D): row k is frame start + (rows - 1) * i + k, clipped."""
+    ids = start + (rows - 1) * interaction + np.arange(rows)
+    return states[np.clip(ids, 0, len(states) - 1)]

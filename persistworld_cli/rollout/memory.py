@@ -1,0 +1,60 @@
+"""What a rollout remembers: one latent and one pose an interaction, and which of them the model is shown.
+
+Shapes: B rollouts, C, h, w latent, D pose numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+
+
+class Memory:
+    """The buffer of B rollouts that advance together (Ctrl-World's loops; golden section I).
+
+    It starts as `fill` copies of the first entry; every interaction appends its last frame and pose. History is read by
+    position from the end (negative) or the start (0, which stays the first real frame for ever).
+
+    Args:
+        latents: (B, C, h, w) first latents.
+        poses: (B, D) first poses, raw units.
+        fill: copies to start with.
+    """
+
+    def __init__(self, latents: torch.Tensor, poses: np.ndarray, fill: int) -> None:
+        self._latents = [latents] * fill
+        self._poses = [np.asarray(poses, dtype=np.float64)] * fill
+
+    def __len__(self) -> int:
+        return len(self._latents)
+
+    @property
+    def current(self) -> tuple[torch.Tensor, np.ndarray]:
+        """Last latent (B, C, h, w) and pose (B, D)."""
+        return self._latents[-1], self._poses[-1]
+
+    def history(self, entries: tuple[int, ...]) -> tuple[torch.Tensor, np.ndarray]:
+        """Latents (B, P, C, h, w) and poses (B, P, D) at `entries`."""
+        return torch.stack([self._latents[e] for e in entries], 1), np.stack([self._poses[e] for e in entries], 1)
+
+    def append(self, latents: torch.Tensor, poses: np.ndarray) -> None:
+        """Remember an interaction's last frame (B, C, h, w) and pose (B, D)."""
+        self._latents.append(latents)
+        self._poses.append(np.asarray(poses, dtype=np.float64))
+
+    def select(self, rows: list[int]) -> Memory:
+        """A memory of its own for some of the rollouts, in the order (and as often) as named."""
+        other = copy.copy(self)
+        other._latents = [latent[rows] for latent in self._latents]
+        other._poses = [pose[rows] for pose in self._poses]
+        return other
+
+    @classmethod
+    def join(cls, memories: list[Memory]) -> Memory:
+        """Memories of equal length side by side, as one batch."""
+        joined = copy.copy(memories[0])
+        joined._latents = [torch.cat(entry) for entry in zip(*(m._latents for m in memories), strict=True)]
+        joined._poses = [np.concatenate(entry) for entry in zip(*(m._poses for m in memories), strict=True)]
+        return joined

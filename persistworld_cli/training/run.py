@@ -1,0 +1,147 @@
+"""What every training run has around its loop: processes, saved state, logs, interruption.
+
+A run's folder: `config.json` (settings), `metrics.jsonl` (one line a logged update), `state/step-N/` (to resume),
+`weights/` (to publish), `tensorboard/`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from persistworld_cli.errors import PersistWorldError
+
+
+class Interrupted(Exception):
+    """Asked to stop: state was saved, the caller exits with 130."""
+
+
+class Run:
+    """One training run on one rank.
+
+    Args:
+        output: the run's folder.
+        mixed_precision: accelerate's no | bf16 | fp16.
+        keep: how many saved states to keep.
+        cpu: stay on the CPU.
+    """
+
+    def __init__(self, output: Path, *, mixed_precision: str = "no", keep: int = 2, cpu: bool = False) -> None:
+        self.output, self.keep = Path(output), keep
+        self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
+        self.device = self.accelerator.device
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+        self._stop = False
+        self._board: Any = None
+        self.output.mkdir(parents=True, exist_ok=True)
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # SIGUSR1: SLURM's --signal before the time limit
+            signal.signal(name, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stop = True
+
+    # -- several processes ----------------------------------------------------------------------------------------
+
+    def should_stop(self) -> bool:
+        """True on every rank as soon as any rank was asked to stop."""
+        if self.world == 1:
+            return self._stop
+        flag = torch.tensor([float(self._stop)], device=self.device)
+        return bool(self.accelerator.reduce(flag, "sum").item())
+
+    def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Mean of the gradients over the ranks, in one flat message."""
+        if self.world == 1:
+            return
+        with_grad = [p for p in parameters if p.requires_grad]
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in with_grad])
+        flat = self.accelerator.reduce(flat, "mean")
+        for p, part in zip(with_grad, flat.split([p.numel() for p in with_grad]), strict=True):
+            p.grad = part.view_as(p).clone()
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """All ranks' lists one after the other, on every rank."""
+        return values if self.world == 1 else gather_object(values)
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, state: dict[str, Any]) -> Path | None:
+        """Write `state` (tensors, numbers, strings, nested) whole or not at all; rank 0 only. Old ones go afterwards."""
+        if not self.main:
+            return None
+        folder = self.output / "state" / f"step-{step:08d}"
+        beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            with open(beside / "state.pt", "wb") as file:
+                torch.save({"step": step, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            shutil.rmtree(beside, ignore_errors=True)
+            raise PersistWorldError(
+                f"the training state of update {step} could not be written: {error}",
+                where=str(folder),
+                fix="free some disk and run the same command again: it resumes from the last whole state",
+            ) from error
+        for old in self.states()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return folder
+
+    def states(self) -> list[Path]:
+        """Whole saved states, oldest first."""
+        return sorted((self.output / "state").glob("step-*"))
+
+    def load(self, which: str | Path = "latest") -> dict[str, Any] | None:
+        """The latest saved state, or the one at a path; None where there is none yet."""
+        if which == "latest":
+            if not (states := self.states()):
+                return None
+            which = states[-1]
+        path = Path(which) / "state.pt"
+        if not path.exists():
+            raise PersistWorldError(f"no training state at '{which}'", where="--resume", fix=f"states: {self.states()}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    # -- logs -----------------------------------------------------------------------------------------------------
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """One line in metrics.jsonl and the same numbers to TensorBoard (rank 0)."""
+        if not self.main:
+            return
+        with open(self.output / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.output / "tensorboard"))
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def trim_log(self, step: int) -> None:
+        """Drop logged lines after `step`: a resumed run writes them again."""
+        path = self.output / "metrics.jsonl"
+        if self.main and path.exists():
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            beside = path.with_suffix(".tmp")
+            beside.write_text("".join(f"{line}\n" for line in kept))
+            beside.replace(path)
+
+    def history(self) -> list[dict[str, float]]:
+        """Everything logged so far."""
+        path = self.output / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,144 @@
+"""Training of a small world's VAE from recorded pictures (the full-size model uses SVD's).
+
+Pairs of neighbouring frames of one camera, decoded as one clip, so that the temporal decoder learns too. The loss is L1
+with more weight on saturated pixels (small coloured objects are few of a picture's pixels and the first thing that a
+plain mean gives up), L1 on picture gradients, and a small KL.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLTemporalDecoder
+from safetensors.torch import save_file
+
+from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.config.settings import Settings, VaeSettings, WorldSettings
+from persistworld_cli.data.lerobot import RawDataset
+from persistworld_cli.data.video import read_frames, resize
+from persistworld_cli.models.vae import pixels_to_unit
+from persistworld_cli.reports.progress import Meter
+from persistworld_cli.training.run import Interrupted, Run
+from persistworld_cli.training.schedule import WeightAverage, lr_factor
+
+
+def load_pictures(raw: Path, world: WorldSettings, cache: Path, quiet: bool) -> np.ndarray:
+    """All pictures of a raw dataset at the model's rate and size, uint8 (episodes * V, N, H, W, 3), cached as .npy.
+
+    Episodes are cut to the shortest one's length.
+    """
+    if cache.exists():
+        return np.load(cache, mmap_mode="r")
+    dataset = RawDataset(raw)
+    every = max(1, round(dataset.fps / world.rate_hz))
+    length = min(dataset.episode(e).length for e in dataset.episodes) // every
+    shape = (len(dataset.episodes) * len(world.cameras), length, world.height, world.width, 3)
+    beside = cache.with_suffix(".tmp.npy")
+    pictures = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=shape)
+    with Meter("reading pictures", len(dataset.episodes), quiet=quiet) as meter:
+        for i, episode in enumerate(dataset.episodes):
+            for v, camera in enumerate(world.cameras):
+                path, first, _ = dataset.video(episode, camera)
+                frames = read_frames(path, [first + every * k for k in range(length)])
+                pictures[i * len(world.cameras) + v] = resize(frames, world.height, world.width)
+            meter.advance()
+    pictures.flush()
+    beside.rename(cache)
+    return np.load(cache, mmap_mode="r")
+
+
+def reconstruction_loss(made: torch.Tensor, real: torch.Tensor, settings: VaeSettings) -> torch.Tensor:
+    """Scalar loss between pictures (M, 3, H, W) in [-1, 1]."""
+    saturation = (real.amax(1, keepdim=True) - real.amin(1, keepdim=True)) / 2
+    weight = 1 + settings.colour_weight * (saturation - 0.35).clamp(min=0) / 0.65
+    loss = (weight * (made - real).abs()).mean()
+    for dim in (-1, -2):
+        loss = loss + settings.edge_weight * (made.diff(dim=dim) - real.diff(dim=dim)).abs().mean()
+    return loss
+
+
+def draw_batch(pictures: np.ndarray, settings: VaeSettings, step: int) -> torch.Tensor:
+    """uint8 clips (batch * clip, H, W, 3): a pure function of (seed, step)."""
+    rng = np.random.default_rng((settings.seed, step))
+    rows = rng.integers(0, pictures.shape[0], settings.batch)
+    firsts = rng.integers(0, pictures.shape[1] - settings.clip + 1, settings.batch)
+    clips = [pictures[r, f : f + settings.clip] for r, f in zip(rows, firsts, strict=True)]
+    return torch.from_numpy(np.concatenate(clips))
+
+
+def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
+    """Train `settings.model.vae` on the raw dataset `settings.world.raw`; one process. Resumes from its output folder.
+
+    Writes `weights/vae.safetensors` (the averaged weights) and `weights/vae.json` with the measured `scaling_factor`,
+    1 / standard deviation of the latents (SVD's 0.18215 is the same for its VAE).
+    """
+    options = settings.vae
+    work = Run(Path(job["output"]), mixed_precision=options.mixed_precision, cpu=settings.launch.device == "cpu")
+    pictures = load_pictures(resolve_path(settings.world.raw), settings.world, work.output / "pictures.npy", not work.main)
+    torch.manual_seed(options.seed)
+    vae = AutoencoderKLTemporalDecoder(**{**settings.model.vae, "scaling_factor": 1.0}).to(work.device)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=options.lr, weight_decay=1e-4)
+    average = WeightAverage(vae.parameters(), 0.998)
+    begun = 0
+    if (saved := work.load()) is not None:
+        vae.load_state_dict(saved["vae"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average.shadow, average.count = saved["average"], saved["step"]
+        begun = saved["step"]
+        work.trim_log(begun)
+
+    def save(step: int) -> None:
+        state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "average": average.shadow}
+        work.save(step, state)
+
+    with Meter("pretrain vae", options.updates, done=begun, quiet=not work.main) as meter:
+        for step in range(begun, options.updates):
+            for group in optimizer.param_groups:
+                group["lr"] = options.lr * lr_factor(step, options.updates, 50, "cosine")
+            real = pixels_to_unit(draw_batch(pictures, options, step).to(work.device))
+            with work.accelerator.autocast():
+                posterior = vae.encode(real).latent_dist
+                latent = posterior.sample(generator=torch.Generator(work.device).manual_seed(step))
+                made = vae.decode(latent, num_frames=options.clip).sample.float()
+            kl = posterior.kl().mean() / latent[0].numel()
+            loss = reconstruction_loss(made, real, options) + options.kl * kl
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            average.update(vae.parameters())
+            psnr = -10 * torch.log10(((made.clamp(-1, 1) - real) / 2).pow(2).mean()).item()
+            meter.advance(loss=loss.item(), psnr=psnr)
+            if (step + 1) % 20 == 0:
+                work.log(step + 1, {"loss": loss.item(), "psnr": psnr, "kl": kl.item()})
+            if (step + 1) % options.save_every == 0:
+                save(step + 1)
+            if work.should_stop():
+                save(step + 1)
+                raise Interrupted
+    average.copy_to(vae.parameters())
+    return finish(vae, pictures, work, options)
+
+
+def finish(vae: AutoencoderKLTemporalDecoder, pictures: np.ndarray, work: Run, options: VaeSettings) -> dict[str, Any]:
+    """Measure the latents' scale and write the weights."""
+    with torch.no_grad():
+        probe = torch.cat([draw_batch(pictures, options, 10**9 + k) for k in range(16)])
+        latents = torch.cat([vae.encode(pixels_to_unit(p).to(work.device)).latent_dist.mode() for p in probe.split(16)])
+    scaling = 1 / latents.std().item()
+    folder = work.output / "weights"
+    folder.mkdir(exist_ok=True)
+    save_file({f"vae.{k}": v.contiguous().cpu() for k, v in vae.state_dict().items()}, str(folder / "vae.safetensors"))
+    result = {
+        "scaling_factor": round(scaling, 5),
+        "updates": options.updates,
+        "latent_mean": latents.mean().item(),
+        "parameters": sum(p.numel() for p in vae.parameters()),
+        "weights": str(folder / "vae.safetensors"),
+    }
+    (folder / "vae.json").write_text(json.dumps(result, indent=1))
+    return result
