@@ -4,50 +4,78 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from typing import Any
 
-_NMS_SCHEMA = "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_MISSING = "operator torchvision::nms does not exist"
-_keep_alive: list[Any] = []  # a torch.library.Library takes its operators with it when it is collected
+_MISSING = re.compile(r"operator torchvision::(\w+) does not exist")
+_SCHEMAS = {name: f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor" for name in ("nms", "qnms")}
+_declared: dict[str, Any] = {}  # schema -> Library, which takes its operators with it when it is collected
 
 
 def ensure_torchvision() -> None:
     """Make ``import torchvision`` work beside a CPU-only torch; harmless everywhere else, and idempotent.
 
     PyPI's torchvision is built against PyPI's (CUDA) torch. Beside a CPU-only torch wheel its C++ operators cannot be
-    loaded; torchvision tolerates that except for one line, which registers a fake kernel for ``torchvision::nms`` and
-    fails because nobody declared the operator. The failed import then breaks lpips, transformers and peft, which use
-    none of these operators. So, only when exactly that failure happens: forget the half-imported modules, declare the
-    operator's schema (without a kernel: calling it still fails, as it must), and import again.
+    loaded; torchvision tolerates that except where it registers a fake kernel for ``torchvision::nms`` (0.28: and
+    ``qnms``), which fails because nobody declared the operator. The failed import then breaks lpips, transformers and
+    peft, which use none of these operators. So, only when exactly that failure happens: forget the half-imported
+    modules, declare the operator's schema (without a kernel: calling it still fails, as it must), and import again.
 
     Raises:
         ImportError: torchvision is not installed, or fails in another way (passed on unchanged).
     """
-    try:
-        importlib.import_module("torchvision")
-        return
-    except RuntimeError as error:
-        if _MISSING not in str(error):
-            raise
+    for _ in range(len(_SCHEMAS) + 1):
+        try:
+            importlib.import_module("torchvision")
+            return
+        except RuntimeError as error:
+            missing = _MISSING.search(str(error))
+            schema = _SCHEMAS.get(missing[1]) if missing else None
+            if schema is None or schema in _declared:
+                raise
+        _forget("torchvision")
+        _declare(schema)
+
+
+def _forget(package: str) -> None:
+    """Take a half-imported package out of ``sys.modules``."""
+    for name in [name for name in sys.modules if name == package or name.startswith(package + ".")]:
+        del sys.modules[name]
+
+
+def _declare(schema: str) -> None:
+    """Declare an operator of torchvision's without giving it a kernel."""
     import torch
 
-    for name in [name for name in sys.modules if name == "torchvision" or name.startswith("torchvision.")]:
-        del sys.modules[name]
-    if not _keep_alive:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        library.define(_NMS_SCHEMA)
-        _keep_alive.append(library)
-    importlib.import_module("torchvision")
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.define(schema)
+    _declared[schema] = library
 
 
-def use_all_cpus() -> None:
-    """Undo, in a helper process, the binding to one core that it inherited.
+def free_main_thread() -> None:
+    """Let the main thread run on every CPU again, where the launcher bound OpenMP's threads to cores.
 
-    The launcher sets ``OMP_PROC_BIND``, with which libgomp ties the main thread to one core as soon as torch is imported;
-    every process started from there (data loading, decoding) inherits that one core. The launcher leaves the original
-    set in ``PERSISTWORLD_CPUS``. Call this first in such a process; without the variable it does nothing.
+    With ``OMP_PROC_BIND`` libgomp also ties the thread that loads it to the first core, and every thread and process
+    started from there inherits that one core: decoders and data loaders would queue behind the training loop. OpenMP's
+    other threads stay where they are bound. Does nothing unless the launcher left ``PERSISTWORLD_CPUS``.
     """
-    cpus = os.environ.get("PERSISTWORLD_CPUS", "")
-    if cpus and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
+    cpus = os.environ.pop("PERSISTWORLD_CPUS", "")
+    if not cpus or not hasattr(os, "sched_setaffinity"):
+        return
+    import torch  # noqa: F401  (loads libgomp, which binds now and not later)
+
+    for name in ("OMP_PROC_BIND", "OMP_PLACES"):  # helper processes must not be bound either
+        os.environ.pop(name, None)
+    os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
+
+
+def end_with_parent() -> None:
+    """Ask Linux for SIGTERM when this process's parent dies, so that a killed launcher leaves no workers behind."""
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+    import signal
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)

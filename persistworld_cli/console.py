@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -43,6 +44,24 @@ def show_error(error: PersistWorldError) -> None:
             block.append(f"\n  {label}: ", style="bold")
             block.append(text, style="default")
     stderr_console().print(block, soft_wrap=True)
+
+
+class _Stderr(logging.Handler):
+    """Writes to whatever standard error is at that moment (tests and progress bars replace it)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line."""
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def listen_to_library(rank: int = 0) -> None:
+    """Show what the library logs on standard error: notices of rank 0, warnings of every rank."""
+    logger = logging.getLogger("persistworld_cli")
+    if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
+        handler = _Stderr()
+        handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
 def note(text: str) -> None:

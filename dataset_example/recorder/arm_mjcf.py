@@ -1,7 +1,7 @@
 """The arm and the gripper as MJCF: Franka Panda's kinematics, our own primitive shapes.
 
-Joint frames follow Franka's modified DH table (see `robot.DH`); the flange is 0.107 m beyond joint 7. The gripper has two
-parallel fingers that open along the flange's x axis; the wrist camera sits on its -y side.
+Joint frames follow Franka's modified DH table (see `robot.DH`); the flange is 0.107 m beyond joint 7. The gripper has
+two parallel fingers that open along the flange's x axis; the wrist camera sits on its -y side.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def _gripper(wrist_camera: str) -> str:
 def arm_body(wrist_camera: str) -> str:
     """MJCF of base, seven links and gripper; `wrist_camera` is a camera element in the flange frame."""
     links = [
-        ('pos="0 0 .333"', 3, "0 0 -.1", 0.05, _joint(1, -2.8973, 2.8973, 2), _capsule("0 0 -.16", "0 0 0", 0.075, SHELL)),
+        (
+            'pos="0 0 .333"', 3, "0 0 -.1", 0.05, _joint(1, -2.8973, 2.8973, 2),
+            _capsule("0 0 -.16", "0 0 0", 0.075, SHELL),
+        ),
         (
             'quat="1 -1 0 0"', 3, "0 -.1 0", 0.05, _joint(2, -1.7628, 1.7628, 2),
             _capsule("0 0 -.06", "0 0 .06", 0.075, JOINT) + _capsule("0 0 0", "0 -.2 0", 0.07, SHELL),
@@ -74,7 +77,8 @@ def arm_body(wrist_camera: str) -> str:
     ]  # fmt: skip
     body = _gripper(wrist_camera)
     for number, (place, mass, centre, moment, joint, shapes) in reversed(list(enumerate(links, start=1))):
-        body = f'<body name="link{number}" {place} gravcomp="1">{_inertia(centre, mass, moment)}{joint}{shapes}\n{body}</body>'
+        inertia = _inertia(centre, mass, moment)
+        body = f'<body name="link{number}" {place} gravcomp="1">{inertia}{joint}{shapes}\n{body}</body>'
     base = f'<geom type="cylinder" size=".09 .09" pos="0 0 .09" rgba="{SHELL}" {_GHOST}/>'
     return f'<body name="link0">{base}\n{body}</body>'
 

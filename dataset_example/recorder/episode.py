@@ -1,7 +1,7 @@
 """One episode: simulate the scripted motion, read the robot at the frame rate, render the cameras.
 
-The motion is a function of (seed, episode id) alone. Frames are taken from it at `fps` (a divisor of 15), so a recording at
-5 fps holds every third frame of the one at 15.
+The motion is a function of (seed, episode id) alone. Frames are taken from it at `fps` (a divisor of 15), so a
+recording at 5 fps holds every third frame of the one at 15.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import mujoco
 import numpy as np
 
 from .arm_mjcf import FINGER_STROKE
-from .robot import CONTROL_HZ, FRAME_HZ, VELOCITY_GAIN, ArmController, Waypoint, flange_pose, pose_vector
+from .robot import CONTROL_HZ, FRAME_HZ, TCP_OFFSET, VELOCITY_GAIN, ArmController, Waypoint, flange_pose, pose_vector
 from .scene import CAMERAS, IMAGE_HEIGHT, IMAGE_WIDTH, ObjectSpec, build_model, sample_scene
 from .tasks import Director, Snapshot, start_waypoint
 
@@ -22,7 +22,7 @@ LOST = 0.06  # m between the fingers and an object that they should hold
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Episode:
-    """T frames: per-frame arrays by column name, frames by camera (uint8 (T, height, width, 3); empty without rendering)."""
+    """T frames: arrays by column name, pictures by camera (uint8 (T, height, width, 3); none without rendering)."""
 
     episode_id: int
     fps: int
@@ -75,10 +75,10 @@ def record_episode(seed: int, episode_id: int, *, fps: int = 15, seconds: float 
 
 
 def _columns(observed: list[dict[str, np.ndarray]], targets: np.ndarray, stride: int) -> dict[str, np.ndarray]:
-    """DROID's columns at the recorded frames. `targets` (ticks + 1, 8) are the commands before and after each 15 Hz frame.
+    """DROID's columns at the recorded frames; `targets` (ticks + 1, 8) are the commands around each 15 Hz frame.
 
-    The action of a frame is the target that the arm follows until the next 15 Hz frame; its joint velocity is that target's
-    change over the frame in units of `VELOCITY_GAIN`, at any fps.
+    The action of a frame is the target that the arm follows until the next 15 Hz frame; its joint velocity is that
+    target's change over the frame in units of `VELOCITY_GAIN`, at any fps.
     """
     columns = {name: np.array([row[name] for row in observed])[::stride] for name in observed[0]}
     after, change = targets[1:][::stride], np.diff(targets[:, :7], axis=0)[::stride]
@@ -129,7 +129,9 @@ class _World:
     def snapshot(self) -> Snapshot:
         rotations = self.data.xmat[self._bodies].reshape(3, 3, 3)
         flange = self.flange()
-        return Snapshot(self.data.xpos[self._bodies].copy(), rotations.copy(), flange[:3, 3] + 0.15 * flange[:3, 2])
+        return Snapshot(
+            self.data.xpos[self._bodies].copy(), rotations.copy(), flange[:3, 3] + TCP_OFFSET * flange[:3, 2]
+        )
 
     def observe(self) -> dict[str, np.ndarray]:
         # Kinematics of the state that mj_step has just reached, so that pose, joints and pictures belong together.

@@ -1,14 +1,13 @@
 """LeRobot v2.1 on disk, as DROID is published: one parquet and three mp4 files an episode, and `meta/`.
 
-An episode is written into a folder of its own beside the data and moved in place, its parquet last: an episode counts as
-recorded if its parquet exists. The parquet's schema metadata also carries the episode's line of `episodes.jsonl`, so that
-`meta/` is always derived from what is on disk.
+An episode is written into a folder of its own beside the data and moved in place, its parquet last: it counts as
+recorded if its parquet exists. The parquet's schema metadata also carries the episode's line of `episodes.jsonl`, so
+that `meta/` is always derived from what is on disk.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -25,7 +24,7 @@ CHUNK = 1000
 DATA_PATH = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
 VIDEO_PATH = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
 METADATA_KEY = b"persistworld_example"
-CRF = "25"
+CRF = "31"
 
 # Column -> (info.json's dtype, shape), in DROID's order; a shape of (1,) is a scalar column.
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -68,11 +67,11 @@ def write_episode(root: Path, episode: Episode, seed: int) -> None:
     for camera, frames in episode.frames.items():
         encode_video(partial / f"{camera}.mp4", frames, episode.fps)
         moves.append((partial / f"{camera}.mp4", video_path(root, episode.episode_id, camera)))
-    pq.write_table(_table(episode, seed), partial / "episode.parquet", compression="zstd")
+    pq.write_table(_table(episode, seed), partial / "episode.parquet", compression="zstd", compression_level=15)
     moves.append((partial / "episode.parquet", episode_path(root, episode.episode_id)))
     for source, target in moves:
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source, target)
+        source.replace(target)
     partial.rmdir()
 
 
@@ -82,7 +81,7 @@ def encode_video(path: Path, frames: np.ndarray, fps: int) -> None:
         stream = container.add_stream("libx264", rate=fps)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": CRF, "preset": "veryfast", "g": str(4 * fps), "threads": "1"}
+        stream.options = {"crf": CRF, "preset": "medium", "g": "250", "threads": "1"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
@@ -200,4 +199,4 @@ def _info(lines: list[dict], splits: dict[str, str], fps: int) -> dict:
 def _write_text(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".partial")
     beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    beside.replace(path)

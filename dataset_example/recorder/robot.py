@@ -2,9 +2,9 @@
 
 Poses are those of the flange in the base frame: x y z (m), then roll pitch yaw, extrinsic xyz (rad), as in DROID.
 
-The gripper hangs from the flange with its fingers opening along the flange's x axis, and works at a yaw of about pi/2, with
-its tips leaning 0.15 .. 0.3 rad away from the base, as a person at the controls would hold it. So the recorded roll stays near
-pi - 0.22 and seldom meets the seam between +pi and -pi, where DROID's roll jumps.
+The gripper's fingers open along the flange's x axis, and it works at a yaw of about pi/2 with its tips leaning about
+0.22 rad away from the base, as a person at the controls would hold it. So the recorded roll stays near pi - 0.22 and
+does not meet the seam between +pi and -pi, where DROID's roll jumps.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ TCP_OFFSET = 0.15  # m along the flange's z to between the finger pads
 
 CONTROL_HZ = 60
 FRAME_HZ = 15  # DROID's rate: actions are defined between its frames
-# DROID's arm moves about 0.054 rad in a frame for a commanded joint velocity of 1 (measured over real episodes), so a target
-# that moves by dq in a frame is a velocity of dq / 0.054; the controller never asks for more than 1.
+# DROID's arm moves about 0.054 rad in a frame for a commanded joint velocity of 1 (measured over real episodes), so a
+# target that moves by dq in a frame is a velocity of dq / 0.054; the controller never asks for more than 1.
 VELOCITY_GAIN = 0.054
 MAX_STEP = VELOCITY_GAIN * FRAME_HZ / CONTROL_HZ
 TURN_RATE = 0.8  # rad/s, at most, of a planned rotation
@@ -47,7 +47,7 @@ GRIP_TIME = 0.28  # s, to open or close
 class Waypoint:
     """Where the point between the finger pads goes next, at `speed` m/s.
 
-    `holds` names the object that must be in hand on the way; `passing` points are left for the next one before they are met.
+    `holds` names the object that must be in hand on the way; a `passing` point is left for the next before it is met.
     """
 
     position: np.ndarray

@@ -1,7 +1,7 @@
 """What an episode looks like: objects, table, lights and cameras, drawn at random, and their MJCF.
 
-Units are metres and radians; the world frame is the robot's base frame (x forward, y left, z up), the table top is z = 0.
-Everything a rollout can only know from its history varies here: colours, sizes, pattern, light and camera poses.
+Units are metres and radians; the world frame is the robot's base frame (x forward, y left, z up); the table top is at
+z = 0. Everything a rollout can only know from its history varies here: colours, sizes, pattern, light and camera poses.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ IMAGE_HEIGHT, IMAGE_WIDTH = 180, 320
 # Exterior cameras: (azimuth, elevation, distance, vertical field of view), seen from the look-at point.
 LOOK_AT = np.array([0.51, 0.0, 0.07])
 EXTERIOR_VIEWS = {
-    "exterior_1_left": (np.radians(-42.0), np.radians(36.0), 1.0, 23.5),
-    "exterior_2_left": (np.radians(58.0), np.radians(41.0), 1.02, 23.5),
+    "exterior_1_left": (np.radians(-42.0), np.radians(30.0), 1.0, 23.5),
+    "exterior_2_left": (np.radians(58.0), np.radians(33.0), 1.02, 23.5),
 }
 WRIST_VIEW = (np.array([0.0, -0.095, 0.045]), np.array([0.0, 0.0, 0.215]), 68.0)  # in the flange frame: from, to, fovy
 
@@ -152,8 +152,8 @@ def _sample_size(rng: np.random.Generator, shape: str) -> tuple[str, tuple[float
     if shape == "cylinder":
         radius = rng.uniform(0.031, 0.035)
         return str(shape), (radius, radius, rng.uniform(0.032, 0.040))
-    radius = rng.uniform(0.048, 0.062) if shape == "drum" else rng.uniform(0.046, 0.058)
-    return str(shape), (radius, radius, rng.uniform(0.048, 0.060))
+    radius = rng.uniform(0.052, 0.064) if shape == "drum" else rng.uniform(0.049, 0.060)
+    return str(shape), (radius, radius, rng.uniform(0.054, 0.064))
 
 
 def _sample_cameras(rng: np.random.Generator) -> dict[str, CameraSpec]:
@@ -207,7 +207,7 @@ def build_model(scene: SceneSpec) -> mujoco.MjModel:
 def build_mjcf(scene: SceneSpec) -> str:
     """The whole scene as MJCF.
 
-    Contacts: objects (1) meet everything; hand (2) and table (4) meet objects only, so the hand never jams on the table.
+    Contacts: objects (1) meet everything; hand (2) and table (4) meet objects only, so the hand cannot jam.
     """
     exterior = "".join(_camera(name, scene.cameras[name]) for name in CAMERAS[:2])
     objects = "".join(_object_body(index, item) for index, item in enumerate(scene.objects))
@@ -221,8 +221,10 @@ def build_mjcf(scene: SceneSpec) -> str:
   <map znear="0.02" zfar="8" shadowclip="1" shadowscale="0.9"/>
   <global offwidth="{IMAGE_WIDTH}" offheight="{IMAGE_HEIGHT}"/>
 </visual>
+<statistic center=".5 0 .1" extent="1"/>
 <asset>
   <texture name="mat" type="2d" builtin="flat" width="{TEXTURE_SIDE}" height="{TEXTURE_SIDE}" rgb1="1 1 1"/>
+  <texture name="wall" type="skybox" builtin="flat" width="64" height="64" rgb1="{_vec(0.5 + 0.5 * scene.floor_rgb)}"/>
   <material name="mat" texture="mat" specular="0" shininess="0"/>
 </asset>
 <default><geom solref="0.01 1"/></default>
@@ -252,10 +254,12 @@ def _table(scene: SceneSpec) -> str:
         for cx, cy, hx, hy in bars
         for half, rgba in ((0.009, rim_rgba), (0.15, "0 0 0 0"))
     )
-    return f"""<geom type="plane" size="4 4 .1" pos="0 0 -.6" rgba="{_vec([*scene.floor_rgb, 1])}" contype="0" conaffinity="0"/>
-  <geom type="box" size=".58 .62 .3" pos=".4 0 -.3005" rgba="{_vec([*scene.table_rgb, 1])}" contype="4" conaffinity="0"/>
+    floor, table = _vec([*scene.floor_rgb, 1]), _vec([*scene.table_rgb, 1])
+    mat_size, mat_place = _vec([half_x, half_y, 0.1]), _vec([x, y, 0.0003])
+    return f"""<geom type="plane" size="4 4 .1" pos="0 0 -.6" rgba="{floor}" contype="0" conaffinity="0"/>
+  <geom type="box" size=".58 .62 .3" pos=".4 0 -.3005" rgba="{table}" contype="4" conaffinity="0"/>
   <geom type="box" size=".3 .4 .1" pos=".5 0 -.1" rgba="0 0 0 0" friction="1 .02 .002" contype="4" conaffinity="0"/>
-  <geom type="plane" size="{_vec([half_x, half_y, 0.1])}" pos="{_vec([x, y, 0.0003])}" material="mat" contype="0" conaffinity="0"/>
+  <geom type="plane" size="{mat_size}" pos="{mat_place}" material="mat" contype="0" conaffinity="0"/>
   {rims}"""
 
 

@@ -1,15 +1,16 @@
 """Scripted motions: what the robot does next, the instruction that names it, and whether it came true.
 
-An episode's main task comes first (twice, if it fails); afterwards the robot keeps moving the other objects until time is up,
-so that something moves, hides or comes to light most of the time. Directions are the robot's: left is +y, forward is +x.
+An episode's main task comes first, and once more if it failed; afterwards the robot goes on moving things until time is
+up, so that something moves, hides or comes to light most of the time. Directions are the robot's: left is +y, forward
+is +x.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from .robot import Waypoint
 from .scene import EXTERIOR_VIEWS, LARGE_SHAPES, OBJECT_COLOURS, SMALL_SHAPES, WORK_HIGH, WORK_LOW, ObjectSpec
@@ -22,6 +23,7 @@ DIRECTIONS = {
 }
 LEAN = np.pi - 0.22  # roll of the flange at work
 YAW = np.pi / 2
+UP = np.array([0.0, 0.0, 1.0])
 PUSH_HEIGHT = 0.035
 FINGER_BELOW = 0.03  # m that must stay free under the finger point while travelling
 PUSH_LOW, PUSH_HIGH = np.array([0.36, -0.28]), np.array([0.67, 0.28])  # where a pushing finger may be
@@ -75,7 +77,8 @@ def all_instructions() -> list[str]:
 class Director:
     """Chooses scripts for one episode, from the state of the world and its own random stream.
 
-    `task` is the main task, chosen on the first call of `next_script`; `success` says whether it held when its script ended.
+    `task` is the main task, chosen on the first call of `next_script`; `success` says whether it held when its script
+    ended.
     """
 
     def __init__(self, objects: tuple[ObjectSpec, ...], rng: np.random.Generator) -> None:
@@ -147,7 +150,7 @@ class Director:
     def _script_for(self, task: Task, now: Snapshot) -> list[Waypoint]:
         if task.kind == "pick":
             way = DIRECTIONS[task.direction]
-            spot = self._free_spot(now, task.target, lambda p: 0.08 < (p - now.positions[task.target][:2]) @ way)
+            spot = self._free_spot(now, task.target, lambda p: (p - now.positions[task.target][:2]) @ way > 0.08)
             return self._pick(now, task.target, spot)
         if task.kind == "push":
             return self._push(now, task.target, DIRECTIONS[task.direction], 0.13)
@@ -161,7 +164,7 @@ class Director:
             target = int(self.rng.integers(3))
             if target == self._last and self.rng.random() < 0.6:
                 continue
-            kind = self.rng.choice(["pick", "hide", "push", "stack", "reach"], p=[0.35, 0.22, 0.29, 0.1, 0.04])
+            kind = self.rng.choice(["pick", "hide", "push", "stack", "reach"], p=[0.31, 0.30, 0.26, 0.09, 0.04])
             script = self._filler_script(str(kind), target, self.objects[target].graspable, now)
             if script:
                 self._last = target
@@ -171,6 +174,8 @@ class Director:
     def _filler_script(self, kind: str, target: int, small: bool, now: Snapshot) -> list[Waypoint]:
         if kind == "reach":
             return self._reach(now, target)
+        if kind == "hide" and not small:
+            return self._screen(now, int(self.rng.integers(2)))
         if kind == "push" or not small:
             angle = self.rng.uniform(0, 2 * np.pi)
             return self._push(now, target, np.array([np.cos(angle), np.sin(angle)]), self.rng.uniform(0.09, 0.17))
@@ -184,8 +189,8 @@ class Director:
 
     # Where ----------------------------------------------------------------------------------------------------------
 
-    def _free_spot(self, now: Snapshot, target: int, wanted) -> np.ndarray | None:
-        """A point of the work area that `wanted` accepts, clear of the other objects; None if there seems to be none."""
+    def _free_spot(self, now: Snapshot, target: int, wanted: Callable[[np.ndarray], bool]) -> np.ndarray | None:
+        """A point of the work area that `wanted` accepts, clear of other objects; None if there seems to be none."""
         for _ in range(60):
             spot = self.rng.uniform(WORK_LOW, WORK_HIGH)
             if wanted(spot) and self._clearance(now, target, spot) > 0.03:
@@ -196,12 +201,23 @@ class Director:
         """A point right behind the large object, as one of the exterior cameras sees it."""
         for azimuth in self.rng.permutation([view[0] for view in EXTERIOR_VIEWS.values()]):
             away = -np.array([np.cos(azimuth), np.sin(azimuth)])
-            gap = self.objects[2].radius + self.objects[target].radius + 0.025
+            gap = self.objects[2].radius + self.objects[target].radius + 0.018
             spot = now.positions[2][:2] + gap * away
             inside = np.all(spot > WORK_LOW - 0.02) and np.all(spot < WORK_HIGH + 0.02)
-            if inside and self._clearance(now, target, spot) > 0.015:
+            if inside and self._clearance(now, target, spot) > 0.01:
                 return spot
         return None
+
+    def _screen(self, now: Snapshot, hidden: int) -> list[Waypoint]:
+        """Push the large object to where it stands between an exterior camera and the object `hidden`."""
+        for azimuth in self.rng.permutation([view[0] for view in EXTERIOR_VIEWS.values()]):
+            gap = self.objects[2].radius + self.objects[hidden].radius + 0.02
+            way = now.positions[hidden][:2] + gap * np.array([np.cos(azimuth), np.sin(azimuth)]) - now.positions[2][:2]
+            length = float(np.linalg.norm(way))
+            script = self._push(now, 2, way / max(length, 1e-6), length)
+            if script:
+                return script
+        return []
 
     def _clearance(self, now: Snapshot, target: int, spot: np.ndarray) -> float:
         others = [index for index in range(3) if index != target]
@@ -238,7 +254,7 @@ class Director:
             return []
         speed, euler = self._speed(), self._euler(yaw)
         down = np.array([*place[:2], max(place[2], 0.03)])
-        above = down + [0, 0, 0.06]
+        above = down + UP * 0.06
         lift = np.array([*place[:2], max(place[2] + 0.08, height + 0.10, 0.13)])
         turned = self._euler(YAW + self.rng.uniform(-0.5, 0.5))
         carry = np.array([*spot, max(height + 0.10, 0.13)])
@@ -253,13 +269,13 @@ class Director:
             goal,
             Waypoint(put, turned, 1.0, speed * 0.8, target),
             Waypoint(put, turned, 0.0, speed),
-            Waypoint(put + [0, 0, 0.07], turned, 0.0, speed, passing=True),
+            Waypoint(put + UP * 0.07, turned, 0.0, speed, passing=True),
         ]
 
     def _over(
         self, now: Snapshot, start: np.ndarray, goal: Waypoint, below: float, carried: int | None
     ) -> list[Waypoint]:
-        """Waypoints on the way to `goal` that clear what stands between, with things hanging `below` m under the fingers."""
+        """Points on the way to `goal` that clear what stands between; `below` m hang under the fingers."""
         line = goal.position[:2] - start[:2]
         height = 0.0
         for index, item in enumerate(self.objects):
@@ -310,7 +326,7 @@ class Director:
 
 def start_waypoint(rng: np.random.Generator) -> Waypoint:
     """Where an episode begins: above the work area, in a varied pose."""
-    spot = rng.uniform(WORK_LOW - [0.02, 0.04], WORK_HIGH + [0.0, 0.04])
+    spot = rng.uniform(WORK_LOW - np.array([0.02, 0.04]), WORK_HIGH + np.array([0.0, 0.04]))
     euler = np.array([LEAN + rng.uniform(-0.06, 0.06), rng.uniform(-0.1, 0.1), YAW + rng.uniform(-0.6, 0.6)])
     return Waypoint(np.array([*spot, rng.uniform(0.15, 0.23)]), euler, float(rng.choice([0.0, 0.9])), 0.3)
 

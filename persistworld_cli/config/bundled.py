@@ -12,7 +12,7 @@ _PREFIX = "bundled:"
 def bundled_root() -> Path:
     """The folder that holds ``presets/`` and ``dataset_example/``.
 
-    In a wheel they were put inside the package (``_bundled``); in an editable install they lie in the repository's root.
+    In a wheel they were put inside the package (``_bundled``); in an editable install they lie in the repository.
 
     Raises:
         PersistWorldError: neither is there (a broken installation).
@@ -42,7 +42,9 @@ def resolve_path(value: str | Path) -> Path:
     root = bundled_root()
     path = root / name
     if not name or not path.resolve().is_relative_to(root.resolve()):
-        raise UsageError(f"'{text}' does not lie in the bundled folder", where=str(root), fix="write bundled:presets/...")
+        raise UsageError(
+            f"'{text}' does not lie in the bundled folder", where=str(root), fix="write bundled:presets/..."
+        )
     if not path.exists():
         raise PersistWorldError(
             f"'{text}' is not shipped with this installation", where=str(path), fix="check the name, or give a path"

@@ -62,8 +62,6 @@ _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
             "eval.steps",
             "eval.batch",
             "policy.image_size",
-            "policy.skip",
-            "policy.steps",
             "launch.num_processes",
             "launch.num_machines",
         ),
@@ -97,6 +95,9 @@ _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
             "drive.start",
             "policy.camera",
             "policy.wrist_camera",
+            "policy.skip",
+            "policy.steps",
+            "policy.wait_s",
             "launch.machine_rank",
             "launch.main_process_port",
             "launch.threads",
@@ -175,7 +176,9 @@ def _check_choices(settings: Settings, place: _Place) -> None:
     for key, choices in _CHOICES.items():
         value = _value(settings, key)
         if value not in choices:
-            raise UsageError(f"{key} = {value!r} is none of {', '.join(choices)}", where=place(key), fix=nearest(value, choices))
+            raise UsageError(
+                f"{key} = {value!r} is none of {', '.join(choices)}", where=place(key), fix=nearest(value, choices)
+            )
 
 
 def _check_bounds(settings: Settings, place: _Place) -> None:
@@ -194,12 +197,15 @@ def _check_world(settings: Settings, place: _Place) -> None:
     if not count:
         raise UsageError("world.cameras is empty", where=place("world.cameras"), fix="name at least one camera")
     if len(set(world.cameras)) != count:
-        raise UsageError(f"world.cameras names a camera twice: {', '.join(world.cameras)}", where=place("world.cameras"))
+        raise UsageError(
+            f"world.cameras names a camera twice: {', '.join(world.cameras)}", where=place("world.cameras")
+        )
     for key, ids in (("world.exterior", world.exterior), ("world.wrist", world.wrist)):
         outside = [i for i in ids if not 0 <= i < count]
         if outside:
             raise UsageError(
-                f"{key} names camera {outside[0]}, but there are {count} (0..{count - 1})", where=place(key, "world.cameras")
+                f"{key} names camera {outside[0]}, but there are {count} (0..{count - 1})",
+                where=place(key, "world.cameras"),
             )
     weights = settings.rewards.camera_weights
     if weights and len(weights) != count:
@@ -215,7 +221,7 @@ def _check_world(settings: Settings, place: _Place) -> None:
         low >= high for low, high in zip(drive.workspace_low, drive.workspace_high, strict=True)
     ):
         raise UsageError(
-            f"drive.workspace {drive.workspace_low} .. {drive.workspace_high} is no box: three lower and three upper bounds",
+            f"drive.workspace {drive.workspace_low} .. {drive.workspace_high} is no box: three bounds each",
             where=place("drive.workspace_low", "drive.workspace_high"),
         )
 
@@ -279,7 +285,7 @@ def _check_launch(settings: Settings, place: _Place) -> None:
     if launch.num_machines > 1 and (not launch.main_process_ip or not launch.main_process_port):
         raise UsageError(
             "several machines need one address to meet at",
-            where=place("launch.main_process_ip", "launch.main_process_port"),
+            where=place("launch.num_machines", "launch.main_process_ip", "launch.main_process_port"),
             fix="add --main-process-ip ADDRESS --main-process-port PORT, the same on every machine",
         )
     if launch.num_processes % launch.num_machines:

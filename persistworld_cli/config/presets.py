@@ -91,7 +91,9 @@ def load_settings(
     layers: dict[str, _Value] = {}
     _read_preset(name, layers, chain=())
     if preset is None:
-        layers = {key: dataclasses.replace(v, origin=f"{v.origin} (bundled world, no --preset)") for key, v in layers.items()}
+        layers = {
+            key: dataclasses.replace(v, origin=f"{v.origin} (bundled world, no --preset)") for key, v in layers.items()
+        }
     _add_environment(layers, env)
     for item in sets:
         _add_set(layers, item)
@@ -100,7 +102,7 @@ def load_settings(
             continue
         spelling = (flag_names or {}).get(key) or "--" + key.rpartition(".")[2].replace("_", "-")
         layers[key] = _Value(_typed(key, value, spelling), spelling, spelling)
-    origin = {key: "default" for key in flatten(Settings())} | {key: v.origin for key, v in layers.items()}
+    origin = dict.fromkeys(flatten(Settings()), "default") | {key: v.origin for key, v in layers.items()}
     settings = _build({key: v.value for key, v in layers.items()})
     check(settings, {key: v.where for key, v in layers.items()})
     return Resolved(settings=settings, origin=origin, preset=name, implied=preset is None)
@@ -127,10 +129,12 @@ def to_json(settings: Settings) -> dict[str, dict[str, Any]]:
 def from_json(tables: Mapping[str, Mapping[str, Any]], where: str = "config.json") -> Settings:
     """The settings that `to_json` wrote, validated as a preset is. Raises UsageError."""
     values = {
-        key: _typed(key, value, where) for table, entries in tables.items() for key, value in _dotted(table, entries, where)
+        key: _typed(key, value, where)
+        for table, entries in tables.items()
+        for key, value in _dotted(table, entries, where)
     }
     settings = _build(values)
-    check(settings, {key: where for key in values})
+    check(settings, dict.fromkeys(values, where))
     return settings
 
 
@@ -194,7 +198,9 @@ def _read_preset(name: str, layers: dict[str, _Value], chain: tuple[Path, ...]) 
     path = _preset_path(name).resolve()
     if path in chain:
         circle = " -> ".join(p.name for p in (*chain, path))
-        raise UsageError(f"presets extend one another in a circle: {circle}", where=str(path), fix="remove one 'extends'")
+        raise UsageError(
+            f"presets extend one another in a circle: {circle}", where=str(path), fix="remove one 'extends'"
+        )
     try:
         text = path.read_text(encoding="utf-8")
         data = tomli.loads(text)

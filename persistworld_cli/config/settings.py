@@ -212,9 +212,9 @@ class PolicySettings:
     wrist_camera: int = 2
     image_size: int = 224
     task: str = "bundled"
-    skip: int = 2
-    gripper_cap: float = 1.0
-    steps: int = 8
+    skip: int = 0  # every skip-th row of the chunk is taken; 0: the task's
+    gripper_cap: float = 0.0  # the most that the gripper may close; 0: the task's
+    steps: int = 0  # interactions; 0: the task's
     adapter: str = "gain"  # gain | meta (fitted by build-meta) | path of an MLP's weights
     gain: float = 0.054
     seed: int = 0

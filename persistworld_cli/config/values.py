@@ -64,7 +64,7 @@ def coerce(value: Any, hint: Any, *, key: str, where: str) -> Any:
 
 
 def parse_text(text: str, hint: Any) -> Any:
-    """A value written on a command line or in the environment, as TOML where it is TOML and as a plain string where not.
+    """A value written on a command line or in the environment: TOML where it is TOML, a plain string where not.
 
     A string setting takes the text as it stands (``--set eval.split=val``); a list may be written without brackets and
     quotes (``--set eval.episodes=99,199``).

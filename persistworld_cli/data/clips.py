@@ -6,18 +6,20 @@ w latent width, D action numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from persistworld_cli.config.settings import ClipSettings, SamplingSettings
 from persistworld_cli.data.store import ActionStat, EpisodeStore
 from persistworld_cli.errors import PersistWorldError
 
+_PRELOAD_LIMIT = 2 * 2**30
 _STREAM = 0xC11B  # keeps these random numbers apart from others drawn with the same seed
 
 
@@ -71,7 +73,7 @@ def rollout_history_ids(now: int, start: int, history: Sequence[int], fill: int,
 
 
 class ClipSource:
-    """Draws clips from one split of a dataset; what is drawn is a pure function of the random generator or (seed, step).
+    """Draws clips from one split of a dataset; a draw is a pure function of the random generator, or of (seed, step).
 
     Args:
         store: the dataset (with metadata from build-meta).
@@ -80,7 +82,8 @@ class ClipSource:
         num_history, num_frames: frames of history, and of prediction (the first is the current frame).
         sampling: layout of a rollout's history, for ``settings.rollout_history_prob`` of the clips.
         stat: percentiles to normalise with; the store's own by default.
-        preload: hold all latents of the split in memory as one float16 array (small worlds; rounds float32 latents).
+        preload: hold all latents of the split in memory as one float16 array (small worlds; rounds float32 latents);
+            None: if they take no more than 2 GiB.
         rollout_max: longest rollout, in interactions, that a rollout-like history pretends to.
 
     Raises:
@@ -97,7 +100,7 @@ class ClipSource:
         sampling: SamplingSettings | None = None,
         *,
         stat: ActionStat | None = None,
-        preload: bool = False,
+        preload: bool | None = False,
         rollout_max: int | None = None,
     ) -> None:
         self.store, self.split, self.settings = store, split, settings
@@ -111,6 +114,8 @@ class ClipSource:
         # one sample for every start frame that leaves num_frames - 1 frames after it; short episodes give one
         self.starts = np.maximum(1, self.index.lengths - (num_frames - 1))
         self._start_offsets = np.concatenate([[0], np.cumsum(self.starts)])
+        if preload is None:
+            preload = self._size() <= _PRELOAD_LIMIT
         self._latents = self._load_all() if preload else None
 
     def __len__(self) -> int:
@@ -137,9 +142,7 @@ class ClipSource:
             future = clip_ids(now, 1, last, num_history=0, num_frames=self.num_frames)
             return row, past + future
         spacing = 0 if zero < cfg.zero_history_prob else cfg.history_stride * step
-        ids = clip_ids(
-            now, step, last, num_history=self.num_history, num_frames=self.num_frames, history_step=spacing
-        )
+        ids = clip_ids(now, step, last, num_history=self.num_history, num_frames=self.num_frames, history_step=spacing)
         return row, ids
 
     def clip(self, rng: np.random.Generator) -> Clip:
@@ -179,6 +182,25 @@ class ClipSource:
             ids=torch.tensor([c.ids for c in clips], dtype=torch.int64),
         )
 
+    def batches(
+        self, seed: int, first_step: int, size: int, rank: int = 0, world: int = 1, *, ahead: int = 2
+    ) -> Iterator[ClipBatch]:
+        """``batch(seed, step, ...)`` for step = first_step, first_step + 1, ... without end, read ahead by a thread.
+
+        For data that comes from disk; close the generator (or drop it) to stop the thread.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="clips") as pool:
+            waiting = deque(pool.submit(self.batch, seed, first_step + k, size, rank, world) for k in range(ahead))
+            step = first_step + ahead
+            try:
+                while True:
+                    waiting.append(pool.submit(self.batch, seed, step, size, rank, world))
+                    step += 1
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
     def _check(self) -> None:
         """Refuse settings that cannot be meant."""
         cfg, sampling = self.settings, self.sampling
@@ -192,6 +214,17 @@ class ClipSource:
                 where="[sampling] history",
                 fix="give one entry for each history frame, or set clips.rollout_history_prob to 0",
             )
+        if cfg.rollout_history_prob > 0 and not all(-sampling.buffer_fill <= e < 1 for e in sampling.history):
+            raise PersistWorldError(
+                f"sampling.history {sampling.history} reaches beyond a new rollout's {sampling.buffer_fill} entries",
+                where="[sampling] history",
+                fix="take 0 (the start) or entries counted from the end, -1 .. -buffer_fill",
+            )
+
+    def _size(self) -> int:
+        """Bytes that all latents of the split take as float16, judged by the first episode's."""
+        frame = self.store.latents(self.split, self.index.ids[0], [0])
+        return 2 * frame.numel() * int(self.index.offsets[-1])
 
     def _load_all(self) -> Tensor:
         """All latents of the split in one float16 tensor (all frames, C, h, w)."""

@@ -1,7 +1,7 @@
 """From raw LeRobot recordings to a processed dataset: pictures at the model's rate and size, latents, annotations.
 
-An episode is written whole or not at all: everything goes to a staging folder, is renamed into place, and the annotation
-comes last, so an annotation means a finished episode and a stopped run continues where it was.
+An episode is written whole or not at all: everything goes to a staging folder and is renamed into place, the annotation
+last. So an annotation means a finished episode, and a stopped run continues where it was.
 
 Legend: T frames at the model rate, V cameras, H, W picture pixels, C latent channels, h1 latent height of one camera,
 h = V * h1, w latent width.
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import shutil
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,14 @@ from torch import Tensor
 from persistworld_cli.config.settings import WorldSettings
 from persistworld_cli.data import video
 from persistworld_cli.data.lerobot import RawDataset
-from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.data.store import write_json
+from persistworld_cli.errors import PersistWorldError, nearest
 
 Encode = Callable[[Tensor], Tensor]  # uint8 (N, V, H, W, 3) -> (N, C, h, w), cameras stacked
 LAYOUTS = ("native", "ctrl-world")
 _SHARED = "extract.json"  # what all episodes of a dataset have in common
+_LISTED = ("observation.state.", "action.", "sim.")  # columns copied at the raw rate; sim.: the bundled world's
+_FETCH = "fetch the episode again, or leave it out"
 
 
 @dataclass
@@ -66,14 +69,13 @@ class _Prepared:
 
 
 def resample_ids(length: int, raw_fps: float, rate_hz: float) -> NDArray[np.int64]:
-    """Raw frame numbers that make the model's frames: every k-th for a whole ratio (15 -> 5 Hz: 0, 3, 6, ...), else the nearest.
+    """Raw frame numbers of the model's frames: every k-th for a whole ratio (15 -> 5 Hz: 0, 3, ...), else the nearest.
 
-    Frame i stands at raw time ``i * raw_fps / rate_hz``; those that fall beyond the last raw frame are left out.
+    Frame i stands at raw frame ``i * raw_fps / rate_hz``; there are as many as have a nearest raw frame.
     """
     ratio = raw_fps / rate_hz
-    count = int(np.floor((length - 1) / ratio + 1e-9)) + 1 if length > 0 else 0
-    ids = np.floor(np.arange(count) * ratio + 0.5 + 1e-9).astype(np.int64)
-    return np.minimum(ids, length - 1)
+    ids = np.floor(np.arange(int(length / ratio) + 2) * ratio + 0.5 + 1e-9).astype(np.int64)
+    return ids[ids < length]
 
 
 def split_of(index: int, rule: str, splits: dict[str, tuple[int, int]]) -> str:
@@ -89,7 +91,9 @@ def split_of(index: int, rule: str, splits: dict[str, tuple[int, int]]) -> str:
             if first <= index < last:
                 return "val" if name in ("val", "validation", "valid") else name
         raise PersistWorldError(
-            f"episode {index} lies in no split of info.json ({splits})", where="world.val_rule", fix="use another val_rule"
+            f"episode {index} is in no split of info.json ({splits})",
+            where="world.val_rule",
+            fix="use another val_rule",
         )
     every = rule.removeprefix("every-")
     if rule.startswith("every-") and every.isdigit() and int(every) > 1:
@@ -133,23 +137,14 @@ def extract_latents(
     if layout not in LAYOUTS:
         raise PersistWorldError(f"unknown latent layout '{layout}'", where="--layout", fix=f"use one of {LAYOUTS}")
     dataset = RawDataset(raw)
+    _check_world(world, dataset)
     rule = split_rule or world.val_rule
+    split_of(0, "every-2" if rule == "info-splits" else rule, {})  # an unknown rule is no fault of the episodes
     _claim(out, world, layout, encoder_id, rule)
-    wanted = sorted(dataset.declared if episodes is None else episodes)
-    present = set(dataset.episodes)
-    if episodes is None:
-        absent, wanted = len(set(wanted) - present), [e for e in wanted if e in present]
-    else:
-        absent = len(episodes & set(dataset.declared) - present)
-    # sharded before finished ones are dropped: every process sees the same shares whenever it starts
-    mine = wanted[rank::world_size]
-    report = ExtractReport(absent=absent)
-    todo = []
-    for index in mine:
-        if _finished(out, str(index)):
-            report.skipped.append(str(index))
-        else:
-            todo.append(index)
+    mine, absent = _share(dataset, episodes, rank, world_size)
+    skipped = [index for index in mine if _finished(out, str(index))]
+    todo = sorted(set(mine) - set(skipped))
+    report = ExtractReport(skipped=[str(index) for index in skipped], absent=absent)
     try:
         for index, item in _prefetch(lambda i: _prepare(world, dataset, out, i, rule), todo):
             _settle(index, item, out, encode, layout, batch_frames, report, strict)
@@ -163,7 +158,7 @@ def extract_latents(
 
 
 def merge_reports(out: Path, world_size: int) -> ExtractReport:
-    """Join the reports of ``world_size`` processes into ``<out>/extract_report.json`` (after all of them are through)."""
+    """Join the reports of ``world_size`` finished processes into ``<out>/extract_report.json``."""
     merged = ExtractReport()
     for rank in range(world_size):
         path = out / f"extract_report.{rank}.json"
@@ -177,12 +172,29 @@ def merge_reports(out: Path, world_size: int) -> ExtractReport:
     return merged
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON beside and rename: a reader finds the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(data))
-    partial.replace(path)
+def _share(dataset: RawDataset, episodes: set[int] | None, rank: int, world_size: int) -> tuple[list[int], int]:
+    """This process's episodes, and how many are not on disk (those asked for by number stay, and will be reported).
+
+    Shared out before finished ones are dropped: every process sees the same shares whenever it starts.
+    """
+    present = set(dataset.episodes)
+    wanted = sorted(present if episodes is None else episodes)
+    absent = len(set(dataset.declared if episodes is None else episodes) - present)
+    return wanted[rank::world_size], absent
+
+
+def _check_world(world: WorldSettings, dataset: RawDataset) -> None:
+    """Refuse cameras or columns that the whole dataset lacks: that is the preset's fault, not each episode's."""
+    for name, known, what in (
+        *((c, dataset.cameras, "camera") for c in world.cameras),
+        *((c, tuple(dataset.features), "column") for c in (*world.state_fields, *world.joint_fields)),
+    ):
+        if name not in known:
+            raise PersistWorldError(
+                f"the dataset has no {what} '{name}'",
+                where=str(dataset.path / "meta/info.json"),
+                fix=nearest(name, known),
+            )
 
 
 def _prepare(world: WorldSettings, dataset: RawDataset, out: Path, index: int, rule: str) -> _Prepared:
@@ -190,20 +202,33 @@ def _prepare(world: WorldSettings, dataset: RawDataset, out: Path, index: int, r
     split = split_of(index, rule, dataset.splits)
     annotation, ids = _annotation(world, dataset, index, split)
     stage = out / ".staging" / f"{index}-{os.getpid()}"
-    shutil.rmtree(stage, ignore_errors=True)
-    views = []
-    for number, camera in enumerate(world.cameras):
-        path, first, length = dataset.video(index, camera)
-        declared = video.count_frames(path)
-        shared = dataset.version.startswith("v3")
-        if declared < first + length or (not shared and declared != length):
-            raise PersistWorldError(
-                f"camera '{camera}' has {declared - first} frames, the table {length} rows", where=str(path), fix="fetch again"
-            )
-        frames = video.resize(video.read_frames(path, [first + int(i) for i in ids]), world.height, world.width)
+    for left in (out / ".staging").glob(f"{index}-*"):  # of a run that was killed: no other process has this episode
+        shutil.rmtree(left, ignore_errors=True)
+
+    def view(number: int) -> NDArray[np.uint8]:
+        frames = _view(world, dataset, index, world.cameras[number], ids)
         video.write_mp4(stage / "videos" / f"{number}.mp4", frames, world.rate_hz)
-        views.append(frames)
+        return frames
+
+    with ThreadPoolExecutor(len(world.cameras)) as pool:  # decoding and encoding release the interpreter lock
+        views = list(pool.map(view, range(len(world.cameras))))
     return _Prepared(str(index), split, np.stack(views, axis=1), annotation, stage)
+
+
+def _view(
+    world: WorldSettings, dataset: RawDataset, index: int, camera: str, ids: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """One camera's pictures at raw frames ``ids``: (T, H, W, 3)."""
+    path, first, length = dataset.video(index, camera)
+    declared = video.count_frames(path)
+    alone = not dataset.version.startswith("v3")  # a version 3 file holds other episodes too
+    if declared < first + length or (alone and declared != length):
+        raise PersistWorldError(
+            f"camera '{camera}' has {max(0, declared - first)} frames, the table {length} rows",
+            where=str(path),
+            fix=_FETCH,
+        )
+    return video.resize(video.read_frames(path, [first + int(i) for i in ids]), world.height, world.width)
 
 
 def _annotation(
@@ -213,19 +238,19 @@ def _annotation(
     listed = [
         name
         for name, spec in dataset.features.items()
-        if name.startswith(("observation.state.", "action.")) and str(spec.get("dtype", "")).startswith("float")
+        if name.startswith(_LISTED) and str(spec.get("dtype", "")).startswith("float")
     ]
     names = list(dict.fromkeys([*listed, *world.state_fields, *world.joint_fields]))
     columns = dataset.columns(index)
     required = {*world.state_fields, *world.joint_fields}
     data = dataset.read(index, [n for n in names if n in columns or n in required])
     length = len(next(iter(data.values())))
-    expected = dataset.episode(index).length
+    expected, where = dataset.episode(index).length, str(dataset.episode(index).table)
     if length != expected:
-        raise PersistWorldError(f"table has {length} rows, the metadata says {expected}", where=f"episode {index}", fix="fetch")
+        raise PersistWorldError(f"{length} rows, the metadata says {expected}", where=where, fix=_FETCH)
     for name, values in data.items():
         if values.dtype.kind != "f" or not np.isfinite(values).all():
-            raise PersistWorldError(f"column '{name}' holds values that are no numbers", where=f"episode {index}", fix="drop it")
+            raise PersistWorldError(f"column '{name}' holds values that are no numbers", where=where, fix=_FETCH)
     ids = resample_ids(length, dataset.fps, world.rate_hz)
     states = np.concatenate([data[n].reshape(length, -1) for n in world.state_fields], axis=1)[ids]
     joints = np.concatenate([data[n].reshape(length, -1) for n in world.joint_fields], axis=1)[ids]
@@ -252,7 +277,7 @@ def _annotation(
 
 def _settle(
     index: int,
-    item: _Prepared | Exception,
+    item: _Prepared | BaseException,
     out: Path,
     encode: Encode,
     layout: str,
@@ -338,37 +363,30 @@ def _claim(out: Path, world: WorldSettings, layout: str, encoder_id: str, rule: 
                 fix="give another output folder, or the settings it was begun with",
             )
         return
+    if next((out / "annotation").glob("*/*.json"), None):
+        raise PersistWorldError(
+            "the folder holds episodes of unknown origin (no extract.json)",
+            where=str(out),
+            fix="give another output folder",
+        )
     write_json(path, shared)
 
 
 def _prefetch(
     prepare: Callable[[int], _Prepared], indices: list[int]
-) -> Iterator[tuple[int, _Prepared | Exception]]:
-    """Prepare episodes one ahead in a thread (decoding releases the interpreter lock) while the caller encodes."""
-    ready: queue.Queue[tuple[int, _Prepared | Exception]] = queue.Queue(maxsize=1)
-    stop = threading.Event()
-
-    def work() -> None:
-        for index in indices:
-            item: _Prepared | Exception
-            try:
-                item = prepare(index)
-            except Exception as error:  # handed to the caller, which raises or reports it
-                item = error
-            while not stop.is_set():
-                try:
-                    ready.put((index, item), timeout=0.2)
-                    break
-                except queue.Full:
-                    continue
-            if stop.is_set():
-                return
-
-    thread = threading.Thread(target=work, name="extract-prefetch", daemon=True)
-    thread.start()
-    try:
-        for _ in indices:
-            yield ready.get()
-    finally:
-        stop.set()
-        thread.join()
+) -> Iterator[tuple[int, _Prepared | BaseException]]:
+    """Prepare up to two episodes ahead in a thread while the caller encodes; a failure stands in for its episode."""
+    with ThreadPoolExecutor(1, thread_name_prefix="extract") as pool:
+        waiting = deque((index, pool.submit(prepare, index)) for index in indices[:2])
+        upcoming = iter(indices[2:])
+        try:
+            while waiting:
+                index, future = waiting.popleft()
+                item = future.exception() or future.result()
+                following = next(upcoming, None)
+                if following is not None:
+                    waiting.append((following, pool.submit(prepare, following)))
+                yield index, item
+        finally:
+            for _, future in waiting:
+                future.cancel()

@@ -1,7 +1,7 @@
 """Reader of raw LeRobot datasets, versions 2.0, 2.1 (one file an episode) and 3.0 (many episodes a file).
 
-Every path comes from the templates in ``meta/info.json``. A part of a dataset on disk is normal: episodes whose table is
-not there are simply not listed.
+Every path comes from the templates in ``meta/info.json``. A part of a dataset on disk is normal: an episode whose
+table, or every one of whose videos, is not there is simply not listed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from persistworld_cli.errors import PersistWorldError, nearest
 # LeRobot's v3.0 converter writes this where a v2.1 dataset had an empty task.
 _NO_TASK = "no instruction"
 _IMAGES = "observation.images."
+_FETCH = "fetch the file (again), or leave the episode out"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class RawDataset:
             )
         missing = [key for key in ("fps", "data_path", "features") if key not in self.info]
         if missing:
-            raise PersistWorldError(f"info.json lacks {', '.join(missing)}", where=str(info_file), fix="repair the file")
+            raise PersistWorldError(f"{', '.join(missing)} missing", where=str(info_file), fix="repair the file")
         self._table: tuple[Path, pa.Table] | None = None
 
     @property
@@ -98,7 +99,7 @@ class RawDataset:
 
     @property
     def episodes(self) -> list[int]:
-        """Indices of the episodes whose table is on disk, ascending."""
+        """Indices of the episodes on disk (table and at least one camera), ascending."""
         return sorted(self._present)
 
     @property
@@ -115,8 +116,12 @@ class RawDataset:
         if index in self._present:
             return self._present[index]
         if index in self._all:
-            raise PersistWorldError(f"episode {index} is not on disk", where=str(self._all[index].table), fix="fetch it")
-        raise PersistWorldError(f"no episode {index} in this dataset", where=str(self.path / "meta"), fix="see meta/episodes")
+            raise PersistWorldError(f"episode {index} is not on disk", where=str(self._all[index].table), fix=_FETCH)
+        raise PersistWorldError(
+            f"no episode {index} in this dataset",
+            where=str(self.path / "meta"),
+            fix="take one that meta/episodes names",
+        )
 
     def read(self, index: int, fields: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Columns of an episode in frame order: (T, D) for list columns, (T,) for scalars; floats as float64.
@@ -129,13 +134,15 @@ class RawDataset:
         unknown = [name for name in fields if name not in table.column_names]
         if unknown:
             raise PersistWorldError(
-                f"column '{unknown[0]}' is missing", where=str(episode.table), fix=nearest(unknown[0], table.column_names)
+                f"column '{unknown[0]}' is missing",
+                where=str(episode.table),
+                fix=nearest(unknown[0], table.column_names),
             )
         return {name: _column(table, name, episode.table) for name in fields}
 
     def columns(self, index: int) -> list[str]:
         """Names of the columns in the table of an episode."""
-        return list(pq.read_schema(self.episode(index).table).names)
+        return list(self._rows(self.episode(index)).column_names)
 
     def video(self, index: int, camera: str) -> tuple[Path, int, int]:
         """(file, number of its first frame there, number of frames) of an episode's camera.
@@ -151,11 +158,11 @@ class RawDataset:
             )
         path, first = episode.videos[key]
         if not path.is_file():
-            raise PersistWorldError(f"video of camera '{camera}' is missing", where=str(path), fix="fetch the file")
+            raise PersistWorldError(f"video of camera '{camera}' is missing", where=str(path), fix=_FETCH)
         return path, first, episode.length
 
     def instruction(self, index: int) -> str:
-        """What the robot was told, '' if nothing: the ``language_instruction`` column, else the episode's first task."""
+        """What the robot was told, '' if nothing: column ``language_instruction``, else the episode's first task."""
         episode = self.episode(index)
         if "language_instruction" in self.features:
             table = self._rows(episode)
@@ -173,15 +180,20 @@ class RawDataset:
 
     @cached_property
     def _present(self) -> dict[int, RawEpisode]:
-        """The episodes whose table file is there (checked once a file)."""
-        there = {path: path.is_file() for path in {episode.table for episode in self._all.values()}}
-        return {index: episode for index, episode in self._all.items() if there[episode.table]}
+        """The episodes whose table and at least one video are there (each file is looked for once)."""
+        files = {e.table for e in self._all.values()} | {v[0] for e in self._all.values() for v in e.videos.values()}
+        there = {path for path in files if path.is_file()}
+        return {
+            index: episode
+            for index, episode in self._all.items()
+            if episode.table in there and (not episode.videos or any(v[0] in there for v in episode.videos.values()))
+        }
 
     def _episodes_v2(self) -> dict[int, RawEpisode]:
         """Version 2: ``meta/episodes.jsonl`` and one file an episode."""
         path = self.path / "meta" / "episodes.jsonl"
         if not path.is_file():
-            raise PersistWorldError("list of episodes is missing", where=str(path), fix="fetch the dataset's meta folder")
+            raise PersistWorldError("list of episodes is missing", where=str(path), fix=_FETCH)
         chunk = int(self.info.get("chunks_size", 1000))
         out: dict[int, RawEpisode] = {}
         for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -199,14 +211,16 @@ class RawDataset:
                     videos={c: (self._video_file(c, names), 0) for c in self.cameras},
                 )
             except (ValueError, KeyError, TypeError) as error:
-                raise PersistWorldError(f"line {number} is unreadable: {error}", where=str(path), fix="repair it") from error
+                raise PersistWorldError(
+                    f"line {number} is unreadable: {error!r}", where=str(path), fix=_FETCH
+                ) from error
         return out
 
     def _episodes_v3(self) -> dict[int, RawEpisode]:
         """Version 3: ``meta/episodes/chunk-*/file-*.parquet`` says in which file, and where in it, an episode lies."""
         files = sorted((self.path / "meta" / "episodes").glob("*/*.parquet"))
         if not files:
-            raise PersistWorldError("list of episodes is missing", where=str(self.path / "meta/episodes"), fix="fetch it")
+            raise PersistWorldError("list of episodes is missing", where=str(self.path / "meta/episodes"), fix=_FETCH)
         out: dict[int, RawEpisode] = {}
         for path in files:
             try:
@@ -216,7 +230,9 @@ class RawDataset:
                 for row in rows:
                     out[int(row["episode_index"])] = self._row_v3(row)
             except (KeyError, TypeError, pa.ArrowException, OSError) as error:
-                raise PersistWorldError(f"list of episodes is unreadable: {error}", where=str(path), fix="fetch it") from error
+                raise PersistWorldError(
+                    f"unreadable list of episodes: {error!r}", where=str(path), fix=_FETCH
+                ) from error
         return out
 
     def _row_v3(self, row: dict[str, Any]) -> RawEpisode:
@@ -242,19 +258,17 @@ class RawDataset:
         return self.path / str(self.info["video_path"]).format(video_key=_IMAGES + camera, **names)
 
     def _rows(self, episode: RawEpisode) -> pa.Table:
-        """The rows of one episode, by frame. The last file read is kept: a version 3 file serves many episodes in a row."""
+        """The rows of one episode, by frame. The last file stays in memory: a version 3 file serves many episodes."""
         if self._table is None or self._table[0] != episode.table:
             try:
                 self._table = (episode.table, pq.read_table(episode.table))
             except (pa.ArrowException, OSError) as error:
-                raise PersistWorldError(
-                    f"table is unreadable: {error}", where=str(episode.table), fix="fetch the file again"
-                ) from error
+                raise PersistWorldError(f"unreadable table: {error}", where=str(episode.table), fix=_FETCH) from error
         table = self._table[1]
         if "episode_index" in table.column_names:
             table = table.filter(pc.equal(table.column("episode_index"), episode.index))
         if table.num_rows == 0:
-            raise PersistWorldError(f"no rows of episode {episode.index}", where=str(episode.table), fix="fetch it again")
+            raise PersistWorldError(f"no rows of episode {episode.index}", where=str(episode.table), fix=_FETCH)
         if "frame_index" in table.column_names:
             table = table.sort_by("frame_index")
         return table
@@ -264,11 +278,11 @@ def _column(table: pa.Table, name: str, path: Path) -> NDArray[Any]:
     """A column as an array; nulls in it are an error."""
     column = table.column(name).combine_chunks()
     if column.null_count:
-        raise PersistWorldError(f"column '{name}' has {column.null_count} empty cells", where=str(path), fix="fetch it again")
+        raise PersistWorldError(f"column '{name}' has {column.null_count} empty cells", where=str(path), fix=_FETCH)
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
         flat = np.asarray(column.flatten().to_numpy(zero_copy_only=False))
         if flat.size % table.num_rows:
-            raise PersistWorldError(f"column '{name}' has rows of unequal length", where=str(path), fix="fetch it again")
+            raise PersistWorldError(f"column '{name}' has rows of unequal length", where=str(path), fix=_FETCH)
         array = flat.reshape(table.num_rows, -1)
     else:
         array = np.asarray(column.to_numpy(zero_copy_only=False))

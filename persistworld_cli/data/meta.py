@@ -1,6 +1,6 @@
 """Metadata of a processed dataset: episode index, percentiles of the states, velocity-to-motion gains, health report.
 
-Written to ``<dataset>/meta``: index.npz, stat.json, adapter.json, health.json. `export_ctrl_world` writes Ctrl-World's lists.
+Written to ``<dataset>/meta``: index.npz, stat.json, adapter.json, health.json; `export_ctrl_world` writes Ctrl-World's.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from persistworld_cli.data.extract import write_json
-from persistworld_cli.data.store import ActionStat, Annotation, EpisodeStore
+from persistworld_cli.data.store import ActionStat, Annotation, EpisodeStore, write_json
 from persistworld_cli.errors import PersistWorldError
 
 _VELOCITY = "action.joint_velocity"
 _JOINTS = "observation.state.joint_position"
 _HORIZON = 15  # raw frames a policy's chunk moves ahead (openpi's pi0.5-DROID)
+_FIT_EPISODES = 2000  # at most this many, evenly spread, are held in memory for the fit
 _DROID_SCALE = 0.2  # rad a raw frame that DROID's controller asks for at velocity 1
 
 
@@ -74,6 +74,7 @@ def build_meta(
     store = EpisodeStore(dataset, meta)
     names = [(split, episode) for split in store.splits for episode in store.episodes(split)]
     rows, problems = _Rows(), dict[str, list[str]]()
+    every = -(-len(names) // _FIT_EPISODES) if names else 1
     successes: Counter[str] = Counter()
     for done, (split, episode) in enumerate(names, 1):
         try:
@@ -90,10 +91,12 @@ def build_meta(
         rows.splits.append(split)
         rows.states.append(annotation.states[: annotation.num_frames])
         successes[f"{split}: {_SUCCESS[annotation.success]}"] += 1
-        motion = _motion(annotation)
-        if motion is not None and split == "train":
+        wanted = split == "train" and done % every == 0
+        motion = _motion(annotation) if wanted else None
+        if motion is not None:
             rows.motions.append(motion)
-    return _write(store, rows, problems, successes, num_frames)
+    latents = "none" if not (store.root / "latent_videos").is_dir() else "checked" if check_latents else "unchecked"
+    return _write(store, rows, problems, successes, num_frames, latents)
 
 
 _SUCCESS = {True: "succeeded", False: "failed", None: "unknown"}
@@ -168,14 +171,19 @@ def export_ctrl_world(store: EpisodeStore, name: str, *, num_frames: int = 5, se
 
 
 def _write(
-    store: EpisodeStore, rows: _Rows, problems: dict[str, list[str]], successes: Counter[str], num_frames: int
+    store: EpisodeStore,
+    rows: _Rows,
+    problems: dict[str, list[str]],
+    successes: Counter[str],
+    num_frames: int,
+    latents: str,
 ) -> MetaReport:
     """Check what was gathered and write the four files."""
     train = [s for s, split in zip(rows.states, rows.splits, strict=True) if split == "train"]
     if not train:
         found = dict(Counter(rows.splits)) or "no readable episode"
         raise PersistWorldError(
-            f"no training episode ({found}; problems: { {k: len(v) for k, v in problems.items()} or 'none'})",
+            f"no training episode ({found}; problems: { {k: len(v) for k, v in problems.items()} or 'none' })",
             where=str(store.root / "annotation" / "train"),
             fix="extract more episodes, or choose another val_rule so that some are for training",
         )
@@ -198,7 +206,7 @@ def _write(
         samples=samples,
         stat=stat,
         adapter=adapter,
-        health=_health(rows, stat, problems, successes),
+        health=_health(rows, stat, problems, successes, latents),
     )
     _write_index(store.meta / "index.npz", rows)
     write_json(store.meta / "stat.json", {"state_01": stat.p01.tolist(), "state_99": stat.p99.tolist()})
@@ -218,18 +226,22 @@ def _write_index(path: Path, rows: _Rows) -> None:
     buffer = io.BytesIO()
     np.savez(
         buffer,
+        ids=_as_bytes(rows.ids),
+        texts=_as_bytes(rows.texts),
+        splits=_as_bytes(rows.splits),
         lengths=lengths,
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         states=single if np.array_equal(single.astype(np.float64), states) else states,
-        **{
-            name: np.frombuffer(json.dumps(values).encode(), dtype=np.uint8)
-            for name, values in (("ids", rows.ids), ("texts", rows.texts), ("splits", rows.splits))
-        },
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_bytes(buffer.getvalue())
     partial.replace(path)
+
+
+def _as_bytes(names: list[str]) -> NDArray[np.uint8]:
+    """Texts as the bytes of a JSON list: numpy's own text arrays take the longest one's room for each."""
+    return np.frombuffer(json.dumps(names).encode(), dtype=np.uint8)
 
 
 def _check_episode(store: EpisodeStore, split: str, annotation: Annotation, check_latents: bool) -> None:
@@ -247,7 +259,7 @@ def _check_episode(store: EpisodeStore, split: str, annotation: Annotation, chec
 
 
 def _health(
-    rows: _Rows, stat: ActionStat, problems: dict[str, list[str]], successes: Counter[str]
+    rows: _Rows, stat: ActionStat, problems: dict[str, list[str]], successes: Counter[str], latents: str
 ) -> dict[str, Any]:
     """What a person should know of the data before training on it."""
     lengths = np.asarray([len(s) for s in rows.states])
@@ -256,6 +268,7 @@ def _health(
     outside = ((states < stat.p01) | (states > stat.p99)).mean(axis=0)
     return {
         "unusable": {reason: {"count": len(names), "first": names[:20]} for reason, names in problems.items()},
+        "latents": latents,
         "length": {"min": int(lengths.min()), "median": float(np.median(lengths)), "max": int(lengths.max())},
         "shorter_than_clip": int((lengths < 5).sum()),
         "without_instruction": sum(not t.strip() for t in rows.texts),
@@ -264,7 +277,7 @@ def _health(
         "states_outside_percentiles": outside.round(4).tolist(),
         "state_min": states.min(axis=0).tolist(),
         "state_max": states.max(axis=0).tolist(),
-        "with_joint_velocities": len(rows.motions),
+        "episodes_in_adapter_fit": len(rows.motions),
     }
 
 

@@ -13,6 +13,7 @@ h = V * h1 (cameras stacked along height in their order), w latent width, N fram
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -28,7 +29,9 @@ from torch import Tensor
 from persistworld_cli.data import video
 from persistworld_cli.errors import PersistWorldError
 
-_OPEN_FILES = 96  # memory-mapped latent files kept open
+_OPEN_EPISODES = 64  # episodes whose latent files stay memory-mapped
+_REBUILD = "run persistworld build-meta again"
+_REDO = "delete the episode's annotation and run persistworld extract-latents again"
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class ActionStat:
     p99: NDArray[np.float64]
 
     def normalise(self, pose: ArrayLike) -> NDArray[np.float32]:
-        """``clip(2 (a - p01) / (p99 - p01 + 1e-8) - 1, -1, 1)`` of (..., D), computed in float64 (method.md section 1)."""
+        """``clip(2 (a - p01) / (p99 - p01 + 1e-8) - 1, -1, 1)`` of (..., D), computed in float64 (method.md 1)."""
         value = np.asarray(pose, dtype=np.float64)
         scaled = 2 * (value - self.p01) / (self.p99 - self.p01 + 1e-8) - 1
         return np.clip(scaled, -1, 1).astype(np.float32)
@@ -66,15 +69,15 @@ class ActionStat:
         """
         if not path.is_file():
             raise PersistWorldError(
-                "percentiles of the states are missing", where=str(path), fix="run persistworld build-meta on the dataset"
+                "percentiles of the states are missing", where=str(path), fix="run persistworld build-meta on it"
             )
         try:
             data = json.loads(path.read_text())
             p01, p99 = (np.asarray(data[key], dtype=np.float64) for key in ("state_01", "state_99"))
         except (ValueError, KeyError, TypeError) as error:
-            raise PersistWorldError(f"unreadable percentiles: {error}", where=str(path), fix="run build-meta again") from error
+            raise PersistWorldError(f"unreadable percentiles: {error!r}", where=str(path), fix=_REBUILD) from error
         if p01.shape != p99.shape or p01.ndim != 1:
-            raise PersistWorldError("state_01 and state_99 differ in shape", where=str(path), fix="run build-meta again")
+            raise PersistWorldError("state_01 and state_99 differ in shape", where=str(path), fix=_REBUILD)
         return cls(p01, p99)
 
 
@@ -143,9 +146,9 @@ class EpisodeStore:
             texts = raw.get("texts") or [""]
             length = int(raw.get("video_length", len(states)))
         except (ValueError, KeyError, TypeError) as error:
-            raise PersistWorldError(f"unreadable annotation: {error!r}", where=str(path), fix="extract it again") from error
+            raise PersistWorldError(f"unreadable annotation: {error!r}", where=str(path), fix=_REDO) from error
         if states.ndim != 2 or not len(states):
-            raise PersistWorldError(f"states have shape {states.shape}", where=str(path), fix="extract the episode again")
+            raise PersistWorldError(f"states have shape {states.shape}", where=str(path), fix=_REDO)
         success = raw.get("success")
         return Annotation(
             episode_id=episode,
@@ -164,11 +167,9 @@ class EpisodeStore:
             if stems:
                 missing = {str(i) for i in range(len(stems))} - stems
                 if missing:
-                    raise PersistWorldError(
-                        f"camera {min(missing)} is missing", where=str(folder), fix="extract the episode again"
-                    )
+                    raise PersistWorldError(f"camera {min(missing)} is missing", where=str(folder), fix=_REDO)
                 return len(stems)
-        raise PersistWorldError("episode has no videos", where=str(self._video_dir(split, episode)), fix="extract it again")
+        raise PersistWorldError("episode has no videos", where=str(self._video_dir(split, episode)), fix=_REDO)
 
     def latent_files(self, split: str, episode: str) -> list[Path]:
         """The latent files of an episode in camera order (.npy preferred to .pt).
@@ -230,14 +231,16 @@ class EpisodeStore:
         """
         path = self.meta / "index.npz"
         if not path.is_file():
-            raise PersistWorldError("dataset has no index yet", where=str(path), fix="run persistworld build-meta on it")
+            raise PersistWorldError("dataset has no index", where=str(path), fix="run persistworld build-meta on it")
         with np.load(path, allow_pickle=False) as data:
             ids, texts, splits = (json.loads(bytes(data[key])) for key in ("ids", "texts", "splits"))
             offsets, lengths, states = data["offsets"], data["lengths"], data["states"]
         rows = [i for i, name in enumerate(splits) if name == split]
         if not rows:
             raise PersistWorldError(
-                f"split '{split}' has no episodes", where=str(path), fix=f"the dataset has: {', '.join(sorted(set(splits)))}"
+                f"split '{split}' has no episodes",
+                where=str(path),
+                fix=f"take one of: {', '.join(sorted(set(splits)))}",
             )
         return EpisodeIndex(
             ids=tuple(ids[i] for i in rows),
@@ -261,7 +264,7 @@ class EpisodeStore:
             return list(self._open[key])
         arrays = [_map_latents(path) for path in self.latent_files(split, episode)]
         self._open[key] = arrays
-        while len(self._open) > _OPEN_FILES // 3:
+        while len(self._open) > _OPEN_EPISODES:
             self._open.popitem(last=False)
         return arrays
 
@@ -270,6 +273,14 @@ def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
     """Sort key under which digits count as numbers: '9' < '10', '0008' < '0011'; any two names compare."""
     parts = re.findall(r"\d+|\D+", name)
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts], name
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON beside and rename: a reader finds the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(data))
+    partial.replace(path)
 
 
 def _map_latents(path: Path) -> Any:
@@ -283,7 +294,7 @@ def _map_latents(path: Path) -> Any:
             except RuntimeError:  # written in torch's old format, which cannot be memory-mapped
                 array = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise PersistWorldError(f"unreadable latents: {error}", where=str(path), fix="extract the episode again") from error
+        raise PersistWorldError(f"unreadable latents: {error}", where=str(path), fix=_REDO) from error
     if getattr(array, "ndim", 0) != 4:
-        raise PersistWorldError("latents are not of shape (T, C, h, w)", where=str(path), fix="extract the episode again")
+        raise PersistWorldError("latents are not of shape (T, C, h, w)", where=str(path), fix=_REDO)
     return array

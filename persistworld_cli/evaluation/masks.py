@@ -87,9 +87,9 @@ def object_mask(frames: NDArray[np.uint8], colours: Sequence[Sequence[float]] | 
     """Saturated coloured pixels of recorded pictures.
 
     Without ``colours`` every pixel with saturation >= 0.5 and value >= 0.15 counts; a wooden table may be among them.
-    With ``colours`` (RGB in [0, 1], ``objects[].rgb`` of the bundled world's ``meta/episodes.jsonl``) a pixel must also lie
-    within 20 degrees of one of their hues and have 0.65 of that colour's saturation (light scales all channels alike, so
-    shading leaves hue and saturation as they are; a wooden table is less saturated).
+    With ``colours`` (RGB in [0, 1], ``objects[].rgb`` of the bundled world's ``meta/episodes.jsonl``) a pixel must also
+    lie within 20 degrees of one of their hues and have 0.65 of that colour's saturation (light scales all channels
+    alike, so shading leaves hue and saturation as they are; a wooden table is less saturated).
 
     Args:
         frames: uint8 (..., 3).
@@ -133,9 +133,9 @@ def coloured_pixel_survival(
 ) -> Survival:
     """Share of the recording's coloured object pixels that keep their colour in a reconstruction, camera by camera.
 
-    A pixel of `object_mask` survives when, at the same place, the reconstruction is within 25 degrees of its hue and has
-    at least 0.6 of its saturation and 0.5 of its value. A block that faded into the table fails on saturation, one that
-    turned another colour on hue, one that moved away on both.
+    A pixel of `object_mask` survives when, at the same place, the reconstruction is within 25 degrees of its hue and
+    has at least 0.6 of its saturation and 0.5 of its value. A block that faded into the table fails on saturation, one
+    that turned another colour on hue, one that moved away on both.
 
     Args:
         original, reconstructed: uint8 (N, V, H, W, 3).

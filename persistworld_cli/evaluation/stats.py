@@ -20,6 +20,13 @@ ALPHA = 0.05
 FEWEST = 6  # with n episodes all on one side, the two-sided sign test gives 2 * 0.5^n: above 0.05 up to n = 5
 
 
+def mean(values: FloatArray, axis: int) -> FloatArray:
+    """Mean without the NaNs; NaN where there is nothing else."""
+    there = np.isfinite(values)
+    total, count = np.where(there, values, 0.0).sum(axis=axis), there.sum(axis=axis)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
 def wilson(wins: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a share ``wins / n`` (wins may count ties as halves). (0, 1) for n = 0."""
     if n == 0:
@@ -145,7 +152,10 @@ def _verdict(episodes: int, low: float, high: float, p: float, better_up: bool) 
         word = "better" if good else "worse"
         return word, f"{word} (p = {p:.2g} over {episodes} episodes)"
     if apart:
-        return "undecided", f"not settled with {episodes} episodes: the interval excludes no change, p = {p:.2g} does not"
+        return (
+            "undecided",
+            f"not settled with {episodes} episodes: the interval excludes no change, p = {p:.2g} does not",
+        )
     return "undecided", f"no difference shown with {episodes} episodes (p = {p:.2g})"
 
 

@@ -19,6 +19,7 @@ from persistworld_cli.config.settings import ModelSettings, WorldSettings
 from persistworld_cli.models import text as text_room
 from persistworld_cli.models import vae as vae_room
 from persistworld_cli.models.diffusion import precondition
+from persistworld_cli.models.temporal_conv import fold_temporal_convs
 from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.unet import FrameLevelUNet
 
@@ -55,6 +56,8 @@ class WorldModel(nn.Module):
         self.vae = AutoencoderKLTemporalDecoder(**settings.vae)
         if settings.image:
             self.image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings.image))
+        fold_temporal_convs(self.unet)
+        fold_temporal_convs(self.vae)
         self.text_encoder = text_room.build_text_encoder(settings.text)
         self.action_encoder = ActionEncoder(settings.action_dim, settings.token_dim)
         self._tokenizer: CLIPTokenizer | None = None

@@ -1,1 +1,1 @@
-"""Rewards: pictures -> metrics -> one reward a rollout -> group advantages. A new one: one file, one line in registry.py."""
+"""Pictures -> metrics -> one reward a rollout -> group advantages. A new reward: one file, one line in registry.py."""

@@ -25,7 +25,7 @@ NUM_JOINTS = 7
 MLP_ROWS = 15
 DEFAULT_GAIN = 0.054
 
-# Percentiles that Ctrl-World's adapter was trained with (1st, 99th): commanded velocity, and joint change over the 15 rows.
+# Percentiles (1st, 99th) that Ctrl-World's adapter was trained with: commanded velocity, joint change over the 15 rows.
 _VELOCITY_P01 = (-0.4077107, -0.79047304, -0.47850373, -0.8666644, -0.6729502, -0.5602032, -0.692411)
 _VELOCITY_P99 = (0.4900636, 0.7259861, 0.45910007, 0.79220384, 0.69864315, 0.648198, 0.810115)
 _DELTA_P01 = (-0.2801219, -0.397792, -0.22935797, -0.3351759, -0.42025003, -0.36825255, -0.450706)
@@ -56,8 +56,8 @@ class GainAdapter:
 class MlpAdapter(torch.nn.Module):
     """Ctrl-World's adapter: 112 -> 512 -> 512 -> 105 with SiLU.
 
-    In: joints raw, then 15 x 7 velocities mapped to [-1, 1] by their percentiles (not clipped). Out: for each row and joint
-    a share of the range of joint changes, added to the joints now.
+    In: joints raw, then 15 x 7 velocities mapped to [-1, 1] by their percentiles (not clipped). Out: for each row and
+    joint a share of the range of joint changes, added to the joints now.
     """
 
     def __init__(self) -> None:
@@ -75,8 +75,8 @@ class MlpAdapter(torch.nn.Module):
     def forward(self, velocities: ArrayLike, joints: ArrayLike) -> Float:
         """(R, 7) velocities and (7,) joints -> (R, 7) joints.
 
-        The network takes exactly 15 rows: a shorter chunk (pi0, pi0-FAST) is held at its last velocity behind its end, and
-        only its own rows are given back.
+        The network takes exactly 15 rows: a shorter chunk (pi0, pi0-FAST) is held at its last velocity behind its end,
+        and only its own rows are given back.
 
         Raises:
             PersistWorldError: more than 15 rows.
@@ -104,7 +104,7 @@ def load_adapter(kind: str, gain: float = DEFAULT_GAIN, meta: Path | None = None
     """The adapter that the settings name.
 
     Args:
-        kind: ``gain`` (the given number for every joint), ``meta`` (fitted by build-meta), or the path of an MLP's weights.
+        kind: ``gain`` (the given number for every joint), ``meta`` (fitted by build-meta), or an MLP's weights file.
         gain: for ``gain``.
         meta: build-meta's ``adapter.json``, for ``meta``.
 
@@ -122,7 +122,9 @@ def _read_gain(path: Path | None) -> Float:
     """(7,) gains out of build-meta's ``adapter.json``: a number or a list under ``gain``."""
     fix = "run persistworld build-meta on the dataset, or take --adapter gain"
     if path is None or not path.is_file():
-        raise PersistWorldError("the dataset has no fitted action adapter", where=str(path or "policy.adapter"), fix=fix)
+        raise PersistWorldError(
+            "the dataset has no fitted action adapter", where=str(path or "policy.adapter"), fix=fix
+        )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         gain = np.broadcast_to(np.asarray(data["gain"], dtype=np.float64), (NUM_JOINTS,))

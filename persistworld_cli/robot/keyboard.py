@@ -80,6 +80,6 @@ class KeyMap:
             delta[_GRIPPER] = goal - start[_GRIPPER]
         share = np.linspace(0.0, 1.0, rows)[:, None] if rows > 1 else np.zeros((1, 1))
         poses = start + share * delta
-        # The first row is clipped as well: a recorded start outside the workspace jumps to its edge (as in the reference).
+        # The first row is clipped as well: a start outside the workspace jumps to its edge (as in the reference).
         poses[:, :3] = np.clip(poses[:, :3], self.settings.workspace_low, self.settings.workspace_high)
         return poses

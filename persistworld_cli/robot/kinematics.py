@@ -1,7 +1,7 @@
 """Forward kinematics of the arm: joint angles -> pose of the flange in the base frame.
 
-Source: Franka's published modified (Craig) Denavit-Hartenberg table; the flange follows joint 7 at 0.107 m along z. No hand
-rotation and no gripper offset: this is what DROID records as `cartesian_position` (to 4e-8 m and 2e-7 rad).
+Source: Franka's published modified (Craig) Denavit-Hartenberg table; the flange follows joint 7 at 0.107 m along z. No
+hand rotation and no gripper offset: this is what DROID records as `cartesian_position` (to 4e-8 m and 2e-7 rad).
 Shapes: (...) any leading batch, J joints. Angles in rad, lengths in m, float64 throughout.
 """
 
@@ -18,7 +18,7 @@ Float = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Arm:
-    """A serial arm of revolute joints: per joint `a` (m), `d` (m), `alpha` (rad), then the flange at `flange_d` (m) along z."""
+    """A serial arm: `a` (m), `d` (m), `alpha` (rad) of each joint; the flange lies `flange_d` (m) along the last z."""
 
     a: tuple[float, ...]
     d: tuple[float, ...]
@@ -112,7 +112,7 @@ def jacobian(joints: ArrayLike, arm: Arm = PANDA, tool_z: float = 0.0) -> Float:
         tool_z: distance of the point from the flange, m.
 
     Returns:
-        (..., 6, J): rows 0..2 velocity of the point, rows 3..5 angular velocity, per rad/s of each joint, in the base frame.
+        (..., 6, J): rows 0..2 velocity of the point, rows 3..5 angular velocity, for 1 rad/s of each joint, base frame.
     """
     frames = joint_frames(joints, arm)
     axes, origins = frames[..., :-1, :3, 2], frames[..., :-1, :3, 3]

@@ -6,10 +6,10 @@ Row 0 of an interaction is the current frame again; rows 1..L-1 are new (method.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from persistworld_cli.models.diffusion import karras_sigmas
 from persistworld_cli.models.samplers import SAMPLERS
 from persistworld_cli.models.world_model import Condition, WorldModel
 from persistworld_cli.rollout.memory import Memory
+from persistworld_cli.seeding import generator
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,12 +31,7 @@ def rollout_noise(keys: Iterable[tuple[int, str, int, int]], shape: tuple[int, .
 
     So a rollout gets the same noise in any batch, on any machine, and for every model it is compared under.
     """
-    rows = []
-    for key in keys:
-        digest = hashlib.sha256(repr(key).encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        rows.append(torch.randn(shape, generator=generator))
-    return torch.stack(rows)
+    return torch.stack([torch.randn(shape, generator=generator(*key)) for key in keys])
 
 
 @dataclass
@@ -55,6 +51,27 @@ class RolloutState:
         texts = [s.text for s in states]
         text = None if any(t is None for t in texts) else torch.cat([t for t in texts if t is not None])
         return cls(Memory.join([s.memory for s in states]), text)
+
+
+class Inputs(NamedTuple):
+    """What one interaction of B rollouts is predicted from, before the action encoder.
+
+    history (B, P, C, h, w), current (B, C, h, w), actions (B, P + L, D) normalised, text (B, E) or none.
+    """
+
+    history: torch.Tensor
+    current: torch.Tensor
+    actions: torch.Tensor
+    text: torch.Tensor | None
+
+    def select(self, rows: torch.Tensor | list[int] | slice) -> Inputs:
+        """Some rows, a row as often as named."""
+        return Inputs(*(None if part is None else part[rows] for part in self))
+
+    @classmethod
+    def join(cls, parts: list[Inputs]) -> Inputs:
+        """Several as one batch."""
+        return cls(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 class RolloutEngine:
@@ -90,13 +107,21 @@ class RolloutEngine:
         return RolloutState(Memory(first_latent.to(self.model.device), first_pose, self.sampling.buffer_fill), text)
 
     @torch.no_grad()
-    def condition(self, state: RolloutState, poses: np.ndarray) -> Condition:
-        """What the model is shown for an interaction with raw poses (B, L, D), row 0 the current pose."""
+    def inputs(self, state: RolloutState, poses: np.ndarray) -> Inputs:
+        """What an interaction with raw poses (B, L, D), row 0 the current pose, is predicted from."""
         history, past_poses = state.memory.history(self.entries)
         current, _ = state.memory.current
         actions = self.stat.normalise(np.concatenate([past_poses, poses], axis=1))
-        tokens = self.model.tokens(torch.as_tensor(actions, device=self.model.device), state.text)
-        return Condition(history=history, current=current, tokens=tokens, noise_aug=self.sampling.noise_aug)
+        return Inputs(history, current, torch.as_tensor(actions, device=self.model.device), state.text)
+
+    def condition(self, inputs: Inputs) -> Condition:
+        """The same with its tokens made by the model's present action encoder (gradients flow into it)."""
+        return Condition(
+            history=inputs.history,
+            current=inputs.current,
+            tokens=self.model.tokens(inputs.actions, inputs.text),
+            noise_aug=self.sampling.noise_aug,
+        )
 
     @torch.no_grad()
     def sample(self, condition: Condition, noise: torch.Tensor) -> torch.Tensor:
@@ -114,7 +139,7 @@ class RolloutEngine:
     @torch.no_grad()
     def step(self, state: RolloutState, poses: np.ndarray, noise: torch.Tensor) -> torch.Tensor:
         """Predict an interaction (B, L, C, h, w) and remember its last frame and pose; `state` advances in place."""
-        predicted = self.sample(self.condition(state, poses), noise)
+        predicted = self.sample(self.condition(self.inputs(state, poses)), noise)
         state.memory.append(predicted[:, -1], poses[:, -1])
         return predicted
 

@@ -73,8 +73,8 @@ def build_observation(
     return {
         EXTERIOR: resize_with_pad(exterior, size),
         WRIST: resize_with_pad(wrist, size),
-        JOINTS: np.asarray(joints[:7], dtype=np.float64),
-        GRIPPER: np.asarray(joints[7:8], dtype=np.float64),
+        JOINTS: np.array(joints[:7], dtype=np.float64),  # copies: a policy in this process may keep what it was shown
+        GRIPPER: np.array(joints[7:8], dtype=np.float64),
         PROMPT: prompt,
     }
 
@@ -106,7 +106,9 @@ def check_actions(answer: Any, layout: Layout, source: str) -> Float:
         raise PersistWorldError(
             f"field 'actions' has shape {actions.shape}, but layout '{layout.name}' is {(layout.rows, layout.width)}",
             where=source,
-            fix=f"--set policy.layout={fitting[0]}" if fitting else "serve a DROID policy (joint velocity, gripper position)",
+            fix=f"--set policy.layout={fitting[0]}"
+            if fitting
+            else "serve a policy with DROID's joint-velocity actions",
         )
     bad = np.argwhere(~np.isfinite(actions))
     if len(bad):

@@ -54,8 +54,8 @@ class HoldPolicy:
 class RandomPolicy:
     """A random direction for each chunk, the gripper open or closed at random.
 
-    What is drawn depends on the seed, the number of the call, the joints and the instruction only, so a rollout does not
-    change when others run beside it.
+    What is drawn depends on the seed, the number of the call, the joints and the instruction only, so a rollout does
+    not change when others run beside it.
     """
 
     speed = 0.4  # standard deviation of a joint's velocity
@@ -82,8 +82,8 @@ class RandomPolicy:
 class ScriptedPolicy:
     """Reaches over a spot of the table, goes down, closes the gripper and lifts.
 
-    A closed loop on joint angles and gripper alone: what it does next follows from where the arm is, so it keeps no state
-    and one instance can serve any number of rollouts. It does not look at the pictures.
+    A closed loop on joint angles and gripper alone: what it does next follows from where the arm is, so it keeps no
+    state and one instance can serve any number of rollouts. It does not look at the pictures.
     """
 
     tool_z = 0.15  # m from the flange to between the finger pads
@@ -155,7 +155,9 @@ def make_policy(name: str, layout: Layout, seed: int = 0) -> Policy:
     """A new policy of the registry. Raises UsageError for an unknown name."""
     if name not in POLICIES:
         raise UsageError(
-            f"unknown policy '{name}'", where="--policy", fix=f"{nearest(name, POLICIES)} (or module:Class for your own)"
+            f"unknown policy '{name}'",
+            where="--policy",
+            fix=f"{nearest(name, POLICIES)} (or module:Class for your own)",
         )
     return POLICIES[name](layout, seed)
 
@@ -171,7 +173,8 @@ class LocalPolicy:
         try:
             return self._policy.infer(obs)
         except Exception as error:
-            raise PersistWorldError(f"the policy failed:\n{traceback.format_exc().rstrip()}", where=self.name) from error
+            shown = traceback.format_exc().rstrip()
+            raise PersistWorldError(f"the policy failed:\n{shown}", where=self.name) from error
 
     def reset(self) -> None:
         """Forget the episode so far."""

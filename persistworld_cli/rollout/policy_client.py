@@ -1,7 +1,8 @@
 """Client of openpi's policy server: a websocket that carries msgpack (method.md section 6).
 
-On connecting the server sends its metadata; then one binary message asks and one answers. A text message is a traceback.
-`openpi-client` pins an old numpy, so this is the project's own; it speaks to both that server and `rollout.policy_server`.
+On connecting the server sends its metadata; then one binary message asks and one answers. A text message is a
+traceback. `openpi-client` pins an old numpy, so this is the project's own; it speaks to both that server and
+`rollout.policy_server`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from persistworld_cli.rollout.wire import pack, unpack
 
 MAX_MESSAGE = 256 * 2**20  # bytes; a chunk of actions is a kilobyte
 _RETRY_S = 0.5
+_SEE_LOG = "see the server's log"
 _START_ONE = (
     "start a server: persistworld policy-server --policy scripted, or openpi's scripts/serve_policy.py; "
     "or take the embedded one: --policy scripted"
@@ -144,14 +146,15 @@ class PolicyClient:
 
     def _refused(self, status: int) -> PersistWorldError:
         """The error for an HTTP answer that is not an upgrade."""
-        fix = "set PERSISTWORLD_POLICY_API_KEY to the server's key" if status in (401, 403) else "check host, port and path"
+        fix = "check host, port and path"
+        if status in (401, 403):
+            fix = "set PERSISTWORLD_POLICY_API_KEY to the server's key"
         return PersistWorldError(f"the policy server refused the connection (HTTP {status})", where=self.uri, fix=fix)
 
     def _gone(self, error: Exception) -> PersistWorldError:
         self.close()
-        return PersistWorldError(
-            f"the policy server closed the connection ({error or type(error).__name__})", where=self.uri, fix="see the server's log"
-        )
+        reason = str(error) or type(error).__name__
+        return PersistWorldError(f"the policy server closed the connection ({reason})", where=self.uri, fix=_SEE_LOG)
 
     def _receive(self, what: str) -> dict[str, Any]:
         """The next message as a map."""
@@ -170,8 +173,9 @@ class PolicyClient:
             raise self._gone(error) from error
         if isinstance(message, str):
             self.close()
-            raise PersistWorldError(f"the policy server failed:\n{message.rstrip()}", where=self.uri, fix="see the server's log")
+            raise PersistWorldError(f"the policy server failed:\n{message.rstrip()}", where=self.uri, fix=_SEE_LOG)
         answer = unpack(message)
         if not isinstance(answer, dict):
-            raise PersistWorldError(f"the policy server sent {type(answer).__name__} as {what}, not a map", where=self.uri)
+            kind = type(answer).__name__
+            raise PersistWorldError(f"the policy server sent {kind} as {what}, not a map", where=self.uri)
         return answer

@@ -1,6 +1,6 @@
 """A policy server that speaks openpi's websocket protocol (method.md section 6), for the embedded policies.
 
-Every connection gets a policy of its own, so that the rollouts of a batch do not share state. `GET /healthz` answers 200.
+Every connection gets a policy of its own, so that the rollouts of a batch share no state. `GET /healthz` answers 200.
 Browsers are refused (they send an Origin), so no web page can talk to a policy on loopback.
 """
 
@@ -16,14 +16,17 @@ from typing import Any
 
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
-from websockets.sync.server import Server, ServerConnection, serve
+from websockets.sync.server import Server, ServerConnection
+from websockets.sync.server import serve as listen
 
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.rollout.policies import Policy
+from persistworld_cli.rollout.observation import Layout
+from persistworld_cli.rollout.policies import Policy, make_policy
 from persistworld_cli.rollout.policy_client import MAX_MESSAGE
 from persistworld_cli.rollout.wire import pack, unpack
 
 _INTERNAL_ERROR = 1011
+API_KEY_VARIABLE = "PERSISTWORLD_POLICY_API_KEY"
 
 
 class PolicyServer:
@@ -61,7 +64,7 @@ class PolicyServer:
     def start(self) -> PolicyServer:
         """Listen. Raises PersistWorldError when the port cannot be had."""
         try:
-            self._server = serve(
+            self._server = listen(
                 self._serve_connection,
                 self.host,
                 self.port,
@@ -72,9 +75,8 @@ class PolicyServer:
                 ping_interval=None,
             )
         except OSError as error:
-            raise PersistWorldError(
-                f"cannot listen on {self.host}:{self.port} ({error.strerror})", where="policy.port", fix="take another --port"
-            ) from error
+            what = f"cannot listen on {self.host}:{self.port} ({error.strerror})"
+            raise PersistWorldError(what, where="policy.port", fix="take another --port") from error
         self.port = int(self._server.socket.getsockname()[1])
         self._thread = threading.Thread(target=self._server.serve_forever, name="policy-server", daemon=True)
         self._thread.start()
@@ -147,3 +149,12 @@ class PolicyServer:
             connection.close(_INTERNAL_ERROR, "the policy failed; its traceback came before")
         except ConnectionClosed:
             pass  # nobody is left to read it
+
+
+def serve_embedded(
+    name: str, layout: Layout, seed: int = 0, *, host: str = "127.0.0.1", port: int = 0, api_key: str | None = None
+) -> PolicyServer:
+    """A server (not started yet) of one of the embedded policies. Raises UsageError for an unknown name."""
+    make_policy(name, layout, seed)
+    metadata = {"policy": name, "layout": layout.name, "action_rows": layout.rows, "action_width": layout.width}
+    return PolicyServer(lambda: make_policy(name, layout, seed), metadata, host=host, port=port, api_key=api_key)

@@ -1,7 +1,7 @@
 """openpi's message encoding: msgpack with numpy arrays (method.md section 6).
 
 An array is a map with the byte-string keys `__ndarray__` (true), `data` (its bytes, C order), `dtype` (numpy's string),
-`shape`; a numpy scalar has `__npgeneric__`, `data`, `dtype`. Everything else is plain msgpack. No object is ever unpickled.
+`shape`; a numpy scalar has `__npgeneric__`, `data`, `dtype`. Everything else is plain msgpack; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def pack(message: Any) -> bytes:
     try:
         packed: bytes = msgpack.packb(message, default=_encode)
     except (TypeError, ValueError, OverflowError) as error:
-        raise PersistWorldError(f"cannot encode a policy message: {error}", fix="send numbers, text and numpy arrays") from error
+        fix = "send numbers, text and numpy arrays"
+        raise PersistWorldError(f"cannot encode a policy message: {error}", fix=fix) from error
     return packed
 
 

@@ -60,6 +60,10 @@ class Run:
         flag = torch.tensor([float(self._stop)], device=self.device)
         return bool(self.accelerator.reduce(flag, "sum").item())
 
+    def should_stop_here(self) -> bool:
+        """True when this rank was asked to stop; for work where ranks do not wait for each other."""
+        return self._stop
+
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Mean of the gradients over the ranks, in one flat message."""
         if self.world == 1:

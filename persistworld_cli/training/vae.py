@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLTemporalDecoder
 from safetensors.torch import save_file
 
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import Settings, VaeSettings, WorldSettings
 from persistworld_cli.data.lerobot import RawDataset
 from persistworld_cli.data.video import read_frames, resize
-from persistworld_cli.models.vae import pixels_to_unit
+from persistworld_cli.models.temporal_conv import fold_temporal_convs
+from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, pixels_to_unit
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.training.run import Interrupted, Run
 from persistworld_cli.training.schedule import WeightAverage, lr_factor
@@ -81,6 +81,7 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     pictures = load_pictures(resolve_path(settings.world.raw), settings.world, work.output / "pictures.npy", not work.main)
     torch.manual_seed(options.seed)
     vae = AutoencoderKLTemporalDecoder(**{**settings.model.vae, "scaling_factor": 1.0}).to(work.device)
+    fold_temporal_convs(vae)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=options.lr, weight_decay=1e-4)
     average = WeightAverage(vae.parameters(), 0.998)
     begun = 0

@@ -1,0 +1,166 @@
+"""Gates that a shipped base model must pass, measured on held-out episodes (printed as JSON).
+
+`python -m benchmarks.gates --dataset outputs/world [--ckpt PATH] [--clips 48] [--steps 1,2,3,5,8,12,25]`
+
+1. vae: share of coloured object pixels that survive encoding and decoding, by camera (gate: 0.80 in every view).
+2. clip: PSNR of the fourth new frame of one clip from real history, against copying the current frame
+   (gate: +2.5 dB), at each number of sampling steps; mean and standard error over clips.
+3. loop: PSNR by interaction in closed loop from one frame, against copying the first, at the best number of steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.settings import Settings
+from persistworld_cli.data.clips import ClipSource
+from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.evaluation.masks import coloured_pixel_survival
+from persistworld_cli.models.checkpoints import load_world_model
+from persistworld_cli.models.world_model import WorldModel
+from persistworld_cli.rollout.engine import Inputs, RolloutEngine, recorded_poses, rollout_noise
+
+
+def to_unit(frames: np.ndarray) -> torch.Tensor:
+    """uint8 (..., H, W, 3) to float (..., 3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3).float() / 255
+
+
+def psnr(made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """PSNR in dB of each picture (..., 3, H, W)."""
+    return -10 * torch.log10((made - real).pow(2).mean(dim=(-1, -2, -3)).clamp(min=1e-10))
+
+
+def object_colours(settings: Settings) -> dict[str, list[list[float]]]:
+    """Episode id to the RGB of its objects, from the bundled recordings."""
+    path = resolve_path(settings.world.raw) / "meta" / "episodes.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {str(line["episode_index"]): [o["rgb"] for o in line["objects"]] for line in lines}
+
+
+def vae_gate(model: WorldModel, store: EpisodeStore, settings: Settings) -> dict[str, Any]:
+    """Survival of coloured object pixels and PSNR of pictures through the VAE, by camera."""
+    colours = object_colours(settings)
+    total, quality = None, []
+    for episode in store.episodes("val"):
+        ids = list(range(0, store.annotation("val", episode).num_frames, 8))
+        real = store.frames("val", episode, ids)
+        made = model.decode_latents(model.encode_frames(torch.from_numpy(real)), 1)
+        quality.append(psnr(made, to_unit(real)))
+        back = (made.movedim(-3, -1) * 255).round().byte().numpy()
+        one = coloured_pixel_survival(real, back, colours[episode])
+        total = one if total is None else total + one
+    assert total is not None
+    share = dict(zip(settings.world.cameras, [round(float(s), 4) for s in total.share], strict=True))
+    return {
+        "survival": share,
+        "pixels": total.pixels.tolist(),
+        "psnr": [round(q, 2) for q in torch.cat(quality).mean(0).tolist()],
+        "pass": min(share.values()) >= 0.8,
+    }
+
+
+@torch.no_grad()
+def clip_gate(model: WorldModel, store: EpisodeStore, settings: Settings, steps: list[int], count: int) -> dict[str, Any]:
+    """One clip from real history: PSNR of the fourth new frame against copying, for each number of steps."""
+    clips_settings = replace(settings.clips, zero_history_prob=0.0, rollout_history_prob=1.0, max_step=1)
+    source = ClipSource(store, "val", clips_settings, sampling=settings.sampling)
+    rng = np.random.default_rng(7)
+    clips = [source.clip(rng) for _ in range(count)]
+    latents = torch.stack([torch.as_tensor(c.latents) for c in clips]).float()
+    actions = torch.stack([torch.as_tensor(c.actions) for c in clips])
+    p = settings.model.num_history
+    inputs = Inputs(latents[:, :p], latents[:, p], actions, model.text_embeds([c.text for c in clips]))
+    real = torch.stack([to_unit(store.frames("val", c.episode, [c.ids[p], c.ids[-1]])) for c in clips])
+    copy = psnr(real[:, 0], real[:, 1]).mean(1)
+    out: dict[str, Any] = {"clips": count, "copy": round(copy.mean().item(), 3), "steps": {}}
+    for n in steps:
+        engine = RolloutEngine(model, replace(settings.sampling, steps=n), store.stat())
+        noise = rollout_noise([(0, "gate", i, 0) for i in range(count)], engine.noise_shape)
+        made = torch.cat(
+            [
+                model.decode_latents(engine.sample(engine.condition(inputs.select(part)), noise[part]), 0)[:, -1]
+                for part in (slice(i, i + 16) for i in range(0, count, 16))
+            ]
+        )
+        gain = psnr(made, real[:, 1]).mean(1) - copy
+        out["steps"][n] = {
+            "psnr": round((gain + copy).mean().item(), 3),
+            "gain": round(gain.mean().item(), 3),
+            "se": round(gain.std().item() / count**0.5, 3),
+        }
+    out["best"] = max(out["steps"], key=lambda n: out["steps"][n]["psnr"])
+    out["pass"] = out["steps"][out["best"]]["gain"] >= 2.5
+    return out
+
+
+@torch.no_grad()
+def loop_gate(model: WorldModel, store: EpisodeStore, settings: Settings, steps: int, length: int = 14) -> dict[str, Any]:
+    """Closed loop from frame 0 of every held-out episode: mean PSNR of each interaction's last frame."""
+    engine = RolloutEngine(model, replace(settings.sampling, steps=steps), store.stat())
+    reach = settings.model.num_frames - 1
+    notes = {e: store.annotation("val", e) for e in store.episodes("val")}
+    episodes = [e for e, n in notes.items() if n.num_frames > reach * length]
+    first = torch.stack([store.latents("val", e, [0])[0] for e in episodes])
+    state = engine.start(first, np.stack([notes[e].states[0] for e in episodes]), [notes[e].text for e in episodes])
+    start = torch.stack([to_unit(store.frames("val", e, [0])[0]) for e in episodes])
+    curve, floor = [], []
+    for i in range(length):
+        poses = np.stack([recorded_poses(notes[e].states, 0, i, reach + 1) for e in episodes])
+        noise = rollout_noise([(0, e, 0, i) for e in episodes], engine.noise_shape)
+        made = model.decode_latents(engine.step(state, poses, noise), 0)[:, -1]
+        real = torch.stack([to_unit(store.frames("val", e, [reach * (i + 1)])[0]) for e in episodes])
+        curve.append(psnr(made, real).mean(0).tolist())
+        floor.append(psnr(start, real).mean(0).tolist())
+    return {
+        "episodes": len(episodes),
+        "sampling_steps": steps,
+        "psnr_by_interaction": np.round(np.mean(curve, 1), 2).tolist(),
+        "copy_first_by_interaction": np.round(np.mean(floor, 1), 2).tolist(),
+        "psnr_by_camera_first_last": np.round([curve[0], curve[-1]], 2).tolist(),
+        "drop_2_to_14": round(float(np.mean(curve[1]) - np.mean(curve[-1])), 2),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--ckpt")
+    parser.add_argument("--adapter", default="")
+    parser.add_argument("--clips", type=int, default=48)
+    parser.add_argument("--steps", default="1,2,3,4,5,8,12,25")
+    parser.add_argument("--gates", default="vae,clip,loop")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    settings = load_settings(options.preset, [], {}).settings
+    store = EpisodeStore(options.dataset)
+    model = load_world_model(settings.model, settings.world, ckpt=options.ckpt, adapter=options.adapter)
+    result: dict[str, Any] = {}
+    chosen = options.gates.split(",")
+    if "vae" in chosen:
+        result["vae"] = vae_gate(model, store, settings)
+    best = settings.sampling.steps
+    if "clip" in chosen:
+        result["clip"] = clip_gate(model, store, settings, [int(s) for s in options.steps.split(",")], options.clips)
+        best = int(result["clip"]["best"])
+    if "loop" in chosen:
+        result["loop"] = loop_gate(model, store, settings, best)
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The ``persistworld`` command: its subcommands, one line each."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Annotated
+
+import typer
+
+from persistworld_cli import __version__
+from persistworld_cli.commands import (
+    build_meta,
+    drive,
+    eval,
+    extract_latents,
+    pi_rollout,
+    policy_server,
+    post_train,
+    pretrain,
+    replay,
+)
+
+app = typer.Typer(
+    name="persistworld",
+    help="Robot world models: from recordings to a video world model, post-trained and evaluated on its own rollouts.",
+    epilog="Start with: make demo (or persistworld COMMAND --help). Without --preset, the bundled world is used.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# In the order in which they are used. A module has the function `command`, and its EXAMPLES for the help.
+COMMANDS: dict[str, ModuleType] = {
+    "extract-latents": extract_latents,
+    "build-meta": build_meta,
+    "pretrain": pretrain,
+    "post-train": post_train,
+    "eval": eval,
+    "replay": replay,
+    "drive": drive,
+    "pi-rollout": pi_rollout,
+    "policy-server": policy_server,
+}
+for _name, _module in COMMANDS.items():
+    app.command(_name, epilog="\n\n".join(["Examples:", *_module.EXAMPLES]))(_module.command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"persistworld {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Robot world models: from recordings to a video world model, post-trained and evaluated on its own rollouts."""
+
+
+def main() -> None:
+    """Run the command line; exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""``persistworld extract-latents``: raw LeRobot recordings -> latents, videos and annotations."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from persistworld_cli.commands.options import Common, with_common
+from persistworld_cli.commands.run import execute
+
+EXAMPLES = (
+    "persistworld extract-latents",
+    "persistworld extract-latents data/droid_1.0.1 data/droid_latents --preset ctrl-world --vae yjguo/Ctrl-World",
+    "persistworld extract-latents data/droid_1.0.1 data/droid_latents --episodes 0:100,199 --num-processes 8",
+)
+
+
+@with_common(launch="full")
+def command(
+    common: Common,
+    raw: Annotated[
+        str | None, typer.Argument(help="Raw LeRobot dataset (v2.1 or v3.0).  \\[world.raw]", metavar="RAW")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Argument(help="Processed dataset to write.  \\[world.dataset]", metavar="OUT")
+    ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="Weights whose VAE encodes; the model's by default.", metavar="PATH|HUB_ID")
+    ] = None,
+    episodes: Annotated[str | None, typer.Option(help="Episodes to take, as 0:100,199; all by default.")] = None,
+    layout: Annotated[
+        str, typer.Option(help="native (float16, memory-mapped) or ctrl-world (float32 .pt files).")
+    ] = "native",
+    batch: Annotated[int, typer.Option(help="Pictures encoded at once.", min=1)] = 32,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail at the first episode that cannot be read.")] = False,
+) -> None:
+    """Encode recordings: raw LeRobot episodes become latents, small videos and annotations.
+
+    Episodes that are there already are left alone, so a run that was stopped continues. An episode that cannot be
+    read is skipped, and named with its reason in OUT/extract_report.json.
+    """
+    execute(
+        "extract",
+        common,
+        flags={"world.raw": raw, "world.dataset": out},
+        names={"world.raw": "RAW", "world.dataset": "OUT"},
+        job={"vae": vae, "episodes": episodes, "layout": layout, "batch": batch, "strict": strict},
+        folder="extract-latents",
+    )

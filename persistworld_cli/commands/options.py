@@ -1,0 +1,136 @@
+"""Options that several subcommands share, and the decorator that gives them to a command.
+
+A command is a function ``command(common, own options...)``; `with_common` puts the shared options into its signature,
+so that each is written once, and turns errors a user can mend into one block on standard error and an exit code.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import traceback
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from persistworld_cli.console import debug_wanted, listen_to_library, show_error
+from persistworld_cli.errors import PersistWorldError, UsageError
+
+SETTINGS_PANEL = "Settings and output"
+LAUNCH_PANEL = "Processes and machines"
+
+# Options of single commands that mean the same in each of them.
+Ckpt = Annotated[
+    str | None, typer.Option(help="Weights: a file, a folder, a hub id, or bundled:NAME.", metavar="PATH|HUB_ID")
+]
+Adapter = Annotated[
+    str | None, typer.Option(help="Post-trained adapter (PEFT folder) on top of the weights.", metavar="PATH")
+]
+Dataset = Annotated[str | None, typer.Option(help="Processed dataset (what extract-latents wrote).", metavar="DIR")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")]
+Resume = Annotated[
+    bool, typer.Option("--resume/--no-resume", help="Continue the run in the output folder, if it has one.")
+]
+
+
+def option(*names: str, help: str, panel: str = SETTINGS_PANEL, metavar: str | None = None) -> Any:
+    """A typer.Option in one of the shared panels."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar)
+
+
+@dataclass(kw_only=True)
+class Common:
+    """Values of the shared options; None where a flag was not given."""
+
+    preset: Annotated[
+        str | None, option("--preset", "-p", help="Preset: tiny, ctrl-world, persistworld, or the path of a TOML file.")
+    ] = None
+    sets: Annotated[
+        list[str] | None,
+        option("--set", "-s", help="Override one setting; may be repeated.", metavar="TABLE.KEY=VALUE"),
+    ] = None
+    output: Annotated[Path | None, option("--output", "-o", help="Folder of this run.  \\[outputs/COMMAND-PRESET]")] = (
+        None
+    )
+    dry_run: Annotated[bool, option("--dry-run", help="Show the resolved settings and do nothing.")] = False
+    as_json: Annotated[bool, option("--json", help="Print the result as JSON.")] = False
+    debug: Annotated[bool, option("--debug", help="Show tracebacks of errors.")] = False
+    num_processes: Annotated[
+        int | None, option("--num-processes", help="Processes of all machines together.", panel=LAUNCH_PANEL)
+    ] = None
+    num_machines: Annotated[int | None, option("--num-machines", help="Machines.", panel=LAUNCH_PANEL)] = None
+    machine_rank: Annotated[
+        int | None, option("--machine-rank", help="Number of this machine, from 0.", panel=LAUNCH_PANEL)
+    ] = None
+    main_process_ip: Annotated[
+        str | None, option("--main-process-ip", help="Address of machine 0.", panel=LAUNCH_PANEL)
+    ] = None
+    main_process_port: Annotated[
+        int | None, option("--main-process-port", help="Port on machine 0; 0 takes a free one.", panel=LAUNCH_PANEL)
+    ] = None
+    threads: Annotated[int | None, option("--threads", help="CPU threads a process.", panel=LAUNCH_PANEL)] = None
+    device: Annotated[str | None, option("--device", help="auto, cpu or cuda.", panel=LAUNCH_PANEL)] = None
+
+    def launch_flags(self) -> dict[str, Any]:
+        """Settings of the ``launch`` table that were given as flags."""
+        return {f"launch.{name}": getattr(self, name) for name in _LAUNCH if getattr(self, name) is not None}
+
+
+_LAUNCH = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "threads", "device")
+_OFFERED: dict[str, tuple[str, ...]] = {"full": _LAUNCH, "single": ("threads", "device"), "none": ()}
+
+
+def with_common(launch: Literal["full", "single", "none"]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the shared options.
+
+    Args:
+        launch: which of "Processes and machines" it takes: all (a job that can be spread), threads and device (a job of
+            one process), or none (done in this process).
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = typing.get_type_hints(Common, include_extras=True)
+        offered = [f for f in fields(Common) if f.name not in _LAUNCH or f.name in _OFFERED[launch]]
+        own_hints = typing.get_type_hints(command, include_extras=True)
+        own = [
+            p.replace(annotation=own_hints[n])
+            for n, p in inspect.signature(command).parameters.items()
+            if n != "common"
+        ]
+        shared = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+            for f in offered
+        ]
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            common = Common(**{f.name: values.pop(f.name) for f in offered})
+            _guard(functools.partial(command, common, **values), debug=common.debug)
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + shared
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+        return run
+
+    return decorate
+
+
+def _guard(call: Callable[[], None], *, debug: bool) -> None:
+    """Run a command; a user's mistake becomes one block on standard error, and an exit code."""
+    listen_to_library()
+    if debug:
+        os.environ["PERSISTWORLD_DEBUG"] = "1"  # the worker reads it too
+    try:
+        call()
+    except PersistWorldError as error:
+        if debug_wanted():
+            traceback.print_exc()
+        show_error(error)
+        raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None

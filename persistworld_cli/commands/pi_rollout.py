@@ -1,0 +1,61 @@
+"""``persistworld pi-rollout``: a policy acts in the world model, over openpi's websocket protocol."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from persistworld_cli.commands.options import Adapter, Ckpt, Common, Dataset, Seed, with_common
+from persistworld_cli.commands.run import execute
+
+EXAMPLES = (
+    "persistworld pi-rollout",
+    "persistworld pi-rollout --policy ws://127.0.0.1:8000 --steps 8",
+    "persistworld pi-rollout --task pickplace --policy server --rollouts 4",
+)
+
+
+@with_common(launch="single")
+def command(
+    common: Common,
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="scripted, hold or random (served here on loopback); server (the preset's address); or your own.",
+            metavar="NAME|ws://HOST:PORT|MODULE:CLASS",
+        ),
+    ] = "scripted",
+    task: Annotated[str | None, typer.Option(help="Task: its start frames, instruction, skip and gripper cap.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Interaction steps of a rollout.")] = None,
+    rollouts: Annotated[int, typer.Option(help="At most so many of the task's start frames.", min=1)] = 1,
+    episode: Annotated[
+        list[str] | None, typer.Option("--episode", help="Episode instead of the task's; repeatable.")
+    ] = None,
+    start: Annotated[int | None, typer.Option(help="Start frame instead of the task's.", min=0)] = None,
+    instruction: Annotated[str | None, typer.Option(help="Instruction instead of the task's.")] = None,
+    seed: Seed = None,
+    ckpt: Ckpt = None,
+    adapter: Adapter = None,
+    dataset: Dataset = None,
+) -> None:
+    """Let a policy act in the world model: it sees the predicted cameras and answers with joint velocities."""
+    execute(
+        "pi-rollout",
+        common,
+        flags={
+            "model.ckpt": ckpt,
+            "model.adapter": adapter,
+            "world.dataset": dataset,
+            "policy.task": task,
+            "policy.steps": steps,
+            "policy.seed": seed,
+        },
+        job={
+            "policy": policy,
+            "limit": rollouts,
+            "episodes": episode or [],
+            "start": start,
+            "instruction": instruction,
+        },
+    )

@@ -1,0 +1,38 @@
+"""``persistworld policy-server``: a small policy behind openpi's websocket protocol."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from persistworld_cli.commands.options import Common, Seed, with_common
+from persistworld_cli.commands.run import output_folder, resolve, show_settings
+from persistworld_cli.console import note
+
+EXAMPLES = ("persistworld policy-server --policy hold", "persistworld policy-server --policy scripted --port 8001")
+
+
+@with_common(launch="none")
+def command(
+    common: Common,
+    policy: Annotated[str, typer.Option(help="scripted, hold or random.")] = "scripted",
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    seed: Seed = None,
+) -> None:
+    """Serve a policy that needs no network and no GPU, as openpi's policy server does, until it is interrupted."""
+    resolved = resolve(common, {"policy.host": host, "policy.port": port, "policy.seed": seed})
+    if common.dry_run:
+        output = output_folder(common, resolved, "policy-server")
+        show_settings("policy-server", resolved, {"policy": policy}, output, as_json=common.as_json)
+        return
+    from persistworld_cli.rollout.observation import find_layout
+    from persistworld_cli.rollout.policy_source import API_KEY_VARIABLE, serve_embedded
+
+    own = resolved.settings.policy
+    key = os.environ.get(API_KEY_VARIABLE)
+    with serve_embedded(policy, find_layout(own.layout), own.seed, host=own.host, port=own.port, api_key=key) as server:
+        note(f"policy '{policy}' on {server.uri}; Ctrl-C ends it")
+        server.wait()

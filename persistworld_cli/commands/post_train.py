@@ -1,0 +1,46 @@
+"""``persistworld post-train``: the world model learns from its own rollouts (arXiv 2603.25685)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from persistworld_cli.commands.options import Ckpt, Common, Dataset, Resume, Seed, with_common
+from persistworld_cli.commands.run import execute
+
+EXAMPLES = (
+    "persistworld post-train --updates 40",
+    "persistworld post-train --updates 40 --num-processes 2",
+    "persistworld post-train --set post_train.beta=0.5 --set post_train.kl=0 --dry-run",
+    "persistworld post-train --preset persistworld --ckpt yjguo/Ctrl-World --num-processes 8",
+)
+
+
+@with_common(launch="full")
+def command(
+    common: Common,
+    ckpt: Ckpt = None,
+    dataset: Dataset = None,
+    updates: Annotated[int | None, typer.Option(help="Updates of the whole run.")] = None,
+    groups: Annotated[int | None, typer.Option(help="Start states an update, over all processes.")] = None,
+    candidates: Annotated[int | None, typer.Option(help="Continuations drawn from each start state.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    seed: Seed = None,
+    resume: Resume = True,
+) -> None:
+    """Post-train on own rollouts: draw continuations, score them against the record, learn from the best and worst."""
+    execute(
+        "post-train",
+        common,
+        flags={
+            "model.ckpt": ckpt,
+            "world.dataset": dataset,
+            "post_train.updates": updates,
+            "post_train.groups": groups,
+            "post_train.candidates": candidates,
+            "post_train.lr": lr,
+            "post_train.seed": seed,
+        },
+        job={"resume": resume},
+    )

@@ -1,0 +1,54 @@
+"""``persistworld pretrain``: teacher-forced training of the world model, or of its VAE."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from persistworld_cli.commands.options import Ckpt, Common, Dataset, Resume, Seed, with_common
+from persistworld_cli.commands.run import execute
+from persistworld_cli.errors import UsageError
+
+EXAMPLES = (
+    "persistworld pretrain --updates 2000",
+    "persistworld pretrain --part vae --updates 4000",
+    "persistworld pretrain --preset ctrl-world --ckpt stabilityai/stable-video-diffusion-img2vid --num-processes 8",
+)
+
+
+@with_common(launch="full")
+def command(
+    common: Common,
+    part: Annotated[str, typer.Option(help="What is trained: world (UNet and action encoder) or vae.")] = "world",
+    ckpt: Ckpt = None,
+    scratch: Annotated[
+        bool, typer.Option("--scratch", help="Start from random weights instead of the checkpoint's.")
+    ] = False,
+    vae: Annotated[
+        str | None, typer.Option(help="With --scratch: weights whose VAE is taken.", metavar="PATH|HUB_ID")
+    ] = None,
+    dataset: Dataset = None,
+    updates: Annotated[int | None, typer.Option(help="Updates of the whole run.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Clips an update, over all processes.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    seed: Seed = None,
+    resume: Resume = True,
+) -> None:
+    """Train the world model on recorded clips (teacher forcing), or its VAE on recorded pictures."""
+    if part not in ("world", "vae"):
+        raise UsageError(f"unknown part '{part}'", where="--part", fix="known: vae, world")
+    table = "vae" if part == "vae" else "pretrain"
+    execute(
+        "pretrain-vae" if part == "vae" else "pretrain",
+        common,
+        flags={
+            "model.ckpt": ckpt,
+            "world.dataset": dataset,
+            f"{table}.updates": updates,
+            f"{table}.batch": batch,
+            f"{table}.lr": lr,
+            f"{table}.seed": seed,
+        },
+        job={"resume": resume, "scratch": scratch, "vae": vae},
+    )

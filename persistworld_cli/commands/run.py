@@ -1,0 +1,179 @@
+"""What every command does: resolve settings, show them or run the work, print the result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from persistworld_cli.commands.options import Common
+from persistworld_cli.config.presets import Resolved, flatten, load_settings, to_json
+from persistworld_cli.console import note, stdout_console
+from persistworld_cli.errors import PersistWorldError
+
+_SHOWN_ROWS = 40  # of a table in a result; the file has all
+
+
+def resolve(common: Common, flags: Mapping[str, Any] | None = None, names: Mapping[str, str] | None = None) -> Resolved:
+    """Settings from preset, environment, ``--set`` and this command's flags; says so where the bundled world is taken.
+
+    Args:
+        common: the shared options.
+        flags: dotted key -> value of a flag, None where it was not given.
+        names: dotted key -> the flag's spelling, where it is not ``--<key>``.
+    """
+    resolved = load_settings(
+        common.preset, common.sets or (), {**(flags or {}), **common.launch_flags()}, flag_names=names
+    )
+    if resolved.implied:
+        note(f"no --preset: using the bundled world (preset {resolved.preset})")
+    return resolved
+
+
+def execute(
+    task: str,
+    common: Common,
+    *,
+    flags: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
+    job: Mapping[str, Any] | None = None,
+    folder: str | None = None,
+) -> None:
+    """A whole command whose work is done by a worker: resolve, show or launch, print.
+
+    Args:
+        task: name in the worker's table.
+        common: the shared options.
+        flags, names: as for `resolve`.
+        job: what is asked for beside the settings; JSON values. The worker gets ``output`` added.
+        folder: name of the default output folder, if it is not the task's.
+    """
+    resolved = resolve(common, flags, names)
+    output = output_folder(common, resolved, folder or task)
+    if common.dry_run:
+        show_settings(task, resolved, dict(job or {}), output, as_json=common.as_json)
+        return
+    show_result(launch_worker(task, resolved, dict(job or {}), output), as_json=common.as_json)
+
+
+def output_folder(common: Common, resolved: Resolved, name: str) -> Path:
+    """``--output``, or ``outputs/<name>-<preset>`` in the current folder."""
+    return common.output if common.output is not None else Path("outputs") / f"{name}-{resolved.label}"
+
+
+def launch_worker(task: str, resolved: Resolved, job: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Hand the work to worker processes and wait for them.
+
+    Returns:
+        What the task returned (``<output>/result.json``).
+
+    Raises:
+        typer.Exit: the worker failed and has said why; its exit code is passed on.
+        PersistWorldError: the output folder cannot be written.
+    """
+    from persistworld_cli.launch.launcher import run_task
+
+    code, result = run_task(task, resolved.settings, job, output)
+    if code:
+        raise typer.Exit(code)
+    return result
+
+
+def show_settings(task: str, resolved: Resolved, job: Mapping[str, Any], output: Path, *, as_json: bool) -> None:
+    """Every setting with its value and the layer it came from (``--dry-run``)."""
+    values = flatten(resolved.settings)
+    if as_json:
+        plain = to_json(resolved.settings)
+        settings = {
+            key: {"value": plain[key.partition(".")[0]][key.partition(".")[2]], "origin": resolved.origin[key]}
+            for key in values
+        }
+        data = {"task": task, "preset": resolved.preset, "output": str(output), "job": dict(job), "settings": settings}
+        write_json(data)
+        return
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("setting", "value", "from", box=None, header_style="bold", pad_edge=False)
+    last = ""
+    for key, value in values.items():
+        if last and key.partition(".")[0] != last:
+            table.add_section()
+        last = key.partition(".")[0]
+        default = resolved.origin[key] == "default"
+        table.add_row(key, escape(_text(value)), escape(resolved.origin[key]), style="dim" if default else None)
+    console = stdout_console()
+    console.print(f"[bold]{task}[/bold] into {escape(str(output))} (dry run: nothing is done)")
+    for name, value in job.items():
+        console.print(f"  {name}: {escape(_text(value))}")
+    console.print(table)
+
+
+def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """A command's result: JSON, or tables for people.
+
+    Scalars and nested tables of scalars become lines ``name  value``; a list of mappings with the same keys becomes a
+    table of its own; other lists are counted.
+    """
+    if as_json:
+        write_json(dict(result))
+        return
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = stdout_console()
+    lines = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in _flat(result):
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            table = Table(*value[0].keys(), title=name, title_justify="left", title_style="bold", header_style="bold")
+            for row in value[:_SHOWN_ROWS]:
+                table.add_row(*(escape(_text(row.get(column))) for column in value[0]))
+            console.print(table)
+            if len(value) > _SHOWN_ROWS:
+                console.print(f"... and {len(value) - _SHOWN_ROWS} more rows")
+        else:
+            lines.add_row(f"[bold]{escape(name)}[/bold]", escape(_text(value)))
+    if lines.row_count:
+        console.print(lines)
+
+
+def write_json(data: Mapping[str, Any]) -> None:
+    """One JSON document on standard output."""
+    json.dump(data, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def episode_list(text: str | None) -> tuple[str, ...] | None:
+    """``99,199`` as episode ids; None where the flag was not given. Raises PersistWorldError where it is empty."""
+    if text is None:
+        return None
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not names:
+        raise PersistWorldError("no episode is named", where="--episodes", fix="write --episodes 99,199")
+    return names
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Leaves of nested tables with dotted names."""
+    leaves: list[tuple[str, Any]] = []
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves += _flat(value, f"{prefix}{name}.")
+        else:
+            leaves.append((f"{prefix}{name}", value))
+    return leaves
+
+
+def _text(value: Any) -> str:
+    """A value as a person writes it."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(item) for item in value) or "-"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(item)}" for name, item in value.items()) or "-"
+    return "-" if value is None or value == "" else str(value)

@@ -1,0 +1,199 @@
+"""From resolved settings to worker processes and back: config.json, one child or accelerate, signals, result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from persistworld_cli import __version__
+from persistworld_cli.config.presets import to_json
+from persistworld_cli.config.settings import LaunchSettings, Settings
+from persistworld_cli.console import note, show_error
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.launch.environment import gpu_count, torch_has_cuda, use_gpu, worker_environment
+
+CONFIG, RESULT, FAILURE = "config.json", "result.json", "failure.json"
+INTERRUPTED = 130
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_PATIENCE = 3  # this many signals, and the worker is killed
+
+
+def run_task(task: str, settings: Settings, job: Mapping[str, Any], output: Path) -> tuple[int, dict[str, Any]]:
+    """Run a task of the worker's table in worker processes and wait for it.
+
+    Args:
+        task: name in `persistworld_cli.worker.TASKS`.
+        settings: resolved settings; ``settings.launch`` says how many processes.
+        job: what is asked for beside the settings (JSON values); ``output`` is added.
+        output: the run's folder; made where it is absent.
+
+    Returns:
+        The exit code (0 done; the worker has said why otherwise), and what the task returned ({} on other machines than
+        the first, which has it).
+
+    Raises:
+        PersistWorldError: the folder cannot be written, or GPUs were asked for that are not there.
+    """
+    launch = _settle_device(settings.launch)
+    settings = dataclasses.replace(settings, launch=launch)
+    config = _write_config(task, settings, job, output)
+    (output / FAILURE).unlink(missing_ok=True)
+    code = _wait(_command(launch, config), worker_environment(launch))
+    failure = _read(output / FAILURE)
+    if failure is not None:
+        # Ranks that stopped in good order exit with 0 so that accelerate waits for all of them; this file has the code.
+        code = int(failure["code"])
+    elif code < 0:
+        show_error(_killed(-code, output))
+        code = 128 - code
+    if code or launch.machine_rank:
+        return code, {}
+    result = _read(output / RESULT)
+    if result is None:
+        raise PersistWorldError(
+            "the worker ended without a result", where=str(output / RESULT), fix="run it again with --debug"
+        )
+    return 0, result
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1, ensure_ascii=False, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _write_config(task: str, settings: Settings, job: Mapping[str, Any], output: Path) -> Path:
+    """``<output>/config.json``, all that a worker is told."""
+    output = output.absolute()
+    config = output / CONFIG
+    whole = {
+        "task": task,
+        "settings": to_json(settings),
+        "job": {**job, "output": str(output)},
+        "version": __version__,
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(config, whole)
+    except OSError as error:
+        raise PersistWorldError(
+            f"the output folder cannot be written: {error.strerror}", where=str(output), fix="take another --output"
+        ) from error
+    return config
+
+
+def _settle_device(launch: LaunchSettings) -> LaunchSettings:
+    """``auto`` decided, so that every rank goes the same way; GPUs that are not there are refused at once."""
+    found = gpu_count()
+    launch = dataclasses.replace(launch, device="cuda" if use_gpu(launch) else "cpu")
+    if launch.device == "cpu":
+        return launch
+    if not found:
+        raise PersistWorldError(
+            "no CUDA device was found" if torch_has_cuda() else "the installed torch is built for CPUs only",
+            where="launch.device = cuda",
+            fix="take --device cpu or auto",
+        )
+    local = launch.num_processes // launch.num_machines
+    if local > found:
+        raise PersistWorldError(
+            f"{local} processes on this machine, but {found} GPU{'s' if found != 1 else ''}",
+            where="launch.num_processes",
+            fix=f"take --num-processes {found * launch.num_machines}, or --device cpu",
+        )
+    return launch
+
+
+def _command(launch: LaunchSettings, config: Path) -> list[str]:
+    """The child's command line: the worker itself, or accelerate with the worker as its module."""
+    if launch.num_processes == 1:
+        return [sys.executable, "-m", "persistworld_cli.worker", str(config)]
+    threads = worker_environment(launch)["OMP_NUM_THREADS"]
+    options = {
+        "num_processes": launch.num_processes,
+        "num_machines": launch.num_machines,
+        "machine_rank": launch.machine_rank,
+        "main_process_ip": launch.main_process_ip or "127.0.0.1",
+        "main_process_port": launch.main_process_port,
+        "num_cpu_threads_per_process": threads,
+        "mixed_precision": "no",  # each task sets its own
+        "dynamo_backend": "no",
+    }
+    # --multi_gpu is accelerate's name for "through torch.distributed.run": with ACCELERATE_USE_CPU the same path starts
+    # CPU ranks over gloo, while `accelerate launch --cpu --num_processes 2` would start a single process.
+    spelled = [f"--{name}={value}" for name, value in options.items()]
+    module = ["--module", "persistworld_cli.worker", str(config)]
+    return [sys.executable, "-m", "persistworld_cli.launch.elastic", "--multi_gpu", *spelled, *module]
+
+
+def _wait(command: Sequence[str], env: Mapping[str, str]) -> int:
+    """Start the child, pass signals on to it, and wait.
+
+    The child gets a session of its own: a Ctrl-C in the terminal then reaches it once, from here, and not a second time
+    from the terminal. Its standard output goes to standard error, so that ours carries data alone.
+    """
+    options: dict[str, Any] = {"stdout": 2, "stdin": subprocess.DEVNULL, "start_new_session": True}
+    with subprocess.Popen(command, env=dict(env), **options) as child, _forwarding(child):
+        return child.wait()
+
+
+@contextmanager
+def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Pass SIGINT, SIGTERM, SIGHUP and SIGUSR1 on; the child saves its work and ends in its own time."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only a main thread can have handlers
+        return
+    asked = 0
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        if asked >= _PATIENCE:
+            child.kill()
+            return
+        if asked == 1:
+            note(f"{signal.Signals(number).name}: stopping in good order (once more to hurry, a third time to kill)")
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _killed(number: int, output: Path) -> PersistWorldError:
+    """What to say of a worker that ended by a signal without a word."""
+    name = signal.Signals(number).name
+    memory = "if nobody killed it, memory ran out: take a smaller batch" if number == signal.SIGKILL else ""
+    return PersistWorldError(
+        f"the worker was killed by {name}", where=str(output), fix=memory or "run it again with --debug"
+    )
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON file, or None where there is none."""
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return data

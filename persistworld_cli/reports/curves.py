@@ -1,0 +1,115 @@
+"""Curves as PNG files: a metric over the horizon with bands, and the change of every rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # before pyplot: there may be no display
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from persistworld_cli.reports.tables import heading
+
+MODEL_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377")  # told apart by colour-blind people (Paul Tol)
+REFERENCE = {"floor": ("#888888", "--"), "ceiling": ("#888888", ":")}
+
+
+def horizon_curves(path: Path, result: Mapping[str, Any]) -> None:
+    """Metrics over the horizon: a row of plots for each metric, a column for each camera group.
+
+    Args:
+        path: PNG to write.
+        result: ``eval.json``'s dictionary: ``horizon[group][label][model] = {mean, low, high}``, ``times_s``.
+    """
+    groups, metrics = result["groups"], result["metrics"]
+    figure, axes = plt.subplots(
+        len(metrics), len(groups), figsize=(5.2 * len(groups), 2.7 * len(metrics)), sharex=True, squeeze=False
+    )
+    for row, metric in enumerate(metrics):
+        for column, group in enumerate(groups):
+            _horizon(axes[row, column], result, group, metric)
+            if row == 0:
+                axes[row, column].set_title(f"{group} cameras")
+    for column in range(len(groups)):
+        axes[-1, column].set_xlabel("time in the rollout (s)")
+    n = result["n"]
+    figure.suptitle(
+        f"{n['rollouts']} rollouts of {n['episodes']} episodes; bands: 95% bootstrap over episodes", fontsize=10
+    )
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.02 + 0.08 / len(metrics), 1, 1))
+    _save(figure, path)
+
+
+def _horizon(axes: Axes, result: Mapping[str, Any], group: str, metric: Mapping[str, Any]) -> None:
+    """One plot: floor and ceiling as grey lines, each model with its band."""
+    times = np.asarray(result["times_s"])
+    models = [model["label"] for model in result["models"]]
+    for name, curve in result["horizon"][group][metric["label"]].items():
+        mean, low, high = (
+            np.array([np.nan if v is None else v for v in curve[key]]) for key in ("mean", "low", "high")
+        )
+        if name in models:
+            colour = MODEL_COLOURS[models.index(name) % len(MODEL_COLOURS)]
+            axes.fill_between(times, low, high, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(times, mean, color=colour, linewidth=1.8, label=name)
+        else:
+            colour, style = REFERENCE["floor" if name == result["floor"] else "ceiling"]
+            axes.plot(times, mean, color=colour, linestyle=style, linewidth=1.2, label=name)
+    axes.set_ylabel(heading(metric))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlim(0, times[-1])
+
+
+def change_plot(path: Path, result: Mapping[str, Any]) -> None:
+    """Every rollout's change against the baseline: one dot a rollout, ordered; right of zero is better.
+
+    Args:
+        path: PNG to write.
+        result: ``eval.json``'s dictionary with ``changes[group][label] = [new - base, ...]``.
+    """
+    groups, metrics = result["groups"], result["metrics"]
+    figure, axes = plt.subplots(
+        len(groups), len(metrics), figsize=(3.1 * len(metrics), 0.9 + 2.0 * len(groups)), squeeze=False, sharey=True
+    )
+    for row, group in enumerate(groups):
+        for column, metric in enumerate(metrics):
+            plot = axes[row, column]
+            sign = 1.0 if metric["higher_is_better"] else -1.0
+            values = [sign * v for v in result["changes"][group][metric["label"]] if v is not None]
+            gains = np.sort(np.asarray(values, dtype=float))
+            plot.axvline(0, color="#444444", linewidth=0.8)
+            plot.scatter(gains, np.arange(len(gains)), c=np.where(gains > 0, "#228833", "#cc3311"), s=14, linewidths=0)
+            paired = next(p for p in result["paired"] if p["cameras"] == group and p["metric"] == metric["label"])
+            plot.set_title(f"{paired['wins']} won, {paired['losses']} lost", fontsize=9)
+            edge = 1.1 * max(float(np.abs(gains).max(initial=0.0)), 1e-9)
+            plot.set_xlim(-edge, edge)
+            plot.set_yticks([])
+            plot.tick_params(labelsize=8)
+            plot.grid(axis="x", alpha=0.25)
+            plot.spines[["top", "right", "left"]].set_visible(False)
+            if row == len(groups) - 1:
+                plot.set_xlabel("gain in " + " ".join(p for p in (metric["label"], metric["unit"]) if p), fontsize=9)
+        axes[row, 0].set_ylabel(f"{group}\nrollouts", fontsize=9)
+    base, new = (model["label"] for model in result["models"])
+    figure.suptitle(f"{new} against {base}: each dot a rollout, right of the line is better", fontsize=10)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write beside, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, dpi=130, format="png")
+    plt.close(figure)
+    beside.replace(path)

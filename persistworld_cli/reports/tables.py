@@ -1,0 +1,132 @@
+"""Tables that a person reads in ten seconds, from result dictionaries (so that a saved JSON can be shown again).
+
+Every table takes its metric names from the result's labels: ``lpips (untrained)`` stays that.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+COLOURS = {"better": "green", "worse": "red"}
+
+
+def digits(label: str) -> int:
+    """Decimals that mean something: 2 for dB, 4 for the small numbers of an untrained LPIPS, else 3."""
+    return 2 if label.startswith("psnr") else 4 if "untrained" in label else 3
+
+
+def number(value: float | None, label: str, *, signed: bool = False) -> str:
+    """A metric's value as text; ``-`` where there is none."""
+    if value is None:
+        return "-"
+    return f"{value:{'+' if signed else ''}.{digits(label)}f}"
+
+
+def heading(metric: Mapping[str, Any]) -> str:
+    """``psnr dB ↑``: label, unit and which way is better."""
+    arrow = "↑" if metric["higher_is_better"] else "↓"
+    return " ".join(part for part in (metric["label"], metric["unit"], arrow) if part)
+
+
+def eval_table(result: Mapping[str, Any]) -> Table:
+    """The benchmark's table: floor, models, ceiling for each camera group; change and win rate under them.
+
+    Args:
+        result: what `evaluation.report.build_result` returns (or ``eval.json`` read again).
+    """
+    metrics = result["metrics"]
+    table = Table(title=_title(result), caption=_caption(result), title_justify="left", caption_justify="left")
+    table.add_column("cameras")
+    table.add_column("")
+    for metric in metrics:
+        table.add_column(heading(metric), justify="right")
+    for group in result["groups"]:
+        rows = [row for row in result["table"] if row["cameras"] == group]
+        for index, row in enumerate(rows):
+            reference = row["model"] in (result["floor"], result["ceiling"])
+            cells = [number(row[metric["label"]], metric["label"]) for metric in metrics]
+            table.add_row(group if index == 0 else "", row["model"], *cells, style="dim" if reference else None)
+        for name, texts in _paired_rows(result, group):
+            table.add_row("", name, *texts)
+        table.add_section()
+    return table
+
+
+def _paired_rows(result: Mapping[str, Any], group: str) -> list[tuple[str, list[Text]]]:
+    """Change, win rate and verdict of each metric in one camera group; nothing without a comparison."""
+    paired = {row["metric"]: row for row in result["paired"] if row["cameras"] == group}
+    if not paired:
+        return []
+    change, wins, verdicts = [], [], []
+    for metric in result["metrics"]:
+        row, label = paired[metric["label"]], metric["label"]
+        style = COLOURS.get(row["verdict"], "")
+        span = f"[{number(row['change_low'], label, signed=True)}, {number(row['change_high'], label, signed=True)}]"
+        change.append(Text(f"{number(row['change'], label, signed=True)}\n{span}", style))
+        wins.append(Text(win_rate(row), style))
+        verdicts.append(Text(row["verdict"], style))
+    return [("  change", change), ("  win rate", wins), ("  verdict", verdicts)]
+
+
+def win_rate(row: Mapping[str, Any]) -> str:
+    """``81% [57, 93] of 16``."""
+    if not row["rollouts"]:
+        return "-"
+    low, high = (f"{100 * row[key]:.0f}" for key in ("win_low", "win_high"))
+    return f"{100 * row['win_rate']:.0f}% [{low}, {high}] of {row['rollouts']}"
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    n = result["n"]
+    seconds = n["steps"] * n["frames_per_step"] / n["rate_hz"]
+    return (
+        f"Closed loop: {n['rollouts']} rollouts of {n['episodes']} episodes, {n['steps']} steps = {seconds:.1f} s, "
+        f"{n['sampler']} {n['sampling_steps']} steps"
+    )
+
+
+def _caption(result: Mapping[str, Any]) -> str:
+    """What the brackets are, and in words what the reward says."""
+    lines = []
+    if result["paired"]:
+        names = " against ".join(model["label"] for model in reversed(result["models"]))
+        lines.append(f"{names}: same episodes, same noise.")
+        lines.append("change: 95% bootstrap interval over episodes; win rate: share of rollouts, 95% Wilson interval;")
+        lines.append("verdict: from the first interval and Wilcoxon's test over episodes (p < 0.05).")
+        lines += [f"reward, {cameras} cameras: {words}" for cameras, words in reward_words(result).items()]
+    if any("untrained" in metric["label"] for metric in result["metrics"]):
+        lines.append("lpips (untrained): no ImageNet weights here, its backbone is random: not comparable with LPIPS.")
+    return "\n".join(lines)
+
+
+def reward_words(result: Mapping[str, Any]) -> dict[str, str]:
+    """What the training reward says, in words, by camera group; one entry where all groups say the same."""
+    words = {row["cameras"]: row["words"] for row in result["paired"] if row["metric"] == "reward"}
+    return {"all": words["all"]} if len(set(words.values())) == 1 else words
+
+
+def steps_table(title: str, metrics: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for every step of a replay: ``step``, ``time_s``, ``model``, then metrics by label."""
+    table = Table(title=title, title_justify="left")
+    for name in ("step", "time", "model"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for metric in metrics:
+        table.add_column(heading(metric), justify="right")
+    for row in rows:
+        cells = [number(row[metric["label"]], metric["label"]) for metric in metrics]
+        table.add_row(str(row["step"]), f"{row['time_s']:.1f} s", row["model"], *cells)
+    return table
+
+
+def plain(table: Table, width: int = 140) -> str:
+    """A table as plain text, for files and pages."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(table)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text

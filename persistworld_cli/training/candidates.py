@@ -1,0 +1,159 @@
+"""Prefix, branch, score: where post-training's candidates come from (PersistWorld, arXiv 2603.25685).
+
+Shapes: G groups on this rank, K candidates a group, F chunks, L frames a chunk, V cameras, H x W picture.
+Every draw is a function of (seed, update, global number of the group), so the split over ranks changes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from persistworld_cli.config.settings import PostTrainSettings
+from persistworld_cli.data.store import Annotation, EpisodeStore
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.rollout.engine import Inputs, RolloutEngine, RolloutState, recorded_poses, rollout_noise
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """One group: its episode, first real frame, prefix length in interactions, and number for its noise."""
+
+    episode: str
+    start: int
+    prefix: int
+    number: int
+
+
+@dataclass
+class Candidates:
+    """G * K scored candidates, group by group.
+
+    inputs: of each chunk, rows (G * K); x0: each chunk's latents (G * K, L, C, h, w); reward (G, K);
+    metrics: name -> (G * K, frames, V); seconds: by kind of work.
+    """
+
+    inputs: list[Inputs]
+    x0: list[torch.Tensor]
+    reward: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+    pictures: torch.Tensor
+    recorded: torch.Tensor
+    seconds: dict[str, float]
+
+
+def prefix_limit(options: PostTrainSettings, update: int) -> int:
+    """Longest prefix at an update: fixed and uniform as set, curriculum growing linearly over the run."""
+    if options.prefix != "curriculum":
+        return options.prefix_max
+    return round(options.prefix_max * min(1.0, (update + 1) / max(1, options.updates)))
+
+
+class CandidateMaker:
+    """Makes candidates with whatever policy is active on the engine's model (it should be the sampling policy)."""
+
+    def __init__(
+        self, engine: RolloutEngine, store: EpisodeStore, scorer: Scorer, options: PostTrainSettings, split: str = "train"
+    ) -> None:
+        self.engine, self.store, self.scorer, self.options = engine, store, scorer, options
+        self.split = split
+        self.reach = engine.model.settings.num_frames - 1
+        notes = {e: store.annotation(split, e) for e in store.episodes(split)}
+        self.notes: dict[str, Annotation] = {
+            e: n for e, n in notes.items() if n.num_frames > self.reach * (self._least_prefix() + options.chunks)
+        }
+        if not self.notes:
+            longest = max((n.num_frames for n in notes.values()), default=0)
+            raise PersistWorldError(
+                f"no {split} episode is long enough: prefix {self._least_prefix()} and {options.chunks} chunk(s) need "
+                f"{self.reach * (self._least_prefix() + options.chunks) + 1} frames, the longest has {longest}",
+                where="post_train.prefix_max",
+                fix="shorten the prefix or add longer episodes",
+            )
+
+    def _least_prefix(self) -> int:
+        return self.options.prefix_max if self.options.prefix == "fixed" else 0
+
+    def plan(self, update: int, number: int) -> GroupPlan:
+        """Group `number` (over all ranks) of an update."""
+        options = self.options
+        rng = np.random.default_rng((options.seed, update, number))
+        episode = sorted(self.notes)[rng.integers(len(self.notes))]
+        room = (self.notes[episode].num_frames - 1) // self.reach - options.chunks
+        longest = min(prefix_limit(options, update), room)
+        prefix = longest if options.prefix == "fixed" else int(rng.integers(longest + 1))
+        last_start = self.notes[episode].num_frames - 1 - self.reach * (prefix + options.chunks)
+        return GroupPlan(episode, int(rng.integers(last_start + 1)), prefix, number)
+
+    def _poses(self, plan: GroupPlan, interaction: int) -> np.ndarray:
+        return recorded_poses(self.notes[plan.episode].states, plan.start, interaction, self.reach + 1)[None]
+
+    def prefixes(self, plans: list[GroupPlan], update: int) -> list[RolloutState]:
+        """Roll every group's prefix out, all together, and hand each its own state (1 row) when it is there."""
+        first = torch.stack([self.store.latents(self.split, p.episode, [p.start])[0] for p in plans])
+        poses = np.concatenate([self.notes[p.episode].states[p.start][None] for p in plans])
+        live = list(range(len(plans)))
+        state = self.engine.start(first, poses, [self.notes[p.episode].text for p in plans])
+        ready: dict[int, RolloutState] = {}
+        for interaction in range(max(p.prefix for p in plans) + 1):
+            for row, group in enumerate(live):
+                if plans[group].prefix == interaction:
+                    ready[group] = state.select([row])
+            rows = [row for row, group in enumerate(live) if plans[group].prefix > interaction]
+            live = [live[row] for row in rows]
+            if not live:
+                break
+            state = state.select(rows)
+            keys = [(self.options.seed, f"prefix {update}", plans[g].number, interaction) for g in live]
+            noise = rollout_noise(keys, self.engine.noise_shape)
+            self.engine.step(state, np.concatenate([self._poses(plans[g], interaction) for g in live]), noise)
+        return [ready[g] for g in range(len(plans))]
+
+    @torch.no_grad()
+    def make(self, plans: list[GroupPlan], update: int) -> Candidates:
+        """Prefix, K branches and scores of some groups."""
+        options, k = self.options, self.options.candidates
+        seconds = {}
+        clock = time.perf_counter()
+        states = [s.select([0] * k) for s in self.prefixes(plans, update)]
+        chunks_in: list[Inputs] = []
+        chunks_x0: list[torch.Tensor] = []
+        for chunk in range(options.chunks):
+            poses = [np.repeat(self._poses(p, p.prefix + chunk), k, axis=0) for p in plans]
+            inputs = Inputs.join([self.engine.inputs(s, q) for s, q in zip(states, poses, strict=True)])
+            keys = [(options.seed, f"branch {update} {p.number}", i, chunk) for p in plans for i in range(k)]
+            noise = rollout_noise(keys, self.engine.noise_shape)
+            x0 = self._sample(inputs, noise)
+            for g, state in enumerate(states):
+                state.memory.append(x0[g * k : (g + 1) * k, -1], poses[g][:, -1])
+            chunks_in.append(inputs)
+            chunks_x0.append(x0)
+        seconds["sampling"] = time.perf_counter() - clock
+        clock = time.perf_counter()
+        sampling = self.engine.sampling
+        pictures = torch.cat([self.engine.model.decode_latents(x, sampling.decode_chunk)[:, 1:] for x in chunks_x0], dim=1)
+        seconds["decoding"] = time.perf_counter() - clock
+        clock = time.perf_counter()
+        recorded = torch.stack([self.recorded(p) for p in plans]).to(pictures.device)
+        metrics = self.scorer.metrics(pictures, recorded)
+        reward = self.scorer.reward(metrics).view(len(plans), k)
+        seconds["scoring"] = time.perf_counter() - clock
+        return Candidates(chunks_in, chunks_x0, reward, metrics, pictures, recorded, seconds)
+
+    def _sample(self, inputs: Inputs, noise: torch.Tensor) -> torch.Tensor:
+        """In runs that fit: `micro_batch` x 4 rows at once."""
+        size = max(1, self.options.micro_batch * 4)
+        runs = range(0, noise.shape[0], size)
+        parts = [slice(i, i + size) for i in runs]
+        return torch.cat([self.engine.sample(self.engine.condition(inputs.select(p)), noise[p]) for p in parts])
+
+    def recorded(self, plan: GroupPlan) -> torch.Tensor:
+        """The recorded pictures (F * (L - 1), V, 3, H, W) in [0, 1] that the candidates of a group are scored against."""
+        first = plan.start + self.reach * plan.prefix
+        ids = range(first + 1, first + 1 + self.reach * self.options.chunks)
+        frames = self.store.frames(self.split, plan.episode, list(ids))
+        return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 1, 4, 2, 3).float() / 255

@@ -1,0 +1,184 @@
+"""`persistworld pretrain`: teacher-forced training of the world model on recorded clips.
+
+Order of samples and every random draw are functions of (seed, update, rank), so a resumed run repeats an unbroken one.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.config.settings import PretrainSettings, Settings
+from persistworld_cli.data.clips import ClipBatch, ClipSource
+from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.models.checkpoints import load_vae, load_world_model
+from persistworld_cli.models.world_model import WorldModel, build_world_model
+from persistworld_cli.objective.denoising import Draws, denoising_loss
+from persistworld_cli.reports.progress import Meter
+from persistworld_cli.seeding import generator
+from persistworld_cli.training.run import Interrupted, Run
+from persistworld_cli.training.schedule import WeightAverage, lr_factor
+
+logger = logging.getLogger(__name__)
+VALIDATION_CLIPS = 32
+
+
+def initial_model(settings: Settings, job: dict[str, Any], device: torch.device) -> WorldModel:
+    """From `job["ckpt"]` or the preset's weights; with `job["scratch"]` fresh, but for the VAE from `job["vae"]`."""
+    if not job.get("scratch"):
+        return load_world_model(settings.model, settings.world, ckpt=job.get("ckpt"), device=device)
+    torch.manual_seed(settings.pretrain.seed)
+    model = build_world_model(settings.model, settings.world)
+    model.vae = load_vae(settings.model, job.get("vae") or settings.model.ckpt)
+    return model.to(device)
+
+
+def batch_loss(model: WorldModel, batch: ClipBatch, options: PretrainSettings, key: tuple[int, ...]) -> torch.Tensor:
+    """Mean denoising loss of a batch; the draws are a function of `key`."""
+    device = model.device
+    latents, actions = batch.latents.to(device), batch.actions.to(device)
+    draws = Draws.sample(latents.shape, model.settings.num_history, generator(*key), device)
+    learns_text = "text_encoder" in options.parts and torch.is_grad_enabled()
+    text = model.text_embeds(list(batch.texts), grad=learns_text) if model.settings.text_cond else None
+    return denoising_loss(model, latents, actions, text, draws, options).mean()
+
+
+def trained_parameters(model: WorldModel, options: PretrainSettings) -> list[torch.nn.Parameter]:
+    """Parameters of the parts that learn; everything else is frozen."""
+    model.requires_grad_(False)
+    for part in options.parts:
+        if not isinstance(module := getattr(model, part, None), torch.nn.Module):
+            raise PersistWorldError(f"no part '{part}' in this model", where="pretrain.parts", fix="unet, action_encoder, ...")
+        module.requires_grad_(True)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def save_weights(model: WorldModel, folder: Path) -> Path:
+    """All parts as one safetensors file under Ctrl-World's names, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, beside = folder / "model.safetensors", folder / ".model.safetensors.new"
+    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, str(beside))
+    beside.replace(path)
+    return path
+
+
+def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
+    """Train until `settings.pretrain.updates`, from the latest state in the output folder if there is one.
+
+    Returns the last training loss, the validation loss and where the weights lie.
+    """
+    options = settings.pretrain
+    work = Run(
+        Path(job["output"]), mixed_precision=options.mixed_precision, keep=options.keep, cpu=settings.launch.device == "cpu"
+    )
+    model = initial_model(settings, job, work.device)
+    parameters = trained_parameters(model, options)
+    if options.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    store = EpisodeStore(resolve_path(settings.world.dataset))
+    preset = settings.model
+    shape = {"num_history": preset.num_history, "num_frames": preset.num_frames, "sampling": settings.sampling}
+    train = ClipSource(store, "train", settings.clips, preload=None, **shape)
+    val = ClipSource(store, "val", settings.clips, **shape) if store.episodes("val") else None
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.99))
+    average = WeightAverage(parameters, options.ema)
+    begun = restore(work, parameters, optimizer, average)
+    share = options.batch // work.world
+    model.train()
+    loss = torch.tensor(float("nan"))
+    with Meter("pretrain", options.updates, done=begun, quiet=not work.main) as meter:
+        for step in range(begun, options.updates):
+            for group in optimizer.param_groups:
+                group["lr"] = options.lr * lr_factor(step, options.updates, options.warmup, options.decay)
+            optimizer.zero_grad(set_to_none=True)
+            for part in range(options.accumulate):
+                tick = step * options.accumulate + part
+                batch = train.batch(options.seed, tick, share, work.rank, work.world)
+                with work.accelerator.autocast():
+                    loss = batch_loss(model, batch, options, (options.seed, tick, work.rank))
+                (loss / options.accumulate).backward()
+            work.average_gradients(parameters)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
+            if not torch.isfinite(norm):
+                work.save(step, snapshot(parameters, optimizer, average))
+                raise PersistWorldError(
+                    f"gradient is not finite at update {step + 1}", where="pretrain", fix="lower pretrain.lr; state saved"
+                )
+            optimizer.step()
+            average.update(parameters)
+            meter.advance(loss=loss.item())
+            done = step + 1
+            if done % options.log_every == 0:
+                mean = sum(work.gather([loss.item()])) / work.world
+                work.log(done, {"loss": mean, "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]})
+            if val is not None and options.validate_every and done % options.validate_every == 0:
+                work.log(done, {"val_loss": validate(model, val, settings, parameters, average, work)})
+            stop = work.should_stop()
+            if stop or done % options.save_every == 0 or done == options.updates:
+                work.save(done, snapshot(parameters, optimizer, average))
+            if stop:
+                raise Interrupted
+    if options.ema:
+        average.copy_to(parameters)
+    weights = save_weights(model, work.output / "weights") if work.main else work.output / "weights" / "model.safetensors"
+    final = validate(model, val, settings, parameters, None, work) if val is not None else None
+    return {"updates": options.updates, "loss": loss.item(), "val_loss": final, "weights": str(weights)}
+
+
+def validate(
+    model: WorldModel,
+    source: ClipSource,
+    settings: Settings,
+    parameters: list[torch.nn.Parameter],
+    average: WeightAverage | None,
+    work: Run,
+) -> float:
+    """Mean loss of the averaged weights over fixed validation clips and fixed draws."""
+    kept = [p.detach().clone() for p in parameters]
+    if average is not None and settings.pretrain.ema:
+        average.copy_to(parameters)
+    model.eval()
+    losses = []
+    with torch.no_grad(), work.accelerator.autocast():
+        for k in range(VALIDATION_CLIPS // 8):
+            losses.append(batch_loss(model, source.batch(123, k, 8), settings.pretrain, (123, k, 0)).item())
+    model.train()
+    with torch.no_grad():
+        for p, value in zip(parameters, kept, strict=True):
+            p.copy_(value)
+    return sum(losses) / len(losses)
+
+
+def snapshot(
+    parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, average: WeightAverage
+) -> dict[str, Any]:
+    """What a run needs to go on."""
+    return {
+        "parameters": [p.detach().cpu() for p in parameters],
+        "optimizer": optimizer.state_dict(),
+        "average": average.shadow,
+        "count": average.count,
+    }
+
+
+def restore(
+    work: Run, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, average: WeightAverage
+) -> int:
+    """Load the latest state, if any; the number of updates done."""
+    if (saved := work.load()) is None:
+        return 0
+    with torch.no_grad():
+        for p, value in zip(parameters, saved["parameters"], strict=True):
+            p.copy_(value)
+    optimizer.load_state_dict(saved["optimizer"])
+    average.shadow = [s.to(p.device) for s, p in zip(saved["average"], parameters, strict=True)]
+    average.count = saved["count"]
+    work.trim_log(saved["step"])
+    logger.info("resumed at update %d", saved["step"])
+    return int(saved["step"])

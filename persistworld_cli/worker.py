@@ -1,0 +1,194 @@
+"""``python -m persistworld_cli.worker config.json``: one process of a run. It parses no flags: all is resolved.
+
+A task is a function ``run(settings, job) -> dict``; rank 0 writes what it returns to ``<output>/result.json``. A
+mistake the user can mend is raised as PersistWorldError, an interruption (after saving) as KeyboardInterrupt or
+`training.run.Interrupted`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from persistworld_cli.compat import end_with_parent, free_main_thread
+from persistworld_cli.config.presets import from_json
+from persistworld_cli.console import debug_wanted, listen_to_library, note, show_error
+from persistworld_cli.errors import PersistWorldError, UsageError
+
+TASKS = {
+    "extract": "persistworld_cli.training.extract:run",
+    "pretrain": "persistworld_cli.training.pretrain:run",
+    "pretrain-vae": "persistworld_cli.training.vae:run",
+    "post-train": "persistworld_cli.training.post_train:run",
+    "eval": "persistworld_cli.evaluation.run:run",
+    "replay": "persistworld_cli.evaluation.replay:run",
+    "drive": "persistworld_cli.evaluation.drive:run",
+    "pi-rollout": "persistworld_cli.evaluation.policy_rollout:run",
+    "selfcheck": "persistworld_cli.launch.selfcheck:run",
+}
+INTERRUPTED = 130
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_LOST_PEER = ("closed by peer", "reset by peer", "remote process exited", "NCCL communicator was aborted")
+_RESULT, _FAILURE = "result.json", "failure.json"  # as launch.launcher names them; neither room may import the other
+
+
+def main(argv: list[str]) -> int:
+    """Run the task of a config.json. Returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    end_with_parent()
+    _hear_signals()
+    listen_to_library(_rank())
+    config = Path(argv[1])
+    whole = json.loads(config.read_text(encoding="utf-8"))
+    output = Path(whole["job"]["output"])
+    try:
+        free_main_thread()
+        result = _run(whole, config)
+        if _rank() == 0:
+            _write_json(output / _RESULT, _plain(result))
+        _leave_group()
+        return 0
+    except (KeyboardInterrupt, SystemExit) as stop:
+        _ignore_signals()
+        code = stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else INTERRUPTED
+        return _stopped(output, code)
+    except PersistWorldError as error:
+        _ignore_signals()
+        if debug_wanted():
+            traceback.print_exc()
+        code = 2 if isinstance(error, UsageError) else 1
+        if _first_to_fail(output, code, error.what):
+            show_error(error)
+        return code
+    except Exception as error:
+        _ignore_signals()
+        if _interrupted(error):
+            return _stopped(output, INTERRUPTED)
+        return _crashed(error, output)
+
+
+def _run(whole: Mapping[str, Any], config: Path) -> dict[str, Any]:
+    """Import the task and call it."""
+    if whole["task"] not in TASKS:
+        raise UsageError(f"unknown task '{whole['task']}'", where=str(config), fix=f"known: {', '.join(sorted(TASKS))}")
+    settings = from_json(whole["settings"], where=str(config))
+    module, _, name = TASKS[whole["task"]].partition(":")
+    result: dict[str, Any] = getattr(importlib.import_module(module), name)(settings, dict(whole["job"]))
+    return result
+
+
+def _leave_group() -> None:
+    """Part from the other ranks in order: gloo's threads abort a process that ends while they still talk."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def _hear_signals() -> None:
+    """Signals end the run by an exception, so that ``finally`` blocks run; a training loop sets its own handlers."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for number in _SIGNALS:
+        signal.signal(number, stop)  # SIGINT too: a shell starts background jobs with it ignored
+
+
+def _ignore_signals() -> None:
+    """On the way out: the launcher ends the remaining ranks by a signal, which must not cut off what is being told."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _interrupted(error: Exception) -> bool:
+    """Whether a training loop says that it saved and stopped."""
+    module = sys.modules.get("persistworld_cli.training.run")
+    return module is not None and isinstance(error, module.Interrupted)
+
+
+def _stopped(output: Path, code: int) -> int:
+    """Interrupted in good order. One of several ranks exits with 0: otherwise the first to end would end the others."""
+    if code:
+        _first_to_fail(output, code, "interrupted")
+    return 0 if _world_size() > 1 else code
+
+
+def _crashed(error: Exception, output: Path) -> int:
+    """Tell of an error that nobody foresaw: the traceback of the rank that had it, one line of those it took along."""
+    lost_peer = _world_size() > 1 and any(sign in str(error) for sign in _LOST_PEER)
+    if not lost_peer and _first_to_fail(output, 1, repr(error)):
+        traceback.print_exc()
+        return 1
+    if debug_wanted():
+        traceback.print_exc()
+    note(
+        f"rank {_rank()} lost contact with another rank and ended"
+        if lost_peer
+        else f"rank {_rank()} ended too: {error!r}"
+    )
+    return 1
+
+
+def _first_to_fail(output: Path, code: int, what: str) -> bool:
+    """Leave the exit code for the launcher; True for the first rank that comes here, which tells the reason."""
+    try:
+        with (output / _FAILURE).open("x", encoding="utf-8") as file:
+            json.dump({"code": code, "rank": _rank(), "what": what}, file)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True  # a full disk must not hide the reason
+    return True
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _plain(value: Any) -> Any:
+    """A result as JSON can hold it: paths as strings, numpy and torch scalars as numbers, NaN and infinity as null."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    """Write whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    beside.replace(path)
+
+
+def _exit(code: int) -> NoReturn:
+    """End this process; a rank that is still in a group skips the teardown, which could abort and hide the code."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    _exit(main(sys.argv))

@@ -1,0 +1,190 @@
+"""The command line from outside: help and its examples, exit codes, what goes to standard output, overrides."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from persistworld_cli.commands import app as commands
+
+NAMES = [
+    "extract-latents",
+    "build-meta",
+    "pretrain",
+    "post-train",
+    "eval",
+    "replay",
+    "drive",
+    "pi-rollout",
+    "policy-server",
+]
+EXAMPLES = [example for command in commands.COMMANDS.values() for example in command.EXAMPLES]
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "pandas")
+HELP = f"""
+import sys
+sys.argv = ["persistworld", *sys.argv[1:]]
+from persistworld_cli.commands.app import main
+try:
+    main()
+except SystemExit as end:
+    assert end.code in (0, None), end.code
+loaded = [name for name in {HEAVY!r} if name in sys.modules]
+assert not loaded, f"{{sys.argv}} imports {{loaded}}"
+"""
+
+
+def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """``persistworld ARGUMENTS`` in a process of its own."""
+    command = [sys.executable, "-m", "persistworld_cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=120)
+
+
+def dry(*arguments: str) -> dict[str, dict[str, object]]:
+    """Resolved settings as ``--dry-run --json`` prints them: key -> value and origin."""
+    result = CliRunner().invoke(commands.app, [*arguments, "--dry-run", "--json"])
+    assert result.exit_code == 0, result.stderr
+    settings: dict[str, dict[str, object]] = json.loads(result.stdout)["settings"]
+    return settings
+
+
+def test_every_help_works_without_torch() -> None:
+    """In one process each, started together: a module that a help imports stays imported."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", HELP, *arguments, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for arguments in [[], *([name] for name in NAMES)]
+    ]
+    for name, process in zip(["", *NAMES], started, strict=True):
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, (name, err.decode())
+        assert b"Usage: persistworld " + name.encode() in out
+
+
+def test_help_answers_within_half_a_second() -> None:
+    """Of processor time, which does not count what else runs on the machine; the best of three."""
+    took = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert run("--help").returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(took) < 0.5, took
+
+
+def test_help_lists_the_commands_and_runnable_examples() -> None:
+    text = CliRunner().invoke(commands.app, ["--help"]).stdout
+    assert all(name in text for name in NAMES)
+    assert list(commands.COMMANDS) == NAMES
+    for name in NAMES:
+        shown = " ".join(CliRunner().invoke(commands.app, [name, "--help"]).stdout.split())
+        assert commands.COMMANDS[name].EXAMPLES
+        for example in commands.COMMANDS[name].EXAMPLES:
+            assert example in shown
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_every_example_of_the_help_resolves(example: str) -> None:
+    program, *arguments = shlex.split(example)
+    assert program == "persistworld"
+    result = CliRunner().invoke(commands.app, [*arguments, "--dry-run"])
+    assert result.exit_code == 0, result.stderr
+    assert "dry run" in result.stdout
+
+
+def test_no_preset_takes_the_bundled_world_and_says_so_on_stderr() -> None:
+    result = run("eval", "--dry-run", "--json")
+    assert result.returncode == 0
+    assert "no --preset: using the bundled world (preset tiny)" in result.stderr
+    assert json.loads(result.stdout)["preset"] == "tiny"
+    assert "no --preset" not in run("eval", "--preset", "tiny", "--dry-run", "--json").stderr
+
+
+def test_flags_reach_their_settings_and_are_named() -> None:
+    settings = dry("post-train", "--updates", "7", "--num-processes", "2", "--set", "post_train.beta=0.5")
+    assert settings["post_train.updates"] == {"value": 7, "origin": "--updates"}
+    assert settings["launch.num_processes"] == {"value": 2, "origin": "--num-processes"}
+    assert settings["post_train.beta"] == {"value": 0.5, "origin": "--set"}
+    assert dry("pretrain", "--part", "vae", "--updates", "9")["vae.updates"]["value"] == 9
+    assert dry("extract-latents", "in", "out")["world.raw"] == {"value": "in", "origin": "RAW"}
+    seeds = dry("eval", "--seed", "1", "--seed", "2", "--episodes", "0001,99")
+    assert seeds["eval.seeds"] == {"value": [1, 2], "origin": "--seed"}
+    assert seeds["eval.episodes"]["value"] == ["0001", "99"]
+    assert dry("drive", "--episode", "899", "--start", "8")["drive.start"]["value"] == 8
+
+
+def test_the_job_and_the_output_folder_are_shown(tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        commands.app, ["replay", "--episode", "1", "--ckpt", "a", "--ckpt", "b", "--dry-run", "--json"]
+    )
+    data = json.loads(result.stdout)
+    assert data["output"] == "outputs/replay-tiny"
+    assert data["job"]["episodes"] == ["1"] and data["job"]["ckpts"] == ["a", "b"]
+    chosen = CliRunner().invoke(commands.app, ["drive", "-o", str(tmp_path / "x"), "--dry-run", "--json"])
+    assert json.loads(chosen.stdout)["output"] == str(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["post-train", "--set", "post_train.betta=1"], "did you mean 'post_train.beta'?"),
+        (["post-train", "--candidates", "1"], "must be at least 2"),
+        (["eval", "--preset", "tinny"], "did you mean 'tiny'?"),
+        (["drive", "--keys", "llx"], "unknown key 'x'"),
+        (["pretrain", "--part", "text"], "known: vae, world"),
+        (["build-meta", "--export", "csv"], "known: ctrl-world"),
+        (["eval", "--no-such-flag"], "No such option"),
+        (["evaluate"], "No such command"),
+    ],
+)
+def test_wrong_usage_is_one_block_on_stderr_and_exit_code_2(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_mistake_in_the_world_is_exit_code_1_and_debug_shows_the_traceback(tmp_path: Path) -> None:
+    missing = str(tmp_path / "nowhere")
+    result = run("build-meta", missing, "--preset", "tiny")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ") and missing in result.stderr
+    assert "Traceback" not in result.stderr and result.stdout == ""
+    debug = CliRunner().invoke(commands.app, ["build-meta", missing, "--preset", "tiny", "--debug"])
+    assert debug.exit_code == 1 and "Traceback" in debug.stderr
+
+
+def test_the_table_of_a_dry_run_names_every_layer() -> None:
+    result = run("post-train", "--preset", "tiny", "--lr", "0.25", "--dry-run", PERSISTWORLD_POST_TRAIN__KL="0.125")
+    lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
+    assert "0.25" in lines["post_train.lr"] and lines["post_train.lr"].rstrip().endswith("--lr")
+    assert lines["post_train.kl"].rstrip().endswith("environment PERSISTWORLD_POST_TRAIN__KL")
+    assert lines["world.raw"].rstrip().endswith("preset tiny")
+    assert lines["policy.host"].rstrip().endswith("default")
+
+
+def test_results_are_tables_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    from persistworld_cli.commands.run import show_result
+
+    result = {"loss": 0.123456789, "n": {"train": 3, "val": 1}, "rows": [{"model": "a", "psnr": 20.5}], "gone": None}
+    show_result(result, as_json=True)
+    assert json.loads(capsys.readouterr().out) == result
+    show_result(result, as_json=False)
+    out = capsys.readouterr().out
+    assert "0.123457" in out and "n.train" in out and "psnr" in out and "20.5" in out
+
+
+def test_version() -> None:
+    from persistworld_cli import __version__
+
+    assert run("--version").stdout == f"persistworld {__version__}\n"

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_raw import HEIGHT, WIDTH, encode, write_v21
+
+from persistworld_cli.config.settings import ClipSettings, SamplingSettings, WorldSettings
+from persistworld_cli.data.clips import ClipSource, clip_ids, rollout_history_ids
+from persistworld_cli.data.extract import extract_latents
+from persistworld_cli.data.meta import build_meta
+from persistworld_cli.data.store import ActionStat, EpisodeStore
+from persistworld_cli.errors import PersistWorldError
+
+HISTORY = SamplingSettings().history
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
+    root = tmp_path_factory.mktemp("clips")
+    write_v21(root / "raw", {0: 120, 1: 10, 2: 60})  # 40, 4 and 20 frames: one shorter than a clip's future
+    extract_latents(WorldSettings(height=HEIGHT, width=WIDTH), root / "raw", root / "out", encode)
+    build_meta(root / "out")
+    return EpisodeStore(root / "out")
+
+
+def test_ids_of_a_clip() -> None:
+    assert clip_ids(10, 1, 99, history_step=4) == (0, 0, 0, 0, 2, 6, 10, 11, 12, 13, 14)
+    assert clip_ids(60, 2, 67, history_step=8) == (12, 20, 28, 36, 44, 52, 60, 62, 64, 66, 67)
+    assert clip_ids(3, 1, 3, history_step=0) == (3,) * 11
+
+
+def test_history_as_a_rollout_shows_it() -> None:
+    assert rollout_history_ids(20, 20, HISTORY, 24, 4) == (20,) * 6
+    assert rollout_history_ids(24, 20, HISTORY, 24, 4) == (20, 20, 20, 20, 20, 20)
+    assert rollout_history_ids(28, 20, HISTORY, 24, 4) == (20, 20, 20, 20, 20, 24)
+    assert rollout_history_ids(60, 20, HISTORY, 24, 4) == (20, 20, 32, 40, 48, 56)
+    for now, start in ((21, 20), (19, 20)):
+        with pytest.raises(ValueError, match="does not stand"):
+            rollout_history_ids(now, start, HISTORY, 24, 4)
+
+
+def test_history_is_that_of_the_reference_rollout(golden: Path) -> None:
+    """Golden I: `history_position` counts buffer entries; entry 24 + i - 1 is the frame after i interactions."""
+    from safetensors.torch import load_file
+
+    data = load_file(golden / "tiny_rollout_replay.safetensors")
+    for key, positions in ((k, v) for k, v in data.items() if k.endswith("history_position")):
+        start = 8
+        for interaction, row in enumerate(positions.tolist()):
+            entries = [start + 4 * max(0, p - 23) for p in row]
+            now = start + 4 * interaction
+            assert rollout_history_ids(now, start, HISTORY, 24, 4) == tuple(entries), key
+
+
+def test_golden_clips(golden: Path, shared_data: Path, tmp_path: Path) -> None:
+    """Golden F: frame ids, actions and latents of the reference's own draws (of the episodes that are here)."""
+    build_meta(shared_data / "droid_subset", meta=tmp_path)
+    store = EpisodeStore(shared_data / "droid_subset", meta=tmp_path)
+    expected = json.loads((golden / "dataset_semantics.json").read_text())
+    actions = np.load(golden / "dataset_actions.npz")
+    shipped = expected["meta_info"]["shipped_stat"]
+    stat = ActionStat(np.array(shipped["state_01"]), np.array(shipped["state_99"]))
+    checked = 0
+    for split in ("train", "val"):
+        source = ClipSource(store, split, ClipSettings(), stat=stat)
+        for number, item in enumerate(expected[split]["items"]):
+            if str(item["episode_id"]) not in source.index.ids:
+                continue
+            row = source.index.ids.index(str(item["episode_id"]))
+            skip, draw = (item["draws"][k][1] for k in (1, 2))
+            spacing = 0 if draw < 0.15 else 4 * skip
+            ids = clip_ids(item["frame_now"], skip, int(source.index.lengths[row]) - 1, history_step=spacing)
+            assert list(ids) == item["rgb_ids"] and [3 * i for i in ids] == item["state_ids"]
+            clip = source.fetch(row, ids)
+            assert hashlib.sha256(clip.latents.numpy().tobytes()).hexdigest() == item["latent_sha256"]
+            np.testing.assert_array_equal(clip.actions.numpy(), actions[f"{split}_action"][number])
+            assert clip.text == item["text"]
+            checked += 1
+    assert checked == 15
+
+
+def test_every_start_frame_is_one_sample(store: EpisodeStore) -> None:
+    source = ClipSource(store, "train", ClipSettings())
+    assert source.starts.tolist() == [36, 1, 16] and len(source) == 53
+    assert [source.locate(k) for k in (0, 35, 36, 37, 52)] == [(0, 0), (0, 35), (1, 0), (2, 0), (2, 15)]
+
+
+def test_draws_follow_the_settings(store: EpisodeStore) -> None:
+    rng = np.random.default_rng(0)
+    plain = ClipSource(store, "train", ClipSettings())
+    draws = [plain.draw_ids(rng) for _ in range(3000)]
+    steps = [ids[7] - ids[6] for row, ids in draws if row == 0]
+    assert {*steps} == {1, 2} and np.mean(steps) == pytest.approx(1.5, abs=0.05)
+    late = [ids for row, ids in draws if row == 0 and ids[6] >= 8]
+    assert np.mean([ids[5] == ids[6] for ids in late]) == pytest.approx(0.15, abs=0.03)
+    assert all(min(ids) >= 0 and max(ids) < (40, 4, 20)[row] for row, ids in draws)
+    share = np.bincount([row for row, _ in draws], minlength=3) / len(draws)
+    assert share == pytest.approx([36 / 53, 1 / 53, 16 / 53], abs=0.03)
+
+
+def test_rollout_like_draws(store: EpisodeStore) -> None:
+    settings = ClipSettings(rollout_history_prob=1.0)
+    source = ClipSource(store, "train", settings)
+    rng = np.random.default_rng(0)
+    starts = set()
+    for _ in range(4000):
+        row, ids = source.draw_ids(rng)
+        now, start = ids[6], ids[0]
+        assert (now - start) % 4 == 0
+        assert ids[:6] == rollout_history_ids(now, start, HISTORY, 24, 4)
+        assert ids[6:] == clip_ids(now, 1, (39, 3, 19)[row], num_history=0)
+        if row == 0 and now == 32:
+            starts.add(start)
+    assert starts == set(range(0, 33, 4))
+    short = ClipSource(store, "train", settings, rollout_max=2)
+    assert max(ids[6] - ids[0] for _, ids in (short.draw_ids(rng) for _ in range(300))) == 8
+    with pytest.raises(PersistWorldError, match=r"sampling\.history has 6 entries, the model takes 4"):
+        ClipSource(store, "train", settings, num_history=4)
+    with pytest.raises(PersistWorldError, match="reaches beyond a new rollout's 8 entries"):
+        ClipSource(store, "train", settings, sampling=SamplingSettings(history=(0, 0, -12, -9, -6, -3), buffer_fill=8))
+
+
+def test_batches_are_a_pure_function_of_their_arguments(store: EpisodeStore) -> None:
+    source = ClipSource(store, "train", ClipSettings(rollout_history_prob=0.5))
+    one = source.batch(3, 7, 4)
+    assert one.latents.shape == (4, 11, 4, 3 * HEIGHT // 8, WIDTH // 8) and one.latents.dtype == torch.float32
+    assert one.actions.shape == (4, 11, 7) and one.actions.dtype == torch.float32
+    assert len(one.texts) == 4 and one.ids.shape == (4, 11)
+    source.batch(3, 8, 4)
+    again = ClipSource(store, "train", ClipSettings(rollout_history_prob=0.5)).batch(3, 7, 4)
+    assert torch.equal(one.latents, again.latents) and torch.equal(one.actions, again.actions)
+    halves = [source.batch(3, 7, 2, rank=r, world=2) for r in (0, 1)]
+    assert torch.equal(one.latents, torch.cat([h.latents for h in halves]))
+    assert one.episodes == halves[0].episodes + halves[1].episodes
+    for other in (source.batch(4, 7, 4), source.batch(3, 8, 4)):
+        assert not torch.equal(one.ids, other.ids)
+
+
+def test_preloaded_latents_are_the_same(store: EpisodeStore) -> None:
+    plain, loaded = (ClipSource(store, "train", ClipSettings(), preload=p) for p in (False, None))
+    assert loaded._latents is not None  # small enough
+    assert torch.equal(plain.batch(0, 0, 6).latents, loaded.batch(0, 0, 6).latents)  # stored as float16 already
+
+
+def test_batches_ahead_are_those_asked_one_by_one(store: EpisodeStore) -> None:
+    source = ClipSource(store, "train", ClipSettings(), preload=True)
+    ahead = source.batches(5, 10, 2)
+    for step in range(10, 14):
+        assert torch.equal(next(ahead).ids, source.batch(5, step, 2).ids)
+    ahead.close()

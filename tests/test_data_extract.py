@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from data_raw import HEIGHT, TASK, WIDTH, columns, encode, table_path, video_path, write_v21, write_v30
+
+from persistworld_cli.config.settings import WorldSettings
+from persistworld_cli.data import video
+from persistworld_cli.data.extract import Progress, extract_latents, merge_reports, resample_ids, split_of
+from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.errors import PersistWorldError
+
+WORLD = WorldSettings(height=HEIGHT, width=WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("length", "fps", "rate", "expected"),
+    [
+        (7, 15, 5, [0, 3, 6]),
+        (9, 15, 5, [0, 3, 6]),
+        (4, 5, 5, [0, 1, 2, 3]),
+        (9, 10, 5, [0, 2, 4, 6, 8]),
+        (8, 12, 5, [0, 2, 5, 7]),
+        (10, 30, 5, [0, 6]),
+        (1, 15, 5, [0]),
+        (0, 15, 5, []),
+    ],
+)
+def test_resampling(length: int, fps: float, rate: float, expected: list[int]) -> None:
+    assert resample_ids(length, fps, rate).tolist() == expected
+
+
+def test_resampling_of_a_whole_ratio_is_every_third_row_for_any_length() -> None:
+    for length in range(1, 200):
+        assert resample_ids(length, 15, 5).tolist() == list(range(0, length, 3))
+
+
+def test_split_rules() -> None:
+    assert [split_of(i, "id-ends-99", {}) for i in (9, 99, 100, 199, 1799)] == ["train", "val", "train", "val", "val"]
+    assert [split_of(i, "every-4", {}) for i in range(5)] == ["train", "train", "train", "val", "train"]
+    ranges = {"train": (0, 60), "validation": (60, 80)}
+    assert [split_of(i, "info-splits", ranges) for i in (0, 59, 60)] == ["train", "train", "val"]
+    with pytest.raises(PersistWorldError, match="episode 80 is in no split"):
+        split_of(80, "info-splits", ranges)
+    for rule in ("every-1", "every-x", "random"):
+        with pytest.raises(PersistWorldError, match="unknown split rule"):
+            split_of(0, rule, {})
+
+
+def test_an_episode_comes_out_whole(tmp_path: Path) -> None:
+    raw = write_v21(tmp_path / "raw", {0: 20, 99: 10})
+    seen: list[Progress] = []
+    report = extract_latents(WORLD, raw, tmp_path / "out", encode, batch_frames=3, progress=seen.append)
+    assert (report.done, report.skipped, report.failed) == (["0", "99"], [], [])
+    assert [(p.settled, p.total, p.outcome) for p in seen] == [(1, 2, "done"), (2, 2, "done")]
+    store = EpisodeStore(tmp_path / "out")
+    assert store.episodes("train") == ["0"] and store.episodes("val") == ["99"]
+    note = store.annotation("train", "0")
+    expected = columns(0, 20)
+    names = ("observation.state.cartesian_position", "observation.state.gripper_position")
+    states = np.concatenate([expected[n].astype(float).reshape(20, -1) for n in names], 1)[::3]
+    np.testing.assert_array_equal(note.states, states)
+    assert note.joints is not None and note.joints.shape == (7, 8)
+    assert (note.text, note.success, note.num_frames, note.raw["raw_length"]) == (TASK, True, 7, 20)
+    assert len(note.raw["action.joint_velocity"]) == 20
+    frames = store.frames("train", "0", range(7))
+    assert frames.shape == (7, 3, HEIGHT, WIDTH, 3)
+    assert frames[:, 0, HEIGHT // 2 :].mean(axis=(1, 2, 3)) == pytest.approx(40 + 12 * np.arange(7), abs=1.5)
+    latents = store.latents("train", "0", range(7))
+    assert latents.shape == (7, 4, 3 * HEIGHT // 8, WIDTH // 8) and latents.dtype == torch.float32
+    torch.testing.assert_close(latents, encode(torch.from_numpy(frames)), atol=0.02, rtol=0)
+    for video_entry, latent_entry in zip(note.raw["videos"], note.raw["latent_videos"], strict=True):
+        assert (tmp_path / "out" / video_entry["video_path"]).is_file()
+        assert (tmp_path / "out" / latent_entry["latent_video_path"]).is_file()
+    assert not any((tmp_path / "out/.staging").iterdir())
+
+
+def test_layouts_and_versions_agree(tmp_path: Path) -> None:
+    lengths = [16, 10]
+    old, new = write_v21(tmp_path / "v21", dict(enumerate(lengths))), write_v30(tmp_path / "v30", lengths)
+    extract_latents(WORLD, old, tmp_path / "a", encode, layout="ctrl-world")
+    extract_latents(WORLD, new, tmp_path / "b", encode, layout="native")
+    a, b = EpisodeStore(tmp_path / "a"), EpisodeStore(tmp_path / "b")
+    for episode, frames in (("0", 6), ("1", 4)):
+        left = torch.load(tmp_path / f"a/latent_videos/train/{episode}/1.pt", weights_only=True)
+        assert left.shape == (frames, 4, HEIGHT // 8, WIDTH // 8) and left.dtype == torch.float32
+        right = np.load(tmp_path / f"b/latent_videos/train/{episode}/1.npy", mmap_mode="r")
+        assert right.dtype == np.float16
+        ids = [0, frames - 1, 1]
+        torch.testing.assert_close(
+            a.latents("train", episode, ids), b.latents("train", episode, ids), atol=0.015, rtol=0
+        )
+        x, y = a.annotation("train", episode), b.annotation("train", episode)
+        np.testing.assert_array_equal(x.states, y.states)
+
+
+def damage(raw: Path) -> dict[str, str]:
+    """Spoil episodes 1..6 in different ways; returns what the report must say of each."""
+    video_path(raw, 1, "wrist_left").unlink()
+    mp4 = video_path(raw, 2, "exterior_1_left")
+    mp4.write_bytes(mp4.read_bytes()[:900])
+    table = pq.read_table(table_path(raw, 3))
+    column = table.column("observation.state.gripper_position").to_pylist()
+    column[4] = float("nan")
+    at = table.column_names.index("observation.state.gripper_position")
+    pq.write_table(table.set_column(at, "observation.state.gripper_position", pa.array(column)), table_path(raw, 3))
+    pq.write_table(pq.read_table(table_path(raw, 4)).slice(0, 8), table_path(raw, 4))
+    pq.write_table(pq.read_table(table_path(raw, 5)).slice(0, 0), table_path(raw, 5))
+    mp4 = video_path(raw, 6, "exterior_2_left")
+    video.write_mp4(mp4, video.read_frames(mp4, range(9)), 15)
+    table_path(raw, 7).write_bytes(b"PAR1 cut short")
+    pq.write_table(pq.read_table(table_path(raw, 8)).drop(["observation.state.cartesian_position"]), table_path(raw, 8))
+    return {
+        "1": "video of camera 'wrist_left' is missing",
+        "2": "cannot decode video",
+        "3": "'observation.state.gripper_position' holds values that are no numbers",
+        "4": "8 rows, the metadata says 12",
+        "5": "no rows of episode 5",
+        "6": "camera 'exterior_2_left' has 9 frames, the table 12 rows",
+        "7": "unreadable table",
+        "8": "column 'observation.state.cartesian_position' is missing",
+    }
+
+
+def test_bad_episodes_are_skipped_and_named(tmp_path: Path) -> None:
+    raw, out = write_v21(tmp_path / "raw", dict.fromkeys(range(10), 12)), tmp_path / "out"
+    expected = damage(raw)
+    report = extract_latents(WORLD, raw, out, encode)
+    assert report.done == ["0", "9"]
+    assert {f["episode"] for f in report.failed} == set(expected)
+    for failure in report.failed:
+        assert expected[failure["episode"]] in failure["reason"], failure
+        assert str(raw) in failure["reason"]
+    assert json.loads((out / "extract_report.json").read_text())["failed"] == report.failed
+    assert EpisodeStore(out).episodes("train") == ["0", "9"]
+    assert not any((out / ".staging").iterdir())
+    with pytest.raises(PersistWorldError, match="wrist_left"):
+        extract_latents(WORLD, raw, out, encode, strict=True)
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    raw, out = write_v21(tmp_path / "raw", dict.fromkeys(range(4), 12)), tmp_path / "out"
+    calls = 0
+
+    def dies_at_third(frames: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return encode(frames)
+
+    with pytest.raises(KeyboardInterrupt):
+        extract_latents(WORLD, raw, out, dies_at_third)
+    store = EpisodeStore(out)
+    assert store.episodes("train") == ["0", "1"]
+    # a run killed between its renames leaves videos without an annotation
+    (out / "videos/train/2").mkdir(parents=True)
+    (out / "videos/train/2/0.mp4").write_bytes(b"half")
+    (out / ".staging/2-1").mkdir(parents=True, exist_ok=True)
+    before = (out / "annotation/train/0.json").stat().st_mtime_ns
+    report = extract_latents(WORLD, raw, out, encode)
+    assert (report.skipped, report.done) == (["0", "1"], ["2", "3"])
+    assert (out / "annotation/train/0.json").stat().st_mtime_ns == before
+    assert store.frames("train", "2", [3]).shape == (1, 3, HEIGHT, WIDTH, 3)
+    assert not any((out / ".staging").iterdir())
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from data_raw import HEIGHT, WIDTH, encode
+from persistworld_cli.config.settings import WorldSettings
+from persistworld_cli.data.extract import extract_latents
+
+def slow(frames):
+    time.sleep(0.2)
+    return encode(frames)
+
+extract_latents(WorldSettings(height=HEIGHT, width=WIDTH), Path(sys.argv[1]), Path(sys.argv[2]), slow, batch_frames=4)
+"""
+
+
+def test_a_killed_process_leaves_whole_episodes_only(tmp_path: Path) -> None:
+    raw, out = write_v21(tmp_path / "raw", dict.fromkeys(range(8), 36)), tmp_path / "out"
+    here = Path(__file__).resolve().parent
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(raw), str(out)], env=env)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("annotation/train/1.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.25)  # into the middle of the third
+    process.kill()
+    process.wait()
+    store = EpisodeStore(out)
+    finished = store.episodes("train")
+    assert 2 <= len(finished) < 8
+    report = extract_latents(WORLD, raw, out, encode)
+    assert report.skipped == finished and len(report.done) == 8 - len(finished)
+    for episode in store.episodes("train"):
+        assert store.num_latents("train", episode) == [12, 12, 12]
+        assert store.frames("train", episode, [0, 11]).shape == (2, 3, HEIGHT, WIDTH, 3)
+    assert not any((out / ".staging").iterdir())
+
+
+def test_two_processes_never_share_an_episode(tmp_path: Path) -> None:
+    raw, out = write_v21(tmp_path / "raw", dict.fromkeys(range(5), 7)), tmp_path / "out"
+    parts = [extract_latents(WORLD, raw, out, encode, rank=r, world_size=2) for r in (1, 0)]
+    assert [p.done for p in parts] == [["1", "3"], ["0", "2", "4"]]
+    merged = merge_reports(out, 2)
+    assert sorted(merged.done) == ["0", "1", "2", "3", "4"]
+    assert [p.name for p in out.glob("extract_report*")] == ["extract_report.json"]
+
+
+def test_chosen_episodes_and_absent_ones(tmp_path: Path) -> None:
+    raw = write_v21(tmp_path / "raw", dict.fromkeys(range(4), 7))
+    table_path(raw, 3).unlink()
+    report = extract_latents(WORLD, raw, tmp_path / "a", encode)
+    assert (report.done, report.absent, report.failed) == (["0", "1", "2"], 1, [])
+    report = extract_latents(WORLD, raw, tmp_path / "b", encode, episodes={1, 3, 8})
+    assert report.done == ["1"] and [f["episode"] for f in report.failed] == ["3", "8"]
+    assert report.absent == 2
+
+
+def test_a_dataset_never_mixes_settings_or_encoders(tmp_path: Path) -> None:
+    raw, out = write_v21(tmp_path / "raw", {0: 7}), tmp_path / "out"
+    extract_latents(WORLD, raw, out, encode, encoder_id="a")
+    with pytest.raises(PersistWorldError, match="encoder: 'a' -> 'b'"):
+        extract_latents(WORLD, raw, out, encode, encoder_id="b")
+    with pytest.raises(PersistWorldError, match="layout"):
+        extract_latents(WORLD, raw, out, encode, encoder_id="a", layout="ctrl-world")
+    with pytest.raises(PersistWorldError, match="unknown latent layout"):
+        extract_latents(WORLD, raw, tmp_path / "c", encode, layout="zip")
+    (out / "extract.json").unlink()
+    with pytest.raises(PersistWorldError, match="unknown origin"):
+        extract_latents(WORLD, raw, out, encode)
+
+
+def test_a_wrong_preset_is_not_blamed_on_the_episodes(tmp_path: Path) -> None:
+    raw = write_v21(tmp_path / "raw", {0: 7})
+    for world, message in (
+        (WorldSettings(cameras=("exterior_1_left", "wrist")), "no camera 'wrist'"),
+        (WorldSettings(state_fields=("observation.state.cartesian",)), r"no column 'observation\.state\.cartesian'"),
+        (WorldSettings(val_rule="id-ends-98"), "unknown split rule"),
+    ):
+        with pytest.raises(PersistWorldError, match=message):
+            extract_latents(world, raw, tmp_path / "out", encode)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_encoder_stops_the_run(tmp_path: Path) -> None:
+    raw = write_v21(tmp_path / "raw", {0: 7})
+    with pytest.raises(PersistWorldError, match="encoder returned values that are no numbers"):
+        extract_latents(WORLD, raw, tmp_path / "a", lambda f: encode(f) * float("nan"))
+    assert not (tmp_path / "a/annotation").exists()
+
+
+def test_raw_at_the_model_rate_keeps_every_frame(tmp_path: Path) -> None:
+    raw = write_v21(tmp_path / "raw", {0: 7}, fps=5)
+    extract_latents(WORLD, raw, tmp_path / "out", encode)
+    assert EpisodeStore(tmp_path / "out").annotation("train", "0").num_frames == 7
+
+
+@pytest.mark.parametrize(
+    ("version", "where"),
+    # v3.0 numbers its episodes anew, so that none ends in 99
+    [("v21", {"6": ("train", "6"), "199": ("val", "199")}), ("v30", {"6": ("train", "3"), "199": ("train", "4")})],
+)
+def test_real_droid_gives_the_processed_subset_back(
+    tmp_path: Path, shared_data: Path, version: str, where: dict[str, tuple[str, str]]
+) -> None:
+    chosen = {int(name) for _, name in where.values()}
+    world = WorldSettings(height=48, width=80)
+    extract_latents(world, shared_data / f"droid_raw_{version}", tmp_path, encode, episodes=chosen)
+    ours, theirs = EpisodeStore(tmp_path), EpisodeStore(shared_data / "droid_subset")
+    for episode, (split, name) in where.items():
+        their_split = "val" if episode == "199" else "train"
+        own, reference = ours.annotation(split, name), theirs.annotation(their_split, episode)
+        np.testing.assert_array_equal(own.states, reference.states)
+        assert (own.text, own.success, own.num_frames) == (reference.text, reference.success, reference.num_frames)
+        differing = {key for key, value in reference.raw.items() if own.raw[key] != value}
+        assert differing <= {"latent_videos", "joints"} | ({"episode_id", "videos"} if version == "v30" else set())
+        ids = [5, 12, 20, 27]  # the wrist's pictures are of the same moments: its neighbours in time are further off
+        wrist = ours.frames(split, name, ids)[:, 2].astype(float)
+        error = {}
+        for shift in (-1, 0, 1):
+            frames = theirs.frames(their_split, episode, [i + shift for i in ids])[:, 2]
+            error[shift] = np.abs(wrist - video.resize(frames, 48, 80)).mean()
+        assert min(error, key=lambda shift: error[shift]) == 0, error

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_raw import HEIGHT, WIDTH, encode, write_v21
+
+from persistworld_cli.config.settings import WorldSettings
+from persistworld_cli.data.extract import extract_latents
+from persistworld_cli.data.meta import build_meta
+from persistworld_cli.data.store import ActionStat, EpisodeStore, natural_key
+from persistworld_cli.errors import PersistWorldError
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
+    root = tmp_path_factory.mktemp("store")
+    write_v21(root / "raw", {0: 20, 2: 14, 10: 31, 99: 22})
+    extract_latents(WorldSettings(height=HEIGHT, width=WIDTH), root / "raw", root / "out", encode)
+    build_meta(root / "out")
+    return EpisodeStore(root / "out")
+
+
+def test_natural_order() -> None:
+    assert sorted(["10", "9", "0011", "b2", "a10", "a9", "2"], key=natural_key) == [
+        "2",
+        "9",
+        "10",
+        "0011",
+        "a9",
+        "a10",
+        "b2",
+    ]
+
+
+def test_episodes_and_index(store: EpisodeStore) -> None:
+    assert store.splits == ["train", "val"]
+    assert store.episodes("train") == ["0", "2", "10"] and store.episodes("test") == []
+    index = store.index("train")
+    assert index.ids == ("0", "2", "10") and index.lengths.tolist() == [7, 5, 11]
+    assert index.offsets.tolist() == [0, 7, 12, 23]
+    for row, episode in enumerate(index.ids):
+        states = index.states[index.offsets[row] : index.offsets[row + 1]].astype(np.float64)
+        np.testing.assert_array_equal(states, store.annotation("train", episode).states)
+    assert store.index("val").ids == ("99",)
+
+
+def test_frames_and_latents_of_any_ids(store: EpisodeStore) -> None:
+    whole = store.latents("train", "10", range(11))
+    ids = [10, 0, 0, 3]
+    assert torch.equal(store.latents("train", "10", ids), whole[ids])
+    frames = store.frames("train", "10", ids)
+    assert frames.shape == (4, 3, HEIGHT, WIDTH, 3) and frames.dtype == np.uint8
+    assert np.array_equal(frames[1], frames[2]) and not np.array_equal(frames[0], frames[3])
+    with pytest.raises(PersistWorldError, match=r"frames 0\.\.11 asked of an episode with 11 latents"):
+        store.latents("train", "10", [0, 11])
+
+
+def test_mistakes_are_named(store: EpisodeStore, tmp_path: Path) -> None:
+    with pytest.raises(PersistWorldError, match="extract-latents"):
+        try:
+            EpisodeStore(tmp_path)
+        except PersistWorldError as error:
+            raise PersistWorldError(str(error)) from error
+    with pytest.raises(PersistWorldError, match="no episode '7' in split 'train'") as caught:
+        store.annotation("train", "7")
+    assert "0, 2, 10" in str(caught.value)
+    with pytest.raises(PersistWorldError, match="split 'test' has no episodes"):
+        store.index("test")
+    bare = EpisodeStore(store.root, meta=tmp_path / "none")
+    for call in (bare.stat, lambda: bare.index("train")):
+        with pytest.raises(PersistWorldError) as caught:
+            call()
+        assert "build-meta" in str(caught.value)
+
+
+def test_damage_is_named(store: EpisodeStore, tmp_path: Path) -> None:
+    note = store.root / "annotation/train/2.json"
+    broken = tmp_path / "d"
+    for folder in ("annotation", "videos", "latent_videos"):
+        (broken / folder / "train").mkdir(parents=True)
+    (broken / "annotation/train/2.json").write_text(note.read_text()[:100])
+    (broken / "annotation/train/3.json").write_text(json.dumps({"states": [], "texts": []}))
+    (broken / "videos/train/2").mkdir()
+    for camera in (0, 2):
+        (broken / f"videos/train/2/{camera}.mp4").touch()
+    other = EpisodeStore(broken)
+    with pytest.raises(PersistWorldError, match="unreadable annotation"):
+        other.annotation("train", "2")
+    with pytest.raises(PersistWorldError, match="states have shape"):
+        other.annotation("train", "3")
+    with pytest.raises(PersistWorldError, match="camera 1 is missing"):
+        other.frames("train", "2", [0])
+    with pytest.raises(PersistWorldError, match="episode has no videos"):
+        other.frames("train", "4", [0])
+    (broken / "videos/train/2/1.mp4").touch()
+    with pytest.raises(PersistWorldError, match="latents of camera 0 of episode '2' are missing"):
+        other.latents("train", "2", [0])
+    (broken / "latent_videos/train/2").mkdir()
+    for camera in range(3):
+        (broken / f"latent_videos/train/2/{camera}.pt").write_bytes(b"no tensor")
+    with pytest.raises(PersistWorldError, match="unreadable latents"):
+        other.latents("train", "2", [0])
+
+
+def test_normalisation_is_float64_then_clipped(tmp_path: Path) -> None:
+    stat = ActionStat(np.array([0.0, -1.0]), np.array([2.0, -1.0]))
+    out = stat.normalise([[1.0, -1.0], [5.0, 0.0], [-1.0, -2.0]])
+    assert out.dtype == np.float32
+    expected = np.array([[-5e-9, -1], [1, 1], [-1, -1]])  # the 1e-8 of the formula shows only in float64
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+    (tmp_path / "stat.json").write_text('{"state_01": [0]}')
+    with pytest.raises(PersistWorldError, match="unreadable percentiles"):
+        ActionStat.load(tmp_path / "stat.json")
+
+
+def test_real_processed_datasets_are_read(shared_data: Path) -> None:
+    store = EpisodeStore(shared_data / "droid_subset")
+    assert store.episodes("train") == ["0", "1", "5", "6"] and store.episodes("val") == ["199", "1799"]
+    assert store.latents("val", "199", [32, 0]).shape == (2, 4, 72, 40)
+    assert store.frames("val", "199", [32]).shape == (1, 3, 192, 320, 3)
+    new = EpisodeStore(shared_data / "droid_new_setup")  # texts, states, joints and videos only
+    note = new.annotation("val", "0011")
+    assert note.text == "close the laptop" and note.states.shape == (57, 7)
+    assert note.joints is not None and note.joints.shape == (57, 8)
+    assert new.frames("val", "0011", [0, 56]).shape[:2] == (2, 3)
+    with pytest.raises(PersistWorldError, match="latents of camera 0"):
+        new.latents("val", "0011", [0])

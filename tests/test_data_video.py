@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from persistworld_cli.data import video
+from persistworld_cli.errors import PersistWorldError
+
+
+def numbered(count: int, height: int = 48, width: int = 80) -> np.ndarray:
+    """Frames that tell their number: the last digit by the left half's brightness, the rest by the right half's."""
+    out = np.empty((count, height, width, 3), np.uint8)
+    for n in range(count):
+        out[n, :, : width // 2] = 20 + 10 * (n % 10)
+        out[n, :, width // 2 :] = 20 + 10 * (n // 10)
+    return out
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    low, high = (((frames[:, 8:40, x].mean(axis=(1, 2, 3)) - 20) / 10).round() for x in (slice(8, 32), slice(48, 72)))
+    return (low + 10 * high).astype(int).tolist()
+
+
+def test_frames_come_back_in_any_order_with_repeats(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    assert video.write_mp4(path, numbered(40), 5, crf=1) == 40
+    assert video.count_frames(path) == 40
+    wanted = [39, 0, 7, 7, 3]
+    assert numbers(video.read_frames(path, wanted)) == wanted
+
+
+def test_a_far_start_is_reached_by_seeking_to_the_same_frames(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    video.write_mp4(path, numbered(180), 15, crf=1)
+    wanted = [61, 100, 101, 179]
+    assert numbers(video.read_frames(path, wanted)) == wanted
+    with pytest.raises(PersistWorldError, match="video ends after 180 frames, frame 180 is wanted"):
+        video.read_frames(path, [170, 180])
+
+
+def test_colours_survive_without_bias(tmp_path: Path) -> None:
+    y, x = np.mgrid[:48, :80]
+    smooth = np.stack([128 + 90 * np.sin(x / 25), 128 + 80 * np.cos(y / 20), 128 + 70 * np.sin((x + y) / 30)], -1)
+    picture = smooth.round().astype(np.uint8)
+    video.write_mp4(tmp_path / "a.mp4", [picture], 5, crf=1)
+    back = video.read_frames(tmp_path / "a.mp4", [0])[0].astype(float)
+    assert np.abs((back - picture).mean(axis=(0, 1))).max() < 0.5  # swscale's defaults: 1.1
+    assert np.abs(back - picture).mean() < 1.0
+
+
+def test_odd_sizes_are_padded_to_even(tmp_path: Path) -> None:
+    video.write_mp4(tmp_path / "a.mp4", numbered(2, 47, 79), 5)
+    assert video.read_frames(tmp_path / "a.mp4", [1]).shape == (1, 48, 80, 3)
+
+
+def test_resize_is_antialiased_as_pil_does(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (2, 180, 320, 3), dtype=np.uint8)
+    for height, width in ((192, 320), (48, 80)):
+        ours = video.resize(frames, height, width)
+        pil = np.stack(
+            [np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.BILINEAR)) for f in frames]
+        )
+        assert ours.shape == (2, height, width, 3)
+        assert np.abs(ours.astype(int) - pil).max() <= 1
+    assert video.resize(frames, 180, 320) is frames
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    whole = tmp_path / "a.mp4"
+    video.write_mp4(whole, np.random.default_rng(0).integers(0, 256, (30, 48, 80, 3), dtype=np.uint8), 5)
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    for path in (cut, tmp_path / "absent.mp4"):
+        for call in (lambda p=path: video.read_frames(p, [25]), lambda p=path: video.count_frames(p)):
+            with pytest.raises(PersistWorldError) as caught:
+                call()
+            assert caught.value.where == str(path)
+    with pytest.raises(PersistWorldError, match="no frames to write"):
+        video.write_mp4(tmp_path / "none.mp4", [], 5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "cut.mp4"]
+
+
+def test_a_file_damaged_in_the_middle_is_an_error_not_a_guess(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    video.write_mp4(path, np.random.default_rng(0).integers(0, 256, (30, 48, 80, 3), dtype=np.uint8), 5)
+    data = bytearray(path.read_bytes())
+    for at in range(len(data) // 3, len(data) // 2):
+        data[at] = 0
+    path.write_bytes(bytes(data))
+    with pytest.raises(PersistWorldError):
+        video.read_frames(path, range(30))

@@ -1,0 +1,366 @@
+"""Driving by keys and policies in the loop, whole: a tiny untrained model of the real classes in a dataset on disk."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from eval_world import HEIGHT, VIEWS, WIDTH, make_world, settings
+from safetensors.torch import load_file
+from websockets.sync.server import ServerConnection
+from websockets.sync.server import serve as listen
+
+from persistworld_cli.config.settings import (
+    DriveSettings,
+    ModelSettings,
+    PolicySettings,
+    SamplingSettings,
+    Settings,
+    WorldSettings,
+)
+from persistworld_cli.data.store import ActionStat
+from persistworld_cli.data.video import count_frames, read_frames
+from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.evaluation import drive, policy_rollout
+from persistworld_cli.evaluation.living import LivingWorld, first_latents, load_model, make_start, open_store
+from persistworld_cli.evaluation.recording import Item
+from persistworld_cli.models.checkpoints import load_world_model
+from persistworld_cli.models.world_model import WorldModel
+from persistworld_cli.robot.adapter import load_adapter
+from persistworld_cli.robot.keyboard import KeyMap
+from persistworld_cli.robot.kinematics import pose
+from persistworld_cli.rollout.controllers import KeyboardController, PolicyController, PolicyView
+from persistworld_cli.rollout.engine import RolloutEngine
+from persistworld_cli.rollout.observation import find_layout
+from persistworld_cli.rollout.policies import make_policy
+from persistworld_cli.rollout.wire import pack, unpack
+
+REST = np.array([0.0, 0.05, 0.3, -2.25, 0.0, 2.5, -np.pi / 2])
+LENGTH = 8
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two episodes of an arm that turns at its base, with its joints."""
+    folder = tmp_path_factory.mktemp("drive")
+    store = make_world(folder, {"7": LENGTH, "8": LENGTH})
+    for index, episode in enumerate(("7", "8")):
+        joints = REST + np.arange(LENGTH)[:, None] * 0.01 * np.eye(7)[0] + 0.05 * index
+        gripper = np.full((LENGTH, 1), 0.2)
+        file = store.root / "annotation" / "val" / f"{episode}.json"
+        note = json.loads(file.read_text())
+        note["states"] = np.concatenate([pose(joints), gripper], axis=1).tolist()
+        note["joints"] = np.concatenate([joints, gripper], axis=1).tolist()
+        file.write_text(json.dumps(note))
+    stat = {"state_01": [0.3, -0.5, 0.0, -3.2, -1.0, -2.0, 0.0], "state_99": [0.8, 0.5, 0.5, 3.2, 1.0, 2.0, 1.0]}
+    (store.meta / "stat.json").write_text(json.dumps(stat))
+    return folder
+
+
+def world(root: Path, **policy: Any) -> Settings:
+    return replace(settings(root), policy=PolicySettings(**{"wait_s": 5.0, "steps": 2, **policy}))
+
+
+# -- drive ------------------------------------------------------------------------------------------------------------
+
+
+def test_drive_writes_what_was_seen(root: Path, tmp_path: Path) -> None:
+    result = drive.run(settings(root), {"keys": "lcu", "episode": "8", "start": 2, "seed": 5, "output": str(tmp_path)})
+    assert count_frames(Path(result["video"])) == result["frames"] == 1 + 3 * 4
+    picture = read_frames(Path(result["video"]), [0])[0]
+    assert picture.shape[1] >= 3 * 300  # enlarged: a view of 48 pixels would show nothing
+    assert Path(result["sheet"]).stat().st_size > 1000
+    record = json.loads(Path(result["json"]).read_text())
+    assert (record["keys"], record["episode"], record["start"], record["seed"]) == ("lcu", "8", 2, 5)
+    poses = np.asarray(record["poses"])
+    assert poses.shape == (3, 5, 7)
+    states = json.loads((root / "world" / "annotation" / "val" / "8.json").read_text())["states"]
+    assert np.allclose(poses[0], KeyMap().chunk(np.asarray(states[2]), "l"))
+    assert np.allclose(poses[1, 0], poses[0, -1])  # a key begins where the last one ended
+    assert poses[1, -1, 6] == 0.7
+    assert len(record["seconds"]) == 3
+    assert "poses" not in result
+
+
+def test_drive_defaults_to_the_settings_and_the_first_episode(root: Path, tmp_path: Path) -> None:
+    own = replace(settings(root), drive=DriveSettings(start=1, seed=9))
+    result = drive.run(own, {"keys": "o", "output": str(tmp_path)})
+    assert (result["episode"], result["start"], result["seed"]) == ("7", 1, 9)
+
+
+def test_mistakes_are_told_before_any_weights_are_read(root: Path, tmp_path: Path) -> None:
+    blind = replace(settings(root), model=replace(settings(root).model, ckpt=str(tmp_path / "none.safetensors")))
+    job: dict[str, Any] = {"keys": "l", "output": str(tmp_path)}
+    with pytest.raises(UsageError, match="unknown key 'w'"):
+        drive.run(blind, {**job, "keys": "lw"})
+    with pytest.raises(PersistWorldError, match="no episode '99'"):
+        drive.run(blind, {**job, "episode": "99"})
+    with pytest.raises(PersistWorldError, match="frame 30"):
+        drive.run(blind, {**job, "start": 30})
+    with pytest.raises(UsageError, match="no dataset"):
+        drive.run(replace(blind, world=replace(blind.world, dataset="")), job)
+    with pytest.raises(PersistWorldError, match=r"none\.safetensors"):
+        drive.run(blind, job)
+
+
+def test_rollouts_do_not_depend_on_their_batch_and_follow_their_seed(root: Path) -> None:
+    own = settings(root)
+    store, model = open_store(own), load_model(own, {})
+    starts = [make_start(store, Item(episode, 1, seed), "val") for episode, seed in (("7", 0), ("8", 0), ("7", 1))]
+    steps = np.stack([KeyMap().chunk(start.pose, "f") for start in starts])
+    batch = LivingWorld(model, store, starts, own)
+    assert batch.pictures.shape == (3, VIEWS, HEIGHT, WIDTH, 3)
+    together = batch.step(steps)
+    assert together.pictures.shape == (3, 4, VIEWS, HEIGHT, WIDTH, 3)
+    assert np.array_equal(batch.poses, steps[:, -1])
+    alone = LivingWorld(model, store, starts[1:2], own).step(steps[1:2])
+    assert np.abs(alone.pictures[0].astype(int) - together.pictures[1]).max() <= 1
+    assert not np.array_equal(together.pictures[0], together.pictures[2])  # another seed
+
+
+def test_a_dataset_without_latents_is_encoded_from_its_videos(root: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "world"
+    bare.mkdir()
+    for name in ("annotation", "videos", "meta"):
+        (bare / name).symlink_to(root / "world" / name)
+    own = settings(root)
+    model = load_model(own, {})
+    start = make_start(open_store(own), Item("7", 3, 0), "train")  # found in val
+    store = open_store(replace(own, world=replace(own.world, dataset=str(bare))))
+    fresh = first_latents(model, store, [start])
+    assert torch.equal(fresh, model.encode_frames(torch.from_numpy(store.frames("val", "7", [3]))))
+    assert fresh.shape == first_latents(model, open_store(own), [start]).shape
+
+
+# -- policies ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_served_policy_acts_in_the_world(root: Path, tmp_path: Path) -> None:
+    job = {"policy": "scripted", "seeds": [3], "output": str(tmp_path)}
+    result = policy_rollout.run(world(root), job)
+    assert result["complete"]
+    assert [entry["episode"] for entry in result["rollouts"]] == ["7", "8"]
+    assert json.loads((tmp_path / "rollouts.json").read_text())["policy"] == "scripted"
+    entry = result["rollouts"][1]
+    record = json.loads(Path(entry["json"]).read_text())
+    for key in ("success", "start_idx", "end_idx", "instructions", "joint_pos", "joint_vel", "state_fk"):
+        assert key in record
+    assert record["success"] is None
+    assert record["instructions"] == "push the red block"
+    assert count_frames(Path(entry["video"])) == 1 + 2 * 4 == record["end_idx"] + 1
+    assert Path(entry["sheet"]).is_file()
+    skip = 3  # the bundled task's
+    for key in ("joint_pos", "joint_vel", "state_fk"):
+        assert np.shape(record[key]) == (2 * 4 * skip, 7)
+    start = json.loads((root / "world" / "annotation" / "val" / "8.json").read_text())
+    assert np.allclose(record["joint_pos"][0], start["joints"][0][:7])
+    assert np.allclose(record["state_fk"][0], start["states"][0])
+    moved = np.asarray(record["joint_pos"])
+    assert np.allclose(moved[1:12] - moved[:11], 0.054 * np.asarray(record["joint_vel"])[:11])
+    assert np.allclose(np.asarray(record["poses"])[:, 0], np.asarray(record["state_fk"])[::12])
+
+
+def test_a_policy_of_this_process_sees_the_predicted_pictures(root: Path, tmp_path: Path) -> None:
+    Watcher.seen.clear()
+    job = {"policy": f"{__name__}:Watcher", "episodes": ["7"], "instruction": "look", "output": str(tmp_path)}
+    policy_rollout.run(world(root, camera=0, image_size=64), job)
+    assert [obs["prompt"] for obs in Watcher.seen] == ["look", "look"]
+    first, second = (obs["observation/exterior_image_1_left"] for obs in Watcher.seen)
+    assert first.shape == (64, 64, 3)
+    assert first.dtype == np.uint8
+    assert first[:10].max() == 0  # padded above and below
+    assert not np.array_equal(first, second)
+    moved = Watcher.seen[1]["observation/joint_position"] - Watcher.seen[0]["observation/joint_position"]
+    assert np.allclose(moved, 12 * 0.054 * 0.1)
+    assert np.allclose(Watcher.seen[1]["observation/gripper_position"], 0.5)
+
+
+class Watcher:
+    """Moves every joint a little, and keeps what it was shown."""
+
+    seen: list[dict[str, Any]] = []  # noqa: RUF012
+
+    def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
+        self.seen.append(obs)
+        return {"actions": np.tile([0.1] * 7 + [0.5], (15, 1))}
+
+    def reset(self) -> None:
+        self.seen.clear()
+
+
+def test_a_plan_takes_task_job_and_settings_into_account(root: Path) -> None:
+    own = world(root)
+    store = open_store(own)
+    plan = policy_rollout.make_plan(own, {"policy": "hold", "limit": 1}, store)
+    assert [s.item.episode for s in plan.starts] == ["7"]
+    plan = policy_rollout.make_plan(own, {"policy": "hold", "seeds": [3, 5], "start": 2}, store)
+    found = [(s.item.episode, s.item.start, s.item.seed) for s in plan.starts]
+    assert found == [("7", 2, 3), ("7", 2, 5), ("8", 2, 3), ("8", 2, 5)]
+    assert (plan.view.skip, plan.view.gripper_cap, plan.steps) == (3, 1.0, 2)
+    plan = policy_rollout.make_plan(world(root, skip=2, gripper_cap=0.6, steps=0), {}, store)
+    assert (plan.view.skip, plan.view.gripper_cap, plan.steps) == (2, 0.6, 8)
+
+
+def failing_server(respond: Callable[[int, ServerConnection], None]) -> Any:
+    """A server whose policy holds still; ``respond`` may interfere with the n-th request of all connections."""
+    count = 0
+    lock = threading.Lock()
+
+    def handle(connection: ServerConnection) -> None:
+        nonlocal count
+        connection.send(pack({"policy": "failing"}))
+        policy = make_policy("hold", find_layout("pi05"))
+        for message in connection:
+            with lock:
+                count += 1
+                number = count
+            respond(number, connection)
+            assert isinstance(message, bytes)
+            connection.send(pack(policy.infer(unpack(message))))
+
+    server = listen(handle, "127.0.0.1", 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        (lambda connection: connection.close(), "closed the connection"),
+        (lambda connection: connection.send("Traceback: out of memory"), "(?s)failed.*out of memory"),
+        (lambda connection: connection.send(pack({"actions": np.full((15, 8), np.nan)})), r"nan at \[0, 0\]"),
+    ],
+)
+def test_a_policy_that_dies_in_mid_rollout_leaves_what_was_rolled_out(
+    root: Path, tmp_path: Path, how: Callable[[ServerConnection], None], text: str
+) -> None:
+    # Two rollouts, asked in turn: the fourth request is the second rollout's second step.
+    server = failing_server(lambda number, connection: how(connection) if number == 4 else None)
+    uri = f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+    with pytest.raises(PersistWorldError, match=text) as failed:
+        policy_rollout.run(world(root, steps=3), {"policy": uri, "output": str(tmp_path)})
+    server.shutdown()
+    assert not isinstance(failed.value, UsageError)  # exit code 1
+    assert "saved" in str(failed.value)
+    summary = json.loads((tmp_path / "rollouts.json").read_text())
+    assert summary["complete"] is False
+    for entry in summary["rollouts"]:
+        record = json.loads(Path(entry["json"]).read_text())
+        assert (record["complete"], record["steps"], record["steps_planned"]) == (False, 1, 3)
+        assert record["error"]
+        assert np.shape(record["joint_pos"]) == (12, 7)
+        assert count_frames(Path(entry["video"])) == 5
+
+
+def test_a_policy_that_fails_at_once_leaves_the_start(root: Path, tmp_path: Path) -> None:
+    server = failing_server(lambda number, connection: connection.close())
+    uri = f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+    with pytest.raises(PersistWorldError, match="closed"):
+        policy_rollout.run(world(root), {"policy": uri, "limit": 1, "output": str(tmp_path)})
+    server.shutdown()
+    record = json.loads((tmp_path / "bundled_7_0_0.json").read_text())
+    assert (record["steps"], record["end_idx"], record["joint_pos"]) == (0, 0, [])
+
+
+def test_what_cannot_be_rolled_out_is_told_before_any_weights_are_read(root: Path, tmp_path: Path) -> None:
+    job: dict[str, Any] = {"policy": "hold", "output": str(tmp_path)}
+
+    def blind(**policy: Any) -> Settings:
+        own = world(root, **policy)
+        return replace(own, model=replace(own.model, ckpt=str(tmp_path / "none.safetensors")))
+
+    for own, more, text in (
+        (blind(task="stack"), {}, r"no episode of task 'stack' is in this dataset \(0012, 0013\)"),
+        (blind(task="stak"), {}, "unknown task 'stak'"),
+        (blind(skip=4), {}, "needs 17 rows"),
+        (blind(layout="pi0-fast"), {}, "needs 13 rows of actions, layout 'pi0-fast' has 10"),
+        (blind(camera=3), {}, "policy.camera = 3"),
+        (blind(adapter="meta"), {}, "no fitted action adapter"),
+        (blind(), {"policy": "hodl"}, "unknown policy 'hodl'"),
+        (blind(), {"episodes": ["12"]}, "no episode '12'"),
+        (blind(port=9, wait_s=0.1), {"policy": "server"}, "no policy server answered"),
+    ):
+        with pytest.raises(PersistWorldError, match=text):
+            policy_rollout.run(own, {**job, **more})
+    with pytest.raises(PersistWorldError, match=r"none\.safetensors"):
+        policy_rollout.run(blind(), job)
+
+
+def test_a_recording_without_joints_is_refused(root: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "world"
+    (bare / "annotation" / "val").mkdir(parents=True)
+    note = json.loads((root / "world" / "annotation" / "val" / "7.json").read_text())
+    del note["joints"]
+    (bare / "annotation" / "val" / "7.json").write_text(json.dumps(note))
+    own = replace(world(root), world=replace(world(root).world, dataset=str(bare)))
+    with pytest.raises(PersistWorldError, match="no joint angles"):
+        policy_rollout.run(own, {"policy": "hold", "output": str(tmp_path)})
+
+
+# -- against the reference's own loop ---------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def reference_model(golden: Path) -> WorldModel:
+    """The reference's tiny model with the reference's weights."""
+    configs = json.loads((golden / "tiny_configs.json").read_text())
+    parts = {"unet": configs["unet"], "vae": configs["vae"], "text": configs["text_encoder"]}
+    own = ModelSettings(ckpt=str(golden / "tiny_ctrl_world.safetensors"), image=configs["image_encoder"], **parts)
+    return load_world_model(own, WorldSettings(height=64, width=128))
+
+
+def reference_loop(golden: Path, file: str, tag: str, policy: bool) -> tuple[RolloutEngine, Any, Any]:
+    """The engine, the state at the start, and the reference's tensors of one of its rollouts."""
+    tiny = reference_model(golden)
+    data = load_file(golden / file)
+    meta = json.loads((golden / "tiny_rollout_meta.json").read_text())["pi" if policy else "keyboard"]
+    meta = meta[tag] if policy else meta
+    stat = ActionStat(np.asarray(meta["state_p01"]), np.asarray(meta["state_p99"]))
+    sampling = SamplingSettings(steps=meta["steps"], guidance=meta["guidance"])
+    engine = RolloutEngine(tiny, sampling, stat, sampling.history_policy if policy else None)
+    tiny._text_cache[meta["text"]] = data["text_embeds"][0]  # the reference's tokenizer is not at hand
+    own = {key.removeprefix(tag + "."): value for key, value in data.items() if key.startswith(tag)}
+    state = engine.start(own["first_latent"][None], own["pose_raw"][:1, 0].numpy(), [meta["text"]])
+    return engine, state, own
+
+
+def test_policy_in_the_loop_equals_the_reference(golden: Path) -> None:
+    engine, state, data = reference_loop(golden, "tiny_rollout_pi.safetensors", "skip3", policy=True)
+    chunks = iter(data["chunk"].numpy())
+
+    class Recorded:
+        def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
+            return {"actions": next(chunks)}
+
+        def reset(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    adapter = load_adapter(str(golden / "action_adapter_weights.safetensors"))
+    view = PolicyView(layout=find_layout("pi05"), adapter=adapter, skip=3, gripper_cap=0.75)
+    controller = PolicyController([Recorded()], view, data["joint_in"][:1].numpy(), ["go"])
+    pictures = np.zeros((1, 3, 8, 8, 3), np.uint8)
+    for i, noise in enumerate(data["noise"]):
+        poses = controller.poses(i, state.memory.current[1], pictures)
+        assert np.abs(poses[0] - data["poses_taken"][i].numpy()).max() < 1e-5
+        predicted = engine.step(state, poses, noise[None])
+        assert (predicted[0] - data["pred"][i]).abs().max() < 2e-4, i
+    assert np.abs(state.memory.current[1][0] - data["pose_buffer_end"][-1].numpy()).max() < 1e-5
+
+
+def test_keys_in_the_loop_equal_the_reference(golden: Path) -> None:
+    engine, state, data = reference_loop(golden, "tiny_rollout_keyboard.safetensors", "g2", policy=False)
+    controller = KeyboardController(KeyMap(), "lfduco")
+    for i, noise in enumerate(data["noise"][:3]):
+        poses = controller.poses(i, state.memory.current[1])
+        assert np.abs(poses[0] - data["pose_raw"][i, 6:].numpy()).max() < 1e-10
+        predicted = engine.step(state, poses, noise[None])
+        assert (predicted[0] - data["pred"][i]).abs().max() < 2e-4, i

@@ -1,0 +1,199 @@
+"""The closed loop, eval and replay with an untrained tiny model of the real classes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from eval_world import make_world, settings
+
+from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.evaluation import run as eval_run
+from persistworld_cli.evaluation.closed_loop import draw_frames, reward_of, run_closed_loop
+from persistworld_cli.evaluation.metrics import MOVING, SHOWN
+from persistworld_cli.evaluation.recording import Item, load_recording, to_uint8
+from persistworld_cli.evaluation.replay import run as replay
+from persistworld_cli.models.checkpoints import load_world_model
+from persistworld_cli.models.world_model import WorldModel
+from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
+
+FAST = {"lpips_backbone": "untrained"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("eval")
+    make_world(folder, {"9": 14, "19": 12, "29": 7})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(root: Path) -> EpisodeStore:
+    return EpisodeStore(root / "world")
+
+
+@pytest.fixture(scope="module")
+def model(root: Path) -> WorldModel:
+    s = settings(root)
+    return load_world_model(s.model, s.world, adapter="")
+
+
+def test_recording_lines_up_with_the_rollout(store: EpisodeStore) -> None:
+    recording = load_recording(store, "val", Item("29", 1, 0), steps=2, rows=5)
+    assert recording.frame_ids.tolist() == [2, 3, 4, 5, 6, 6, 6, 6]
+    assert recording.valid.tolist() == [True] * 5 + [False] * 3
+    assert recording.row_ids(0, 5).tolist() == [1, 2, 3, 4, 5] and recording.row_ids(1, 5).tolist() == [5, 6, 6, 6, 6]
+    np.testing.assert_array_equal(recording.poses(1, 5)[1], recording.annotation.states[6])
+    np.testing.assert_array_equal(recording.frames[0], store.frames("val", "29", [2])[0])
+    with pytest.raises(PersistWorldError, match="frame 6 of the 7"):
+        load_recording(store, "val", Item("29", 6, 0), steps=1, rows=5)
+
+
+def test_closed_loop_is_the_engine_stepped_by_hand_and_does_not_depend_on_the_batch(
+    root: Path, store: EpisodeStore, model: WorldModel
+) -> None:
+    s = settings(root)
+    engine = RolloutEngine(model, s.sampling, store.stat())
+    scorer = Scorer(replace(s.rewards, weights={"psnr": 1.0}), s.world, "cpu")
+    items = [Item("9", 0, 0), Item("19", 2, 1), Item("29", 1, 0)]
+    both = {"split": "val", "steps": 2, "scorer": scorer, "keep_latents": True}
+    done: list[tuple[int, int]] = []
+    batched = run_closed_loop(model, engine, store, items, batch=3, progress=lambda *a: done.append(a), **both)  # type: ignore[arg-type]
+    alone = run_closed_loop(model, engine, store, items, batch=1, **both)  # type: ignore[arg-type]
+    assert batched.scores["psnr"].shape == (3, 8, 3) and done[-1] == (2, 2)
+    for name, value in batched.scores.items():
+        np.testing.assert_allclose(value, alone.scores[name], atol=1e-3, err_msg=name)
+    assert np.isnan(batched.scores["psnr"][2, 5:]).all() and np.isfinite(batched.scores["psnr"][:, :5]).all()
+
+    recording = load_recording(store, "val", items[1], 2, 5)
+    state = engine.start(recording.first_latent[None], recording.poses(0, 5)[:1], ["push the red block"])
+    for step in range(2):
+        noise = rollout_noise([(1, "19", 2, step)], engine.noise_shape)
+        predicted = engine.step(state, recording.poses(step, 5)[None], noise)
+    pictures = to_uint8(model.decode_latents(predicted, 5)[0, 1:])
+    assert batched.latents is not None
+    drawn = draw_frames(model, batched.latents[1], 5, 32, 48)
+    assert drawn.shape == (8, 3, 32, 48, 3)
+    assert np.abs(drawn[4:].astype(int) - pictures.astype(int)).max() <= 2  # latents are kept as float16
+    mse = np.square(pictures[0].astype(float) - recording.frames[4].astype(float)).mean(axis=(1, 2, 3)) / 255**2
+    np.testing.assert_allclose(batched.scores["psnr"][1, 4], -10 * np.log10(mse), atol=0.02)
+
+
+def test_reward_of_scores_is_the_scorers(root: Path) -> None:
+    s = settings(root)
+    scorer = Scorer(replace(s.rewards, camera_weights=(1.0, 1.0, 2.0)), s.world, "cpu", names=SHOWN)
+    pred, target = torch.rand(2, 3, 3, 3, 32, 48), torch.rand(2, 3, 3, 3, 32, 48)
+    metrics = scorer.metrics(pred, target)
+    got = reward_of(scorer, {name: value.numpy() for name, value in metrics.items()})
+    np.testing.assert_allclose(got, scorer.reward(metrics).numpy(), rtol=1e-5)
+
+
+def test_eval_end_to_end_continues_and_gives_the_same_numbers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = settings(root, seeds=(0, 1), episodes=("9", "29"), sheets=2)
+    job = {
+        "output": str(root / "out"),
+        "ckpt": str(root / "other.safetensors"),
+        "baseline": str(root / "base.safetensors"),
+    }
+    loaded: list[str] = []
+    real = eval_run.load_world_model
+
+    def counting(*args: object, **kwargs: object) -> WorldModel:
+        loaded.append(str(kwargs["ckpt"]))
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(eval_run, "load_world_model", counting)
+    summary = eval_run.run(s, job)
+    out = root / "out"
+    result = json.loads((out / "eval.json").read_text())
+    labels = [metric["label"] for metric in result["metrics"]]
+    assert labels == ["ssim", "psnr", "lpips (untrained)", "psnr (moving)"]
+    assert result["n"]["rollouts"] == 4 and result["n"]["episodes"] == 2 and len(result["times_s"]) == 8
+    rows = [(row["cameras"], row["model"]) for row in result["table"]]
+    assert rows[:4] == [
+        ("exterior", "copy first frame"),
+        ("exterior", "base.safetensors"),
+        ("exterior", "other.safetensors"),
+        ("exterior", "recording through VAE"),
+    ]
+    assert {row["verdict"] for row in result["paired"]} == {"too few"}
+    assert len(result["models"][0]["ckpt_sha256"]) == 64
+    with (out / "steps.csv").open() as handle:
+        steps = list(csv.DictReader(handle))
+    assert len(steps) == 4 * 4 * 2 * 3  # rows of the table, rollouts, steps, cameras
+    for name in ("report.html", "table.txt", "curves.png", "changes.png", "rollouts.csv"):
+        assert (out / name).stat().st_size > 0
+    assert len(list((out / "sheets").glob("*.png"))) == 2 and len(list((out / "videos").glob("*.mp4"))) == 2
+    assert "lpips (untrained)" in (out / "table.txt").read_text() and " lpips ↓" not in (out / "table.txt").read_text()
+    assert json.dumps(summary, allow_nan=False)
+
+    victim = next((out / "rollouts").glob("model-*/9_0_1.npz"))
+    victim.unlink()
+    loaded.clear()
+    assert eval_run.run(s, {**job, "videos": False}) | {"videos": summary["videos"]} == summary
+    assert len(loaded) == 2  # one to roll out what was missing, one to draw; nothing else was done again
+
+
+def test_floor_and_ceiling_by_hand(root: Path, store: EpisodeStore, model: WorldModel) -> None:
+    s = settings(root, episodes=("9",), steps=1, sheets=0)
+    eval_run.run(s, {"output": str(root / "alone")})
+    result = json.loads((root / "alone" / "eval.json").read_text())
+    assert result["paired"] == [] and [model["label"] for model in result["models"]] == ["base"]
+    frames = store.frames("val", "9", range(5)).astype(float) / 255
+    table = {(row["cameras"], row["model"]): row for row in result["table"]}
+    floor = -10 * np.log10(np.square(frames[1:, 2] - frames[:1, 2]).mean(axis=(1, 2, 3))).mean()
+    assert table["wrist", "copy first frame"]["psnr"] == pytest.approx(floor, abs=1e-3)
+    through = model.decode_latents(store.latents("val", "9", range(5)), 5)[1:, 2].movedim(1, -1).numpy()
+    ceiling = -10 * np.log10(np.square(frames[1:, 2] - through).mean(axis=(1, 2, 3))).mean()
+    assert table["wrist", "recording through VAE"]["psnr"] == pytest.approx(ceiling, abs=1e-3)
+
+
+def test_eval_mistakes_are_named_before_any_compute(root: Path) -> None:
+    out = {"output": str(root / "never")}
+    cases = [
+        (settings(root, episodes=("77",)), "no episode '77'"),
+        (settings(root, split="test"), "no episodes"),
+        (settings(root, starts=(40,)), "cannot start at frame 40"),
+        (settings(root, seeds=()), "nothing to roll out"),
+        (replace(settings(root), model=replace(settings(root).model, ckpt="")), "no weights"),
+    ]
+    for wrong, words in cases:
+        with pytest.raises(PersistWorldError, match=words):
+            eval_run.run(wrong, out)
+    with pytest.raises(UsageError, match="compared with itself"):
+        eval_run.run(settings(root), {**out, "baseline": "base"})
+    small = settings(root)
+    small = replace(small, world=replace(small.world, height=64))
+    with pytest.raises(PersistWorldError, match="latents"):
+        eval_run.run(small, out)
+
+
+def test_replay_end_to_end(root: Path) -> None:
+    s = settings(root)
+    summary = replay(
+        s,
+        {
+            "output": str(root / "replay"),
+            "episodes": ["29"],
+            "start": 1,
+            "steps": 3,
+            "seeds": [4],
+            "ckpts": [str(root / "base.safetensors"), str(root / "other.safetensors")],
+        },
+    )
+    record = json.loads((root / "replay" / "replay.json").read_text())
+    entry = record["replays"][0]
+    assert entry["frames"] == 5 and [row["step"] for row in entry["rows"]] == [1, 1, 2, 2]  # frame 6 is the last
+    assert {row["model"] for row in entry["rows"]} == {"base.safetensors", "other.safetensors"}
+    assert "lpips (untrained)" in entry["rows"][0] and MOVING not in entry["rows"][0]
+    for file in (*summary["videos"], *summary["sheets"], summary["json"], summary["text"]):
+        assert Path(file).stat().st_size > 0
+    with pytest.raises(UsageError, match="do not pair up"):
+        replay(s, {"output": str(root / "x"), "ckpts": ["a", "b"], "adapters": ["c", "d", "e"]})

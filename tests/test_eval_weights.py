@@ -1,0 +1,65 @@
+"""Which models are compared, and what they are called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from persistworld_cli.config.settings import ModelSettings
+from persistworld_cli.errors import UsageError
+from persistworld_cli.evaluation.weights import ModelRef, hash_of, refs_of_eval, refs_of_replay, sha256_of
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> str:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    return str(folder)
+
+
+def test_eval_compares_the_adapter_with_its_base(adapter: str) -> None:
+    model = ModelSettings(ckpt="a.pt", adapter=adapter)
+    want = [ModelRef("base", "a.pt"), ModelRef("post-trained", "a.pt", adapter)]
+    assert refs_of_eval(model, {}) == want
+    assert refs_of_eval(model, {"baseline": "base"}) == want
+    assert refs_of_eval(ModelSettings(ckpt="a.pt"), {"ckpt": adapter}) == want
+    assert refs_of_eval(ModelSettings(ckpt="a.pt"), {}) == [ModelRef("base", "a.pt")]
+
+
+def test_eval_compares_checkpoints_and_adapters(adapter: str) -> None:
+    model = ModelSettings(ckpt="x/a.pt")
+    assert refs_of_eval(model, {"baseline": "x/b.pt"}) == [ModelRef("b.pt", "x/b.pt"), ModelRef("a.pt", "x/a.pt")]
+    two = refs_of_eval(ModelSettings(ckpt="a.pt", adapter="r1/adapter"), {"baseline_adapter": "r2/adapter"})
+    assert two == [ModelRef("r2/adapter", "a.pt", "r2/adapter"), ModelRef("r1/adapter", "a.pt", "r1/adapter")]
+    named = refs_of_eval(model, {"baseline": adapter, "labels": ["old", "new"]})
+    assert named == [ModelRef("old", "x/a.pt", adapter), ModelRef("new", "x/a.pt")]
+    with pytest.raises(UsageError, match="itself"):
+        refs_of_eval(model, {"baseline": "x/a.pt"})
+    with pytest.raises(UsageError, match="no weights"):
+        refs_of_eval(ModelSettings(), {})
+
+
+def test_replay_pairs_weights_and_adapters() -> None:
+    model = ModelSettings(ckpt="a.pt", adapter="ad")
+    assert refs_of_replay(model, {}) == [ModelRef("post-trained", "a.pt", "ad")]
+    both = refs_of_replay(model, {"adapters": ["base", "ad"]})
+    assert both == [ModelRef("base", "a.pt"), ModelRef("post-trained", "a.pt", "ad")]
+    assert [ref.label for ref in refs_of_replay(model, {"ckpts": ["x/a", "y/a"], "adapters": ["base"]})] == [
+        "x/a",
+        "y/a",
+    ]
+    assert [ref.label for ref in refs_of_replay(model, {"ckpts": ["a", "a"], "adapters": ["none"]})] == ["a #1", "a #2"]
+
+
+def test_hashes(tmp_path: Path) -> None:
+    file = tmp_path / "w" / "a.bin"
+    file.parent.mkdir()
+    file.write_bytes(b"abc")
+    assert sha256_of(str(file)).startswith("ba7816bf8f01cfea")
+    folder = sha256_of(str(file.parent))
+    file.rename(file.with_name("b.bin"))
+    assert sha256_of(str(file.parent)) != folder
+    assert sha256_of("owner/name") == "owner/name" and sha256_of("") == ""
+    assert hash_of({"a": 1, "b": (2,)}) == hash_of({"b": [2], "a": 1}) != hash_of({"a": 1, "b": [3]})

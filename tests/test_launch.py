@@ -1,0 +1,224 @@
+"""From settings to worker processes and back: one child, several ranks, failures, signals, environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from persistworld_cli import worker
+from persistworld_cli.config.presets import from_json, load_settings
+from persistworld_cli.config.settings import LaunchSettings, Settings
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.launch import environment, launcher
+from persistworld_cli.launch.launcher import run_task
+
+# As a command does it, in a process of its own: launch the selfcheck with a job, exit with the code.
+LAUNCH = """
+import json, sys
+from pathlib import Path
+from persistworld_cli.config.presets import load_settings
+from persistworld_cli.launch.launcher import run_task
+settings = load_settings("tiny", ["launch.device=cpu", "launch.num_processes=" + sys.argv[1]]).settings
+code, result = run_task("selfcheck", settings, json.loads(sys.argv[2]), Path(sys.argv[3]))
+print(json.dumps(result))
+sys.exit(code)
+"""
+
+
+def start(processes: int, job: dict[str, Any], output: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", LAUNCH, str(processes), json.dumps(job), str(output)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def launch(processes: int, job: dict[str, Any], output: Path) -> tuple[int, str, str]:
+    process = start(processes, job, output)
+    out, err = process.communicate(timeout=180)
+    return process.returncode, out, err
+
+
+def alive(marker: str) -> list[int]:
+    """Processes with ``marker`` on their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if marker in words and int(folder.name) != os.getpid():
+            found.append(int(folder.name))
+    return found
+
+
+def wait_for_workers(output: Path, ranks: int, seconds: float = 90.0) -> None:
+    """Until all ranks have come to the point where they only wait."""
+    end = time.monotonic() + seconds
+    while len(list(output.glob("waiting.*"))) < ranks:
+        assert time.monotonic() < end, "the ranks did not start in time"
+        time.sleep(0.1)
+
+
+def test_one_process_is_one_child_with_its_environment(tmp_path: Path) -> None:
+    code, out, err = launch(1, {}, tmp_path / "run")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["world_size"] == 1 and result["sum"] == 1.0
+    assert result["ranks"][0]["cpus"] == environment.cpus()  # the binding of OpenMP's threads is not inherited
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["task"] == "selfcheck"
+    assert config["job"]["output"] == str(tmp_path / "run")
+    assert from_json(config["settings"]).launch.device == "cpu"
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "result.json"]
+
+
+def test_two_cpu_processes_find_each_other(tmp_path: Path) -> None:
+    code, out, err = launch(2, {}, tmp_path)
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["world_size"] == 2 and result["sum"] == 3.0
+    assert [entry["rank"] for entry in result["ranks"]] == [0, 1]
+    assert all(entry["cpus"] == environment.cpus() for entry in result["ranks"])
+    threads = max(1, environment.cores() // 2)
+    assert [entry["threads"] for entry in result["ranks"]] == [int(os.environ.get("OMP_NUM_THREADS", threads))] * 2
+
+
+@pytest.mark.parametrize("how", ["mistake", "kill"])
+def test_a_rank_that_fails_ends_the_run_within_a_minute_with_its_reason(tmp_path: Path, how: str) -> None:
+    begun = time.monotonic()
+    code, out, err = launch(2, {"fail_rank": 1, "fail_how": how}, tmp_path)
+    assert time.monotonic() - begun < 60
+    assert out.strip() == "{}"
+    if how == "mistake":
+        assert code == 1 and err.count("error: selfcheck was asked to fail") == 1 and "Traceback" not in err
+    else:
+        assert code == 137 and "rank 1 was killed by SIGKILL" in err and "Traceback" not in err
+    assert not alive(str(tmp_path / "config.json"))
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize(("how", "expected"), [("mistake", 1), ("crash", 1), ("kill", 137)])
+def test_a_single_worker_that_fails_passes_its_code_on(tmp_path: Path, how: str, expected: int) -> None:
+    (tmp_path / "result.json").write_text("{}")
+    code, out, err = launch(1, {"fail_rank": 0, "fail_how": how}, tmp_path)
+    assert (code, out.strip()) == (expected, "{}")
+    assert ("Traceback" in err) == (how == "crash")
+    told = {
+        "mistake": "to do: ask for something else",
+        "crash": "RuntimeError: selfcheck was",
+        "kill": "killed by SIGKILL",
+    }
+    assert told[how] in err
+    assert (tmp_path / "result.json").read_text() == "{}"  # the last result stays
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_interrupted_run_ends_in_good_order(tmp_path: Path, processes: int) -> None:
+    number = signal.SIGINT if processes == 1 else signal.SIGTERM
+    process = start(processes, {"seconds": 120}, tmp_path)
+    wait_for_workers(tmp_path, processes)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert f"{number.name}: stopping in good order" in err
+    assert "Traceback" not in err
+    assert not alive(str(tmp_path / "config.json"))
+
+
+def test_a_killed_launcher_leaves_no_workers(tmp_path: Path) -> None:
+    process = start(2, {"seconds": 120}, tmp_path)
+    wait_for_workers(tmp_path, 2)
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 60
+    while alive(str(tmp_path / "config.json")):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def test_every_task_has_its_function() -> None:
+    from importlib.util import find_spec
+
+    for task, place in worker.TASKS.items():
+        module, _, name = place.partition(":")
+        spec = find_spec(module)
+        assert spec is not None and spec.origin is not None, f"{task}: no module {module}"
+        assert f"def {name}(" in Path(spec.origin).read_text(), f"{task}: no function {name} in {module}"
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PersistWorldError, match="cannot be written"):
+        run_task("selfcheck", load_settings("tiny", env={}).settings, {}, tmp_path / "file" / "run")
+
+
+def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(launcher, "gpu_count", lambda: 0)
+    settings = load_settings("tiny", ["launch.device=cuda"], env={}).settings
+    with pytest.raises(PersistWorldError, match=r"no CUDA device|built for CPUs only"):
+        run_task("selfcheck", settings, {}, tmp_path)
+    monkeypatch.setattr(launcher, "gpu_count", lambda: 2)
+    settings = load_settings("tiny", ["launch.device=cuda", "launch.num_processes=4"], env={}).settings
+    with pytest.raises(PersistWorldError, match="4 processes on this machine, but 2 GPUs"):
+        run_task("selfcheck", settings, {}, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_environment_of_a_cpu_worker() -> None:
+    one = environment.worker_environment(LaunchSettings(device="cpu"), {"HOME": "/h"})
+    assert one["OMP_NUM_THREADS"] == str(environment.cores())
+    assert (one["OMP_PROC_BIND"], one["OMP_PLACES"], one["MALLOC_MMAP_MAX_"]) == ("true", "cores", "0")
+    assert one["ACCELERATE_USE_CPU"] == "true" and one["HOME"] == "/h"
+    two = environment.worker_environment(LaunchSettings(device="cpu", num_processes=2), {})
+    assert two["OMP_NUM_THREADS"] == str(max(1, environment.cores() // 2))
+    assert "OMP_PROC_BIND" not in two and "MALLOC_TOP_PAD_" in two  # both would be bound to the same cores
+
+
+def test_what_the_user_set_stays_but_for_the_threads_asked_for() -> None:
+    own = {"OMP_NUM_THREADS": "3", "MALLOC_MMAP_MAX_": "9", "OMP_PLACES": "threads"}
+    kept = environment.worker_environment(LaunchSettings(device="cpu"), own)
+    assert {name: kept[name] for name in own} == own
+    assert "OMP_PROC_BIND" not in kept
+    assert environment.worker_environment(LaunchSettings(device="cpu", threads=1), own)["OMP_NUM_THREADS"] == "1"
+
+
+def test_gpu_workers_are_neither_bound_nor_given_another_malloc() -> None:
+    env = environment.worker_environment(LaunchSettings(device="cuda"), {})
+    assert not {"OMP_PROC_BIND", "MALLOC_MMAP_MAX_", "ACCELERATE_USE_CPU"} & set(env)
+
+
+def test_results_become_plain_json() -> None:
+    import numpy as np
+
+    given = {
+        "a": np.float64(1.5),
+        "b": float("nan"),
+        "c": Path("/x"),
+        "d": (np.arange(2), {"e": np.bool_(True)}),
+        3: None,
+    }
+    assert worker._plain(given) == {"a": 1.5, "b": None, "c": "/x", "d": [[0, 1], {"e": True}], "3": None}
+
+
+def test_an_unknown_task_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = launcher._write_config("evaluate", Settings(), {}, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "persistworld_cli.worker", str(config)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and "unknown task 'evaluate'" in done.stderr
+
+
+def test_torchvision_imports_and_a_second_time_costs_nothing() -> None:
+    from persistworld_cli.compat import ensure_torchvision
+
+    ensure_torchvision()
+    first = sys.modules["torchvision"]
+    ensure_torchvision()
+    assert sys.modules["torchvision"] is first

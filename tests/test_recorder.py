@@ -1,0 +1,255 @@
+"""The recorder of the bundled world, and the recordings that are shipped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+WORLD = ROOT / "dataset_example" / "world"
+CAMERAS = ("exterior_1_left", "exterior_2_left", "wrist_left")
+DROID_COLUMNS = [
+    "observation.state.joint_position",
+    "observation.state.gripper_position",
+    "observation.state.cartesian_position",
+    "observation.state",
+    "action.joint_position",
+    "action.gripper_position",
+    "action.cartesian_position",
+    "action.joint_velocity",
+    "action",
+    "is_episode_successful",
+    "language_instruction",
+    "timestamp",
+    "frame_index",
+    "episode_index",
+    "index",
+    "task_index",
+]
+JOINT_LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
+JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
+
+
+def panda_flange(joints: np.ndarray) -> np.ndarray:
+    """Franka's published modified DH table, written apart from the recorder's: (7,) -> (4, 4)."""
+    half = np.pi / 2
+    rows = [(0, 0.333, 0), (0, 0, -half), (0, 0.316, half), (0.0825, 0, half), (-0.0825, 0.384, -half), (0, 0, half)]
+    rows += [(0.088, 0, half), (0, 0.107, 0)]
+    pose = np.eye(4)
+    for (a, d, alpha), q in zip(rows, [*joints, 0.0], strict=True):
+        twist = np.array([[1, 0, 0], [0, np.cos(alpha), -np.sin(alpha)], [0, np.sin(alpha), np.cos(alpha)]])
+        turn = np.array([[np.cos(q), -np.sin(q), 0], [np.sin(q), np.cos(q), 0], [0, 0, 1]])
+        step = np.eye(4)
+        step[:3, :3] = twist @ turn
+        step[:3, 3] = np.array([a, 0, 0]) + twist @ np.array([0, 0, d])
+        pose = pose @ step
+    return pose
+
+
+def euler_matrix(roll: float, pitch: float, yaw: float) -> np.ndarray:
+    """Extrinsic xyz."""
+    cr, sr, cp, sp, cy, sy = np.cos(roll), np.sin(roll), np.cos(pitch), np.sin(pitch), np.cos(yaw), np.sin(yaw)
+    x = np.array([[1, 0, 0], [0, cr, -sr], [0, sr, cr]])
+    y = np.array([[cp, 0, sp], [0, 1, 0], [-sp, 0, cp]])
+    z = np.array([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1]])
+    return z @ y @ x
+
+
+def check_kinematics(joints: np.ndarray, poses: np.ndarray) -> None:
+    for q, pose in zip(joints, poses, strict=True):
+        frame = panda_flange(q)
+        np.testing.assert_allclose(frame[:3, 3], pose[:3], atol=2e-5)
+        np.testing.assert_allclose(frame[:3, :3], euler_matrix(*pose[3:]), atol=2e-5)
+
+
+# The recorder ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorder():
+    pytest.importorskip("mujoco", reason="the recorder needs mujoco (pip install persistworld[sim])")
+    return pytest.importorskip("dataset_example.recorder.episode", reason="runs in a checkout only")
+
+
+@pytest.fixture(scope="module")
+def simulated(recorder):
+    """Three whole episodes at 15 Hz, without pictures."""
+    return [recorder.record_episode(5, index, render=False) for index in range(3)]
+
+
+@pytest.fixture(scope="module")
+def rendering(recorder) -> None:
+    # In a process of its own: where EGL is missing, MuJoCo may fail at import or while it exits.
+    code = "import mujoco; mujoco.GLContext(64, 64).make_current(); print('drawn')"
+    environment = {**os.environ, "MUJOCO_GL": "egl"}
+    probe = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    if "drawn" not in probe.stdout:
+        pytest.skip("no EGL rendering on this machine (apt install libegl1 libegl-mesa0 libgl1-mesa-dri)")
+
+
+def test_same_seed_same_states_whatever_the_rate(recorder, simulated) -> None:
+    slow = recorder.record_episode(5, 1, fps=5, render=False)
+    assert (slow.instruction, slow.success) == (simulated[1].instruction, simulated[1].success)
+    for name, values in slow.columns.items():
+        np.testing.assert_array_equal(values, simulated[1].columns[name][::3], err_msg=name)
+
+
+def test_episodes_differ(simulated) -> None:
+    assert len({episode.objects for episode in simulated}) == 3
+    assert all(len({item.colour for item in episode.objects}) == 3 for episode in simulated)
+
+
+def test_recorded_pose_is_the_kinematics_of_recorded_joints(simulated) -> None:
+    for episode in simulated:
+        for kind in ("observation.state", "action"):
+            joints, poses = (
+                episode.columns[f"{kind}.{name}"][::10] for name in ("joint_position", "cartesian_position")
+            )
+            check_kinematics(joints, poses)
+
+
+def test_velocities_are_droids(simulated) -> None:
+    """Within DROID's range, and the arm moves about 0.054 rad a frame for a velocity of 1."""
+    velocity = np.concatenate([episode.columns["action.joint_velocity"][:-1] for episode in simulated])
+    moved = np.concatenate(
+        [np.diff(episode.columns["observation.state.joint_position"], axis=0) for episode in simulated]
+    )
+    assert np.abs(velocity).max() <= 1.0 + 1e-4
+    assert 0.04 < (velocity * moved).sum() / (velocity**2).sum() < 0.06
+
+
+def test_grasped_object_follows_the_hand(simulated) -> None:
+    """Whenever a small object is up in the air it hangs between the fingers, or rests on another object."""
+    carried = 0
+    for episode in simulated:
+        objects = episode.columns["sim.object_pose"].reshape(-1, 3, 7)[:, :, :3]
+        poses = episode.columns["observation.state.cartesian_position"]
+        fingers = np.array([pose[:3] + 0.15 * euler_matrix(*pose[3:])[:, 2] for pose in poses])
+        step = np.linalg.norm(np.diff(objects[:, :2], axis=0), axis=2)
+        lifted = (objects[1:, :2, 2] > 0.09) & (step > 0.012)  # up, and faster than 0.18 m/s
+        near = np.linalg.norm(objects[1:, :2] - fingers[1:, None], axis=2) < 0.06
+        carried += int((lifted & near).sum())
+        assert (lifted & near).sum() >= 0.9 * lifted.sum()
+    assert carried > 15
+
+
+def test_objects_stay_on_the_table(simulated) -> None:
+    for episode in simulated:
+        places = episode.columns["sim.object_pose"].reshape(-1, 3, 7)[:, :, :3]
+        assert places[..., 2].min() > 0.02
+        assert places[..., 0].min() > 0.28 and places[..., 0].max() < 0.74 and np.abs(places[..., 1]).max() < 0.31
+
+
+def test_something_moves_most_of_the_time(simulated) -> None:
+    for episode in simulated:
+        places = episode.columns["sim.object_pose"].reshape(-1, 3, 7)[::3, :, :3]
+        moving = (np.linalg.norm(np.diff(places, axis=0), axis=2) * 5 > 0.02).any(axis=1)
+        seconds = moving[: len(moving) // 5 * 5].reshape(-1, 5).any(axis=1)
+        assert seconds.mean() > 0.5
+
+
+def test_instructions_have_an_index(simulated) -> None:
+    from dataset_example.recorder.tasks import all_instructions
+
+    texts = all_instructions()
+    assert len(set(texts)) == len(texts)
+    assert all(episode.instruction in texts for episode in simulated)
+
+
+def test_recording_on_disk(rendering, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Layout, splits and resuming of a small recording, by the command that people run."""
+    from dataset_example.recorder.__main__ import main
+
+    command = [sys.executable, "-m", "dataset_example.recorder", str(tmp_path / "out")]
+    options = ["--episodes", "2", "--val", "1", "--first-id", "7", "--fps", "5", "--seconds", "1", "--workers", "1"]
+    subprocess.run([*command, *options], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    info = json.loads((tmp_path / "out/meta/info.json").read_text())
+    assert info["splits"] == {"train": "7:8", "val": "8:9"}
+    assert (info["fps"], info["total_episodes"], info["total_frames"]) == (5, 2, 10)
+    check_layout(tmp_path / "out", info)
+    first = tmp_path / "out/data/chunk-000/episode_000007.parquet"
+    before = first.stat().st_mtime_ns
+    arguments = [str(tmp_path / "out"), *options]
+    assert main(arguments) == 0 and first.stat().st_mtime_ns == before
+    assert main([*arguments, "--seed", "3"]) == 1
+    assert "2 are there" in (said := capsys.readouterr().err) and "--seed" in said
+
+
+# The shipped recordings -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def info() -> dict:
+    if not WORLD.is_dir():
+        pytest.skip("the bundled world is not in this checkout")
+    return json.loads((WORLD / "meta/info.json").read_text())
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def check_layout(root: Path, info: dict) -> None:
+    """Every episode named in `meta/` is there, with DROID's columns, as long as it says."""
+    import av
+
+    tasks = {row["task_index"]: row["task"] for row in read_jsonl(root / "meta/tasks.jsonl")}
+    episodes = read_jsonl(root / "meta/episodes.jsonl")
+    assert len(episodes) == info["total_episodes"] and sum(row["length"] for row in episodes) == info["total_frames"]
+    features = [name for name in info["features"] if not name.startswith("observation.images.")]
+    for row in episodes:
+        index = row["episode_index"]
+        place = {"episode_chunk": index // info["chunks_size"], "episode_index": index}
+        table = pq.read_table(root / info["data_path"].format(**place))
+        assert table.column_names == features and features[: len(DROID_COLUMNS)] == DROID_COLUMNS
+        assert table.num_rows == row["length"]
+        assert table["episode_index"].unique().to_pylist() == [index]
+        assert [tasks[i] for i in table["task_index"].unique().to_pylist()] == row["tasks"]
+        assert len(row["objects"]) == 3 and all(
+            {"name", "rgb", "size", "shape"} <= item.keys() for item in row["objects"]
+        )
+        for camera in CAMERAS:
+            path = root / info["video_path"].format(video_key=f"observation.images.{camera}", **place)
+            with av.open(str(path)) as video:
+                stream = video.streams.video[0]
+                assert (stream.frames, stream.height, stream.width) == (row["length"], 180, 320)
+                assert stream.average_rate == info["fps"]
+
+
+def test_shipped_layout(info: dict) -> None:
+    assert (info["codebase_version"], info["fps"], info["splits"]) == ("v2.1", 15, {"train": "0:60", "val": "60:80"})
+    check_layout(WORLD, info)
+
+
+def test_shipped_numbers(info: dict) -> None:
+    """Joints within Franka's limits; poses agree with them; grippers between open and closed."""
+    for path in sorted(WORLD.glob("data/chunk-*/episode_*.parquet"))[::8]:
+        table = pq.read_table(path)
+        column = {name: np.array(table[name].to_pylist()) for name in DROID_COLUMNS if name != "language_instruction"}
+        joints = column["observation.state.joint_position"]
+        assert (joints > JOINT_LOW).all() and (joints < JOINT_HIGH).all()
+        check_kinematics(joints[::20], column["observation.state.cartesian_position"][::20])
+        for kind in ("observation.state", "action"):
+            gripper = column[f"{kind}.gripper_position"]
+            assert gripper.min() >= 0 and gripper.max() <= 1
+            np.testing.assert_array_equal(column[kind], np.column_stack([column[f"{kind}.joint_position"], gripper]))
+        np.testing.assert_allclose(np.diff(column["timestamp"]), 1 / info["fps"], atol=1e-5)
+        assert (np.diff(column["index"]) == 1).all() and column["frame_index"][0] == 0
+
+
+def test_shipped_matches_a_real_recording(info: dict, shared_data: Path) -> None:
+    """Same keys, features and column types as DROID's own files; ours come after them."""
+    real = json.loads((shared_data / "droid_raw_v21/meta/info.json").read_text())
+    assert set(info) == set(real)
+    for name, feature in real["features"].items():
+        assert info["features"][name].keys() == feature.keys() and info["features"][name]["shape"] == feature["shape"]
+    theirs = pq.read_schema(next((shared_data / "droid_raw_v21/data").glob("*/*.parquet")))
+    ours = pq.read_schema(WORLD / "data/chunk-000/episode_000000.parquet")
+    assert [(f.name, f.type) for f in ours][: len(theirs)] == [(f.name, f.type) for f in theirs]
