@@ -35,7 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's software renderer: one process, one core
     from .corpus import OtherWorldError, record
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # lets `record` write what it has
     wanted = range(options.first_id, options.first_id + options.episodes)
     try:
         record(options.out, wanted, options.seed, options.fps, options.seconds, options.workers, options.val)
@@ -48,4 +47,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # lets `record` write what it has
     sys.exit(main())

@@ -39,6 +39,7 @@ class ModelSettings:
     token_dim: int = 1024
     frame_level: bool = True
     text_cond: bool = True
+    history_cond_zero: bool = False  # Ctrl-World's his_cond_zero: history frames get no current-frame channels
     fps_id: int = 7
     motion_bucket_id: int = 127
     unet: dict[str, Any] = field(default_factory=dict)
@@ -111,7 +112,7 @@ class VaeSettings:
 
     updates: int = 4000
     batch: int = 8
-    clip: int = 2
+    clip: int = 5  # frames of a training clip: as many as are decoded as one clip later, since padding differs
     lr: float = 1e-3
     kl: float = 1e-6
     colour_weight: float = 4.0  # extra weight on saturated pixels: small coloured objects must survive

@@ -142,7 +142,9 @@ class WorldModel(nn.Module):
         scale = precondition(sigma)
         frames = torch.cat([condition.history, scale.c_in.view(-1, 1, 1, 1, 1) * x], dim=1)
         current = condition.current / self.vae.config.scaling_factor
-        still = current[:, None].expand(-1, frames.shape[1], -1, -1, -1)
+        still = current[:, None].repeat(1, frames.shape[1], 1, 1, 1)
+        if settings.history_cond_zero:
+            still[:, : condition.history.shape[1]] = 0
         ids = torch.tensor([settings.fps_id, settings.motion_bucket_id, condition.noise_aug], device=x.device)
         out: Any = self.unet(
             torch.cat([frames, still], dim=2),

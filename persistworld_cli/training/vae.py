@@ -1,6 +1,6 @@
 """Training of a small world's VAE from recorded pictures (the full-size model uses SVD's).
 
-Pairs of neighbouring frames of one camera, decoded as one clip, so that the temporal decoder learns too. The loss is L1
+Short clips of one camera, decoded as the rollout engine decodes them (`clip` = its decode chunk), so that the temporal decoder learns too. The loss is L1
 with more weight on saturated pixels (small coloured objects are few of a picture's pixels and the first thing that a
 plain mean gives up), L1 on picture gradients, and a small KL.
 """
@@ -64,10 +64,17 @@ def reconstruction_loss(made: torch.Tensor, real: torch.Tensor, settings: VaeSet
 def draw_batch(pictures: np.ndarray, settings: VaeSettings, step: int) -> torch.Tensor:
     """uint8 clips (batch * clip, H, W, 3): a pure function of (seed, step)."""
     rng = np.random.default_rng((settings.seed, step))
-    rows = rng.integers(0, pictures.shape[0], settings.batch)
-    firsts = rng.integers(0, pictures.shape[1] - settings.clip + 1, settings.batch)
-    clips = [pictures[r, f : f + settings.clip] for r, f in zip(rows, firsts, strict=True)]
+    length = clip_length(settings, step)
+    count = settings.batch * settings.clip // length
+    rows = rng.integers(0, pictures.shape[0], count)
+    firsts = rng.integers(0, pictures.shape[1] - length + 1, count)
+    clips = [pictures[r, f : f + length] for r, f in zip(rows, firsts, strict=True)]
     return torch.from_numpy(np.concatenate(clips))
+
+
+def clip_length(settings: VaeSettings, step: int) -> int:
+    """Every fifth batch is of single pictures: the temporal decoder must also stand alone."""
+    return 1 if step % 5 == 4 else settings.clip
 
 
 def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +111,7 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
             with work.accelerator.autocast():
                 posterior = vae.encode(real).latent_dist
                 latent = posterior.sample(generator=torch.Generator(work.device).manual_seed(step))
-                made = vae.decode(latent, num_frames=options.clip).sample.float()
+                made = vae.decode(latent, num_frames=clip_length(options, step)).sample.float()
             kl = posterior.kl().mean() / latent[0].numel()
             loss = reconstruction_loss(made, real, options) + options.kl * kl
             optimizer.zero_grad()
@@ -128,7 +135,7 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
 def finish(vae: AutoencoderKLTemporalDecoder, pictures: np.ndarray, work: Run, options: VaeSettings) -> dict[str, Any]:
     """Measure the latents' scale and write the weights."""
     with torch.no_grad():
-        probe = torch.cat([draw_batch(pictures, options, 10**9 + k) for k in range(16)])
+        probe = torch.cat([draw_batch(pictures, options, 10**9 + 5 * k) for k in range(16)])
         latents = torch.cat([vae.encode(pixels_to_unit(p).to(work.device)).latent_dist.mode() for p in probe.split(16)])
     scaling = 1 / latents.std().item()
     folder = work.output / "weights"

@@ -1,0 +1,164 @@
+"""Tables, curves, sheets, videos and the page, from made-up results."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from persistworld_cli.data.video import count_frames, read_frames
+from persistworld_cli.reports.csvs import write_csv
+from persistworld_cli.reports.curves import change_plot, horizon_curves
+from persistworld_cli.reports.page import write_page
+from persistworld_cli.reports.tables import eval_table, number, plain, steps_table, win_rate
+from persistworld_cli.reports.videos import (
+    SheetBlock,
+    VideoRow,
+    contact_sheet,
+    enlarge,
+    side_by_side,
+    write_side_by_side,
+)
+
+ROWS = ("copy first frame", "base", "post-trained", "recording through VAE")
+METRICS = [
+    {"name": "psnr", "label": "psnr", "unit": "dB", "higher_is_better": True},
+    {"name": "lpips", "label": "lpips (untrained)", "unit": "", "higher_is_better": False},
+]
+
+
+def paired(metric: str, verdict: str, change: float) -> dict[str, Any]:
+    spread = {"change": change, "change_low": change - 0.1, "change_high": change + 0.1}
+    wins = {"win_rate": 0.75, "win_low": 0.41, "win_high": 0.93, "rollouts": 8, "wins": 6, "losses": 2}
+    return {
+        "cameras": "exterior",
+        "metric": metric,
+        "verdict": verdict,
+        "words": f"{verdict} in words",
+        **spread,
+        **wins,
+    }
+
+
+@pytest.fixture
+def result() -> dict[str, Any]:
+    curve = {"mean": [20.0, 19.0, 18.0, None], "low": [19.0, 18.0, 17.0, None], "high": [21.0, 20.0, 19.0, None]}
+    return {
+        "n": {
+            "rollouts": 8,
+            "episodes": 8,
+            "steps": 1,
+            "frames_per_step": 4,
+            "rate_hz": 5.0,
+            "sampler": "euler",
+            "sampling_steps": 5,
+        },
+        "metrics": METRICS,
+        "groups": ["exterior"],
+        "floor": ROWS[0],
+        "ceiling": ROWS[3],
+        "models": [
+            {"label": label, "ckpt": "a<b>.pt", "adapter": "", "ckpt_sha256": "ab" * 32}
+            for label in ("base", "post-trained")
+        ],
+        "table": [
+            {"cameras": "exterior", "model": row, "psnr": 20.0 + i, "lpips (untrained)": 0.01}
+            for i, row in enumerate(ROWS)
+        ],
+        "paired": [
+            paired("psnr", "better", 1.5),
+            paired("lpips (untrained)", "too few", -0.001),
+            paired("reward", "better", 0.1),
+            {**paired("reward", "better", 0.1), "cameras": "all"},
+        ],
+        "changes": {"exterior": {"psnr": [1.0, -0.5, None], "lpips (untrained)": [-0.1, 0.0, 0.1]}},
+        "times_s": [0.2, 0.4, 0.6, 0.8],
+        "horizon": {"exterior": {metric["label"]: dict.fromkeys(ROWS, curve) for metric in METRICS}},
+        "protocol": {"steps": 1, "items": [1, 2]},
+        "versions": {"torch": "2"},
+        "device": "cpu",
+    }
+
+
+def test_eval_table_says_what_a_person_needs(result: dict[str, Any]) -> None:
+    text = plain(eval_table(result))
+    assert "8 rollouts of 8 episodes, 1 steps = 0.8 s" in text
+    assert "psnr dB ↑" in text and "lpips (untrained) ↓" in text and " lpips ↓" not in text
+    assert text.index("copy first frame") < text.index("base") < text.index("recording through VAE")
+    assert "+1.50" in text and "[+1.40, +1.60]" in text and "75% [41, 93] of 8" in text
+    assert "too few" in text and "reward, all cameras: better in words" in text and "random" in text
+    result["paired"], result["models"] = [], result["models"][:1]
+    alone = plain(eval_table(result))
+    assert "win rate" not in alone and "recording through VAE" in alone
+
+
+def test_numbers() -> None:
+    assert (
+        number(None, "psnr") == "-"
+        and number(20.456, "psnr") == "20.46"
+        and number(0.5, "ssim", signed=True) == "+0.500"
+    )
+    assert number(0.00123, "lpips (untrained)") == "0.0012" and number(0.0812, "lpips") == "0.081"
+    assert win_rate({"rollouts": 0}) == "-"
+
+
+def test_steps_table() -> None:
+    rows = [{"step": 1, "time_s": 0.8, "model": "base", "psnr": 21.0, "lpips (untrained)": None}]
+    text = plain(steps_table("episode 9", METRICS, rows))
+    assert "episode 9" in text and "0.8 s" in text and "21.00" in text
+
+
+def test_curves_are_pictures_even_with_missing_ends(result: dict[str, Any], tmp_path: Path) -> None:
+    for name, draw in (("a.png", horizon_curves), ("b.png", change_plot)):
+        draw(tmp_path / name, result)
+        picture = np.asarray(Image.open(tmp_path / name).convert("RGB"))
+        assert picture.shape[1] > 500 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_enlarge_repeats_pixels_or_averages() -> None:
+    small = np.arange(2 * 48 * 80 * 3, dtype=np.uint8).reshape(2, 48, 80, 3)
+    big = enlarge(small, 240)
+    assert big.shape == (2, 144, 240, 3) and (big[:, ::3, ::3] == small).all() and (big[:, 2::3, 1::3] == small).all()
+    assert enlarge(small, 80) is not None and (enlarge(small, 80) == small).all()
+    assert enlarge(np.full((1, 192, 640, 3), 7, np.uint8), 240).shape == (1, 72, 240, 3)
+
+
+def test_contact_sheet_places_pictures_and_keeps_long_names_inside(tmp_path: Path) -> None:
+    red = np.full((2, 48, 80, 3), (200, 10, 10), np.uint8)
+    rows = [("recorded", red, []), ("a-very-long-checkpoint-name.pt", red, ["psnr 20.1 dB"])]
+    contact_sheet(tmp_path / "sheet.png", "title " * 100, ["0.2 s", "0.4 s"], [SheetBlock("wrist", rows)])
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    red_pixels = (sheet == (200, 10, 10)).all(axis=-1)
+    assert red_pixels.sum() == 2 * 2 * 144 * 240  # nothing is drawn over a picture
+    assert (sheet > 200).any()
+
+
+def test_videos_show_every_row_camera_and_note(tmp_path: Path) -> None:
+    frames = np.zeros((3, 2, 48, 80, 3), np.uint8)
+    frames[:, 1] = 255
+    rows = [VideoRow("recorded", frames), VideoRow("base", frames, ["start", "psnr 20", "psnr 19"])]
+    pictures = list(side_by_side("episode 9", ["left", "wrist"], rows, ["start", "step 1", "step 1"]))
+    assert len(pictures) == 3 and len({p.shape for p in pictures}) == 1
+    assert not np.array_equal(pictures[1], pictures[2])  # the notes differ
+    write_side_by_side(tmp_path / "v.mp4", "episode 9", ["left", "wrist"], rows, ["start", "step 1", "step 1"], 5.0)
+    assert count_frames(tmp_path / "v.mp4") == 3
+    shown = read_frames(tmp_path / "v.mp4", [0])[0]
+    assert shown[-60, -60].min() > 230 and shown[-60, 60].max() < 25
+
+
+def test_csv_and_page(result: dict[str, Any], tmp_path: Path) -> None:
+    write_csv(tmp_path / "r.csv", [{"model": "base", "psnr": 1.5}, {"model": "base", "psnr": None}])
+    with (tmp_path / "r.csv").open() as handle:
+        assert [row["psnr"] for row in csv.DictReader(handle)] == ["1.5", ""]
+    horizon_curves(tmp_path / "curves.png", result)
+    write_page(tmp_path / "report.html", result, [tmp_path / "curves.png"], [])
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64," in page and "lpips (untrained)" in page and "a&lt;b&gt;.pt" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)  # nothing from elsewhere
+    assert page.count("<tr") == page.count("</tr>") and page.count("<td") == page.count("</td>")
