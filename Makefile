@@ -3,7 +3,7 @@
 # make lint : style, types and import layers
 #
 # PYTHON=python3.12          another interpreter (3.11 or newer)
-# PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"   torch without its 3 GB of CUDA libraries
+# PIP_ARGS="--index-url ..."       another package index, e.g. one with CPU-only builds of torch and torchvision
 
 SHELL := /bin/bash
 VENV := .venv

@@ -54,7 +54,7 @@ def vae_gate(model: WorldModel, store: EpisodeStore, settings: Settings) -> dict
     for episode in store.episodes("val"):
         ids = list(range(0, store.annotation("val", episode).num_frames, 8))
         real = store.frames("val", episode, ids)
-        made = model.decode_latents(model.encode_frames(torch.from_numpy(real)), 1)
+        made = model.decode_latents(model.encode_frames(torch.from_numpy(real)), 5)
         quality.append(psnr(made, to_unit(real)))
         back = (made.movedim(-3, -1) * 255).round().byte().numpy()
         one = coloured_pixel_survival(real, back, colours[episode])

@@ -20,6 +20,7 @@ from persistworld_cli.config.settings import (
     Settings,
     WorldSettings,
 )
+from persistworld_cli.data.meta import build_meta
 from persistworld_cli.data.store import EpisodeStore
 from persistworld_cli.data.video import write_mp4
 from persistworld_cli.models.world_model import WorldModel, build_world_model
@@ -99,6 +100,32 @@ def moving_block(length: int, seed: int) -> np.ndarray:
     return frames
 
 
+def add_episode(data: Path, vae_model: WorldModel, split: str, episode: str, index: int, length: int) -> None:
+    """Write one recorded episode: videos, latents, annotation."""
+    frames = moving_block(length, index)
+    for camera in range(VIEWS):
+        write_mp4(data / "videos" / split / episode / f"{camera}.mp4", frames[:, camera], 5.0)
+    latents = vae_model.encode_frames(torch.from_numpy(frames)).numpy()
+    high = latents.shape[2] // VIEWS
+    folder = data / "latent_videos" / split / episode
+    folder.mkdir(parents=True)
+    for camera in range(VIEWS):
+        np.save(folder / f"{camera}.npy", latents[:, :, camera * high : (camera + 1) * high].astype(np.float16))
+    states = np.linspace(-0.5, 0.5, length)[:, None] * np.ones(7)
+    note = {"texts": ["push the red block"], "states": states.tolist(), "video_length": length, "success": True}
+    (data / "annotation" / split).mkdir(parents=True, exist_ok=True)
+    (data / "annotation" / split / f"{episode}.json").write_text(json.dumps(note))
+
+
+def build(root: Path) -> EpisodeStore:
+    """A world to train on: three training episodes and one held out, with metadata."""
+    store = make_world(root, {"9": 10})
+    for index in range(3):
+        add_episode(store.root, fresh_model(0), "train", str(index), index, 12)
+    build_meta(store.root)
+    return EpisodeStore(store.root)
+
+
 def make_world(root: Path, lengths: dict[str, int]) -> EpisodeStore:
     """Write a dataset with one val episode for each of ``lengths``, and two checkpoints, under ``root``."""
     data = root / "world"
@@ -107,19 +134,7 @@ def make_world(root: Path, lengths: dict[str, int]) -> EpisodeStore:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, str(root / f"{name}.safetensors"))
     vae_model = fresh_model(0)
     for index, (episode, length) in enumerate(lengths.items()):
-        frames = moving_block(length, index)
-        for camera in range(VIEWS):
-            write_mp4(data / "videos" / "val" / episode / f"{camera}.mp4", frames[:, camera], 5.0)
-        latents = vae_model.encode_frames(torch.from_numpy(frames)).numpy()
-        high = latents.shape[2] // VIEWS
-        folder = data / "latent_videos" / "val" / episode
-        folder.mkdir(parents=True)
-        for camera in range(VIEWS):
-            np.save(folder / f"{camera}.npy", latents[:, :, camera * high : (camera + 1) * high].astype(np.float16))
-        states = np.linspace(-0.5, 0.5, length)[:, None] * np.ones(7)
-        note = {"texts": ["push the red block"], "states": states.tolist(), "video_length": length, "success": True}
-        (data / "annotation" / "val").mkdir(parents=True, exist_ok=True)
-        (data / "annotation" / "val" / f"{episode}.json").write_text(json.dumps(note))
+        add_episode(data, vae_model, "val", episode, index, length)
     (data / "meta").mkdir(parents=True)
     (data / "meta" / "stat.json").write_text(json.dumps({"state_01": [STATE_LOW] * 7, "state_99": [STATE_HIGH] * 7}))
     return EpisodeStore(data)

@@ -17,7 +17,8 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     Args:
         settings: only ``launch.device`` is read.
         job: ``seconds`` to stay before the gathering (each rank then leaves a file ``waiting.RANK`` in ``output``);
-            ``fail_rank`` and ``fail_how`` ("mistake", "crash", "kill") let a rank end badly, to see what becomes of it.
+            ``fail_rank`` and ``fail_how`` ("mistake", "crash", "kill") let a rank end badly, to see what becomes of it
+            (it leaves ``failing.RANK``).
     """
     import torch
     from accelerate import PartialState
@@ -25,6 +26,7 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
 
     state = PartialState(cpu=settings.launch.device == "cpu")
     if job.get("fail_rank") == state.process_index:
+        (Path(job["output"]) / f"failing.{state.process_index}").touch()
         _fail(str(job.get("fail_how", "mistake")))
     if job.get("seconds"):
         (Path(job["output"]) / f"waiting.{state.process_index}").touch()

@@ -195,7 +195,11 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     """
     options = settings.post_train
     work = Run(
-        Path(job["output"]), mixed_precision=options.mixed_precision, keep=options.keep, cpu=settings.launch.device == "cpu"
+        Path(job["output"]),
+        mixed_precision=options.mixed_precision,
+        keep=options.keep,
+        cpu=settings.launch.device == "cpu",
+        resume=job.get("resume", True),
     )
     trainer = PostTrainer(settings, job, work)
     begun = resume(trainer, work, options)

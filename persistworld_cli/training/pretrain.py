@@ -75,7 +75,11 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     """
     options = settings.pretrain
     work = Run(
-        Path(job["output"]), mixed_precision=options.mixed_precision, keep=options.keep, cpu=settings.launch.device == "cpu"
+        Path(job["output"]),
+        mixed_precision=options.mixed_precision,
+        keep=options.keep,
+        cpu=settings.launch.device == "cpu",
+        resume=job.get("resume", True),
     )
     model = initial_model(settings, job, work.device)
     parameters = trained_parameters(model, options)

@@ -34,9 +34,12 @@ class Run:
         mixed_precision: accelerate's no | bf16 | fp16.
         keep: how many saved states to keep.
         cpu: stay on the CPU.
+        resume: go on from what the folder holds; otherwise it is forgotten.
     """
 
-    def __init__(self, output: Path, *, mixed_precision: str = "no", keep: int = 2, cpu: bool = False) -> None:
+    def __init__(
+        self, output: Path, *, mixed_precision: str = "no", keep: int = 2, cpu: bool = False, resume: bool = True
+    ) -> None:
         self.output, self.keep = Path(output), keep
         self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
         self.device = self.accelerator.device
@@ -47,6 +50,8 @@ class Run:
         self.output.mkdir(parents=True, exist_ok=True)
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # SIGUSR1: SLURM's --signal before the time limit
             signal.signal(name, self._on_signal)
+        if not resume:
+            self.forget()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
@@ -105,6 +110,13 @@ class Run:
         for old in self.states()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
         return folder
+
+    def forget(self) -> None:
+        """Begin anew: drop saved states and logs (`--no-resume`)."""
+        if self.main:
+            shutil.rmtree(self.output / "state", ignore_errors=True)
+            (self.output / "metrics.jsonl").unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
 
     def states(self) -> list[Path]:
         """Whole saved states, oldest first."""

@@ -84,7 +84,12 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     1 / standard deviation of the latents (SVD's 0.18215 is the same for its VAE).
     """
     options = settings.vae
-    work = Run(Path(job["output"]), mixed_precision=options.mixed_precision, cpu=settings.launch.device == "cpu")
+    work = Run(
+        Path(job["output"]),
+        mixed_precision=options.mixed_precision,
+        cpu=settings.launch.device == "cpu",
+        resume=job.get("resume", True),
+    )
     pictures = load_pictures(resolve_path(settings.world.raw), settings.world, work.output / "pictures.npy", not work.main)
     torch.manual_seed(options.seed)
     vae = AutoencoderKLTemporalDecoder(**{**settings.model.vae, "scaling_factor": 1.0}).to(work.device)

@@ -1,0 +1,81 @@
+"""`make demo`: the whole path on the bundled world, each stage through the public command.
+
+Every stage resumes or repeats cheaply, so a second run is faster. Stage times go to `outputs/demo/demo.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+OUT = Path("outputs/demo")
+DATASET = str(OUT / "world")
+ADAPTER = str(OUT / "post-train" / "weights" / "adapter")
+SHIPPED = "bundled:presets/tiny/adapter"
+console = Console(stderr=True)
+
+
+def stages() -> list[tuple[str, str, list[str]]]:
+    """(what happens, name of its output folder, arguments of `persistworld`)."""
+    data = ["--dataset", DATASET]
+    return [
+        ("recordings to latents", "extract", ["extract-latents", "bundled:dataset_example/world", DATASET]),
+        ("index and action statistics", "meta", ["build-meta", DATASET]),
+        ("post-train on own rollouts", "post-train", ["post-train", *data]),
+        ("base against this short run", "eval", ["eval", *data, "--ckpt", ADAPTER]),
+        ("base against the shipped longer run", "eval-shipped", ["eval", *data, "--ckpt", SHIPPED]),
+        ("one recorded episode, predicted", "replay", ["replay", *data, "--steps", "12", "--ckpt", ADAPTER]),
+        ("drive it by keys", "drive", ["drive", *data, "--keys", "lllrrr", "--adapter", ADAPTER]),
+    ]
+
+
+def main() -> int:
+    """Run the stages one after the other; the exit code of the first that fails, else 0."""
+    begun = time.monotonic()
+    spent: dict[str, float] = {}
+    plan = stages()
+    for number, (what, folder, arguments) in enumerate(plan, 1):
+        console.rule(f"[bold]{number}/{len(plan)} {what}", align="left")
+        shown = " ".join(["persistworld", *arguments])
+        console.print(f"$ {shown}", style="dim", highlight=False)
+        clock = time.monotonic()
+        command = [sys.executable, "-m", "persistworld_cli", *arguments, "--preset", "tiny"]
+        if folder != "meta":
+            command += ["--output", str(OUT / folder)]
+        code = subprocess.run(command, check=False).returncode
+        spent[folder] = time.monotonic() - clock
+        if code:
+            console.print(f"stage '{folder}' ended with code {code}; run `make demo` again to go on from here", style="red")
+            return code
+    summary(spent, time.monotonic() - begun)
+    return 0
+
+
+def summary(spent: dict[str, float], total: float) -> None:
+    """Time by stage, and where everything lies."""
+    table = Table(title="make demo", title_justify="left")
+    for heading in ("stage", "seconds", "where"):
+        table.add_column(heading, justify="right" if heading == "seconds" else "left")
+    for folder, seconds in spent.items():
+        table.add_row(folder, f"{seconds:.0f}", str(DATASET if folder in ("extract", "meta") else OUT / folder))
+    table.add_row("all", f"{total:.0f}", "")
+    Console().print(table)
+    (OUT / "demo.json").write_text(json.dumps({"seconds": spent, "total": total}, indent=1) + "\n")
+    pictures = sorted(p for p in OUT.rglob("*") if p.suffix in (".png", ".mp4", ".html") and "world" not in p.parts)
+    console.print("pictures, videos and pages:")
+    for path in pictures:
+        console.print(f"  {path}", highlight=False)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        console.print("interrupted; run `make demo` again to go on from here")
+        sys.exit(130)

@@ -1,0 +1,59 @@
+"""DiffusionNFT's objective against golden section G, in float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from persistworld_cli.objective.nft import kl_to_reference, nft_loss, sampling_decay
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_nft_flow_cases(golden: Path, case: int) -> None:
+    data = np.load(golden / "nft_flow_x0.npz")
+    settings = json.loads((golden / "nft_cases.json").read_text())["flow"][case]
+    assert settings["adv_mode"] == "all"
+    x0, x_t = (torch.from_numpy(data[k]) for k in ("x0", "x_t"))
+    t = torch.from_numpy(data["t"]).view(-1, *[1] * (x0.ndim - 1))
+    theta = (x_t - t * torch.from_numpy(data["v_theta"])).requires_grad_()
+    old = x_t - t * torch.from_numpy(data["v_old"])
+    r = torch.from_numpy(data[f"case{case}.r"])
+    terms = nft_loss(theta, old, x0, r, beta=settings["beta"], weighting="self")
+    assert np.allclose(terms.policy.detach().numpy(), data[f"case{case}.per_sample"], rtol=0, atol=1e-10)
+    assert abs(settings["adv_clip_max"] * terms.policy.mean().item() - settings["policy_loss"]) < 1e-10
+    reference = x_t - t * torch.from_numpy(data["v_ref"])
+    kl = kl_to_reference(theta, reference)
+    assert np.allclose(kl.detach().numpy(), data[f"case{case}.clean.kl_per_sample"], rtol=0, atol=1e-10)
+    total = settings["adv_clip_max"] * terms.policy.mean() + settings["kl_beta"] * kl.mean()
+    total.backward()
+    assert np.allclose(theta.grad.numpy(), data[f"case{case}.clean.grad_x_theta"], rtol=0, atol=1e-10)
+
+
+def test_plain_weighting_is_the_paper_s_formula() -> None:
+    g = torch.Generator().manual_seed(0)
+    theta, old, x0 = (torch.randn(3, 5, generator=g, dtype=torch.float64) for _ in range(3))
+    r, beta = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64), 0.5
+    plus, minus = (1 - beta) * old + beta * theta, (1 + beta) * old - beta * theta
+    expected = r * ((plus - x0) ** 2).mean(1) + (1 - r) * ((minus - x0) ** 2).mean(1)
+    assert torch.allclose(nft_loss(theta, old, x0, r, beta=beta, weighting="plain").policy, expected)
+
+
+def test_good_candidates_pull_and_bad_ones_push() -> None:
+    old = torch.zeros(1, 4)
+    x0 = torch.ones(1, 4)
+    for r, direction in ((1.0, -1.0), (0.0, 1.0)):
+        theta = old.clone().requires_grad_()
+        nft_loss(theta, old, x0, torch.tensor([r]), beta=1.0).policy.sum().backward()
+        assert (theta.grad.sign() == direction).all()
+
+
+def test_sampling_decay_schedules(golden: Path) -> None:
+    decay = np.load(golden / "nft_schedule_advantage.npz")["decay"]
+    kinds = [("ramp", 0.0, 0.0), ("ramp", 0.001, 0.5), ("late-ramp", 0.0075, 0.999)]
+    for row, (kind, rate, maximum) in zip(decay, kinds, strict=True):
+        ours = [sampling_decay(step, kind, rate, maximum) for step in range(len(row))]
+        assert np.allclose(ours, row, rtol=0, atol=1e-12)

@@ -1,0 +1,149 @@
+"""Training on a real tiny world: it learns, resumes bit for bit, and two processes equal one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import eval_world
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from persistworld_cli.config.presets import to_json
+from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.models.checkpoints import load_world_model
+from persistworld_cli.models.lora import PolicySwitch
+from persistworld_cli.training import post_train, pretrain
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """A small recorded world and settings for a few updates."""
+    root = tmp_path_factory.mktemp("world")
+    eval_world.build(root)
+    settings = eval_world.settings(root)
+    return replace(
+        settings,
+        pretrain=PretrainSettings(updates=4, batch=4, lr=1e-3, ema=0.9, save_every=2, validate_every=2, log_every=1),
+        post_train=PostTrainSettings(
+            updates=3, groups=2, candidates=3, keep_best=1, keep_worst=1, prefix_max=1, save_every=1, lora_rank=4, lora_alpha=4
+        ),
+    )
+
+
+def losses(output: Path, name: str) -> list[float]:
+    """A logged number, update by update."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def launch(task: str, settings: Settings, output: Path, processes: int = 1, stop_at: int | None = None) -> None:
+    """The worker as the launcher starts it; with `stop_at` it is killed (-9) as soon as that state is there."""
+    output.mkdir(parents=True, exist_ok=True)
+    config = output / "config.json"
+    config.write_text(json.dumps({"task": task, "settings": to_json(settings), "job": {"output": str(output)}}))
+    command = [sys.executable, "-m", "persistworld_cli.worker", str(config)]
+    if processes > 1:
+        command[1:3] = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
+                        "--main_process_port", "0", "--module", "persistworld_cli.worker"]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if stop_at is None:
+        subprocess.run(command, env=env, check=True, timeout=300)
+        return
+    process = subprocess.Popen(command, env=env)
+    while process.poll() is None and not (output / "state" / f"step-{stop_at:08d}").exists():
+        pass
+    process.kill()
+    process.wait()
+
+
+def test_pretraining_lowers_the_loss_on_what_it_sees(world: Settings, tmp_path: Path) -> None:
+    longer = replace(world, pretrain=replace(world.pretrain, updates=40, validate_every=0, save_every=100))
+    result = pretrain.run(longer, {"output": str(tmp_path)})
+    curve = losses(tmp_path, "loss")
+    assert sum(curve[-10:]) < sum(curve[:10])
+    assert Path(result["weights"]).exists()
+
+
+def test_killed_and_resumed_pretraining_equals_an_unbroken_run(world: Settings, tmp_path: Path) -> None:
+    launch("pretrain", world, tmp_path / "broken", stop_at=2)
+    launch("pretrain", world, tmp_path / "broken")
+    launch("pretrain", world, tmp_path / "whole")
+    ours, theirs = (load_file(str(tmp_path / n / "weights" / "model.safetensors")) for n in ("broken", "whole"))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert losses(tmp_path / "broken", "loss") == losses(tmp_path / "whole", "loss")
+
+
+def test_killed_and_resumed_post_training_equals_an_unbroken_run(world: Settings, tmp_path: Path) -> None:
+    launch("post-train", world, tmp_path / "broken", stop_at=1)
+    launch("post-train", world, tmp_path / "broken")
+    launch("post-train", world, tmp_path / "whole")
+    for file in ("adapter_model.safetensors", "action_encoder.safetensors"):
+        ours, theirs = (load_file(str(tmp_path / n / "weights" / "adapter" / file)) for n in ("broken", "whole"))
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert losses(tmp_path / "broken", "reward") == losses(tmp_path / "whole", "reward")
+
+
+def test_two_processes_equal_one(world: Settings, tmp_path: Path) -> None:
+    launch("post-train", world, tmp_path / "one")
+    launch("post-train", world, tmp_path / "two", processes=2)
+    for name in ("reward", "loss", "grad_norm"):
+        assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), abs=1e-5)
+    file = "weights/adapter/adapter_model.safetensors"
+    one, two = (load_file(str(tmp_path / n / file)) for n in ("one", "two"))
+    assert all((one[k] - two[k]).abs().max() < 1e-5 for k in one)
+
+
+def test_policies_share_frozen_weights_and_start_equal(world: Settings) -> None:
+    model = load_world_model(world.model, world.world)
+    switch = PolicySwitch(
+        model, rank=4, alpha=4, targets=("to_q", "to_v"), train_action_encoder=True, seed=0
+    )
+    c, h, w = model.latent_shape
+    x = torch.randn(1, 11, 2 * c, h, w)
+    tokens = torch.randn(1, 11, model.settings.token_dim)
+
+    def run(policy: str) -> torch.Tensor:
+        with switch.use(policy), torch.no_grad():
+            return model.unet(x, torch.zeros(1), tokens, torch.zeros(1, 3), return_dict=False)[0]
+
+    assert torch.equal(run("theta"), run("old"))
+    assert torch.allclose(run("theta"), run("reference"), atol=1e-6)
+    with torch.no_grad():
+        for p in switch.parameters("theta"):
+            p.add_(0.1 * torch.randn_like(p))
+    assert not torch.allclose(run("theta"), run("reference"), atol=1e-4)
+    assert torch.allclose(run("old"), run("reference"), atol=1e-6)
+    switch.copy_theta(0.0)
+    assert torch.equal(run("theta"), run("old"))
+    assert all(p.requires_grad for p in switch.trainable()) and not model.unet.conv_in.weight.requires_grad
+
+
+def test_a_saved_adapter_merges_into_the_policy_it_was(world: Settings, tmp_path: Path) -> None:
+    model = load_world_model(world.model, world.world)
+    switch = PolicySwitch(model, rank=4, alpha=4, targets=("to_q", "to_v"), train_action_encoder=True, seed=0)
+    with torch.no_grad():
+        for p in switch.parameters("theta"):
+            p.add_(0.05 * torch.randn_like(p))
+    switch.save_adapter(tmp_path / "adapter", "theta")
+    merged = load_world_model(world.model, world.world, adapter=str(tmp_path / "adapter"))
+    c, h, w = model.latent_shape
+    inputs = (torch.randn(1, 11, 2 * c, h, w), torch.zeros(1), torch.randn(1, 11, model.settings.token_dim))
+    with torch.no_grad():
+        ours = model.unet(*inputs, torch.zeros(1, 3), return_dict=False)[0]
+        theirs = merged.unet(*inputs, torch.zeros(1, 3), return_dict=False)[0]
+    assert (ours - theirs).abs().max() < 1e-5
+    action = torch.randn(1, 11, 7)
+    assert torch.allclose(model.action_encoder(action), merged.action_encoder(action))
+
+
+def test_an_episode_too_short_for_the_prefix_is_refused_before_training(world: Settings, tmp_path: Path) -> None:
+    impossible = replace(world, post_train=replace(world.post_train, prefix="fixed", prefix_max=500))
+    with pytest.raises(PersistWorldError, match="long enough"):
+        post_train.run(impossible, {"output": str(tmp_path)})
