@@ -70,7 +70,9 @@ def vae_gate(model: WorldModel, store: EpisodeStore, settings: Settings) -> dict
 
 
 @torch.no_grad()
-def clip_gate(model: WorldModel, store: EpisodeStore, settings: Settings, steps: list[int], count: int) -> dict[str, Any]:
+def clip_gate(
+    model: WorldModel, store: EpisodeStore, settings: Settings, steps: list[int], count: int
+) -> dict[str, Any]:
     """One clip from real history: PSNR of the fourth new frame against copying, for each number of steps."""
     clips_settings = replace(settings.clips, zero_history_prob=0.0, rollout_history_prob=1.0, max_step=1)
     source = ClipSource(store, "val", clips_settings, sampling=settings.sampling)
@@ -104,7 +106,9 @@ def clip_gate(model: WorldModel, store: EpisodeStore, settings: Settings, steps:
 
 
 @torch.no_grad()
-def loop_gate(model: WorldModel, store: EpisodeStore, settings: Settings, steps: int, length: int = 14) -> dict[str, Any]:
+def loop_gate(
+    model: WorldModel, store: EpisodeStore, settings: Settings, steps: int, length: int = 14
+) -> dict[str, Any]:
     """Closed loop from frame 0 of every held-out episode: mean PSNR of each interaction's last frame."""
     engine = RolloutEngine(model, replace(settings.sampling, steps=steps), store.stat())
     reach = settings.model.num_frames - 1

@@ -1,3 +1,3 @@
-"""persistworld: action-conditioned video world models of robots, trained, post-trained and evaluated on their own rollouts."""
+"""persistworld: action-conditioned video world models of robots, post-trained and evaluated on own rollouts."""
 
 __version__ = "0.1.0"

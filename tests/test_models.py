@@ -118,16 +118,15 @@ def test_training_loss_and_gradients(golden: Path, tag: str) -> None:
     model.requires_grad_(False)
     model.unet.requires_grad_(True)
     model.action_encoder.requires_grad_(True)
-    loss = denoising_loss(
-        model, get["latent"], get["action"], get.get("text_embeds"), draws, PretrainSettings()
-    ).mean()
+    loss = denoising_loss(model, get["latent"], get["action"], get.get("text_embeds"), draws, PretrainSettings()).mean()
     assert abs(loss.item() - meta["loss"]) < 1e-5
     loss.backward()
     named = dict(model.named_parameters())
     for name, expected in ((k.removeprefix("grad."), v) for k, v in get.items() if k.startswith("grad.")):
         assert worst(named[name].grad, expected) < 1e-5, name
     for name, norm in meta.get("grad_l2", {}).items():
-        assert abs(named[name].grad.norm().item() - norm) < 1e-5 * max(1.0, norm), name
+        grad = named[name].grad  # a query that meets one key gets no gradient here, rounding noise in the reference
+        assert abs((0.0 if grad is None else grad.norm().item()) - norm) < 1e-5 * max(1.0, norm), name
 
 
 def test_action_tokens(golden: Path) -> None:

@@ -32,7 +32,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         settings,
         pretrain=PretrainSettings(updates=4, batch=4, lr=1e-3, ema=0.9, save_every=2, validate_every=2, log_every=1),
         post_train=PostTrainSettings(
-            updates=3, groups=2, candidates=3, keep_best=1, keep_worst=1, prefix_max=1, save_every=1, lora_rank=4, lora_alpha=4
+            updates=3,
+            groups=2,
+            candidates=3,
+            keep_best=1,
+            keep_worst=1,
+            prefix_max=1,
+            save_every=1,
+            lora_rank=4,
+            lora_alpha=4,
         ),
     )
 
@@ -102,9 +110,7 @@ def test_two_processes_equal_one(world: Settings, tmp_path: Path) -> None:
 
 def test_policies_share_frozen_weights_and_start_equal(world: Settings) -> None:
     model = load_world_model(world.model, world.world)
-    switch = PolicySwitch(
-        model, rank=4, alpha=4, targets=("to_q", "to_v"), train_action_encoder=True, seed=0
-    )
+    switch = PolicySwitch(model, rank=4, alpha=4, targets=("to_q", "to_v"), train_action_encoder=True, seed=0)
     c, h, w = model.latent_shape
     x = torch.randn(1, 11, 2 * c, h, w)
     tokens = torch.randn(1, 11, model.settings.token_dim)

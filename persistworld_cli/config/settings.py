@@ -29,7 +29,7 @@ class WorldSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """The world model's parts. `unet`, `vae`, `text` and `image` are keyword arguments of the diffusers / transformers classes."""
+    """The world model's parts. `unet`, `vae`, `text`, `image`: keywords of the diffusers / transformers classes."""
 
     ckpt: str = ""  # weights: a file, a folder, a hub id, or "bundled:NAME"
     adapter: str = ""  # PEFT folder on top (post-trained LoRA + action encoder)
@@ -45,7 +45,9 @@ class ModelSettings:
     unet: dict[str, Any] = field(default_factory=dict)
     vae: dict[str, Any] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)
-    image: dict[str, Any] = field(default_factory=dict)  # empty: no image encoder (Ctrl-World carries one it does not use)
+    image: dict[str, Any] = field(
+        default_factory=dict
+    )  # empty: no image encoder (Ctrl-World carries one it does not use)
     tokenizer: str = ""  # folder or hub id of a CLIP tokenizer
 
 

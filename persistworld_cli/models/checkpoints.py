@@ -118,7 +118,9 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
                 part = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             raise PersistWorldError(
-                "the file holds more than tensors and was not opened", where=str(file), fix="get a state dict or safetensors"
+                "the file holds more than tensors and was not opened",
+                where=str(file),
+                fix="get a state dict or safetensors",
             ) from error
         except (SafetensorError, RuntimeError, EOFError, OSError) as error:
             raise PersistWorldError(
@@ -142,7 +144,9 @@ def check_fit(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Te
         parts.append(f"{len(unexpected)} unexpected (first: {unexpected[0]})")
     if shape:
         k = shape[0]
-        parts.append(f"{len(shape)} of another shape (first: {k} {tuple(given[k].shape)}, not {tuple(expected[k].shape)})")
+        parts.append(
+            f"{len(shape)} of another shape (first: {k} {tuple(given[k].shape)}, not {tuple(expected[k].shape)})"
+        )
     raise PersistWorldError(
         f"the checkpoint does not fit this preset's model: {'; '.join(parts)}",
         where=source,

@@ -1,4 +1,4 @@
-"""EDM preconditioning and noise schedules (Karras et al., arXiv 2206.00364, with sigma_data = 1 and v-prediction's signs)."""
+"""EDM preconditioning and noise schedules (arXiv 2206.00364, sigma_data = 1, v-prediction's signs)."""
 
 from __future__ import annotations
 

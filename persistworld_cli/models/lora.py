@@ -35,7 +35,14 @@ class PolicySwitch:
     """
 
     def __init__(
-        self, model: WorldModel, *, rank: int, alpha: int, targets: tuple[str, ...], train_action_encoder: bool, seed: int
+        self,
+        model: WorldModel,
+        *,
+        rank: int,
+        alpha: int,
+        targets: tuple[str, ...],
+        train_action_encoder: bool,
+        seed: int,
     ) -> None:
         self.model = model
         model.requires_grad_(False)
@@ -58,7 +65,7 @@ class PolicySwitch:
             if policy != "reference":
                 layer.set_adapter(policy, inference_mode=policy != "theta")
         self.model.action_encoder = self.encoders[policy]
-        for name, p in self._lora("theta"):
+        for _, p in self._lora("theta"):
             p.requires_grad_(True)
 
     @contextmanager

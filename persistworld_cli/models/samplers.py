@@ -1,8 +1,9 @@
-"""Samplers: from noise to a clip, given only the clean prediction D(x, sigma). One function and one registry line each."""
+"""Samplers: from noise to a clip, given the clean prediction D(x, sigma). Each is one function and one table line."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
@@ -11,15 +12,15 @@ Sampler = Callable[[Denoiser, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def euler(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """Euler steps of the probability-flow ODE (EDM algorithm 1 without its correction). x (B, L, C, h, w) at sigmas[0]."""
-    for sigma, below in zip(sigmas[:-1], sigmas[1:], strict=True):
+    """Euler steps of the ODE (EDM algorithm 1 without its correction). x (B, L, C, h, w) at sigmas[0]."""
+    for sigma, below in pairwise(sigmas):
         x = x + (x - denoise(x, sigma)) / sigma * (below - sigma)
     return x
 
 
 def heun(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
     """Heun's second-order steps (EDM algorithm 1): two network calls a step but for the last."""
-    for sigma, below in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, below in pairwise(sigmas):
         slope = (x - denoise(x, sigma)) / sigma
         ahead = x + slope * (below - sigma)
         if below > 0:
@@ -31,7 +32,7 @@ def heun(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tens
 def dpmpp_2m(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
     """DPM-Solver++ (2M) in its data-prediction form (Lu et al., arXiv 2211.01095, algorithm 2): one call a step."""
     before: torch.Tensor | None = None
-    for i, (sigma, below) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (sigma, below) in enumerate(pairwise(sigmas)):
         x0 = denoise(x, sigma)
         if below == 0:
             return x0

@@ -1,7 +1,7 @@
 """Temporal convolutions as two-dimensional ones: the same numbers, faster on a CPU, and safe in bfloat16 there.
 
-The blocks' (3, 1, 1) convolutions mix frames only. torch's CPU kernel for the weight gradient of such a three-dimensional
-convolution gives NaN in bfloat16 (seen with torch 2.13); folded to (frames, pixels) it is an ordinary 2-D convolution.
+The blocks' (3, 1, 1) convolutions mix frames only. torch's CPU kernel for the weight gradient of such a convolution
+gives NaN in bfloat16 (seen with torch 2.13); folded to (frames, pixels) it is an ordinary 2-D convolution.
 """
 
 from __future__ import annotations

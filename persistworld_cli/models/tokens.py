@@ -26,7 +26,7 @@ class ActionEncoder(nn.Module):
         self.token_dim = token_dim
 
     def forward(self, actions_bnd: torch.Tensor, text_be: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens (B, N, T) from normalised actions (B, N, D) and, where given, text embeddings (B, E), E a divisor of T."""
+        """Tokens (B, N, T) of normalised actions (B, N, D) and text embeddings (B, E), E a divisor of T."""
         tokens = self.action_encode(actions_bnd)
         if text_be is None:
             return tokens

@@ -11,6 +11,8 @@ import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from torch import nn
 
+from persistworld_cli.models.attention import FewTokens
+
 
 class FrameLevelUNet(UNetSpatioTemporalConditionModel):
     """diffusers' UNet, its blocks unchanged; only what each frame's cross-attention sees differs.
@@ -24,6 +26,7 @@ class FrameLevelUNet(UNetSpatioTemporalConditionModel):
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
+        self.set_attn_processor(FewTokens())
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             if getattr(block, "has_cross_attention", False):
                 block.register_forward_pre_hook(self._own_token, with_kwargs=True)
@@ -36,7 +39,9 @@ class FrameLevelUNet(UNetSpatioTemporalConditionModel):
         own = context_bnnt.unflatten(0, (-1, num_frames)).diagonal(dim1=1, dim2=2)  # (B, T, N)
         return args, {**kwargs, "encoder_hidden_states": own.transpose(1, 2).flatten(0, 1).unsqueeze(1)}
 
-    def forward(self, sample: torch.Tensor, timestep: Any, encoder_hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self, sample: torch.Tensor, timestep: Any, encoder_hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         """See diffusers. `sample` (B, N, 2C, h, w), `encoder_hidden_states` (B, N, T) frame-level, else (B, any, T)."""
         if self.frame_level and encoder_hidden_states.shape[1] != sample.shape[1]:
             raise ValueError(f"{encoder_hidden_states.shape[1]} tokens for {sample.shape[1]} frames")

@@ -160,7 +160,9 @@ class WorldModel(nn.Module):
         scale = precondition(sigma.view(-1, 1, 1, 1, 1))
         return scale.c_skip * x + scale.c_out * self.network(x, sigma, condition)
 
-    def denoise_guided(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition, guidance: float) -> torch.Tensor:
+    def denoise_guided(
+        self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition, guidance: float
+    ) -> torch.Tensor:
         """`denoise` with classifier-free guidance whose weight rises over the L frames from 1 to `guidance`."""
         if guidance == 1.0:
             return self.denoise(x, sigma, condition)

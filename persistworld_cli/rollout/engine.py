@@ -89,7 +89,9 @@ class RolloutEngine:
     ) -> None:
         if sampling.sampler not in SAMPLERS:
             raise UsageError(
-                f"unknown sampler '{sampling.sampler}'", where="sampling.sampler", fix=nearest(sampling.sampler, SAMPLERS)
+                f"unknown sampler '{sampling.sampler}'",
+                where="sampling.sampler",
+                fix=nearest(sampling.sampler, SAMPLERS),
             )
         self.model, self.sampling, self.stat = model, sampling, stat
         self.entries = history or sampling.history
@@ -149,6 +151,6 @@ class RolloutEngine:
 
 
 def recorded_poses(states: np.ndarray, start: int, interaction: int, rows: int) -> np.ndarray:
-    """Poses (rows, D) of an interaction along a recording (T, D): row k is frame start + (rows - 1) * i + k, clipped."""
+    """Poses (rows, D) of interaction i along a recording (T, D): row k is frame start + (rows - 1) i + k, clipped."""
     ids = start + (rows - 1) * interaction + np.arange(rows)
     return states[np.clip(ids, 0, len(states) - 1)]

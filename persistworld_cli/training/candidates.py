@@ -57,7 +57,12 @@ class CandidateMaker:
     """Makes candidates with whatever policy is active on the engine's model (it should be the sampling policy)."""
 
     def __init__(
-        self, engine: RolloutEngine, store: EpisodeStore, scorer: Scorer, options: PostTrainSettings, split: str = "train"
+        self,
+        engine: RolloutEngine,
+        store: EpisodeStore,
+        scorer: Scorer,
+        options: PostTrainSettings,
+        split: str = "train",
     ) -> None:
         self.engine, self.store, self.scorer, self.options = engine, store, scorer, options
         self.split = split
@@ -135,7 +140,9 @@ class CandidateMaker:
         seconds["sampling"] = time.perf_counter() - clock
         clock = time.perf_counter()
         sampling = self.engine.sampling
-        pictures = torch.cat([self.engine.model.decode_latents(x, sampling.decode_chunk)[:, 1:] for x in chunks_x0], dim=1)
+        pictures = torch.cat(
+            [self.engine.model.decode_latents(x, sampling.decode_chunk)[:, 1:] for x in chunks_x0], dim=1
+        )
         seconds["decoding"] = time.perf_counter() - clock
         clock = time.perf_counter()
         recorded = torch.stack([self.recorded(p) for p in plans]).to(pictures.device)
@@ -152,7 +159,7 @@ class CandidateMaker:
         return torch.cat([self.engine.sample(self.engine.condition(inputs.select(p)), noise[p]) for p in parts])
 
     def recorded(self, plan: GroupPlan) -> torch.Tensor:
-        """The recorded pictures (F * (L - 1), V, 3, H, W) in [0, 1] that the candidates of a group are scored against."""
+        """The recorded pictures (F * (L - 1), V, 3, H, W) in [0, 1] that a group is scored against."""
         first = plan.start + self.reach * plan.prefix
         ids = range(first + 1, first + 1 + self.reach * self.options.chunks)
         frames = self.store.frames(self.split, plan.episode, list(ids))

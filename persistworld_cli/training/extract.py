@@ -86,7 +86,9 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     failed = work.gather(report.failed)
     done, skipped = len(work.gather(report.done)), len(work.gather(report.skipped))
     if not done + skipped:
-        raise PersistWorldError("not one episode could be read", where=str(raw), fix=f"see {out / 'extract_report.json'}")
+        raise PersistWorldError(
+            "not one episode could be read", where=str(raw), fix=f"see {out / 'extract_report.json'}"
+        )
     return {
         "dataset": str(out),
         "done": done,

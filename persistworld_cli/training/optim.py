@@ -23,7 +23,9 @@ class Optimizers:
         chosen = {id(p) for p in matrices}
         rest = [p for p in parameters if id(p) not in chosen]
         if settings.optimizer not in ("muon", "adamw"):
-            raise UsageError(f"unknown optimizer '{settings.optimizer}'", where="post_train.optimizer", fix="muon or adamw")
+            raise UsageError(
+                f"unknown optimizer '{settings.optimizer}'", where="post_train.optimizer", fix="muon or adamw"
+            )
         shared: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
         self.all: list[torch.optim.Optimizer] = []
         if matrices:  # AdamW's step size for both (Liu et al., arXiv 2502.16982), so that one learning rate serves them

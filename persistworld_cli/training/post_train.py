@@ -1,7 +1,7 @@
 """`persistworld post-train`: PersistWorld's reinforcement learning on the model's own rollouts (arXiv 2603.25685).
 
-One update: prefix with the sampling policy, branch K candidates, score them against the record, keep the best and worst,
-push the trained policy towards the better ones (objective/nft.py), let the sampling policy follow.
+One update: prefix with the sampling policy, branch K candidates, score them against the record, keep the best and the
+worst, push the trained policy towards the better ones (objective/nft.py), let the sampling policy follow.
 """
 
 from __future__ import annotations

@@ -54,7 +54,9 @@ def trained_parameters(model: WorldModel, options: PretrainSettings) -> list[tor
     model.requires_grad_(False)
     for part in options.parts:
         if not isinstance(module := getattr(model, part, None), torch.nn.Module):
-            raise PersistWorldError(f"no part '{part}' in this model", where="pretrain.parts", fix="unet, action_encoder, ...")
+            raise PersistWorldError(
+                f"no part '{part}' in this model", where="pretrain.parts", fix="unet, action_encoder, ..."
+            )
         module.requires_grad_(True)
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -112,7 +114,9 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
             if not torch.isfinite(norm):
                 work.save(step, snapshot(parameters, optimizer, average))
                 raise PersistWorldError(
-                    f"gradient is not finite at update {step + 1}", where="pretrain", fix="lower pretrain.lr; state saved"
+                    f"gradient is not finite at update {step + 1}",
+                    where="pretrain",
+                    fix="lower pretrain.lr; state saved",
                 )
             optimizer.step()
             average.update(parameters)
@@ -130,7 +134,9 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
                 raise Interrupted
     if options.ema:
         average.copy_to(parameters)
-    weights = save_weights(model, work.output / "weights") if work.main else work.output / "weights" / "model.safetensors"
+    weights = (
+        save_weights(model, work.output / "weights") if work.main else work.output / "weights" / "model.safetensors"
+    )
     final = validate(model, val, settings, parameters, None, work) if val is not None else None
     return {"updates": options.updates, "loss": loss.item(), "val_loss": final, "weights": str(weights)}
 

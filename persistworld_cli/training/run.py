@@ -86,7 +86,7 @@ class Run:
     # -- state ----------------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: dict[str, Any]) -> Path | None:
-        """Write `state` (tensors, numbers, strings, nested) whole or not at all; rank 0 only. Old ones go afterwards."""
+        """Write `state` (tensors and plain values, nested) whole or not at all, on rank 0; old ones go then."""
         if not self.main:
             return None
         folder = self.output / "state" / f"step-{step:08d}"

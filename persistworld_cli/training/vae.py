@@ -1,8 +1,8 @@
 """Training of a small world's VAE from recorded pictures (the full-size model uses SVD's).
 
-Short clips of one camera, decoded as the rollout engine decodes them (`clip` = its decode chunk), so that the temporal decoder learns too. The loss is L1
-with more weight on saturated pixels (small coloured objects are few of a picture's pixels and the first thing that a
-plain mean gives up), L1 on picture gradients, and a small KL.
+Short clips of one camera, as long as the rollout engine decodes at once, so that the temporal decoder learns too. The
+loss is L1 with more weight on saturated pixels (small coloured objects are few of a picture's pixels and the first
+thing that a plain mean gives up), L1 on picture gradients, and a small KL.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
         cpu=settings.launch.device == "cpu",
         resume=job.get("resume", True),
     )
-    pictures = load_pictures(resolve_path(settings.world.raw), settings.world, work.output / "pictures.npy", not work.main)
+    pictures = load_pictures(
+        resolve_path(settings.world.raw), settings.world, work.output / "pictures.npy", not work.main
+    )
     torch.manual_seed(options.seed)
     vae = AutoencoderKLTemporalDecoder(**{**settings.model.vae, "scaling_factor": 1.0}).to(work.device)
     fold_temporal_convs(vae)

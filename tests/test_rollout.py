@@ -1,0 +1,110 @@
+"""The rollout engine: the golden replay, and that batches, branches and noise do not disturb one another."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden_model import golden_model, worst
+from safetensors.torch import load_file
+
+from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.settings import SamplingSettings
+from persistworld_cli.data.store import ActionStat
+from persistworld_cli.models.world_model import build_world_model
+from persistworld_cli.rollout.engine import RolloutEngine, RolloutState, recorded_poses, rollout_noise
+from persistworld_cli.rollout.memory import Memory
+
+
+@pytest.mark.parametrize("tag", ["g1", "g2"])
+def test_golden_replay_interaction_by_interaction(golden: Path, tag: str) -> None:
+    d = load_file(str(golden / "tiny_rollout_replay.safetensors"))
+    meta = json.loads((golden / "tiny_rollout_meta.json").read_text())["replay"][tag]
+    get = {k.split(".", 1)[1]: v for k, v in d.items() if k.startswith(f"{tag}.")}
+    stat = ActionStat(np.array(meta["state_p01"]), np.array(meta["state_p99"]))
+    sampling = SamplingSettings(steps=meta["steps"], guidance=meta["guidance"])
+    engine = RolloutEngine(golden_model(golden), sampling, stat)
+    states = get["traj_states"].numpy()
+    state = RolloutState(Memory(get["first_latent"][None], states[:1], 24), d["text_embeds"])
+    for i in range(2):  # each takes seconds; all five were compared once, the last within 2e-5
+        poses = recorded_poses(states, 0, i, 5)[None]
+        inputs = engine.inputs(state, poses)
+        assert worst(inputs.history[0], get["history"][i]) < 5e-5
+        assert worst(inputs.current[0], get["current"][i]) < 5e-5
+        assert np.allclose(inputs.actions[0].numpy(), get["pose_norm"][i].numpy(), atol=1e-6)
+        with torch.no_grad():
+            assert worst(engine.condition(inputs).tokens[0], get["action_hidden"][i]) < 1e-5
+        predicted = engine.step(state, poses, get["noise"][i][None])
+        assert worst(predicted[0], get["pred"][i]) < 5e-5
+    assert len(state.memory) == 26
+
+
+@pytest.fixture(scope="module")
+def engine() -> RolloutEngine:
+    """The tiny preset's network with random weights, two sampling steps, float32."""
+    settings = load_settings("tiny", [], {}).settings
+    torch.manual_seed(0)
+    model = build_world_model(settings.model, settings.world).eval()
+    sampling = replace(settings.sampling, steps=2, dtype="float32")
+    return RolloutEngine(model, sampling, ActionStat(-np.ones(7), np.ones(7)))
+
+
+def begin(engine: RolloutEngine, rows: int) -> RolloutState:
+    """`rows` different rollouts."""
+    c, h, w = engine.model.latent_shape
+    first = torch.randn(rows, c, h, w, generator=torch.Generator().manual_seed(5))
+    return engine.start(first, np.linspace(-0.5, 0.5, rows * 7).reshape(rows, 7), ["push the red cube forward"] * rows)
+
+
+def poses(rows: int) -> np.ndarray:
+    """Five poses a rollout."""
+    return np.linspace(-0.4, 0.4, rows * 35).reshape(rows, 5, 7)
+
+
+def test_a_rollout_is_the_same_in_any_batch(engine: RolloutEngine) -> None:
+    keys = [(0, str(row), 0, 0) for row in range(3)]
+    together = engine.step(begin(engine, 3), poses(3), rollout_noise(keys, engine.noise_shape))
+    for row in range(3):
+        alone = engine.step(
+            begin(engine, 3).select([row]), poses(3)[[row]], rollout_noise([keys[row]], engine.noise_shape)
+        )
+        assert worst(alone[0], together[row]) < 1e-4
+
+
+def test_branches_do_not_touch_their_parent(engine: RolloutEngine) -> None:
+    parent = begin(engine, 1)
+    before, length = parent.memory.current[0].clone(), len(parent.memory)
+    branch = parent.select([0, 0])
+    noise = rollout_noise([(0, "a", 0, 0), (1, "a", 0, 0)], engine.noise_shape)
+    made = engine.step(branch, np.repeat(poses(1), 2, axis=0), noise)
+    assert len(parent.memory) == length and len(branch.memory) == length + 1
+    assert torch.equal(parent.memory.current[0], before)
+    assert not torch.allclose(made[0], made[1])
+    joined = RolloutState.join([branch.select([1]), branch.select([0])])
+    assert torch.equal(joined.memory.current[0], made[[1, 0], -1])
+
+
+def test_history_reads_the_entries_it_names() -> None:
+    memory = Memory(torch.zeros(1, 1, 1, 1), np.zeros((1, 7)), 24)
+    for step in range(1, 10):
+        memory.append(torch.full((1, 1, 1, 1), float(step)), np.full((1, 7), step))
+    latents, states = memory.history((0, 0, -8, -6, -4, -2))
+    assert latents.flatten().tolist() == [0, 0, 2, 4, 6, 8]
+    assert states[0, :, 0].tolist() == [0, 0, 2, 4, 6, 8]
+
+
+def test_noise_depends_on_its_key_alone() -> None:
+    shape = (2, 3)
+    a = rollout_noise([(0, "7", 0, 0), (0, "7", 0, 1)], shape)
+    b = rollout_noise([(0, "7", 0, 1)], shape)
+    assert torch.equal(a[1], b[0]) and not torch.equal(a[0], a[1])
+    assert abs(rollout_noise([(3, "x", 0, 0)], (100_000,)).std().item() - 1) < 0.02
+
+
+def test_recorded_poses_are_clipped_to_the_recording() -> None:
+    states = np.arange(10.0)[:, None]
+    assert recorded_poses(states, 2, 1, 5)[:, 0].tolist() == [6, 7, 8, 9, 9]
