@@ -44,6 +44,8 @@ def main() -> int:
         console.rule(f"[bold]{number}/{len(plan)} {what}", align="left")
         shown = " ".join(["persistworld", *arguments])
         console.print(f"$ {shown}", style="dim", highlight=False)
+        if folder == "eval-shipped":
+            share_rollouts()
         clock = time.monotonic()
         command = [sys.executable, "-m", "persistworld_cli", *arguments, "--preset", "tiny"]
         if folder != "meta":
@@ -57,6 +59,14 @@ def main() -> int:
             return code
     summary(spent, time.monotonic() - begun)
     return 0
+
+
+def share_rollouts() -> None:
+    """Let the second evaluation find the base's finished rollouts: they are kept by the hash of weights and protocol."""
+    link = OUT / "eval-shipped" / "rollouts"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.exists():
+        link.symlink_to(Path("..") / "eval" / "rollouts", target_is_directory=True)
 
 
 def summary(spent: dict[str, float], total: float) -> None:

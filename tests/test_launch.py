@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +37,20 @@ sys.exit(code)
 PATIENCE = 300.0  # seconds, for machines that do much else
 
 
-def start(processes: int, job: dict[str, Any], output: Path) -> subprocess.Popen[str]:
+@contextmanager
+def started(processes: int, job: dict[str, Any], output: Path) -> Iterator[subprocess.Popen[str]]:
+    """The launcher, in a process that is killed in the end if it still lives."""
     command = [sys.executable, "-c", LAUNCH, str(processes), json.dumps(job), str(output)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def launch(processes: int, job: dict[str, Any], output: Path) -> tuple[int, str, str]:
-    process = start(processes, job, output)
-    out, err = process.communicate(timeout=PATIENCE)
+    with started(processes, job, output) as process:
+        out, err = process.communicate(timeout=PATIENCE)
     return process.returncode, out, err
 
 
@@ -123,10 +131,10 @@ def test_a_single_worker_that_fails_passes_its_code_on(tmp_path: Path, how: str,
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_interrupted_run_ends_in_good_order(tmp_path: Path, processes: int) -> None:
     number = signal.SIGINT if processes == 1 else signal.SIGTERM
-    process = start(processes, {"seconds": 900}, tmp_path)
-    wait_for_workers(tmp_path, processes)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=PATIENCE)
+    with started(processes, {"seconds": 900}, tmp_path) as process:
+        wait_for_workers(tmp_path, processes)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, err
     assert f"{number.name}: stopping in good order" in err
     assert "Traceback" not in err
@@ -134,10 +142,8 @@ def test_an_interrupted_run_ends_in_good_order(tmp_path: Path, processes: int) -
 
 
 def test_a_killed_launcher_leaves_no_workers(tmp_path: Path) -> None:
-    process = start(2, {"seconds": 900}, tmp_path)
-    wait_for_workers(tmp_path, 2)
-    process.kill()
-    process.communicate()
+    with started(2, {"seconds": 900}, tmp_path) as process:
+        wait_for_workers(tmp_path, 2)
     end = time.monotonic() + PATIENCE
     while alive(str(tmp_path / "config.json")):
         assert time.monotonic() < end

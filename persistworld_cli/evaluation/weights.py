@@ -10,7 +10,7 @@ from typing import Any
 
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import ModelSettings
-from persistworld_cli.errors import UsageError
+from persistworld_cli.errors import PersistWorldError, UsageError
 
 _BLOCK = 1 << 22
 
@@ -34,9 +34,20 @@ class ModelRef:
         return {"ckpt": sha256_of(self.ckpt), "adapter": sha256_of(self.adapter)}
 
 
-def is_adapter(path: str) -> bool:
-    """Whether a path is a PEFT folder (post-trained LoRA), not whole weights."""
-    return bool(path) and (resolve_path(path) / "adapter_config.json").is_file()
+def adapter_folder(path: str) -> str:
+    """The PEFT folder that a path means: itself, or ``adapter`` in a run's ``weights`` folder; "" where neither is one."""
+    for folder in (path, f"{path.rstrip('/')}/adapter") if path and _on_disk(path) else ():
+        if _on_disk(f"{folder}/adapter_config.json"):
+            return folder
+    return ""
+
+
+def _on_disk(path: str) -> bool:
+    """Whether a path, ``bundled:NAME`` among them, is there."""
+    try:
+        return resolve_path(path).exists()
+    except PersistWorldError:  # a bundled name that is not shipped
+        return False
 
 
 NO_ADAPTER = ("base", "none")  # words for "the checkpoint as it is" where an adapter or a baseline is named
@@ -44,7 +55,8 @@ NO_ADAPTER = ("base", "none")  # words for "the checkpoint as it is" where an ad
 
 def model_ref(label: str, weights: str, model: ModelSettings) -> ModelRef:
     """A model from one path: a PEFT folder goes on top of the settings' checkpoint, anything else replaces it."""
-    return ModelRef(label, model.ckpt, weights) if is_adapter(weights) else ModelRef(label, weights)
+    adapter = adapter_folder(weights)
+    return ModelRef(label, model.ckpt, adapter) if adapter else ModelRef(label, weights)
 
 
 def refs_of_eval(model: ModelSettings, job: Mapping[str, Any]) -> list[ModelRef]:
@@ -57,11 +69,12 @@ def refs_of_eval(model: ModelSettings, job: Mapping[str, Any]) -> list[ModelRef]
     Raises:
         UsageError: no weights at all, or a model compared with itself.
     """
-    adapter = "" if model.adapter in NO_ADAPTER else model.adapter
+    adapter = "" if model.adapter in NO_ADAPTER else adapter_folder(model.adapter) or model.adapter
     judged = model_ref("", job["ckpt"], model) if job.get("ckpt") else ModelRef("", model.ckpt, adapter)
     if not judged.ckpt:
         raise UsageError("no weights to evaluate", where="model.ckpt", fix="take a preset, or give --ckpt")
     named, overlay = job.get("baseline") or "", job.get("baseline_adapter") or ""
+    overlay = adapter_folder(overlay) or overlay
     if named and named not in NO_ADAPTER:
         baseline = model_ref("", named, replace(model, ckpt=judged.ckpt))
         if overlay:
@@ -105,7 +118,8 @@ def refs_of_replay(model: ModelSettings, job: Mapping[str, Any]) -> list[ModelRe
         if not ckpt:
             raise UsageError("no weights to replay in", where="model.ckpt", fix="take a preset, or give --ckpt")
         ref = model_ref("", ckpt, model)
-        refs.append(replace(ref, adapter="" if overlay in NO_ADAPTER else overlay) if not ref.adapter else ref)
+        named = "" if overlay in NO_ADAPTER else adapter_folder(overlay) or overlay
+        refs.append(ref if ref.adapter else replace(ref, adapter=named))
     kinds = ["post-trained" if ref.adapter else "base" for ref in refs]
     if len(set(kinds)) < len(kinds):
         kinds = _names([ref.adapter or ref.ckpt for ref in refs])

@@ -16,7 +16,7 @@ class TemporalConv(nn.Conv3d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, T, H, W) to (B, C', T, H, W)."""
-        folded = functional.conv2d(x.flatten(3), self.weight.squeeze(-1), self.bias, padding=(self.padding[0], 0))
+        folded = functional.conv2d(x.flatten(3), self.weight.squeeze(-1), self.bias, padding=(int(self.padding[0]), 0))
         return folded.unflatten(3, x.shape[3:])
 
 

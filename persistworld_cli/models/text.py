@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
@@ -13,7 +14,7 @@ from persistworld_cli.errors import PersistWorldError
 logger = logging.getLogger(__name__)
 
 
-def build_text_encoder(config: dict[str, object]) -> CLIPTextModelWithProjection:
+def build_text_encoder(config: dict[str, Any]) -> CLIPTextModelWithProjection:
     """A CLIP text tower of any size from `CLIPTextConfig` keywords."""
     return CLIPTextModelWithProjection(CLIPTextConfig(**config))
 

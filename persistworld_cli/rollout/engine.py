@@ -66,12 +66,19 @@ class Inputs(NamedTuple):
 
     def select(self, rows: torch.Tensor | list[int] | slice) -> Inputs:
         """Some rows, a row as often as named."""
-        return Inputs(*(None if part is None else part[rows] for part in self))
+        text = None if self.text is None else self.text[rows]
+        return Inputs(self.history[rows], self.current[rows], self.actions[rows], text)
 
     @classmethod
     def join(cls, parts: list[Inputs]) -> Inputs:
         """Several as one batch."""
-        return cls(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
+        texts = [p.text for p in parts if p.text is not None]
+        return cls(
+            torch.cat([p.history for p in parts]),
+            torch.cat([p.current for p in parts]),
+            torch.cat([p.actions for p in parts]),
+            torch.cat(texts) if texts else None,
+        )
 
 
 class RolloutEngine:

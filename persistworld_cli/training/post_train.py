@@ -104,7 +104,9 @@ class PostTrainer:
         sums: dict[str, float] = {}
         for chunk, repeat, part in jobs:
             x0, inputs = made.x0[chunk][rows[part]], made.inputs[chunk].select(rows[part])
-            keys = [(options.seed, step, groups[int(i) // each], int(i) % each, chunk, repeat) for i in part]
+            keys: list[tuple[int, ...]] = [
+                (options.seed, step, groups[int(i) // each], int(i) % each, chunk, repeat) for i in part
+            ]
             loss, numbers = self.loss(x0, inputs, r[part], keys)
             (loss.sum() / total).backward()
             for name, value in numbers.items():

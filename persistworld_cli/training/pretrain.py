@@ -89,9 +89,13 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
         model.unet.enable_gradient_checkpointing()
     store = EpisodeStore(resolve_path(settings.world.dataset))
     preset = settings.model
-    shape = {"num_history": preset.num_history, "num_frames": preset.num_frames, "sampling": settings.sampling}
-    train = ClipSource(store, "train", settings.clips, preload=None, **shape)
-    val = ClipSource(store, "val", settings.clips, **shape) if store.episodes("val") else None
+
+    def clips(split: str, preload: bool | None) -> ClipSource:
+        counts = (preset.num_history, preset.num_frames)
+        return ClipSource(store, split, settings.clips, *counts, settings.sampling, preload=preload)
+
+    train = clips("train", None)
+    val = clips("val", False) if store.episodes("val") else None
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.99))
     average = WeightAverage(parameters, options.ema)
     begun = restore(work, parameters, optimizer, average)
