@@ -1,0 +1,32 @@
+"""Pack a trained model for shipping: `python presets/tiny/pack.py RUN/weights/model.safetensors presets/tiny/base`.
+
+All parts in one file, in float16 (loading casts to float32); prints parameters and size by part.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def main(source: Path, folder: Path) -> None:
+    """Cast and write."""
+    tensors = {k: v.to(torch.float16).contiguous() for k, v in load_file(str(source)).items()}
+    bad = [k for k, v in tensors.items() if not v.isfinite().all()]
+    if bad:
+        raise SystemExit(f"not finite in float16: {bad[:3]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "model.safetensors"
+    save_file(tensors, str(path))
+    parts: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        parts[name.split(".")[0]] += tensor.numel()
+    print(dict(parts), f"{path.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
