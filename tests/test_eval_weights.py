@@ -25,9 +25,7 @@ def test_eval_compares_the_adapter_with_its_base(adapter: str) -> None:
     assert refs_of_eval(model, {}) == want
     assert refs_of_eval(model, {"baseline": "base"}) == want
     assert refs_of_eval(ModelSettings(ckpt="a.pt"), {"ckpt": adapter}) == want
-    assert (
-        refs_of_eval(ModelSettings(ckpt="a.pt"), {"ckpt": str(Path(adapter).parent)}) == want
-    )  # a run's weights folder
+    assert refs_of_eval(ModelSettings(ckpt="a.pt"), {"ckpt": str(Path(adapter).parent)}) == want
     assert refs_of_replay(ModelSettings(ckpt="a.pt"), {"ckpts": [adapter]}) == want[1:]
     assert refs_of_eval(ModelSettings(ckpt="a.pt"), {}) == [ModelRef("base", "a.pt")]
 

@@ -89,7 +89,7 @@ def rendering(recorder) -> None:
     # In a process of its own: where EGL is missing, MuJoCo may fail at import or while it exits.
     code = "import mujoco; mujoco.GLContext(64, 64).make_current(); print('drawn')"
     environment = {**os.environ, "MUJOCO_GL": "egl"}
-    probe = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    probe = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     if "drawn" not in probe.stdout:
         pytest.skip("no EGL rendering on this machine (apt install libegl1 libegl-mesa0 libgl1-mesa-dri)")
 
@@ -169,7 +169,7 @@ def test_recording_on_disk(rendering, tmp_path: Path, capsys: pytest.CaptureFixt
 
     command = [sys.executable, "-m", "dataset_example.recorder", str(tmp_path / "out")]
     options = ["--episodes", "2", "--val", "1", "--first-id", "7", "--fps", "5", "--seconds", "1", "--workers", "1"]
-    subprocess.run([*command, *options], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    subprocess.run([*command, *options], cwd=ROOT, check=True, capture_output=True, timeout=300)
     info = json.loads((tmp_path / "out/meta/info.json").read_text())
     assert info["splits"] == {"train": "7:8", "val": "8:9"}
     assert (info["fps"], info["total_episodes"], info["total_frames"]) == (5, 2, 10)

@@ -35,7 +35,7 @@ class ModelRef:
 
 
 def adapter_folder(path: str) -> str:
-    """The PEFT folder that a path means: itself, or ``adapter`` in a run's ``weights`` folder; "" where neither is one."""
+    """The PEFT folder that a path means: itself, or ``adapter`` in a run's ``weights``; "" where neither is one."""
     for folder in (path, f"{path.rstrip('/')}/adapter") if path and _on_disk(path) else ():
         if _on_disk(f"{folder}/adapter_config.json"):
             return folder

@@ -1,0 +1,35 @@
+"""Every command in the README is one that the program takes: each is resolved with --dry-run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from persistworld_cli.commands.app import app
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def commands() -> list[str]:
+    """`persistworld ...` lines of code blocks and of table cells, without comments."""
+    text = README.read_text(encoding="utf-8")
+    lines = [line.partition("#")[0].strip() for line in text.splitlines() if line.startswith("persistworld ")]
+    cells = [c for c in re.findall(r"`(persistworld [^`]+)`", text) if "COMMAND" not in c and "..." not in c]
+    return sorted({c for c in lines + cells if c.split()[1].islower() and "mine.toml" not in c})
+
+
+def test_readme_names_all_eight_subcommands() -> None:
+    named = {command.split()[1] for command in commands()}
+    assert named >= {"extract-latents", "build-meta", "pretrain", "post-train", "eval", "replay", "drive", "pi-rollout"}
+
+
+@pytest.mark.parametrize("command", commands())
+def test_readme_command_resolves(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [*shlex.split(command)[1:], "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert not list(tmp_path.iterdir())
