@@ -1,8 +1,8 @@
 """``python -m persistworld_cli.worker config.json``: one process of a run. It parses no flags: all is resolved.
 
 A task is a function ``run(settings, job) -> dict``; rank 0 writes what it returns to ``<output>/result.json``. A
-mistake the user can mend is raised as PersistWorldError, an interruption (after saving) as KeyboardInterrupt or
-`training.run.Interrupted`.
+mistake the user can mend is raised as PersistWorldError; `training.run.Interrupted` says that all ranks agreed to stop
+and saved, KeyboardInterrupt that this rank was interrupted where it stood.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def main(argv: list[str]) -> int:
     except (KeyboardInterrupt, SystemExit) as stop:
         _ignore_signals()
         code = stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else INTERRUPTED
-        return _stopped(output, code)
+        if code:
+            _first_to_fail(output, code, "interrupted")
+        return code
     except PersistWorldError as error:
         _ignore_signals()
         if debug_wanted():
@@ -71,8 +73,11 @@ def main(argv: list[str]) -> int:
         return code
     except Exception as error:
         _ignore_signals()
-        if _interrupted(error):
-            return _stopped(output, INTERRUPTED)
+        if _saved_and_stopped(error):
+            _first_to_fail(output, INTERRUPTED, "interrupted")
+            # All ranks agreed to stop. With another code than 0 the first one to end would have the others ended, while
+            # rank 0 may still be writing; the launcher takes the code from the file.
+            return 0 if _world_size() > 1 else INTERRUPTED
         return _crashed(error, output)
 
 
@@ -110,17 +115,10 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _interrupted(error: Exception) -> bool:
-    """Whether a training loop says that it saved and stopped."""
+def _saved_and_stopped(error: Exception) -> bool:
+    """Whether a training loop says that all its ranks agreed to stop, and saved."""
     module = sys.modules.get("persistworld_cli.training.run")
     return module is not None and isinstance(error, module.Interrupted)
-
-
-def _stopped(output: Path, code: int) -> int:
-    """Interrupted in good order. One of several ranks exits with 0: otherwise the first to end would end the others."""
-    if code:
-        _first_to_fail(output, code, "interrupted")
-    return 0 if _world_size() > 1 else code
 
 
 def _crashed(error: Exception, output: Path) -> int:

@@ -142,7 +142,7 @@ def test_an_interrupted_run_ends_in_good_order(tmp_path: Path, processes: int) -
 
 
 def test_a_killed_launcher_leaves_no_workers(tmp_path: Path) -> None:
-    with started(2, {"seconds": 900}, tmp_path) as process:
+    with started(2, {"seconds": 900}, tmp_path):  # killed on leaving
         wait_for_workers(tmp_path, 2)
     end = time.monotonic() + PATIENCE
     while alive(str(tmp_path / "config.json")):

@@ -72,10 +72,10 @@ def launch(task: str, settings: Settings, output: Path, processes: int = 1, stop
 
 
 def test_pretraining_lowers_the_loss_on_what_it_sees(world: Settings, tmp_path: Path) -> None:
-    longer = replace(world, pretrain=replace(world.pretrain, updates=40, validate_every=0, save_every=100))
+    longer = replace(world, pretrain=replace(world.pretrain, updates=24, validate_every=0, save_every=100))
     result = pretrain.run(longer, {"output": str(tmp_path)})
     curve = losses(tmp_path, "loss")
-    assert sum(curve[-10:]) < sum(curve[:10])
+    assert sum(curve[-8:]) < sum(curve[:8])
     assert Path(result["weights"]).exists()
 
 

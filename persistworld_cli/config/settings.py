@@ -105,7 +105,6 @@ class PretrainSettings:
     keep: int = 2
     log_every: int = 10
     validate_every: int = 500
-    workers: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +115,7 @@ class VaeSettings:
     batch: int = 8
     clip: int = 5  # frames of a training clip: as many as are decoded as one clip later, since padding differs
     lr: float = 1e-3
+    train_encoder: bool = True  # False: from model.ckpt, the decoder alone; latents extracted before stay valid
     kl: float = 1e-6
     colour_weight: float = 4.0  # extra weight on saturated pixels: small coloured objects must survive
     edge_weight: float = 0.5  # weight of the gradient-difference loss
@@ -169,9 +169,6 @@ class PostTrainSettings:
     seed: int = 0
     save_every: int = 50
     keep: int = 2
-    validate_every: int = 100
-    validate_episodes: int = 4
-    validate_steps: int = 14
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import Settings, VaeSettings, WorldSettings
 from persistworld_cli.data.lerobot import RawDataset
 from persistworld_cli.data.video import read_frames, resize
+from persistworld_cli.models.checkpoints import load_vae
 from persistworld_cli.models.temporal_conv import fold_temporal_convs
 from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, pixels_to_unit
 from persistworld_cli.reports.progress import Meter
@@ -96,8 +97,13 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     vae = AutoencoderKLTemporalDecoder(**{**settings.model.vae, "scaling_factor": 1.0}).to(work.device)
     fold_temporal_convs(vae)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=options.lr, weight_decay=1e-4)
-    average = WeightAverage(vae.parameters(), 0.998)
+    if not options.train_encoder:
+        vae.load_state_dict(load_vae(settings.model, settings.model.ckpt).state_dict())
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    learned = [p for p in vae.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=options.lr, weight_decay=1e-4)
+    average = WeightAverage(learned, 0.998)
     begun = 0
     if (saved := work.load()) is not None:
         vae.load_state_dict(saved["vae"])
@@ -123,9 +129,9 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
             loss = reconstruction_loss(made, real, options) + options.kl * kl
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
-            average.update(vae.parameters())
+            average.update(learned)
             psnr = -10 * torch.log10(((made.clamp(-1, 1) - real) / 2).pow(2).mean()).item()
             meter.advance(loss=loss.item(), psnr=psnr)
             if (step + 1) % 20 == 0:
@@ -135,7 +141,7 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
             if work.should_stop():
                 save(step + 1)
                 raise Interrupted
-    average.copy_to(vae.parameters())
+    average.copy_to(learned)
     return finish(vae, pictures, work, options)
 
 

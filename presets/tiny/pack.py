@@ -1,6 +1,6 @@
-"""Pack a trained model for shipping: `python presets/tiny/pack.py RUN/weights/model.safetensors presets/tiny/base`.
+"""Pack a trained model for shipping: `python presets/tiny/pack.py RUN/weights/model.safetensors presets/tiny/base [VAE]`.
 
-All parts in one file, in float16 (loading casts to float32); prints parameters and size by part.
+All parts in one file, in float16 (loading casts to float32), the VAE's from VAE where given; prints parameters by part.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
-def main(source: Path, folder: Path) -> None:
+def main(source: Path, folder: Path, vae: Path | None = None) -> None:
     """Cast and write."""
-    tensors = {k: v.to(torch.float16).contiguous() for k, v in load_file(str(source)).items()}
+    whole = load_file(str(source))
+    if vae:
+        whole.update(load_file(str(vae)))
+    tensors = {k: v.to(torch.float16).contiguous() for k, v in whole.items()}
     bad = [k for k, v in tensors.items() if not v.isfinite().all()]
     if bad:
         raise SystemExit(f"not finite in float16: {bad[:3]}")
@@ -29,4 +32,4 @@ def main(source: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))
