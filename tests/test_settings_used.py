@@ -12,9 +12,7 @@ import persistworld_cli
 from persistworld_cli.config.settings import Settings
 
 ROOT = Path(persistworld_cli.__file__).parent
-TEXT = "\n".join(
-    path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py") if path.parts[-2:-1] != ("config",)
-)
+TEXT = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py") if path.parts[-2:-1] != ("config",))
 KEYS = [(table.name, f.name) for table in fields(Settings) for f in fields(table.default_factory)]
 
 

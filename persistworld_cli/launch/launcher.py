@@ -48,10 +48,11 @@ def run_task(task: str, settings: Settings, job: Mapping[str, Any], output: Path
     settings = dataclasses.replace(settings, launch=launch)
     config = _write_config(task, settings, job, output)
     (output / FAILURE).unlink(missing_ok=True)
-    code = _wait(_command(launch, config), worker_environment(launch))
+    code, asked = _wait(_command(launch, config), worker_environment(launch))
     failure = _read(output / FAILURE)
-    if failure is not None:
-        # Ranks that stopped in good order exit with 0 so that accelerate waits for all of them; this file has the code.
+    if failure is not None and (asked or code == 0 or failure["code"] != INTERRUPTED):
+        # Ranks that stopped in good order exit with 0, so that accelerate waits for all of them: the file has the code.
+        # (An interruption that nobody asked for here is a rank that was ended because another one died.)
         code = int(failure["code"])
     elif code < 0:
         show_error(_killed(-code, output))
@@ -144,38 +145,40 @@ def _command(launch: LaunchSettings, config: Path) -> list[str]:
     return [sys.executable, "-m", "persistworld_cli.launch.elastic", "--multi_gpu", *spelled, *module]
 
 
-def _wait(command: Sequence[str], env: Mapping[str, str]) -> int:
-    """Start the child, pass signals on to it, and wait.
+def _wait(command: Sequence[str], env: Mapping[str, str]) -> tuple[int, bool]:
+    """Start the child, pass signals on to it, and wait. Returns its exit code, and whether a signal was passed on.
 
     The child gets a session of its own: a Ctrl-C in the terminal then reaches it once, from here, and not a second time
     from the terminal. Its standard output goes to standard error, so that ours carries data alone.
     """
     options: dict[str, Any] = {"stdout": 2, "stdin": subprocess.DEVNULL, "start_new_session": True}
-    with subprocess.Popen(command, env=dict(env), **options) as child, _forwarding(child):
-        return child.wait()
+    with subprocess.Popen(command, env=dict(env), **options) as child, _forwarding(child) as passed_on:
+        return child.wait(), bool(passed_on)
 
 
 @contextmanager
-def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Pass SIGINT, SIGTERM, SIGHUP and SIGUSR1 on; the child saves its work and ends in its own time."""
+def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Pass SIGINT, SIGTERM, SIGHUP and SIGUSR1 on; the child saves its work and ends in its own time.
+
+    Yields the signals so far.
+    """
+    seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield  # only a main thread can have handlers
+        yield seen  # only a main thread can have handlers
         return
-    asked = 0
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked += 1
-        if asked >= _PATIENCE:
+        seen.append(number)
+        if len(seen) >= _PATIENCE:
             child.kill()
             return
-        if asked == 1:
+        if len(seen) == 1:
             note(f"{signal.Signals(number).name}: stopping in good order (once more to hurry, a third time to kill)")
         child.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
-        yield
+        yield seen
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
