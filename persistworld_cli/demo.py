@@ -53,9 +53,7 @@ def main() -> int:
         code = subprocess.run(command, check=False).returncode
         spent[folder] = time.monotonic() - clock
         if code:
-            console.print(
-                f"stage '{folder}' ended with code {code}; run `make demo` again to go on from here", style="red"
-            )
+            console.print(f"stage '{folder}' ended with code {code}; `make demo` goes on from here", style="red")
             return code
     summary(spent, time.monotonic() - begun)
     return 0

@@ -38,7 +38,6 @@ TASKS = {
 }
 INTERRUPTED = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-_LOST_PEER = ("closed by peer", "reset by peer", "remote process exited", "NCCL communicator was aborted")
 _RESULT, _FAILURE = "result.json", "failure.json"  # as launch.launcher names them; neither room may import the other
 
 
@@ -122,19 +121,24 @@ def _saved_and_stopped(error: Exception) -> bool:
 
 
 def _crashed(error: Exception, output: Path) -> int:
-    """Tell of an error that nobody foresaw: the traceback of the rank that had it, one line of those it took along."""
-    lost_peer = _world_size() > 1 and any(sign in str(error) for sign in _LOST_PEER)
-    if not lost_peer and _first_to_fail(output, 1, repr(error)):
+    """Tell of an error that nobody foresaw: the traceback of the rank that had it, less of those it took along."""
+    if _world_size() > 1 and _lost_contact(error):
+        note(f"rank {_rank()} lost contact with another rank: {error}")
+    elif _first_to_fail(output, 1, repr(error)):
         traceback.print_exc()
         return 1
+    else:
+        note(f"rank {_rank()} failed after another one: {error!r}")
     if debug_wanted():
         traceback.print_exc()
-    note(
-        f"rank {_rank()} lost contact with another rank and ended"
-        if lost_peer
-        else f"rank {_rank()} ended too: {error!r}"
-    )
     return 1
+
+
+def _lost_contact(error: Exception) -> bool:
+    """Whether an error comes from talking to other ranks (gloo, NCCL, torch's store): the cause then lies with another."""
+    distributed = sys.modules.get("torch.distributed")
+    known = distributed is not None and isinstance(error, distributed.DistError)
+    return known or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def _first_to_fail(output: Path, code: int, what: str) -> bool:

@@ -1,4 +1,4 @@
-"""A setting that nothing reads is a lie in the preset: every field's name occurs outside the settings and their checks."""
+"""A setting that nothing reads is a lie in the preset: every field is named outside the settings and their checks."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         settings,
         pretrain=PretrainSettings(updates=4, batch=4, lr=1e-3, ema=0.9, save_every=2, validate_every=2, log_every=1),
         post_train=PostTrainSettings(
-            updates=3,
+            updates=2,
             groups=2,
             candidates=3,
             keep_best=1,

@@ -68,8 +68,10 @@ def _ranks() -> list[int]:
 
 
 def _report(failed: Any) -> int:
-    """Say which rank was killed, if one was (a rank that failed said so itself); the exit code of the first to end."""
-    rank, failure = failed.get_first_failure()
+    """The exit code of the rank that failed first (128 + signal), and if it was killed, who and how: others said so."""
+    # Of those that ended between two looks of the agent, a killed one is the cause: the others lost contact with it.
+    ended = sorted(failed.failures.items(), key=lambda entry: (entry[1].exitcode >= 0, entry[1].timestamp))
+    rank, failure = ended[0]
     code = int(failure.exitcode)
     if code < 0:
         name = signal.Signals(-code).name

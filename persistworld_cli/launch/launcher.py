@@ -23,7 +23,6 @@ from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.launch.environment import gpu_count, torch_has_cuda, use_gpu, worker_environment
 
 CONFIG, RESULT, FAILURE = "config.json", "result.json", "failure.json"
-INTERRUPTED = 130
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PATIENCE = 3  # this many signals, and the worker is killed
 
@@ -48,15 +47,13 @@ def run_task(task: str, settings: Settings, job: Mapping[str, Any], output: Path
     settings = dataclasses.replace(settings, launch=launch)
     config = _write_config(task, settings, job, output)
     (output / FAILURE).unlink(missing_ok=True)
-    code, asked = _wait(_command(launch, config), worker_environment(launch))
-    failure = _read(output / FAILURE)
-    if failure is not None and (asked or code == 0 or failure["code"] != INTERRUPTED):
-        # Ranks that stopped in good order exit with 0, so that accelerate waits for all of them: the file has the code.
-        # (An interruption that nobody asked for here is a rank that was ended because another one died.)
-        code = int(failure["code"])
-    elif code < 0:
+    code = _wait(_command(launch, config), worker_environment(launch))
+    if code < 0:
         show_error(_killed(-code, output))
         code = 128 - code
+    if code == 0 and (failure := _read(output / FAILURE)) is not None:
+        # Ranks that stopped in good order exit with 0, so that accelerate waits for all of them: the file has the code.
+        code = int(failure["code"])
     if code or launch.machine_rank:
         return code, {}
     result = _read(output / RESULT)
@@ -145,27 +142,25 @@ def _command(launch: LaunchSettings, config: Path) -> list[str]:
     return [sys.executable, "-m", "persistworld_cli.launch.elastic", "--multi_gpu", *spelled, *module]
 
 
-def _wait(command: Sequence[str], env: Mapping[str, str]) -> tuple[int, bool]:
-    """Start the child, pass signals on to it, and wait. Returns its exit code, and whether a signal was passed on.
+def _wait(command: Sequence[str], env: Mapping[str, str]) -> int:
+    """Start the child, pass signals on to it, and wait for its exit code.
 
     The child gets a session of its own: a Ctrl-C in the terminal then reaches it once, from here, and not a second time
     from the terminal. Its standard output goes to standard error, so that ours carries data alone.
     """
     options: dict[str, Any] = {"stdout": 2, "stdin": subprocess.DEVNULL, "start_new_session": True}
-    with subprocess.Popen(command, env=dict(env), **options) as child, _forwarding(child) as passed_on:
-        return child.wait(), bool(passed_on)
+    with subprocess.Popen(command, env=dict(env), **options) as child, _forwarding(child):
+        return child.wait()
 
 
 @contextmanager
-def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Pass SIGINT, SIGTERM, SIGHUP and SIGUSR1 on; the child saves its work and ends in its own time.
-
-    Yields the signals so far.
-    """
-    seen: list[int] = []
+def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Pass SIGINT, SIGTERM, SIGHUP and SIGUSR1 on; the child saves its work and ends in its own time."""
     if threading.current_thread() is not threading.main_thread():
-        yield seen  # only a main thread can have handlers
+        yield  # only a main thread can have handlers
         return
+
+    seen: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         seen.append(number)
@@ -178,7 +173,7 @@ def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
     before = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
-        yield seen
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Draw the model card's curves: `python presets/tiny/curves.py VAE_RUN BASE_RUN POST_TRAIN_RUN presets/tiny/curves.png`."""
+"""Draw the model card's curves: `python presets/tiny/curves.py VAE_RUN BASE_RUN POST_RUN curves.png`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pack a trained model for shipping: `python presets/tiny/pack.py RUN/weights/model.safetensors presets/tiny/base [VAE]`.
+"""Pack a trained model for shipping: `python presets/tiny/pack.py WEIGHTS presets/tiny/base [VAE]`.
 
 All parts in one file, in float16 (loading casts to float32), the VAE's from VAE where given; prints parameters by part.
 """
