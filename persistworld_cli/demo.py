@@ -53,14 +53,14 @@ def main() -> int:
         code = subprocess.run(command, check=False).returncode
         spent[folder] = time.monotonic() - clock
         if code:
-            console.print(f"stage '{folder}' ended with code {code}; `make demo` goes on from here", style="red")
+            console.print(f"stage '{folder}' ended with code {code}; `make demo` goes on here", style="red")
             return code
     summary(spent, time.monotonic() - begun)
     return 0
 
 
 def share_rollouts() -> None:
-    """Let the second evaluation find the base's finished rollouts: they are kept by the hash of weights and protocol."""
+    """Let the second evaluation find the base's finished rollouts, kept by the hash of weights and protocol."""
     link = OUT / "eval-shipped" / "rollouts"
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.exists():

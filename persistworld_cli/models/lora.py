@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,8 @@ class PolicySwitch:
         self.model = model
         model.requires_grad_(False)
         self.config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none")
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
             torch.manual_seed(seed)
             for name in ("theta", "old"):
                 inject_adapter_in_model(self.config, model.unet, adapter_name=name)
