@@ -135,7 +135,7 @@ def _crashed(error: Exception, output: Path) -> int:
 
 
 def _lost_contact(error: Exception) -> bool:
-    """Whether an error comes from talking to other ranks (gloo, NCCL, torch's store): the cause lies elsewhere."""
+    """Whether an error comes from talking to other ranks (gloo, NCCL, the store): the cause then lies with another."""
     distributed = sys.modules.get("torch.distributed")
     known = distributed is not None and isinstance(error, distributed.DistError)
     return known or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())

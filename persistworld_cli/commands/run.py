@@ -117,7 +117,8 @@ def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     """A command's result: JSON, or tables for people.
 
     Scalars and nested tables of scalars become lines ``name  value``; a list of mappings with the same keys becomes a
-    table of its own; other lists are counted.
+    table of its own; other lists are counted. A result that names a rendered report (`text`) is shown by that instead
+    of its tables.
     """
     if as_json:
         write_json(dict(result))
@@ -126,9 +127,13 @@ def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     from rich.table import Table
 
     console = stdout_console()
+    rendered = Path(str(result.get("text") or ""))
+    if rendered.is_file():
+        sys.stdout.write(rendered.read_text(encoding="utf-8") + "\n")
+        result = {key: value for key, value in result.items() if not _is_table(value)}
     lines = Table(box=None, show_header=False, pad_edge=False)
     for name, value in _flat(result):
-        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+        if _is_table(value):
             table = Table(*value[0].keys(), title=name, title_justify="left", title_style="bold", header_style="bold")
             for row in value[:_SHOWN_ROWS]:
                 table.add_row(*(escape(_text(row.get(column))) for column in value[0]))
@@ -139,6 +144,10 @@ def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
             lines.add_row(f"[bold]{escape(name)}[/bold]", escape(_text(value)))
     if lines.row_count:
         console.print(lines)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
 def write_json(data: Mapping[str, Any]) -> None:
