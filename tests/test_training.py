@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from persistworld_cli.config.presets import to_json
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.launch.launcher import run_task
 from persistworld_cli.models.checkpoints import load_world_model
 from persistworld_cli.models.lora import PolicySwitch
 from persistworld_cli.training import post_train, pretrain
@@ -51,15 +52,12 @@ def losses(output: Path, name: str) -> list[float]:
     return [line[name] for line in lines if name in line]
 
 
-def launch(task: str, settings: Settings, output: Path, processes: int = 1, stop_at: int | None = None) -> None:
+def launch(task: str, settings: Settings, output: Path, stop_at: int | None = None) -> None:
     """The worker as the launcher starts it; with `stop_at` it is killed (-9) as soon as that state is there."""
     output.mkdir(parents=True, exist_ok=True)
     config = output / "config.json"
     config.write_text(json.dumps({"task": task, "settings": to_json(settings), "job": {"output": str(output)}}))
     command = [sys.executable, "-m", "persistworld_cli.worker", str(config)]
-    if processes > 1:
-        command[1:3] = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
-                        "--main_process_port", "0", "--module", "persistworld_cli.worker"]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     if stop_at is None:
         subprocess.run(command, env=env, check=True, timeout=300)
@@ -99,13 +97,17 @@ def test_killed_and_resumed_post_training_equals_an_unbroken_run(world: Settings
 
 
 def test_two_processes_equal_one(world: Settings, tmp_path: Path) -> None:
-    launch("post-train", world, tmp_path / "one")
-    launch("post-train", world, tmp_path / "two", processes=2)
+    for name, processes in (("one", 1), ("two", 2)):
+        settings = replace(world, launch=replace(world.launch, num_processes=processes, threads=1))
+        code, result = run_task("post-train", settings, {}, tmp_path / name)
+        assert code == 0 and result["processes"] == processes
     for name in ("reward", "loss", "grad_norm"):
         assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), abs=1e-5)
     file = "weights/adapter/adapter_model.safetensors"
     one, two = (load_file(str(tmp_path / n / file)) for n in ("one", "two"))
-    assert all((one[k] - two[k]).abs().max() < 1e-5 for k in one)
+    # Muon orthogonalises in bfloat16, so where a gradient is all but zero rounding is blown up to whole steps of 2e-5
+    gap = torch.cat([(one[k] - two[k]).abs().flatten() for k in one])
+    assert gap.mean() < 1e-6 and gap.max() < 5e-5
 
 
 def test_policies_share_frozen_weights_and_start_equal(world: Settings) -> None:

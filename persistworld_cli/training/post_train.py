@@ -225,6 +225,7 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     few = max(1, len(rewards) // 4)
     return {
         "updates": options.updates,
+        "processes": work.world,
         "reward_first": sum(rewards[:few]) / few if rewards else None,
         "reward_last": sum(rewards[-few:]) / few if rewards else None,
         "trainable": sum(p.numel() for p in trainer.switch.trainable()),
