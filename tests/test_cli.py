@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from persistworld_cli.commands import app as commands
+from persistworld_cli.config.bundled import bundled_root
 
 NAMES = [
     "extract-latents",
@@ -188,3 +190,20 @@ def test_version() -> None:
     from persistworld_cli import __version__
 
     assert run("--version").stdout == f"persistworld {__version__}\n"
+
+
+def test_an_unreadable_episode_is_named_and_the_exit_code_tells(tmp_path: Path) -> None:
+    raw, bad = tmp_path / "raw", "episode_000001"
+    shutil.copytree(bundled_root() / "dataset_example" / "world" / "meta", raw / "meta")
+    for path in sorted((bundled_root() / "dataset_example" / "world").rglob("episode_00000[01].*")):
+        target = raw / path.relative_to(bundled_root() / "dataset_example" / "world")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        data = path.read_bytes()
+        target.write_bytes(data[: len(data) // 3] if path.suffix == ".mp4" and path.stem == bad else data)
+    command = [sys.executable, "-m", "persistworld_cli", "extract-latents", str(raw), str(tmp_path / "out"), "--json"]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "run"), "--device", "cpu"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1, done.stderr
+    result = json.loads(done.stdout)
+    assert result["done"] == 1 and [f["episode"] for f in result["failed"]] == ["1"]

@@ -57,7 +57,11 @@ def execute(
     if common.dry_run:
         show_settings(task, resolved, dict(job or {}), output, as_json=common.as_json)
         return
-    show_result(launch_worker(task, resolved, dict(job or {}), output), as_json=common.as_json)
+    result = launch_worker(task, resolved, dict(job or {}), output)
+    code = int(result.pop("exit_code", 0))  # work that finished, but not all of it as asked (an unreadable episode)
+    show_result(result, as_json=common.as_json)
+    if code:
+        raise typer.Exit(code)
 
 
 def output_folder(common: Common, resolved: Resolved, name: str) -> Path:
