@@ -1,4 +1,4 @@
-"""Training clips: which frames, their latents and normalised actions (method.md section 2, golden README F).
+"""Training clips: which frames, their latents and normalised actions (method.md section 2).
 
 Legend: B batch, N = num_history + num_frames frames, C latent channels, h latent height of the stacked cameras,
 w latent width, D action numbers.

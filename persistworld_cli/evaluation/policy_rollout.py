@@ -1,7 +1,7 @@
 """`pi-rollout`: a policy acts in the world, in closed loop (method.md section 6).
 
 Each interaction the policy is asked once for each rollout, shown the world's own frames, and its joint velocities
-become the world model's next poses. Written for each rollout: the mp4 and a JSON with Ctrl-World's keys (formats.md).
+become the world model's next poses. Written for each rollout: the mp4 and a JSON with Ctrl-World's keys.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder
 from persistworld_cli.models.world_model import WorldModel, build_world_model
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-# Buffers that old transformers wrote and new ones do not (golden ctrl_world_full_keys.json, notes).
+# Buffers that old transformers wrote and new ones do not .
 DROPPED = ("position_ids",)
 
 

@@ -19,7 +19,7 @@ class FrameLevelUNet(UNetSpatioTemporalConditionModel):
 
     diffusers repeats an item's whole token sequence for every frame: row (b, n) of the repeated context holds all N
     tokens of item b. Frame-level conditioning keeps token n alone there. The blocks' temporal cross-attention takes the
-    context of each item's first frame, which then is token 0 (golden `frame_level_context_check.json`).
+    context of each item's first frame, which then is token 0 (as measured on Ctrl-World).
     """
 
     frame_level: bool = True

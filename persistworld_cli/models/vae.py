@@ -36,7 +36,7 @@ def decode(vae: AutoencoderKLTemporalDecoder, latents: torch.Tensor, chunk: int)
     """Scaled latents (M, C, h1, w) to pictures (M, 3, H, W), not clamped, in [-1, 1].
 
     Runs of `chunk` rows go through the decoder as one clip each, as Ctrl-World does it: with rows ordered camera by
-    camera and a chunk that does not divide a camera's frames, neighbouring cameras mix (golden `dec_chunk7`).
+    camera and a chunk that does not divide a camera's frames, neighbouring cameras mix.
     """
     latents = (latents / vae.config.scaling_factor).to(vae.dtype)
     runs = [vae.decode(run, num_frames=run.shape[0]).sample for run in latents.split(chunk)]

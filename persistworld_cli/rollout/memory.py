@@ -12,7 +12,7 @@ import torch
 
 
 class Memory:
-    """The buffer of B rollouts that advance together (Ctrl-World's loops; golden section I).
+    """The buffer of B rollouts that advance together (as in Ctrl-World's loops).
 
     It starts as `fill` copies of the first entry; every interaction appends its last frame and pose. History is read by
     position from the end (negative) or the start (0, which stays the first real frame for ever).
