@@ -69,7 +69,7 @@ class KeyboardController:
 
 @dataclass(frozen=True)
 class PolicyChunk:
-    """What a policy's answer means for the arm (Ctrl-World's policy rollout); R rows at 15 Hz, the first of them is now.
+    """What a policy's answer means (Ctrl-World's policy rollout); R rows at 15 Hz, the first of them is now.
 
     Args:
         velocities: (R, 7) as the policy gave them.

@@ -218,7 +218,7 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
             if stop:
                 raise Interrupted
     adapter = work.output / "weights" / "adapter"
-    if work.main:
+    if work.main and (begun < options.updates or not adapter.exists()):  # a finished run's files keep their hash
         adapter.parent.mkdir(exist_ok=True)
         trainer.switch.save_adapter(adapter, "old")
     rewards = [entry["reward"] for entry in work.history() if "reward" in entry]
