@@ -121,6 +121,7 @@ class VaeSettings:
     edge_weight: float = 0.5  # weight of the gradient-difference loss
     seed: int = 0
     save_every: int = 200
+    keep: int = 2
     mixed_precision: str = "no"
 
 

@@ -7,7 +7,6 @@ worst, push the trained policy towards the better ones (objective/nft.py), let t
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -196,13 +195,7 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     Writes `weights/adapter/` (the sampling policy, an average of the trained one) and `metrics.jsonl`.
     """
     options = settings.post_train
-    work = Run(
-        Path(job["output"]),
-        mixed_precision=options.mixed_precision,
-        keep=options.keep,
-        cpu=settings.launch.device == "cpu",
-        resume=job.get("resume", True),
-    )
+    work = Run.of(settings, options, job)
     trainer = PostTrainer(settings, job, work)
     begun = resume(trainer, work, options)
     last: dict[str, float] = {}

@@ -76,13 +76,7 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     Returns the last training loss, the validation loss and where the weights lie.
     """
     options = settings.pretrain
-    work = Run(
-        Path(job["output"]),
-        mixed_precision=options.mixed_precision,
-        keep=options.keep,
-        cpu=settings.launch.device == "cpu",
-        resume=job.get("resume", True),
-    )
+    work = Run.of(settings, options, job)
     model = initial_model(settings, job, work.device)
     parameters = trained_parameters(model, options)
     if options.gradient_checkpointing:

@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings, VaeSettings
 from persistworld_cli.errors import PersistWorldError
 
 
@@ -52,6 +53,19 @@ class Run:
             signal.signal(name, self._on_signal)
         if not resume:
             self.forget()
+
+    @classmethod
+    def of(
+        cls, settings: Settings, options: PretrainSettings | PostTrainSettings | VaeSettings, job: dict[str, Any]
+    ) -> Run:
+        """The run that a job asks for: its folder, precision, states to keep, device, and whether to resume."""
+        return cls(
+            Path(job["output"]),
+            mixed_precision=options.mixed_precision,
+            keep=options.keep,
+            cpu=settings.launch.device == "cpu",
+            resume=job.get("resume", True),
+        )
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop = True

@@ -85,12 +85,7 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     1 / standard deviation of the latents (SVD's 0.18215 is the same for its VAE).
     """
     options = settings.vae
-    work = Run(
-        Path(job["output"]),
-        mixed_precision=options.mixed_precision,
-        cpu=settings.launch.device == "cpu",
-        resume=job.get("resume", True),
-    )
+    work = Run.of(settings, options, job)
     pictures = load_pictures(
         resolve_path(settings.world.raw), settings.world, work.output / "pictures.npy", not work.main
     )
