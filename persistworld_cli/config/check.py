@@ -20,6 +20,8 @@ _CHOICES: dict[str, Sequence[str]] = {
     "post_train.weighting": ("plain", "self"),
     "post_train.ema": ("ramp", "constant"),
     "post_train.optimizer": ("muon", "adamw"),
+    "pretrain.optimizer": ("muon", "adamw"),
+    "vae.optimizer": ("muon", "adamw"),
     "policy.layout": ("pi05", "pi0", "pi0-fast"),
     "launch.device": ("auto", "cpu", "cuda"),
 }

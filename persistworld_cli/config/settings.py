@@ -42,6 +42,7 @@ class ModelSettings:
     history_cond_zero: bool = False  # Ctrl-World's his_cond_zero: history frames get no current-frame channels
     fps_id: int = 7
     motion_bucket_id: int = 127
+    norm_groups: int = 32  # groups of every GroupNorm of unet and vae; diffusers' 32, fewer at small widths
     unet: dict[str, Any] = field(default_factory=dict)
     vae: dict[str, Any] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)
@@ -86,6 +87,7 @@ class PretrainSettings:
     parts: tuple[str, ...] = ("unet", "action_encoder")
     updates: int = 100_000
     batch: int = 64
+    optimizer: str = "adamw"  # adamw | muon (matrices and kernels; AdamW for the rest)
     lr: float = 1e-5
     weight_decay: float = 0.0
     warmup: int = 0
@@ -114,7 +116,8 @@ class VaeSettings:
     updates: int = 4000
     batch: int = 8
     clip: int = 5  # frames of a training clip: as many as are decoded as one clip later, since padding differs
-    lr: float = 1e-3
+    optimizer: str = "muon"  # muon | adamw
+    lr: float = 1e-2
     train_encoder: bool = True  # False: from model.ckpt, the decoder alone; latents extracted before stay valid
     kl: float = 1e-6
     colour_weight: float = 4.0  # extra weight on saturated pixels: small coloured objects must survive

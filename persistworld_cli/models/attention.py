@@ -12,7 +12,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch.nn import functional
 
-SHORT = 16  # longest sequence taken by the plain product
+SHORT = 256  # longest sequence taken by the plain product
 
 
 class FewTokens:

@@ -16,8 +16,7 @@ from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import ModelSettings, WorldSettings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.lora import merge_adapter
-from persistworld_cli.models.temporal_conv import fold_temporal_convs
-from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder
+from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae
 from persistworld_cli.models.world_model import WorldModel, build_world_model
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -67,8 +66,7 @@ def load_vae(settings: ModelSettings, source: str) -> AutoencoderKLTemporalDecod
     """The preset's VAE with its weights: keys `vae.*` of a world model's checkpoint, or a VAE's own keys."""
     tensors = read_state_dict(find_weights(source))
     own = {k.removeprefix("vae."): v.float() for k, v in tensors.items() if k.startswith("vae.")} or tensors
-    vae = AutoencoderKLTemporalDecoder(**settings.vae)
-    fold_temporal_convs(vae)
+    vae = build_vae(settings.vae, settings.norm_groups)
     check_fit(vae.state_dict(), own, source)
     vae.load_state_dict(own)
     return vae.eval().requires_grad_(False)

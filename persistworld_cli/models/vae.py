@@ -6,8 +6,23 @@ Pixels are uint8 or [0, 1] outside, [-1, 1] inside; latents are scaled by the VA
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
+
+from persistworld_cli.models.norms import set_norm_groups
+from persistworld_cli.models.temporal_conv import fold_temporal_convs
+
+DIFFUSERS_GROUPS = 32
+
+
+def build_vae(config: dict[str, Any], norm_groups: int = DIFFUSERS_GROUPS) -> AutoencoderKLTemporalDecoder:
+    """diffusers' class with `config`'s keywords and fresh weights."""
+    vae = AutoencoderKLTemporalDecoder(**config)
+    fold_temporal_convs(vae)
+    set_norm_groups(vae, norm_groups)
+    return vae
 
 
 def pixels_to_unit(frames_u8: torch.Tensor) -> torch.Tensor:

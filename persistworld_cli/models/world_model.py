@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLTemporalDecoder
 from torch import nn
 from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -19,6 +18,7 @@ from persistworld_cli.config.settings import ModelSettings, WorldSettings
 from persistworld_cli.models import text as text_room
 from persistworld_cli.models import vae as vae_room
 from persistworld_cli.models.diffusion import precondition
+from persistworld_cli.models.norms import set_norm_groups
 from persistworld_cli.models.temporal_conv import fold_temporal_convs
 from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.unet import FrameLevelUNet
@@ -53,11 +53,11 @@ class WorldModel(nn.Module):
         self.settings, self.world = settings, world
         self.unet = FrameLevelUNet(**settings.unet)
         self.unet.frame_level = settings.frame_level
-        self.vae = AutoencoderKLTemporalDecoder(**settings.vae)
+        self.vae = vae_room.build_vae(settings.vae, settings.norm_groups)
         if settings.image:
             self.image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings.image))
         fold_temporal_convs(self.unet)
-        fold_temporal_convs(self.vae)
+        set_norm_groups(self.unet, settings.norm_groups)
         self.text_encoder = text_room.build_text_encoder(settings.text)
         self.action_encoder = ActionEncoder(settings.action_dim, settings.token_dim)
         self._tokenizer: CLIPTokenizer | None = None

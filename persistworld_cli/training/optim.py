@@ -1,37 +1,61 @@
-"""Optimisers of post-training: Muon for matrices with AdamW for the rest, or AdamW for all."""
+"""Optimisers: Muon for matrices with AdamW for the rest, or AdamW for all."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
-from persistworld_cli.config.settings import PostTrainSettings
-from persistworld_cli.errors import UsageError
+KINDS = ("muon", "adamw")
+
+
+def inputs_and_outputs(model: nn.Module) -> list[nn.Parameter]:
+    """Embeddings and the first and last convolutions: maps from and to data, which Muon is not meant for."""
+    ends = ("conv_in.", "conv_out.", "embedding")
+    return [p for name, p in model.named_parameters() if any(end in name for end in ends)]
 
 
 class Optimizers:
     """One or two optimisers stepped together.
 
     Args:
-        parameters: everything that learns; two-dimensional ones go to Muon.
-        settings: optimizer, lr, weight_decay.
+        parameters: everything that learns; matrices, and convolution kernels as (out, rest), go to Muon.
+        kind: "muon" or "adamw".
+        lr: learning rate of both; Muon's update has AdamW's size (Liu et al., arXiv 2502.16982).
+        weight_decay: decoupled, of both.
+        betas: of AdamW.
+        by_adamw: parameters that AdamW takes whatever their shape.
     """
 
-    def __init__(self, parameters: list[torch.nn.Parameter], settings: PostTrainSettings) -> None:
-        matrices = [p for p in parameters if p.ndim == 2] if settings.optimizer == "muon" else []
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        kind: str,
+        *,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        by_adamw: Iterable[nn.Parameter] = (),
+    ) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"unknown optimizer '{kind}'")
+        kept = {id(p) for p in by_adamw}
+        parameters = list(parameters)
+        matrices = [p for p in parameters if kind == "muon" and p.ndim >= 2 and id(p) not in kept]
         chosen = {id(p) for p in matrices}
         rest = [p for p in parameters if id(p) not in chosen]
-        if settings.optimizer not in ("muon", "adamw"):
-            raise UsageError(
-                f"unknown optimizer '{settings.optimizer}'", where="post_train.optimizer", fix="muon or adamw"
-            )
-        shared: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+        # torch's Muon takes matrices only: a kernel is stepped through a flat parameter that shares its memory.
+        self.kernels = [(p, nn.Parameter(p.detach().view(p.shape[0], -1))) for p in matrices if p.ndim > 2]
+        flat = [p for p in matrices if p.ndim == 2] + [alias for _, alias in self.kernels]
+        shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+        self.parameters = parameters
         self.all: list[torch.optim.Optimizer] = []
-        if matrices:  # AdamW's step size for both (Liu et al., arXiv 2502.16982), so that one learning rate serves them
-            self.all.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared))
+        if flat:
+            self.all.append(torch.optim.Muon(flat, adjust_lr_fn="match_rms_adamw", **shared))
         if rest:
-            self.all.append(torch.optim.AdamW(rest, betas=(0.9, 0.95), **shared))
+            self.all.append(torch.optim.AdamW(rest, betas=betas, **shared))
 
     def set_lr(self, lr: float) -> None:
         """The same learning rate everywhere."""
@@ -41,9 +65,13 @@ class Optimizers:
 
     def step(self) -> None:
         """Step and forget the gradients."""
+        for kernel, alias in self.kernels:
+            alias.grad = None if kernel.grad is None else kernel.grad.view(alias.shape)
         for optimizer in self.all:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def state(self) -> list[dict[str, Any]]:
         """To resume from."""

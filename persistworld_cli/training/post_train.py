@@ -64,7 +64,9 @@ class PostTrainer:
         self.engine = RolloutEngine(self.model, settings.sampling, store.stat())
         self.scorer = Scorer(settings.rewards, settings.world, work.device)
         self.maker = CandidateMaker(self.engine, store, self.scorer, options)
-        self.optimizers = Optimizers(self.switch.trainable(), options)
+        self.optimizers = Optimizers(
+            self.switch.trainable(), options.optimizer, lr=options.lr, weight_decay=options.weight_decay
+        )
 
     def update(self, step: int) -> dict[str, float]:
         """One update; the numbers worth logging (means over ranks)."""

@@ -22,6 +22,7 @@ from persistworld_cli.models.world_model import WorldModel, build_world_model
 from persistworld_cli.objective.denoising import Draws, denoising_loss
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.seeding import generator
+from persistworld_cli.training.optim import Optimizers, inputs_and_outputs
 from persistworld_cli.training.run import Interrupted, Run
 from persistworld_cli.training.schedule import WeightAverage, lr_factor
 
@@ -90,17 +91,23 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
 
     train = clips("train", None)
     val = clips("val", False) if store.episodes("val") else None
-    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.99))
+    optimizers = Optimizers(
+        parameters,
+        options.optimizer,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        betas=(0.9, 0.99),
+        by_adamw=inputs_and_outputs(model),
+    )
     average = WeightAverage(parameters, options.ema)
-    begun = restore(work, parameters, optimizer, average)
+    begun = restore(work, parameters, optimizers, average)
     share = options.batch // work.world
     model.train()
     loss = torch.tensor(float("nan"))
     with Meter("pretrain", options.updates, done=begun, quiet=not work.main) as meter:
         for step in range(begun, options.updates):
-            for group in optimizer.param_groups:
-                group["lr"] = options.lr * lr_factor(step, options.updates, options.warmup, options.decay)
-            optimizer.zero_grad(set_to_none=True)
+            lr = options.lr * lr_factor(step, options.updates, options.warmup, options.decay)
+            optimizers.set_lr(lr)
             for part in range(options.accumulate):
                 tick = step * options.accumulate + part
                 batch = train.batch(options.seed, tick, share, work.rank, work.world)
@@ -110,24 +117,24 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
             work.average_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
             if not torch.isfinite(norm):
-                work.save(step, snapshot(parameters, optimizer, average))
+                work.save(step, snapshot(parameters, optimizers, average))
                 raise PersistWorldError(
                     f"gradient is not finite at update {step + 1}",
                     where="pretrain",
                     fix="lower pretrain.lr; state saved",
                 )
-            optimizer.step()
+            optimizers.step()
             average.update(parameters)
             meter.advance(loss=loss.item())
             done = step + 1
             if done % options.log_every == 0:
                 mean = sum(work.gather([loss.item()])) / work.world
-                work.log(done, {"loss": mean, "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]})
+                work.log(done, {"loss": mean, "grad_norm": norm.item(), "lr": lr})
             if val is not None and options.validate_every and done % options.validate_every == 0:
                 work.log(done, {"val_loss": validate(model, val, settings, parameters, average, work)})
             stop = work.should_stop()
             if stop or done % options.save_every == 0 or done == options.updates:
-                work.save(done, snapshot(parameters, optimizer, average))
+                work.save(done, snapshot(parameters, optimizers, average))
             if stop:
                 raise Interrupted
     if options.ema:
@@ -164,19 +171,19 @@ def validate(
 
 
 def snapshot(
-    parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, average: WeightAverage
+    parameters: list[torch.nn.Parameter], optimizers: Optimizers, average: WeightAverage
 ) -> dict[str, Any]:
     """What a run needs to go on."""
     return {
         "parameters": [p.detach().cpu() for p in parameters],
-        "optimizer": optimizer.state_dict(),
+        "optimizers": optimizers.state(),
         "average": average.shadow,
         "count": average.count,
     }
 
 
 def restore(
-    work: Run, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, average: WeightAverage
+    work: Run, parameters: list[torch.nn.Parameter], optimizers: Optimizers, average: WeightAverage
 ) -> int:
     """Load the latest state, if any; the number of updates done."""
     if (saved := work.load()) is None:
@@ -184,7 +191,7 @@ def restore(
     with torch.no_grad():
         for p, value in zip(parameters, saved["parameters"], strict=True):
             p.copy_(value)
-    optimizer.load_state_dict(saved["optimizer"])
+    optimizers.load_state(saved["optimizers"])
     average.shadow = [s.to(p.device) for s, p in zip(saved["average"], parameters, strict=True)]
     average.count = saved["count"]
     work.trim_log(saved["step"])

@@ -20,9 +20,9 @@ from persistworld_cli.config.settings import Settings, VaeSettings, WorldSetting
 from persistworld_cli.data.lerobot import RawDataset
 from persistworld_cli.data.video import read_frames, resize
 from persistworld_cli.models.checkpoints import load_vae
-from persistworld_cli.models.temporal_conv import fold_temporal_convs
-from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, pixels_to_unit
+from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae, pixels_to_unit
 from persistworld_cli.reports.progress import Meter
+from persistworld_cli.training.optim import Optimizers, inputs_and_outputs
 from persistworld_cli.training.run import Interrupted, Run
 from persistworld_cli.training.schedule import WeightAverage, lr_factor
 
@@ -90,31 +90,31 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
         resolve_path(settings.world.raw), settings.world, work.output / "pictures.npy", not work.main
     )
     torch.manual_seed(options.seed)
-    vae = AutoencoderKLTemporalDecoder(**{**settings.model.vae, "scaling_factor": 1.0}).to(work.device)
-    fold_temporal_convs(vae)
+    vae = build_vae({**settings.model.vae, "scaling_factor": 1.0}, settings.model.norm_groups).to(work.device)
     if not options.train_encoder:
         vae.load_state_dict(load_vae(settings.model, settings.model.ckpt).state_dict())
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     learned = [p for p in vae.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=options.lr, weight_decay=1e-4)
+    optimizers = Optimizers(
+        learned, options.optimizer, lr=options.lr, weight_decay=1e-4, betas=(0.9, 0.99), by_adamw=inputs_and_outputs(vae)
+    )
     average = WeightAverage(learned, 0.998)
     begun = 0
     if (saved := work.load()) is not None:
         vae.load_state_dict(saved["vae"])
-        optimizer.load_state_dict(saved["optimizer"])
+        optimizers.load_state(saved["optimizers"])
         average.shadow, average.count = saved["average"], saved["step"]
         begun = saved["step"]
         work.trim_log(begun)
 
     def save(step: int) -> None:
-        state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "average": average.shadow}
+        state = {"vae": vae.state_dict(), "optimizers": optimizers.state(), "average": average.shadow}
         work.save(step, state)
 
     with Meter("pretrain vae", options.updates, done=begun, quiet=not work.main) as meter:
         for step in range(begun, options.updates):
-            for group in optimizer.param_groups:
-                group["lr"] = options.lr * lr_factor(step, options.updates, 50, "cosine")
+            optimizers.set_lr(options.lr * lr_factor(step, options.updates, 50, "cosine"))
             real = pixels_to_unit(draw_batch(pictures, options, step).to(work.device))
             with work.accelerator.autocast():
                 posterior = vae.encode(real).latent_dist
@@ -122,10 +122,9 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
                 made = vae.decode(latent, num_frames=clip_length(options, step)).sample.float()
             kl = posterior.kl().mean() / latent[0].numel()
             loss = reconstruction_loss(made, real, options) + options.kl * kl
-            optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(learned, 1.0)
-            optimizer.step()
+            optimizers.step()
             average.update(learned)
             psnr = -10 * torch.log10(((made.clamp(-1, 1) - real) / 2).pow(2).mean()).item()
             meter.advance(loss=loss.item(), psnr=psnr)
