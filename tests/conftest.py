@@ -1,13 +1,44 @@
-"""Fixtures for all tests. Data beside the repository (`../shared`) is used where it is; nothing of it is copied."""
+"""Fixtures for all tests. Data beside the repository (`../shared`) is used where it is; nothing of it is copied.
+
+Tests that take the `golden` fixture are marked `golden`; `pytest -m golden --golden-table` runs those alone and prints
+the largest error of every comparison.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from golden_table import lines
+
+from persistworld_cli.config.settings import Settings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden-table", action="store_true", help="print the largest error of every golden check")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "golden: compares with the reference's own numbers")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "golden" in getattr(item, "fixturenames", ()):
+            item.add_marker("golden")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--golden-table"):
+        terminalreporter.section("golden checks")
+        for line in lines():
+            terminalreporter.write_line(line)
 
 
 def _folder(name: str) -> Path:
@@ -34,3 +65,26 @@ def _no_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings in the environment of whoever runs the tests must not reach them."""
     for name in [name for name in os.environ if name.startswith("PERSISTWORLD_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dry runs of settings that cost the same share one count: it depends on neither weights nor datasets."""
+    from persistworld_cli.commands import cost, run
+
+    def counted(task: str, settings: Settings) -> Any:
+        model = replace(settings.model, ckpt="", adapter="", tokenizer="")
+        world = replace(settings.world, dataset="", raw="")
+        options = {"post-train": settings.post_train, "pretrain": settings.pretrain}.get(task)
+        batch = settings.eval.batch if task in ("eval", "replay") else 1
+        kind = task if task in ("post-train", "pretrain", "pretrain-vae", "extract") else "interaction"
+        key = repr((kind, model, world, settings.sampling, options, batch, settings.launch.num_processes))
+        if key not in _COUNTED:
+            _COUNTED[key] = count(task, settings)
+        return _COUNTED[key]
+
+    count = cost.cost_report
+    monkeypatch.setattr(run, "cost_report", counted)
+
+
+_COUNTED: dict[str, Any] = {}

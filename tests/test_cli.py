@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from persistworld_cli.commands import app as commands
 from persistworld_cli.config.bundled import bundled_root
 
+pytestmark = pytest.mark.usefixtures("counted_once")
 NAMES = [
     "extract-latents",
     "build-meta",
@@ -27,6 +28,8 @@ NAMES = [
     "drive",
     "pi-rollout",
     "policy-server",
+    "inspect",
+    "export",
 ]
 EXAMPLES = [example for command in commands.COMMANDS.values() for example in command.EXAMPLES]
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "pandas")
@@ -103,11 +106,12 @@ def test_every_example_of_the_help_resolves(example: str) -> None:
 
 
 def test_no_preset_takes_the_bundled_world_and_says_so_on_stderr() -> None:
-    result = run("eval", "--dry-run", "--json")
-    assert result.returncode == 0
+    result = CliRunner().invoke(commands.app, ["eval", "--dry-run", "--json"])
+    assert result.exit_code == 0
     assert "no --preset: using the bundled world (preset tiny)" in result.stderr
     assert json.loads(result.stdout)["preset"] == "tiny"
-    assert "no --preset" not in run("eval", "--preset", "tiny", "--dry-run", "--json").stderr
+    named = CliRunner().invoke(commands.app, ["eval", "--preset", "tiny", "--dry-run", "--json"])
+    assert "no --preset" not in named.stderr
 
 
 def test_flags_reach_their_settings_and_are_named() -> None:
@@ -167,7 +171,8 @@ def test_a_mistake_in_the_world_is_exit_code_1_and_debug_shows_the_traceback(tmp
 
 
 def test_the_table_of_a_dry_run_names_every_layer() -> None:
-    result = run("post-train", "--preset", "tiny", "--lr", "0.25", "--dry-run", PERSISTWORLD_POST_TRAIN__KL="0.125")
+    arguments = ["post-train", "--preset", "tiny", "--lr", "0.25", "--dry-run"]
+    result = CliRunner().invoke(commands.app, arguments, env={"PERSISTWORLD_POST_TRAIN__KL": "0.125"})
     lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
     assert "0.25" in lines["post_train.lr"] and lines["post_train.lr"].rstrip().endswith("--lr")
     assert lines["post_train.kl"].rstrip().endswith("environment PERSISTWORLD_POST_TRAIN__KL")

@@ -43,7 +43,13 @@ def test_full_presets_hold_the_papers_numbers() -> None:
     assert (post.candidates, post.keep_best, post.keep_worst, post.chunks, post.prefix_max) == (16, 5, 5, 1, 9)
     assert (post.lora_rank, post.lora_alpha, post.lr, post.optimizer) == (64, 64, 1e-4, "muon")
     assert settings.sampling.steps == 50 and settings.sampling.guidance == 1.0
-    assert load_settings("ctrl-world", env={}).settings.sampling.guidance == 2.0
+    assert (post.prefix, post.ema, post.ema_rate, post.ema_max) == ("uniform", "ramp", 0.001, 0.5)
+    assert settings.rewards.weights == {"lpips": -1.0, "ssim": 1.0, "psnr": 1 / 32} and settings.eval.steps == 14
+    base = load_settings("ctrl-world", env={}).settings
+    assert base.sampling.guidance == 2.0 and base.sampling.noise_aug == 0.02 and base.pretrain.noise_aug == 0.0
+    assert base.sampling.decode_chunk == 7 and base.sampling.buffer_fill == 24
+    assert base.sampling.history == (0, 0, -8, -6, -4, -2)
+    assert base.sampling.history_policy == (0, 0, -12, -9, -6, -3)
     # Taken over from the preset it extends.
     assert settings.model.unet == load_settings("ctrl-world", env={}).settings.model.unet
 
@@ -153,6 +159,9 @@ def test_whole_numbers_pass_as_numbers_and_infinity_does_not(tmp_path: Path) -> 
         (["sampling.history=0,0"], "has 2 entries, but model.num_history = 6"),
         (["sampling.history=0,0,0,0,0,-99"], "reaches beyond the buffer"),
         (["world.wrist=3"], "names camera 3"),
+        (["world.pixel_rounding=up"], "none of nearest, down"),
+        (["model.temporal_token=last"], "none of first, all"),
+        (["policy.picture=180"], "no height and width"),
         (["rewards.camera_weights=1.0,2.0"], "2 entries for 3 cameras"),
         (["launch.machine_rank=1"], "launch.machine_rank = 1"),
         (["launch.num_machines=2", "launch.num_processes=2"], "one address to meet at"),

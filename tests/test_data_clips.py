@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from data_raw import HEIGHT, WIDTH, encode, write_v21
+from golden_table import close
 
 from persistworld_cli.config.settings import ClipSettings, SamplingSettings, WorldSettings
 from persistworld_cli.data.clips import ClipSource, clip_ids, rollout_history_ids
@@ -79,6 +80,7 @@ def test_golden_clips(golden: Path, shared_data: Path, tmp_path: Path) -> None:
             clip = source.fetch(row, ids)
             assert hashlib.sha256(clip.latents.numpy().tobytes()).hexdigest() == item["latent_sha256"]
             np.testing.assert_array_equal(clip.actions.numpy(), actions[f"{split}_action"][number])
+            close("F clips, actions (latents: by hash)", clip.actions, actions[f"{split}_action"][number], 1e-9)
             assert clip.text == item["text"]
             checked += 1
     assert checked == 15

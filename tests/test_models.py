@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention import TemporalBasicTransformerBlock
 from golden_model import golden_model, worst
+from golden_table import close
 from safetensors.torch import load_file
 
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import PretrainSettings
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.evaluation.recording import to_uint8
+from persistworld_cli.models import text as text_room
 from persistworld_cli.models import vae as vae_room
 from persistworld_cli.models.diffusion import karras_sigmas, loss_weight, precondition
 from persistworld_cli.models.samplers import SAMPLERS, euler
@@ -59,12 +65,12 @@ def test_unet_forward(golden: Path) -> None:
         rows = sample.shape[0]
         return model.unet(sample, d["timestep"][:rows], context[:rows], ids[:rows], return_dict=False)[0]
 
-    assert worst(run(d["sample"], d["ehs_frame"]), d["out_frame_level_true"]) < 1e-5
-    assert worst(run(d["sample_odd"], d["ehs_frame"]), d["out_odd_frame_level_true"]) < 1e-5
+    close("B unet, a token a frame", run(d["sample"], d["ehs_frame"]), d["out_frame_level_true"], 1e-5)
+    close("B unet, odd size", run(d["sample_odd"], d["ehs_frame"]), d["out_odd_frame_level_true"], 1e-5)
     model.unet.frame_level = False
     try:
-        assert worst(run(d["sample"], d["ehs_frame"]), d["out_frame_level_false_seq11"]) < 1e-5
-        assert worst(run(d["sample"], d["ehs_single"]), d["out_frame_level_false_seq1"]) < 1e-5
+        close("B unet, 11 tokens", run(d["sample"], d["ehs_frame"]), d["out_frame_level_false_seq11"], 1e-5)
+        close("B unet, one token", run(d["sample"], d["ehs_single"]), d["out_frame_level_false_seq1"], 1e-5)
     finally:
         model.unet.frame_level = True
 
@@ -75,11 +81,15 @@ def test_sigma_schedules(golden: Path) -> None:
         steps = int(name.split("_")[1])
         sigmas = karras_sigmas(steps)
         assert torch.allclose(sigmas, d[name], rtol=1e-6, atol=1e-7)
-        assert worst(precondition(sigmas[:-1]).c_noise, d[f"timesteps_{steps}"]) < 1e-5
+        close("B sigma schedules", sigmas, d[name], 1e-6, relative=True)
+        close("B timesteps", precondition(sigmas[:-1]).c_noise, d[f"timesteps_{steps}"], 1e-5)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tag", ["s4_g1", "s4_g2", "s4_g2_hiszero", "s4_g2_b1_aug0", "s10_g2"])
+@pytest.mark.parametrize(
+    "tag",
+    ["s4_g1", "s4_g2", "s4_g2_hiszero", "s4_g2_b1", "s4_g2_b1_aug0", "s10_g1", "s10_g2", "s50_g2_b1"],
+)
 def test_sampling_step_by_step(golden: Path, tag: str) -> None:
     d = load_file(str(golden / "tiny_sampling.safetensors"))
     meta = json.loads((golden / "tiny_sampling_meta.json").read_text())[tag]
@@ -92,11 +102,12 @@ def test_sampling_step_by_step(golden: Path, tag: str) -> None:
         return model.denoise_guided(x, sigma.expand(x.shape[0]), condition, meta["max_guidance"])
 
     x = get["noise"] * (sigmas[0] ** 2 + 1).sqrt()
-    for i, expected in enumerate(get["latents_after_step"]):
+    steps = get.get("latents_after_step", ())  # of the longest run, only the end was kept
+    for i in range(meta["num_inference_steps"]):
         x = euler(denoise, x, sigmas[i : i + 2])
-        # float32 at a noise level of hundreds: the bound grows with the numbers themselves
-        assert worst(x, expected) < 1e-5 * max(1.0, expected.abs().max().item())
-    assert worst(x, get["final"]) < 1e-5
+        if len(steps):  # float32 at a noise level of hundreds: the bound grows with the numbers themselves
+            close(f"B sampling {tag}, every step", x, steps[i], 1e-5, relative=True)
+    close(f"B sampling {tag}, end", x, get["final"], 1e-5)
 
 
 @pytest.mark.parametrize("tag", ["text_off", "text_on", "text_on_one_dropped", "text_on_hiszero_patched"])
@@ -119,14 +130,15 @@ def test_training_loss_and_gradients(golden: Path, tag: str) -> None:
     model.unet.requires_grad_(True)
     model.action_encoder.requires_grad_(True)
     loss = denoising_loss(model, get["latent"], get["action"], get.get("text_embeds"), draws, PretrainSettings()).mean()
-    assert abs(loss.item() - meta["loss"]) < 1e-5
+    close(f"B training {tag}, loss", loss, meta["loss"], 1e-5)
     loss.backward()
     named = dict(model.named_parameters())
     for name, expected in ((k.removeprefix("grad."), v) for k, v in get.items() if k.startswith("grad.")):
-        assert worst(named[name].grad, expected) < 1e-5, name
+        close(f"B training {tag}, gradients", named[name].grad, expected, 1e-5)
     for name, norm in meta.get("grad_l2", {}).items():
         grad = named[name].grad  # a query that meets one key gets no gradient here, rounding noise in the reference
-        assert abs((0.0 if grad is None else grad.norm().item()) - norm) < 1e-5 * max(1.0, norm), name
+        ours = 0.0 if grad is None else grad.norm().item()
+        close(f"B training {tag}, norms of all gradients", ours, norm, 1e-5, relative=True)
 
 
 def test_action_tokens(golden: Path) -> None:
@@ -134,9 +146,9 @@ def test_action_tokens(golden: Path) -> None:
     encoder = ActionEncoder(7, 1024)
     encoder.load_state_dict({k.removeprefix("weights."): v for k, v in d.items() if k.startswith("weights.")})
     with torch.no_grad():
-        assert worst(encoder(d["action"]), d["out_no_text"]) < 1e-5
-        assert worst(encoder(d["action"], d["text_embeds"]), d["out_text"]) < 1e-5
-        assert worst(encoder.double()(d["action"].double()), d["out64_no_text"].double()) < 1e-10
+        close("C action tokens", encoder(d["action"]), d["out_no_text"], 1e-5)
+        close("C action tokens with text", encoder(d["action"], d["text_embeds"]), d["out_text"], 1e-5)
+        close("C action tokens, float64", encoder.double()(d["action"].double()), d["out64_no_text"], 1e-10)
 
 
 @torch.no_grad()
@@ -146,12 +158,25 @@ def test_vae_encodes_and_decodes_in_chunks(golden: Path) -> None:
     if pixels.shape[1] == 3:
         pixels = pixels.permute(0, 2, 3, 1)
     scale = model.vae.config.scaling_factor
-    assert worst(vae_room.encode(model.vae, vae_room.pixels_to_unit(pixels)), d["enc_mode"] * scale) < 1e-5
+    close("B vae, latents", vae_room.encode(model.vae, vae_room.pixels_to_unit(pixels)), d["enc_mode"] * scale, 1e-5)
     flat = d["dec_latents"].flatten(0, 1)
     for chunk in (7, 5, 15, 1):
         made = vae_room.decode(model.vae, flat, chunk)
-        assert worst(made, d[f"dec_chunk{chunk}"].flatten(0, 1)) < 2e-5
-    assert worst(vae_room.decode_clips(model.vae, flat, 5), d["dec_chunk5"].flatten(0, 1)) < 2e-5
+        close(f"B vae, pictures in runs of {chunk}", made, d[f"dec_chunk{chunk}"].flatten(0, 1), 2e-5)
+        if chunk == 7:  # a number just below a whole one may fall to either side: one level, seldom
+            eight_bit = to_uint8(made / 2 + 0.5, "down").astype(int) - d["dec_chunk7_uint8"].flatten(0, 1).numpy()
+            assert np.abs(eight_bit).max() <= 1
+            close("B vae, 8-bit pictures that differ (share)", np.mean(eight_bit != 0), 0.0, 1e-4)
+    close("B vae, runs in one batch", vae_room.decode_clips(model.vae, flat, 5), d["dec_chunk5"].flatten(0, 1), 2e-5)
+
+
+def test_pictures_become_8_bit_as_in_the_reference(golden: Path) -> None:
+    d = load_file(str(golden / "tiny_vae.safetensors"))
+    levels = torch.arange(256, dtype=torch.uint8).view(256, 1, 1)
+    close("B pixels to [-1, 1]", vae_room.pixels_to_unit(levels).flatten(), d["lut_uint8_to_fp32_norm"], 1e-6)
+    drawn = (d["lut_bf16_in"] / 2 + 0.5).view(3, -1, 1)
+    ours = np.moveaxis(to_uint8(drawn, "down"), -1, 0).flatten()
+    close("B pixels to 8 bit, fraction cut off", ours, d["lut_fp32_to_uint8"], 0.5)
 
 
 def test_edm_constants(golden: Path) -> None:
@@ -161,7 +186,7 @@ def test_edm_constants(golden: Path) -> None:
     checked = [k for k in ("c_skip", "c_out", "c_in", "c_noise", "loss_weight") if k in d]
     assert len(checked) == 5
     for name in checked:
-        assert np.allclose(got[name].numpy(), d[name], rtol=1e-10, atol=1e-10)
+        close("B preconditioning and loss weight", got[name], d[name], 1e-10, relative=True)
 
 
 def test_full_size_model_has_the_published_keys(golden: Path) -> None:
@@ -189,6 +214,53 @@ def test_a_frame_depends_on_its_own_action_and_on_the_first(tiny: WorldModel) ->
         tokens[:, frame] += 1.0
         changed = tiny.network(x, sigma, Condition(condition.history, condition.current, tokens, 0.02))
         assert (changed - base)[:, 2].abs().max() > 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("choice", "tokens_seen"), [("first", 1), ("all", 11)])
+def test_what_temporal_attention_sees_is_a_setting(tiny: WorldModel, choice: str, tokens_seen: int) -> None:
+    model = build_world_model(replace(tiny.settings, temporal_token=choice), tiny.world).eval()
+    model.load_state_dict(tiny.state_dict())
+    condition, (c, h, w) = random_condition(model), model.latent_shape
+    shown: list[torch.Tensor] = []
+    for module in model.unet.modules():
+        if isinstance(module, TemporalBasicTransformerBlock):
+            module.attn2.register_forward_pre_hook(
+                lambda attention, args, kwargs: shown.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+            )
+    out = model.network(torch.zeros(1, 5, c, h, w), torch.tensor([1.0]), condition)
+    assert shown and all(context.shape[1] == tokens_seen for context in shown)
+    assert all(torch.equal(context[-1], condition.tokens[0, :tokens_seen]) for context in shown)
+    same = tiny.network(torch.zeros(1, 5, c, h, w), torch.tensor([1.0]), condition)
+    assert torch.equal(out, same) == (choice == "first")
+
+
+def test_an_instruction_that_clip_cannot_hold_is_cut_with_one_warning(
+    tiny: WorldModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = "push the red cube towards the far edge of the table " * 20
+    short = "push the red cube forward"
+    ids, mask = text_room.tokenize(tiny.tokenizer, [long, short])
+    text_room.tokenize(tiny.tokenizer, [short, long])
+    assert ids.shape == mask.shape == (2, 77) and mask[0].all() and not mask[1].all()
+    warned = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == 1
+    message = warned[0].getMessage()
+    assert "cut to CLIP's 77" in message and long[:60] in message
+
+
+@pytest.mark.parametrize(
+    ("latent", "numbers", "words"), [((4, 24, 20), 7, "3 cameras of 48x80"), (None, 8, "8 numbers")]
+)
+def test_data_of_another_preset_is_refused_before_any_compute(
+    tiny: WorldModel, latent: tuple[int, int, int] | None, numbers: int, words: str
+) -> None:
+    shape = (2, 11, *(latent or tiny.latent_shape))
+    draws = Draws.sample(shape, 6, torch.Generator(), torch.device("cpu"))
+    with pytest.raises(PersistWorldError, match=words) as told:
+        denoising_loss(tiny, torch.zeros(shape), torch.zeros(2, 11, numbers), None, draws, PretrainSettings())
+    assert "preset" in str(told.value.where) or "action_dim" in str(told.value.where)
+    assert "extracted with" in str(told.value.fix)
 
 
 @torch.no_grad()

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden_table import close
 
+from persistworld_cli.models.diffusion import precondition
 from persistworld_cli.objective.nft import kl_to_reference, nft_loss, sampling_decay
 
 
@@ -23,14 +25,36 @@ def test_nft_flow_cases(golden: Path, case: int) -> None:
     old = x_t - t * torch.from_numpy(data["v_old"])
     r = torch.from_numpy(data[f"case{case}.r"])
     terms = nft_loss(theta, old, x0, r, beta=settings["beta"], weighting="self")
-    assert np.allclose(terms.policy.detach().numpy(), data[f"case{case}.per_sample"], rtol=0, atol=1e-10)
-    assert abs(settings["adv_clip_max"] * terms.policy.mean().item() - settings["policy_loss"]) < 1e-10
+    close("G objective, flow", terms.policy, data[f"case{case}.per_sample"], 1e-10)
+    close("G objective, flow", settings["adv_clip_max"] * terms.policy.mean(), settings["policy_loss"], 1e-10)
     reference = x_t - t * torch.from_numpy(data["v_ref"])
     kl = kl_to_reference(theta, reference)
-    assert np.allclose(kl.detach().numpy(), data[f"case{case}.clean.kl_per_sample"], rtol=0, atol=1e-10)
+    close("G KL, flow", kl, data[f"case{case}.clean.kl_per_sample"], 1e-10)
     total = settings["adv_clip_max"] * terms.policy.mean() + settings["kl_beta"] * kl.mean()
     total.backward()
-    assert np.allclose(theta.grad.numpy(), data[f"case{case}.clean.grad_x_theta"], rtol=0, atol=1e-10)
+    close("G gradient, flow", theta.grad, data[f"case{case}.clean.grad_x_theta"], 1e-10)
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_nft_edm_cases(golden: Path, case: int) -> None:
+    """Clean predictions of a preconditioned network; the gradient goes back to its output F."""
+    data = np.load(golden / "nft_edm_x0.npz")
+    settings = json.loads((golden / "nft_cases.json").read_text())["edm"][case]
+    x0, noisy, output = (torch.from_numpy(data[k]) for k in ("x0", "x_noisy", "F_theta"))
+    scale = precondition(torch.from_numpy(data["sigma"]).view(-1, 1, 1, 1, 1))
+    output.requires_grad_()
+    theta = scale.c_skip * noisy + scale.c_out * output
+    old, reference = (scale.c_skip * noisy + scale.c_out * torch.from_numpy(data[k]) for k in ("F_old", "F_ref"))
+    close("G clean prediction, edm", theta, data[f"case{case}.D_theta"], 1e-10)
+    r = torch.from_numpy(data[f"case{case}.r"])
+    terms = nft_loss(theta, old, x0, r, beta=settings["beta"], weighting="self")
+    close("G objective, edm", terms.policy, data[f"case{case}.per_sample"], 1e-10)
+    kl = kl_to_reference(theta, reference)
+    close("G KL, edm", kl, data[f"case{case}.kl_D_per_sample"], 1e-10)
+    total = settings["adv_clip_max"] * terms.policy.mean() + settings["kl_beta"] * kl.mean()
+    close("G objective, edm", total, settings["total_klD"], 1e-10)
+    total.backward()
+    close("G gradient, edm", output.grad, data[f"case{case}.grad_F_theta_klD"], 1e-10)
 
 
 def test_plain_weighting_is_the_paper_s_formula() -> None:
@@ -56,4 +80,4 @@ def test_sampling_decay_schedules(golden: Path) -> None:
     kinds = [("ramp", 0.0, 0.0), ("ramp", 0.001, 0.5), ("late-ramp", 0.0075, 0.999)]
     for row, (kind, rate, maximum) in zip(decay, kinds, strict=True):
         ours = [sampling_decay(step, kind, rate, maximum) for step in range(len(row))]
-        assert np.allclose(ours, row, rtol=0, atol=1e-12)
+        close("G decay of the sampling policy", ours, row, 1e-12)

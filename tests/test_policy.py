@@ -15,6 +15,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+from golden_table import close
 from safetensors.numpy import load_file
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
@@ -118,6 +119,8 @@ def test_pictures_keep_their_aspect_and_are_padded() -> None:
     assert (out[45:179] == 200).all()
     assert out[:45].max() == out[179:].max() == 0
     assert resize_with_pad(np.full((8, 4, 3), 9, np.uint8), 8)[:, 2:6].min() == 9
+    droid = resize_with_pad(np.full((192, 320, 3), 200, np.uint8), 224, (180, 320))  # 180x320 is 126x224
+    assert (droid[49:175] == 200).all() and droid[:49].max() == droid[175:].max() == 0
 
 
 def test_observation_has_the_described_fields() -> None:
@@ -393,11 +396,11 @@ def test_chunks_become_poses_as_in_the_reference(golden: Path, tag: str, skip: i
     adapter = load_adapter(str(golden / "action_adapter_weights.safetensors"))
     for i, (actions, joints) in enumerate(zip(data["chunk"], data["joint_in"], strict=True)):
         chunk = interpret_chunk(actions, joints, adapter, skip=skip, gripper_cap=0.75)
-        assert np.abs(chunk.adapter_joints - data["adapter_joints"][i]).max() < 1e-6
-        assert np.abs(chunk.joints[:, :7] - data["fk_joints"][i]).max() < 1e-6
-        assert np.abs(chunk.states - data["fk_states"][i]).max() < 1e-6
-        assert np.abs(chunk.poses_taken - data["poses_taken"][i]).max() < 1e-6
-        assert np.abs(chunk.joints_taken - data["joints_taken"][i]).max() < 1e-6
+        close(f"I policy {tag}, adapter's joints", chunk.adapter_joints, data["adapter_joints"][i], 1e-6)
+        close(f"I policy {tag}, joints", chunk.joints[:, :7], data["fk_joints"][i], 1e-6)
+        close(f"I policy {tag}, states", chunk.states, data["fk_states"][i], 1e-6)
+        close(f"I policy {tag}, poses of a chunk", chunk.poses_taken, data["poses_taken"][i], 1e-6)
+        close(f"I policy {tag}, joints of a chunk", chunk.joints_taken, data["joints_taken"][i], 1e-6)
 
 
 def test_policy_controller_follows_the_reference_through_a_rollout(golden: Path) -> None:
@@ -433,7 +436,7 @@ def test_policy_controller_follows_the_reference_through_a_rollout(golden: Path)
     trace = controller.traces[0]
     for name in ("joint_pos", "joint_vel", "state_fk"):
         expected = data[f"info_{name}"].reshape(-1, 7)
-        assert np.abs(np.asarray(getattr(trace, name)) - expected).max() < 1e-5, name
+        close(f"I policy {tag}, saved {name}", np.asarray(getattr(trace, name)), expected, 1e-5)
 
 
 def test_a_chunk_too_short_for_its_skip_is_refused() -> None:
@@ -442,11 +445,13 @@ def test_a_chunk_too_short_for_its_skip_is_refused() -> None:
     assert "at most 2" in str(short.value)
 
 
-def test_the_gripper_of_now_is_not_capped() -> None:
+def test_the_gripper_of_now_is_capped_only_where_asked() -> None:
     now = np.append(REST[:7], 0.9)
     actions = np.ones((15, 8)) * [0, 0, 0, 0, 0, 0, 0, 1.5]
     chunk = interpret_chunk(actions, now, GainAdapter(), skip=2, gripper_cap=0.75)
     assert np.allclose(chunk.poses_taken[:, 6], [0.9, 0.75, 0.75, 0.75, 0.75])
+    capped = interpret_chunk(actions, now, GainAdapter(), skip=2, gripper_cap=0.75, cap_current=True)
+    assert np.allclose(capped.poses_taken[:, 6], 0.75)
 
 
 def test_recorded_and_keyboard_controllers() -> None:

@@ -1,4 +1,4 @@
-"""Every command in the README is one that the program takes: each is resolved with --dry-run."""
+"""Every command in the README is one that the program takes, and the documents' settings have the values they say."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import tomli
 from typer.testing import CliRunner
 
 from persistworld_cli.commands.app import app
+from persistworld_cli.config.presets import load_settings, to_json
 
+pytestmark = pytest.mark.usefixtures("counted_once")
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
@@ -33,3 +36,15 @@ def test_readme_command_resolves(command: str, tmp_path: Path, monkeypatch: pyte
     result = CliRunner().invoke(app, [*shlex.split(command)[1:], "--dry-run"])
     assert result.exit_code == 0, result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_reference_behaviour_tells_the_presets_values() -> None:
+    text = (README.parent / "docs" / "reference-behaviour.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|[^|]+\| `(\w+)\.(\w+)` \| `([^`]+)` \|", text, flags=re.MULTILINE)
+    presets = {name: to_json(load_settings(name, env={}).settings) for name in ("ctrl-world", "persistworld")}
+    assert len(rows) > 20
+    for table, key, value in rows:
+        told = tomli.loads(f"value = {value}")["value"]
+        assert presets["ctrl-world"][table][key] == told, f"{table}.{key}"
+        if (table, key) != ("sampling", "guidance"):
+            assert presets["persistworld"][table][key] == told, f"{table}.{key}"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden_table import close
 from safetensors.torch import load_file, save_file
 
 from persistworld_cli.config.settings import DriveSettings
@@ -21,8 +22,9 @@ REST = np.array([0.0, 0.05, 0.3, -2.25, 0.0, 2.5, -np.pi / 2])
 
 def test_forward_kinematics_equal_the_reference(golden: Path) -> None:
     data = np.load(golden / "fk_random.npz")
-    assert np.abs(forward(data["joints"]) - data["T"]).max() < 1e-10
-    assert np.abs(pose(data["joints"]) - np.concatenate([data["xyz"], data["euler_xyz"]], axis=1)).max() < 1e-10
+    close("D forward kinematics, matrices", forward(data["joints"]), data["T"], 1e-10)
+    expected = np.concatenate([data["xyz"], data["euler_xyz"]], axis=1)
+    close("D forward kinematics, poses", pose(data["joints"]), expected, 1e-10)
 
 
 def test_forward_kinematics_equal_droids_recorded_poses(shared_data: Path) -> None:
@@ -67,7 +69,7 @@ def test_keys_equal_the_reference(golden: Path) -> None:
     keymap = KeyMap()
     for index, key in enumerate(data["keys"]):
         for number, start in enumerate(data["poses"]):
-            assert np.abs(keymap.chunk(start, str(key)) - data["chunks"][index, number]).max() < 1e-10, key
+            close("E keyboard", keymap.chunk(start, str(key)), data["chunks"][index, number], 1e-10)
 
 
 def test_keymap_follows_its_settings() -> None:
@@ -97,7 +99,7 @@ def test_mlp_adapter_equals_the_reference(golden: Path, tmp_path: Path) -> None:
     for path in (weights, tmp_path / "model2_15_9.pth"):
         adapter = load_adapter(str(path))
         for joints, velocities, future in zip(data["joint"], data["joint_vel"], data["joint_future"], strict=True):
-            assert np.abs(adapter(velocities, joints) - future).max() < 1e-5
+            close("D action adapter", adapter(velocities, joints), future, 1e-5)
     assert adapter(velocities[:10], joints).shape == (10, 7)
     with pytest.raises(PersistWorldError, match="1 to 15 rows"):
         adapter(np.zeros((16, 7)), joints)

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 from golden_model import golden_model, worst
+from golden_table import close
 from safetensors.torch import load_file
 
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import SamplingSettings
 from persistworld_cli.data.store import ActionStat
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.evaluation.recording import to_uint8
 from persistworld_cli.models.world_model import build_world_model
 from persistworld_cli.rollout.engine import RolloutEngine, RolloutState, recorded_poses, rollout_noise
 from persistworld_cli.rollout.memory import Memory
@@ -30,17 +33,20 @@ def test_golden_replay_interaction_by_interaction(golden: Path, tag: str) -> Non
     engine = RolloutEngine(golden_model(golden), sampling, stat)
     states = get["traj_states"].numpy()
     state = RolloutState(Memory(get["first_latent"][None], states[:1], 24), d["text_embeds"])
-    for i in range(2):  # each takes seconds; all five were compared once, the last within 2e-5
+    what = f"I replay {tag}"
+    for i, noise in enumerate(get["noise"]):
         poses = recorded_poses(states, 0, i, 5)[None]
         inputs = engine.inputs(state, poses)
-        assert worst(inputs.history[0], get["history"][i]) < 5e-5
-        assert worst(inputs.current[0], get["current"][i]) < 5e-5
-        assert np.allclose(inputs.actions[0].numpy(), get["pose_norm"][i].numpy(), atol=1e-6)
+        close(f"{what}, history and current frame", inputs.history[0], get["history"][i], 5e-5)
+        close(f"{what}, history and current frame", inputs.current[0], get["current"][i], 5e-5)
+        close(f"{what}, normalised poses", inputs.actions[0], get["pose_norm"][i], 1e-6)
         with torch.no_grad():
-            assert worst(engine.condition(inputs).tokens[0], get["action_hidden"][i]) < 1e-5
-        predicted = engine.step(state, poses, get["noise"][i][None])
-        assert worst(predicted[0], get["pred"][i]) < 5e-5
-    assert len(state.memory) == 26
+            close(f"{what}, tokens", engine.condition(inputs).tokens[0], get["action_hidden"][i], 1e-5)
+        predicted = engine.step(state, poses, noise[None])
+        close(f"{what}, {len(get['noise'])} interactions", predicted[0], get["pred"][i], 5e-5)
+        drawn = to_uint8(engine.model.decode_latents(predicted[0], sampling.decode_chunk), "down")  # (5, V, H, W, 3)
+        close(f"{what}, mean of each 8-bit picture", drawn.mean(axis=(2, 3, 4)).T, get["frame_mean"][i], 0.01)
+    assert len(state.memory) == 24 + len(get["noise"])
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +92,14 @@ def test_branches_do_not_touch_their_parent(engine: RolloutEngine) -> None:
     assert not torch.allclose(made[0], made[1])
     joined = RolloutState.join([branch.select([1]), branch.select([0])])
     assert torch.equal(joined.memory.current[0], made[[1, 0], -1])
+
+
+def test_a_rollout_of_another_presets_data_is_refused(engine: RolloutEngine) -> None:
+    c, h, w = engine.model.latent_shape
+    with pytest.raises(PersistWorldError, match="3 cameras of 48x80"):  # one camera less in the dataset
+        engine.start(torch.zeros(1, c, h // 3 * 2, w), np.zeros((1, 7)), ["go"])
+    with pytest.raises(PersistWorldError, match="8 numbers, this preset's model takes 7"):
+        engine.start(torch.zeros(1, c, h, w), np.zeros((1, 8)), ["go"])
 
 
 def test_history_reads_the_entries_it_names() -> None:

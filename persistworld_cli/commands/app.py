@@ -13,7 +13,9 @@ from persistworld_cli.commands import (
     build_meta,
     drive,
     eval,
+    export,
     extract_latents,
+    inspect,
     pi_rollout,
     policy_server,
     post_train,
@@ -42,6 +44,8 @@ COMMANDS: dict[str, ModuleType] = {
     "drive": drive,
     "pi-rollout": pi_rollout,
     "policy-server": policy_server,
+    "inspect": inspect,
+    "export": export,
 }
 for _name, _module in COMMANDS.items():
     app.command(_name, epilog="\n\n".join(["Examples:", *_module.EXAMPLES]))(_module.command)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from persistworld_cli.commands.options import Adapter, Ckpt, Common, Dataset, Seed, with_common
+from persistworld_cli.commands.options import Accelerator, Adapter, Ckpt, Common, Dataset, Seed, with_common
 from persistworld_cli.commands.run import execute
 
 EXAMPLES = (
@@ -27,6 +27,7 @@ def command(
     ckpt: Ckpt = None,
     adapter: Adapter = None,
     dataset: Dataset = None,
+    accelerator: Accelerator = None,
 ) -> None:
     """Drive by keys: each key is one interaction step of 0.8 s; the world model shows what the cameras would see."""
     from persistworld_cli.robot.keyboard import parse_keys
@@ -44,4 +45,5 @@ def command(
             "drive.seed": seed,
         },
         job={"keys": keys},
+        accelerator=accelerator,
     )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from persistworld_cli.commands.options import Adapter, Common, Dataset, with_common
+from persistworld_cli.commands.options import Accelerator, Adapter, Common, Dataset, with_common
 from persistworld_cli.commands.run import episode_list, execute
 
 EXAMPLES = (
@@ -39,6 +39,7 @@ def command(
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seed of the noise; may be repeated.")] = None,
     split: Annotated[str | None, typer.Option(help="train or val.")] = None,
     batch: Annotated[int | None, typer.Option(help="Rollouts at once.")] = None,
+    accelerator: Accelerator = None,
 ) -> None:
     """Roll out held-out episodes in closed loop and measure them against the record, paired with a baseline."""
     execute(
@@ -56,4 +57,5 @@ def command(
         },
         names={"eval.starts": "--start", "eval.seeds": "--seed"},
         job={"ckpt": ckpt, "baseline": baseline},
+        accelerator=accelerator,
     )

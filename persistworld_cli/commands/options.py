@@ -33,6 +33,14 @@ Adapter = Annotated[
 ]
 Dataset = Annotated[str | None, typer.Option(help="Processed dataset (what extract-latents wrote).", metavar="DIR")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")]
+Accelerator = Annotated[
+    str | None,
+    typer.Option(
+        help="With --dry-run: the cost on a100, h100, h200, ... or on so many dense bf16 TFLOP/s.  \\[h100]",
+        metavar="NAME|TFLOPS",
+        rich_help_panel=SETTINGS_PANEL,
+    ),
+]
 Resume = Annotated[
     bool, typer.Option("--resume/--no-resume", help="Continue the run in the output folder, if it has one.")
 ]
@@ -85,17 +93,21 @@ _LAUNCH = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "
 _OFFERED: dict[str, tuple[str, ...]] = {"full": _LAUNCH, "single": ("threads", "device"), "none": ()}
 
 
-def with_common(launch: Literal["full", "single", "none"]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_common(
+    launch: Literal["full", "single", "none"], without: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the shared options.
 
     Args:
         launch: which of "Processes and machines" it takes: all (a job that can be spread), threads and device (a job of
             one process), or none (done in this process).
+        without: shared options that it does not take, or has in a form of its own.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = typing.get_type_hints(Common, include_extras=True)
-        offered = [f for f in fields(Common) if f.name not in _LAUNCH or f.name in _OFFERED[launch]]
+        shown = [f for f in fields(Common) if f.name not in _LAUNCH or f.name in _OFFERED[launch]]
+        offered = [f for f in shown if f.name not in without]
         own_hints = typing.get_type_hints(command, include_extras=True)
         own = [
             p.replace(annotation=own_hints[n])

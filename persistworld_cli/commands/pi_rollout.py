@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from persistworld_cli.commands.options import Adapter, Ckpt, Common, Dataset, Seed, with_common
+from persistworld_cli.commands.options import Accelerator, Adapter, Ckpt, Common, Dataset, Seed, with_common
 from persistworld_cli.commands.run import execute
 
 EXAMPLES = (
@@ -38,6 +38,7 @@ def command(
     ckpt: Ckpt = None,
     adapter: Adapter = None,
     dataset: Dataset = None,
+    accelerator: Accelerator = None,
 ) -> None:
     """Let a policy act in the world model: it sees the predicted cameras and answers with joint velocities."""
     execute(
@@ -58,4 +59,5 @@ def command(
             "start": start,
             "instruction": instruction,
         },
+        accelerator=accelerator,
     )

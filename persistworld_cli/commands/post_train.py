@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from persistworld_cli.commands.options import Ckpt, Common, Dataset, Resume, Seed, with_common
+from persistworld_cli.commands.options import Accelerator, Ckpt, Common, Dataset, Resume, Seed, with_common
 from persistworld_cli.commands.run import execute
 
 EXAMPLES = (
@@ -28,6 +28,7 @@ def command(
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     seed: Seed = None,
     resume: Resume = True,
+    accelerator: Accelerator = None,
 ) -> None:
     """Post-train on own rollouts: draw continuations, score them against the record, learn from the best and worst."""
     execute(
@@ -43,4 +44,5 @@ def command(
             "post_train.seed": seed,
         },
         job={"resume": resume},
+        accelerator=accelerator,
     )

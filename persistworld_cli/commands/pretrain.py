@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from persistworld_cli.commands.options import Ckpt, Common, Dataset, Resume, Seed, with_common
+from persistworld_cli.commands.options import Accelerator, Ckpt, Common, Dataset, Resume, Seed, with_common
 from persistworld_cli.commands.run import execute
 from persistworld_cli.errors import UsageError
 
@@ -34,6 +34,7 @@ def command(
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     seed: Seed = None,
     resume: Resume = True,
+    accelerator: Accelerator = None,
 ) -> None:
     """Train the world model on recorded clips (teacher forcing), or its VAE on recorded pictures."""
     if part not in ("world", "vae"):
@@ -51,4 +52,5 @@ def command(
             f"{table}.seed": seed,
         },
         job={"resume": resume, "scratch": scratch, "vae": vae},
+        accelerator=accelerator,
     )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from persistworld_cli.commands.options import Common, Dataset, with_common
+from persistworld_cli.commands.options import Accelerator, Common, Dataset, with_common
 from persistworld_cli.commands.run import execute
 
 EXAMPLES = (
@@ -35,6 +35,7 @@ def command(
     ] = None,
     dataset: Dataset = None,
     split: Annotated[str | None, typer.Option(help="Split to look for the episode in: train or val.")] = None,
+    accelerator: Accelerator = None,
 ) -> None:
     """Replay recorded actions: prediction over record as mp4, contact sheet and numbers for every step."""
     execute(
@@ -52,4 +53,5 @@ def command(
             "ckpts": ckpt or [],
             "adapters": adapter or [],
         },
+        accelerator=accelerator,
     )

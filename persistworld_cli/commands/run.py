@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from persistworld_cli.commands.cost import cost_report, pick_accelerator, show_cost
 from persistworld_cli.commands.options import Common
 from persistworld_cli.config.presets import Resolved, flatten, load_settings, to_json
 from persistworld_cli.console import note, stdout_console
@@ -42,6 +43,7 @@ def execute(
     names: Mapping[str, str] | None = None,
     job: Mapping[str, Any] | None = None,
     folder: str | None = None,
+    accelerator: str | None = None,
 ) -> None:
     """A whole command whose work is done by a worker: resolve, show or launch, print.
 
@@ -51,11 +53,17 @@ def execute(
         flags, names: as for `resolve`.
         job: what is asked for beside the settings; JSON values. The worker gets ``output`` added.
         folder: name of the default output folder, if it is not the task's.
+        accelerator: what a dry run's floors are for; None: the default.
     """
+    device = pick_accelerator(accelerator, dry_run=common.dry_run)
     resolved = resolve(common, flags, names)
     output = output_folder(common, resolved, folder or task)
     if common.dry_run:
-        show_settings(task, resolved, dict(job or {}), output, as_json=common.as_json)
+        report = cost_report(task, resolved.settings)
+        cost = report.as_json(device) if report else None
+        show_settings(task, resolved, dict(job or {}), output, as_json=common.as_json, cost=cost)
+        if report and not common.as_json:
+            show_cost(task, report, device)
         return
     result = launch_worker(task, resolved, dict(job or {}), output)
     code = int(result.pop("exit_code", 0))  # work that finished, but not all of it as asked (an unreadable episode)
@@ -87,8 +95,16 @@ def launch_worker(task: str, resolved: Resolved, job: dict[str, Any], output: Pa
     return result
 
 
-def show_settings(task: str, resolved: Resolved, job: Mapping[str, Any], output: Path, *, as_json: bool) -> None:
-    """Every setting with its value and the layer it came from (``--dry-run``)."""
+def show_settings(
+    task: str,
+    resolved: Resolved,
+    job: Mapping[str, Any],
+    output: Path,
+    *,
+    as_json: bool,
+    cost: Mapping[str, Any] | None = None,
+) -> None:
+    """Every setting with its value and the layer it came from (``--dry-run``); ``cost`` stands beside them in JSON."""
     values = flatten(resolved.settings)
     if as_json:
         plain = to_json(resolved.settings)
@@ -97,7 +113,7 @@ def show_settings(task: str, resolved: Resolved, job: Mapping[str, Any], output:
             for key in values
         }
         data = {"task": task, "preset": resolved.preset, "output": str(output), "job": dict(job), "settings": settings}
-        write_json(data)
+        write_json(data if cost is None else {**data, "cost": cost})
         return
     from rich.markup import escape
     from rich.table import Table

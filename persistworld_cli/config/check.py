@@ -11,6 +11,8 @@ from persistworld_cli.errors import UsageError, nearest
 
 _PRECISIONS = ("no", "bf16", "fp16")
 _CHOICES: dict[str, Sequence[str]] = {
+    "world.pixel_rounding": ("nearest", "down"),
+    "model.temporal_token": ("first", "all"),
     "sampling.dtype": ("float32", "bfloat16", "float16"),
     "pretrain.decay": ("constant", "cosine"),
     "pretrain.mixed_precision": _PRECISIONS,
@@ -78,6 +80,7 @@ _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
             "pretrain.max_grad_norm",
             "pretrain.history_noise",
             "pretrain.current_noise",
+            "pretrain.noise_aug",
             "pretrain.validate_every",
             "vae.kl",
             "vae.colour_weight",
@@ -207,6 +210,13 @@ def _check_world(settings: Settings, place: _Place) -> None:
                 f"{key} names camera {outside[0]}, but there are {count} (0..{count - 1})",
                 where=place(key, "world.cameras"),
             )
+    picture = settings.policy.picture
+    if picture and (len(picture) != 2 or min(picture) < 1):
+        raise UsageError(
+            f"policy.picture = {list(picture)} is no height and width",
+            where=place("policy.picture"),
+            fix="write policy.picture = [180, 320], or [] for pictures as they are drawn",
+        )
     weights = settings.rewards.camera_weights
     if weights and len(weights) != count:
         raise UsageError(

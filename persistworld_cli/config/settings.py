@@ -24,6 +24,7 @@ class WorldSettings:
     rate_hz: float = 5.0
     state_fields: tuple[str, ...] = ("observation.state.cartesian_position", "observation.state.gripper_position")
     joint_fields: tuple[str, ...] = ("observation.state.joint_position", "observation.state.gripper_position")
+    pixel_rounding: str = "nearest"  # nearest | down: how drawn pictures become 8-bit (videos, what policies see)
     val_rule: str = "id-ends-99"  # id-ends-99 (DROID) | info-splits (meta/info.json "splits") | every-N
 
 
@@ -38,6 +39,7 @@ class ModelSettings:
     action_dim: int = 7
     token_dim: int = 1024
     frame_level: bool = True
+    temporal_token: str = "first"  # what temporal cross-attention sees: first (the oldest frame's token) | all
     text_cond: bool = True
     history_cond_zero: bool = False  # Ctrl-World's his_cond_zero: history frames get no current-frame channels
     fps_id: int = 7
@@ -62,7 +64,7 @@ class SamplingSettings:
     sigma_min: float = 0.002
     sigma_max: float = 700.0
     rho: float = 7.0
-    noise_aug: float = 0.02
+    noise_aug: float = 0.02  # SVD's third id; training: pretrain.noise_aug
     history: tuple[int, ...] = (0, 0, -8, -6, -4, -2)  # entries of the buffer, oldest first
     history_policy: tuple[int, ...] = (0, 0, -12, -9, -6, -3)
     buffer_fill: int = 24  # copies of the first entry the buffer starts with
@@ -98,6 +100,7 @@ class PretrainSettings:
     p_std: float = 1.6
     history_noise: float = 0.3
     current_noise: float = 0.2
+    noise_aug: float = 0.0
     token_drop: float = 0.05
     mixed_precision: str = "no"  # no | bf16 | fp16
     gradient_checkpointing: bool = False
@@ -214,10 +217,12 @@ class PolicySettings:
     layout: str = "pi05"  # pi05 | pi0 | pi0-fast
     camera: int = 1  # the exterior camera shown to the policy
     wrist_camera: int = 2
-    image_size: int = 224
+    picture: tuple[int, ...] = ()  # height, width that pictures are resized to before padding; empty: as drawn
+    image_size: int = 224  # side of the padded square that is sent
     task: str = "bundled"
     skip: int = 0  # every skip-th row of the chunk is taken; 0: the task's
     gripper_cap: float = 0.0  # the most that the gripper may close; 0: the task's
+    cap_current: bool = False  # whether that holds for the gripper of now too (row 0 of an interaction)
     steps: int = 0  # interactions; 0: the task's
     adapter: str = "gain"  # gain | meta (fitted by build-meta) | path of an MLP's weights
     gain: float = 0.054

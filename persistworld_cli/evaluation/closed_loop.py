@@ -225,7 +225,7 @@ def draw_frames(
     """Decode a rollout's kept latents (S, L, C, h, w) to its new frames, uint8 (F, V, H, W, 3)."""
     predicted = torch.from_numpy(np.asarray(latents, dtype=np.float32)).to(model.device)
     pictures = torch.cat([model.decode_latents(step, chunk)[1:] for step in predicted])
-    return to_uint8(crop_to(pictures, height, width, where="model.vae"))
+    return to_uint8(crop_to(pictures, height, width, where="model.vae"), model.world.pixel_rounding)
 
 
 def reward_of(scorer: Scorer, scores: Scores) -> NDArray[np.float64]:

@@ -203,4 +203,5 @@ class LivingWorld:
     def _draw(self, latents: Tensor) -> Pictures:
         """(B, N, C, h, w) -> uint8 (B, N, V, H, W, 3)."""
         pictures = self._model.decode_latents(latents.to(self._model.device), self._engine.sampling.decode_chunk)
-        return to_uint8(crop_to(pictures, self._world.height, self._world.width, where="model.vae"))
+        drawn = crop_to(pictures, self._world.height, self._world.width, where="model.vae")
+        return to_uint8(drawn, self._world.pixel_rounding)

@@ -129,8 +129,10 @@ def make_plan(settings: Settings, job: dict[str, Any], store: EpisodeStore) -> P
         adapter=_adapter(own, store),
         skip=own.skip or task.skip,
         gripper_cap=own.gripper_cap or task.gripper_cap,
+        cap_current=own.cap_current,
         camera=_camera(own.camera, "policy.camera", settings),
         wrist_camera=_camera(own.wrist_camera, "policy.wrist_camera", settings),
+        picture=own.picture,
         image_size=own.image_size,
         rows=settings.model.num_frames,
     )

@@ -115,9 +115,11 @@ def to_unit(frames: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.asarray(frames))).movedim(-1, -3).float() / 255.0
 
 
-def to_uint8(pictures: Tensor) -> NDArray[np.uint8]:
-    """Float (..., 3, H, W) in [0, 1] to uint8 (..., H, W, 3), rounded."""
-    return (pictures.clamp(0, 1) * 255.0).round().to(torch.uint8).movedim(-3, -1).cpu().numpy()
+def to_uint8(pictures: Tensor, rounding: str = "nearest") -> NDArray[np.uint8]:
+    """Float (..., 3, H, W) in [0, 1] to uint8 (..., H, W, 3), rounded to the nearest, or "down" as Ctrl-World does."""
+    scaled = pictures.clamp(0, 1) * 255.0
+    whole = scaled.round() if rounding == "nearest" else scaled.floor()
+    return whole.to(torch.uint8).movedim(-3, -1).cpu().numpy()
 
 
 def crop_to(pictures: Tensor, height: int, width: int, where: str) -> Tensor:

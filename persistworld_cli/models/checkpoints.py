@@ -1,27 +1,28 @@
-"""Weights in: state dicts (.pt, .safetensors), folders, hub ids, adapters; one message where they do not fit."""
+"""Weights in: state dicts (.pt, .safetensors), shards, diffusers folders, hub ids, adapters; one message where they do
+not fit.
+
+Everything is compared by names and shapes before a number is read, and then read one tensor after another into the
+model: loading takes the model's own memory and little more (`benchmarks/loading.py` measures it).
+"""
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import ModelSettings, WorldSettings
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.models.lora import merge_adapter
+from persistworld_cli.models.adapters import merge_adapter
+from persistworld_cli.models.fit import parts_of, require_fit, shapes_of
 from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae
+from persistworld_cli.models.weight_files import WeightFiles, fill
+from persistworld_cli.models.weight_sources import locate
 from persistworld_cli.models.world_model import WorldModel, build_world_model
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-# Buffers that old transformers wrote and new ones do not .
-DROPPED = ("position_ids",)
+FRESH = ("text_encoder", "action_encoder")  # what Stable Video Diffusion does not have
+_CLIP_PICTURES = tuple(f"text_encoder.{name}" for name in ("vision_model.", "visual_projection.", "logit_scale"))
 
 
 def load_world_model(
@@ -31,8 +32,10 @@ def load_world_model(
     ckpt: str | None = None,
     adapter: str | None = None,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    fresh: Sequence[str] = (),
 ) -> WorldModel:
-    """The model of a preset with its weights, on `device`, in eval mode, float32.
+    """The model of a preset with its weights, on `device`, in eval mode, frozen. The one way in for every subcommand.
 
     Args:
         settings: architecture and default weights.
@@ -40,6 +43,9 @@ def load_world_model(
         ckpt: file, folder, hub id or "bundled:PATH"; None: `settings.ckpt`.
         adapter: a post-trained PEFT folder on top; None: `settings.adapter`; "" for none.
         device: where to put it.
+        dtype: of all weights, whatever the file's.
+        fresh: of `FRESH`, parts that the checkpoint may lack as a whole: the text encoder then comes from the
+            tokenizer's folder or hub id (CLIP), the action encoder starts at random.
 
     Raises:
         PersistWorldError: weights that are absent, damaged, or of another model.
@@ -48,27 +54,65 @@ def load_world_model(
     if not source:
         raise PersistWorldError("no weights named", where="model.ckpt", fix="give --ckpt: a file, a folder or a hub id")
     with torch.device("meta"):
-        model = build_world_model(settings, world)
-    tensors = read_state_dict(find_weights(source))
-    check_fit(model.state_dict(), tensors, source)
-    model.to_empty(device="cpu")
+        model = build_world_model(settings, world).to(dtype)
+    files, absent = _open(source, settings, fresh)
+    expected = {k: shape for k, shape in shapes_of(model).items() if k.partition(".")[0] not in absent}
+    require_fit(expected, files.shapes, source)
+    model.to_empty(device=device)
+    fill(model.state_dict(), files)
+    del files  # what is mapped of it
+    if "action_encoder" in absent:
+        for layer in model.action_encoder.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.reset_parameters()
     reset_buffers(model)
-    model.load_state_dict({k: v.float() for k, v in tensors.items()})
-    model.to(device).eval().requires_grad_(False)
     overlay = settings.adapter if adapter is None else adapter
     if overlay:
-        merge_adapter(model, find_weights(overlay, folder=True))
-        model.to(device).eval().requires_grad_(False)
+        merge_adapter(model, overlay)
+    model.to(device).eval().requires_grad_(False)
     return model
 
 
+def _open(source: str, settings: ModelSettings, fresh: Sequence[str]) -> tuple[WeightFiles, list[str]]:
+    """A checkpoint's tensors, with CLIP's text tower's where it may lack its own; and the parts to begin anew."""
+    located = locate(source)
+    files = WeightFiles(located)
+    held = parts_of(files.info)
+    absent = [part for part in fresh if part not in held]
+    if "unet" not in held or "text_encoder" not in absent:
+        return files, absent if "unet" in held else []
+    try:
+        clip = locate(settings.tokenizer)
+    except PersistWorldError as error:
+        raise PersistWorldError(
+            f"the checkpoint has no text encoder, and there is none with the tokenizer: {error.what}",
+            where=f"{source}, model.tokenizer = {settings.tokenizer}",
+            fix="let model.tokenizer name a CLIP model with its weights, e.g. openai/clip-vit-base-patch32",
+        ) from error
+    files = WeightFiles(located, replace(clip, files=tuple((path, "text_encoder.") for path, _ in clip.files)))
+    files.rename({name: name for name in files.info if not name.startswith(_CLIP_PICTURES)})
+    return files, [part for part in absent if part != "text_encoder"]
+
+
 def load_vae(settings: ModelSettings, source: str) -> AutoencoderKLTemporalDecoder:
-    """The preset's VAE with its weights: keys `vae.*` of a world model's checkpoint, or a VAE's own keys."""
-    tensors = read_state_dict(find_weights(source))
-    own = {k.removeprefix("vae."): v.float() for k, v in tensors.items() if k.startswith("vae.")} or tensors
-    vae = build_vae(settings.vae, settings.norm_groups)
-    check_fit(vae.state_dict(), own, source)
-    vae.load_state_dict(own)
+    """The preset's VAE with its weights, float32, frozen.
+
+    Args:
+        settings: its architecture.
+        source: a world model's checkpoint (of which only `vae.*` is read), a diffusers folder, or a VAE alone.
+
+    Raises:
+        PersistWorldError: weights that are absent, damaged, or of another VAE.
+    """
+    files = WeightFiles(locate(source, parts=("vae",)))
+    own = {name: name.removeprefix("vae.") for name in files.info if name.startswith("vae.")}
+    with torch.device("meta"):
+        vae = build_vae(settings.vae, settings.norm_groups)
+    if own:
+        files.rename(own)
+    require_fit(shapes_of(vae), files.shapes, source, wanted="VAE")
+    vae.to_empty(device="cpu")
+    fill(vae.state_dict(), files)
     return vae.eval().requires_grad_(False)
 
 
@@ -78,75 +122,3 @@ def reset_buffers(model: WorldModel) -> None:
         ids = module._buffers.get("position_ids")
         if ids is not None:
             module._buffers["position_ids"] = torch.arange(ids.shape[-1])[None]
-
-
-def find_weights(source: str | Path, *, folder: bool = False) -> Path:
-    """A local file or folder for a path, "bundled:PATH" or hub id (HF_HOME and HF_HUB_OFFLINE are honoured)."""
-    path = resolve_path(str(source))
-    if path.exists():
-        return path
-    text = str(source)
-    if text.count("/") != 1 or text.startswith((".", "/", "~", "bundled:")):
-        raise PersistWorldError(f"no such file or folder: '{path}'", where="weights", fix="check the path")
-    try:
-        return Path(snapshot_download(text))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise PersistWorldError(
-            f"'{text}' is neither on disk nor to be had from the hub: {str(error).splitlines()[0]}",
-            where="weights",
-            fix="check the path or hub id; offline, download it first (hf download) and set HF_HOME",
-        ) from error
-
-
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a weights file, or of all weights files of a folder; memory-mapped, no code is run.
-
-    Raises:
-        PersistWorldError: no weights there, a damaged file, or a pickle that holds more than tensors.
-    """
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in SUFFIXES)
-    if not files:
-        raise PersistWorldError(f"no weights in '{path}'", where="weights", fix=f"expected files ending in {SUFFIXES}")
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                part: Mapping[str, torch.Tensor] = load_file(str(file))
-            else:
-                part = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError as error:
-            raise PersistWorldError(
-                "the file holds more than tensors and was not opened",
-                where=str(file),
-                fix="get a state dict or safetensors",
-            ) from error
-        except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-            raise PersistWorldError(
-                f"damaged or not a weights file: {str(error).splitlines()[0]}", where=str(file), fix="download it again"
-            ) from error
-        tensors.update(part)
-    return {k: v for k, v in tensors.items() if not k.endswith(DROPPED)}
-
-
-def check_fit(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], source: str) -> None:
-    """Raise one message with the count and first of the missing, unexpected and differently shaped keys."""
-    missing = [k for k in expected if k not in given]
-    unexpected = [k for k in given if k not in expected]
-    shape = [k for k in expected if k in given and expected[k].shape != given[k].shape]
-    if not (missing or unexpected or shape):
-        return
-    parts = []
-    if missing:
-        parts.append(f"{len(missing)} keys missing (first: {missing[0]})")
-    if unexpected:
-        parts.append(f"{len(unexpected)} unexpected (first: {unexpected[0]})")
-    if shape:
-        k = shape[0]
-        parts.append(
-            f"{len(shape)} of another shape (first: {k} {tuple(given[k].shape)}, not {tuple(expected[k].shape)})"
-        )
-    raise PersistWorldError(
-        f"the checkpoint does not fit this preset's model: {'; '.join(parts)}",
-        where=source,
-        fix="name the preset it was trained with (--preset)",
-    )

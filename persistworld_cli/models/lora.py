@@ -7,19 +7,17 @@ reference is the network with adapters off and the action encoder as loaded.
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.models.adapters import write_adapter
 from persistworld_cli.models.world_model import WorldModel
 
 POLICIES = ("theta", "old", "reference")
@@ -116,46 +114,6 @@ class PolicySwitch:
 
     def save_adapter(self, folder: Path, policy: str = "old") -> None:
         """Write a policy as a PEFT folder with `action_encoder.safetensors` beside, whole or not at all."""
-        beside = folder.with_name(f".{folder.name}.new")
-        beside.mkdir(parents=True, exist_ok=True)
         lora = get_peft_model_state_dict(self.model.unet, adapter_name=policy)
-        save_file(
-            {f"base_model.model.{k}": v.detach().cpu().contiguous() for k, v in lora.items()},
-            str(beside / "adapter_model.safetensors"),
-        )
-        self.config.save_pretrained(str(beside))
-        encoder = self.encoders[policy].state_dict()
-        save_file({k: v.cpu().contiguous() for k, v in encoder.items()}, str(beside / "action_encoder.safetensors"))
-        if folder.exists():
-            for path in folder.iterdir():
-                path.unlink()
-            folder.rmdir()
-        beside.rename(folder)
-
-
-def merge_adapter(model: WorldModel, folder: Path) -> None:
-    """Merge a PEFT folder (and the action encoder beside it) into the model's weights.
-
-    Raises:
-        PersistWorldError: not an adapter folder, or an adapter of another model.
-    """
-    config_path = folder / "adapter_config.json"
-    if not config_path.exists():
-        raise PersistWorldError(
-            f"no adapter at '{folder}'", where="--adapter", fix="give the folder that holds adapter_config.json"
-        )
-    try:
-        frame_level = model.unet.frame_level
-        merged = PeftModel.from_pretrained(model.unet, str(folder)).merge_and_unload()
-        merged.frame_level = frame_level
-        model.unet = merged
-        encoder = folder / "action_encoder.safetensors"
-        if encoder.exists():
-            model.action_encoder.load_state_dict(load_file(str(encoder)))
-    except (RuntimeError, ValueError, KeyError) as error:
-        rank = json.loads(config_path.read_text()).get("r")
-        raise PersistWorldError(
-            f"the adapter (rank {rank}) does not fit this model: {str(error).splitlines()[0]}",
-            where=str(folder),
-            fix="use the preset and base checkpoint it was trained on",
-        ) from error
+        named = {f"base_model.model.{name}": tensor for name, tensor in lora.items()}
+        write_adapter(folder, self.config, named, self.encoders[policy].state_dict(), force=True)

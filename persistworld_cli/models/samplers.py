@@ -7,6 +7,8 @@ from itertools import pairwise
 
 import torch
 
+from persistworld_cli.errors import UsageError, nearest
+
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, 0-d sigma) -> x0, same shape as x
 Sampler = Callable[[Denoiser, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -47,3 +49,10 @@ def dpmpp_2m(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.
 
 
 SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun, "dpmpp-2m": dpmpp_2m}
+
+
+def find_sampler(name: str) -> Sampler:
+    """The sampler called ``name``. Raises UsageError with the nearest known name."""
+    if name not in SAMPLERS:
+        raise UsageError(f"unknown sampler '{name}'", where="sampling.sampler", fix=nearest(name, SAMPLERS))
+    return SAMPLERS[name]

@@ -9,9 +9,30 @@ from typing import Any
 
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
+from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from torch import nn
 
 from persistworld_cli.models.attention import FewTokens
+
+
+class _AllTokens:
+    """Hooks on one transformer: what its spatial blocks see, frame by frame, its temporal blocks see together."""
+
+    def __init__(self, transformer: TransformerSpatioTemporalModel) -> None:
+        self.tokens_bnt: torch.Tensor | None = None
+        transformer.register_forward_pre_hook(self._remember, with_kwargs=True)
+        for block in transformer.temporal_transformer_blocks:
+            block.register_forward_pre_hook(self._show, with_kwargs=True)
+
+    def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        frames = kwargs["image_only_indicator"].shape[1]
+        self.tokens_bnt = kwargs["encoder_hidden_states"][:, 0].unflatten(0, (-1, frames))
+
+    def _show(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The context of a temporal block has a row for every pixel of an item: (B * h * w, 1, T)."""
+        assert self.tokens_bnt is not None
+        pixels = kwargs["encoder_hidden_states"].shape[0] // self.tokens_bnt.shape[0]
+        return args, {**kwargs, "encoder_hidden_states": self.tokens_bnt.repeat_interleave(pixels, dim=0)}
 
 
 class FrameLevelUNet(UNetSpatioTemporalConditionModel):
@@ -38,6 +59,12 @@ class FrameLevelUNet(UNetSpatioTemporalConditionModel):
             return None
         own = context_bnnt.unflatten(0, (-1, num_frames)).diagonal(dim1=1, dim2=2)  # (B, T, N)
         return args, {**kwargs, "encoder_hidden_states": own.transpose(1, 2).flatten(0, 1).unsqueeze(1)}
+
+    def show_all_tokens(self) -> None:
+        """Let temporal cross-attention see every frame's token of the item, not only the first frame's."""
+        for module in list(self.modules()):
+            if isinstance(module, TransformerSpatioTemporalModel):
+                _AllTokens(module)
 
     def forward(
         self, sample: torch.Tensor, timestep: Any, encoder_hidden_states: torch.Tensor, *args: Any, **kwargs: Any

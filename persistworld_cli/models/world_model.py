@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from persistworld_cli.config.settings import ModelSettings, WorldSettings
+from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models import text as text_room
 from persistworld_cli.models import vae as vae_room
 from persistworld_cli.models.diffusion import precondition
@@ -22,6 +23,8 @@ from persistworld_cli.models.norms import set_norm_groups
 from persistworld_cli.models.temporal_conv import fold_temporal_convs
 from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.unet import FrameLevelUNet
+
+DECODE_ROWS = 48  # pictures that go through the decoder at once, where runs can be batched
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class WorldModel(nn.Module):
         self.settings, self.world = settings, world
         self.unet = FrameLevelUNet(**settings.unet)
         self.unet.frame_level = settings.frame_level
+        if settings.frame_level and settings.temporal_token == "all":
+            self.unet.show_all_tokens()
         self.vae = vae_room.build_vae(settings.vae, settings.norm_groups)
         if settings.image:
             self.image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings.image))
@@ -85,6 +90,32 @@ class WorldModel(nn.Module):
         rows, columns = math.ceil(world.height / factor), math.ceil(world.width / factor)
         return self.vae.config.latent_channels, cameras * rows, columns
 
+    def check_data(self, latent: tuple[int, ...], numbers: int) -> None:
+        """Refuse data that another preset made, before any of it reaches the network.
+
+        Args:
+            latent: (C, h, w) of the dataset's frames, cameras stacked.
+            numbers: of the dataset's poses.
+
+        Raises:
+            PersistWorldError: another number or size of cameras, or poses of another width, than the model takes.
+        """
+        world, width = self.world, self.settings.action_dim
+        if tuple(latent) != self.latent_shape:
+            cameras = f"{len(world.cameras)} cameras of {world.height}x{world.width}"
+            raise PersistWorldError(
+                f"the dataset's latents are {tuple(latent)} a frame, this preset's model takes {self.latent_shape} "
+                f"({cameras})",
+                where="world.dataset and the preset",
+                fix="use the preset that the dataset was extracted with (--preset), or extract it with this one",
+            )
+        if numbers != width:
+            raise PersistWorldError(
+                f"the dataset's poses have {numbers} numbers, this preset's model takes {width}",
+                where="world.dataset and model.action_dim",
+                fix="use the preset that the dataset was extracted with (--preset), or extract it with this one",
+            )
+
     # -- pictures -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -95,7 +126,7 @@ class WorldModel(nn.Module):
         return vae_room.stack_cameras(vae_room.encode(self.vae, images).unflatten(0, (n, v)).float())
 
     @torch.no_grad()
-    def decode_latents(self, latents: torch.Tensor, chunk: int = 0, rows: int = 48) -> torch.Tensor:
+    def decode_latents(self, latents: torch.Tensor, chunk: int = 0, rows: int = DECODE_ROWS) -> torch.Tensor:
         """Latents (N, C, h, w) or (B, N, C, h, w) to pictures (..., V, 3, H, W) in [0, 1].
 
         An item's rows are ordered camera by camera and decoded in runs of `chunk` (0: all frames of one camera).

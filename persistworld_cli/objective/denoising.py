@@ -68,8 +68,10 @@ def denoising_loss(
 ) -> torch.Tensor:
     """Loss of each item (B,): mean over the predicted frames of (s^2+1)/s^2 |D - x|^2.
 
-    `latents` (B, N, C, h, w) clean, `actions` (B, N, D) normalised, `text` (B, E) or none.
+    `latents` (B, N, C, h, w) clean, `actions` (B, N, D) normalised, `text` (B, E) or none. Raises PersistWorldError for
+    data of another preset.
     """
+    model.check_data(tuple(latents.shape[2:]), actions.shape[-1])
     history_count = draws.history_z.shape[1]
     history, future = latents[:, :history_count], latents[:, history_count:]
     tokens = model.tokens(actions, text)
@@ -83,7 +85,7 @@ def denoising_loss(
             future[:, 0], (settings.current_noise * draws.current_u).view(-1, 1, 1, 1), draws.current_noise
         ),
         tokens=tokens,
-        noise_aug=0.0,
+        noise_aug=settings.noise_aug,
     )
     noisy = future + sigma.view(-1, 1, 1, 1, 1) * draws.noise
     error = (model.denoise(noisy, sigma, condition).float() - future) ** 2

@@ -89,16 +89,24 @@ class PolicyChunk:
 
 
 def interpret_chunk(
-    actions: Float, joints: Float, adapter: ActionAdapter, *, skip: int, gripper_cap: float, rows: int = 5
+    actions: Float,
+    joints: Float,
+    adapter: ActionAdapter,
+    *,
+    skip: int,
+    gripper_cap: float,
+    cap_current: bool = False,
+    rows: int = 5,
 ) -> PolicyChunk:
     """A policy's chunk -> the poses of an interaction.
 
     Args:
         actions: (R, 8) joint velocities and gripper position.
-        joints: (8,) joints and gripper now; the gripper of now is not capped.
+        joints: (8,) joints and gripper now.
         adapter: velocities -> joints.
         skip: every skip-th row is taken.
         gripper_cap: the most that the gripper may close.
+        cap_current: whether that holds for the gripper of now as well.
         rows: L.
 
     Raises:
@@ -114,7 +122,8 @@ def interpret_chunk(
     velocities, now = actions[:, :7], np.asarray(joints, dtype=np.float64)
     adapted = adapter(velocities, now[:7])
     arm = np.concatenate([now[None, :7], adapted])[: len(actions)]
-    gripper = np.concatenate([now[7:8], np.clip(actions[:, 7], 0.0, gripper_cap)])[: len(actions)]
+    closed = np.minimum(now[7:8], gripper_cap) if cap_current else now[7:8]
+    gripper = np.concatenate([closed, np.clip(actions[:, 7], 0.0, gripper_cap)])[: len(actions)]
     states = np.concatenate([flange_pose(arm), gripper[:, None]], axis=1)
     full = np.concatenate([arm, gripper[:, None]], axis=1)
     return PolicyChunk(velocities, adapted, full, states, states[:needed:skip], full[:needed:skip])
@@ -144,8 +153,10 @@ class PolicyView:
     adapter: ActionAdapter
     skip: int = 2
     gripper_cap: float = 1.0
+    cap_current: bool = False
     camera: int = 1  # the exterior camera it sees
     wrist_camera: int = 2
+    picture: tuple[int, ...] = ()
     image_size: int = 224
     rows: int = 5
 
@@ -207,9 +218,16 @@ class PolicyController:
             self.joints[rollout],
             self._prompts[rollout],
             view.image_size,
+            view.picture,
         )
         answer = self._policies[rollout].infer(obs)
         actions = check_actions(answer, view.layout, source="the policy")
         return interpret_chunk(
-            actions, self.joints[rollout], view.adapter, skip=view.skip, gripper_cap=view.gripper_cap, rows=view.rows
+            actions,
+            self.joints[rollout],
+            view.adapter,
+            skip=view.skip,
+            gripper_cap=view.gripper_cap,
+            cap_current=view.cap_current,
+            rows=view.rows,
         )

@@ -16,9 +16,8 @@ import torch
 
 from persistworld_cli.config.settings import SamplingSettings
 from persistworld_cli.data.store import ActionStat
-from persistworld_cli.errors import UsageError, nearest
 from persistworld_cli.models.diffusion import karras_sigmas
-from persistworld_cli.models.samplers import SAMPLERS
+from persistworld_cli.models.samplers import find_sampler
 from persistworld_cli.models.world_model import Condition, WorldModel
 from persistworld_cli.rollout.memory import Memory
 from persistworld_cli.seeding import generator
@@ -94,13 +93,8 @@ class RolloutEngine:
     def __init__(
         self, model: WorldModel, sampling: SamplingSettings, stat: ActionStat, history: tuple[int, ...] | None = None
     ) -> None:
-        if sampling.sampler not in SAMPLERS:
-            raise UsageError(
-                f"unknown sampler '{sampling.sampler}'",
-                where="sampling.sampler",
-                fix=nearest(sampling.sampler, SAMPLERS),
-            )
         self.model, self.sampling, self.stat = model, sampling, stat
+        self.sampler = find_sampler(sampling.sampler)
         self.entries = history or sampling.history
         self.sigmas = karras_sigmas(sampling.steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
 
@@ -111,7 +105,12 @@ class RolloutEngine:
 
     @torch.no_grad()
     def start(self, first_latent: torch.Tensor, first_pose: np.ndarray, texts: list[str]) -> RolloutState:
-        """B fresh rollouts from latents (B, C, h, w), raw poses (B, D) and instructions."""
+        """B fresh rollouts from latents (B, C, h, w), raw poses (B, D) and instructions.
+
+        Raises:
+            PersistWorldError: data of another preset.
+        """
+        self.model.check_data(tuple(first_latent.shape[1:]), first_pose.shape[-1])
         text = self.model.text_embeds(texts) if self.model.settings.text_cond else None
         return RolloutState(Memory(first_latent.to(self.model.device), first_pose, self.sampling.buffer_fill), text)
 
@@ -143,7 +142,7 @@ class RolloutEngine:
                 return self.model.denoise_guided(x, sigma.expand(x.shape[0]), condition, guidance).float()
 
         x = noise.to(self.model.device) * (sigmas[0] ** 2 + 1).sqrt()
-        return SAMPLERS[self.sampling.sampler](denoise, x, sigmas)
+        return self.sampler(denoise, x, sigmas)
 
     @torch.no_grad()
     def step(self, state: RolloutState, poses: np.ndarray, noise: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ Shapes: R rows of a chunk at 15 Hz; each row is 7 joint velocities and 1 gripper
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,20 +46,35 @@ def find_layout(name: str) -> Layout:
     return LAYOUTS[name]
 
 
-def resize_with_pad(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 -> (size, size, 3): as large as fits, aspect kept, centred on black (bilinear)."""
+def resize_with_pad(image: NDArray[np.uint8], size: int, first: Sequence[int] = ()) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 -> (size, size, 3): as large as fits, aspect kept, centred on black (bilinear).
+
+    With ``first`` (height, width) the picture is brought to that size, and so to its aspect, before.
+    """
+    if first:
+        image = _resize(image, *first)
     height, width = image.shape[:2]
     scale = size / max(height, width)
     new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
-    resized = Image.fromarray(np.ascontiguousarray(image)).resize((new_width, new_height), Image.Resampling.BILINEAR)
     canvas = np.zeros((size, size, 3), dtype=np.uint8)
     top, left = (size - new_height) // 2, (size - new_width) // 2
-    canvas[top : top + new_height, left : left + new_width] = np.asarray(resized)
+    canvas[top : top + new_height, left : left + new_width] = _resize(image, new_height, new_width)
     return canvas
 
 
+def _resize(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """(H, W, 3) -> (height, width, 3), bilinear."""
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+
+
 def build_observation(
-    exterior: NDArray[np.uint8], wrist: NDArray[np.uint8], joints: Float, prompt: str, size: int = 224
+    exterior: NDArray[np.uint8],
+    wrist: NDArray[np.uint8],
+    joints: Float,
+    prompt: str,
+    size: int = 224,
+    picture: Sequence[int] = (),
 ) -> dict[str, Any]:
     """One request.
 
@@ -69,10 +84,11 @@ def build_observation(
         joints: (8,) seven joint angles (rad) and the gripper (0 open .. 1 closed).
         prompt: the instruction.
         size: side of the pictures sent.
+        picture: (height, width) that they are brought to before they are padded; empty: none.
     """
     return {
-        EXTERIOR: resize_with_pad(exterior, size),
-        WRIST: resize_with_pad(wrist, size),
+        EXTERIOR: resize_with_pad(exterior, size, picture),
+        WRIST: resize_with_pad(wrist, size, picture),
         JOINTS: np.array(joints[:7], dtype=np.float64),  # copies: a policy in this process may keep what it was shown
         GRIPPER: np.array(joints[7:8], dtype=np.float64),
         PROMPT: prompt,

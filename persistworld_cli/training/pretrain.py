@@ -17,7 +17,7 @@ from persistworld_cli.config.settings import PretrainSettings, Settings
 from persistworld_cli.data.clips import ClipBatch, ClipSource
 from persistworld_cli.data.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.models.checkpoints import load_vae, load_world_model
+from persistworld_cli.models.checkpoints import FRESH, load_vae, load_world_model
 from persistworld_cli.models.world_model import WorldModel, build_world_model
 from persistworld_cli.objective.denoising import Draws, denoising_loss
 from persistworld_cli.reports.progress import Meter
@@ -31,10 +31,13 @@ VALIDATION_CLIPS = 32
 
 
 def initial_model(settings: Settings, job: dict[str, Any], device: torch.device) -> WorldModel:
-    """From `job["ckpt"]` or the preset's weights; with `job["scratch"]` fresh, but for the VAE from `job["vae"]`."""
-    if not job.get("scratch"):
-        return load_world_model(settings.model, settings.world, ckpt=job.get("ckpt"), device=device)
+    """From `job["ckpt"]` or the preset's weights; with `job["scratch"]` fresh, but for the VAE from `job["vae"]`.
+
+    Stable Video Diffusion's weights lack two parts: the text encoder then comes from CLIP, the action encoder is fresh.
+    """
     torch.manual_seed(settings.pretrain.seed)
+    if not job.get("scratch"):
+        return load_world_model(settings.model, settings.world, ckpt=job.get("ckpt"), device=device, fresh=FRESH)
     model = build_world_model(settings.model, settings.world)
     model.vae = load_vae(settings.model, job.get("vae") or settings.model.ckpt)
     return model.to(device)
@@ -170,9 +173,7 @@ def validate(
     return sum(losses) / len(losses)
 
 
-def snapshot(
-    parameters: list[torch.nn.Parameter], optimizers: Optimizers, average: WeightAverage
-) -> dict[str, Any]:
+def snapshot(parameters: list[torch.nn.Parameter], optimizers: Optimizers, average: WeightAverage) -> dict[str, Any]:
     """What a run needs to go on."""
     return {
         "parameters": [p.detach().cpu() for p in parameters],
@@ -182,9 +183,7 @@ def snapshot(
     }
 
 
-def restore(
-    work: Run, parameters: list[torch.nn.Parameter], optimizers: Optimizers, average: WeightAverage
-) -> int:
+def restore(work: Run, parameters: list[torch.nn.Parameter], optimizers: Optimizers, average: WeightAverage) -> int:
     """Load the latest state, if any; the number of updates done."""
     if (saved := work.load()) is None:
         return 0

@@ -97,7 +97,12 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
         vae.quant_conv.requires_grad_(False)
     learned = [p for p in vae.parameters() if p.requires_grad]
     optimizers = Optimizers(
-        learned, options.optimizer, lr=options.lr, weight_decay=1e-4, betas=(0.9, 0.99), by_adamw=inputs_and_outputs(vae)
+        learned,
+        options.optimizer,
+        lr=options.lr,
+        weight_decay=1e-4,
+        betas=(0.9, 0.99),
+        by_adamw=inputs_and_outputs(vae),
     )
     average = WeightAverage(learned, 0.998)
     begun = 0

@@ -1,0 +1,158 @@
+"""Counting what a call costs on torch's meta device: FLOPs and bytes, without memory, weights or numbers.
+
+Every operation there only says which shapes it would give, so a count takes seconds and is the same on every machine.
+
+FLOPs are those of matrix products, convolutions and attention by torch's own formulas, 2 a multiply-add; norms,
+activation functions and memory traffic are not in them. Bytes are those of all tensors alive at once, operation by
+operation; what kernels need inside themselves, and an allocator's gaps, are not in them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+
+# What CUDA's autocast computes in the small type, and what in float32; everything else takes what it is given.
+_SMALL: set[Any] = {
+    functional.linear,
+    torch.conv2d,
+    torch.conv3d,
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.bmm,
+    torch.baddbmm,
+}
+_WHOLE: set[Any] = {functional.group_norm, functional.layer_norm, functional.softmax, torch.softmax}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call costs: FLOPs, and the most bytes that were alive at once beside what was there before."""
+
+    flops: int
+    peak: int
+
+
+class _Meter(TorchDispatchMode):
+    """Adds up FLOPs and follows the bytes alive; ``known`` tensors count nothing."""
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.flops = self.alive = self.peak = 0
+        self.seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf.untyped_storage())
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage once, until it is freed; views share theirs."""
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.alive -= size
+
+
+class _LikeCuda(TorchFunctionMode):
+    """Attention as one fused operation, and the casts of CUDA's autocast to ``dtype`` (float32: none).
+
+    On the meta device attention would be three operations with a matrix of all pairs between, and autocast does not
+    exist; both change what is kept for the gradient.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is functional.scaled_dot_product_attention:
+            q, k, v = (self._cast(x, self.dtype) for x in args[:3])
+            fused = torch.ops.aten._scaled_dot_product_flash_attention
+            return fused(q, k, v, 0.0, False, False, scale=kwargs.get("scale"))[0]
+        if self.dtype is not torch.float32 and (func in _SMALL or func in _WHOLE):
+            dtype = self.dtype if func in _SMALL else torch.float32
+            args, kwargs = tree_map(lambda x: self._cast(x, dtype), (args, kwargs))
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _cast(x: Any, dtype: torch.dtype) -> Any:
+        return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def measure(
+    call: Callable[[], torch.Tensor], known: Iterable[torch.Tensor], dtype: torch.dtype, *, backward: bool = False
+) -> Work:
+    """Cost of a call on the meta device.
+
+    Args:
+        call: computes something; with ``backward``, the gradient of its mean square is computed too.
+        known: tensors that were there before (weights); they count nothing, nor do their gradients, which are made
+            before the count begins.
+        dtype: what CUDA's autocast would compute in; float32 for no autocast.
+        backward: whether gradients are wanted; else nothing is kept for them.
+    """
+    there = list(known)
+    if backward:
+        learned = [p for p in there if p.requires_grad]
+        for p in learned:
+            p.grad = torch.empty_like(p)
+        there += [p.grad for p in learned if p.grad is not None]
+    meter = _Meter(there)
+    with meter, nullcontext() if backward else torch.no_grad():
+        with _LikeCuda(dtype):
+            out = call()
+        if backward:
+            torch.autograd.backward(out.float().square().mean())
+    del out
+    for p in there:
+        p.grad = None
+    return Work(meter.flops, meter.peak)
+
+
+@contextmanager
+def checkpointing(unet: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Gradient checkpointing of a diffusers network, counted: the mode that `measure` sets does not reach backward."""
+
+    def again(module: nn.Module, *args: Any) -> Any:
+        def call(*inner: Any) -> Any:
+            with _LikeCuda(dtype):
+                return module(*inner)
+
+        return checkpoint(call, *args, use_reentrant=False)
+
+    unet.enable_gradient_checkpointing(again)
+    try:
+        yield
+    finally:
+        unet.disable_gradient_checkpointing()

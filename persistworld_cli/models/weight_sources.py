@@ -1,0 +1,261 @@
+"""Where weights lie: a path, "bundled:PATH" or hub id becomes the files on disk that hold one checkpoint.
+
+A folder or hub repository is looked at by its file names alone, so that of a repository only what is needed is
+fetched. HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT are honoured, since the hub's own client does the work.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.errors import PersistWorldError
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+PARTS = ("unet", "vae", "image_encoder", "text_encoder", "action_encoder")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENCODER_WEIGHTS = "adapter_config.json", "adapter_model", "action_encoder.safetensors"
+STATE = "state.pt"
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+_INDEX = re.compile(r".+\.index(\.\w+)?\.json")
+_TRAINING = ("optimizer", "scheduler", "rng_state", "random_states", "training_args", "scaler", "trainer_state")
+_PATIENCE_S = 30.0  # for the hub's answer
+_DEFAULTS = ("diffusion_pytorch_model", "pytorch_model")  # the libraries' own names for "model"
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """One checkpoint on disk.
+
+    Attributes:
+        name: as it was given.
+        kind: ``weights`` (one file, or the shards of one), ``diffusers`` (folder with a subfolder a part), ``adapter``
+            (PEFT folder), ``state`` (saved state of a training).
+        root: the file, or the folder that was looked at.
+        files: (file, prefix of its keys) in a fixed order; a diffusers folder's ``unet/`` has the prefix ``unet.``.
+    """
+
+    name: str
+    kind: Literal["weights", "diffusers", "adapter", "state"]
+    root: Path
+    files: tuple[tuple[Path, str], ...]
+
+
+def locate(source: str | Path, parts: Iterable[str] = PARTS) -> WeightSource:
+    """The files of a checkpoint.
+
+    Args:
+        source: file, folder, ``bundled:PATH``, hub id ``owner/name``, or one file of a hub repository,
+            ``owner/name:FILE``.
+        parts: of a diffusers folder, the parts that are wanted; others are neither fetched nor listed.
+
+    Raises:
+        PersistWorldError: nothing there, no weights in it, several checkpoints in it, shards missing, or the hub
+            cannot give it.
+    """
+    text = str(source)
+    path = resolve_path(text)
+    if path.is_file():
+        return _of_file(text, path)
+    if path.is_dir():
+        return _of_listing(_Listing(text, "/", _names_in(path), path.joinpath), path, parts)
+    repo, _, file = text.partition(":")
+    if not _HUB_ID.fullmatch(repo) or repo.endswith(SUFFIXES):
+        raise PersistWorldError(f"no such file or folder: '{path}'", where="weights", fix="check the path")
+    return _of_hub(text, repo, file, parts)
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """File names (relative, with slashes) of a folder or repository, and how to get at one of them."""
+
+    name: str
+    join: str  # between the name and a file's, as the user would write it
+    names: frozenset[str]
+    fetch: Callable[[str], Path]
+
+    def says(self, what: str, fix: str) -> PersistWorldError:
+        """An error about this folder or repository."""
+        return PersistWorldError(what, where=self.name, fix=fix)
+
+
+def _names_in(folder: Path) -> frozenset[str]:
+    """Files of a folder and of its subfolders, not deeper: a run's folder holds a whole history."""
+    found = [*folder.glob("*"), *folder.glob("*/*")]
+    return frozenset(path.relative_to(folder).as_posix() for path in found if path.is_file())
+
+
+def _of_file(name: str, path: Path) -> WeightSource:
+    if path.name == STATE:
+        return WeightSource(name, "state", path, ((path, ""),))
+    if path.name.startswith(ADAPTER_WEIGHTS) and (path.parent / ADAPTER_CONFIG).is_file():
+        return locate(path.parent)
+    if _INDEX.fullmatch(path.name):
+        listing = _Listing(name, "/", _names_in(path.parent), path.parent.joinpath)
+        names = {path.name, *_shards_of(listing, path.name)}
+        return WeightSource(name, "weights", path.parent, _with_prefix(listing, _pick(listing, names), ""))
+    return WeightSource(name, "weights", path, ((path, ""),))
+
+
+def _of_listing(listing: _Listing, root: Path | None, parts: Iterable[str]) -> WeightSource:
+    """What a folder or repository holds: an adapter, a diffusers folder, or one checkpoint."""
+    for folder in ("", "adapter/"):  # a post-training's `weights` holds its adapter one level down
+        if folder + ADAPTER_CONFIG in listing.names:
+            return _of_adapter(listing, root, folder)
+    if STATE in listing.names:
+        return WeightSource(listing.name, "state", listing.fetch(STATE), ((listing.fetch(STATE), ""),))
+    weights = [name for name in listing.names if _is_weights(name)]
+    top = [name for name in weights if "/" not in name]
+    own = {part: [name for name in weights if PurePosixPath(name).parent.as_posix() == part] for part in PARTS}
+    if "model_index.json" in listing.names or (not top and (own["unet"] or own["vae"])):
+        wanted = [part for part in PARTS if part in set(parts) and own[part]]
+        files = [f for part in wanted for f in _with_prefix(listing, _pick(listing, own[part]), f"{part}.")]
+        if not files:
+            raise listing.says("the diffusers folder holds none of the parts wanted", f"expected {', '.join(parts)}")
+        return WeightSource(listing.name, "diffusers", root or files[0][0].parents[1], tuple(files))
+    nested = [name for name in weights if name.count("/") == 1]
+    if not (top or nested):
+        raise listing.says("no weights there", f"expected files ending in {', '.join(SUFFIXES)}")
+    files = list(_with_prefix(listing, _pick(listing, top or nested), ""))
+    return WeightSource(listing.name, "weights", files[0][0] if len(files) == 1 else files[0][0].parent, tuple(files))
+
+
+def _of_adapter(listing: _Listing, root: Path | None, folder: str) -> WeightSource:
+    """A PEFT folder, and the action encoder beside it where there is one."""
+    names = [folder + ADAPTER_WEIGHTS + suffix for suffix in (".safetensors", ".bin")]
+    found = [name for name in names if name in listing.names][:1]
+    if not found:
+        raise listing.says("an adapter without its weights", f"expected {names[0]} beside {ADAPTER_CONFIG}")
+    config = listing.fetch(folder + ADAPTER_CONFIG)
+    files = list(_with_prefix(listing, found, ""))
+    if folder + ENCODER_WEIGHTS in listing.names:
+        files += _with_prefix(listing, [folder + ENCODER_WEIGHTS], "action_encoder.")
+    return WeightSource(listing.name, "adapter", root / folder if root else config.parent, tuple(files))
+
+
+def _with_prefix(listing: _Listing, names: Iterable[str], prefix: str) -> tuple[tuple[Path, str], ...]:
+    return tuple((listing.fetch(name), prefix) for name in names)
+
+
+def _is_weights(name: str) -> bool:
+    """Whether a file name may be a checkpoint's (or its index's)."""
+    file = PurePosixPath(name).name
+    return (file.endswith(SUFFIXES) or bool(_INDEX.fullmatch(file))) and not file.startswith((*_TRAINING, "."))
+
+
+def _pick(listing: _Listing, names: Iterable[str]) -> list[str]:
+    """The files of the one checkpoint among `names`: of several spellings of the same, whole precision and safetensors.
+
+    Raises:
+        PersistWorldError: several checkpoints, or only some of the shards of one.
+    """
+    families = _families(listing, set(names))
+    for family in [f for f in families if _twin(f) != f and _twin(f) in families]:
+        del families[family]
+    models: dict[str, list[str]] = {}
+    for family in families:
+        models.setdefault(_model_of(family), []).append(family)
+    if len(models) != 1:
+        shown = [families[family][0] for family in sorted(families)]
+        raise listing.says(
+            f"{len(models)} checkpoints there: {', '.join(shown[:6])}{', ...' if len(shown) > 6 else ''}",
+            f"name one: {listing.name.rstrip('/')}{listing.join}{shown[0]}",
+        )
+    files = families[min(models.popitem()[1], key=lambda family: SUFFIXES.index(PurePosixPath(family).suffix))]
+    absent = [file for file in files if file not in listing.names]
+    shard = _SHARD.fullmatch(files[0])
+    count = int(shard["count"]) if shard else len(files)
+    if absent or len(files) != count:
+        there = len(files) - len(absent)
+        raise listing.says(f"only {there} of the {count} shards of '{files[0]}' are there", "fetch the others")
+    return files
+
+
+def _families(listing: _Listing, names: set[str]) -> dict[str, list[str]]:
+    """Name without shard numbers -> files: the shards of one checkpoint, or a file alone."""
+    families: dict[str, list[str]] = {}
+    for index in sorted(name for name in names if _INDEX.fullmatch(name)):
+        families[index[: index.index(".index")]] = _shards_of(listing, index)
+    named = {file for files in families.values() for file in files}
+    for name in sorted(names - named):
+        if _INDEX.fullmatch(name):
+            continue
+        shard = _SHARD.fullmatch(name)
+        families.setdefault(shard["stem"] + shard["suffix"] if shard else name, []).append(name)
+    return families
+
+
+def _shards_of(listing: _Listing, index: str) -> list[str]:
+    """The files that an index names, whether they are there or not."""
+    try:
+        shards = sorted(set(json.loads(listing.fetch(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise listing.says(f"the index '{index}' is damaged: {error}", "fetch it again") from error
+    return [(PurePosixPath(index).parent / shard).as_posix() for shard in shards]
+
+
+def _twin(family: str) -> str:
+    """``model.fp16.safetensors`` -> ``model.safetensors``: the same weights in whole precision."""
+    return re.sub(r"\.(fp16|bf16|non_ema)(?=\.\w+$)", "", family)
+
+
+def _model_of(family: str) -> str:
+    """What a file is called apart from its format: ``pytorch_model.bin`` and ``model.safetensors`` are the same."""
+    path = PurePosixPath(family)
+    return (path.parent / ("model" if path.stem in _DEFAULTS else path.stem)).as_posix()
+
+
+def _of_hub(name: str, repo: str, file: str, parts: Iterable[str]) -> WeightSource:
+    """A repository's checkpoint, or one of its files: what is needed of it is fetched, or taken from the cache."""
+
+    def fetch(wanted: str) -> Path:
+        try:
+            return Path(hf_hub_download(repo, wanted))
+        except Exception as error:  # the client's own errors, its HTTP library's, OSError
+            raise _hub_error(name, error) from error
+
+    get: Callable[[str], Path] = fetch
+    try:
+        names = frozenset(file.rfilename for file in HfApi().model_info(repo, timeout=_PATIENCE_S).siblings or ())
+    except Exception as error:  # as above
+        folder = _cached(repo)
+        if folder is None:
+            raise _hub_error(name, error) from error
+        names = frozenset(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        get = folder.joinpath
+    listing = _Listing(repo, ":", names, get)
+    if not file:
+        return _of_listing(listing, None, parts)
+    if file not in names:
+        shown = sorted(n for n in names if _is_weights(n))
+        raise listing.says(f"no file '{file}' there", f"it holds: {', '.join(shown) or 'no weights'}")
+    return WeightSource(name, "weights", get(file), ((get(file), ""),))
+
+
+def _cached(repo: str) -> Path | None:
+    """The folder of a repository in the hub's cache, which may hold a part of its files."""
+    try:
+        return Path(snapshot_download(repo, local_files_only=True))
+    except Exception as error:  # as above; newer clients name the folder of a part in the error
+        part = getattr(error, "snapshot_path", None)
+        return Path(part) if part else None
+
+
+def _hub_error(name: str, error: Exception) -> PersistWorldError:
+    """What the hub's client says, in one line, and what to do about it."""
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    fix = "check the path or hub id; offline, fetch it first (hf download) and set HF_HOME"
+    if isinstance(error, RepositoryNotFoundError):  # also for a gated or private one
+        fix = "check the id; for a gated or private one accept its terms on its page, and log in (hf auth login)"
+    return PersistWorldError(
+        f"'{name}' is neither on disk nor to be had from the hub: {reason}", where="weights", fix=fix
+    )
