@@ -102,7 +102,7 @@ def test_every_example_of_the_help_resolves(example: str) -> None:
     assert program == "persistworld"
     result = CliRunner().invoke(commands.app, [*arguments, "--dry-run"])
     assert result.exit_code == 0, result.stderr
-    assert "dry run" in result.stdout
+    assert json.loads(result.stdout) if "--json" in arguments else "dry run" in result.stdout
 
 
 def test_no_preset_takes_the_bundled_world_and_says_so_on_stderr() -> None:

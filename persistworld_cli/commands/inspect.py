@@ -13,7 +13,7 @@ from persistworld_cli.config.settings import Settings
 
 EXAMPLES = (
     "persistworld inspect bundled:presets/tiny/base",
-    "persistworld inspect outputs/post-train-tiny/weights/adapter --json",
+    "persistworld inspect outputs/post-train-tiny/weights/adapter",
     "persistworld inspect yjguo/Ctrl-World",
     "persistworld inspect yjguo/Ctrl-World:checkpoint-10000.pt",
 )
