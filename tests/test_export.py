@@ -180,6 +180,7 @@ def test_an_adapter_is_written_as_peft_reads_it(adapter: Path, unmerged: list[to
         assert all(
             torch.equal(v, load_file(str(adapter / "action_encoder.safetensors"))[k]) for k, v in encoder.items()
         )
+    assert cli("inspect", state)["kind"] == "saved state of a post-training"
     told = cli("export", BASE, "--adapter", adapter, "--to", "peft", "-o", tmp_path / "named", "--dtype", "bfloat16")
     assert told["dtype"] == "bfloat16"
     with pytest.raises(PersistWorldError, match="without its run"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,12 +57,13 @@ def command(
 def _export(
     ckpt: str, adapter: str, to: str, output: Path, dtype: str, force: bool, settings: Settings | None
 ) -> dict[str, Any]:
-    """The work, in this process."""
+    """The work, in this process. A signal that ends it removes what is half written, as Ctrl-C does."""
     import torch
 
     from persistworld_cli.evaluation.weights import adapter_folder, sha256_of
     from persistworld_cli.models.export import check_output, export_adapter, export_model
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_output(to, output, force=force)
     kind = getattr(torch, dtype)
     if to == "peft":

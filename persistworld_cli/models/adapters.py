@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from persistworld_cli.config.presets import from_json, preset_names
 from persistworld_cli.config.settings import ModelSettings
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.models.fit import Shapes, bundled_settings, misfit, shapes_of
+from persistworld_cli.models.fit import Shapes, bundled_settings, misfit, preset_shapes, shapes_of
 from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.unet import FrameLevelUNet
 from persistworld_cli.models.weight_files import WeightFiles
@@ -32,7 +32,7 @@ from persistworld_cli.models.weight_sources import (
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.models.writing import written_beside
 
-_ENCODER = "action_encoder."
+_ENCODER, _LORA_PREFIX = "action_encoder.", "base_model.model."
 _NO_FIT = (ValueError, RuntimeError, KeyError, TypeError, AttributeError)  # what peft raises for another model's layers
 
 
@@ -126,7 +126,17 @@ def _other_model(adapter: Adapter, why: str) -> PersistWorldError:
 
 def adapter_presets(adapter: Adapter) -> list[str]:
     """Bundled presets whose model the adapter is made for."""
-    return [name for name in preset_names() if not adapter_misfit(adapter, bundled_settings(name).model)]
+    candidates = [name for name in preset_names() if _may_fit(adapter, preset_shapes(name))]
+    return [name for name in candidates if not adapter_misfit(adapter, bundled_settings(name).model)]
+
+
+def _may_fit(adapter: Adapter, shapes: Shapes) -> bool:
+    """Whether every layer that the adapter changes is there and takes what the adapter takes; quick, without peft."""
+    for name, tensor in adapter.lora.items():
+        layer, found, _ = name.removeprefix(_LORA_PREFIX).partition(".lora_A.")
+        if found and shapes.get(f"unet.{layer}.weight", ())[1:] != tuple(tensor.shape[1:]):
+            return False
+    return True
 
 
 def adapter_misfit(adapter: Adapter, settings: ModelSettings) -> str:
@@ -162,7 +172,10 @@ def merge_adapter(model: WorldModel, source: str | Path) -> None:
     except _NO_FIT as error:
         raise _other_model(adapter, str(error).splitlines()[0]) from error
     require_adapter_fit(adapter, _shapes(get_peft_model_state_dict(wrapped)), shapes_of(model.action_encoder))
-    set_peft_model_state_dict(wrapped, adapter.lora, low_cpu_mem_usage=True)
+    dtype = model.unet.conv_in.weight.dtype  # which peft casts to as well; one by one, both copies are never whole
+    lora = {name: adapter.lora.pop(name).to(dtype) for name in list(adapter.lora)}
+    set_peft_model_state_dict(wrapped, lora, low_cpu_mem_usage=True)
+    del lora
     model.unet = wrapped.merge_and_unload()
     model.unet.frame_level = frame_level
     if adapter.encoder:
