@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,9 @@ def test_inspect_tells_what_the_bundled_weights_are(base: Tensors, adapter: Path
     assert {row["part"]: row["parameters"] for row in told["parts"]} == {
         name: sum(v.numel() for v in part(base, name).values()) for name in parts_of(base)
     }
-    assert re.fullmatch(r"[0-9a-f]{64}", told["files"][0]["sha256"])
+    stored = (resolve_path(BASE) / "model.safetensors").read_bytes()
+    assert told["sha256"] == hashlib.sha256(stored).hexdigest()
+    assert told["files"] == [{"file": "model.safetensors", "bytes": len(stored), "sha256": told["sha256"]}]
     other = cli("inspect", BASE, "--preset", "tiny", "--set", "model.token_dim=64")
     assert "of another shape" in other["own_preset"]
     told = cli("inspect", adapter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -41,6 +42,10 @@ def _inspect(ckpt: str, compare: Settings | None) -> dict[str, Any]:
     from persistworld_cli.models.description import describe
 
     result = describe(ckpt, compare)
-    for row in result["files"]:
-        row["sha256"] = sha256_of(row["file"])
+    rows, root = result["files"], Path(result["path"])
+    for row in rows:
+        path = Path(row["file"])
+        row["file"] = str(path.relative_to(root)) if path != root else path.name
+        row["sha256"] = sha256_of(str(path))
+    result["sha256"] = rows[0]["sha256"] if len(rows) == 1 else None
     return result
