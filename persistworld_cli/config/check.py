@@ -9,17 +9,21 @@ from typing import Any
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.errors import UsageError, nearest
 
-_PRECISIONS = ("no", "bf16", "fp16")
+_PRECISIONS = ("no", "bf16")
 _CHOICES: dict[str, Sequence[str]] = {
     "world.pixel_rounding": ("nearest", "down"),
     "model.temporal_token": ("first", "all"),
+    "model.posterior": ("mode", "sample"),
     "sampling.dtype": ("float32", "bfloat16", "float16"),
+    "sampling.cast": ("autocast", "model"),
     "pretrain.decay": ("constant", "cosine"),
     "pretrain.mixed_precision": _PRECISIONS,
     "vae.mixed_precision": _PRECISIONS,
     "post_train.mixed_precision": _PRECISIONS,
     "post_train.prefix": ("uniform", "fixed", "curriculum"),
     "post_train.weighting": ("plain", "self"),
+    "post_train.objective": ("nft", "recorded"),
+    "post_train.credit": ("rollout", "frame", "patch"),
     "post_train.ema": ("ramp", "constant"),
     "post_train.optimizer": ("muon", "adamw"),
     "pretrain.optimizer": ("muon", "adamw"),
@@ -85,6 +89,8 @@ _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
             "vae.kl",
             "vae.colour_weight",
             "vae.edge_weight",
+            "post_train.steps",
+            "post_train.p_std",
             "post_train.keep_best",
             "post_train.keep_worst",
             "post_train.prefix_max",
@@ -131,6 +137,7 @@ _SHARES = (
     "clips.rollout_history_prob",
     "pretrain.token_drop",
     "pretrain.ema",
+    "pretrain.beta2",
     "post_train.ema_max",
     "drive.gripper_open",
     "drive.gripper_closed",
@@ -178,6 +185,12 @@ def _value(settings: Settings, key: str) -> Any:
 def _check_choices(settings: Settings, place: _Place) -> None:
     for key, choices in _CHOICES.items():
         value = _value(settings, key)
+        if value == "fp16" and choices is _PRECISIONS:
+            raise UsageError(
+                f"{key} = 'fp16' is not offered: its small gradients vanish without loss scaling, which is not done here",
+                where=place(key),
+                fix="take 'bf16', which needs none, or 'no' (float32)",
+            )
         if value not in choices:
             raise UsageError(
                 f"{key} = {value!r} is none of {', '.join(choices)}", where=place(key), fix=nearest(value, choices)
@@ -274,6 +287,12 @@ def _check_post_train(settings: Settings, place: _Place) -> None:
             f"post_train.candidates = {post.candidates} must be at least 2",
             where=place("post_train.candidates"),
             fix="advantages compare the candidates of a group (the paper uses 16)",
+        )
+    if len(post.credit_grid) != 2 or min(post.credit_grid) < 1:
+        raise UsageError(
+            f"post_train.credit_grid = {list(post.credit_grid)} is no number of rows and columns",
+            where=place("post_train.credit_grid"),
+            fix="write post_train.credit_grid = [3, 5]",
         )
     kept = post.keep_best + post.keep_worst
     if not 2 <= kept <= post.candidates:

@@ -44,6 +44,7 @@ class ModelSettings:
     history_cond_zero: bool = False  # Ctrl-World's his_cond_zero: history frames get no current-frame channels
     fps_id: int = 7
     motion_bucket_id: int = 127
+    posterior: str = "mode"  # pictures to latents: mode | sample (Ctrl-World's random draw, here the same in every run)
     norm_groups: int = 32  # groups of every GroupNorm of unet and vae; diffusers' 32, fewer at small widths
     unet: dict[str, Any] = field(default_factory=dict)
     vae: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +71,7 @@ class SamplingSettings:
     buffer_fill: int = 24  # copies of the first entry the buffer starts with
     decode_chunk: int = 7  # view-frames decoded as one clip
     dtype: str = "float32"  # float32 | bfloat16 | float16
+    cast: str = "autocast"  # what takes that type: autocast (products; weights float32) | model (all weights: half the memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,7 @@ class PretrainSettings:
     optimizer: str = "adamw"  # adamw | muon (matrices and kernels; AdamW for the rest)
     lr: float = 1e-5
     weight_decay: float = 0.0
+    beta2: float = 0.99  # AdamW's second beta; ours, 0.999 in Ctrl-World
     warmup: int = 0
     decay: str = "constant"  # constant | cosine
     max_grad_norm: float = 1.0
@@ -102,7 +105,7 @@ class PretrainSettings:
     current_noise: float = 0.2
     noise_aug: float = 0.0
     token_drop: float = 0.05
-    mixed_precision: str = "no"  # no | bf16 | fp16
+    mixed_precision: str = "no"  # no | bf16 (fp16 would need loss scaling, which is not done)
     gradient_checkpointing: bool = False
     accumulate: int = 1
     seed: int = 0
@@ -153,6 +156,12 @@ class PostTrainSettings:
     chunks: int = 1  # F
     prefix: str = "uniform"  # uniform | fixed | curriculum
     prefix_max: int = 9
+    steps: int = 0  # sampling steps of candidates (more steps, more variety); 0: sampling.steps
+    objective: str = "nft"  # nft | recorded (fine-tuning on own rollouts towards the record: a control)
+    credit: str = "rollout"  # rollout (the paper's one scalar) | frame (each frame and camera its own) | patch
+    credit_grid: tuple[int, ...] = (3, 5)  # rows and columns of patches of a camera's picture
+    p_mean: float = 0.7  # ln sigma of the noise that candidates are learned under ~ N(p_mean, p_std^2)
+    p_std: float = 1.6
     beta: float = 1.0
     weighting: str = "self"  # plain | self (each branch divided by its detached mean error, DiffusionNFT's code)
     adv_clip: float = 1.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from persistworld_cli.errors import UsageError
 
@@ -15,11 +16,11 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     """``(R - mean) / (std + eps)`` in each group, with the population's std (DiffusionNFT's code).
 
     Args:
-        rewards: (G, K).
+        rewards: (G, K), or (G, K, ...) with rewards of parts of a candidate, each compared with its own kind.
         eps: keeps a group of equal rewards at 0 instead of 0/0.
 
     Returns:
-        (G, K); each row has mean 0.
+        The same shape; mean 0 over the candidates.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     return centred / (rewards.std(dim=1, keepdim=True, correction=0) + eps)
@@ -53,3 +54,21 @@ def keep_extremes(rewards: Tensor, best: int, worst: int) -> Tensor:
         )
     order = torch.sort(rewards, dim=1, descending=True, stable=True).indices
     return torch.cat([order[:, :best], order[:, candidates - worst :].flip(1)], dim=1)
+
+
+def credit_map(optimality: Tensor, weights: Tensor, size: tuple[int, int]) -> Tensor:
+    """Optimality of parts of the pictures as a factor of each latent pixel (ours).
+
+    Args:
+        optimality: (M, N, V, rows, columns) of N frames and V cameras.
+        weights: (V,) of the cameras; where it is 0 nothing is learned (r = 1/2 makes both branches cancel).
+        size: (h1, w) of one camera's latent.
+
+    Returns:
+        (M, 1 + N, 1, V * h1, w); the first frame, which no picture scores, gets 1/2.
+    """
+    count, frames, views = optimality.shape[:3]
+    used = torch.where(weights.view(1, 1, -1, 1, 1) > 0, optimality, 0.5)
+    fine = functional.interpolate(used.flatten(0, 1), size=size, mode="nearest").unflatten(0, (count, frames))
+    stacked = fine.reshape(count, frames, 1, views * size[0], size[1])
+    return functional.pad(stacked, (0, 0, 0, 0, 0, 0, 1, 0), value=0.5)

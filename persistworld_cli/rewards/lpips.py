@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from persistworld_cli.compat import ensure_torchvision
 from persistworld_cli.config.settings import RewardSettings
@@ -84,6 +86,11 @@ def _draw_backbone(backbone: nn.Module) -> None:
                 value.normal_(0.0, math.sqrt(2.0 / value[0].numel()), generator=generator)
 
 
+def _total(layers: Iterable[Tensor]) -> Tensor:
+    """Sum of the layers' parts."""
+    return torch.stack(list(layers)).sum(dim=0)
+
+
 class Lpips:
     """LPIPS v0.1 as a registered reward: 0 for identical pictures, larger is worse.
 
@@ -128,10 +135,19 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, pred: Tensor, target: Tensor, *, chunk: int = 64) -> Tensor:
-        """Pictures (M,3,H,W) and (T,3,H,W) in [0,1], M a multiple of T -> (M,). ``chunk`` pictures at a time.
+        """Pictures (M,3,H,W) and (T,3,H,W) in [0,1], M a multiple of T -> (M,). ``chunk`` pictures at a time."""
+        parts = [_total(layer.mean(dim=(1, 2, 3)) for layer in gaps) for gaps in self._gaps(pred, target, chunk)]
+        return torch.cat(parts)
 
-        The features of a shared target are computed once.
-        """
+    @torch.no_grad()
+    def maps(self, pred: Tensor, target: Tensor, grid: tuple[int, int], *, chunk: int = 64) -> Tensor:
+        """As `__call__`, of each cell of the grid: (M, *grid)."""
+        pool = functional.adaptive_avg_pool2d
+        parts = [_total(pool(layer, grid)[:, 0] for layer in gaps) for gaps in self._gaps(pred, target, chunk)]
+        return torch.cat(parts)
+
+    def _gaps(self, pred: Tensor, target: Tensor, chunk: int) -> Iterator[list[Tensor]]:
+        """Weighted distances (some pictures, 1, h, w) of every layer; a shared target's features are computed once."""
         if min(pred.shape[-2:]) < SMALLEST:
             raise PersistWorldError(
                 f"LPIPS needs pictures of at least {SMALLEST} pixels a side, got {pred.shape[-2]}x{pred.shape[-1]}",
@@ -140,18 +156,13 @@ class Lpips:
             )
         share = pred.shape[0] // target.shape[0]
         per = max(1, chunk // share)
-        parts = []
         for begin in range(0, target.shape[0], per):
             known = self._features(target[begin : begin + per])
             drawn = self._features(pred[begin * share : (begin + per) * share])
-            total: Tensor | None = None
-            for weight, a, b in zip(self.model.lins, known, drawn, strict=True):
-                gap = (b.unflatten(0, (a.shape[0], share)) - a.unsqueeze(1)).square().flatten(0, 1)
-                layer = weight(gap).mean(dim=(1, 2, 3))
-                total = layer if total is None else total + layer
-            assert total is not None
-            parts.append(total)
-        return torch.cat(parts)
+            yield [
+                weight((b.unflatten(0, (a.shape[0], share)) - a.unsqueeze(1)).square().flatten(0, 1))
+                for weight, a, b in zip(self.model.lins, known, drawn, strict=True)
+            ]
 
     def describe(self) -> dict[str, object]:
         """Network, version and where its backbone came from."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 CAP_DB = 100.0  # what identical pictures get: a mean over frames must stay finite
 
@@ -18,7 +19,11 @@ def psnr(pred: Tensor, target: Tensor) -> Tensor:
     Returns:
         (...) float32, at most ``CAP_DB`` (reached at a mean squared error of 1e-10).
     """
-    error = (pred.double() - target.double()).square().mean(dim=(-3, -2, -1))
+    return _decibel((pred.double() - target.double()).square().mean(dim=(-3, -2, -1)))
+
+
+def _decibel(error: Tensor) -> Tensor:
+    """Mean squared error -> dB, capped."""
     cap = 10.0 ** (-CAP_DB / 10.0)
     return (-10.0 * torch.log10(error.clamp_min(cap))).float()
 
@@ -33,6 +38,11 @@ class Psnr:
     def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
         """Pictures (M,3,H,W) and (T,3,H,W), M a multiple of T -> (M,) dB."""
         return psnr(pred.unflatten(0, (target.shape[0], -1)), target.unsqueeze(1)).flatten()
+
+    def maps(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
+        """As `__call__`, of each cell of the grid: (M, *grid) dB."""
+        error = (pred.unflatten(0, (target.shape[0], -1)) - target.unsqueeze(1)).square().flatten(0, 1)
+        return _decibel(functional.adaptive_avg_pool2d(error.mean(dim=1, keepdim=True), grid)[:, 0])
 
     def describe(self) -> dict[str, object]:
         """Exact parameters."""

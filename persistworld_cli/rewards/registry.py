@@ -38,6 +38,14 @@ class Metric(Protocol):
         """
         ...
 
+    def maps(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The same in each cell of a grid of rows x columns: (M, rows, columns) float32, for credit by place.
+
+        Its mean over the cells need not be the picture's value (PSNR is a logarithm); where a metric knows no places,
+        every cell gets the picture's.
+        """
+        ...
+
     def describe(self) -> dict[str, object]:
         """Everything that two results must share to be comparable (goes into the JSON)."""
         ...

@@ -15,6 +15,37 @@ from persistworld_cli.errors import PersistWorldError, UsageError, nearest
 from persistworld_cli.rewards.registry import REWARDS, Metric
 
 
+class _Pictures:
+    """Rollouts as the flat pictures that metrics take: a recording's first, then the rollouts that share it.
+
+    drawn (M, 3, H, W) and known (T, 3, H, W) in [0, 1], M a multiple of T, in the order that `Metric` asks for.
+    """
+
+    def __init__(self, pred: Tensor, target: Tensor) -> None:
+        if pred.shape[1:] != target.shape[1:] or pred.shape[0] % max(1, target.shape[0]):
+            raise PersistWorldError(
+                f"predicted {tuple(pred.shape)} and recorded {tuple(target.shape)} pictures do not fit together",
+                where="rewards",
+                fix="give the same frames, cameras and size; rollouts a multiple of recordings",
+            )
+        self.shape = pred.shape[:3]
+        self.groups = target.shape[0]
+        self.drawn = pred.clamp(0.0, 1.0).unflatten(0, (self.groups, -1)).movedim(1, 3).flatten(0, 3)
+        self.known = target.flatten(0, 2)
+
+    def by_rollout(self, value: Tensor, label: str) -> Tensor:
+        """A metric's values (M, ...) back in the rollouts' order: (B, N, V, ...)."""
+        if not bool(torch.isfinite(value).all()):
+            raise PersistWorldError(
+                f"{label} is not finite",
+                where="rewards",
+                fix="the predicted pictures hold NaN: check the weights, the learning rate, the number format",
+            )
+        batch, frames, views = self.shape
+        apart = value.unflatten(0, (self.groups, frames, views, batch // self.groups))
+        return apart.movedim(3, 1).flatten(0, 1)
+
+
 class Scorer:
     """Scores rollouts against the recording.
 
@@ -70,36 +101,35 @@ class Scorer:
         Raises:
             PersistWorldError: shapes that do not fit, or a metric that is not finite.
         """
-        if pred.shape[1:] != target.shape[1:] or pred.shape[0] % max(1, target.shape[0]):
-            raise PersistWorldError(
-                f"predicted {tuple(pred.shape)} and recorded {tuple(target.shape)} pictures do not fit together",
-                where="rewards",
-                fix="give the same frames, cameras and size; rollouts a multiple of recordings",
-            )
-        batch, frames, views = pred.shape[:3]
-        groups = target.shape[0]
-        share = batch // groups
-        # A recording's pictures first, then the rollouts that share it: the order that `Metric` asks for.
-        flat = pred.to(self.device).clamp(0.0, 1.0).unflatten(0, (groups, share)).movedim(1, 3).flatten(0, 3)
-        known = target.to(self.device).flatten(0, 2)
-        out = {}
-        for name, metric in self.registered.items():
-            value = metric(flat, known)
-            if not bool(torch.isfinite(value).all()):
-                raise PersistWorldError(
-                    f"{metric.label} is not finite",
-                    where="rewards",
-                    fix="the predicted pictures hold NaN: check the weights, the learning rate, the number format",
-                )
-            out[name] = value.view(groups, frames, views, share).movedim(3, 1).reshape(batch, frames, views)
-        return out
+        pictures = _Pictures(pred.to(self.device), target.to(self.device))
+        return {
+            name: pictures.by_rollout(metric(pictures.drawn, pictures.known), metric.label)
+            for name, metric in self.registered.items()
+        }
+
+    @torch.no_grad()
+    def local(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The weighted sum of metrics in each cell of a grid of rows x columns of each picture: (B, N, V, *grid).
+
+        Args and errors as of `metrics`. Camera weights are not in it.
+        """
+        pictures = _Pictures(pred.to(self.device), target.to(self.device))
+        parts = []
+        for name, weight in self.weights.items():
+            metric = self.registered[name]
+            maps = metric.maps(pictures.drawn, pictures.known, grid)
+            parts.append(weight * pictures.by_rollout(maps, metric.label))
+        return torch.stack(parts).sum(dim=0)
+
+    def by_picture(self, metrics: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of metrics of every picture: (B, N, V)."""
+        if not self.weights:
+            raise UsageError("no reward has a weight", where="rewards.weights", fix="give at least one")
+        return torch.stack([weight * metrics[name] for name, weight in self.weights.items()]).sum(dim=0)
 
     def reward(self, metrics: dict[str, Tensor]) -> Tensor:
-        """Mean over frames, weighted mean over cameras, of the weighted sum of metrics: (B,) (method.md section 4)."""
-        per_picture = sum(weight * metrics[name] for name, weight in self.weights.items())
-        if not isinstance(per_picture, Tensor):
-            raise UsageError("no reward has a weight", where="rewards.weights", fix="give at least one")
-        return (per_picture.mean(dim=1) * self.camera_weights).sum(dim=1)
+        """Mean over frames, weighted mean over cameras, of `by_picture`: (B,) (method.md section 4)."""
+        return (self.by_picture(metrics).mean(dim=1) * self.camera_weights).sum(dim=1)
 
     def describe(self) -> dict[str, object]:
         """The exact parameters of every metric, for result files."""

@@ -7,6 +7,8 @@ channels. (Wang et al. 2004 use a Gaussian window; papers on robot world models 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -24,8 +26,8 @@ def _box(picture: Tensor, window: int) -> Tensor:
     return functional.avg_pool2d(rows, (1, window), stride=1)
 
 
-def ssim(pred: Tensor, target: Tensor, *, window: int = WINDOW) -> Tensor:
-    """SSIM of pictures in [0, 1].
+def ssim_map(pred: Tensor, target: Tensor, *, window: int = WINDOW) -> Tensor:
+    """SSIM of every whole window of pictures in [0, 1].
 
     Computed in float64: variances are differences of nearly equal numbers, and C2 = 9e-4 magnifies their error.
 
@@ -35,7 +37,7 @@ def ssim(pred: Tensor, target: Tensor, *, window: int = WINDOW) -> Tensor:
         window: odd side of the window in pixels.
 
     Returns:
-        (M,) float32.
+        (M, C, H - window + 1, W - window + 1) float64.
 
     Raises:
         PersistWorldError: a picture smaller than the window.
@@ -58,7 +60,12 @@ def ssim(pred: Tensor, target: Tensor, *, window: int = WINDOW) -> Tensor:
     c1, c2 = K1**2, K2**2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * cov + c2) / (var_x + var_y + c2)
-    return (luminance * structure).mean(dim=(-3, -2, -1)).to(torch.float32)
+    return luminance * structure
+
+
+def ssim(pred: Tensor, target: Tensor, *, window: int = WINDOW) -> Tensor:
+    """SSIM of whole pictures, the mean of `ssim_map`: (M,) float32."""
+    return ssim_map(pred, target, window=window).mean(dim=(-3, -2, -1)).to(torch.float32)
 
 
 class Ssim:
@@ -69,11 +76,19 @@ class Ssim:
     higher_is_better = True
 
     def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Pictures (M,3,H,W) and (T,3,H,W), M a multiple of T -> (M,); a few at a time: the maps are large."""
+        """Pictures (M,3,H,W) and (T,3,H,W), M a multiple of T -> (M,)."""
+        return torch.cat([ssim(drawn, known) for drawn, known in self._parts(pred, target)])
+
+    def maps(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
+        """As `__call__`, of each cell of the grid: (M, *grid)."""
+        maps = (ssim_map(drawn, known).mean(dim=1) for drawn, known in self._parts(pred, target))
+        return torch.cat([functional.adaptive_avg_pool2d(part, grid).to(torch.float32) for part in maps])
+
+    def _parts(self, pred: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """A few pictures at a time: the maps are large."""
         share = pred.shape[0] // target.shape[0]
         per = max(1, CHUNK[pred.device.type] // (share * pred[0].numel()))
-        parts = zip(pred.split(per * share), target.split(per), strict=True)
-        return torch.cat([ssim(drawn, known) for drawn, known in parts])
+        return zip(pred.split(per * share), target.split(per), strict=True)
 
     def describe(self) -> dict[str, object]:
         """Exact parameters."""

@@ -7,7 +7,7 @@ Every draw is a function of (seed, update, global number of the group), so the s
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,7 +34,8 @@ class Candidates:
     """G * K scored candidates, group by group.
 
     inputs: of each chunk, rows (G * K); x0: each chunk's latents (G * K, L, C, h, w); reward (G, K);
-    metrics: name -> (G * K, frames, V); seconds: by kind of work.
+    metrics: name -> (G * K, frames, V); pictures (G * K, frames, V, 3, H, W) and recorded (G, ...), frames F * (L - 1);
+    seconds: by kind of work.
     """
 
     inputs: list[Inputs]
@@ -66,6 +67,8 @@ class CandidateMaker:
     ) -> None:
         self.engine, self.store, self.scorer, self.options = engine, store, scorer, options
         self.split = split
+        steps = options.steps or engine.sampling.steps
+        self.brancher = RolloutEngine(engine.model, replace(engine.sampling, steps=steps), engine.stat, engine.entries)
         self.reach = engine.model.settings.num_frames - 1
         notes = {e: store.annotation(split, e) for e in store.episodes(split)}
         self.notes: dict[str, Annotation] = {
@@ -156,7 +159,12 @@ class CandidateMaker:
         size = max(1, self.options.micro_batch * 4)
         runs = range(0, noise.shape[0], size)
         parts = [slice(i, i + size) for i in runs]
-        return torch.cat([self.engine.sample(self.engine.condition(inputs.select(p)), noise[p]) for p in parts])
+        return torch.cat([self.brancher.sample(self.engine.condition(inputs.select(p)), noise[p]) for p in parts])
+
+    def recorded_latents(self, plan: GroupPlan, chunk: int) -> torch.Tensor:
+        """The recorded latents (L, C, h, w) of a group's chunk."""
+        first = plan.start + self.reach * (plan.prefix + chunk)
+        return self.store.latents(self.split, plan.episode, range(first, first + self.reach + 1))
 
     def recorded(self, plan: GroupPlan) -> torch.Tensor:
         """The recorded pictures (F * (L - 1), V, 3, H, W) in [0, 1] that a group is scored against."""

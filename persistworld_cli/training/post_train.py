@@ -19,11 +19,12 @@ from persistworld_cli.models.checkpoints import load_world_model
 from persistworld_cli.models.lora import PolicySwitch
 from persistworld_cli.objective.nft import kl_to_reference, nft_loss, sampling_decay
 from persistworld_cli.reports.progress import Meter
-from persistworld_cli.rewards.advantage import group_advantages, keep_extremes, optimality
+from persistworld_cli.rewards.advantage import keep_extremes
 from persistworld_cli.rewards.score import Scorer
 from persistworld_cli.rollout.engine import Inputs, RolloutEngine
 from persistworld_cli.seeding import generator
-from persistworld_cli.training.candidates import CandidateMaker, Candidates
+from persistworld_cli.training.candidates import CandidateMaker, Candidates, GroupPlan
+from persistworld_cli.training.credit import credit
 from persistworld_cli.training.optim import Optimizers
 from persistworld_cli.training.run import Interrupted, Run
 from persistworld_cli.training.schedule import lr_factor
@@ -75,13 +76,15 @@ class PostTrainer:
         plans = [self.maker.plan(step, work.rank * local + g) for g in range(local)]
         with self.switch.use("old"):
             made = self.maker.make(plans, step)
-        advantage = group_advantages(made.reward)
-        r = optimality(advantage, options.adv_clip)
+        r = credit(made, self.scorer, options)
+        if options.objective == "recorded":
+            self.aim_at_record(made, plans)
+            r = torch.ones_like(r)
         kept = keep_extremes(made.reward, options.keep_best, options.keep_worst)  # (G, m + n)
         offsets = torch.arange(local, device=kept.device)[:, None] * options.candidates
         rows = (kept + offsets).flatten()
         clock = time.perf_counter()
-        numbers = self.learn(step, made, rows, r.flatten()[rows], [p.number for p in plans])
+        numbers = self.learn(step, made, rows, r[rows], [p.number for p in plans])
         made.seconds["update"] = time.perf_counter() - clock
         numbers |= self.health(made, kept)
         means = self.work.gather([numbers])
@@ -90,7 +93,7 @@ class PostTrainer:
     def learn(
         self, step: int, made: Candidates, rows: torch.Tensor, r: torch.Tensor, groups: list[int]
     ) -> dict[str, float]:
-        """Gradient of the objective over the kept candidates, optimiser step, EMA."""
+        """Gradient of the objective over the kept candidates (their r, as `credit` gives it), optimiser step, EMA."""
         options = self.options
         lr = options.lr * lr_factor(step, options.updates, options.warmup, "constant")
         self.optimizers.set_lr(lr)
@@ -108,7 +111,7 @@ class PostTrainer:
             keys: list[tuple[int, ...]] = [
                 (options.seed, step, groups[int(i) // each], int(i) % each, chunk, repeat) for i in part
             ]
-            loss, numbers = self.loss(x0, inputs, r[part], keys)
+            loss, numbers = self.loss(x0, inputs, r[part] if r.ndim == 1 else r[part, chunk], keys)
             (loss.sum() / total).backward()
             for name, value in numbers.items():
                 sums[name] = sums.get(name, 0.0) + value.sum().item() / total
@@ -131,11 +134,11 @@ class PostTrainer:
         self, x0: torch.Tensor, inputs: Inputs, r: torch.Tensor, keys: list[tuple[int, ...]]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss (M,) of candidates x0 (M, L, C, h, w), each noised afresh, under the three policies."""
-        options, noising = self.options, self.settings.pretrain
+        options = self.options
         generators = [generator("update", *key) for key in keys]
         z = torch.stack([torch.randn((), generator=g) for g in generators]).to(x0.device)
         noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0.device)
-        sigma = (noising.p_std * z + noising.p_mean).exp()
+        sigma = (options.p_std * z + options.p_mean).exp()
         noisy = x0 + sigma.view(-1, 1, 1, 1, 1) * noise
 
         def predict(policy: str) -> torch.Tensor:
@@ -145,7 +148,8 @@ class PostTrainer:
         with torch.no_grad():
             old, reference = predict("old"), predict("reference")
         theta = predict("theta")
-        terms = nft_loss(theta, old, x0, r, beta=options.beta, weighting=options.weighting)
+        beta = options.beta if options.objective == "nft" else 1.0
+        terms = nft_loss(theta, old, x0, r, beta=beta, weighting=options.weighting)
         kl = kl_to_reference(theta, reference)
         numbers = {
             "loss": terms.policy.detach(),
@@ -154,6 +158,12 @@ class PostTrainer:
             "theta_reference": (theta.detach() - reference).abs().flatten(1).mean(1),
         }
         return terms.policy + options.kl * kl, numbers
+
+    def aim_at_record(self, made: Candidates, plans: list[GroupPlan]) -> None:
+        """Put the record in the candidates' place; with r = 1 and beta = 1 the objective is |D_theta - x0|^2."""
+        for chunk, x0 in enumerate(made.x0):
+            real = torch.stack([self.maker.recorded_latents(plan, chunk) for plan in plans])
+            made.x0[chunk] = real.repeat_interleave(len(x0) // len(plans), 0).to(x0)
 
     def health(self, made: Candidates, kept: torch.Tensor) -> dict[str, float]:
         """Reward by metric, spread in the group, margin of the kept ones, sharpness and motion, time shares."""

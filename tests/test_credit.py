@@ -1,0 +1,70 @@
+"""Credit by rollout, by picture and by patch: shapes, means, and that a patch is moved only by its own reward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_rewards import NO_LPIPS, pictures
+
+from persistworld_cli.config.settings import PostTrainSettings, RewardSettings, WorldSettings
+from persistworld_cli.objective.nft import nft_loss
+from persistworld_cli.rewards.advantage import credit_map
+from persistworld_cli.rewards.registry import REWARDS
+from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.training.candidates import Candidates
+from persistworld_cli.training.credit import credit
+
+WORLD = replace(WorldSettings(), cameras=("left", "wrist"), exterior=(0,), wrist=(1,))
+OPTIONS = PostTrainSettings(candidates=4, keep_best=2, keep_worst=2, credit_grid=(3, 5))
+
+
+@pytest.mark.parametrize("name", sorted(REWARDS))
+def test_a_single_cell_is_the_whole_picture(name: str) -> None:
+    metric = REWARDS[name](RewardSettings(), torch.device("cpu"))
+    pred, target = pictures(4)
+    torch.testing.assert_close(metric.maps(pred, target[::2], (1, 1)).flatten(), metric(pred, target[::2]))
+    cells = metric.maps(pred, target, (3, 5))
+    assert cells.shape == (4, 3, 5)
+    worse = pred.clone()
+    worse[:, :, 32:, 64:] = 1 - worse[:, :, 32:, 64:]  # the last cell
+    change = (metric.maps(worse, target, (3, 5)) - cells).abs().mean(0)
+    assert change[2, 4] > 5 * change[0, 0]
+
+
+def made(groups: int = 2, frames: int = 4) -> tuple[Candidates, Scorer]:
+    """Candidates whose pictures are noisy copies of the record, and the scorer they were scored by."""
+    scorer = Scorer(NO_LPIPS, WORLD, "cpu")
+    drawn, known = pictures(groups * OPTIONS.candidates * frames * 2)
+    drawn = drawn.view(groups * OPTIONS.candidates, frames, 2, 3, 48, 80)
+    known = known.view(groups * OPTIONS.candidates, frames, 2, 3, 48, 80)[:: OPTIONS.candidates]
+    metrics = scorer.metrics(drawn, known)
+    x0 = [torch.randn(len(drawn), frames + 1, 4, 24, 20)]
+    reward = scorer.reward(metrics).view(groups, OPTIONS.candidates)
+    return Candidates([], x0, reward, metrics, drawn, known, {}), scorer
+
+
+def test_credit_has_the_shape_the_objective_takes() -> None:
+    candidates, scorer = made()
+    assert credit(candidates, scorer, OPTIONS).shape == (8,)
+    for kind in ("frame", "patch"):
+        r = credit(candidates, scorer, replace(OPTIONS, credit=kind))
+        assert r.shape == (8, 1, 5, 1, 24, 20)
+        assert (r[:, :, 0] == 0.5).all() and r.min() >= 0 and r.max() <= 1
+    frame = credit(candidates, scorer, replace(OPTIONS, credit="frame"))[:, 0, 1:, 0]
+    assert (frame[:, :, :12] == frame[:, :, :1, :1]).all()  # one number for a camera's frame
+    best = scorer.by_picture(candidates.metrics).view(2, 4, 4, 2).argmax(1)[0, 0, 0]
+    assert frame[int(best), 0, 0, 0] == frame[:4, 0, 0, 0].max()
+
+
+def test_an_unweighted_camera_and_the_first_frame_teach_nothing() -> None:
+    r = credit_map(torch.ones(1, 2, 2, 3, 5), torch.tensor([1.0, 0.0]), (12, 20))
+    assert (r[:, 0] == 0.5).all() and (r[:, 1:, :, :12] == 1).all() and (r[:, 1:, :, 12:] == 0.5).all()
+    theta = torch.randn(1, 3, 4, 24, 20, requires_grad=True)
+    old = theta.detach().clone()
+    nft_loss(theta, old, torch.randn_like(old), r, beta=0.5, weighting="plain").policy.sum().backward()
+    gradient = theta.grad
+    assert gradient is not None
+    assert (gradient[:, 0].abs().max() < 1e-9) and (gradient[:, 1:, :, 12:].abs().max() < 1e-9)
+    assert gradient[:, 1:, :, :12].abs().min() > 0
