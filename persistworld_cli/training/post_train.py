@@ -6,14 +6,14 @@ worst, push the trained policy towards the better ones (objective/nft.py), let t
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
 import torch
 
-from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import PostTrainSettings, Settings
-from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.data.store import open_store
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.checkpoints import load_world_model
 from persistworld_cli.models.lora import PolicySwitch
@@ -25,9 +25,13 @@ from persistworld_cli.rollout.engine import Inputs, RolloutEngine
 from persistworld_cli.seeding import generator
 from persistworld_cli.training.candidates import CandidateMaker, Candidates, GroupPlan
 from persistworld_cli.training.credit import credit
+from persistworld_cli.training.health import CollapseGuard, candidate_health, resting_words
 from persistworld_cli.training.optim import Optimizers
 from persistworld_cli.training.run import Interrupted, Run
 from persistworld_cli.training.schedule import lr_factor
+from persistworld_cli.training.validation import ClosedLoopCheck
+
+logger = logging.getLogger(__name__)
 
 
 class PostTrainer:
@@ -61,13 +65,15 @@ class PostTrainer:
             train_action_encoder=options.train_action_encoder,
             seed=options.seed,
         )
-        store = EpisodeStore(resolve_path(settings.world.dataset))
+        store = open_store(settings)
         self.engine = RolloutEngine(self.model, settings.sampling, store.stat())
         self.scorer = Scorer(settings.rewards, settings.world, work.device)
         self.maker = CandidateMaker(self.engine, store, self.scorer, options)
-        self.optimizers = Optimizers(
-            self.switch.trainable(), options.optimizer, lr=options.lr, weight_decay=options.weight_decay
-        )
+        every = options.validate_every
+        self.check = ClosedLoopCheck(settings, self.engine, store, self.scorer, work) if every else None
+        self.guard = CollapseGuard(options.collapse_checks)
+        self.lr_scale = 1.0
+        self.optimizers = self._optimizers()
 
     def update(self, step: int) -> dict[str, float]:
         """One update; the numbers worth logging (means over ranks)."""
@@ -86,7 +92,7 @@ class PostTrainer:
         clock = time.perf_counter()
         numbers = self.learn(step, made, rows, r[rows], [p.number for p in plans])
         made.seconds["update"] = time.perf_counter() - clock
-        numbers |= self.health(made, kept)
+        numbers |= candidate_health(made, kept, self.settings.world.cameras)
         means = self.work.gather([numbers])
         return {key: sum(m[key] for m in means) / len(means) for key in numbers}
 
@@ -95,7 +101,7 @@ class PostTrainer:
     ) -> dict[str, float]:
         """Gradient of the objective over the kept candidates (their r, as `credit` gives it), optimiser step, EMA."""
         options = self.options
-        lr = options.lr * lr_factor(step, options.updates, options.warmup, "constant")
+        lr = options.lr * self.lr_scale * lr_factor(step, options.updates, options.warmup, "constant")
         self.optimizers.set_lr(lr)
         each = len(rows) // len(groups)
         jobs = [
@@ -165,40 +171,51 @@ class PostTrainer:
             real = torch.stack([self.maker.recorded_latents(plan, chunk) for plan in plans])
             made.x0[chunk] = real.repeat_interleave(len(x0) // len(plans), 0).to(x0)
 
-    def health(self, made: Candidates, kept: torch.Tensor) -> dict[str, float]:
-        """Reward by metric, spread in the group, margin of the kept ones, sharpness and motion, time shares."""
-        best = made.reward.gather(1, kept)
-        spread = made.reward.std(dim=1)
-        total = sum(made.seconds.values())
-        pictures = made.pictures
-        real = made.recorded
+    def validate(self) -> tuple[dict[str, float], bool]:
+        """Numbers of the closed-loop check on held-out starts, and whether the run has collapsed and is to end.
 
-        def sharpness(x: torch.Tensor) -> float:
-            return x.diff(dim=-1).abs().mean().item()
+        Rolling back puts the best check's policies in place, forgets the optimisers' memory and halves the step.
+        """
+        assert self.check is not None
+        numbers = self.check.check(self.switch)
+        if not self.guard.see(numbers["val_reward"] - numbers["val_base"], self.switch.state()):
+            return numbers, False
+        assert self.guard.state is not None
+        self.switch.load_state(self.guard.state)
+        back = self.options.on_collapse == "rollback"
+        if back:
+            self.guard.rolled_back()
+            self.lr_scale /= 2
+            self.optimizers = self._optimizers()
+        logger.warning(
+            "closed-loop validation fell %d times in a row and is below the base; the best policy so far is put back%s",
+            self.options.collapse_checks,
+            f", the learning rate is now {self.lr_scale:g} times post_train.lr" if back else "",
+        )
+        return numbers, not back
 
-        def motion(x: torch.Tensor) -> float:
-            return x.diff(dim=1).abs().mean().item()
-
-        return {
-            "reward": made.reward.mean().item(),
-            **{f"reward_{name}": value.mean().item() for name, value in made.metrics.items()},
-            "group_spread": spread.mean().item(),
-            "groups_without_spread": (spread < 1e-6).float().mean().item(),
-            "kept_margin": (best.max(1).values - best.min(1).values).mean().item(),
-            "sharpness": sharpness(pictures) / max(1e-9, sharpness(real)),
-            "motion": motion(pictures) / max(1e-9, motion(real)),
-            "seconds": total,
-            **{f"share_{name}": value / total for name, value in made.seconds.items()},
-        }
+    def _optimizers(self) -> Optimizers:
+        options = self.options
+        return Optimizers(self.switch.trainable(), options.optimizer, lr=options.lr, weight_decay=options.weight_decay)
 
     def state(self) -> dict[str, Any]:
         """To resume from."""
-        return {"switch": self.switch.state(), "optimizers": self.optimizers.state()}
+        return {
+            "switch": self.switch.state(),
+            "optimizers": self.optimizers.state(),
+            "guard": self.guard.snapshot(),
+            "lr_scale": self.lr_scale,
+            "val_base": self.check.base if self.check else None,
+        }
 
     def load_state(self, saved: dict[str, Any]) -> None:
         """What `state` gave."""
         self.switch.load_state(saved["switch"])
         self.optimizers.load_state(saved["optimizers"])
+        self.guard.load(saved["guard"])
+        self.lr_scale = saved["lr_scale"]
+        if self.check:
+            self.check.base = saved["val_base"]
 
 
 def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
@@ -211,21 +228,35 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     trainer = PostTrainer(settings, job, work)
     begun = resume(trainer, work, options)
     last: dict[str, float] = {}
+    collapsed = False
     with Meter("post-train", options.updates, done=begun, quiet=not work.main) as meter:
         for step in range(begun, options.updates):
             last = trainer.update(step)
-            work.log(step + 1, last)
-            meter.advance(reward=last["reward"], spread=last["group_spread"], theta_old=last["theta_old"])
             done = step + 1
+            if words := resting_words(step, last):
+                logger.warning(words)
+            if options.validate_every and done % options.validate_every == 0:
+                checked, collapsed = trainer.validate()
+                last |= checked
+            work.log(done, last)
+            meter.advance(reward=last["reward"], spread=last["group_spread"], theta_old=last["theta_old"])
             stop = work.should_stop()
-            if stop or done % options.save_every == 0 or done == options.updates:
+            if stop or collapsed or done % options.save_every == 0 or done == options.updates:
                 work.save(done, trainer.state())
             if stop:
                 raise Interrupted
+            if collapsed:
+                break
     adapter = work.output / "weights" / "adapter"
     if work.main and (begun < options.updates or not adapter.exists()):  # a finished run's files keep their hash
         adapter.parent.mkdir(exist_ok=True)
         trainer.switch.save_adapter(adapter, "old")
+    if collapsed:
+        raise PersistWorldError(
+            f"post-training collapsed: the held-out closed loop fell {options.collapse_checks} checks in a row",
+            where=str(work.output / "metrics.jsonl"),
+            fix=f"the best policy is in {adapter}; lower post_train.lr, or set post_train.on_collapse = 'rollback'",
+        )
     rewards = [entry["reward"] for entry in work.history() if "reward" in entry]
     few = max(1, len(rewards) // 4)
     return {

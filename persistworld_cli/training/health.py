@@ -1,0 +1,103 @@
+"""What to look at while post-training runs: does the reward move, for the right reason, does the held-out loop agree.
+
+Users of such methods see reward that stands still (no spread, a sampling policy that is never behind) or that moves for
+the wrong reason (blur, standing still): each has its number here. Shapes as in `candidates`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from persistworld_cli.training.candidates import Candidates
+
+RESTING = 1e-9  # mean |D_theta - D_old| below which the two policies are one
+
+
+def candidate_health(made: Candidates, kept: Tensor, cameras: Sequence[str]) -> dict[str, float]:
+    """Reward by metric and camera, spread in the groups, margin of the kept ones, sharpness and motion, time shares.
+
+    Args:
+        made: scored candidates.
+        kept: (G, m + n) which of them are learned from.
+        cameras: names, in stacking order.
+    """
+    best = made.reward.gather(1, kept)
+    spread = made.reward.std(dim=1)
+    total = sum(made.seconds.values())
+    by_camera = {
+        f"{name}/{camera}": value[..., index].mean().item()
+        for name, value in made.metrics.items()
+        for index, camera in enumerate(cameras)
+    }
+    return {
+        "reward": made.reward.mean().item(),
+        **{f"reward_{name}": value.mean().item() for name, value in made.metrics.items()},
+        **by_camera,
+        "group_spread": spread.mean().item(),
+        "groups_without_spread": (spread < 1e-6).float().mean().item(),
+        "kept_margin": (best.max(1).values - best.min(1).values).mean().item(),
+        "sharpness": _gradient(made.pictures, -1) / max(1e-9, _gradient(made.recorded, -1)),
+        "motion": _gradient(made.pictures, 1) / max(1e-9, _gradient(made.recorded, 1)),
+        "seconds": total,
+        **{f"share_{name}": value / total for name, value in made.seconds.items()},
+    }
+
+
+def _gradient(pictures: Tensor, dim: int) -> float:
+    """Mean absolute difference of neighbours: along the width it is sharpness, along the frames motion."""
+    return pictures.diff(dim=dim).abs().mean().item()
+
+
+def resting_words(step: int, numbers: dict[str, float]) -> str:
+    """A warning where the trained and the sampling policy are one after the first update, else ""."""
+    if step < 1 or numbers["theta_old"] > RESTING:
+        return ""
+    return (
+        f"update {step + 1}: the trained and the sampling policy do not differ, so candidates are not contrasted; "
+        "raise post_train.ema_max (the sampling policy then stays behind) or post_train.lr"
+    )
+
+
+@dataclass
+class CollapseGuard:
+    """Watches closed-loop validation: after `checks` falls in a row, and below the base, the run has collapsed.
+
+    checks: how many; 0 switches the guard off. best: highest score so far, and `state` the policies that had it.
+    """
+
+    checks: int
+    scores: list[float] = field(default_factory=list)
+    best: float = float("-inf")
+    state: dict[str, Any] | None = None
+
+    def see(self, score: float, state: dict[str, Any]) -> bool:
+        """Note a check; `state` is copied if it is the best one. True: collapsed.
+
+        Args:
+            score: reward on the fixed held-out starts, less the base's.
+            state: policies, to roll back to.
+        """
+        self.scores.append(score)
+        if score > self.best:
+            self.best, self.state = score, copy.deepcopy(state)
+        last = self.scores[-self.checks - 1 :]
+        falls = all(b < a for a, b in pairwise(last))
+        return self.checks > 0 and len(last) == self.checks + 1 and falls and score < 0
+
+    def rolled_back(self) -> None:
+        """Forget the fall: the next check is compared with the best one."""
+        self.scores = [self.best]
+
+    def snapshot(self) -> dict[str, Any]:
+        """To resume from."""
+        return {"scores": self.scores, "best": self.best, "state": self.state}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """What `snapshot` gave."""
+        self.scores, self.best, self.state = list(saved["scores"]), saved["best"], saved["state"]
