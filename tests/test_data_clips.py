@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from data_raw import HEIGHT, WIDTH, encode, write_v21
 from golden_table import close
 
 from persistworld_cli.config.settings import ClipSettings, SamplingSettings, WorldSettings
 from persistworld_cli.data.clips import ClipSource, clip_ids, rollout_history_ids
 from persistworld_cli.data.extract import extract_latents
+from persistworld_cli.data.index import ActionStat
 from persistworld_cli.data.meta import build_meta
-from persistworld_cli.data.store import ActionStat, EpisodeStore
+from persistworld_cli.data.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError
 
 HISTORY = SamplingSettings().history
@@ -125,33 +125,3 @@ def test_rollout_like_draws(store: EpisodeStore) -> None:
         ClipSource(store, "train", settings, num_history=4)
     with pytest.raises(PersistWorldError, match="reaches beyond a new rollout's 8 entries"):
         ClipSource(store, "train", settings, sampling=SamplingSettings(history=(0, 0, -12, -9, -6, -3), buffer_fill=8))
-
-
-def test_batches_are_a_pure_function_of_their_arguments(store: EpisodeStore) -> None:
-    source = ClipSource(store, "train", ClipSettings(rollout_history_prob=0.5))
-    one = source.batch(3, 7, 4)
-    assert one.latents.shape == (4, 11, 4, 3 * HEIGHT // 8, WIDTH // 8) and one.latents.dtype == torch.float32
-    assert one.actions.shape == (4, 11, 7) and one.actions.dtype == torch.float32
-    assert len(one.texts) == 4 and one.ids.shape == (4, 11)
-    source.batch(3, 8, 4)
-    again = ClipSource(store, "train", ClipSettings(rollout_history_prob=0.5)).batch(3, 7, 4)
-    assert torch.equal(one.latents, again.latents) and torch.equal(one.actions, again.actions)
-    halves = [source.batch(3, 7, 2, rank=r, world=2) for r in (0, 1)]
-    assert torch.equal(one.latents, torch.cat([h.latents for h in halves]))
-    assert one.episodes == halves[0].episodes + halves[1].episodes
-    for other in (source.batch(4, 7, 4), source.batch(3, 8, 4)):
-        assert not torch.equal(one.ids, other.ids)
-
-
-def test_preloaded_latents_are_the_same(store: EpisodeStore) -> None:
-    plain, loaded = (ClipSource(store, "train", ClipSettings(), preload=p) for p in (False, None))
-    assert loaded._latents is not None  # small enough
-    assert torch.equal(plain.batch(0, 0, 6).latents, loaded.batch(0, 0, 6).latents)  # stored as float16 already
-
-
-def test_batches_ahead_are_those_asked_one_by_one(store: EpisodeStore) -> None:
-    source = ClipSource(store, "train", ClipSettings(), preload=True)
-    ahead = source.batches(5, 10, 2)
-    for step in range(10, 14):
-        assert torch.equal(next(ahead).ids, source.batch(5, step, 2).ids)
-    ahead.close()

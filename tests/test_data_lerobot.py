@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_raw import CAMERAS, TASK, columns, table_path, video_path, write_v21, write_v30
+from data_raw import CAMERAS, TASK, columns, video_path, write_v21, write_v30
 
 from persistworld_cli.data import video
 from persistworld_cli.data.lerobot import RawDataset
@@ -46,7 +46,8 @@ def test_both_versions_give_the_same_pictures(both: list[RawDataset]) -> None:
 
 def test_a_part_of_a_dataset_is_normal(tmp_path: Path) -> None:
     root = write_v21(tmp_path, {0: 5, 1: 5, 2: 5})
-    table_path(root, 0).unlink()
+    for camera in CAMERAS:
+        video_path(root, 0, camera).unlink()
     for camera in CAMERAS:
         video_path(root, 1, camera).unlink()
     raw = RawDataset(root)

@@ -1,15 +1,27 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_raw import HEIGHT, WIDTH, encode, write_v21
+from numpy.typing import NDArray
+from safetensors import safe_open
 
-from persistworld_cli.config.settings import WorldSettings
+from persistworld_cli.config.settings import ClipSettings, WorldSettings
+from persistworld_cli.data.adapter_fit import fit_adapter
+from persistworld_cli.data.annotations import read_keys
+from persistworld_cli.data.clips import ClipSource
+from persistworld_cli.data.ctrl_world_meta import SampleLists, export_ctrl_world
 from persistworld_cli.data.extract import extract_latents
-from persistworld_cli.data.meta import build_meta, export_ctrl_world, fit_adapter, start_states
+from persistworld_cli.data.health import count_starts, findings
+from persistworld_cli.data.index import ActionStat, IndexFile
+from persistworld_cli.data.meta import build_meta
+from persistworld_cli.data.pool import in_order
+from persistworld_cli.data.scan import facts
 from persistworld_cli.data.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError
 
@@ -23,8 +35,8 @@ def dataset(tmp_path: Path) -> Path:
 
 def test_start_frames() -> None:
     """Edge cases of golden F: an episode of up to 5 frames gives one start, one of n gives n - 4."""
-    for length, count in ((1, 1), (4, 1), (5, 1), (6, 2), (8, 4), (9, 5), (33, 29)):
-        assert len(start_states([np.zeros((length, 7))])) == count
+    lengths = np.array([1, 4, 5, 6, 8, 9, 33])
+    assert count_starts(lengths, 5).tolist() == [1, 1, 1, 2, 4, 5, 29]
 
 
 def test_percentiles_are_of_every_training_start(dataset: Path) -> None:
@@ -36,8 +48,9 @@ def test_percentiles_are_of_every_training_start(dataset: Path) -> None:
     np.testing.assert_array_equal(store.stat().p99, np.percentile(starts, 99, axis=0))
     assert report.episodes == {"train": 3, "val": 1}
     assert report.frames == {"train": 39, "val": 10} and report.samples == {"train": 28, "val": 6}
-    assert report.health["unusable"] == {} and report.health["length"]["max"] == 20
-    assert report.health["shorter_than_clip"] == 1
+    assert report.health["unusable"] == [] and report.health["length"] == {"min": 4, "median": 12.5, "max": 20}
+    short = [row for row in report.health["findings"] if row["finding"] == "shorter than a clip"]
+    assert [row["first"] for row in short] == [["train/2"]]
 
 
 def test_adapter_finds_the_gain(dataset: Path) -> None:
@@ -48,11 +61,27 @@ def test_adapter_finds_the_gain(dataset: Path) -> None:
     assert json.loads((dataset / "meta/adapter.json").read_text()) == adapter
 
 
+def motion(joints: NDArray[np.floating], velocity: NDArray[np.floating]) -> NDArray[np.floating]:
+    return np.stack([joints, velocity], axis=1)
+
+
 def test_adapter_edge_cases() -> None:
     assert fit_adapter([]) is None
-    still = fit_adapter([(np.zeros((20, 7)), np.zeros((20, 7)))])
+    still = fit_adapter([motion(np.zeros((20, 7)), np.zeros((20, 7)))])
     assert still is not None and still["gain"] == [0.0] * 7 and still["held_out"] is False
-    assert fit_adapter([(np.zeros((1, 7)), np.zeros((1, 7)))]) is None
+    assert fit_adapter([motion(np.zeros((1, 7)), np.zeros((1, 7)))]) is None
+
+
+def test_the_held_out_error_is_of_a_gain_fitted_without_the_episode() -> None:
+    """Two episodes whose joints answer by 0.04 and 0.08: each is predicted by the other's gain."""
+    velocity = np.ones((3, 1))
+    walks = [motion(gain * np.arange(3.0)[:, None], velocity) for gain in (0.04, 0.08)]
+    fitted = fit_adapter(walks, reach=lambda q: np.repeat(q, 3, axis=1))
+    assert fitted is not None and fitted["gain"] == pytest.approx([0.06])
+    # windows of 1 and 2 frames: two and one of them, so (2 * 0.04 + 1 * 0.08) / 3
+    assert fitted["joint_mae"]["fitted"] == pytest.approx(0.16 / 3)
+    assert fitted["joint_mae"]["fit"] == pytest.approx(0.08 / 3)
+    assert fitted["hand_error"]["fitted"] == pytest.approx(np.sqrt(3) * 0.04)  # one window of one frame each
 
 
 def test_unusable_episodes_are_named_and_left_out(dataset: Path) -> None:
@@ -62,9 +91,9 @@ def test_unusable_episodes_are_named_and_left_out(dataset: Path) -> None:
     (dataset / "latent_videos/train/0/1.npy").unlink()
     report = build_meta(dataset)
     assert report.episodes == {"train": 1, "val": 1}
-    assert {reason: entry["first"] for reason, entry in report.health["unusable"].items()} == {
-        "latents of camera 1 of episode '0' are missing": ["train/0"],
-        "video_length 3 but 15 states": ["train/1"],
+    assert {row["finding"]: row["first"] for row in report.health["unusable"]} == {
+        "latents of camera 1 are missing": ["train/0"],
+        "video_length is not the number of states": ["train/1"],
     }
     assert EpisodeStore(dataset).index("train").ids == ("2",)
 
@@ -78,16 +107,190 @@ def test_no_training_episode_is_an_error(dataset: Path) -> None:
     assert not (dataset / "meta").exists()
 
 
+def meta_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_an_update_reads_what_is_new_and_equals_a_rebuild(dataset: Path, tmp_path: Path) -> None:
+    assert build_meta(dataset).read == 4
+    before = meta_bytes(dataset / "meta")
+    assert build_meta(dataset).read == 0 and meta_bytes(dataset / "meta") == before
+    source = json.loads((dataset / "annotation/train/0.json").read_text())
+    (dataset / "annotation/train/1.json").unlink()  # deleted
+    copied = source | {"episode_id": 7, "texts": ["another one"]}
+    for folder in ("videos", "latent_videos"):
+        shutil.copytree(dataset / folder / "train/0", dataset / folder / "train/7")
+    (dataset / "annotation/train/7.json").write_text(json.dumps(copied))  # new
+    changed = source | {"texts": ["asked otherwise"], "states": (np.array(source["states"]) + 0.1).tolist()}
+    (dataset / "annotation/train/0.json").write_text(json.dumps(changed))  # changed; its states need float64
+    (dataset / "latent_videos/train/2/0.npy").unlink()  # damaged, behind an annotation that did not change
+    report = build_meta(dataset)
+    assert report.read == 3 and report.episodes == {"train": 2, "val": 1}
+    build_meta(dataset, meta=tmp_path / "again", fresh=True)
+    assert meta_bytes(dataset / "meta") == meta_bytes(tmp_path / "again")
+    index = EpisodeStore(dataset).index("train")
+    assert index.ids == ("0", "7") and index.texts == ("asked otherwise", "another one")
+    assert index.states.dtype == np.float64
+    np.testing.assert_array_equal(index.states[:20], changed["states"])
+
+
+def test_many_episodes_go_through_workers_alike(dataset: Path, tmp_path: Path) -> None:
+    for number in range(300, 560):
+        for folder, name in (("annotation", f"{number}.json"), ("videos", str(number)), ("latent_videos", str(number))):
+            (dataset / folder / "train" / name).symlink_to(dataset / folder / "train" / name.replace(str(number), "0"))
+    seen: list[tuple[int, int]] = []
+    build_meta(dataset, workers=2, progress=lambda done, total: seen.append((done, total)))
+    build_meta(dataset, meta=tmp_path / "alone", workers=1)
+    assert meta_bytes(dataset / "meta") == meta_bytes(tmp_path / "alone")
+    assert seen[-1] == (264, 264) and EpisodeStore(dataset).index("train").ids[-1] == "559"
+
+
+def test_a_worker_that_is_killed_is_told() -> None:
+    with pytest.raises(PersistWorldError, match="a worker process was killed"):
+        list(in_order(os._exit, [3] * 300, 2))
+
+
+def test_a_failure_leaves_the_old_metadata_whole(dataset: Path) -> None:
+    build_meta(dataset)
+    before = meta_bytes(dataset / "meta")
+    note = dataset / "annotation/val/99.json"
+    data = json.loads(note.read_text())
+    note.write_text(json.dumps(data | {"states": [row[:6] for row in data["states"]]}))
+    with pytest.raises(PersistWorldError, match=r"states have widths 7 \(train/0\) and 6 \(val/99\)"):
+        build_meta(dataset)
+    assert meta_bytes(dataset / "meta") == before
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    note.write_text(json.dumps(data))
+    with pytest.raises(KeyboardInterrupt):
+        build_meta(dataset, progress=interrupt)
+    assert meta_bytes(dataset / "meta") == before
+
+
+def test_a_damaged_index_is_named_and_made_again(dataset: Path) -> None:
+    build_meta(dataset)
+    path = dataset / "meta/index.safetensors"
+    whole = path.read_bytes()
+    for damage, message in ((whole[:-5], "cut off"), (b"x" * 40, "damaged"), (whole.replace(b"-1", b"-0"), "version")):
+        path.write_bytes(damage)
+        with pytest.raises(PersistWorldError, match=message) as caught:
+            EpisodeStore(dataset).index("train")
+        assert "build-meta" in str(caught.value)
+    assert build_meta(dataset).read == 4 and path.read_bytes() == whole
+    with safe_open(path, "np") as file:  # any reader of safetensors will do
+        assert file.get_tensor("states").shape == (49, 7)
+
+
+def export(dataset: Path, folder: Path, meta: Path | None = None) -> Path:
+    meta = meta or dataset / "meta"
+    return export_ctrl_world(IndexFile(meta / "index.safetensors"), ActionStat.load(meta / "stat.json"), folder)
+
+
 def test_export_in_ctrl_worlds_form(dataset: Path) -> None:
     build_meta(dataset)
-    folder = export_ctrl_world(EpisodeStore(dataset), "mine")
-    assert folder == dataset / "meta_info/mine"
+    folder = export(dataset, dataset / "meta_info/mine")
     entries = json.loads((folder / "train_sample.json").read_text())
     pairs = sorted((e["episode_id"], *e["frame_ids"]) for e in entries)
     assert pairs == [(0, i) for i in range(16)] + [(1, i) for i in range(11)] + [(2, 0)]
     assert [e["frame_ids"][0] for e in entries] != sorted(e["frame_ids"][0] for e in entries)
     assert len(json.loads((folder / "val_sample.json").read_text())) == 6
     assert json.loads((folder / "stat.json").read_text()) == json.loads((dataset / "meta/stat.json").read_text())
+
+
+def test_ctrl_worlds_lists_are_taken_as_they_are(dataset: Path, tmp_path: Path) -> None:
+    """Episodes that are not listed are left out, start frames and percentiles are the lists'."""
+    lists = tmp_path / "droid"
+    lists.mkdir()
+    chosen = [(0, 3), (2, 0), (0, 12), (77, 1)]  # 77 is not on this disk
+    entries = [{"episode_id": episode, "frame_ids": [start]} for episode, start in chosen]
+    (lists / "train_sample.json").write_text(json.dumps(entries, indent=1))
+    stat = {"state_01": [-1.0] * 7, "state_99": [2.0] * 7}
+    (lists / "stat.json").write_text(json.dumps(stat))
+    report = build_meta(dataset, lists=SampleLists(lists))
+    assert report.episodes == {"train": 2} and report.samples == {"train": 3}
+    assert report.health["imported"]["first"] == ["train/77"] and report.stat.p99.tolist() == stat["state_99"]
+    store = EpisodeStore(dataset)
+    source = ClipSource(store, "train", ClipSettings())
+    assert len(source) == 3
+    assert [(store.index("train").ids[row], start) for row, start in map(source.locate, range(3))] == [
+        ("0", 3),
+        ("0", 12),
+        ("2", 0),
+    ]
+    exported = export(dataset, tmp_path / "back")
+    back = json.loads((exported / "train_sample.json").read_text())
+    assert sorted((e["episode_id"], *e["frame_ids"]) for e in back) == [(0, 3), (0, 12), (2, 0)]
+    (lists / "train_sample.json").write_text(json.dumps(entries)[:-9])
+    with pytest.raises(PersistWorldError, match="unreadable list of samples"):
+        SampleLists(lists)
+    with pytest.raises(PersistWorldError, match=r"no train_sample\.json") as caught:
+        SampleLists(tmp_path)
+    assert "back, droid" in str(caught.value)
+
+
+def test_a_dataset_with_only_ctrl_worlds_metadata(dataset: Path) -> None:
+    build_meta(dataset)
+    export(dataset, dataset / "meta_info/mine")
+    expected = EpisodeStore(dataset).stat().p01
+    shutil.rmtree(dataset / "meta")
+    store = EpisodeStore(dataset)
+    np.testing.assert_array_equal(store.stat().p01, expected)
+    with pytest.raises(PersistWorldError, match="Ctrl-World's lists but no index") as caught:
+        store.index("train")
+    assert "--import" in str(caught.value)
+
+
+def test_real_samples_survive_the_round_trip(shared_data: Path, tmp_path: Path) -> None:
+    root = shared_data / "droid_subset"
+    own = build_meta(root, meta=tmp_path / "own")
+    folder = export(root, tmp_path / "lists", tmp_path / "own")
+    again = build_meta(root, meta=tmp_path / "again", lists=SampleLists(folder))
+    assert (again.episodes, again.samples) == (own.episodes, own.samples)
+    np.testing.assert_array_equal(again.stat.p99, own.stat.p99)
+    indices = [EpisodeStore(root, meta=tmp_path / name).index("train") for name in ("own", "again")]
+    assert indices[0].ids == indices[1].ids and indices[1].starts is None
+    np.testing.assert_array_equal(*(index.states for index in indices))
+
+
+def test_findings_name_their_episodes() -> None:
+    """Poses at 5 Hz: one stays, one leaps, one turns through roll's end, one grips in millimetres."""
+    base = np.tile([0.5, 0, 0.3, 3.1, 0, 0, 0.2], (10, 1))
+    leap, turn, grip = base.copy(), base.copy(), base.copy()
+    leap[5:, 0] += 0.4
+    turn[:, 3] = np.linspace(3.0, 3.3, 10)
+    turn[:, 3] -= 2 * np.pi * (turn[:, 3] > np.pi)
+    turn[:, 1] = np.linspace(0, 0.1, 10)
+    grip[:, 6] = np.linspace(0, 85, 10)
+    names, states = ["stay", "leap", "turn", "grip"], [base, leap, turn, grip]
+    found = findings(names, np.full(4, 10), ["do it"] * 4, np.array([facts(s) for s in states]), 5.0)
+    assert {row["finding"].partition(" (")[0]: row["first"] for row in found} == {
+        "arm never moves 1 cm": ["stay", "grip"],
+        "position jumps": ["leap"],
+        "gripper outside 0..1": ["grip"],
+        "gripper never moves": ["stay", "leap", "turn"],
+        "roll wraps around at pi": ["turn"],
+    }
+    flipped = base.copy()
+    flipped[5:, 5] = 2.5  # a half turn between two frames
+    assert facts(flipped).turn == pytest.approx(2.5) and facts(turn).turn < 0.05
+
+
+def test_keys_are_read_as_json_reads_them() -> None:
+    wanted = ("states", "texts")
+    for text in (
+        "{}",
+        ' { "a" : [ [1, 2.5e-3], [] ] , "states" : [[1]] } ',
+        '{"a": ["x", [1]], "b": {"states": 3}, "states": 4}',
+        '{"t": "\\"states\\": [", "states": [1], "z": [NaN, -Infinity]}',
+        '{"texts": ["s]{"], "a": [], "b": null, "states": [[1, 2]]}',
+    ):
+        whole = json.loads(text)
+        assert read_keys(text, wanted) == {k: v for k, v in whole.items() if k in wanted}
+    for text in ("[1]", '{"a": [1, 2', '{"a": [1, 2]', '{"a": [1}', '{"a" 1}', "", '{"states": [1,,]}'):
+        with pytest.raises(ValueError):
+            read_keys(text, wanted)
 
 
 def test_real_subset_agrees_with_the_reference(golden: Path, shared_data: Path, tmp_path: Path) -> None:

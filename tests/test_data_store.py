@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clip_data import camera_latents, episode_latents, latent_path, write_dataset
 from data_raw import HEIGHT, WIDTH, encode, write_v21
 
 from persistworld_cli.config.settings import WorldSettings
@@ -55,7 +56,7 @@ def test_frames_and_latents_of_any_ids(store: EpisodeStore) -> None:
     frames = store.frames("train", "10", ids)
     assert frames.shape == (4, 3, HEIGHT, WIDTH, 3) and frames.dtype == np.uint8
     assert np.array_equal(frames[1], frames[2]) and not np.array_equal(frames[0], frames[3])
-    with pytest.raises(PersistWorldError, match=r"frames 0\.\.11 asked of an episode with 11 latents"):
+    with pytest.raises(PersistWorldError, match=r"frame 11 asked of a file with 11 latents: it is shorter"):
         store.latents("train", "10", [0, 11])
 
 
@@ -129,3 +130,91 @@ def test_real_processed_datasets_are_read(shared_data: Path) -> None:
     assert new.frames("val", "0011", [0, 56]).shape[:2] == (2, 3)
     with pytest.raises(PersistWorldError, match="latents of camera 0"):
         new.latents("val", "0011", [0])
+
+
+# -- latent files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt"])
+def test_only_the_frames_asked_for_are_read(tmp_path: Path, suffix: str) -> None:
+    """By the kernel's own count of this thread's reads (Linux): the frames' bytes, once the headers are known."""
+    counter = Path("/proc/thread-self/io")
+    if not counter.exists():
+        pytest.skip("no /proc/thread-self/io: not Linux, or a kernel without I/O accounting")
+
+    def bytes_read() -> int:
+        return int(counter.read_text().split()[1])
+
+    root = write_dataset(tmp_path, {0: 60}, suffix)
+    store, ids = EpisodeStore(root), [0, 0, 4, 8, 8, 30, 31, 32, 33, 34, 59]
+    assert torch.equal(store.latents("train", "0", ids), episode_latents(0, 60)[ids])
+    own = -bytes_read() + bytes_read()  # what looking at the counter costs
+    before = bytes_read()
+    store.latents("train", "0", ids)
+    frame = 4 * 3 * 5 * (2 if suffix == ".npy" else 4)
+    assert bytes_read() - before - own <= len(ids) * 3 * frame + 16
+
+
+def test_no_latent_file_stays_open(tmp_path: Path) -> None:
+    handles = Path("/proc/self/fd")
+    if not handles.exists():
+        pytest.skip("no /proc/self/fd: not Linux")
+    store = EpisodeStore(write_dataset(tmp_path, dict.fromkeys(range(40), 5)))
+    store.latents("train", "0", [0])
+    before = len(list(handles.iterdir()))
+    for episode in range(40):
+        store.latents("train", str(episode), [0, 4])
+    assert len(list(handles.iterdir())) == before
+
+
+def test_a_replaced_latent_file_is_noticed(tmp_path: Path) -> None:
+    store = EpisodeStore(write_dataset(tmp_path, {0: 10}))
+    assert torch.equal(store.latents("train", "0", [9]), episode_latents(0, 10)[[9]])
+    for camera in range(3):
+        new = camera_latents(1, camera, 12)
+        latent_path(tmp_path, 0, camera).unlink()
+        torch.save(torch.from_numpy(new), latent_path(tmp_path, 0, camera, ".pt"))
+    assert torch.equal(store.latents("train", "0", [11]), episode_latents(1, 12)[[11]])
+
+
+def test_tensors_saved_as_parts_of_others(tmp_path: Path) -> None:
+    """A slice keeps its whole storage in the file: the frames begin further in."""
+    store = EpisodeStore(write_dataset(tmp_path, {0: 10}, ".pt"))
+    for camera in range(3):
+        whole = torch.from_numpy(camera_latents(0, camera, 30))
+        torch.save(whole[20:], latent_path(tmp_path, 0, camera, ".pt"))
+    assert torch.equal(store.latents("train", "0", range(10)), episode_latents(0, 30)[20:])
+
+
+class Evil:
+    """What a pickle can do when it is loaded."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (exec, ("raise SystemExit('the file ran')",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (torch.zeros(10, 4, 3, 5, dtype=torch.float64), "latents are float64, not float32 or float16"),
+        (torch.zeros(10, 4, 15), r"not of shape \(T, C, h, w\) but \(10, 4, 15\)"),
+        (torch.zeros(4, 10, 3, 5).transpose(0, 1), "row-major"),
+        ({"latent": torch.zeros(10, 4, 3, 5)}, "single tensor"),
+        (Evil(), "unreadable latents"),
+        (torch.zeros(10, 4, 3, 6), r"latents of a frame have shape \(4, 9, 5\), unlike those of another camera"),
+    ],
+)
+def test_latents_that_cannot_be_used(tmp_path: Path, content: object, message: str) -> None:
+    store = EpisodeStore(write_dataset(tmp_path, {0: 10}, ".pt"))
+    torch.save(content, latent_path(tmp_path, 0, 1, ".pt"))
+    with pytest.raises(PersistWorldError, match=message) as caught:
+        store.latents("train", "0", [0])
+    assert caught.value.fix and "latent_videos/train/0" in str(caught.value.where)
+
+
+def test_torchs_old_format_is_named(tmp_path: Path) -> None:
+    store = EpisodeStore(write_dataset(tmp_path, {0: 10}, ".pt"))
+    path = latent_path(tmp_path, 0, 1, ".pt")
+    torch.save(torch.zeros(10, 4, 3, 5), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(PersistWorldError, match=r"before version 1\.6"):
+        store.latents("train", "0", [0])

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from persistworld_cli.data import video
+from persistworld_cli.data.resize import resize
 from persistworld_cli.errors import PersistWorldError
 
 
@@ -59,13 +60,13 @@ def test_odd_sizes_are_padded_to_even(tmp_path: Path) -> None:
 def test_resize_is_antialiased_as_pil_does(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 180, 320, 3), dtype=np.uint8)
     for height, width in ((192, 320), (48, 80)):
-        ours = video.resize(frames, height, width)
+        ours = resize(frames, height, width)
         pil = np.stack(
             [np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.BILINEAR)) for f in frames]
         )
         assert ours.shape == (2, height, width, 3)
         assert np.abs(ours.astype(int) - pil).max() <= 1
-    assert video.resize(frames, 180, 320) is frames
+    assert resize(frames, 180, 320) is frames
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -1,26 +1,23 @@
-"""Training clips: which frames, their latents and normalised actions (method.md section 2).
+"""Clips of one dataset: which frames, their latents and normalised actions (method.md section 2).
 
-Legend: B batch, N = num_history + num_frames frames, C latent channels, h latent height of the stacked cameras,
+Legend: N = num_history + num_frames frames, C latent channels, h latent height of the stacked cameras,
 w latent width, D action numbers.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from persistworld_cli.config.settings import ClipSettings, SamplingSettings
-from persistworld_cli.data.store import ActionStat, EpisodeStore
+from persistworld_cli.data.index import ActionStat
+from persistworld_cli.data.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError
-
-_PRELOAD_LIMIT = 2 * 2**30
-_STREAM = 0xC11B  # keeps these random numbers apart from others drawn with the same seed
 
 
 @dataclass(frozen=True)
@@ -32,17 +29,6 @@ class Clip:
     text: str
     episode: str
     ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ClipBatch:
-    """Stacked clips: latents (B, N, C, h, w), actions (B, N, D), ids (B, N)."""
-
-    latents: Tensor
-    actions: Tensor
-    texts: list[str]
-    episodes: list[str]
-    ids: Tensor
 
 
 def clip_ids(
@@ -73,7 +59,7 @@ def rollout_history_ids(now: int, start: int, history: Sequence[int], fill: int,
 
 
 class ClipSource:
-    """Draws clips from one split of a dataset; a draw is a pure function of the random generator, or of (seed, step).
+    """The clips of one split of a dataset; a draw is a pure function of the sample and the random generator.
 
     Args:
         store: the dataset (with metadata from build-meta).
@@ -82,12 +68,10 @@ class ClipSource:
         num_history, num_frames: frames of history, and of prediction (the first is the current frame).
         sampling: layout of a rollout's history, for ``settings.rollout_history_prob`` of the clips.
         stat: percentiles to normalise with; the store's own by default.
-        preload: hold all latents of the split in memory as one float16 array (small worlds; rounds float32 latents);
-            None: if they take no more than 2 GiB.
         rollout_max: longest rollout, in interactions, that a rollout-like history pretends to.
 
     Raises:
-        PersistWorldError: no metadata, no episodes, or (with preload) no latents.
+        PersistWorldError: no metadata, or no episodes.
     """
 
     def __init__(
@@ -100,7 +84,6 @@ class ClipSource:
         sampling: SamplingSettings | None = None,
         *,
         stat: ActionStat | None = None,
-        preload: bool | None = False,
         rollout_max: int | None = None,
     ) -> None:
         self.store, self.split, self.settings = store, split, settings
@@ -109,14 +92,13 @@ class ClipSource:
         self.rollout_max = rollout_max
         self._check()
         self.index = store.index(split)
-        stat = stat or store.stat()
-        self.actions = stat.normalise(self.index.states)
+        self.stat = stat or store.stat()
+        self._states = np.asarray(self.index.states)  # memory-mapped as before, without numpy.memmap's cost at each use
         # one sample for every start frame that leaves num_frames - 1 frames after it; short episodes give one
         self.starts = np.maximum(1, self.index.lengths - (num_frames - 1))
+        if self.index.start_offsets is not None:  # Ctrl-World's own lists name them
+            self.starts = np.diff(self.index.start_offsets)
         self._start_offsets = np.concatenate([[0], np.cumsum(self.starts)])
-        if preload is None:
-            preload = self._size() <= _PRELOAD_LIMIT
-        self._latents = self._load_all() if preload else None
 
     def __len__(self) -> int:
         """Number of (episode, start frame) pairs."""
@@ -125,12 +107,13 @@ class ClipSource:
     def locate(self, sample: int) -> tuple[int, int]:
         """(row of the episode in the index, start frame) of sample number 0 <= sample < len(self)."""
         row = int(np.searchsorted(self._start_offsets, sample, side="right")) - 1
-        return row, int(sample - self._start_offsets[row])
+        listed = self.index.starts
+        return row, int(sample - self._start_offsets[row] if listed is None else listed[sample])
 
-    def draw_ids(self, rng: np.random.Generator) -> tuple[int, tuple[int, ...]]:
-        """Draw (row of the episode, frame ids); always the same number of draws, whatever their outcome."""
+    def draw_ids(self, rng: np.random.Generator, sample: int | None = None) -> tuple[int, tuple[int, ...]]:
+        """Draw (row of the episode, frame ids) of a sample, or of any; as many draws whatever their outcome."""
         cfg = self.settings
-        row, now = self.locate(int(rng.integers(len(self))))
+        row, now = self.locate(int(rng.integers(len(self))) if sample is None else sample)
         step = int(rng.integers(1, cfg.max_step + 1))
         zero, rollout, back = rng.random(3)
         last = int(self.index.lengths[row]) - 1
@@ -149,57 +132,22 @@ class ClipSource:
         """Draw one clip."""
         return self.fetch(*self.draw_ids(rng))
 
-    def fetch(self, row: int, ids: Sequence[int]) -> Clip:
-        """The clip of given frames of the episode in row ``row`` of the index."""
-        frames = np.asarray(ids, dtype=np.int64)
-        rows = frames + int(self.index.offsets[row])
+    def fetch(self, row: int, ids: Sequence[int], out: Tensor | None = None) -> Clip:
+        """The clip of given frames of the episode in row ``row`` of the index; latents into ``out`` if given."""
+        frames = tuple(int(i) for i in ids)
         episode = self.index.ids[row]
-        if self._latents is None:
-            latents = self.store.latents(self.split, episode, frames)
-        else:
-            latents = self._latents[torch.from_numpy(rows)].to(torch.float32)
-        return Clip(
-            latents=latents,
-            actions=torch.from_numpy(self.actions[rows]),
-            text=self.index.texts[row],
-            episode=episode,
-            ids=tuple(int(i) for i in frames),
-        )
+        latents = self.store.latents(self.split, episode, frames, out)
+        actions = torch.from_numpy(self.actions([row], np.asarray([frames]))[0])
+        return Clip(latents=latents, actions=actions, text=self.index.texts[row], episode=episode, ids=frames)
 
-    def batch(self, seed: int, step: int, size: int, rank: int = 0, world: int = 1) -> ClipBatch:
-        """The ``size`` clips of process ``rank`` at update ``step``: a pure function of its arguments.
+    def actions(self, rows: Sequence[int], ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Normalised actions (clips, N, D) of clips with frames ``ids`` (clips, N) of the episodes in these rows."""
+        return self.stat.normalise(self._states[ids + self.index.offsets[list(rows), None]])
 
-        Clip number ``rank * size + i`` has its own generator, so two processes of size 1 see what one of size 2 sees.
-        """
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} of {world}")
-        clips = [self.clip(np.random.default_rng([_STREAM, seed, step, rank * size + i])) for i in range(size)]
-        return ClipBatch(
-            latents=torch.stack([c.latents for c in clips]),
-            actions=torch.stack([c.actions for c in clips]),
-            texts=[c.text for c in clips],
-            episodes=[c.episode for c in clips],
-            ids=torch.tensor([c.ids for c in clips], dtype=torch.int64),
-        )
-
-    def batches(
-        self, seed: int, first_step: int, size: int, rank: int = 0, world: int = 1, *, ahead: int = 2
-    ) -> Iterator[ClipBatch]:
-        """``batch(seed, step, ...)`` for step = first_step, first_step + 1, ... without end, read ahead by a thread.
-
-        For data that comes from disk; close the generator (or drop it) to stop the thread.
-        """
-        with ThreadPoolExecutor(1, thread_name_prefix="clips") as pool:
-            waiting = deque(pool.submit(self.batch, seed, first_step + k, size, rank, world) for k in range(ahead))
-            step = first_step + ahead
-            try:
-                while True:
-                    waiting.append(pool.submit(self.batch, seed, step, size, rank, world))
-                    step += 1
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """Shape (C, h, w) of one frame's latents, from the first episode."""
+        return self.store.latent_shape(self.split, self.index.ids[0])
 
     def _check(self) -> None:
         """Refuse settings that cannot be meant."""
@@ -220,21 +168,3 @@ class ClipSource:
                 where="[sampling] history",
                 fix="take 0 (the start) or entries counted from the end, -1 .. -buffer_fill",
             )
-
-    def _size(self) -> int:
-        """Bytes that all latents of the split take as float16, judged by the first episode's."""
-        frame = self.store.latents(self.split, self.index.ids[0], [0])
-        return 2 * frame.numel() * int(self.index.offsets[-1])
-
-    def _load_all(self) -> Tensor:
-        """All latents of the split in one float16 tensor (all frames, C, h, w)."""
-        out: Tensor | None = None
-        for row, episode in enumerate(self.index.ids):
-            length, begin = int(self.index.lengths[row]), int(self.index.offsets[row])
-            latents = self.store.latents(self.split, episode, range(length))
-            if out is None:
-                out = torch.empty((int(self.index.offsets[-1]), *latents.shape[1:]), dtype=torch.float16)
-            out[begin : begin + length] = latents
-        if out is None:
-            raise PersistWorldError("no episodes to preload", where=str(self.store.root), fix="run extract-latents")
-        return out

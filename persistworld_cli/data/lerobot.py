@@ -1,12 +1,13 @@
 """Reader of raw LeRobot datasets, versions 2.0, 2.1 (one file an episode) and 3.0 (many episodes a file).
 
-Every path comes from the templates in ``meta/info.json``. A part of a dataset on disk is normal: an episode whose
-table, or every one of whose videos, is not there is simply not listed.
+Every path comes from the templates in ``meta/info.json``. A part of a dataset on disk is normal: an episode of which no
+video is there is simply not listed (the tables of all episodes are small, and usually there).
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,7 +67,9 @@ class RawDataset:
         missing = [key for key in ("fps", "data_path", "features") if key not in self.info]
         if missing:
             raise PersistWorldError(f"{', '.join(missing)} missing", where=str(info_file), fix="repair the file")
-        self._table: tuple[Path, pa.Table] | None = None
+        self._known: dict[int, RawEpisode] = {}
+        self._file: tuple[Path, pq.ParquetFile] | None = None
+        self._table: tuple[Path, tuple[int, ...], pa.Table] | None = None
 
     @property
     def fps(self) -> float:
@@ -99,7 +102,7 @@ class RawDataset:
 
     @property
     def episodes(self) -> list[int]:
-        """Indices of the episodes on disk (table and at least one camera), ascending."""
+        """Indices of the episodes on disk (at least one camera; of a dataset without cameras, the table), ascending."""
         return sorted(self._present)
 
     @property
@@ -107,12 +110,18 @@ class RawDataset:
         """Indices of all episodes that the metadata names, ascending."""
         return sorted(self._all)
 
+    def adopt(self, episode: RawEpisode) -> None:
+        """Take an episode from another process, which read the list of all."""
+        self._known[episode.index] = episode
+
     def episode(self, index: int) -> RawEpisode:
         """Where episode ``index`` lies.
 
         Raises:
-            PersistWorldError: the metadata does not name it, or its table is not on disk.
+            PersistWorldError: the metadata does not name it, or it is not on disk.
         """
+        if index in self._known:
+            return self._known[index]
         if index in self._present:
             return self._present[index]
         if index in self._all:
@@ -162,16 +171,16 @@ class RawDataset:
         return path, first, episode.length
 
     def instruction(self, index: int) -> str:
-        """What the robot was told, '' if nothing: column ``language_instruction``, else the episode's first task."""
+        """What the robot was told, '' if nothing is recorded.
+
+        From column ``language_instruction``, else the episode's first task, else the task that ``task_index`` names.
+        """
         episode = self.episode(index)
-        if "language_instruction" in self.features:
-            table = self._rows(episode)
-            if "language_instruction" in table.column_names:
-                text = table.column("language_instruction")[0].as_py()
-                if text:
-                    return str(text)
-        task = episode.tasks[0] if episode.tasks else ""
-        return "" if task == _NO_TASK else task
+        text = self._first(episode, "language_instruction") or next(iter(episode.tasks), None)
+        if text is None:
+            task = self._first(episode, "task_index")
+            text = "" if task is None else self._tasks.get(int(task), "")
+        return "" if text == _NO_TASK else str(text)
 
     @cached_property
     def _all(self) -> dict[int, RawEpisode]:
@@ -180,14 +189,37 @@ class RawDataset:
 
     @cached_property
     def _present(self) -> dict[int, RawEpisode]:
-        """The episodes whose table and at least one video are there (each file is looked for once)."""
-        files = {e.table for e in self._all.values()} | {v[0] for e in self._all.values() for v in e.videos.values()}
-        there = {path for path in files if path.is_file()}
+        """The episodes with a video on disk, or a table where there are no cameras; each folder is listed once."""
+        folders: dict[Path, set[str]] = {}
+
+        def there(path: Path) -> bool:
+            if path.parent not in folders:
+                folders[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
+            return path.name in folders[path.parent]
+
         return {
             index: episode
             for index, episode in self._all.items()
-            if episode.table in there and (not episode.videos or any(v[0] in there for v in episode.videos.values()))
+            if any(there(path) for path, _ in episode.videos.values()) or (not episode.videos and there(episode.table))
         }
+
+    @cached_property
+    def _tasks(self) -> dict[int, str]:
+        """Task number -> instruction, from ``meta/tasks.jsonl`` (v2) or ``meta/tasks.parquet`` (v3); {} without."""
+        lines, table = self.path / "meta" / "tasks.jsonl", self.path / "meta" / "tasks.parquet"
+        try:
+            if lines.is_file():
+                rows = [json.loads(line) for line in lines.read_text().splitlines() if line.strip()]
+            elif table.is_file():
+                # pandas wrote the tasks as its index, under a name of its own
+                rows = [{"task": row.get("__index_level_0__"), **row} for row in pq.read_table(table).to_pylist()]
+            else:
+                rows = []
+            return {int(row["task_index"]): str(row["task"] or "") for row in rows}
+        except (ValueError, KeyError, TypeError, pa.ArrowException, OSError) as error:
+            raise PersistWorldError(
+                f"unreadable list of tasks: {error!r}", where=str(lines if lines.is_file() else table), fix=_FETCH
+            ) from error
 
     def _episodes_v2(self) -> dict[int, RawEpisode]:
         """Version 2: ``meta/episodes.jsonl`` and one file an episode."""
@@ -239,7 +271,7 @@ class RawDataset:
         """An episode from its row in the version 3 list."""
         videos: dict[str, tuple[Path, int]] = {}
         for camera in self.cameras:
-            head = f"videos/{_IMAGES}{camera}/"
+            head = f"videos/{self._video_key(camera)}/"
             if row.get(head + "chunk_index") is None:
                 continue
             names = {"chunk_index": int(row[head + "chunk_index"]), "file_index": int(row[head + "file_index"])}
@@ -255,23 +287,54 @@ class RawDataset:
 
     def _video_file(self, camera: str, names: dict[str, int]) -> Path:
         """Path of a camera's video from info.json's template."""
-        return self.path / str(self.info["video_path"]).format(video_key=_IMAGES + camera, **names)
+        return self.path / str(self.info["video_path"]).format(video_key=self._video_key(camera), **names)
+
+    def _video_key(self, camera: str) -> str:
+        """The feature of a camera; some datasets name it without the usual ``observation.images.``."""
+        return camera if camera in self.info["features"] else _IMAGES + camera
+
+    def _first(self, episode: RawEpisode, column: str) -> Any:
+        """The first row's value of a column; None where the table has no such column."""
+        table = self._rows(episode)
+        return table.column(column)[0].as_py() if column in table.column_names else None
 
     def _rows(self, episode: RawEpisode) -> pa.Table:
-        """The rows of one episode, by frame. The last file stays in memory: a version 3 file serves many episodes."""
-        if self._table is None or self._table[0] != episode.table:
-            try:
-                self._table = (episode.table, pq.read_table(episode.table))
-            except (pa.ArrowException, OSError) as error:
-                raise PersistWorldError(f"unreadable table: {error}", where=str(episode.table), fix=_FETCH) from error
-        table = self._table[1]
+        """The rows of one episode, by frame. The last row groups stay in memory: a v3 file serves many episodes."""
+        try:
+            table = self._groups(episode)
+        except (pa.ArrowException, OSError) as error:
+            reason = "table is missing" if not episode.table.is_file() else f"unreadable table: {error}"
+            raise PersistWorldError(reason, where=str(episode.table), fix=_FETCH) from error
         if "episode_index" in table.column_names:
             table = table.filter(pc.equal(table.column("episode_index"), episode.index))
         if table.num_rows == 0:
             raise PersistWorldError(f"no rows of episode {episode.index}", where=str(episode.table), fix=_FETCH)
         if "frame_index" in table.column_names:
             table = table.sort_by("frame_index")
+            frames = table.column("frame_index").to_numpy()
+            if not np.array_equal(frames - frames[0], np.arange(len(frames))):
+                raise PersistWorldError("frame_index leaves frames out", where=str(episode.table), fix=_FETCH)
         return table
+
+    def _groups(self, episode: RawEpisode) -> pa.Table:
+        """Of the episode's file, the row groups that may hold it: a v3 file is larger than one wants in memory."""
+        if self._file is None or self._file[0] != episode.table:
+            self._file, self._table = (episode.table, pq.ParquetFile(episode.table)), None
+        file = self._file[1]
+        groups = tuple(g for g in range(file.num_row_groups) if _may_hold(file.metadata.row_group(g), episode.index))
+        if self._table is None or self._table[1] != groups:
+            self._table = (episode.table, groups, file.read_row_groups(list(groups)))
+        return self._table[2]
+
+
+def _may_hold(group: pq.RowGroupMetaData, episode: int) -> bool:
+    """Whether the statistics of a row group allow rows of an episode; True where it has none."""
+    for number in range(group.num_columns):
+        column = group.column(number)
+        if column.path_in_schema == "episode_index":
+            stats = column.statistics
+            return stats is None or not stats.has_min_max or bool(stats.min <= episode <= stats.max)
+    return True
 
 
 def _column(table: pa.Table, name: str, path: Path) -> NDArray[Any]:

@@ -1,30 +1,35 @@
-"""Metadata of a processed dataset: episode index, percentiles of the states, velocity-to-motion gains, health report.
+"""Metadata of a processed dataset: index, percentiles of the states, action adapter, health report.
 
-Written to ``<dataset>/meta``: index.npz, stat.json, adapter.json, health.json; `export_ctrl_world` writes Ctrl-World's.
+Written to ``<dataset>/meta``: index.safetensors, stat.json, adapter.json, health.json. Worker processes parse the
+annotations; those that an earlier index knows unchanged are not opened again. Nothing is replaced before all is made.
 """
 
 from __future__ import annotations
 
-import io
-import json
+import functools
+import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from persistworld_cli.data.store import ActionStat, Annotation, EpisodeStore, write_json
+from persistworld_cli.data.adapter_fit import Reach, chosen, fit_adapter
+from persistworld_cli.data.ctrl_world_meta import SampleLists
+from persistworld_cli.data.files import write_json
+from persistworld_cli.data.health import count_starts, findings, start_percentiles, state_table, unusable
+from persistworld_cli.data.index import INDEX_FILE, ActionStat, StateWriter, write_index
+from persistworld_cli.data.known import Known, Table
+from persistworld_cli.data.pool import in_order
+from persistworld_cli.data.scan import Episode, Listed, extraction_notes, list_annotations, read_episode
 from persistworld_cli.errors import PersistWorldError
 
-_VELOCITY = "action.joint_velocity"
-_JOINTS = "observation.state.joint_position"
-_HORIZON = 15  # raw frames a policy's chunk moves ahead (openpi's pi0.5-DROID)
-_FIT_EPISODES = 2000  # at most this many, evenly spread, are held in memory for the fit
-_DROID_SCALE = 0.2  # rad a raw frame that DROID's controller asks for at velocity 1
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,20 +40,10 @@ class MetaReport:
     episodes: dict[str, int]
     frames: dict[str, int]
     samples: dict[str, int]
+    read: int  # annotations opened; the rest was known
     stat: ActionStat
     adapter: dict[str, Any] | None
     health: dict[str, Any]
-
-
-@dataclass
-class _Rows:
-    """The index while it grows."""
-
-    ids: list[str] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    splits: list[str] = field(default_factory=list)
-    states: list[NDArray[np.float64]] = field(default_factory=list)
-    motions: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = field(default_factory=list)
 
 
 def build_meta(
@@ -56,272 +51,201 @@ def build_meta(
     *,
     meta: Path | str | None = None,
     num_frames: int = 5,
+    rate_hz: float | None = None,
+    lists: SampleLists | None = None,
+    reach: Reach | None = None,
     check_latents: bool = True,
+    fresh: bool = False,
+    workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MetaReport:
-    """Read every annotation once and write the metadata.
+    """Read the annotations that are new or changed, and write the metadata.
 
     Args:
         dataset: processed dataset.
         meta: where to write; ``<dataset>/meta`` by default.
         num_frames: frames a clip predicts (start frames leave num_frames - 1 after them).
-        check_latents: also open every latent file and compare its length.
-        progress: called with (episodes read, episodes in all).
+        rate_hz: frames a second, for the speeds of the health report; as extract-latents noted (else 5) by default.
+        lists: Ctrl-World's own lists and percentiles, to be taken in place of those of all episodes.
+        reach: forward kinematics, to tell the adapter's error of the hand.
+        check_latents: also look into every latent file and compare its length.
+        fresh: read everything again.
+        workers: processes that parse; one a core by default.
+        progress: called with (episodes settled, episodes in all).
 
     Raises:
-        PersistWorldError: no processed dataset, no training episode, or state rows of differing width.
+        PersistWorldError: no processed dataset, no training episode, or states of differing width.
     """
-    store = EpisodeStore(dataset, meta)
-    names = [(split, episode) for split in store.splits for episode in store.episodes(split)]
-    rows, problems = _Rows(), dict[str, list[str]]()
-    every = -(-len(names) // _FIT_EPISODES) if names else 1
-    successes: Counter[str] = Counter()
-    for done, (split, episode) in enumerate(names, 1):
-        try:
-            annotation = store.annotation(split, episode)
-            _check_episode(store, split, annotation, check_latents)
-        except PersistWorldError as error:
-            problems.setdefault(error.what, []).append(f"{split}/{episode}")
-            continue
-        finally:
-            if progress:
-                progress(done, len(names))
-        rows.ids.append(episode)
-        rows.texts.append(annotation.text)
-        rows.splits.append(split)
-        rows.states.append(annotation.states[: annotation.num_frames])
-        successes[f"{split}: {_SUCCESS[annotation.success]}"] += 1
-        wanted = split == "train" and done % every == 0
-        motion = _motion(annotation) if wanted else None
-        if motion is not None:
-            rows.motions.append(motion)
-    latents = "none" if not (store.root / "latent_videos").is_dir() else "checked" if check_latents else "unchecked"
-    return _write(store, rows, problems, successes, num_frames, latents)
-
-
-_SUCCESS = {True: "succeeded", False: "failed", None: "unknown"}
-
-
-def start_states(states: Sequence[NDArray[np.float64]], num_frames: int = 5) -> NDArray[np.float64]:
-    """States of every start frame ``0 <= start < max(1, T - (num_frames - 1))`` of all episodes: (samples, D)."""
-    return np.concatenate([s[: max(1, len(s) - (num_frames - 1))] for s in states])
-
-
-def fit_adapter(motions: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> dict[str, Any] | None:
-    """Fit joint motion = gain x velocity per joint, least squares over the sums of 1..15 raw frames.
-
-    Args:
-        motions: per episode joint positions (R, J) in rad and joint velocities (R, J), both at the raw rate.
-
-    Returns:
-        gain per joint (rad a raw frame at velocity 1), and the mean absolute joint error (rad) over the 15 frames, each
-        episode predicted by a gain fitted without it; the same for 0.2 v (what DROID's controller asks for) and for no
-        motion. None if no episode has velocities.
-    """
-    pieces = [_moments(q, v) for q, v in motions if len(q) > 1]
-    if not pieces:
-        return None
-    cross, square = (np.stack([p[i] for p in pieces]) for i in (0, 1))
-    gain = _divide(cross.sum(0), square.sum(0))
-    frames = sum(p[2] for p in pieces)
-    errors: dict[str, float] = {"fitted": 0.0, "scale_0.2": 0.0, "hold": 0.0}
-    for number, (q, v) in enumerate((q, v) for q, v in motions if len(q) > 1):
-        others = gain
-        if len(pieces) > 1:
-            others = _divide(cross.sum(0) - cross[number], square.sum(0) - square[number])
-        for name, used in (("fitted", others), ("scale_0.2", np.full_like(gain, _DROID_SCALE)), ("hold", 0 * gain)):
-            errors[name] += _absolute_error(q, v, used)
-    mean = {name: value / (frames * gain.size) for name, value in errors.items()}
-    return {
-        "gain": gain.tolist(),
-        "gain_pooled": float(cross.sum() / max(float(square.sum()), 1e-12)),
-        "horizon": _HORIZON,
-        "episodes": len(pieces),
-        "held_out": len(pieces) > 1,
-        "joint_mae": mean,
-        "unit": "rad per raw frame at velocity 1; errors: mean absolute joint error over the horizon, rad",
-    }
-
-
-def export_ctrl_world(store: EpisodeStore, name: str, *, num_frames: int = 5, seed: int = 0) -> Path:
-    """Write Ctrl-World's lists: ``<dataset>/meta_info/<name>/{train,val}_sample.json`` (shuffled) and stat.json.
-
-    Streamed entry by entry, so that ten million entries need no more memory than their numbers.
-    """
-    folder = store.root / "meta_info" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in store.splits:
-        if not store.episodes(split):
-            continue
-        index = store.index(split)
-        starts = np.maximum(1, index.lengths - (num_frames - 1))
-        row = np.repeat(np.arange(len(starts)), starts)
-        first = np.arange(len(row)) - np.repeat(np.cumsum(starts) - starts, starts)
-        order = np.random.default_rng(seed).permutation(len(row))
-        partial = folder / f".{split}_sample.json.{os.getpid()}"
-        with partial.open("w") as out:
-            for position, k in enumerate(order):
-                entry = {"episode_id": _as_number(index.ids[row[k]]), "frame_ids": [int(first[k])]}
-                out.write(("[" if position == 0 else ", ") + json.dumps(entry))
-            out.write("]")
-        partial.replace(folder / f"{split}_sample.json")
-    stat = store.stat()
-    write_json(folder / "stat.json", {"state_01": stat.p01.tolist(), "state_99": stat.p99.tolist()})
-    return folder
-
-
-def _write(
-    store: EpisodeStore,
-    rows: _Rows,
-    problems: dict[str, list[str]],
-    successes: Counter[str],
-    num_frames: int,
-    latents: str,
-) -> MetaReport:
-    """Check what was gathered and write the four files."""
-    train = [s for s, split in zip(rows.states, rows.splits, strict=True) if split == "train"]
-    if not train:
-        found = dict(Counter(rows.splits)) or "no readable episode"
+    root = Path(dataset)
+    target = Path(meta) if meta else root / "meta"
+    if not (root / "annotation").is_dir():
         raise PersistWorldError(
-            f"no training episode ({found}; problems: { {k: len(v) for k, v in problems.items()} or 'none' })",
-            where=str(store.root / "annotation" / "train"),
-            fix="extract more episodes, or choose another val_rule so that some are for training",
+            "no processed dataset here (folder annotation/ is missing)",
+            where=str(root),
+            fix="run persistworld extract-latents, or give the folder that holds annotation/ and videos/",
         )
-    widths = {s.shape[1] for s in rows.states}
-    if len(widths) > 1:
-        raise PersistWorldError(f"states have widths {sorted(widths)}", where=str(store.root), fix="extract all alike")
-    starts = start_states(train, num_frames)
-    stat = ActionStat(np.percentile(starts, 1, axis=0), np.percentile(starts, 99, axis=0))
-    adapter = fit_adapter(rows.motions)
-    splits = sorted(set(rows.splits))
-    frames = {s: sum(len(x) for x, k in zip(rows.states, rows.splits, strict=True) if k == s) for s in splits}
-    samples = {
-        s: sum(max(1, len(x) - num_frames + 1) for x, k in zip(rows.states, rows.splits, strict=True) if k == s)
-        for s in splits
-    }
-    report = MetaReport(
-        meta=store.meta,
-        episodes=dict(Counter(rows.splits)),
-        frames=frames,
-        samples=samples,
-        stat=stat,
-        adapter=adapter,
-        health=_health(rows, stat, problems, successes, latents),
-    )
-    _write_index(store.meta / "index.npz", rows)
-    write_json(store.meta / "stat.json", {"state_01": stat.p01.tolist(), "state_99": stat.p99.tolist()})
-    if adapter is not None:
-        write_json(store.meta / "adapter.json", adapter)
-    else:
-        (store.meta / "adapter.json").unlink(missing_ok=True)  # one of an earlier state of the dataset would mislead
-    write_json(store.meta / "health.json", report.health)
+    rate = rate_hz or float(extraction_notes(root).get("rate_hz", 5.0))
+    listed = list_annotations(root)
+    if lists is not None:
+        listed = [item for item in listed if lists.names(item.split, item.episode)]
+    made = f"latents {'checked' if check_latents else 'unchecked'}"
+    known = Known(target, "" if fresh else made)
+    _sweep(target)
+    states = StateWriter(target / f".states.{os.getpid()}")
+    try:
+        table = Table(states)
+        read = _fill(table, listed, known, functools.partial(read_episode, root, check_latents), workers, progress)
+        del known  # what it maps of the old index counts as memory of this process
+        made_now = _Made(root, target, table, states, num_frames, rate, lists, reach, check_latents)
+        report = _write(made_now, made)
+    finally:
+        states.close()
+    report.read = read
     return report
 
 
-def _write_index(path: Path, rows: _Rows) -> None:
-    """The compact index: texts as JSON bytes, states in float32 where that loses nothing."""
-    states = np.concatenate(rows.states)
-    single = states.astype(np.float32)
-    lengths = np.asarray([len(s) for s in rows.states], dtype=np.int64)
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        ids=_as_bytes(rows.ids),
-        texts=_as_bytes(rows.texts),
-        splits=_as_bytes(rows.splits),
-        lengths=lengths,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        states=single if np.array_equal(single.astype(np.float64), states) else states,
+@dataclass(frozen=True)
+class _Made:
+    """What the metadata is written from."""
+
+    root: Path
+    meta: Path
+    table: Table
+    states: StateWriter
+    num_frames: int
+    rate_hz: float
+    lists: SampleLists | None
+    reach: Reach | None
+    check_latents: bool
+
+
+def _fill(
+    table: Table,
+    listed: Sequence[Listed],
+    known: Known,
+    read: Callable[[tuple[Listed, bool]], Episode],
+    workers: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> int:
+    """Put every annotation into the table, in order; returns how many were opened."""
+    fitted = chosen(listed)
+    rows = [known.row(item, number in fitted) for number, item in enumerate(listed)]
+    todo = [(item, number in fitted) for number, item in enumerate(listed) if rows[number] is None]
+    if len(known) and len(todo) < len(listed):
+        _LOG.info("%d of %d annotations are unchanged and not read again", len(listed) - len(todo), len(listed))
+    with closing(_generator(in_order(read, todo, workers))) as fresh:
+        for number, (item, row) in enumerate(zip(listed, rows, strict=True)):
+            episode = next(fresh) if row is None else known.episode(row, number in fitted)
+            table.add(item, episode, number in fitted)
+            if progress:
+                progress(number + 1, len(listed))
+    return len(todo)
+
+
+def _generator(items: Iterator[Episode]) -> Any:
+    """The iterator as what it is: one that can be closed."""
+    return items
+
+
+def _sweep(meta: Path) -> None:
+    """Remove what builds that were killed left behind."""
+    for path in meta.glob(".states.*") if meta.is_dir() else ():
+        number = path.name.split(".")[2]
+        if not (number.isdecimal() and Path(f"/proc/{number}").exists()):
+            path.unlink(missing_ok=True)
+
+
+def _write(made: _Made, how: str) -> MetaReport:
+    """Work out what the table says and write the four files."""
+    table, lengths, training = made.table, np.array(made.table.lengths, np.int64), made.table.training()
+    _check_training(made, lengths, training)
+    rows = made.states.rows()
+    starts, given = _imported(made, lengths)
+    stat = given or start_percentiles(rows, lengths, training, made.num_frames)
+    if len(stat.p01) != rows.shape[1]:
+        raise PersistWorldError(
+            f"the imported percentiles are of {len(stat.p01)} numbers, the states have {rows.shape[1]}",
+            where=str(made.lists.folder if made.lists else ""),
+            fix="import the statistics of this dataset's robot, or none",
+        )
+    motions = [m for row, m in sorted(table.motions.items()) if m is not None]
+    arm = {m.shape[2] for m in motions}
+    adapter = fit_adapter(motions, made.reach if arm == {7} else None)
+    counts = _counts(table, lengths, made.num_frames, starts)
+    health = _health(made, lengths, stat)
+    report = MetaReport(made.meta, *counts, read=0, stat=stat, adapter=adapter, health=health)
+    columns = table.columns() | starts
+    info = {"made": how, "num_frames": str(made.num_frames), "imported": str(made.lists.folder) if made.lists else ""}
+    write_index(made.meta / INDEX_FILE, columns, rows, info)
+    source = {"from": str(made.lists.folder)} if made.lists else {}
+    write_json(made.meta / "stat.json", {"state_01": stat.p01.tolist(), "state_99": stat.p99.tolist(), **source})
+    if adapter is not None:
+        write_json(made.meta / "adapter.json", adapter)
+    else:
+        (made.meta / "adapter.json").unlink(missing_ok=True)  # one of an earlier state of the dataset would mislead
+    write_json(made.meta / "health.json", health)
+    (made.meta / "index.npz").unlink(missing_ok=True)  # what versions before this one wrote
+    return report
+
+
+def _imported(made: _Made, lengths: NDArray[np.int64]) -> tuple[dict[str, NDArray[Any]], ActionStat | None]:
+    """Start frames and percentiles of Ctrl-World's lists, where they are to be taken."""
+    if made.lists is None:
+        return {}, None
+    names = [(item.split, item.episode) for item in made.table.items]
+    return made.lists.columns(names, lengths, made.num_frames), made.lists.stat
+
+
+def _check_training(made: _Made, lengths: NDArray[np.int64], training: NDArray[np.bool_]) -> None:
+    """There must be something to train on."""
+    if (lengths[training] > 0).any():
+        return
+    found = dict(Counter(item.split for item in made.table.items)) or "no annotation"
+    problems = dict(Counter(p for p in made.table.problems if p)) or "none"
+    raise PersistWorldError(
+        f"no training episode (annotations: {found}; problems: {problems})",
+        where=str(made.root / "annotation" / "train"),
+        fix="extract more episodes, or choose another val_rule so that some are for training",
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(path)
 
 
-def _as_bytes(names: list[str]) -> NDArray[np.uint8]:
-    """Texts as the bytes of a JSON list: numpy's own text arrays take the longest one's room for each."""
-    return np.frombuffer(json.dumps(names).encode(), dtype=np.uint8)
+def _counts(
+    table: Table, lengths: NDArray[np.int64], num_frames: int, starts: dict[str, NDArray[Any]]
+) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Usable episodes, frames and samples (start frames) of every split."""
+    split_of = np.array([item.split for item in table.items])
+    each = count_starts(lengths, num_frames)
+    if starts:
+        each = np.bincount(starts["starts_of"], minlength=len(lengths))
+    episodes, frames, samples = {}, {}, {}
+    for split in dict.fromkeys(split_of.tolist()):
+        mine = (split_of == split) & (lengths > 0)
+        if mine.any():
+            episodes[split] = int(mine.sum())
+            frames[split], samples[split] = int(lengths[mine].sum()), int(each[mine].sum())
+    return episodes, frames, samples
 
 
-def _check_episode(store: EpisodeStore, split: str, annotation: Annotation, check_latents: bool) -> None:
-    """Raise for an episode that training could not use."""
-    if not np.isfinite(annotation.states).all():
-        raise PersistWorldError("states hold values that are no numbers")
-    length = int(annotation.raw.get("video_length", len(annotation.states)))
-    if length != len(annotation.states):
-        raise PersistWorldError(f"video_length {length} but {len(annotation.states)} states")
-    store.num_cameras(split, annotation.episode_id)
-    if check_latents and (store.root / "latent_videos").is_dir():
-        counts = store.num_latents(split, annotation.episode_id)
-        if any(n < annotation.num_frames for n in counts):
-            raise PersistWorldError("latents are shorter than the video")
-
-
-def _health(
-    rows: _Rows, stat: ActionStat, problems: dict[str, list[str]], successes: Counter[str], latents: str
-) -> dict[str, Any]:
-    """What a person should know of the data before training on it."""
-    lengths = np.asarray([len(s) for s in rows.states])
-    states = np.concatenate(rows.states)
-    still = [i for i, s in zip(rows.ids, rows.states, strict=True) if np.ptp(s[:, :3], axis=0).max() < 0.01]
-    outside = ((states < stat.p01) | (states > stat.p99)).mean(axis=0)
+def _health(made: _Made, lengths: NDArray[np.int64], stat: ActionStat) -> dict[str, Any]:
+    """The health report (health.json)."""
+    table, usable = made.table, np.flatnonzero(lengths > 0)
+    names = [item.name for item in table.items]
+    texts = [table.texts[table.text_of[row]] for row in usable.tolist()]
+    facts = np.array(table.facts, dtype=np.float64)[usable]
+    mine = lengths[usable]
+    told = Counter(f"{table.items[row].split}: {_SUCCESS[table.success[row]]}" for row in usable.tolist())
+    latents = "checked" if made.check_latents else "unchecked"
     return {
-        "unusable": {reason: {"count": len(names), "first": names[:20]} for reason, names in problems.items()},
-        "latents": latents,
-        "length": {"min": int(lengths.min()), "median": float(np.median(lengths)), "max": int(lengths.max())},
-        "shorter_than_clip": int((lengths < 5).sum()),
-        "without_instruction": sum(not t.strip() for t in rows.texts),
-        "success": dict(successes),
-        "arm_never_moves_1cm": still[:20],
-        "states_outside_percentiles": outside.round(4).tolist(),
-        "state_min": states.min(axis=0).tolist(),
-        "state_max": states.max(axis=0).tolist(),
-        "episodes_in_adapter_fit": len(rows.motions),
+        "unusable": unusable(names, table.problems),
+        "findings": findings([names[row] for row in usable.tolist()], mine, texts, facts, made.rate_hz),
+        "states": state_table(made.states.rows(), lengths, table.training(), stat),
+        "latents": latents if (made.root / "latent_videos").is_dir() else "none",
+        "length": {"min": int(mine.min()), "median": float(np.median(mine)), "max": int(mine.max())},
+        "instructions": len({text for text in texts if text.strip()}),
+        "success": dict(told),
+        "episodes_in_adapter_fit": sum(m is not None for m in table.motions.values()),
+        **({} if made.lists is None else {"imported": made.lists.summary([(i.split, i.episode) for i in table.items])}),
     }
 
 
-def _motion(annotation: Annotation) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    """Joint positions and velocities (R, J) at the raw rate, where the annotation has them."""
-    if _VELOCITY not in annotation.raw or _JOINTS not in annotation.raw:
-        return None
-    q = np.asarray(annotation.raw[_JOINTS], dtype=np.float64)
-    v = np.asarray(annotation.raw[_VELOCITY], dtype=np.float64)
-    usable = q.shape == v.shape and q.ndim == 2 and np.isfinite(q).all() and np.isfinite(v).all()
-    return (q, v) if usable else None
-
-
-def _ahead(q: NDArray[np.float64], v: NDArray[np.float64], k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Motion over k raw frames and the sum of the velocities commanded in them: both (R - k, J)."""
-    total = np.concatenate([np.zeros((1, v.shape[1])), np.cumsum(v, axis=0)])
-    return q[k:] - q[:-k], total[k:-1] - total[: -k - 1]
-
-
-def _moments(q: NDArray[np.float64], v: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[Any], int]:
-    """Sums for least squares over all windows of 1..15 frames: cross (J,), square (J,), number of windows."""
-    cross, square, count = np.zeros(q.shape[1]), np.zeros(q.shape[1]), 0
-    for k in range(1, min(_HORIZON, len(q) - 1) + 1):
-        motion, velocity = _ahead(q, v, k)
-        cross += (motion * velocity).sum(axis=0)
-        square += (velocity**2).sum(axis=0)
-        count += len(motion)
-    return cross, square, count
-
-
-def _absolute_error(q: NDArray[np.float64], v: NDArray[np.float64], gain: NDArray[np.float64]) -> float:
-    """Sum of absolute joint errors over all windows of 1..15 frames."""
-    total = 0.0
-    for k in range(1, min(_HORIZON, len(q) - 1) + 1):
-        motion, velocity = _ahead(q, v, k)
-        total += float(np.abs(motion - gain * velocity).sum())
-    return total
-
-
-def _divide(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """a / b, 0 where a joint was never commanded to move."""
-    return np.divide(a, b, out=np.zeros_like(a), where=b > 1e-12)
-
-
-def _as_number(name: str) -> int | str:
-    """Ctrl-World writes numeric ids as numbers; '0011' must stay text."""
-    return int(name) if name.isdecimal() and str(int(name)) == name else name
+_SUCCESS = {1: "succeeded", 0: "failed", -1: "unknown"}

@@ -1,4 +1,4 @@
-"""Reading, resizing and writing of video files.
+"""Reading and writing of video files; without torch, which a decoding process need not load.
 
 Shapes: frames are uint8 RGB arrays (N, H, W, 3). Reading goes through PyAV (FFmpeg), so h264, AV1 and others work.
 """
@@ -9,15 +9,15 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import TracebackType
 
 import av
 import numpy as np
-import torch
 from av.error import FFmpegError
 from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
-from torch.nn import functional
 
+from persistworld_cli.data.resize import resize as resize
 from persistworld_cli.errors import PersistWorldError
 
 Frames = NDArray[np.uint8]
@@ -44,42 +44,53 @@ def count_frames(path: Path) -> int:
         raise _unreadable(path, error) from error
 
 
-def iter_frames(path: Path, indices: Sequence[int]) -> Iterator[Frames]:
+def iter_frames(path: Path, indices: Sequence[int], *, threads: int = 0, whole: int = 0) -> Iterator[Frames]:
     """Yield the frames of strictly increasing ``indices`` as uint8 (H, W, 3), decoding forward once.
 
     A far first index (an episode inside a long LeRobot v3.0 file) is reached by a seek to the key frame before it.
 
+    Args:
+        path: the video.
+        indices: frame numbers.
+        threads: of the decoder; 0: as FFmpeg chooses.
+        whole: read on to the end after the last index, and expect this many frames in all. A decoder may drop a damaged
+            frame without a word; all after it would then stand one place too early.
+
     Raises:
-        PersistWorldError: unreadable file, or it ends before the last index.
+        PersistWorldError: unreadable file, a damaged frame before the last index, or the file ends before it.
     """
     if not len(indices):
         return
     wanted = iter(indices)
-    target = next(wanted)
-    seen = -1
+    target: int | None = next(wanted)
+    seen, sound = -1, False
     try:
         with av.open(str(path)) as container:
             stream = _video_stream(container, path)
-            stream.thread_type = "AUTO"
-            for seen, frame in _numbered(container, stream, target):
+            stream.thread_type = "AUTO" if threads != 1 else "NONE"
+            if threads:
+                stream.codec_context.thread_count = threads
+            for seen, frame in _numbered(container, stream, int(indices[0])):
+                sound = sound or frame.key_frame  # after a seek, frames before the key frame lack what they build on
+                if frame.is_corrupt and (sound or seen == target):  # the decoder filled a damaged frame with guesses
+                    raise _unreadable(path, ValueError(f"frame {seen} is damaged"))
+                if target is None or seen < target:
+                    continue
                 if seen > target:  # the key frame after the target: timestamps of this file cannot be trusted
                     raise _unreadable(path, ValueError(f"frame {target} has no place in its timestamps"))
-                if seen < target:
-                    continue
-                if frame.is_corrupt:  # the decoder filled a damaged frame with guesses
-                    raise _unreadable(path, ValueError(f"frame {seen} is damaged"))
                 yield np.asarray(frame.to_ndarray(format="rgb24", interpolation=_EXACT), dtype=np.uint8)
-                following = next(wanted, None)
-                if following is None:
+                target = next(wanted, None)
+                if target is None and not whole:
                     return
-                target = following
     except (FFmpegError, OSError) as error:
         raise _unreadable(path, error) from error
-    raise PersistWorldError(
-        f"video ends after {seen + 1} frames, frame {target} is wanted",
-        where=str(path),
-        fix="the file is cut short: download or record it again",
-    )
+    if target is not None or seen + 1 != whole:
+        expected = f"frame {target} is wanted" if target is not None else f"{whole} are declared"
+        raise PersistWorldError(
+            f"video ends after {seen + 1} frames, {expected}",
+            where=str(path),
+            fix="the file is cut short or damaged: download or record it again",
+        )
 
 
 def read_frames(path: Path, indices: Sequence[int]) -> Frames:
@@ -95,51 +106,92 @@ def read_frames(path: Path, indices: Sequence[int]) -> Frames:
     return frames[np.searchsorted(np.asarray(unique), np.asarray(indices, dtype=np.int64))]
 
 
-def resize(frames: Frames, height: int, width: int) -> Frames:
-    """Resize uint8 (N, H, W, 3) to (N, height, width, 3): bilinear with antialiasing (torch's, as PIL's BILINEAR).
+class CannotWrite(PersistWorldError):
+    """A video cannot be written: the disk is full or closed to us, whatever was to be written."""
 
-    The aspect ratio is not kept: Ctrl-World's 180x320 -> 192x320 stretches too.
+
+class Mp4Writer:
+    """Writes frames (H, W, 3) uint8 as h264. Written beside and renamed in the end: whole or absent.
+
+    An odd height or width is padded by repeating the last row or column (yuv420p has half-size colour planes).
+    Use as a context manager; leaving it by an error leaves no file.
+
+    Args:
+        path: the file.
+        fps: frames a second.
+        crf: quality of x264, lower is better.
+        reproducible: the same pictures become the same bytes. One thread, since what x264 writes depends on how many,
+            and no macroblock tree: its assembly reads memory that earlier videos left (measured with x264 165: 12 small
+            videos in random order, encoded again and again, came out in 2 to 3 forms each with it, in one without).
+
+    Raises:
+        CannotWrite: the file cannot be written.
+        PersistWorldError: no frames were given.
     """
-    if frames.shape[1:3] == (height, width):
-        return frames
-    picture = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
-    out = functional.interpolate(picture, size=(height, width), mode="bilinear", antialias=True)
-    return np.ascontiguousarray(out.permute(0, 2, 3, 1).numpy())
+
+    def __init__(self, path: Path, fps: float, *, crf: int = 18, reproducible: bool = False) -> None:
+        self.path, self.written = path, 0
+        self._fps, self._options, self._reproducible = fps, {"crf": str(crf), "preset": "medium"}, reproducible
+        self._partial = path.with_name(f".{path.stem}.{os.getpid()}.mp4")
+        self._stream: av.VideoStream | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._container = av.open(str(self._partial), "w")
+        except (FFmpegError, OSError) as error:
+            raise self._failed(error) from error
+
+    def __enter__(self) -> Mp4Writer:
+        return self
+
+    def add(self, picture: Frames) -> None:
+        """Write one more frame."""
+        try:
+            picture = np.ascontiguousarray(_even(picture))
+            if self._stream is None:
+                self._stream = self._begin(*picture.shape[:2])
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            self._container.mux(self._stream.encode(frame.reformat(format="yuv420p", interpolation=_EXACT)))
+        except (FFmpegError, OSError) as error:
+            raise self._failed(error) from error
+        self.written += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and self._stream is not None:
+                self._container.mux(self._stream.encode())
+            self._container.close()
+            if kind is None and self.written:
+                self._partial.replace(self.path)
+        except (FFmpegError, OSError) as broken:
+            raise self._failed(broken) from broken
+        finally:
+            self._partial.unlink(missing_ok=True)
+        if kind is None and not self.written:
+            raise PersistWorldError("no frames to write", where=str(self.path), fix="give at least one frame")
+
+    def _begin(self, height: int, width: int) -> av.VideoStream:
+        """The video stream, once the size is known."""
+        stream = self._container.add_stream("libx264", rate=Fraction(self._fps).limit_denominator(1001))
+        stream.height, stream.width = height, width
+        stream.pix_fmt = "yuv420p"
+        stream.options = {**self._options}
+        if self._reproducible:
+            stream.options = {**self._options, "mbtree": "0"}
+            stream.codec_context.thread_count = 1
+        return stream
+
+    def _failed(self, error: Exception) -> CannotWrite:
+        return CannotWrite(f"cannot write video: {error}", where=str(self.path), fix="check disk and rights")
 
 
 def write_mp4(path: Path, frames: Iterable[Frames], fps: float, *, crf: int = 18) -> int:
-    """Write frames (H, W, 3) uint8 as h264 at ``fps``; returns how many. Written beside and renamed: whole or absent.
-
-    An odd height or width is padded by repeating the last row or column (yuv420p has half-size colour planes).
-
-    Raises:
-        PersistWorldError: no frames, or the file cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.mp4")
-    written = 0
-    try:
-        with av.open(str(partial), "w") as container:
-            stream = None
-            for picture in frames:
-                picture = np.ascontiguousarray(_even(picture))
-                if stream is None:
-                    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-                    stream.height, stream.width = picture.shape[:2]
-                    stream.pix_fmt = "yuv420p"
-                    stream.options = {"crf": str(crf), "preset": "medium"}
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                container.mux(stream.encode(frame.reformat(format="yuv420p", interpolation=_EXACT)))
-                written += 1
-            if stream is None:
-                raise PersistWorldError("no frames to write", where=str(path), fix="give at least one frame")
-            container.mux(stream.encode())
-        partial.replace(path)
-    except (FFmpegError, OSError) as error:
-        raise PersistWorldError(f"cannot write video: {error}", where=str(path), fix="check disk and rights") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return written
+    """Write all ``frames`` by an `Mp4Writer`; returns how many."""
+    with Mp4Writer(path, fps, crf=crf) as writer:
+        for picture in frames:
+            writer.add(picture)
+    return writer.written
 
 
 def _numbered(

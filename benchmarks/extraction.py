@@ -1,0 +1,178 @@
+"""How long the encoder waits for pictures, what decoding in other processes gains, and what float16 latents cost.
+
+`python -m benchmarks.extraction [--episodes 0:12] [--runs 3] [--workers 0,1,2] [--preset tiny] [--json]`
+
+1. speed: the preset's raw dataset through `extract-latents`, decoding in this many processes (0: in the encoder's own),
+   in turn, each run a process of its own. `waited` is the share of the wall time, from when the encoder is loaded until
+   the last episode is on the disk, in which it stands still; `wall_ratio` is against the first number of the same
+   round; `cpu_s` are the processor seconds of encoder and decoders (what else runs on the machine hardly changes them).
+   Means and standard deviations over the rounds. Memory: the most that the encoder's process ever held (VmHWM; torch
+   and the weights are in it), and the largest decoding process.
+2. float16: pictures of held-out episodes encoded and decoded with the latents as computed (float32) and as they are
+   stored by default (float16), both against the picture, in dB of PSNR; mean and standard deviation over pictures. The
+   same for an encoder that computes in bf16 or fp16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.gates import psnr, to_unit
+from benchmarks.loading import peak_bytes
+from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.settings import Settings
+from persistworld_cli.data.extract import Told, extract_latents
+from persistworld_cli.data.lerobot import RawDataset
+from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.models import vae as vae_room
+from persistworld_cli.models.checkpoints import load_vae
+from persistworld_cli.training.extract import DTYPES, Encoder, parse_episodes
+
+_MIB = 2**20
+_BATCH = 10  # frames of all cameras: what --batch 32 gives for three
+
+
+def _settings(preset: str) -> Settings:
+    return load_settings(preset, [], {}, env={}).settings
+
+
+def child(preset: str, episodes: str, workers: int, out: Path) -> dict[str, Any]:
+    """One extraction in this process."""
+    settings = _settings(preset)
+    raw = resolve_path(settings.world.raw)
+    encoder = Encoder(settings, settings.model.ckpt, "fp32", torch.device("cpu"))
+    chosen = parse_episodes(episodes, RawDataset(raw).episodes)
+    told = Told(ready=encoder.load)
+    report = extract_latents(
+        settings.world, raw, out, encoder, episodes=chosen, workers=workers, batch_frames=_BATCH, told=told
+    )
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return {
+        "wall_s": report.wall_s,
+        "waited": report.waited_s / report.wall_s,
+        "cpu_s": sum(part.ru_utime + part.ru_stime for part in spent),
+        "encoder_mib": peak_bytes() / _MIB,
+        "decoder_mib": spent[1].ru_maxrss / (_MIB if sys.platform == "darwin" else 1024),
+        "frames": report.frames,
+    }
+
+
+def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the first table: mean and standard deviation of each measure."""
+    kinds = [int(number) for number in options.workers.split(",")]
+    found: dict[int, list[dict[str, Any]]] = {number: [] for number in kinds}
+    for _ in range(options.runs):
+        for number in kinds:
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, "-m", "benchmarks.extraction", "--preset", options.preset]
+                command += ["--episodes", options.episodes, "--child", str(number), folder]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found[number].append(json.loads(done.stdout))
+    rows = []
+    for number, runs in found.items():
+        ratios = [run["wall_s"] / base["wall_s"] for run, base in zip(runs, found[kinds[0]], strict=True)]
+        row: dict[str, Any] = {"workers": number, "n": len(runs), "frames": runs[0]["frames"]}
+        measures = {name: [run[name] for run in runs] for name in runs[0] if name != "frames"}
+        for name, values in {**measures, "wall_ratio": ratios}.items():
+            row[name] = [round(float(np.mean(values)), 4), round(float(np.std(values, ddof=1)), 4)]
+        rows.append(row)
+    return rows
+
+
+def storage(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the second table."""
+    settings = _settings(options.preset)
+    with tempfile.TemporaryDirectory() as folder:
+        raw, out = resolve_path(settings.world.raw), Path(folder)
+        # the pictures alone are of interest: an encoder of zeros costs nothing
+        zeros = extract_latents(
+            settings.world, raw, out, lambda f: torch.zeros(len(f), 4, 3 * len(settings.world.cameras), 4),
+            episodes=parse_episodes(options.held_out, RawDataset(raw).episodes),
+        )  # fmt: skip
+        store = EpisodeStore(out)
+        split = {episode: name for name in store.splits for episode in store.episodes(name)}
+        frames = [store.frames(split[e], e, range(0, store.annotation(split[e], e).num_frames, 10)) for e in zeros.done]
+    pictures = np.concatenate(frames)
+    vae = load_vae(settings.model, settings.model.ckpt)
+    real = to_unit(pictures).flatten(0, 1)
+    rows: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        for name, dtype in DTYPES.items():
+            torch.nn.Module.to(vae, dtype)
+            stacked = vae_room.encode_pictures(vae, torch.from_numpy(pictures), torch.device("cpu"))
+            latents = vae_room.unstack_cameras(stacked, len(settings.world.cameras)).flatten(0, 1)
+            torch.nn.Module.to(vae, torch.float32)
+            whole, half = (_decoded(vae, part) for part in (latents, latents.half().float()))
+            best = [psnr(picture, real) for picture in (whole, half)]
+            if not rows:
+                reference = best[0]
+            rows.append(
+                {
+                    "encoder": name,
+                    "n": len(real),
+                    "float32_db": _spread(best[0]),
+                    "float16_db": _spread(best[1]),
+                    "float16_minus_float32_db": _spread(best[1] - best[0]),
+                    "minus_fp32_encoder_db": _spread(best[1] - reference),
+                    "between_the_two_db": _spread(psnr(half, whole)),
+                }
+            )
+    return rows
+
+
+def _decoded(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Pictures (M, 3, H, W) in [0, 1], in 8 bits as they are shown."""
+    made = torch.cat([vae_room.decode(vae, part, 1) for part in latents.split(16)])
+    return ((made.clamp(-1, 1) + 1) * 127.5).round() / 255
+
+
+def _spread(values: torch.Tensor) -> list[float]:
+    return [round(float(values.mean()), 5), round(float(values.std()), 5)]
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A small table: a mean with its standard deviation as ``mean ± sd``."""
+    cells = [[f"{v[0]:.4g} ± {v[1]:.2g}" if isinstance(v, list) else str(v) for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(rows[0], *cells, strict=True)]
+    for line in ([*rows[0]], *cells):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--episodes", default="0:12", help="extracted in the first table")
+    parser.add_argument("--held-out", default="60:66", help="whose pictures are decoded in the second")
+    parser.add_argument("--workers", default="0,1,2")
+    parser.add_argument("--runs", type=int, default=3, help="rounds, 2 or more")
+    parser.add_argument("--only", choices=("speed", "storage"), help="one table alone")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", nargs=2, metavar=("WORKERS", "OUT"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(child(options.preset, options.episodes, int(options.child[0]), Path(options.child[1]))))
+        return
+    tables = {"speed": speed, "storage": storage}
+    result = {name: make(options) for name, make in tables.items() if options.only in (None, name)}
+    if options.json:
+        print(json.dumps(result, indent=1))
+        return
+    for rows in result.values():
+        show(rows)
+
+
+if __name__ == "__main__":
+    main()

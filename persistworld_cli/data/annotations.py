@@ -1,0 +1,134 @@
+"""Annotations read fast: of an episode's 300 kB JSON, metadata needs the tenth that holds texts and states.
+
+Needs no torch: worker processes import it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persistworld_cli.errors import PersistWorldError
+
+REDO = "delete the episode's annotation and run persistworld extract-latents again"
+_DECODER = json.JSONDecoder()
+_SPACE = " \t\r\n"
+
+
+class Unreadable(PersistWorldError):
+    """An annotation that training could not use; ``what`` reads the same for all episodes with the same trouble."""
+
+
+def read_keys(text: str, wanted: Collection[str]) -> dict[str, Any]:
+    """The ``wanted`` keys of a JSON object; lists of numbers under other keys are stepped over, not parsed.
+
+    What is stepped over is only looked at for its brackets, so a list that holds a word in place of a number passes
+    unless it is wanted. Everything else is parsed as `json` does.
+
+    Raises:
+        ValueError: no JSON object.
+    """
+    out: dict[str, Any] = {}
+    at = _skip(text, 0)
+    if text[at : at + 1] != "{":
+        raise ValueError("no JSON object")
+    at = _skip(text, at + 1)
+    while text[at : at + 1] != "}":
+        key, at = _DECODER.raw_decode(text, at)
+        if not isinstance(key, str):
+            raise ValueError("a key that is no text")
+        at = _skip(text, at)
+        if text[at : at + 1] != ":":
+            raise ValueError(f"no value for '{key}'")
+        at = _skip(text, at + 1)
+        beyond = None if key in wanted else _beyond_numbers(text, at)
+        if beyond is None:
+            value, beyond = _DECODER.raw_decode(text, at)
+            if key in wanted:
+                out[key] = value
+        at = _skip(text, beyond)
+        if text[at : at + 1] == ",":
+            at = _skip(text, at + 1)
+        elif text[at : at + 1] != "}":
+            raise ValueError(f"the object breaks off behind '{key}'")
+    return out
+
+
+def _beyond_numbers(text: str, at: int) -> int | None:
+    """Where a list of (lists of) numbers that begins here ends; None if it is anything else."""
+    if text[at : at + 1] != "[":
+        return None
+    quote = text.find('"', at)
+    end = text.rfind("]", at, quote if quote >= 0 else None) + 1
+    plain = end and text.count("[", at, end) == text.count("]", at, end) and text.find("{", at, end) < 0
+    return end if plain else None
+
+
+def _skip(text: str, at: int) -> int:
+    """The next place that is no white space."""
+    while text[at : at + 1] in _SPACE and at < len(text):
+        at += 1
+    return at
+
+
+def load_annotation(path: Path, wanted: Collection[str] | None = None) -> dict[str, Any]:
+    """An annotation's object: the ``wanted`` keys, or all, strictly parsed.
+
+    Raises:
+        Unreadable: absent, no JSON, or no object.
+    """
+    try:
+        text = path.read_bytes().decode()
+        raw = json.loads(text) if wanted is None else read_keys(text, wanted)
+    except FileNotFoundError as error:
+        raise Unreadable("the annotation is gone", where=str(path), fix="run persistworld build-meta again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise Unreadable("unreadable annotation", where=f"{path} ({error})", fix=REDO) from error
+    if not isinstance(raw, Mapping):
+        raise Unreadable("unreadable annotation", where=f"{path} (no JSON object)", fix=REDO)
+    return dict(raw)
+
+
+def read_states(raw: Mapping[str, Any], path: Path) -> NDArray[np.float64]:
+    """The states (T, D) of an annotation, all of its ``video_length``.
+
+    Raises:
+        Unreadable: missing, empty, of unequal or no width, no numbers, or not as many as ``video_length``.
+    """
+
+    def bad(what: str) -> Unreadable:
+        return Unreadable(what, where=str(path), fix=REDO)
+
+    if raw.get("states") is None:
+        raise bad("states are missing")
+    try:
+        states = np.asarray(raw["states"], dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise bad("states are not rows of numbers of one width") from error
+    if states.ndim != 2 or not states.size:
+        raise bad("states are empty" if not states.size else "states are not rows of numbers of one width")
+    if not np.isfinite(states).all():
+        raise bad("states hold values that are no numbers")
+    length = raw.get("video_length", len(states))
+    if not isinstance(length, int) or length != len(states):
+        raise bad("video_length is not the number of states")
+    return states
+
+
+def read_text(raw: Mapping[str, Any]) -> str:
+    """The instruction; '' if there is none."""
+    texts = raw.get("texts")
+    return str(texts[0]) if isinstance(texts, list) and texts else str(texts) if isinstance(texts, str) else ""
+
+
+def read_success(raw: Mapping[str, Any]) -> bool | None:
+    """Whether the episode succeeded, None if nobody says."""
+    value = raw.get("success")
+    known = isinstance(value, bool | int | float) and not (isinstance(value, float) and math.isnan(value))
+    return bool(value) if known else None

@@ -1,0 +1,131 @@
+"""Pictures of many episodes through the encoder in batches that are always full.
+
+Every batch has the same size, the last one padded: an encoder's sums may depend on the size of its batch in their last
+digit (convolutions choose their way of computing by it), but not on what else is in it. So an episode's latents are the
+same bytes whichever episodes were encoded beside it, and a run that was stopped ends with what an unbroken one gives.
+
+Legend: N frames in a batch, n in a chunk, T of an episode, V cameras, H, W picture pixels, C latent channels,
+h = V * h1 latent rows of the stacked cameras, w latent width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from persistworld_cli.errors import PersistWorldError
+
+Encode = Callable[[Tensor], Tensor]  # uint8 (N, V, H, W, 3) -> (N, C, h, w), cameras stacked, on any device
+
+
+@dataclass
+class _Open:
+    """An episode that is being encoded."""
+
+    frames: int  # T
+    taken: int = 0  # frames that are in a batch
+    latents: list[Tensor] = field(default_factory=list)
+
+    @property
+    def encoded(self) -> int:
+        return sum(len(part) for part in self.latents)
+
+
+class Batcher:
+    """Collects pictures, encodes them, and hands whole episodes back.
+
+    One encoded batch stays where it was computed until the next one is under way, so that a GPU does not wait for the
+    copy.
+
+    Args:
+        encode: see `Encode`.
+        size: frames N of a batch.
+    """
+
+    def __init__(self, encode: Encode, size: int) -> None:
+        self.frames, self.encode_s = 0, 0.0  # frames encoded, and the time spent on it
+        self._encode, self.size = encode, size
+        self._batch: Tensor | None = None
+        self._filled = 0
+        self._rows: list[tuple[int, int]] = []  # (episode, frames), in the order of the batch
+        self._flying: tuple[Tensor, list[tuple[int, int]]] | None = None
+        self._open: dict[int, _Open] = {}
+
+    def begin(self, episode: int, frames: int) -> None:
+        """An episode of so many frames will come."""
+        self._open[episode] = _Open(frames)
+
+    def drop(self, episode: int) -> None:
+        """Forget an episode; what is encoded of it is lost."""
+        self._open.pop(episode, None)
+
+    def add(self, episode: int, pictures: NDArray[np.uint8]) -> Iterator[tuple[int, Tensor]]:
+        """More pictures (n, V, H, W, 3) of an episode; yields the episodes that are complete now, latents (T, C, h, w).
+
+        Raises:
+            PersistWorldError: the encoder returns values that are no numbers.
+        """
+        source = torch.from_numpy(pictures)
+        if self._batch is None:
+            self._batch = torch.zeros((self.size, *source.shape[1:]), dtype=torch.uint8)
+        while len(source):
+            count = min(len(source), self.size - self._filled)
+            self._batch[self._filled : self._filled + count] = source[:count]
+            self._filled += count
+            self._rows.append((episode, count))
+            source = source[count:]
+            if self._filled == self.size:
+                yield from self._run()
+
+    def flush(self) -> Iterator[tuple[int, Tensor]]:
+        """Encode what is left; yields the episodes that are complete now."""
+        if self._filled:
+            yield from self._run()
+        yield from self._land()
+
+    def _run(self) -> Iterator[tuple[int, Tensor]]:
+        """Encode the batch and settle the one before."""
+        assert self._batch is not None
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            latents = self._encode(self._batch)
+        if latents.ndim != 4 or len(latents) != self.size or latents.shape[2] % self._batch.shape[1]:
+            raise ValueError(f"encoder returned {tuple(latents.shape)} for {tuple(self._batch.shape)}")
+        rows, self._rows, self.frames, self._filled = self._rows, [], self.frames + self._filled, 0
+        before, self._flying = self._flying, (latents, rows)
+        self.encode_s += time.perf_counter() - begun
+        yield from self._land(before)
+        if latents.device.type == "cpu":
+            yield from self._land()
+
+    def _land(self, batch: tuple[Tensor, list[tuple[int, int]]] | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Deal out the latents of a batch, of the one under way by default."""
+        if batch is None:
+            batch, self._flying = self._flying, None
+        if batch is None:
+            return
+        begun = time.perf_counter()
+        latents = batch[0].detach().to("cpu", torch.float32)
+        self.encode_s += time.perf_counter() - begun
+        at = 0
+        for episode, count in batch[1]:
+            part, at = latents[at : at + count], at + count
+            known = self._open.get(episode)
+            if known is None:
+                continue
+            if not torch.isfinite(part).all():
+                raise PersistWorldError(
+                    "encoder returned values that are no numbers",
+                    where=f"encoder, episode {episode}",
+                    fix="check its weights; fp16 is too narrow for some VAEs: take --dtype bf16 or fp32",
+                )
+            known.latents.append(part)
+            if known.encoded == known.frames:
+                del self._open[episode]
+                yield episode, torch.cat(known.latents)

@@ -1,0 +1,65 @@
+"""Who works on what: locks by which several runs over the same output do no work twice.
+
+One file, of which a run locks one byte an episode (POSIX record locks). The system lets go of a lock when its process
+ends, however it ends, so that nothing is left to clean up. They hold between the machines of an NFS mount too, where
+the server runs a lock service (v4 always does); where locks are refused, that is said once and nothing is locked.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+from pathlib import Path
+
+_NAME = ".claims"
+_SETTINGS = 2**62  # byte that guards what all episodes share; episodes are numbered from 0
+_REFUSED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+_log = logging.getLogger(__name__)
+
+
+class Claims:
+    """The locks of one run on an output folder.
+
+    Only one object a process and folder may be open: closing any of them would let go of the locks of all.
+    """
+
+    def __init__(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(out / _NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        self._works = True
+
+    def close(self) -> None:
+        """Let go of everything."""
+        os.close(self._fd)
+
+    def take(self, episode: int) -> bool:
+        """Claim an episode; False while another run has it."""
+        return self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, episode)
+
+    def drop(self, episode: int) -> None:
+        """Let go of an episode."""
+        self._lock(fcntl.LOCK_UN, episode)
+
+    def share_settings(self) -> None:
+        """Wait until nobody changes what all episodes share, and keep others from changing it until `close`."""
+        self._lock(fcntl.LOCK_SH, _SETTINGS)
+
+    def own_settings(self) -> bool:
+        """Be the only run on this folder, so that what all episodes share may change; False where there are others."""
+        return self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, _SETTINGS)
+
+    def _lock(self, how: int, byte: int) -> bool:
+        if not self._works:
+            return True
+        try:
+            fcntl.lockf(self._fd, how, 1, byte)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            if error.errno not in _REFUSED:
+                raise
+            self._works = False
+            _log.warning("this file system has no locks (%s): let no two runs write the same output", error.strerror)
+        return True

@@ -1,0 +1,98 @@
+"""The order of samples: which dataset and which start frame clip number n of a run is, as a pure function of (seed, n).
+
+Datasets are mixed by their shares: of the first n clips, dataset d has n times its share (less than one clip off for
+two datasets, a few for many), not only on average. Within a dataset every start frame comes once an epoch, and every
+epoch has an order of its own: a permutation computed place by place, which costs no memory at ten million samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+_WHOLE = 2**32  # shares are counted in parts of this, so that all arithmetic is exact
+_WORD = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+class Place(NamedTuple):
+    """One clip of the order: number of the dataset, its epoch there, and the sample."""
+
+    source: int
+    epoch: int
+    sample: int
+
+
+class Order:
+    """The order of clips over some datasets.
+
+    Args:
+        sizes: samples of each dataset, at least 1.
+        weights: their shares of the clips, more than 0; they need not add up to 1.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float]) -> None:
+        if len(sizes) != len(weights) or min(sizes) < 1 or min(weights) <= 0:
+            raise ValueError(f"sizes {sizes} and weights {weights}")
+        self.sizes = tuple(sizes)
+        self._parts = [max(1, round(weight / sum(weights) * _WHOLE)) for weight in weights]
+
+    @property
+    def shares(self) -> list[float]:
+        """The weights, adding up to 1."""
+        return [part / sum(self._parts) for part in self._parts]
+
+    def place(self, seed: int, number: int) -> Place:
+        """Clip ``number`` >= 0 of the run with this seed."""
+        source, position = self._share(number)
+        epoch, index = divmod(position, self.sizes[source])
+        return Place(source, epoch, permuted(index, self.sizes[source], _key(seed, source, epoch)))
+
+    def _share(self, number: int) -> tuple[int, int]:
+        """(dataset, how many clips of it come before) of clip ``number``.
+
+        Dataset 0 takes its share of all clips, evenly spread; dataset 1 its share of those that are left, and so on.
+        """
+        rest = sum(self._parts)
+        for source, part in enumerate(self._parts[:-1]):
+            before = number * part // rest
+            if (number + 1) * part // rest > before:
+                return source, before
+            number, rest = number - before, rest - part
+        return len(self._parts) - 1, number
+
+
+def permuted(index: int, size: int, key: int) -> int:
+    """Where the permutation of 0 .. size - 1 with this key takes ``index``.
+
+    A Feistel network permutes the next power of two; what falls outside is taken on until it falls inside.
+    """
+    bits = (size - 1).bit_length()
+    low, high = bits - bits // 2, bits // 2
+    low_mask, high_mask = (1 << low) - 1, (1 << high) - 1
+    while True:
+        left, right = index >> low, index & low_mask
+        for number in range(2 if bits > 16 else 4):  # pairs of rounds; short halves need more to look random
+            left ^= _mixed(key + 2 * number * _GOLDEN ^ right) & high_mask
+            right ^= _mixed(key + (2 * number + 1) * _GOLDEN ^ left) & low_mask
+        index = left << low | right
+        if index < size:
+            return index
+
+
+@lru_cache(maxsize=64)
+def _key(seed: int, source: int, epoch: int) -> int:
+    """A key for each epoch of each dataset."""
+    key = 0
+    for number in (seed, source, epoch):
+        key = _mixed(key + _GOLDEN + number)
+    return key
+
+
+def _mixed(value: int) -> int:
+    """SplitMix64's finaliser: every bit of a 64-bit word changes about half of the others."""
+    value &= _WORD
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _WORD
+    return value ^ value >> 31
