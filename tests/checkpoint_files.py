@@ -1,4 +1,7 @@
-"""Checkpoints for tests: the bundled tiny model in every form, an adapter, and the command line on them."""
+"""Checkpoints for tests: the bundled tiny model in every form, an adapter, and the command line on them.
+
+The fixtures `base` and `adapter` (conftest.py) are made of them.
+"""
 
 from __future__ import annotations
 

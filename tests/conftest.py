@@ -7,11 +7,13 @@ the largest error of every comparison.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import Page, chromium
 from golden_table import lines
 
 from persistworld_cli.config.settings import Settings
@@ -60,11 +62,34 @@ def shared_data() -> Path:
     return _folder("data")
 
 
+@pytest.fixture(scope="session")
+def new_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Page]]:
+    """Opens a tab of a headless browser; skips where there is none."""
+    with chromium(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
 @pytest.fixture(autouse=True)
 def _no_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings in the environment of whoever runs the tests must not reach them."""
     for name in [name for name in os.environ if name.startswith("PERSISTWORLD_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def base() -> dict[str, Any]:
+    """The bundled model's tensors, float32; not to be written to."""
+    from checkpoint_files import bundled_model
+
+    return bundled_model().state_dict()
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapter's folder in the run of a post-training of the bundled model; not to be written to."""
+    from checkpoint_files import write_run
+
+    return write_run(tmp_path_factory.mktemp("post-train"))
 
 
 @pytest.fixture

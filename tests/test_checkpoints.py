@@ -22,11 +22,9 @@ from checkpoint_files import (
     as_pt,
     as_safetensors,
     as_shards,
-    bundled_model,
     cli,
     part,
     write_full_size,
-    write_run,
 )
 from safetensors.torch import load_file, save_file
 
@@ -34,19 +32,6 @@ from persistworld_cli.config.presets import load_settings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.checkpoints import FRESH, load_vae, load_world_model
 from persistworld_cli.models.weight_sources import locate
-
-
-@pytest.fixture(scope="module")
-def base() -> Tensors:
-    """The bundled model's tensors, float32."""
-    return bundled_model().state_dict()
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The adapter of a post-training's run."""
-    return write_run(tmp_path_factory.mktemp("post-train"))
-
 
 # -- every form of a checkpoint ----------------------------------------------------------------------------------------
 
@@ -250,7 +235,7 @@ def bad_file(kind: str, folder: Path) -> Path:
         ("code, plain pickle", "more than tensors"),
         ("truncated zip", "damaged: its end is missing"),
         ("truncated legacy", "damaged"),
-        ("truncated safetensors", "damaged"),
+        ("truncated safetensors", "damaged: its end is missing"),
         ("empty", "the file is empty"),
         ("page", "not a weights file"),
         ("lfs", "git-lfs pointer"),

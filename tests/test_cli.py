@@ -24,6 +24,7 @@ NAMES = [
     "pretrain",
     "post-train",
     "eval",
+    "study-report",
     "replay",
     "drive",
     "pi-rollout",

@@ -27,11 +27,11 @@ from persistworld_cli.config.settings import (
     Settings,
     WorldSettings,
 )
-from persistworld_cli.data.store import ActionStat
+from persistworld_cli.data.store import ActionStat, open_store
 from persistworld_cli.data.video import count_frames, read_frames
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation import drive, policy_rollout
-from persistworld_cli.evaluation.living import LivingWorld, first_latents, load_model, make_start, open_store
+from persistworld_cli.evaluation.living import LivingWorld, first_latents, load_model, make_start
 from persistworld_cli.evaluation.recording import Item
 from persistworld_cli.models.checkpoints import load_world_model
 from persistworld_cli.models.world_model import WorldModel

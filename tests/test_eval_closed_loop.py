@@ -6,11 +6,13 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from eval_world import make_world, settings
+from eval_world import HEIGHT, WIDTH, make_world, settings
+from PIL import Image
 
 from persistworld_cli.data.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError, UsageError
@@ -23,6 +25,8 @@ from persistworld_cli.models.checkpoints import load_world_model
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.rewards.score import Scorer
 from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
+
+BUNDLED = tuple(str(episode) for episode in range(60, 80))
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +98,17 @@ def test_reward_of_scores_is_the_scorers(root: Path) -> None:
 
 
 def test_eval_end_to_end_continues_and_gives_the_same_numbers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    s = settings(root, seeds=(0, 1), episodes=("9", "29"), sheets=2)
+    s = settings(root, seeds=(0, 1), episodes=("9", "29"), sheets=2, following=("swapped", "null"), following_steps=1)
     weights = {"ckpt": str(root / "other.safetensors"), "baseline": str(root / "base.safetensors")}
     job = {"output": str(root / "out"), **weights}
     loaded: list[str] = []
-    real = eval_run.load_world_model
+    real = eval_run.load_for_sampling
 
     def counting(*args: object, **kwargs: object) -> WorldModel:
         loaded.append(str(kwargs["ckpt"]))
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(eval_run, "load_world_model", counting)
+    monkeypatch.setattr(eval_run, "load_for_sampling", counting)
     summary = eval_run.run(s, job)
     out = root / "out"
     result = json.loads((out / "eval.json").read_text())
@@ -128,28 +132,60 @@ def test_eval_end_to_end_continues_and_gives_the_same_numbers(root: Path, monkey
     assert len(list((out / "sheets").glob("*.png"))) == 2 and len(list((out / "videos").glob("*.mp4"))) == 2
     assert "lpips (untrained)" in (out / "table.txt").read_text() and " lpips ↓" not in (out / "table.txt").read_text()
     assert json.dumps(summary, allow_nan=False)
+    check_conduct(result)
+    assert "gain over swapped actions" in (out / "table.txt").read_text()
 
     victim = next((out / "rollouts").glob("model-*/9_0_1.npz"))
     victim.unlink()
     loaded.clear()
-    again = eval_run.run(s, {**job, "videos": False})
+    again = eval_run.run(s, {**job, "videos": False, "compare": str(out)})
     for before, after in zip(summary["table"], again["table"], strict=True):
-        for label in labels:  # another batch, so equal up to rounding
-            assert after[label] == pytest.approx(before[label], abs=1e-4)
+        for label in labels:  # the whole batch was done again, so the same numbers
+            assert after[label] == pytest.approx(before[label], abs=1e-7)
+    assert {row["change"] for row in again["compared"]} == {0.0}
+    with pytest.raises(PersistWorldError, match=r"steps: 2 and 1") as refused:
+        eval_run.run(replace(s, eval=replace(s.eval, steps=1)), {**job, "compare": str(out)})
+    assert "sampling" not in str(refused.value)
     assert again["videos"] == [] and again["sheets"] == summary["sheets"]
-    assert len(loaded) == 2  # one to roll out what was missing, one to draw; nothing else was done again
+    # One to roll out what was missing, and each checkpoint, whose VAE draws its own pictures; nothing else was done again.
+    assert [Path(path).stem for path in loaded] == ["base", "base", "other"]
+
+
+def check_conduct(result: dict[str, Any]) -> None:
+    """Action following and trust of the run above: two episodes, two seeds, following over one interaction."""
+    following, trust = result["following"], result["trust"]
+    assert following["kinds"] == ["swapped", "null"] and following["steps"] == 1
+    assert len(following["rows"]) == 2 * 2 * 2 * 4 and {row["verdict"] for row in following["rows"]} == {"too few"}
+    margins = {(row["model"], row["actions"]): row["margin"] for row in following["rows"] if row["metric"] == "psnr"}
+    assert all(margin != 0 for margin in margins.values())  # other actions, other pictures
+    own = np.array(result["rollouts"]["exterior"]["psnr"]["base.safetensors"])
+    assert own.shape == (4,) and np.isfinite(own).all()
+    assert trust["seeds"] == 2 and trust["pairs"] == 2 and "too few" in trust["words"]
+    for row in trust["rows"]:
+        variance = np.array(row["points"]["variance"], dtype=float)
+        assert variance.shape == (2, 2) and (variance[np.isfinite(variance)] > 0).all()
 
 
 def test_floor_and_ceiling_by_hand(root: Path, store: EpisodeStore, model: WorldModel) -> None:
-    s = settings(root, episodes=("9",), steps=1, sheets=0)
+    for frame in range(1, 5):
+        mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+        mask[:, :20] = 255
+        path = root / "masks" / "9" / "wrist_left" / f"{frame:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(path)
+    s = settings(root, episodes=("9",), steps=1, sheets=0, masks=(f"left={root / 'masks'}",), crop=(0, 0, 0, 8))
     eval_run.run(s, {"output": str(root / "alone")})
     result = json.loads((root / "alone" / "eval.json").read_text())
     assert result["paired"] == [] and [model["label"] for model in result["models"]] == ["base"]
-    frames = store.frames("val", "9", range(5)).astype(float) / 255
+    frames = store.frames("val", "9", range(5)).astype(float)[..., : WIDTH - 8, :] / 255
     table = {(row["cameras"], row["model"]): row for row in result["table"]}
     floor = -10 * np.log10(np.square(frames[1:, 2] - frames[:1, 2]).mean(axis=(1, 2, 3))).mean()
     assert table["wrist", "copy first frame"]["psnr"] == pytest.approx(floor, abs=1e-3)
+    left = -10 * np.log10(np.square(frames[1:, 2, :, :20] - frames[:1, 2, :, :20]).mean(axis=(1, 2, 3))).mean()
+    assert table["wrist", "copy first frame"]["psnr (left)"] == pytest.approx(left, abs=1e-3)
+    assert table["exterior", "copy first frame"]["psnr (left)"] is None
     through = model.decode_latents(store.latents("val", "9", range(5)), 5)[1:, 2].movedim(1, -1).numpy()
+    through = through[..., : WIDTH - 8, :]
     ceiling = -10 * np.log10(np.square(frames[1:, 2] - through).mean(axis=(1, 2, 3))).mean()
     assert table["wrist", "recording through VAE"]["psnr"] == pytest.approx(ceiling, abs=1e-3)
 
@@ -158,6 +194,8 @@ def test_eval_mistakes_are_named_before_any_compute(root: Path) -> None:
     out = {"output": str(root / "never")}
     cases = [
         (settings(root, episodes=("77",)), "no episode '77'"),
+        (settings(root, episodes=BUNDLED, benchmark="bundled"), "'60', '61'.* of 20 that benchmark 'bundled' names"),
+        (settings(root, masks=(str(root / "no-masks"),)), "no folder of masks"),
         (settings(root, split="test"), "no episodes"),
         (settings(root, starts=(40,)), "cannot start at frame 40"),
         (settings(root, seeds=()), "nothing to roll out"),
@@ -172,6 +210,12 @@ def test_eval_mistakes_are_named_before_any_compute(root: Path) -> None:
     small = replace(small, world=replace(small.world, height=64))
     with pytest.raises(PersistWorldError, match="latents"):
         eval_run.run(small, out)
+    foreign = replace(small, model=replace(small.model, token_dim=16), world=settings(root).world)
+    with pytest.raises(PersistWorldError, match="does not fit this preset"):
+        eval_run.run(foreign, out)
+    with pytest.raises(PersistWorldError, match="cannot read the result"):
+        eval_run.run(settings(root), {**out, "compare": str(root / "nothing.json")})
+    assert not list((root / "never").rglob("*.npz"))
 
 
 def test_replay_end_to_end(root: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
+from scipy import stats as scipy_stats
 
 from persistworld_cli.evaluation.stats import (
+    bootstrap_interval,
     cluster_bootstrap,
     compare,
     episode_means,
@@ -37,6 +40,33 @@ def test_wilcoxon_by_hand() -> None:
     assert wilcoxon(np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])) == pytest.approx(2 / 64)
     assert wilcoxon(np.array([0.0, 0.0])) == 1.0
     assert wilcoxon(np.array([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0])) == pytest.approx(2 / 64)
+
+
+def test_definitions_are_scipys() -> None:
+    rng = np.random.default_rng(3)
+    for wins, n in ((0, 9), (3, 9), (9, 9), (81, 263)):
+        interval = scipy_stats.binomtest(wins, n).proportion_ci(method="wilson")
+        assert wilson(wins, n) == pytest.approx((interval.low, interval.high), abs=1e-12)
+        assert sign_test(wins, n - wins) == pytest.approx(scipy_stats.binomtest(wins, n, 0.5).pvalue)
+    for n in (7, 12, 60):
+        apart = rng.normal(0.3, 1.0, n)
+        assert wilcoxon(apart) == pytest.approx(scipy_stats.wilcoxon(apart, zero_method="wilcox").pvalue)
+    signs = np.array(list(itertools.product((-1, 1), repeat=7)))  # every way that chance could fall
+    apart = np.array([0.5, -0.1, 1.2, 0.9, -0.3, 2.0, 0.7])
+    ranks = scipy_stats.rankdata(np.abs(apart))
+    totals = np.minimum((signs > 0) @ ranks, (signs < 0) @ ranks)
+    assert wilcoxon(apart) == pytest.approx((totals <= min((apart > 0) @ ranks, (apart < 0) @ ranks)).mean())
+
+
+def test_bootstrap_agrees_with_scipys_percentiles() -> None:
+    values = np.random.default_rng(5).normal(size=25)
+    names = [str(i) for i in range(25)]
+    theirs = scipy_stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20000, random_state=0)
+    own = cluster_bootstrap(values, names, samples=20000)
+    assert own == pytest.approx(tuple(theirs.confidence_interval), abs=0.02)
+    rows = bootstrap_interval(lambda picked: float(values[picked].mean()), names, samples=4000)
+    assert rows == pytest.approx(tuple(theirs.confidence_interval), abs=0.04)
+    assert all(math.isnan(edge) for edge in bootstrap_interval(lambda picked: 1.0, ["a", "a"]))
 
 
 def test_means_leave_nan_out() -> None:

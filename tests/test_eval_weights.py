@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from persistworld_cli.config.settings import ModelSettings
-from persistworld_cli.errors import UsageError
+from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation.weights import ModelRef, hash_of, refs_of_eval, refs_of_replay, sha256_of
 
 
@@ -55,7 +55,7 @@ def test_replay_pairs_weights_and_adapters() -> None:
     assert [ref.label for ref in refs_of_replay(model, {"ckpts": ["a", "a"], "adapters": ["none"]})] == ["a #1", "a #2"]
 
 
-def test_hashes(tmp_path: Path) -> None:
+def test_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "w" / "a.bin"
     file.parent.mkdir()
     file.write_bytes(b"abc")
@@ -63,5 +63,8 @@ def test_hashes(tmp_path: Path) -> None:
     folder = sha256_of(str(file.parent))
     file.rename(file.with_name("b.bin"))
     assert sha256_of(str(file.parent)) != folder
-    assert sha256_of("owner/name") == "owner/name" and sha256_of("") == ""
+    assert sha256_of("") == ""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(PersistWorldError):  # a hub id is hashed by its files: a name proves nothing
+        sha256_of("nobody-at-all/nothing-here")
     assert hash_of({"a": 1, "b": (2,)}) == hash_of({"b": [2], "a": 1}) != hash_of({"a": 1, "b": [3]})

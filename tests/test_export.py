@@ -19,30 +19,18 @@ from checkpoint_files import (
     cli,
     part,
     write_full_size,
-    write_run,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from persistworld_cli.commands.app import app
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.adapters import PeftModel
 from persistworld_cli.models.checkpoints import load_world_model
 from persistworld_cli.models.fit import parts_of
 from persistworld_cli.models.world_model import WorldModel, build_world_model
-
-
-@pytest.fixture(scope="module")
-def base() -> Tensors:
-    """The bundled model's tensors, float32."""
-    return bundled_model().state_dict()
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The adapter of a post-training's run."""
-    return write_run(tmp_path_factory.mktemp("post-train"))
-
 
 # -- inspect -----------------------------------------------------------------------------------------------------------
 
@@ -67,6 +55,24 @@ def test_inspect_tells_what_the_bundled_weights_are(base: Tensors, adapter: Path
     assert told["tensors"] == 2 * told["adapter"]["modules"] + 6
     assert cli("inspect", adapter.parent)["adapter"] == told["adapter"]  # a run's weights folder
     assert cli("inspect", ADAPTER)["kind"] == "adapter"
+
+
+def test_inspect_says_first_what_it_is(adapter: Path, base: Tensors, tmp_path: Path) -> None:
+    def lines(path: object) -> list[str]:
+        done = CliRunner().invoke(app, ["inspect", str(path)])
+        assert done.exit_code == 0, done.stderr
+        return done.stdout.splitlines()
+
+    told = lines(BASE)
+    assert told[0] == "world model, fits preset tiny"
+    assert told[2] == "9,215,630 parameters in 918 tensors, float16; whole weights"
+    assert any(line.startswith("model.safetensors  17.7 MiB  ") and len(line.split()[-1]) == 64 for line in told)
+    run = lines(adapter.parents[1])  # a run's folder means its adapter
+    assert run[0] == "adapter, fits preset tiny" and run[3].startswith("LORA of rank 4, alpha 8 on 112 layers")
+    torch.save({k: v for k, v in base.items() if k != "vae.quant_conv.bias"}, tmp_path / "less.pt")
+    less = lines(tmp_path / "less.pt")
+    assert less[0] == "world model, fits no bundled preset"
+    assert less[3] == "nearest is preset tiny: 1 of 918 keys missing (first: vae.quant_conv.bias)"
 
 
 def test_inspect_tells_of_layers_that_are_not_merged(adapter: Path, tmp_path: Path) -> None:

@@ -159,6 +159,8 @@ def test_vae_encodes_and_decodes_in_chunks(golden: Path) -> None:
         pixels = pixels.permute(0, 2, 3, 1)
     scale = model.vae.config.scaling_factor
     close("B vae, latents", vae_room.encode(model.vae, vae_room.pixels_to_unit(pixels)), d["enc_mode"] * scale, 1e-5)
+    drawn = vae_room.encode(model.vae, vae_room.pixels_to_unit(pixels), d["enc_noise"])
+    close("B vae, latents drawn from the posterior", drawn, d["enc_sample_scaled"], 1e-5)
     flat = d["dec_latents"].flatten(0, 1)
     for chunk in (7, 5, 15, 1):
         made = vae_room.decode(model.vae, flat, chunk)
@@ -307,6 +309,18 @@ def test_decoding_in_batches_equals_one_by_one(tiny: WorldModel) -> None:
     alone = torch.stack([tiny.decode_latents(item, 0) for item in latents])
     assert together.shape == (3, 4, 3, 3, 48, 80)
     assert worst(together, alone) < 1e-5
+
+
+@torch.no_grad()
+def test_a_draw_from_the_posterior_depends_on_camera_and_picture_alone(tiny: WorldModel) -> None:
+    frames = torch.randint(0, 256, (3, 3, 48, 80, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    frames[:, 1] = frames[:, 0]  # two cameras that see the same
+    drawn = vae_room.encode_pictures(tiny.vae, frames, tiny.device, "sample")
+    mode = vae_room.encode_pictures(tiny.vae, frames, tiny.device)
+    alone = torch.cat([vae_room.encode_pictures(tiny.vae, one[None], tiny.device, "sample") for one in frames])
+    assert drawn.shape == mode.shape == (3, *tiny.latent_shape) and worst(drawn, alone) < 1e-5
+    first, second, _ = vae_room.unstack_cameras(drawn, 3).unbind(1)
+    assert worst(drawn, mode) > 1e-3 and worst(first, second) > 1e-3
 
 
 @torch.no_grad()

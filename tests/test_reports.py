@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from eval_result import METRICS, made_up_result
 from PIL import Image
 
 from persistworld_cli.data.video import count_frames, read_frames
@@ -25,64 +26,10 @@ from persistworld_cli.reports.videos import (
     write_side_by_side,
 )
 
-ROWS = ("copy first frame", "base", "post-trained", "recording through VAE")
-METRICS = [
-    {"name": "psnr", "label": "psnr", "unit": "dB", "higher_is_better": True},
-    {"name": "lpips", "label": "lpips (untrained)", "unit": "", "higher_is_better": False},
-]
-
-
-def paired(metric: str, verdict: str, change: float) -> dict[str, Any]:
-    spread = {"change": change, "change_low": change - 0.1, "change_high": change + 0.1}
-    wins = {"win_rate": 0.75, "win_low": 0.41, "win_high": 0.93, "rollouts": 8, "wins": 6, "losses": 2}
-    return {
-        "cameras": "exterior",
-        "metric": metric,
-        "verdict": verdict,
-        "words": f"{verdict} in words",
-        **spread,
-        **wins,
-    }
-
 
 @pytest.fixture
 def result() -> dict[str, Any]:
-    curve = {"mean": [20.0, 19.0, 18.0, None], "low": [19.0, 18.0, 17.0, None], "high": [21.0, 20.0, 19.0, None]}
-    return {
-        "n": {
-            "rollouts": 8,
-            "episodes": 8,
-            "steps": 1,
-            "frames_per_step": 4,
-            "rate_hz": 5.0,
-            "sampler": "euler",
-            "sampling_steps": 5,
-        },
-        "metrics": METRICS,
-        "groups": ["exterior"],
-        "floor": ROWS[0],
-        "ceiling": ROWS[3],
-        "models": [
-            {"label": label, "ckpt": "a<b>.pt", "adapter": "", "ckpt_sha256": "ab" * 32}
-            for label in ("base", "post-trained")
-        ],
-        "table": [
-            {"cameras": "exterior", "model": row, "psnr": 20.0 + i, "lpips (untrained)": 0.01}
-            for i, row in enumerate(ROWS)
-        ],
-        "paired": [
-            paired("psnr", "better", 1.5),
-            paired("lpips (untrained)", "too few", -0.001),
-            paired("reward", "better", 0.1),
-            {**paired("reward", "better", 0.1), "cameras": "all"},
-        ],
-        "changes": {"exterior": {"psnr": [1.0, -0.5, None], "lpips (untrained)": [-0.1, 0.0, 0.1]}},
-        "times_s": [0.2, 0.4, 0.6, 0.8],
-        "horizon": {"exterior": {metric["label"]: dict.fromkeys(ROWS, curve) for metric in METRICS}},
-        "protocol": {"steps": 1, "items": [1, 2]},
-        "versions": {"torch": "2"},
-        "device": "cpu",
-    }
+    return made_up_result()
 
 
 def test_eval_table_says_what_a_person_needs(result: dict[str, Any]) -> None:

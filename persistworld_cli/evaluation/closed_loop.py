@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor
 
 from persistworld_cli.data.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.evaluation.metrics import Scores, score_pictures
-from persistworld_cli.evaluation.recording import Item, Recording, crop_to, load_recording, to_uint8
+from persistworld_cli.evaluation.metrics import PLAIN, Judging, Scores, score_pictures
+from persistworld_cli.evaluation.recording import Item, Recording, crop_to, load_recording, require_same_shape, to_uint8
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.rewards.score import Scorer
 from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
 
 Progress = Callable[[int, int], None]  # (interactions done, interactions in all)
+Commands = Callable[[Recording], NDArray[np.float64]]  # -> poses (F + 1, D) from the start on
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def iter_closed_loop(
     scorer: Scorer,
     keep_latents: bool = False,
     progress: Progress | None = None,
+    judging: Judging = PLAIN,
+    commands: Commands | None = None,
 ) -> Iterator[Rollout]:
     """Roll out and score, ``batch`` items at a time; yields each item when its batch is done.
 
@@ -73,6 +76,8 @@ def iter_closed_loop(
         scorer: metrics.
         keep_latents: keep what was predicted, for pictures later (`draw_frames`).
         progress: called after every interaction.
+        judging: crop, colour range, masks of the metrics.
+        commands: gives the poses that a rollout gets instead of the recorded ones.
 
     Raises:
         PersistWorldError: an absent episode, a start beyond its end, pictures of another size than the model draws.
@@ -83,8 +88,10 @@ def iter_closed_loop(
         tick = time.perf_counter()
         recordings = [load_recording(store, split, item, steps, rows) for item in items[begin : begin + batch]]
         check_cameras(model, recordings)
+        if commands:
+            recordings = [replace(recording, commanded=commands(recording)) for recording in recordings]
         report = _counter(progress, index * steps, total)
-        scores, latents = _roll(model, engine, scorer, recordings, steps, keep_latents, report)
+        scores, latents = _roll(model, engine, scorer, recordings, steps, keep_latents, report, judging)
         seconds = (time.perf_counter() - tick) / len(recordings)
         for row, recording in enumerate(recordings):
             own = {name: value[row] for name, value in scores.items()}
@@ -108,6 +115,7 @@ def _roll(
     steps: int,
     keep: bool,
     report: Callable[[int], None],
+    judging: Judging,
 ) -> tuple[Scores, NDArray[np.float16] | None]:
     """One batch: scores name -> (B, F, V), and the predicted latents (B, S, L, C, h, w) if kept."""
     rows = model.settings.num_frames
@@ -125,7 +133,7 @@ def _roll(
         report(step)
         return model.decode_latents(predicted, engine.sampling.decode_chunk)[:, 1:]
 
-    scores = score_pictures(scorer, recordings, draw, steps, rows)
+    scores = score_pictures(scorer, recordings, draw, steps, rows, judging)
     if not keep:
         return scores, None
     while len(kept) < steps:  # every recording had ended: nothing was predicted, and nothing will be shown
@@ -139,16 +147,9 @@ def check_cameras(model: WorldModel, recordings: Sequence[Recording]) -> None:
     Raises:
         PersistWorldError: saying which numbers differ.
     """
-    channels, high, wide = model.latent_shape
     for recording in recordings:
         got, views = tuple(recording.first_latent.shape), recording.frames.shape[1]
-        if got != (channels, high, wide) or views != len(model.world.cameras):
-            raise PersistWorldError(
-                f"episode '{recording.item.episode}' has {views} cameras and latents {got}, "
-                f"the model wants {len(model.world.cameras)} cameras and {(channels, high, wide)}",
-                where="the dataset and the preset",
-                fix="extract the dataset with this preset, or use the preset it was extracted with",
-            )
+        require_same_shape(recording.item.episode, views, got, len(model.world.cameras), tuple(model.latent_shape))
 
 
 @dataclass(frozen=True)

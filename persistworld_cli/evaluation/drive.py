@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.data.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.evaluation.film import write_film, write_film_sheet, write_json
-from persistworld_cli.evaluation.living import LivingWorld, Moved, Start, load_model, make_start, open_store
+from persistworld_cli.evaluation.living import LivingWorld, Moved, Start, load_model, make_start
 from persistworld_cli.evaluation.recording import Item
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.robot.keyboard import GRIPS, MOVES, KeyMap, parse_keys

@@ -16,14 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.store import Annotation, EpisodeStore
 from persistworld_cli.data.video import resize
-from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.evaluation.recording import Item, check_item, crop_to, to_uint8
 from persistworld_cli.evaluation.weights import NO_ADAPTER, ModelRef, model_ref
-from persistworld_cli.models.checkpoints import load_world_model
+from persistworld_cli.models.checkpoints import load_for_sampling
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
 
@@ -58,13 +57,6 @@ class Start:
             )
         joints: Float = recorded[self.item.start]
         return joints
-
-
-def open_store(settings: Settings) -> EpisodeStore:
-    """The dataset that the settings name. Raises UsageError if they name none, PersistWorldError if it is not there."""
-    if not settings.world.dataset:
-        raise UsageError("no dataset named", where="world.dataset", fix="give --dataset, or a preset that names one")
-    return EpisodeStore(resolve_path(settings.world.dataset))
 
 
 def find_split(store: EpisodeStore, episode: str, prefer: str) -> str | None:
@@ -134,7 +126,7 @@ def load_model(settings: Settings, job: Mapping[str, Any]) -> WorldModel:
     adapter = ref.adapter if job.get("adapter") is None else str(job["adapter"])
     adapter = "" if adapter in NO_ADAPTER else adapter
     device = pick_device(settings.launch.device)
-    return load_world_model(own, settings.world, ckpt=ref.ckpt, adapter=adapter, device=device)
+    return load_for_sampling(settings, ckpt=ref.ckpt, adapter=adapter, device=device)
 
 
 def pick_device(name: str) -> torch.device:

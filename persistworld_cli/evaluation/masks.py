@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from persistworld_cli.rewards.ssim import WINDOW, ssim_map
+
 MOTION = 0.08  # of the full range: above video compression's ripple, below a block's contrast with the table
+BLUR = 3  # pixels a side that a difference is averaged over before it is compared with MOTION
 MOVING_SMALLEST = 8  # pixels: fewer say nothing about a picture
 SATURATION = 0.5  # recorded pixels at least as colourful as this count as coloured
 VALUE = 0.15  # below it hue is noise
@@ -42,7 +45,9 @@ def moving_mask(frames: Tensor, start: Tensor, *, threshold: float = MOTION) -> 
         bool (..., H, W).
     """
     gap = (frames - start).abs().amax(dim=-3)
-    smooth = functional.avg_pool2d(gap.flatten(0, -3)[:, None], 3, stride=1, padding=1, count_include_pad=False)
+    smooth = functional.avg_pool2d(
+        gap.flatten(0, -3)[:, None], BLUR, stride=1, padding=BLUR // 2, count_include_pad=False
+    )
     return (smooth[:, 0] > threshold).view(gap.shape)
 
 
@@ -62,6 +67,27 @@ def masked_psnr(pred: Tensor, target: Tensor, mask: Tensor, *, smallest: int = M
     mean = (error * mask).sum(dim=(-2, -1)) / count.clamp_min(1)
     value = -10.0 * torch.log10(mean.clamp_min(1e-10))
     return torch.where(count >= smallest, value, torch.nan).float()
+
+
+def masked_ssim(pred: Tensor, target: Tensor, mask: Tensor, *, smallest: int = MOVING_SMALLEST) -> Tensor:
+    """SSIM (`rewards.ssim`) averaged over the windows whose middle pixel is masked.
+
+    Args:
+        pred, target: (B, ..., 3, H, W) in [0, 1].
+        mask: bool (B, ..., H, W).
+        smallest: fewer such windows than this give NaN.
+
+    Returns:
+        (B, ...) float32.
+    """
+    edge = WINDOW // 2
+    inner = mask[..., edge:-edge, edge:-edge]
+    count = inner.sum(dim=(-2, -1))
+    total = torch.zeros(count.shape, dtype=torch.float64, device=pred.device)
+    for row in range(pred.shape[0]):  # the maps are large
+        maps = ssim_map(pred[row].flatten(0, -4), target[row].flatten(0, -4)).mean(dim=1)
+        total[row] = (maps.view(inner[row].shape) * inner[row]).sum(dim=(-2, -1))
+    return torch.where(count >= smallest, total / count.clamp_min(1), torch.nan).float()
 
 
 def hsv(rgb: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import PolicySettings, Settings
-from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.data.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation.film import write_film, write_film_sheet, write_json
-from persistworld_cli.evaluation.living import LivingWorld, Start, find_split, load_model, make_start, open_store
+from persistworld_cli.evaluation.living import LivingWorld, Start, find_split, load_model, make_start
 from persistworld_cli.evaluation.recording import Item
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.reports.progress import Meter

@@ -44,6 +44,7 @@ class Recording:
         first: uint8 (V, H, W, 3), the frame at the start.
         frames: uint8 (F, V, H, W, 3).
         first_latent: (C, h, w).
+        commanded: (F + 1, D) poses from the start on that the model is given instead of the recorded ones, or None.
     """
 
     item: Item
@@ -53,9 +54,13 @@ class Recording:
     first: NDArray[np.uint8]
     frames: NDArray[np.uint8]
     first_latent: Tensor
+    commanded: NDArray[np.float64] | None = None
 
     def poses(self, interaction: int, rows: int) -> NDArray[np.float64]:
-        """Recorded poses (L, D) of an interaction, row 0 the current one, clipped to the recording's last."""
+        """Poses (L, D) of an interaction, row 0 the current one: recorded (clipped to the last), or commanded."""
+        if self.commanded is not None:
+            begin = (rows - 1) * interaction
+            return self.commanded[begin : begin + rows]
         states = self.annotation.states[: self.annotation.num_frames]
         return states[self.row_ids(interaction, rows)]
 
@@ -79,6 +84,23 @@ def check_item(store: EpisodeStore, split: str, item: Item) -> Annotation:
             fix=f"start between 0 and {annotation.num_frames - 2}",
         )
     return annotation
+
+
+def require_same_shape(
+    episode: str, views: int, latents: tuple[int, ...], cameras: int, wanted: tuple[int, ...]
+) -> None:
+    """Refuse a recording whose cameras or latents (C, h, w) are not the model's.
+
+    Raises:
+        PersistWorldError: saying which numbers differ.
+    """
+    if latents != wanted or views != cameras:
+        raise PersistWorldError(
+            f"episode '{episode}' has {views} cameras and latents {latents}, "
+            f"the model wants {cameras} cameras and {wanted}",
+            where="the dataset and the preset",
+            fix="extract the dataset with this preset, or use the preset it was extracted with",
+        )
 
 
 def load_recording(store: EpisodeStore, split: str, item: Item, steps: int, rows: int) -> Recording:

@@ -13,9 +13,8 @@ import torch
 from accelerate import PartialState
 from numpy.typing import NDArray
 
-from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.data.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation.closed_loop import Rollout, draw_frames, iter_closed_loop
 from persistworld_cli.evaluation.metrics import SHOWN, metric_infos
@@ -24,7 +23,7 @@ from persistworld_cli.evaluation.recording import Item, check_item, load_recordi
 from persistworld_cli.evaluation.report import jsonable
 from persistworld_cli.evaluation.stats import mean
 from persistworld_cli.evaluation.weights import ModelRef, refs_of_replay
-from persistworld_cli.models.checkpoints import load_world_model
+from persistworld_cli.models.checkpoints import load_for_sampling
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.tables import plain, steps_table
 from persistworld_cli.rewards.score import Scorer
@@ -48,7 +47,7 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     output = Path(job["output"])
     if not settings.world.dataset:
         raise UsageError("no dataset to replay from", where="world.dataset", fix="give --dataset, or take a preset")
-    store = EpisodeStore(resolve_path(settings.world.dataset))
+    store = open_store(settings)
     split = settings.eval.split
     items = replay_items(store, split, job)
     steps = int(job.get("steps") or settings.eval.steps)
@@ -94,7 +93,7 @@ def _roll_out(
     drawn: dict[Item, dict[str, NDArray[np.uint8]]],
 ) -> None:
     """One model's rollouts into ``seen`` (scores) and ``drawn`` (frames)."""
-    model = load_world_model(settings.model, settings.world, ckpt=ref.ckpt, adapter=ref.adapter, device=device)
+    model = load_for_sampling(settings, ckpt=ref.ckpt, adapter=ref.adapter, device=device)
     engine = RolloutEngine(model, settings.sampling, store.stat())
     batches = -(-len(items) // settings.eval.batch)
     chunk, split = settings.sampling.decode_chunk, settings.eval.split

@@ -6,59 +6,31 @@ meet there. The report is made from those files by process 0.
 
 from __future__ import annotations
 
-import os
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from numpy.typing import NDArray
 
-from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.store import EpisodeStore
-from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.evaluation.closed_loop import Rollout, check_cameras, iter_closed_loop
-from persistworld_cli.evaluation.metrics import SHOWN, Scores, ceiling_scores, floor_scores
-from persistworld_cli.evaluation.recording import Item, check_item, load_recording
-from persistworld_cli.evaluation.report import EvalData, write_report
-from persistworld_cli.evaluation.weights import ModelRef, hash_of, refs_of_eval
-from persistworld_cli.models.checkpoints import load_world_model
+from persistworld_cli.evaluation.closed_loop import Commands, Rollout, check_cameras, iter_closed_loop
+from persistworld_cli.evaluation.comparing import compare_results, load_result
+from persistworld_cli.evaluation.finished import batches, load_latents, load_rollout, pending, save_rollout
+from persistworld_cli.evaluation.following import commands_of
+from persistworld_cli.evaluation.metrics import Scores, ceiling_scores, floor_scores
+from persistworld_cli.evaluation.plan import CEILING, FLOOR, Plan, make_plan
+from persistworld_cli.evaluation.protocol import provenance
+from persistworld_cli.evaluation.recording import Item, load_recording
+from persistworld_cli.evaluation.report import EvalData, write_comparison, write_report
+from persistworld_cli.evaluation.study import plan_study, write_study
+from persistworld_cli.evaluation.study_key import StudyKey
+from persistworld_cli.evaluation.weights import ModelRef
+from persistworld_cli.models.checkpoints import load_for_sampling
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.reports.progress import Meter
-from persistworld_cli.rewards.score import Scorer
 from persistworld_cli.rollout.engine import RolloutEngine
-
-PROTOCOL = 1  # raise it when the same settings would give other numbers
-FLOOR, CEILING = "copy first frame", "recording through VAE"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What there is to do, validated before any compute.
-
-    Attributes:
-        store: the dataset.
-        items: the rollouts, episodes first.
-        models: the baseline, and what is compared with it.
-        scorer: metrics, on the device.
-        protocol: everything that two results must share to be comparable.
-        folders: row of the table -> folder of its finished rollouts.
-        fingerprints: label -> hashes of its weights.
-    """
-
-    store: EpisodeStore
-    items: list[Item]
-    models: list[ModelRef]
-    scorer: Scorer
-    protocol: dict[str, Any]
-    folders: dict[str, Path]
-    fingerprints: dict[str, dict[str, str]]
 
 
 def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,137 +39,137 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         settings: ``world.dataset``, ``model``, ``sampling``, ``eval`` and ``rewards`` are read.
         job: ``output`` (folder); optional ``ckpt``, ``baseline``, ``baseline_adapter``, ``labels`` (see
-            `weights.refs_of_eval`), ``videos`` (False: no mp4s).
+            `weights.refs_of_eval`), ``videos`` (False: no mp4s), ``study`` (folder of a blind study to write),
+            ``compare`` (another result's eval.json).
 
     Returns:
         A summary for the terminal (`report.summary`); all of it is in ``<output>/eval.json``. {} on ranks other than 0.
 
     Raises:
-        PersistWorldError: absent episodes, a dataset of another preset, unreadable weights.
+        PersistWorldError: absent episodes, masks that do not fit, weights or a dataset of another preset, a result of
+            another protocol; all before any compute.
     """
     processes = PartialState(cpu=settings.launch.device == "cpu")
     output = Path(job["output"])
     plan = make_plan(settings, job, output, processes.device)
-    own = plan.items[processes.process_index :: processes.num_processes]
+    study = _plan_study(settings, job, plan) if processes.is_main_process else None
+    work = batches(plan.items, settings.eval.batch)[processes.process_index :: processes.num_processes]
     for index, ref in enumerate(plan.models):
-        todo = pending(plan.folders[ref.label], own)
-        references = pending(plan.folders[CEILING], own) if index == 0 else []
-        if not todo and not references:
+        todo = _todo(plan, ref, work)
+        references = pending(plan.folders[CEILING], work) if index == 0 else []
+        if not any(todo.values()) and not references:
             continue
         model = _load(settings, ref, processes.device)
         _score_references(settings, plan, model, references, not processes.is_main_process)
-        _score_model(settings, plan, model, ref, todo, not processes.is_main_process)
+        for kind, items in todo.items():
+            _score_model(settings, plan, model, ref, kind, items, not processes.is_main_process)
         del model
     processes.wait_for_everyone()
     if not processes.is_main_process:
         return {}
-    data = EvalData(
+    data = _collect(settings, plan, processes.device)
+    sources = {ref.label: ref.ckpt for ref in plan.models}
+    bare = cache(lambda ckpt: _load(settings, ModelRef("", ckpt), processes.device))  # an adapter leaves the VAE alone
+
+    def painter(label: str) -> WorldModel:
+        model: WorldModel = bare(sources[label])
+        return model
+
+    summary = write_report(data, plan.store, output, painter, job.get("videos", True))
+    if other := job.get("compare"):
+        own = str(output / "eval.json")
+        against = compare_results(load_result(other), load_result(own), f"{other} and {own}")
+        summary |= write_comparison(against, output)
+    if study:
+        summary["study"] = write_study(study, Path(job["study"]), data, plan.store, painter(plan.models[0].label))
+    return summary
+
+
+def _todo(plan: Plan, ref: ModelRef, work: Sequence[Sequence[Item]]) -> dict[str, list[Item]]:
+    """What is not there yet of one model: actions ("" as recorded, else the wrong ones) -> items."""
+    folders = {"": plan.folders[ref.label], **plan.wrong[ref.label]}
+    return {kind: pending(folder, work) for kind, folder in folders.items()}
+
+
+def _collect(settings: Settings, plan: Plan, device: torch.device) -> EvalData:
+    """All finished rollouts, read again."""
+
+    def read(folder: Path) -> list[Rollout]:
+        return [load_rollout(folder, item) for item in plan.items]
+
+    return EvalData(
         settings=settings,
         items=plan.items,
         labels=[ref.label for ref in plan.models],
-        rollouts={row: [load_rollout(folder, item) for item in plan.items] for row, folder in plan.folders.items()},
+        rollouts={row: read(folder) for row, folder in plan.folders.items()},
         latents=lambda label, item: load_latents(plan.folders[label], item),
         floor=FLOOR,
         ceiling=CEILING,
         scorer=plan.scorer,
+        judging=plan.judging,
         protocol=plan.protocol,
-        models=[
-            {"label": ref.label, "ckpt": ref.ckpt, "adapter": ref.adapter, **_sha(plan, ref)} for ref in plan.models
-        ],
-        device=str(processes.device),
+        benchmark=plan.benchmark,
+        models=_models(plan),
+        provenance=provenance(settings, plan.store, device),
+        wrong={label: {kind: read(folder) for kind, folder in own.items()} for label, own in plan.wrong.items()},
     )
-    return write_report(
-        data, plan.store, output, lambda: _load(settings, plan.models[0], processes.device), job.get("videos", True)
-    )
+
+
+def _models(plan: Plan) -> list[dict[str, Any]]:
+    """Labels, paths and hashes of what is compared, and the percentiles that actions were scaled by."""
+    stat = plan.store.stat()
+    scale = [stat.p01.tolist(), stat.p99.tolist()]
+    return [
+        {"label": ref.label, "ckpt": ref.ckpt, "adapter": ref.adapter, **_sha(plan, ref), "state_percentiles": scale}
+        for ref in plan.models
+    ]
+
+
+def _plan_study(settings: Settings, job: Mapping[str, Any], plan: Plan) -> StudyKey | None:
+    """The blind study that ``--study`` asks for, checked before any compute."""
+    if not job.get("study"):
+        return None
+    return plan_study(Path(job["study"]), settings, plan.items, _models(plan), plan.protocol)
 
 
 def _sha(plan: Plan, ref: ModelRef) -> dict[str, str]:
     return {f"{part}_sha256": digest for part, digest in plan.fingerprints[ref.label].items()}
 
 
-def make_plan(settings: Settings, job: Mapping[str, Any], output: Path, device: torch.device) -> Plan:
-    """Resolve and check everything (dataset, episodes, starts, weights, metrics) before any compute."""
-    ev, world = settings.eval, settings.world
-    if not world.dataset:
-        raise UsageError("no dataset to evaluate on", where="world.dataset", fix="give --dataset, or take a preset")
-    store = EpisodeStore(resolve_path(world.dataset))
-    items = eval_items(store, settings)
-    models = refs_of_eval(settings.model, job)
-    scorer = Scorer(settings.rewards, world, device, names=SHOWN)
-    stat = store.stat()
-    protocol = {
-        "protocol": PROTOCOL,
-        "dataset": str(store.root),
-        "split": ev.split,
-        "steps": ev.steps,
-        "sampling": settings.sampling,
-        "metrics": scorer.describe(),
-        "cameras": list(world.cameras),
-        "state_percentiles": [stat.p01, stat.p99],
-        "items": [[item.episode, item.start, item.seed] for item in items],
-    }
-    same = {key: value for key, value in protocol.items() if key != "items"}  # more episodes later keep what is done
-    prints = {ref.label: ref.fingerprint() for ref in models}
-    root = output / "rollouts"
-    folders = {
-        FLOOR: root / f"floor-{hash_of(same)}",
-        **{ref.label: root / f"model-{hash_of([same, prints[ref.label], device.type])}" for ref in models},
-        CEILING: root / f"ceiling-{hash_of([same, prints[models[0].label]])}",
-    }
-    for folder in folders.values():
-        folder.mkdir(parents=True, exist_ok=True)
-    return Plan(store, items, models, scorer, {**protocol, "hash": hash_of(protocol)}, folders, prints)
-
-
-def eval_items(store: EpisodeStore, settings: Settings) -> list[Item]:
-    """Every (episode, start, seed) of the benchmark.
-
-    Raises:
-        PersistWorldError: an empty split, an absent episode, a start beyond an episode's end.
-    """
-    ev = settings.eval
-    episodes = list(ev.episodes) or store.episodes(ev.split)
-    if not episodes:
-        raise PersistWorldError(
-            f"split '{ev.split}' has no episodes",
-            where=str(store.root / "annotation"),
-            fix=f"set eval.split to one of: {', '.join(store.splits)}",
-        )
-    items = [Item(episode, start, seed) for episode in episodes for start in ev.starts for seed in ev.seeds]
-    if not items:
-        raise PersistWorldError("nothing to roll out", where="eval.starts, eval.seeds", fix="name at least one of each")
-    for item in items:
-        check_item(store, ev.split, item)
-    return items
-
-
 def _load(settings: Settings, ref: ModelRef, device: torch.device) -> WorldModel:
-    return load_world_model(settings.model, settings.world, ckpt=ref.ckpt, adapter=ref.adapter, device=device)
+    return load_for_sampling(settings, ckpt=ref.ckpt, adapter=ref.adapter, device=device)
 
 
 def _score_model(
-    settings: Settings, plan: Plan, model: WorldModel, ref: ModelRef, todo: Sequence[Item], quiet: bool
+    settings: Settings, plan: Plan, model: WorldModel, ref: ModelRef, kind: str, todo: Sequence[Item], quiet: bool
 ) -> None:
-    """Roll out and save what is not there yet."""
+    """Roll out and save, under the recorded actions ("") or wrong ones, whose pictures nobody will want."""
     if not todo:
         return
     ev = settings.eval
+    steps = min(ev.steps, ev.following_steps) if kind else ev.steps
+    commands: Commands | None = None
+    if kind:
+        commands = commands_of(kind, plan.store, ev.split, plan.items, steps, settings.model.num_frames)
+    folder = plan.wrong[ref.label][kind] if kind else plan.folders[ref.label]
     engine = RolloutEngine(model, settings.sampling, plan.store.stat())
-    batches = -(-len(todo) // ev.batch)
-    with Meter(f"eval: {ref.label}", batches * ev.steps, quiet=quiet) as meter:
+    what = f"eval: {ref.label}" + (f", {kind} actions" if kind else "")
+    with Meter(what, -(-len(todo) // ev.batch) * steps, quiet=quiet) as meter:
         for rollout in iter_closed_loop(
             model,
             engine,
             plan.store,
             todo,
             split=ev.split,
-            steps=ev.steps,
+            steps=steps,
             batch=ev.batch,
             scorer=plan.scorer,
-            keep_latents=True,
+            keep_latents=not kind,
             progress=lambda done, total: meter.advance(done - meter.done),
+            judging=plan.judging,
+            commands=commands,
         ):
-            save_rollout(plan.folders[ref.label], rollout)
+            save_rollout(folder, rollout)
 
 
 def _score_references(settings: Settings, plan: Plan, model: WorldModel, todo: Sequence[Item], quiet: bool) -> None:
@@ -205,63 +177,28 @@ def _score_references(settings: Settings, plan: Plan, model: WorldModel, todo: S
     if not todo:
         return
     ev, rows = settings.eval, settings.model.num_frames
+    seen: dict[tuple[str, int], tuple[Rollout, Rollout]] = {}
     with Meter("eval: floor and ceiling", len(todo), quiet=quiet) as meter:
         for item in todo:
-            recording = load_recording(plan.store, ev.split, item, ev.steps, rows)
-            check_cameras(model, [recording])
-            chunk = settings.sampling.decode_chunk
-            floor = floor_scores(plan.scorer, [recording], ev.steps, rows)
-            ceiling = ceiling_scores(plan.scorer, [recording], model, plan.store, ev.split, ev.steps, rows, chunk)
-            for row, scores in ((FLOOR, floor), (CEILING, ceiling)):
-                own: Scores = {name: value[0] for name, value in scores.items()}
-                save_rollout(plan.folders[row], Rollout(item, recording.valid, own, None, 0.0))
+            key = (item.episode, item.start)
+            if key not in seen:
+                seen[key] = _references(settings, plan, model, item, ev.steps, rows)
+            for row, done in zip((FLOOR, CEILING), seen[key], strict=True):
+                save_rollout(plan.folders[row], Rollout(item, done.valid, done.scores, None, 0.0))
             meter.advance()
 
 
-# -- finished rollouts on disk ------------------------------------------------------------------------------------
+def _references(
+    settings: Settings, plan: Plan, model: WorldModel, item: Item, steps: int, rows: int
+) -> tuple[Rollout, Rollout]:
+    """Floor and ceiling of one item."""
+    split, chunk = settings.eval.split, settings.sampling.decode_chunk
+    recording = load_recording(plan.store, split, item, steps, rows)
+    check_cameras(model, [recording])
+    floor = floor_scores(plan.scorer, [recording], steps, rows, plan.judging)
+    ceiling = ceiling_scores(plan.scorer, [recording], model, plan.store, split, steps, rows, chunk, plan.judging)
 
+    def one(scores: Scores) -> Rollout:
+        return Rollout(item, recording.valid, {name: value[0] for name, value in scores.items()}, None, 0.0)
 
-def pending(folder: Path, items: Sequence[Item]) -> list[Item]:
-    """The items that have no finished file yet."""
-    return [item for item in items if not (folder / f"{item.name}.npz").is_file()]
-
-
-def save_rollout(folder: Path, rollout: Rollout) -> None:
-    """One file, whole or absent (written beside, then renamed)."""
-    path = folder / f"{rollout.item.name}.npz"
-    beside = folder / f".{rollout.item.name}.{os.getpid()}.npz"
-    arrays: dict[str, Any] = {f"score.{name}": value for name, value in rollout.scores.items()}
-    if rollout.latents is not None:
-        arrays["latents"] = rollout.latents
-    np.savez(beside, valid=rollout.valid, seconds=rollout.seconds, **arrays)
-    beside.replace(path)
-
-
-def load_rollout(folder: Path, item: Item) -> Rollout:
-    """Read what `save_rollout` wrote, without the latents.
-
-    Raises:
-        PersistWorldError: a damaged file.
-    """
-    with _opened(folder, item) as data:
-        scores = {key.removeprefix("score."): data[key] for key in data.files if key.startswith("score.")}
-        return Rollout(item, data["valid"], scores, None, float(data["seconds"]))
-
-
-def load_latents(folder: Path, item: Item) -> NDArray[np.float16]:
-    """The predicted latents (S, L, C, h, w) of a finished rollout. Raises PersistWorldError for a damaged file."""
-    with _opened(folder, item) as data:
-        latents: NDArray[np.float16] = data["latents"]
-        return latents
-
-
-@contextmanager
-def _opened(folder: Path, item: Item) -> Iterator[Any]:
-    path = folder / f"{item.name}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            yield data
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise PersistWorldError(
-            f"unreadable rollout: {error}", where=str(path), fix="delete the file and run again"
-        ) from error
+    return one(floor), one(ceiling)

@@ -8,7 +8,7 @@ rests on episodes, not on rollouts or frames.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -94,6 +94,47 @@ def cluster_bootstrap(
     tail = (1 - confidence) / 2
     edges[:, known] = np.nanquantile(means[:, known], [tail, 1 - tail], axis=0)
     return edges[0].reshape(values.shape[1:]), edges[1].reshape(values.shape[1:])
+
+
+def spearman(a: FloatArray, b: FloatArray) -> float:
+    """Spearman's rank correlation of pairs (n,), those with a NaN left out; NaN below 3 or if a side is constant."""
+    both = np.isfinite(a) & np.isfinite(b)
+    a, b = a[both], b[both]
+    if a.size < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    ranks = [scipy_stats.rankdata(part) for part in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def bootstrap_interval(
+    statistic: Callable[[NDArray[np.int64]], float],
+    episodes: Sequence[str],
+    *,
+    samples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile interval of any statistic of rows when whole episodes are drawn again with replacement.
+
+    Args:
+        statistic: row indices (with repeats) -> number; NaN where it cannot be said, left out.
+        episodes: the episode of each row.
+        samples, seed, confidence: as for `cluster_bootstrap`.
+
+    Returns:
+        (low, high); NaN both with fewer than 2 episodes.
+    """
+    names = list(dict.fromkeys(episodes))
+    members = [np.flatnonzero([episode == name for episode in episodes]) for name in names]
+    if len(names) < 2:
+        return math.nan, math.nan
+    draws = np.random.default_rng(seed).integers(len(names), size=(samples, len(names)))
+    values = np.array([statistic(np.concatenate([members[pick] for pick in draw])) for draw in draws])
+    known = values[np.isfinite(values)]
+    if not known.size:
+        return math.nan, math.nan
+    low, high = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)

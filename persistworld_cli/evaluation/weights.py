@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from persistworld_cli.config.bundled import resolve_path
-from persistworld_cli.config.settings import ModelSettings
+from persistworld_cli.config.settings import ModelSettings, Settings
+from persistworld_cli.data.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.evaluation.recording import Item, require_same_shape
+from persistworld_cli.models.adapters import require_adapter
+from persistworld_cli.models.fit import parts_of, require_fit, shapes_of
+from persistworld_cli.models.weight_files import WeightFiles
+from persistworld_cli.models.weight_sources import PARTS, locate
+from persistworld_cli.models.world_model import CARRIED, build_world_model
 
 _BLOCK = 1 << 22
 
@@ -30,7 +40,7 @@ class ModelRef:
     adapter: str = ""
 
     def fingerprint(self) -> dict[str, str]:
-        """``{"ckpt": sha256, "adapter": sha256}`` of what is on disk; a hub id stands for itself."""
+        """``{"ckpt": sha256, "adapter": sha256}`` of the files that are loaded; "" for none."""
         return {"ckpt": sha256_of(self.ckpt), "adapter": sha256_of(self.adapter)}
 
 
@@ -145,18 +155,51 @@ def _names(paths: list[str]) -> list[str]:
     return [f"{name} #{index + 1}" for index, name in enumerate(names)]
 
 
+def require_weights(settings: Settings, store: EpisodeStore, items: Sequence[Item], refs: Sequence[ModelRef]) -> None:
+    """Refuse weights of another preset, and a dataset of another, by names and shapes alone.
+
+    Raises:
+        PersistWorldError: saying which, and which preset they do fit.
+    """
+    with torch.device("meta"):
+        model = build_world_model(settings.model, settings.world)
+    whole = shapes_of(model)
+    for source in dict.fromkeys(ref.ckpt for ref in refs):
+        given = WeightFiles(locate(source, [part for part in PARTS if part != CARRIED])).shapes
+        carried = CARRIED in parts_of(given)
+        require_fit({k: v for k, v in whole.items() if carried or k.partition(".")[0] != CARRIED}, given, source)
+    for overlay in dict.fromkeys(ref.adapter for ref in refs if ref.adapter):
+        require_adapter(overlay, settings.model)
+    for episode in dict.fromkeys(item.episode for item in items):
+        split = settings.eval.split
+        got, views = store.latent_shape(split, episode), store.num_cameras(split, episode)
+        require_same_shape(episode, views, got, len(settings.world.cameras), model.latent_shape)
+
+
 def sha256_of(path: str) -> str:
-    """SHA-256 of a file, or of a folder's files and names in order; "" for "", a hub id (not on disk) as it is."""
+    """SHA-256 of a file, of a folder's files and names in order, or of a hub id's files as fetched; "" for "".
+
+    Raises:
+        PersistWorldError: not on disk, and the hub cannot give it.
+    """
     if not path:
         return ""
     root = resolve_path(path)
-    if not root.exists():
-        return path
-    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
+    if root.is_file():
+        return _digest([(root, "")])
+    if root.is_dir():
+        files = sorted(file for file in root.rglob("*") if file.is_file())
+        return _digest([(file, str(file.relative_to(root))) for file in files])
+    source = locate(path)
+    return _digest([(file, file.name if len(source.files) > 1 else "") for file, _ in source.files])
+
+
+def _digest(files: Sequence[tuple[Path, str]]) -> str:
+    """SHA-256 of files, each after its name and size where it has a name."""
     whole = hashlib.sha256()
-    for file in files:
-        if root.is_dir():
-            whole.update(f"{file.relative_to(root)}\0{file.stat().st_size}\0".encode())
+    for file, name in files:
+        if name:
+            whole.update(f"{name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as handle:
             while block := handle.read(_BLOCK):
                 whole.update(block)

@@ -7,7 +7,8 @@ from typing import Any
 
 from persistworld_cli.config.accelerators import Accelerator
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.models.cost import InteractionCost, count_interaction, meta_model, part_sizes, tensor_bytes
+from persistworld_cli.models.cost import InteractionCost, count_interaction, meta_model, part_sizes, weight_bytes
+from persistworld_cli.models.world_model import sampling_dtype
 
 GIB = 2**30
 NOTES = (
@@ -106,16 +107,16 @@ def interaction_rows(cost: InteractionCost, settings: Settings) -> list[WorkRow]
 
 def interaction_report(settings: Settings, rollouts: int) -> CostReport:
     """Cost of an interaction step of ``rollouts`` rollouts advanced together, adapters merged."""
-    model = meta_model(settings.model, settings.world)
+    model = meta_model(settings.model, settings.world).cast_for_sampling(settings.sampling)
     cost = count_interaction(model, settings.sampling, rollouts)
-    rows = interaction_rows(cost, settings)
+    rows, held = interaction_rows(cost, settings), str(sampling_dtype(settings.sampling)).removeprefix("torch.")
     if rollouts > 1:
         rows.append(WorkRow("batch", f"interaction step of {rollouts} rollouts together", rollouts * cost.flops))
     return CostReport(
         parameters=part_sizes(model),
         work=rows,
         memory=[
-            MemoryRow("weights", "weights, float32", tensor_bytes(model.parameters())),
+            MemoryRow("weights", f"weights, {held}", weight_bytes(model)),
             MemoryRow("sampling", f"sampling {clips(rollouts)} at once", cost.sampling_bytes, passing=True),
             MemoryRow("decoding", "decoding", cost.decoding_bytes, passing=True),
         ],

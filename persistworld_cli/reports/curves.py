@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from numpy.typing import NDArray
 
 matplotlib.use("Agg")  # before pyplot: there may be no display
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from persistworld_cli.reports.tables import heading
 
@@ -54,9 +56,7 @@ def _horizon(axes: Axes, result: Mapping[str, Any], group: str, metric: Mapping[
     times = np.asarray(result["times_s"])
     models = [model["label"] for model in result["models"]]
     for name, curve in result["horizon"][group][metric["label"]].items():
-        mean, low, high = (
-            np.array([np.nan if v is None else v for v in curve[key]]) for key in ("mean", "low", "high")
-        )
+        mean, low, high = (_numbers([curve[key]])[0] for key in ("mean", "low", "high"))
         if name in models:
             colour = MODEL_COLOURS[models.index(name) % len(MODEL_COLOURS)]
             axes.fill_between(times, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -104,6 +104,59 @@ def change_plot(path: Path, result: Mapping[str, Any]) -> None:
     figure.suptitle(f"{new} against {base}: each dot a rollout, right of the line is better", fontsize=10)
     figure.tight_layout()
     _save(figure, path)
+
+
+def trust_plot(path: Path, result: Mapping[str, Any]) -> None:
+    """Variance between seeds against the true error: a dot for each episode and interaction, coloured by time.
+
+    Args:
+        path: PNG to write.
+        result: ``eval.json``'s dictionary with ``trust.rows``.
+    """
+    groups, models = result["groups"], [model["label"] for model in result["models"]]
+    rows = {(row["model"], row["cameras"]): row for row in result["trust"]["rows"]}
+    figure, axes = plt.subplots(
+        len(groups), len(models), figsize=(4.6 * len(models) + 0.8, 3.5 * len(groups)), squeeze=False, layout="tight"
+    )
+    n = result["n"]
+    step_s = n["frames_per_step"] / n["rate_hz"]
+    for line, group in enumerate(groups):
+        for column, model in enumerate(models):
+            plot, row = axes[line, column], rows[model, group]
+            variance, error = (_numbers(row["points"][key]) for key in ("variance", "error"))
+            time = np.broadcast_to((np.arange(variance.shape[1]) + 1) * step_s, variance.shape)
+            dots = plot.scatter(variance, error, c=time, s=12, cmap="viridis", linewidths=0)
+            _spread_out(plot, variance, error)
+            rho = "-" if row["rho"] is None else f"{row['rho']:+.2f} [{_short(row['low'])}, {_short(row['high'])}]"
+            plot.set_title(f"{model}, {group}\nrho {rho}, within a step {_short(row['within_step'])}", fontsize=9)
+            plot.set_xlabel("variance between seeds (latents)", fontsize=9)
+            plot.set_ylabel("squared error (pictures)", fontsize=9)
+            plot.grid(alpha=0.25)
+            plot.spines[["top", "right"]].set_visible(False)
+            figure.colorbar(dots, ax=plot, label="time in the rollout (s)")
+    dots_are = f"{result['trust']['pairs']} starts, {result['trust']['seeds']} seeds, each dot a start and step"
+    figure.suptitle(f"does it know when it is wrong? {dots_are}", fontsize=10)
+    _save(figure, path)
+
+
+def _spread_out(plot: Axes, across: NDArray[np.float64], up: NDArray[np.float64]) -> None:
+    """A logarithmic axis where numbers span more than a decade; few and small tick labels."""
+    for axis, scale, values in ((plot.xaxis, plot.set_xscale, across), (plot.yaxis, plot.set_yscale, up)):
+        known = values[np.isfinite(values)]
+        if known.size and known.min() > 0 and known.max() > 10 * known.min():
+            scale("log")
+        else:
+            axis.set_major_locator(MaxNLocator(5))
+    plot.tick_params(labelsize=8)
+
+
+def _numbers(rows: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
+    """Nested lists with None as an array with NaN."""
+    return np.array([[np.nan if value is None else value for value in row] for row in rows])
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f}"
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One HTML page with table, curves, sheets and videos in it: no other file, no network."""
+"""One HTML page with tables, curves, sheets and videos in it: no other file, no network."""
 
 from __future__ import annotations
 
@@ -8,16 +8,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from persistworld_cli.reports.tables import heading, number, reward_words, win_rate
+from persistworld_cli.data.files import whole_file
+from persistworld_cli.reports.html_table import flat, html_table
+from persistworld_cli.reports.tables import conduct_table, eval_table
 
 _STYLE = """
+:root{color-scheme:light}
 body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222;background:#fff}
-h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}table{border-collapse:collapse;margin:1em 0}
-td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd;vertical-align:top}th{background:#f4f4f6}
-td:first-child,td:nth-child(2),th:first-child,th:nth-child(2){text-align:left}
-.ref{color:#888}.better{color:#187a2b;font-weight:600}.worse{color:#b3261e;font-weight:600}
-img,video{max-width:100%;display:block;margin:.6em 0;border-radius:4px}small,pre{color:#666}pre{white-space:pre-wrap}
-.group td{border-top:2px solid #999}
+h1{font-size:1.5em;margin-bottom:.2em}h2{font-size:1.15em;margin-top:2em}
+.wide{overflow-x:auto}table{border-collapse:collapse;margin:1em 0 .4em}
+td,th{padding:.2em .8em;text-align:left;border-bottom:1px solid #e2e2e6;vertical-align:top;white-space:nowrap}
+th{background:#f4f4f6;border-bottom:2px solid #999;white-space:normal;vertical-align:bottom}
+.num{text-align:right;font-variant-numeric:tabular-nums}
+.group td{border-top:2px solid #999}.ref{color:#777}.caption{color:#666;font-size:.88em;margin-top:0}
+[data-style=better]{color:#187a2b}[data-style=worse]{color:#b3261e}
+img,video{max-width:100%;display:block;margin:.6em 0;border-radius:4px}
+.sheet{overflow-x:auto;width:min(96vw,1900px);margin-left:calc(50% - min(48vw,950px))}.sheet img{cursor:zoom-in}
+.sheet img.full{max-width:none;cursor:zoom-out}
+details{margin-top:2em}summary{font-weight:600;cursor:pointer}.plain td{white-space:normal;overflow-wrap:anywhere}
+"""
+# A sheet is wider than the page: a click shows its pixels as they are. Videos that are not seen need not play.
+_SCRIPT = """
+for (const img of document.querySelectorAll(".sheet img")) img.onclick = () => img.classList.toggle("full");
+const seen = new IntersectionObserver(all => all.forEach(e => e.isIntersecting ? e.target.play() : e.target.pause()));
+for (const film of document.querySelectorAll("video")) seen.observe(film);
 """
 
 
@@ -28,79 +42,86 @@ def write_page(path: Path, result: Mapping[str, Any], pictures: Sequence[Path], 
         path: HTML file to write.
         result: ``eval.json``'s dictionary.
         pictures: PNG files to put in, in order.
-        films: mp4 files to put in, in order.
+        films: mp4 files; one that is named like a picture stands under it.
     """
-    n = result["n"]
     title = " against ".join(model["label"] for model in reversed(result["models"]))
-    seconds = n["steps"] * n["frames_per_step"] / n["rate_hz"]
+    table = eval_table(result)
     parts = [
         f"<h1>Closed loop: {html.escape(title)}</h1>",
-        f"<p>{n['rollouts']} rollouts of {n['episodes']} held-out episodes, each from one frame, {n['steps']} steps = "
-        f"{seconds:.1f} s; {html.escape(n['sampler'])}, {n['sampling_steps']} sampling steps.</p>",
-        _table(result),
-        *(f"<p>reward, {html.escape(name)} cameras: {html.escape(words)}</p>" for name, words in _rewards(result)),
-        *(f"<h2>{html.escape(_name(file))}</h2>{_embed(file, 'img', 'image/png')}" for file in pictures),
-        *(f"<h2>{html.escape(_name(file))}</h2>{_embed(file, 'video', 'video/mp4')}" for file in films),
-        f"<h2>protocol</h2><pre>{html.escape(_protocol(result))}</pre>",
+        f"<p>{html.escape(str(table.title))}</p>",
+        html_table(table),
+        *_conduct(result),
+        *_figures(pictures, films),
+        _cameras(result),
+        _provenance(result),
     ]
-    body = "\n".join(parts)
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(f"<!doctype html><html lang=en><head>{head}</head><body>{body}</body></html>\n", encoding="utf-8")
-    beside.replace(path)
-
-
-def _rewards(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return list(reward_words(result).items()) if result["paired"] else []
-
-
-def _name(file: Path) -> str:
-    return file.stem.replace("_", " ")
-
-
-def _embed(file: Path, tag: str, kind: str) -> str:
-    """A file as a data URL."""
-    url = f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
-    return (
-        f'<img alt="{html.escape(_name(file))}" src="{url}">'
-        if tag == "img"
-        else f'<video controls loop src="{url}"></video>'
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     )
+    body = "\n".join(parts)
+    with whole_file(path) as partial:
+        partial.write_text(
+            f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head>"
+            f"<body>{body}<script>{_SCRIPT}</script></body></html>\n",
+            encoding="utf-8",
+        )
 
 
-def _table(result: Mapping[str, Any]) -> str:
-    """The benchmark's table."""
-    metrics = result["metrics"]
-    cells = "".join(f"<th>{html.escape(heading(metric))}</th>" for metric in metrics)
-    rows = [f"<tr><th>cameras</th><th></th>{cells}</tr>"]
-    for group in result["groups"]:
-        for index, row in enumerate(r for r in result["table"] if r["cameras"] == group):
-            style = "ref" if row["model"] in (result["floor"], result["ceiling"]) else ""
-            values = "".join(f"<td>{number(row[metric['label']], metric['label'])}</td>" for metric in metrics)
-            lead = f"<td>{html.escape(group if index == 0 else '')}</td><td>{html.escape(row['model'])}</td>"
-            rows.append(f'<tr class="{style} {"group" if index == 0 else ""}">{lead}{values}</tr>')
-        paired = {row["metric"]: row for row in result["paired"] if row["cameras"] == group}
-        if paired:
-            values = "".join(_paired(paired[metric["label"]]) for metric in metrics)
-            rows.append(f"<tr><td></td><td>change, win rate</td>{values}</tr>")
-    return f"<table>{''.join(rows)}</table>"
+def _conduct(result: Mapping[str, Any]) -> list[str]:
+    """Drift, action following and trust, where the result has them."""
+    if "following" not in result:
+        return []
+    table = conduct_table(result)
+    return [f"<h2>{html.escape(str(table.title))}</h2>", html_table(table)]
 
 
-def _paired(row: Mapping[str, Any]) -> str:
-    label = row["metric"]
-    low, high = (number(row[key], label, signed=True) for key in ("change_low", "change_high"))
-    change = number(row["change"], label, signed=True)
-    verdict = row["verdict"]
-    return f'<td class="{verdict}">{change}<br><small>[{low}, {high}]</small><br>{win_rate(row)}<br>{verdict}</td>'
+def _figures(pictures: Sequence[Path], films: Sequence[Path]) -> list[str]:
+    """Each picture with its film under one heading."""
+    parts = []
+    for stem in dict.fromkeys(file.stem for file in [*pictures, *films]):
+        parts.append(f"<h2>{html.escape(_name(stem))}</h2>")
+        parts += [_picture(file) for file in pictures if file.stem == stem]
+        parts += [_film(file) for file in films if file.stem == stem]
+    return parts
 
 
-def _protocol(result: Mapping[str, Any]) -> str:
-    """What must be the same for two results to be compared."""
-    lines = [
-        f"{key}: {value}" for key, value in result["protocol"].items() if key not in ("items", "state_percentiles")
-    ]
-    lines += [
-        f"{model['label']}: {model['ckpt']} {model['ckpt_sha256'][:12]} {model['adapter']}"
-        for model in result["models"]
-    ]
-    return "\n".join([*lines, f"versions: {result['versions']}", f"device: {result['device']}"])
+def _name(stem: str) -> str:
+    """``best_episode-9_start-0_seed-1`` -> ``best: episode 9, start 0, seed 1``."""
+    lead, *rest = stem.split("_")
+    return f"{lead}: {', '.join(rest).replace('-', ' ')}" if rest else lead
+
+
+def _picture(file: Path) -> str:
+    sheet = ' class="sheet" title="click: its own size"' if file.parent.name == "sheets" else ""
+    return f'<div{sheet}><img alt="{html.escape(_name(file.stem))}" src="{_url(file, "image/png")}"></div>'
+
+
+def _film(file: Path) -> str:
+    # Muted, or no browser plays it unasked.
+    return f'<video controls loop muted playsinline src="{_url(file, "video/mp4")}"></video>'
+
+
+def _url(file: Path, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+def _cameras(result: Mapping[str, Any]) -> str:
+    """The first table again, a camera at a time."""
+    if not result.get("cameras"):
+        return ""
+    names = list(dict.fromkeys(row["cameras"] for row in result["cameras"]))
+    table = eval_table({**result, "groups": names, "table": result["cameras"], "paired": []})
+    table.caption = None
+    return f"<details><summary>each camera</summary>{html_table(table)}</details>"
+
+
+def _provenance(result: Mapping[str, Any]) -> str:
+    """What must be the same for two results to be compared, and what they were made with."""
+    rows = flat({key: value for key, value in result["protocol"].items() if key not in ("items", "state_percentiles")})
+    for model in result["models"]:
+        shown = {key: value for key, value in model.items() if key not in ("label", "state_percentiles")}
+        rows |= flat(shown, f"{model['label']}: ")
+    kept = ("dataset", "device", "device_name", "dtype", "versions")
+    rows |= flat({key: result[key] for key in kept if key in result})
+    lines = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
+    return f'<details><summary>protocol, weights, versions</summary><table class="plain">{lines}</table></details>'

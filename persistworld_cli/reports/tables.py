@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+BARELY = 0.05  # dB: less is no use to anyone, whatever its interval
 COLOURS = {"better": "green", "worse": "red"}
 
 
@@ -82,11 +83,88 @@ def win_rate(row: Mapping[str, Any]) -> str:
     return f"{100 * row['win_rate']:.0f}% [{low}, {high}] of {row['rollouts']}"
 
 
+def conduct_table(result: Mapping[str, Any]) -> Table:
+    """What means over pixels and time hide: drift, whether actions are followed, whether doubt ranks like error.
+
+    Args:
+        result: ``eval.json``'s dictionary.
+    """
+    following, trust = result["following"], result["trust"]
+    table = Table(
+        title="What means hide: mean [95% interval over episodes]",
+        caption=_conduct_caption(result),
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("cameras")
+    table.add_column("")
+    table.add_column("drift\npsnr dB a second", justify="right")
+    for kind in following["kinds"]:
+        table.add_column(f"gain over {kind} actions\n{following['metric']} dB", justify="right")
+    if trust["rows"]:
+        table.add_column("variance and error\nrho (within a step)", justify="right")
+    for group in result["groups"]:
+        for index, model in enumerate(model["label"] for model in result["models"]):
+            drift = result["drift_per_s"][group]["psnr"][model]
+            cells = [Text(_span(drift["mean"], drift["low"], drift["high"], "psnr"))]
+            cells += [_margin(result, group, model, kind) for kind in following["kinds"]]
+            cells += [Text(_trust(row)) for row in trust["rows"] if row["model"] == model and row["cameras"] == group]
+            table.add_row(group if index == 0 else "", model, *cells)
+        table.add_section()
+    return table
+
+
+def _span(value: float | None, low: float | None, high: float | None, label: str) -> str:
+    """``+1.50 [+1.40, +1.60]``."""
+    middle, below, above = (number(part, label, signed=True) for part in (value, low, high))
+    return f"{middle} [{below}, {above}]" if value is not None else "-"
+
+
+def _margin(result: Mapping[str, Any], group: str, model: str, kind: str) -> Text:
+    following = result["following"]
+    row = next(
+        row
+        for row in following["rows"]
+        if (row["model"], row["actions"], row["cameras"], row["metric"]) == (model, kind, group, following["metric"])
+    )
+    style = {"follows": "green", "better under wrong actions": "red"}.get(row["verdict"], "")
+    barely = ", barely" if row["verdict"] == "follows" and row["margin"] < BARELY else ""
+    return Text(f"{_span(row['margin'], row['low'], row['high'], 'psnr')}\n{row['verdict']}{barely}", style)
+
+
+def _trust(row: Mapping[str, Any]) -> str:
+    return f"{_span(row['rho'], row['low'], row['high'], 'psnr')} ({number(row['within_step'], 'psnr', signed=True)})"
+
+
+def _conduct_caption(result: Mapping[str, Any]) -> str:
+    following, trust = result["following"], result["trust"]
+    lines = []
+    if following["kinds"]:
+        lines.append(
+            f"gain: the first {following['steps']} interactions under the recorded actions, less the same under "
+            "another episode's (swapped) or none (null)."
+        )
+    if following["words"]:
+        lines.append(f"action following: {following['words']}.")
+    if trust["rows"]:
+        lines.append(
+            f"rho: Spearman's, of the variance between {trust['seeds']} seeds and the squared error, step by step; "
+            "both grow with time, within a step they cannot."
+        )
+    if trust["words"]:
+        lines.append(f"trust: {trust['words']}.")
+    return "\n".join(lines)
+
+
 def _title(result: Mapping[str, Any]) -> str:
     n = result["n"]
     seconds = n["steps"] * n["frames_per_step"] / n["rate_hz"]
+    stamp = result.get("benchmark")
+    name = f"Benchmark {stamp['name']} v{stamp['version']}: " if stamp else "No benchmark: "
+    if stamp and stamp["changed"]:
+        name = f"Benchmark {stamp['name']} v{stamp['version']}, changed in {', '.join(stamp['changed'])}: "
     return (
-        f"Closed loop: {n['rollouts']} rollouts of {n['episodes']} episodes, {n['steps']} steps = {seconds:.1f} s, "
+        f"{name}{n['rollouts']} rollouts of {n['episodes']} episodes, {n['steps']} steps = {seconds:.1f} s, "
         f"{n['sampler']} {n['sampling_steps']} steps"
     )
 
@@ -108,7 +186,7 @@ def _caption(result: Mapping[str, Any]) -> str:
 def reward_words(result: Mapping[str, Any]) -> dict[str, str]:
     """What the training reward says, in words, by camera group; one entry where all groups say the same."""
     words = {row["cameras"]: row["words"] for row in result["paired"] if row["metric"] == "reward"}
-    return {"all": words["all"]} if len(set(words.values())) == 1 else words
+    return {"all": next(iter(words.values()))} if len(set(words.values())) == 1 else words
 
 
 def steps_table(title: str, metrics: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -1,0 +1,101 @@
+"""Rolling out several episodes at once against one after the other.
+
+`python -m benchmarks.eval_batching [--dataset DIR] [--episodes 8] [--steps 3] [--batch 8] [--repeats 3] [--json]`
+
+The bundled benchmark's rollouts (sampling, decoding, all metrics; no loading, no report) of the tiny preset's base, in
+this process. Both ways are run in turn, `repeats` times; the ratio is of each pair, its spread their smallest and
+largest. The gate is 0.60. `apart` is the largest difference of any score between the two ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+
+from persistworld_cli.config.benchmarks import load_benchmark
+from persistworld_cli.config.presets import load_settings
+from persistworld_cli.data.store import open_store
+from persistworld_cli.evaluation.closed_loop import ClosedLoopResult, run_closed_loop
+from persistworld_cli.evaluation.metrics import SHOWN
+from persistworld_cli.evaluation.plan import eval_items
+from persistworld_cli.models.checkpoints import load_for_sampling
+from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.rollout.engine import RolloutEngine
+
+GATE = 0.60
+
+
+def measure(dataset: str | None, episodes: int, steps: int, batch: int, repeats: int) -> dict[str, Any]:
+    """Times of both ways, in turn."""
+    benchmark = load_benchmark("bundled")
+    flags = {"world.dataset": dataset, "eval.steps": steps}
+    settings = load_settings("tiny", flags=flags, pinned=benchmark.pinned if benchmark else None).settings
+    store = open_store(settings)
+    items = eval_items(store, settings)[:episodes]
+    model = load_for_sampling(settings, adapter="")
+    engine = RolloutEngine(model, settings.sampling, store.stat())
+    scorer = Scorer(settings.rewards, settings.world, "cpu", names=SHOWN)
+
+    def roll(size: int) -> tuple[float, ClosedLoopResult]:
+        begun = time.perf_counter()
+        done = run_closed_loop(
+            model, engine, store, items, split=settings.eval.split, steps=steps, batch=size, scorer=scorer
+        )
+        return time.perf_counter() - begun, done
+
+    roll(batch)  # the first one pays for what is set up once
+    times: dict[str, list[float]] = {"alone": [], "batched": []}
+    apart = 0.0
+    for _ in range(repeats):
+        alone, one = roll(1)
+        together, many = roll(batch)
+        times["alone"].append(alone)
+        times["batched"].append(together)
+        apart = max(apart, *(float(np.nanmax(np.abs(one.scores[k] - many.scores[k]))) for k in one.scores))
+    ratios = [b / a for a, b in zip(times["alone"], times["batched"], strict=True)]
+    return {
+        "rollouts": len(items),
+        "steps": steps,
+        "batch": batch,
+        "repeats": repeats,
+        "alone_s": times["alone"],
+        "batched_s": times["batched"],
+        "ratio": statistics.median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+        "gate": GATE,
+        "held": statistics.median(ratios) <= GATE,
+        "apart": apart,
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", help="the bundled world, extracted; the preset's by default")
+    parser.add_argument("--episodes", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    told = measure(options.dataset, options.episodes, options.steps, options.batch, options.repeats)
+    if options.json:
+        print(json.dumps(told, indent=1))
+        return
+    print(f"{told['rollouts']} rollouts of {told['steps']} interactions, {told['repeats']} times each, in turn")
+    for name in ("alone", "batched"):
+        seconds = told[f"{name}_s"]
+        print(f"{name:>8}  median {statistics.median(seconds):.2f} s  ({min(seconds):.2f} .. {max(seconds):.2f})")
+    spread = f"{told['ratio_low']:.2f} .. {told['ratio_high']:.2f}"
+    print(f"   ratio  {told['ratio']:.2f} ({spread}), gate {GATE}: {'held' if told['held'] else 'missed'}")
+    print(f"   apart  {told['apart']:.2g}, the largest difference of any score")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Benchmarks: files that pin what a result must share with another one to be compared (presets/benchmarks/*.toml).
+
+A file holds ``version`` (of the benchmark: raised whenever it changes), ``description``, tables of settings with the
+names that presets use, and ``[metrics.NAME]`` with the exact parameters that each metric must have. What it sets lies
+between preset and environment; a flag that changes it makes another benchmark, and the result says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from persistworld_cli.config.bundled import bundled_root, resolve_path
+from persistworld_cli.config.presets import Pinned, flatten
+from persistworld_cli.config.settings import Settings
+from persistworld_cli.errors import PersistWorldError, UsageError, nearest
+
+NONE = "none"
+FOLDER = "presets/benchmarks"
+# What a benchmark must say, so that nothing of it hangs on a preset or a default.
+REQUIRED = (
+    *("world.cameras", "world.exterior", "world.wrist", "world.height", "world.width", "world.rate_hz"),
+    *("sampling.sampler", "sampling.steps", "sampling.guidance", "sampling.sigma_min", "sampling.sigma_max"),
+    *("sampling.rho", "sampling.noise_aug", "sampling.history", "sampling.buffer_fill", "sampling.decode_chunk"),
+    *("sampling.dtype", "sampling.cast", "rewards.weights", "rewards.lpips_net"),
+    *("eval.split", "eval.episodes", "eval.starts", "eval.steps", "eval.seeds", "eval.crop", "eval.colour_range"),
+    "eval.moving_threshold",
+)
+OPTIONAL = ("world.pixel_rounding", "rewards.camera_weights", "eval.following", "eval.following_steps")
+METRICS = ("ssim", "psnr", "lpips", "psnr_moving")
+_META = ("version", "description", "metrics")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark file.
+
+    Attributes:
+        name: its file's name without suffix.
+        version: of the benchmark.
+        sha256: of the file.
+        pinned: the settings that it sets, as `load_settings` takes them.
+        metrics: metric -> its parameters.
+        path: the file.
+    """
+
+    name: str
+    version: int
+    sha256: str
+    pinned: Pinned
+    metrics: dict[str, dict[str, Any]]
+    path: Path
+
+    def stamp(self, settings: Settings) -> dict[str, Any]:
+        """What a result says of it: name, version, hash, and what was changed (key -> [pinned, used])."""
+        used = flatten(settings)
+        changed = {
+            key: [value, _plain(used[key])] for key, value in self.pinned.values if not _same(value, _plain(used[key]))
+        }
+        return {
+            "name": self.name,
+            "version": self.version,
+            "sha256": self.sha256,
+            "changed": changed,
+        }
+
+
+def benchmark_names() -> list[str]:
+    """Names of the shipped benchmarks."""
+    return sorted(path.stem for path in (bundled_root() / FOLDER).glob("*.toml"))
+
+
+def load_benchmark(name: str) -> Benchmark | None:
+    """A shipped benchmark by name, or one's own by the path of its file; None for "" and "none".
+
+    Raises:
+        UsageError: no such benchmark, not TOML, a key that is missing or no part of a benchmark.
+    """
+    if name in ("", NONE):
+        return None
+    path = _path(name)
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8")
+        data = tomli.loads(text)
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"not TOML: {error}", where=str(path), fix="mend the file at the place named above") from error
+    except OSError as error:
+        raise PersistWorldError(f"cannot read the benchmark: {error.strerror}", where=str(path)) from error
+    version, metrics = data.get("version"), data.get("metrics", {})
+    if type(version) is not int or version < 1:
+        raise UsageError(
+            f"version = {version!r} is no whole number from 1", where=str(path), fix="write version = 1 at the top"
+        )
+    _check_metrics(metrics, path)
+    tables = {key: value for key, value in data.items() if key not in _META}
+    strays = [key for key, value in tables.items() if not isinstance(value, dict)]
+    if strays:
+        raise UsageError(f"unknown key '{strays[0]}'", where=str(path), fix=nearest(strays[0], _META))
+    values = tuple((f"{table}.{key}", value) for table, entries in tables.items() for key, value in entries.items())
+    _check_keys([key for key, _ in values], path)
+    pinned = Pinned(values, f"benchmark {path.stem}", path, text)
+    return Benchmark(path.stem, version, hashlib.sha256(raw).hexdigest(), pinned, metrics, path)
+
+
+def _path(name: str) -> Path:
+    """The file of a name or path. Raises UsageError."""
+    if name.endswith(".toml") or "/" in name or name.startswith("bundled:"):
+        path = resolve_path(name)
+        if not path.is_file():
+            raise UsageError(
+                f"no benchmark file '{name}'", where=str(path.absolute()), fix="give the path of a TOML file"
+            )
+        return path
+    path = bundled_root() / FOLDER / f"{name}.toml"
+    if not path.is_file():
+        known = [*benchmark_names(), NONE]
+        raise UsageError(f"unknown benchmark '{name}'", where="--benchmark", fix=nearest(name, known))
+    return path
+
+
+def _check_keys(keys: list[str], path: Path) -> None:
+    """Refuse what no benchmark may set (weights, processes), and a file that leaves something open."""
+    allowed = (*REQUIRED, *OPTIONAL)
+    for key in keys:
+        if key not in allowed:
+            raise UsageError(f"a benchmark cannot set '{key}'", where=str(path), fix=nearest(key, allowed))
+    missing = [key for key in REQUIRED if key not in keys]
+    if missing:
+        raise UsageError(
+            f"the benchmark does not say {', '.join(missing[:6])}{' and more' if len(missing) > 6 else ''}",
+            where=str(path),
+            fix="write these keys: a benchmark hangs on no preset and no default",
+        )
+
+
+def _check_metrics(metrics: Any, path: Path) -> None:
+    if not isinstance(metrics, dict) or not all(isinstance(entry, dict) for entry in metrics.values()):
+        raise UsageError("[metrics] must hold a table for each metric", where=str(path))
+    for name in METRICS:
+        if name not in metrics:
+            raise UsageError(f"[metrics.{name}] is missing", where=str(path), fix="state the parameters of all metrics")
+    for name in metrics:
+        if name not in METRICS:
+            raise UsageError(f"unknown metric '{name}'", where=str(path), fix=nearest(name, METRICS))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _same(pinned: Any, used: Any) -> bool:
+    """Equal, with 2 and 2.0 taken alike."""
+    if isinstance(pinned, list) and isinstance(used, list):
+        return len(pinned) == len(used) and all(_same(a, b) for a, b in zip(pinned, used, strict=True))
+    return bool(pinned == used)

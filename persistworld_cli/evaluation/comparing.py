@@ -1,0 +1,95 @@
+"""Two finished results against each other, without rolling anything out: refused where their protocols differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.evaluation.protocol import require_same
+from persistworld_cli.evaluation.results import jsonable
+from persistworld_cli.evaluation.stats import FloatArray, compare
+
+NEEDED = ("protocol", "models", "rollouts", "metrics", "groups", "n")
+
+
+def load_result(path: str) -> dict[str, Any]:
+    """A result's ``eval.json`` (or the folder that holds it).
+
+    Raises:
+        PersistWorldError: absent, damaged, or of another kind.
+    """
+    file = Path(path).expanduser()
+    file = file / "eval.json" if file.is_dir() else file
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        lacking = [key for key in NEEDED if key not in result]
+        if not isinstance(result, dict) or result.get("kind") != "eval" or lacking:
+            raise ValueError("no result of persistworld eval" + (f" (no '{lacking[0]}')" if lacking else ""))
+    except (OSError, ValueError, TypeError) as error:
+        raise PersistWorldError(
+            f"cannot read the result: {error}", where=str(file), fix="give the eval.json of a finished evaluation"
+        ) from error
+    return result
+
+
+def compare_results(first: Mapping[str, Any], second: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The judged model of one result against that of another, rollout by rollout.
+
+    Args:
+        first, second: what `load_result` gives; the first is the baseline.
+        where: both, for messages.
+
+    Returns:
+        A result that `reports.tables.eval_table` shows.
+
+    Raises:
+        PersistWorldError: the protocols differ.
+    """
+    require_same(first["protocol"], second["protocol"], where)
+    models = [first["models"][-1], second["models"][-1]]
+    labels = _labels([model["label"] for model in models])
+    episodes = [item[0] for item in second["protocol"]["items"]]
+    own = [(first, models[0]["label"]), (second, models[1]["label"])]
+    paired = []
+    for group in second["groups"]:
+        for metric in [*second["metrics"], {"label": "reward", "higher_is_better": True}]:
+            label = metric["label"]
+            base, new = (_values(result, group, label, model) for result, model in own)
+            pair = compare(base, new, episodes, higher_is_better=metric["higher_is_better"])
+            paired.append({"cameras": group, "metric": label, **pair.as_dict()})
+    references = [row for row in second["table"] if row["model"] in (second["floor"], second["ceiling"])]
+    table = []
+    for group in second["groups"]:
+        rows = {row["model"]: row for row in references if row["cameras"] == group}
+        table.append(rows[second["floor"]])
+        for (result, name), label in zip(own, labels, strict=True):
+            row = next(r for r in result["table"] if r["cameras"] == group and r["model"] == name)
+            table.append({**row, "model": label})
+        table.append(rows[second["ceiling"]])  # by the second result's VAE
+    out = {
+        "kind": "compare",
+        **{key: second[key] for key in ("n", "metrics", "groups", "floor", "ceiling", "protocol")},
+        "benchmark": second.get("benchmark"),
+        "models": [{**model, "label": label} for model, label in zip(models, labels, strict=True)],
+        "table": table,
+        "paired": paired,
+        "made_on": [{key: result.get(key) for key in ("device", "device_name", "versions")} for result, _ in own],
+    }
+    cleaned: dict[str, Any] = jsonable(out)
+    return cleaned
+
+
+def _values(result: Mapping[str, Any], group: str, label: str, model: str) -> FloatArray:
+    """One number a rollout, NaN where there is none."""
+    values = result["rollouts"][group][label][model]
+    return np.array([np.nan if value is None else value for value in values])
+
+
+def _labels(labels: Sequence[str]) -> list[str]:
+    """Different names for both."""
+    return list(labels) if labels[0] != labels[1] else [f"{label} #{index + 1}" for index, label in enumerate(labels)]

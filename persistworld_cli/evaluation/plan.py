@@ -1,0 +1,177 @@
+"""What an evaluation is going to do, resolved and checked as a whole before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from persistworld_cli.config.benchmarks import load_benchmark
+from persistworld_cli.config.settings import EvalSettings, Settings
+from persistworld_cli.data.store import EpisodeStore, open_store
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.evaluation.comparing import load_result
+from persistworld_cli.evaluation.following import partners, wrong_kinds
+from persistworld_cli.evaluation.metrics import SHOWN, Judging
+from persistworld_cli.evaluation.protocol import check_metrics, make_protocol, require_same
+from persistworld_cli.evaluation.recording import Item, check_item
+from persistworld_cli.evaluation.results import jsonable
+from persistworld_cli.evaluation.user_masks import open_masks
+from persistworld_cli.evaluation.weights import ModelRef, hash_of, refs_of_eval, require_weights
+from persistworld_cli.rewards.score import Scorer
+
+FLOOR, CEILING = "copy first frame", "recording through VAE"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What there is to do.
+
+    Attributes:
+        store: the dataset.
+        items: the rollouts, episodes first.
+        models: the baseline, and what is compared with it.
+        scorer, judging: metrics, on the device.
+        protocol: everything that two results must share to be comparable.
+        benchmark: which file pinned it (`config.benchmarks.Benchmark.stamp`), or None.
+        folders: row of the table -> folder of its finished rollouts.
+        wrong: model -> wrong actions -> folder of its finished rollouts under them.
+        fingerprints: label -> hashes of its weights.
+    """
+
+    store: EpisodeStore
+    items: list[Item]
+    models: list[ModelRef]
+    scorer: Scorer
+    judging: Judging
+    protocol: dict[str, Any]
+    benchmark: dict[str, Any] | None
+    folders: dict[str, Path]
+    wrong: dict[str, dict[str, Path]]
+    fingerprints: dict[str, dict[str, str]]
+
+
+def make_plan(settings: Settings, job: Mapping[str, Any], output: Path, device: torch.device) -> Plan:
+    """Resolve and check everything: dataset, episodes, starts, masks, metrics, weights, a result to compare with.
+
+    Raises:
+        PersistWorldError: whatever of these is wrong.
+    """
+    store = open_store(settings)
+    items = eval_items(store, settings)
+    models = refs_of_eval(settings.model, job)
+    judging = make_judging(settings, store, items)
+    scorer = Scorer(settings.rewards, settings.world, device, names=SHOWN)
+    protocol = make_protocol(settings, store, items, scorer, judging)
+    benchmark = load_benchmark(settings.eval.benchmark)
+    if benchmark:
+        check_metrics(benchmark.metrics, protocol["metrics"], str(benchmark.path))
+    if other := job.get("compare"):
+        require_same(load_result(other)["protocol"], jsonable(protocol), f"this run and {other}")
+    require_weights(settings, store, items, models)
+    prints = {ref.label: ref.fingerprint() for ref in models}
+    folders, wrong = _folders(settings, store, protocol, items, models, prints, output / "rollouts", device)
+    stamp = benchmark.stamp(settings) if benchmark else None
+    return Plan(store, items, models, scorer, judging, protocol, stamp, folders, wrong, prints)
+
+
+def _folders(
+    settings: Settings,
+    store: EpisodeStore,
+    protocol: Mapping[str, Any],
+    items: list[Item],
+    models: list[ModelRef],
+    prints: Mapping[str, Mapping[str, str]],
+    root: Path,
+    device: torch.device,
+) -> tuple[dict[str, Path], dict[str, dict[str, Path]]]:
+    """Where finished rollouts lie, by the hash of all that they hang on; made."""
+    stat = store.stat()
+    # More episodes later keep what is done.
+    same = {key: value for key, value in protocol.items() if key not in ("items", "record", "hash")}
+    same |= {"dataset": str(store.root), "percentiles": [stat.p01, stat.p99]}
+    names = {ref.label: hash_of([same, prints[ref.label], device.type]) for ref in models}
+    folders = {
+        FLOOR: root / f"floor-{hash_of(same)}",
+        **{label: root / f"model-{name}" for label, name in names.items()},
+        CEILING: root / f"ceiling-{hash_of([same, prints[models[0].label]])}",
+    }
+    ev = settings.eval
+    driven = hash_of([partners(items), ev.following_steps])
+    kinds = wrong_kinds(ev.following, items)
+    wrong = {label: {kind: root / f"{kind}-{name}-{driven}" for kind in kinds} for label, name in names.items()}
+    for folder in [*folders.values(), *(folder for own in wrong.values() for folder in own.values())]:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folders, wrong
+
+
+def make_judging(settings: Settings, store: EpisodeStore, items: list[Item]) -> Judging:
+    """Crop, colour range and masks. Raises PersistWorldError for masks that are missing or of another size."""
+    ev, world = settings.eval, settings.world
+    frames: dict[str, set[int]] = {}
+    for item in items:
+        last = store.annotation(ev.split, item.episode).num_frames - 1
+        end = min(item.start + ev.steps * (settings.model.num_frames - 1), last)
+        frames.setdefault(item.episode, set()).update(range(item.start + 1, end + 1))
+    needed = {episode: sorted(own) for episode, own in frames.items()}
+    masks = tuple(open_masks(text, needed, world.cameras, world.height, world.width) for text in ev.masks)
+    names = [own.name for own in masks]
+    if len(set(names)) < len(names):
+        raise PersistWorldError(
+            f"two sets of masks are called '{names[0]}'", where="--masks", fix="name them: --masks object=DIR"
+        )
+    levels = world.pixel_rounding if ev.colour_range == "8bit" else ""
+    return Judging(tuple(ev.crop), levels, ev.moving_threshold, masks)
+
+
+def eval_items(store: EpisodeStore, settings: Settings) -> list[Item]:
+    """Every (episode, start, seed) of the benchmark.
+
+    Raises:
+        PersistWorldError: an empty split, absent episodes, a start beyond an episode's end.
+    """
+    ev = settings.eval
+    there = store.episodes(ev.split)
+    episodes = list(dict.fromkeys(ev.episodes)) or there
+    if not episodes:
+        raise PersistWorldError(
+            f"split '{ev.split}' has no episodes",
+            where=str(store.root / "annotation"),
+            fix=f"set eval.split to one of: {', '.join(store.splits)}",
+        )
+    absent = sorted(set(episodes) - set(there), key=episodes.index)
+    if absent:
+        raise _absent(ev.benchmark if _named_by_benchmark(ev) else "", absent, len(episodes), ev.split, there, store)
+    seeds, starts = dict.fromkeys(ev.seeds), dict.fromkeys(ev.starts)
+    items = [Item(episode, start, seed) for episode in episodes for start in starts for seed in seeds]
+    if not items:
+        raise PersistWorldError("nothing to roll out", where="eval.starts, eval.seeds", fix="name at least one of each")
+    for item in items:
+        check_item(store, ev.split, item)
+    return items
+
+
+def _named_by_benchmark(ev: EvalSettings) -> bool:
+    """Whether the episodes are the benchmark's, and not the user's own."""
+    benchmark = load_benchmark(ev.benchmark)
+    return benchmark is not None and dict(benchmark.pinned.values)["eval.episodes"] == list(ev.episodes)
+
+
+def _absent(
+    benchmark: str, absent: list[str], count: int, split: str, there: list[str], store: EpisodeStore
+) -> PersistWorldError:
+    """The message for episodes that the dataset does not have."""
+    some = ", ".join(f"'{name}'" for name in absent[:6]) + (" ..." if len(absent) > 6 else "")
+    kind = "episode" if len(absent) == 1 else "episodes"
+    by = f", of {count} that benchmark '{benchmark}' names" if benchmark else ""
+    known = ", ".join(there[:12]) + (" ..." if len(there) > 12 else "") or "none there"
+    fix = f"take one of: {known}"
+    if benchmark:
+        own = f", or name your own: --episodes {','.join(there[:3])}" if there else ""
+        fix = f"take --benchmark none (all {len(there)} of the split){own}"
+    return PersistWorldError(
+        f"no {kind} {some} in split '{split}'{by}", where=str(store.root / "annotation" / split), fix=fix
+    )

@@ -1,0 +1,134 @@
+"""The protocol: what two results must share to be compared; and what else a result must carry to be believed."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from persistworld_cli import __version__
+from persistworld_cli.config.settings import Settings
+from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.evaluation.metrics import Judging
+from persistworld_cli.evaluation.recording import Item
+from persistworld_cli.evaluation.weights import hash_of
+from persistworld_cli.rewards.score import Scorer
+
+PROTOCOL = 2  # raise it when the same settings would give other numbers
+_LIBRARIES = ("torch", "diffusers", "lpips", "scikit-image", "numpy", "scipy", "av")
+_UNUSED = ("history_policy",)  # of the sampling settings: nothing here reads them
+
+
+def make_protocol(
+    settings: Settings, store: EpisodeStore, items: Sequence[Item], scorer: Scorer, judging: Judging
+) -> dict[str, Any]:
+    """Everything that the numbers hang on but the weights and the machine; ``hash`` is of all of it."""
+    ev, world, model = settings.eval, settings.world, settings.model
+    protocol = {
+        "protocol": PROTOCOL,
+        "split": ev.split,
+        "steps": ev.steps,
+        "frames_per_step": model.num_frames - 1,
+        "rate_hz": world.rate_hz,
+        "size": [world.height, world.width],
+        "cameras": list(world.cameras),
+        "groups": {"exterior": list(world.exterior), "wrist": list(world.wrist)},
+        "sampling": {key: value for key, value in asdict(settings.sampling).items() if key not in _UNUSED},
+        "metrics": {**scorer.describe(), **judging.describe()},
+        "crop": list(ev.crop),
+        "colour_range": ev.colour_range,
+        "pixel_rounding": world.pixel_rounding if ev.colour_range == "8bit" else "none",
+        "reward": {"weights": scorer.weights, "cameras": scorer.camera_weights.tolist()},
+        "record": record_hash(store, ev.split, items),
+        "items": [[item.episode, item.start, item.seed] for item in items],
+    }
+    return {**protocol, "hash": hash_of(protocol)}
+
+
+def record_hash(store: EpisodeStore, split: str, items: Sequence[Item]) -> str:
+    """SHA-256 of what was asked and done in the episodes: instructions, poses, lengths.
+
+    Not of the pictures: the same recording is written to other bytes by another release of a video encoder.
+    """
+    whole = hashlib.sha256()
+    for episode in dict.fromkeys(item.episode for item in items):
+        annotation = store.annotation(split, episode)
+        states = np.ascontiguousarray(annotation.states[: annotation.num_frames])
+        whole.update(f"{episode}\0{annotation.text}\0{annotation.num_frames}\0".encode() + states.tobytes())
+    return whole.hexdigest()
+
+
+def check_metrics(wanted: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any], where: str) -> None:
+    """Refuse a benchmark whose metrics are computed otherwise here. Raises UsageError."""
+    for name, parameters in wanted.items():
+        for key, value in parameters.items():
+            own = metrics.get(name, {}).get(key)
+            if own != value:
+                raise UsageError(
+                    f"the benchmark wants {name} with {key} = {value}, this version computes it with {own}",
+                    where=where,
+                    fix="take the version of the program that the benchmark was made with, or another benchmark",
+                )
+
+
+def provenance(settings: Settings, store: EpisodeStore, device: torch.device) -> dict[str, Any]:
+    """Dataset, device, types and versions, for result files."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "dataset": str(store.root),
+        "device": str(device),
+        "device_name": name,
+        "dtype": settings.sampling.dtype,
+        "versions": {library: version(library) for library in _LIBRARIES}
+        | {"persistworld": __version__, "python": platform.python_version()},
+    }
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (value, value) wherever two protocols differ; the hash itself left out."""
+    a, b = _flat(first), _flat(second)
+    keys = [key for key in dict.fromkeys([*a, *b]) if key != "hash"]
+    return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
+
+
+def require_same(first: Mapping[str, Any], second: Mapping[str, Any], where: str) -> None:
+    """Refuse to compare results of two protocols, naming the keys in which they differ.
+
+    Raises:
+        PersistWorldError: they differ.
+    """
+    apart = differences(first, second)
+    if apart:
+        lines = [f"{key}: {_words(key, a, b)}" for key, (a, b) in apart.items()]
+        raise PersistWorldError(
+            "the results cannot be compared, their protocols differ:\n    " + "\n    ".join(lines),
+            where=where,
+            fix="run both under one benchmark (persistworld eval --benchmark NAME)",
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
+
+
+def _words(key: str, a: Any, b: Any) -> str:
+    """One difference in words; rollouts are counted, not listed."""
+    if key == "items":
+        one, two = ({tuple(item) for item in part or ()} for part in (a, b))
+        return f"{len(one)} rollouts and {len(two)}, {len(one & two)} of them the same"
+    return f"{_short(a)} and {_short(b)}"
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

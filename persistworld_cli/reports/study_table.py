@@ -1,0 +1,125 @@
+"""Tables of a blind study's result, from its dictionary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from persistworld_cli.reports.tables import COLOURS
+
+
+def study_tables(result: Mapping[str, Any]) -> Group:
+    """Preference by camera group, ratings, raters; and in words what they say.
+
+    Args:
+        result: what `evaluation.answers.study_result` returns.
+    """
+    return Group(_preference(result), Text(), _elo(result), Text(), _raters(result), Text(), Text(_words(result)))
+
+
+def _preference(result: Mapping[str, Any]) -> Table:
+    table = Table(
+        title="Preference: which is closer to the recording",
+        title_justify="left",
+        caption="rate: cannot tell counts half; 95% Wilson interval over answers, p: two-sided binomial of the decided "
+        "ones.\nAnswers about one episode resemble each other: the verdict rests on episodes (interval and p at the "
+        "right).",
+        caption_justify="left",
+    )
+    for name in ("new against base", "cameras"):
+        table.add_column(name)
+    for name in ("new", "base", "neither", "prefers new", "p", "kappa", "over episodes", "verdict"):
+        table.add_column(name, justify="right")
+    last = None
+    for row in result["preference"]:
+        pair = f"{row['new']} against {row['base']}"
+        if last not in (None, pair):
+            table.add_section()
+        style = COLOURS.get(row["verdict"], "")
+        table.add_row(
+            escape(pair) if pair != last else "",
+            row["cameras"],
+            *(str(row[name]) for name in ("prefer_new", "prefer_base", "cannot_tell")),
+            rate(row, "low", "high"),
+            p_value(row["binomial_p"]),
+            "-" if row["kappa"] is None else f"{row['kappa']:.2f} {row['kappa_words']}",
+            _over_episodes(row),
+            Text(row["verdict"], style),
+        )
+        last = pair
+    return table
+
+
+def _over_episodes(row: Mapping[str, Any]) -> str:
+    if row["verdict"] == "too few":
+        return f"{row['episodes']} episodes"
+    return f"{rate(row, 'episodes_low', 'episodes_high')} of {row['episodes']}, p {p_value(row['episodes_p'])}"
+
+
+def rate(row: Mapping[str, Any], low: str, high: str) -> str:
+    """``75% [51, 90]``."""
+    if row["rate"] is None:
+        return "-"
+    return f"{100 * row['rate']:.0f}% [{100 * row[low]:.0f}, {100 * row[high]:.0f}]"
+
+
+def p_value(p: float) -> str:
+    """Two digits; small ones as a bound."""
+    return "<0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def _elo(result: Mapping[str, Any]) -> Table:
+    caption = (
+        "maximum likelihood, mean 1500;\n95% bootstrap interval over episodes,\nnone where they are few or all agree"
+    )
+    if not result["elo_comparable"]:
+        caption += "\nno chain of studies connects all of these models: compare within such chains only"
+    table = Table(title="Elo", title_justify="left", caption=caption, caption_justify="left")
+    table.add_column("model")
+    for name in ("elo", "95%", "answers"):
+        table.add_column(name, justify="right")
+    for row in result["elo"]:
+        span = "-" if row["low"] is None else f"[{row['low']:.0f}, {row['high']:.0f}]"
+        table.add_row(escape(row["model"]), f"{row['elo']:.0f}", span, f"{row['games']:.0f}")
+    return table
+
+
+def _raters(result: Mapping[str, Any]) -> Table:
+    table = Table(title="Raters", title_justify="left")
+    table.add_column("rater")
+    for name in ("answered", "cannot tell", "chose left", "seconds (median)"):
+        table.add_column(name, justify="right")
+    table.add_column("file")
+    for row in result["raters"]:
+        whole = row["answered"] == row["of"]
+        table.add_row(
+            escape(row["rater"]),
+            Text(f"{row['answered']} of {row['of']}", "" if whole else "yellow"),
+            str(row["cannot_tell"]),
+            "-" if row["left"] is None else f"{100 * row['left']:.0f}%",
+            "-" if row["median_seconds"] is None else f"{row['median_seconds']:.1f}",
+            escape(row["file"]),
+        )
+    return table
+
+
+def _words(result: Mapping[str, Any]) -> str:
+    """The verdicts in sentences, and who is not done."""
+    lines = [
+        f"{row['new']} against {row['base']}, {row['cameras']} cameras: {row['words']}"
+        for row in result["preference"]
+        if row["cameras"] == "all" or not any(r["cameras"] == "all" for r in result["preference"])
+    ]
+    if result["incomplete"]:
+        names = ", ".join(
+            f"{row['rater']} ({row['answered']} of {row['of']})"
+            for row in result["raters"]
+            if row["answered"] < row["of"]
+        )
+        lines.append(f"not complete, counted as far as they go: {names}")
+    return "\n".join(lines)
