@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,40 +21,22 @@ from typing import Any
 
 import torch
 
+from benchmarks.full_size import peak_bytes, random_weights
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.models.world_model import build_world_model
 
 GATE = 1.15
 
 
-def peak_bytes() -> int:
-    """The most memory this process ever had: VmHWM, or what getrusage says where there is no /proc."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def write_weights(preset: str, dtype: torch.dtype, path: Path) -> None:
-    """Random weights under the preset's names, in the format of `path`'s suffix.
-
-    Every tensor is cut from one random block, from the place where the last one ended: drawing billions of numbers
-    would take longer than everything else.
-    """
+    """Random weights under the preset's names, in the format of `path`'s suffix."""
     from safetensors.torch import save_file
 
     settings = load_settings(preset, [], {}, env={}).settings
     with torch.device("meta"):
         model = build_world_model(settings.model, settings.world)
     shapes = {name: t.shape for name, t in model.state_dict().items()}
-    largest = max(shape.numel() for shape in shapes.values())
-    block = torch.empty(2 * largest).uniform_(-0.05, 0.05, generator=torch.Generator().manual_seed(0)).to(dtype)
-    begin, tensors = 0, {}
-    for name, shape in shapes.items():
-        tensors[name] = block[begin : begin + shape.numel()].clone().view(shape)
-        begin = (begin + shape.numel()) % largest
+    tensors = {name: tensor.clone() for name, tensor in random_weights(shapes, dtype)}
     if path.suffix == ".safetensors":
         save_file(tensors, str(path))
     else:

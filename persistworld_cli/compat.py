@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import signal
 import sys
 from typing import Any
 
@@ -70,12 +71,11 @@ def free_main_thread() -> None:
     os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
 
 
-def end_with_parent() -> None:
-    """Ask Linux for SIGTERM when this process's parent dies, so that a killed launcher leaves no workers behind."""
+def end_with_parent(number: int | None = None) -> None:
+    """Ask Linux for a signal (SIGTERM) when this process's parent dies: a killed launcher leaves no workers behind."""
     if not sys.platform.startswith("linux"):
         return
     import ctypes
-    import signal
 
     pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, number or signal.SIGTERM, 0, 0, 0)

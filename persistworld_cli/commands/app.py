@@ -21,6 +21,7 @@ from persistworld_cli.commands import (
     post_train,
     pretrain,
     replay,
+    study_report,
 )
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ COMMANDS: dict[str, ModuleType] = {
     "pretrain": pretrain,
     "post-train": post_train,
     "eval": eval,
+    "study-report": study_report,
     "replay": replay,
     "drive": drive,
     "pi-rollout": pi_rollout,

@@ -2,68 +2,150 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from persistworld_cli.commands.options import Common, with_common
 from persistworld_cli.commands.run import output_folder, resolve, show_result, show_settings
-from persistworld_cli.config.presets import resolve_path
+from persistworld_cli.config.presets import Resolved, resolve_path
 from persistworld_cli.config.settings import Settings
+from persistworld_cli.console import note
 from persistworld_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from persistworld_cli.data.check_episode import Expected
+    from persistworld_cli.data.meta import MetaReport
 
 EXAMPLES = (
     "persistworld build-meta",
     "persistworld build-meta data/droid_latents --preset ctrl-world",
+    "persistworld build-meta data/droid_latents --preset ctrl-world --check",
     "persistworld build-meta data/droid_latents --preset ctrl-world --export ctrl-world",
+    "persistworld build-meta data/droid --preset ctrl-world --import Ctrl-World/dataset_meta_info/droid",
 )
+_SHOWN = 3  # episodes named in a terminal; the JSON names more
 
 
-@with_common(launch="none")
+@with_common(launch="none", without=("output",))
 def command(
     common: Common,
     dataset: Annotated[
         str | None,
         typer.Argument(help="Processed dataset (what extract-latents wrote).  \\[world.dataset]", metavar="DATASET"),
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing: tell what in the dataset must be mended, and how.")
+    ] = False,
+    sample: Annotated[
+        int, typer.Option(help="With --check: episodes whose videos and latents are read whole; 0: all.", min=0)
+    ] = 100,
     export: Annotated[
         str | None,
         typer.Option(help="Write train_sample.json, val_sample.json and stat.json too.", metavar="ctrl-world"),
     ] = None,
+    lists: Annotated[
+        str | None,
+        typer.Option("--import", help="Take episodes, start frames and percentiles from Ctrl-World's.", metavar="DIR"),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Read every annotation again, changed or not.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes that read annotations.  \\[one a core]", min=1)] = None,
 ) -> None:
-    """Index a processed dataset: where every episode lies, action statistics, the action adapter, and its health."""
+    """Index a processed dataset: where every episode lies, action statistics, the action adapter, and its health.
+
+    A later run reads only the annotations that are new or changed.
+    """
     if export not in (None, "ctrl-world"):
         raise UsageError(f"unknown export '{export}'", where="--export", fix="known: ctrl-world")
+    if check and (export or lists or fresh):
+        raise UsageError("--check writes nothing", where="--check", fix="run it without --export, --import and --fresh")
     resolved = resolve(common, {"world.dataset": dataset}, {"world.dataset": "DATASET"})
-    job = {"export": export}
+    job = {"check": check, "export": export, "import": lists, "fresh": fresh}
     if common.dry_run:
         show_settings(
             "build-meta", resolved, job, output_folder(common, resolved, "build-meta"), as_json=common.as_json
         )
         return
-    show_result(_build(resolved.settings, export), as_json=common.as_json)
+    if check:
+        _check(resolved, dataset is not None, sample, workers, as_json=common.as_json)
+        return
+    folder = Path(lists).expanduser() if lists else None
+    _build(resolved.settings, export, folder, fresh, workers, as_json=common.as_json)
 
 
-def _build(settings: Settings, export: str | None) -> dict[str, Any]:
-    """The work, in this process: it reads JSON and writes a few files."""
-    from persistworld_cli.data.meta import build_meta, export_ctrl_world
-    from persistworld_cli.data.store import EpisodeStore
+@contextmanager
+def _metered(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress on standard error, made at the first call: that tells how much there is."""
     from persistworld_cli.reports.progress import Meter
 
-    dataset = resolve_path(settings.world.dataset)
-    frames = settings.model.num_frames
-    with ExitStack() as stack:
-        meters: list[Meter] = []  # made at the first call, which tells how much there is
+    meter: Meter | None = None
 
-        def show(done: int, total: int) -> None:
-            if not meters:
-                meters.append(stack.enter_context(Meter("build-meta", total)))
-            meters[0].advance()
+    def show(done: int, total: int) -> None:
+        nonlocal meter
+        if meter is None:
+            meter = Meter(label, total).__enter__()
+        meter.advance(done - meter.done)
 
-        report = build_meta(dataset, num_frames=frames, progress=show)
-    result = {
+    try:
+        yield show
+    except BaseException as error:
+        if meter is not None:
+            meter.__exit__(type(error), error, None)
+        raise
+    if meter is not None:
+        meter.__exit__(None, None, None)
+
+
+def _build(
+    settings: Settings, export: str | None, lists: Path | None, fresh: bool, workers: int | None, *, as_json: bool
+) -> None:
+    """The work, in this process and its readers, and the result."""
+    from persistworld_cli.data.ctrl_world_meta import SampleLists, export_ctrl_world
+    from persistworld_cli.data.index import INDEX_FILE, IndexFile
+    from persistworld_cli.data.meta import build_meta
+    from persistworld_cli.robot.kinematics import forward
+
+    dataset, frames = resolve_path(settings.world.dataset), settings.model.num_frames
+    try:
+        with _metered("build-meta") as show:
+            report = build_meta(
+                dataset,
+                num_frames=frames,
+                lists=SampleLists(lists) if lists else None,
+                reach=lambda joints: forward(joints)[:, :3, 3],
+                fresh=fresh,
+                workers=workers,
+                progress=show,
+            )
+    except KeyboardInterrupt:
+        note("interrupted: the metadata is as it was before")
+        raise
+    exported = None
+    if export:
+        folder = dataset / "meta_info" / dataset.resolve().name
+        index = IndexFile(report.meta / INDEX_FILE)
+        exported = str(export_ctrl_world(index, report.stat, folder, num_frames=frames))
+    _warn(report, settings)
+    show_result(_machine(report, exported) if as_json else _human(report, exported), as_json=as_json)
+
+
+def _warn(report: MetaReport, settings: Settings) -> None:
+    """What a person should not overlook."""
+    left_out = sum(row["episodes"] for row in report.health["unusable"])
+    if left_out:
+        note(f"{left_out} episodes are left out: see the table; persistworld build-meta --check tells more")
+    if len(report.stat.p01) != settings.model.action_dim:
+        note(f"the states have {len(report.stat.p01)} numbers, the preset's model takes {settings.model.action_dim}")
+
+
+def _machine(report: MetaReport, exported: str | None) -> dict[str, Any]:
+    """The result for --json."""
+    return {
         "meta": str(report.meta),
+        "read": report.read,
         "episodes": report.episodes,
         "frames": report.frames,
         "samples": report.samples,
@@ -71,8 +153,118 @@ def _build(settings: Settings, export: str | None) -> dict[str, Any]:
         "state_p99": report.stat.p99.tolist(),
         "adapter": report.adapter,
         "health": report.health,
+        **({"exported": exported} if exported else {}),
     }
-    if export:
-        name = dataset.name
-        result["exported"] = str(export_ctrl_world(EpisodeStore(dataset), name, num_frames=frames))
-    return result
+
+
+def _human(report: MetaReport, exported: str | None) -> dict[str, Any]:
+    """The result as tables."""
+    health = report.health
+    odd = [
+        {
+            "finding": row["finding"],
+            "episodes": row["episodes"],
+            "share": f"{row['share']:.1%}",
+            "first": _first(row["first"], row["episodes"]),
+            "what it means": row["means"],
+        }
+        for row in (*health["unusable"], *health["findings"])
+    ]
+    out: dict[str, Any] = {
+        "states": [{**row, "clipped": f"{row['clipped']:.2%}"} for row in health["states"]],
+        **_adapter_tables(report.adapter),
+        "health": odd or "nothing odd",
+        "annotations read": report.read,
+        "episodes": report.episodes,
+        "frames": report.frames,
+        "samples": report.samples,
+        "frames an episode": "{min}, median {median:g}, {max}".format(**health["length"]),
+        "instructions": health["instructions"],
+        "success": health["success"],
+        "latents": health["latents"],
+        "written": str(report.meta),
+    }
+    if "imported" in health:
+        told = health["imported"]
+        out["imported"] = f"{told['folder']}: {told['episodes']} episodes, {told['not_on_disk']} of them not on disk"
+    return {**out, "exported": exported} if exported else out
+
+
+_PREDICTORS = {
+    "fitted": "gain x velocity, on episodes left out of the fit",
+    "fit": "gain x velocity, on those of the fit",
+    "scale_0.2": "0.2 x velocity (the controller's bound)",
+    "hold": "no motion",
+}
+
+
+def _adapter_tables(adapter: dict[str, Any] | None) -> dict[str, Any]:
+    """Gain and error of each joint, and the error of each way to predict."""
+    if adapter is None:
+        return {"adapter": "not fitted: no annotation has joint positions and velocities at the raw rate"}
+    each = adapter["joint_mae_each"]
+    joints = [
+        {
+            "joint": number + 1,
+            "gain": f"{gain:.4f}",
+            **{f"error, {name}": f"{each[name][number]:.4f}" for name in ("fitted", "scale_0.2", "hold")},
+        }
+        for number, gain in enumerate(adapter["gain"])
+    ]
+    hand = adapter.get("hand_error", {})
+    ways = [
+        {
+            "predicted by": text,
+            "joint error, rad": f"{adapter['joint_mae'][name]:.4f}",
+            "hand": f"{1000 * hand[name]:.0f} mm" if hand else "-",
+        }
+        for name, text in _PREDICTORS.items()
+    ]
+    title = f"action adapter: motion a raw frame = gain x velocity (rad; {adapter['episodes']} episodes)"
+    return {title: joints, "action adapter: mean error over 1 to 15 raw frames": ways}
+
+
+def _first(names: list[str], count: int) -> str:
+    """A few names, and that there are more."""
+    return ", ".join(names[:_SHOWN]) + (", ..." if count > _SHOWN else "")
+
+
+def _check(resolved: Resolved, named: bool, sample: int, workers: int | None, *, as_json: bool) -> None:
+    """``--check``: one line a finding; exit code 1 if anything must be mended."""
+    from persistworld_cli.data.check_dataset import check_dataset
+
+    dataset = resolve_path(resolved.settings.world.dataset)
+    expected = None if resolved.implied and named else _expected(resolved)
+    with _metered("check") as show:
+        report = check_dataset(dataset, expected, sample=sample, workers=workers, progress=show)
+    rows, errors = report.rows(), report.errors
+    verdict = f"{errors} kinds of findings must be mended" if errors else "fit for use"
+    result = {"dataset": str(dataset), "ok": not errors, "errors": errors, "warnings": len(rows) - errors}
+    if as_json:
+        show_result({**result, "findings": rows, "checked": report.checked}, as_json=True)
+    else:
+        shown = [
+            {**{k: v for k, v in row.items() if k != "kind"}, "first": _first(row["first"], row["count"])}
+            for row in rows
+        ]
+        show_result({"findings": shown or "none", **report.checked, str(dataset): verdict}, as_json=False)
+    if errors:
+        raise typer.Exit(1)
+
+
+def _expected(resolved: Resolved) -> Expected:
+    """What the preset takes; the VAE's factor as its class has it, without loading torch."""
+    from persistworld_cli.data.check_episode import Expected
+
+    world, model = resolved.settings.world, resolved.settings.model
+    factor = 2 ** (len(model.vae.get("block_out_channels", (64,))) - 1)
+    latent = (int(model.vae.get("latent_channels", 4)), -(-world.height // factor), -(-world.width // factor))
+    return Expected(
+        preset=resolved.label,
+        cameras=world.cameras,
+        height=world.height,
+        width=world.width,
+        rate_hz=world.rate_hz,
+        numbers=model.action_dim,
+        latent=latent,
+    )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _Scale = Sequence[tuple[float, str]]  # size of a unit and its name, largest first
 FLOPS: _Scale = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1.0, "FLOP"))
-BYTES: _Scale = ((2**30, "GiB"), (2**20, "MiB"), (1.0, "B"))
+BYTES: _Scale = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1.0, "B"))
 SECONDS: _Scale = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 # Where memory is short, what to change.
 _SMALLER = {

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from persistworld_cli.commands.options import Accelerator, Adapter, Common, Dataset, with_common
-from persistworld_cli.commands.run import episode_list, execute
+from persistworld_cli.commands.run import episode_list, execute, write_json
+from persistworld_cli.config.benchmarks import load_benchmark
+from persistworld_cli.config.presets import load_settings
+from persistworld_cli.errors import UsageError
 
 EXAMPLES = (
     "persistworld eval",
     "persistworld eval --ckpt outputs/post-train-tiny/weights",
+    "persistworld eval --ckpt bundled:presets/tiny/adapter --study outputs/study",
+    "persistworld eval --benchmark mine.toml --masks object=masks --seed 0 --seed 1",
+    "persistworld eval --compare theirs/eval.json --compare outputs/eval-tiny/eval.json",
     "persistworld eval --preset persistworld --ckpt jaibrdhn/persistworld --num-processes 8",
 )
 
@@ -32,6 +40,13 @@ def command(
             help="Weights to compare with; the preset's checkpoint without adapter by default.", metavar="PATH|HUB_ID"
         ),
     ] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(
+            help="What is measured, and how: bundled, droid, a TOML file, or none.  \\[the preset's]",
+            metavar="NAME|PATH",
+        ),
+    ] = None,
     dataset: Dataset = None,
     episodes: Annotated[str | None, typer.Option(help="Episode ids, as 99,199; all of the split by default.")] = None,
     starts: Annotated[list[int] | None, typer.Option("--start", help="Start frame; may be repeated.")] = None,
@@ -39,9 +54,40 @@ def command(
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seed of the noise; may be repeated.")] = None,
     split: Annotated[str | None, typer.Option(help="train or val.")] = None,
     batch: Annotated[int | None, typer.Option(help="Rollouts at once.")] = None,
+    masks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--masks",
+            help="Also measure on these pixels: DIR/<episode>/<camera>/<frame>.png; may be repeated.",
+            metavar="[NAME=]DIR",
+        ),
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compare",
+            help="A finished result to compare this run with; given twice: both with each other, nothing is run.",
+            metavar="EVAL.JSON",
+        ),
+    ] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            help="Also write a blind preference study: a folder to hand out; its key lies beside it.",
+            metavar="DIR",
+        ),
+    ] = None,
     accelerator: Accelerator = None,
 ) -> None:
     """Roll out held-out episodes in closed loop and measure them against the record, paired with a baseline."""
+    others = compare or []
+    if len(others) > 2:
+        raise UsageError(f"{len(others)} results to compare", where="--compare", fix="give one or two")
+    if len(others) == 2:
+        compare_finished(common, others)
+        return
+    name = benchmark or load_settings(common.preset, common.sets or ()).settings.eval.benchmark
+    pinned = load_benchmark(name)
     execute(
         "eval",
         common,
@@ -54,8 +100,24 @@ def command(
             "eval.seeds": seeds or None,
             "eval.split": split,
             "eval.batch": batch,
+            "eval.benchmark": benchmark,
+            "eval.masks": masks or None,
         },
         names={"eval.starts": "--start", "eval.seeds": "--seed"},
-        job={"ckpt": ckpt, "baseline": baseline},
+        job={"ckpt": ckpt, "baseline": baseline, "study": study, "compare": next(iter(others), None)},
         accelerator=accelerator,
+        pinned=pinned.pinned if pinned else None,
     )
+
+
+def compare_finished(common: Common, paths: Sequence[str]) -> None:
+    """Print two finished results against each other, the first as the baseline."""
+    from persistworld_cli.evaluation.comparing import compare_results, load_result
+    from persistworld_cli.reports.tables import eval_table, plain
+
+    first, second = (load_result(path) for path in paths)
+    against = compare_results(first, second, f"{paths[0]} and {paths[1]}")
+    if common.as_json:
+        write_json(against)
+    else:
+        sys.stdout.write(plain(eval_table(against)))

@@ -7,10 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from persistworld_cli.commands.cost import BYTES, amount
 from persistworld_cli.commands.options import Common, with_common
-from persistworld_cli.commands.run import resolve, show_result
+from persistworld_cli.commands.run import resolve, write_json
 from persistworld_cli.commands.weights_plan import show_plan
 from persistworld_cli.config.settings import Settings
+from persistworld_cli.console import stdout_console
 
 EXAMPLES = (
     "persistworld inspect bundled:presets/tiny/base",
@@ -33,7 +35,11 @@ def command(
         show_plan("inspect", {"ckpt": ckpt}, common)
         return
     settings = resolve(common).settings if common.preset or common.sets else None
-    show_result(_inspect(ckpt, settings), as_json=common.as_json)
+    result = _inspect(ckpt, settings)
+    if common.as_json:
+        write_json(result)
+    else:
+        _show(result)
 
 
 def _inspect(ckpt: str, compare: Settings | None) -> dict[str, Any]:
@@ -49,3 +55,52 @@ def _inspect(ckpt: str, compare: Settings | None) -> dict[str, Any]:
         row["sha256"] = sha256_of(str(path))
     result["sha256"] = rows[0]["sha256"] if len(rows) == 1 else None
     return result
+
+
+def _show(told: dict[str, Any]) -> None:
+    """For people: what it is first, then its parts and files."""
+    from rich.table import Table
+
+    console, types = stdout_console(), ", ".join(told["dtypes"])
+    fits = f"fits preset {' or '.join(told['fits'])}" if told["fits"] else "fits no bundled preset"
+    console.print(f"{told['kind']}, {fits}", style="bold", markup=False, highlight=False, soft_wrap=True)
+    for line in (
+        told["path"],
+        f"{told['parameters']:,} parameters in {told['tensors']:,} tensors, {types}; {told['layers']}",
+        *_more(told),
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    parts = Table("part", box=None, header_style="bold", pad_edge=False)
+    for name in ("tensors", "parameters"):
+        parts.add_column(name, justify="right")
+    parts.add_column("type")
+    for row in told["parts"]:
+        parts.add_row(row["part"], f"{row['tensors']:,}", f"{row['parameters']:,}", row["dtype"])
+    files = Table("file", box=None, header_style="bold", pad_edge=False)
+    files.add_column("size", justify="right")
+    files.add_column("SHA-256", no_wrap=True, overflow="fold")
+    for row in told["files"]:
+        files.add_row(row["file"], amount(row["bytes"], BYTES), row["sha256"])
+    for table in (parts, files):
+        console.print()
+        console.print(table)
+
+
+def _more(told: dict[str, Any]) -> list[str]:
+    """Lines for what not every checkpoint has."""
+    lines = []
+    if own := told["adapter"]:
+        encoder = "with" if own["action_encoder"] else "without"
+        lines.append(
+            f"{own['type']} of rank {own['rank']}, alpha {own['alpha']} on {own['modules']} layers "
+            f"({', '.join(own['targets'])}), {encoder} an action encoder"
+        )
+    if told["merged_adapter"]:
+        lines.append(f"an adapter was merged into it, SHA-256 {told['merged_adapter']}")
+    if told["lacks"]:
+        lines.append(f"lacks {', '.join(told['lacks'])}")
+    if near := told["nearest"]:
+        lines.append(f"nearest is preset {near['preset']}: {near['misfit']}")
+    if "own_preset" in told:
+        lines.append(f"your preset: {told['own_preset']}")
+    return lines

@@ -12,23 +12,29 @@ import typer
 
 from persistworld_cli.commands.cost import cost_report, pick_accelerator, show_cost
 from persistworld_cli.commands.options import Common
-from persistworld_cli.config.presets import Resolved, flatten, load_settings, to_json
+from persistworld_cli.config.presets import Pinned, Resolved, flatten, load_settings, to_json
 from persistworld_cli.console import note, stdout_console
 from persistworld_cli.errors import PersistWorldError
 
 _SHOWN_ROWS = 40  # of a table in a result; the file has all
 
 
-def resolve(common: Common, flags: Mapping[str, Any] | None = None, names: Mapping[str, str] | None = None) -> Resolved:
+def resolve(
+    common: Common,
+    flags: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
+    pinned: Pinned | None = None,
+) -> Resolved:
     """Settings from preset, environment, ``--set`` and this command's flags; says so where the bundled world is taken.
 
     Args:
         common: the shared options.
         flags: dotted key -> value of a flag, None where it was not given.
         names: dotted key -> the flag's spelling, where it is not ``--<key>``.
+        pinned: what a benchmark sets.
     """
     resolved = load_settings(
-        common.preset, common.sets or (), {**(flags or {}), **common.launch_flags()}, flag_names=names
+        common.preset, common.sets or (), {**(flags or {}), **common.launch_flags()}, flag_names=names, pinned=pinned
     )
     if resolved.implied:
         note(f"no --preset: using the bundled world (preset {resolved.preset})")
@@ -44,6 +50,7 @@ def execute(
     job: Mapping[str, Any] | None = None,
     folder: str | None = None,
     accelerator: str | None = None,
+    pinned: Pinned | None = None,
 ) -> None:
     """A whole command whose work is done by a worker: resolve, show or launch, print.
 
@@ -54,9 +61,10 @@ def execute(
         job: what is asked for beside the settings; JSON values. The worker gets ``output`` added.
         folder: name of the default output folder, if it is not the task's.
         accelerator: what a dry run's floors are for; None: the default.
+        pinned: as for `resolve`.
     """
     device = pick_accelerator(accelerator, dry_run=common.dry_run)
-    resolved = resolve(common, flags, names)
+    resolved = resolve(common, flags, names, pinned)
     output = output_folder(common, resolved, folder or task)
     if common.dry_run:
         report = cost_report(task, resolved.settings)

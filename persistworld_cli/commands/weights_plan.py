@@ -11,13 +11,19 @@ from persistworld_cli.commands.run import resolve, show_settings, write_json
 from persistworld_cli.console import stdout_console
 
 
-def show_plan(task: str, job: Mapping[str, Any], common: Common) -> None:
+def show_plan(
+    task: str,
+    job: Mapping[str, Any],
+    common: Common,
+    otherwise: str = "preset: the bundled one that the checkpoint fits",
+) -> None:
     """The job, and the settings where ``--preset`` or ``--set`` names some; otherwise the checkpoint decides.
 
     Args:
         task: the command's name.
         job: its own options; JSON values.
         common: the shared options.
+        otherwise: said where no preset is named.
     """
     output = str(job.get("output") or "standard output")
     own = {name: value for name, value in job.items() if name != "output"}
@@ -33,4 +39,4 @@ def show_plan(task: str, job: Mapping[str, Any], common: Common) -> None:
     console.print(f"[bold]{task}[/bold] into {escape(output)} (dry run: nothing is done)")
     for name, value in own.items():
         console.print(f"  {name}: {escape('-' if value in (None, '') else str(value))}")
-    console.print("  preset: the bundled one that the checkpoint fits")
+    console.print(f"  {otherwise}")

@@ -10,6 +10,7 @@ from persistworld_cli.config.settings import Settings
 from persistworld_cli.errors import UsageError, nearest
 
 _PRECISIONS = ("no", "bf16")
+FOLLOWING = ("swapped", "null")  # wrong actions that a model is also rolled out under
 _CHOICES: dict[str, Sequence[str]] = {
     "world.pixel_rounding": ("nearest", "down"),
     "model.temporal_token": ("first", "all"),
@@ -23,11 +24,14 @@ _CHOICES: dict[str, Sequence[str]] = {
     "post_train.prefix": ("uniform", "fixed", "curriculum"),
     "post_train.weighting": ("plain", "self"),
     "post_train.objective": ("nft", "recorded"),
+    "post_train.on_collapse": ("stop", "rollback"),
     "post_train.credit": ("rollout", "frame", "patch"),
-    "post_train.ema": ("ramp", "constant"),
+    "post_train.ema": ("ramp", "constant", "late-ramp"),
     "post_train.optimizer": ("muon", "adamw"),
     "pretrain.optimizer": ("muon", "adamw"),
     "vae.optimizer": ("muon", "adamw"),
+    "eval.study_cameras": ("groups", "all"),
+    "eval.colour_range": ("unit", "8bit"),
     "policy.layout": ("pi05", "pi0", "pi0-fast"),
     "launch.device": ("auto", "cpu", "cuda"),
 }
@@ -48,6 +52,7 @@ _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
             "sampling.decode_chunk",
             "clips.max_step",
             "clips.history_stride",
+            "clips.ahead",
             "pretrain.updates",
             "pretrain.batch",
             "pretrain.accumulate",
@@ -65,10 +70,13 @@ _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
             "post_train.lora_rank",
             "post_train.lora_alpha",
             "post_train.micro_batch",
+            "post_train.validate_rollouts",
+            "post_train.validate_steps",
             "post_train.save_every",
             "post_train.keep",
             "eval.steps",
             "eval.batch",
+            "eval.following_steps",
             "policy.image_size",
             "launch.num_processes",
             "launch.num_machines",
@@ -79,6 +87,7 @@ _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
         0,
         (
             "sampling.noise_aug",
+            "clips.workers",
             "pretrain.weight_decay",
             "pretrain.warmup",
             "pretrain.max_grad_norm",
@@ -90,6 +99,8 @@ _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
             "vae.colour_weight",
             "vae.edge_weight",
             "post_train.steps",
+            "post_train.validate_every",
+            "post_train.collapse_checks",
             "post_train.p_std",
             "post_train.keep_best",
             "post_train.keep_worst",
@@ -101,6 +112,7 @@ _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
             "post_train.max_grad_norm",
             "eval.sheets",
             "eval.bootstrap",
+            "eval.study_trials",
             "drive.start",
             "policy.camera",
             "policy.wrist_camera",
@@ -130,6 +142,7 @@ _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
             "policy.gain",
         ),
     ),
+    ("<", 1, ("pretrain.beta2",)),
     ("<=", 65535, ("launch.main_process_port", "policy.port")),
 )
 _SHARES = (
@@ -147,6 +160,7 @@ _RELATIONS: dict[str, tuple[Callable[[float, float], bool], str]] = {
     ">=": (operator.ge, "at least"),
     ">": (operator.gt, "more than"),
     "<=": (operator.le, "at most"),
+    "<": (operator.lt, "less than"),
 }
 
 
@@ -171,6 +185,7 @@ def check(settings: Settings, where: Mapping[str, str] | None = None) -> None:
     _check_world(settings, place)
     _check_sampling(settings, place)
     _check_post_train(settings, place)
+    _check_eval(settings, place)
     _check_launch(settings, place)
 
 
@@ -187,7 +202,7 @@ def _check_choices(settings: Settings, place: _Place) -> None:
         value = _value(settings, key)
         if value == "fp16" and choices is _PRECISIONS:
             raise UsageError(
-                f"{key} = 'fp16' is not offered: its small gradients vanish without loss scaling, which is not done here",
+                f"{key} = 'fp16' is not offered: gradients vanish in it without loss scaling, which is not done",
                 where=place(key),
                 fix="take 'bf16', which needs none, or 'no' (float32)",
             )
@@ -278,6 +293,12 @@ def _check_sampling(settings: Settings, place: _Place) -> None:
             "clips.zero_history_prob and clips.rollout_history_prob add up to more than 1",
             where=place("clips.zero_history_prob", "clips.rollout_history_prob"),
         )
+    weights = settings.clips.datasets
+    if weights and (min(weights.values()) < 0 or max(weights.values()) == 0):
+        raise UsageError(
+            f"clips.datasets = {weights}: weights must be at least 0, and one of them more",
+            where=place("clips.datasets"),
+        )
 
 
 def _check_post_train(settings: Settings, place: _Place) -> None:
@@ -300,6 +321,27 @@ def _check_post_train(settings: Settings, place: _Place) -> None:
             f"post_train.keep_best + keep_worst = {kept} must be at least 2 and at most candidates = {post.candidates}",
             where=place("post_train.keep_best", "post_train.keep_worst", "post_train.candidates"),
             fix="keep fewer candidates, or draw more",
+        )
+
+
+def _check_eval(settings: Settings, place: _Place) -> None:
+    options, world = settings.eval, settings.world
+    crop = options.crop
+    if len(crop) != 4 or min(crop) < 0 or sum(crop[:2]) >= world.height or sum(crop[2:]) >= world.width:
+        raise UsageError(
+            f"eval.crop = {list(crop)} leaves nothing of {world.height}x{world.width} pixels, or is no four margins",
+            where=place("eval.crop"),
+            fix="write pixels to leave out at the top, bottom, left and right: eval.crop = [0, 0, 0, 0]",
+        )
+    for kind in options.following:
+        if kind not in FOLLOWING:
+            raise UsageError(
+                f"eval.following names '{kind}'", where=place("eval.following"), fix=nearest(kind, FOLLOWING)
+            )
+    if not 0.0 < options.moving_threshold < 1.0:
+        raise UsageError(
+            f"eval.moving_threshold = {options.moving_threshold:g} must lie between 0 and 1",
+            where=place("eval.moving_threshold"),
         )
 
 

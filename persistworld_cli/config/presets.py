@@ -23,6 +23,7 @@ from persistworld_cli.errors import PersistWorldError, UsageError, nearest
 
 __all__ = [
     "DEFAULT_PRESET",
+    "Pinned",
     "Resolved",
     "bundled_root",
     "check",
@@ -55,6 +56,21 @@ class Resolved:
 
 
 @dataclass(frozen=True)
+class Pinned:
+    """Values that a file beside the preset sets: (dotted key, value) pairs, the layer's name, the file and its text."""
+
+    values: tuple[tuple[str, Any], ...]
+    origin: str
+    path: Path
+    text: str
+
+    def where(self, key: str) -> str:
+        """File and line of a key."""
+        table, _, name = key.partition(".")
+        return _place(self.path, self.text, table, name)
+
+
+@dataclass(frozen=True)
 class _Value:
     """A value on its way into the settings: where it was written, for messages, and the layer's name."""
 
@@ -74,6 +90,7 @@ def load_settings(
     flags: Mapping[str, Any] | None = None,
     env: Mapping[str, str] = os.environ,
     flag_names: Mapping[str, str] | None = None,
+    pinned: Pinned | None = None,
 ) -> Resolved:
     """Settings of a preset with everything that overrides it, checked.
 
@@ -83,6 +100,7 @@ def load_settings(
         flags: dotted key -> value; None values are flags that were not given.
         env: environment; ``PERSISTWORLD_POST_TRAIN__BETA`` sets ``post_train.beta``.
         flag_names: dotted key -> the flag's spelling, where it is not ``--<key>``.
+        pinned: a layer between preset and environment (a benchmark's).
 
     Raises:
         UsageError: unknown preset or key, wrong type, value out of range, a cycle of ``extends``.
@@ -94,6 +112,8 @@ def load_settings(
         layers = {
             key: dataclasses.replace(v, origin=f"{v.origin} (bundled world, no --preset)") for key, v in layers.items()
         }
+    if pinned:
+        layers |= {k: _Value(_typed(k, v, pinned.where(k)), pinned.origin, pinned.where(k)) for k, v in pinned.values}
     _add_environment(layers, env)
     for item in sets:
         _add_set(layers, item)

@@ -34,6 +34,7 @@ class ModelSettings:
 
     ckpt: str = ""  # weights: a file, a folder, a hub id, or "bundled:NAME"
     adapter: str = ""  # PEFT folder on top (post-trained LoRA + action encoder)
+    stat: str = ""  # stat.json of the data that the weights were trained on; empty: the dataset's own
     num_history: int = 6
     num_frames: int = 5
     action_dim: int = 7
@@ -71,7 +72,7 @@ class SamplingSettings:
     buffer_fill: int = 24  # copies of the first entry the buffer starts with
     decode_chunk: int = 7  # view-frames decoded as one clip
     dtype: str = "float32"  # float32 | bfloat16 | float16
-    cast: str = "autocast"  # what takes that type: autocast (products; weights float32) | model (all weights: half the memory)
+    cast: str = "autocast"  # what takes that type: autocast (products; weights float32) | model (all weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,9 @@ class ClipSettings:
     history_stride: int = 4  # history spacing = stride x step frames
     zero_history_prob: float = 0.15  # history spacing 0 (all history = current frame)
     rollout_history_prob: float = 0.0  # ours: history laid out as a rollout shows it (SamplingSettings.history)
+    datasets: dict[str, float] = field(default_factory=dict)  # processed dataset = weight; empty: world.dataset alone
+    workers: int = 2  # processes that read ahead, for each training process; 0: it reads itself
+    ahead: int = 2  # batches that each of them holds ready
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +171,7 @@ class PostTrainSettings:
     adv_clip: float = 1.0
     kl: float = 1e-4
     sigmas_per_candidate: int = 1
-    ema: str = "ramp"  # ramp: min(ema_rate * step, ema_max) | constant: ema_max
+    ema: str = "ramp"  # ramp: min(ema_rate * step, ema_max) | late-ramp: the same, 75 updates later | constant: ema_max
     ema_rate: float = 0.001
     ema_max: float = 0.5
     lora_rank: int = 64
@@ -182,6 +186,11 @@ class PostTrainSettings:
     micro_batch: int = 8
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
+    validate_every: int = 0  # updates between closed-loop checks on held-out starts, the base beside; 0: none
+    validate_rollouts: int = 8
+    validate_steps: int = 14  # interactions of a check's rollout
+    collapse_checks: int = 3  # falls in a row that count as collapse, once below the base; 0: never
+    on_collapse: str = "stop"  # stop | rollback (go on from the best check with half the learning rate)
     seed: int = 0
     save_every: int = 50
     keep: int = 2
@@ -191,14 +200,23 @@ class PostTrainSettings:
 class EvalSettings:
     """The closed-loop benchmark (method.md section 5)."""
 
+    benchmark: str = ""  # name or path of a benchmark file (presets/benchmarks); empty: none, these settings alone
     split: str = "val"
     episodes: tuple[str, ...] = ()  # empty: all of the split
     starts: tuple[int, ...] = (0,)
     steps: int = 14
     seeds: tuple[int, ...] = (0,)
+    crop: tuple[int, ...] = (0, 0, 0, 0)  # pixels left out of every metric: top, bottom, left, right
+    colour_range: str = "unit"  # what metrics see: unit (in [0, 1], as drawn) | 8bit (rounded by world.pixel_rounding)
+    moving_threshold: float = 0.08  # of the full range: a pixel that differs by more from the start has moved
+    masks: tuple[str, ...] = ()  # DIR or NAME=DIR: psnr and ssim on pixels that the user marked
+    following: tuple[str, ...] = ()  # swapped, null: also roll out under these wrong actions
+    following_steps: int = 4  # interactions of those rollouts
     batch: int = 8
     sheets: int = 3
     bootstrap: int = 2000
+    study_trials: int = 0  # questions of a blind study (--study), drawn at random; 0: all
+    study_cameras: str = "groups"  # a question shows: groups (exterior or wrist cameras) | all (of them at once)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,6 +114,13 @@ def require_adapter_fit(adapter: Adapter, lora_shapes: Shapes, encoder_shapes: S
         raise _other_model(adapter, text)
 
 
+def require_adapter(source: str | Path, settings: ModelSettings) -> None:
+    """Raise PersistWorldError where an adapter is not one of this model's; nothing of the model is built or read."""
+    adapter = read_adapter(locate(source))
+    if text := adapter_misfit(adapter, settings):
+        raise _other_model(adapter, text)
+
+
 def _other_model(adapter: Adapter, why: str) -> PersistWorldError:
     fits = adapter_presets(adapter)
     known = f"it fits preset {' or '.join(fits)}" if fits else "it fits none of the bundled presets"
@@ -128,6 +135,14 @@ def adapter_presets(adapter: Adapter) -> list[str]:
     """Bundled presets whose model the adapter is made for."""
     candidates = [name for name in preset_names() if _may_fit(adapter, preset_shapes(name))]
     return [name for name in candidates if not adapter_misfit(adapter, bundled_settings(name).model)]
+
+
+def nearest_misfit(adapter: Adapter) -> tuple[str, str] | None:
+    """A bundled preset with the layers that the adapter changes, and why it does not fit; None where there is none."""
+    for name in preset_names():
+        if _may_fit(adapter, preset_shapes(name)):
+            return name, adapter_misfit(adapter, bundled_settings(name).model)
+    return None
 
 
 def _may_fit(adapter: Adapter, shapes: Shapes) -> bool:

@@ -14,15 +14,16 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from persistworld_cli.config.settings import ModelSettings, SamplingSettings, WorldSettings
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.models import vae as vae_room
 from persistworld_cli.models.diffusion import karras_sigmas
 from persistworld_cli.models.meter import Work, measure
 from persistworld_cli.models.samplers import find_sampler
-from persistworld_cli.models.world_model import DECODE_ROWS, Condition, WorldModel, build_world_model
+from persistworld_cli.models.world_model import CARRIED, DECODE_ROWS, Condition, WorldModel, build_world_model
 
 META = torch.device("meta")
 AUTOCAST = {  # sampling.dtype and mixed_precision
     **{"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16},
-    **{"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16},
+    **{"no": torch.float32, "bf16": torch.bfloat16},
 }
 
 
@@ -82,6 +83,11 @@ def part_sizes(model: WorldModel) -> dict[str, int]:
     return {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
 
 
+def weight_bytes(model: WorldModel) -> int:
+    """Bytes of the weights that are loaded: all but the part that nothing computes with."""
+    return sum(tensor_bytes(part.parameters()) for name, part in model.named_children() if name != CARRIED)
+
+
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of tensors as they are held."""
     return sum(t.numel() * t.element_size() for t in tensors)
@@ -113,8 +119,8 @@ def decoding_work(model: WorldModel, chunk: int) -> Work:
 def encoding_work(model: WorldModel, frames: int = 1) -> Work:
     """Work of encoding some frames of all cameras."""
     world = model.world
-    pictures = torch.empty(frames, len(world.cameras), world.height, world.width, 3, dtype=torch.uint8, device=META)
-    return measure(lambda: model.encode_frames(pictures), model.parameters(), torch.float32)
+    images = torch.empty(frames * len(world.cameras), 3, world.height, world.width, device=META)
+    return measure(lambda: vae_room.encode(model.vae, images), model.parameters(), torch.float32)
 
 
 def sampler_calls(sampling: SamplingSettings) -> int:
@@ -133,7 +139,7 @@ def sampler_calls(sampling: SamplingSettings) -> int:
 
 def count_interaction(model: WorldModel, sampling: SamplingSettings, rollouts: int) -> InteractionCost:
     """Cost of an interaction of a model on the meta device; bytes for ``rollouts`` rollouts advanced together."""
-    dtype = AUTOCAST[sampling.dtype]
+    dtype = AUTOCAST[sampling.dtype] if model.dtype is torch.float32 else torch.float32  # no autocast, as the engine
     sampled = measure(lambda: predict(model, rollouts, sampling.guidance), model.parameters(), dtype)
     decoded = decoding_work(model, sampling.decode_chunk)
     with _reference_attention(model):

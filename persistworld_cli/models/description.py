@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.models.adapters import Adapter, adapter_misfit, adapter_presets, read_adapter
+from persistworld_cli.models.adapters import Adapter, adapter_misfit, adapter_presets, nearest_misfit, read_adapter
 from persistworld_cli.models.fit import (
     fitting_presets,
     misfit,
+    nearest_preset,
+    needed_shapes,
     partly_fitting,
     parts_of,
     preset_shapes,
@@ -38,8 +40,9 @@ def describe(name: str, compare: Settings | None = None) -> dict[str, Any]:
 
     Returns:
         JSON values: ``kind``, ``path``, ``layers``, ``tensors``, ``parameters``, ``dtypes`` (type -> tensors), ``fits``
-        (bundled presets), ``lacks`` (parts of those presets that are not in it), ``adapter`` (rank, alpha, targets),
-        ``merged_adapter``, ``parts`` and ``files`` (one row each); with `compare`, ``own_preset``: "fits", or why not.
+        (bundled presets), ``nearest`` (where it fits none: the ``preset`` with most in common, ``misfit``), ``lacks``
+        (parts of those presets that are not in it), ``adapter`` (rank, alpha, targets), ``merged_adapter``, ``parts``
+        and ``files`` (one row each); with `compare`, ``own_preset``: "fits", or why not.
 
     Raises:
         PersistWorldError: nothing there, damaged, or tensors of something else.
@@ -70,14 +73,20 @@ def _fit_of_weights(files: WeightFiles, compare: Settings | None) -> dict[str, A
     fits = fitting_presets(shapes) or list(partly)
     whole = parts_of(preset_shapes(fits[0])) if fits else {}
     own = parts_of(with_prefix(shapes))
-    result: dict[str, Any] = {"fits": fits, "lacks": [part for part in whole if part not in own]}
+    result: dict[str, Any] = {"fits": fits, "lacks": [part for part in whole if part not in own], "nearest": None}
+    near = nearest_preset(with_prefix(shapes))
+    if not fits and preset_shapes(near).items() & with_prefix(shapes).items():
+        why = misfit(needed_shapes(near, shapes), with_prefix(shapes))
+        result["nearest"] = {"preset": near, "misfit": why}
     if compare:
         result["own_preset"] = misfit(settings_shapes(compare), with_prefix(shapes)) or "fits"
     return result
 
 
 def _fit_of_adapter(adapter: Adapter, compare: Settings | None) -> dict[str, Any]:
-    result: dict[str, Any] = {"fits": adapter_presets(adapter), "lacks": []}
+    result: dict[str, Any] = {"fits": adapter_presets(adapter), "lacks": [], "nearest": None}
+    if not result["fits"] and (near := nearest_misfit(adapter)):
+        result["nearest"] = dict(zip(("preset", "misfit"), near, strict=True))
     if compare:
         result["own_preset"] = adapter_misfit(adapter, compare.model) or "fits"
     return result

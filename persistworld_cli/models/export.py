@@ -13,9 +13,10 @@ from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.models.adapters import adapter_misfit, adapter_presets, read_adapter, write_adapter
 from persistworld_cli.models.checkpoints import load_world_model
 from persistworld_cli.models.description import MERGED
-from persistworld_cli.models.fit import bundled_settings, nearest_preset, preset_shapes, require_fit, require_known
+from persistworld_cli.models.fit import bundled_settings, nearest_preset, needed_shapes, require_fit, require_known
 from persistworld_cli.models.weight_files import WeightFiles
 from persistworld_cli.models.weight_sources import ADAPTER_CONFIG, locate
+from persistworld_cli.models.world_model import CARRIED
 from persistworld_cli.models.writing import require_free, written_beside
 
 # What is written -> how the file's name ends ("": a folder).
@@ -66,8 +67,13 @@ def export_model(
             fix=f"name the weights it belongs on: persistworld export WEIGHTS --adapter {ckpt}",
         )
     settings = settings or _settings_of(ckpt)
-    loading = torch.float32 if adapter else dtype
-    model = load_world_model(settings.model, settings.world, ckpt=ckpt, adapter=adapter, dtype=loading).to(dtype)
+    model = load_world_model(settings.model, settings.world, ckpt=ckpt, adapter=adapter, dtype=dtype, carried=True)
+    if to == "ctrl-world" and settings.model.image and not hasattr(model, CARRIED):
+        raise PersistWorldError(
+            f"Ctrl-World loads with strict=True and wants an {CARRIED.replace('_', ' ')}; this checkpoint has none",
+            where=ckpt,
+            fix="write --to safetensors, which this program loads, or name the checkpoint that has it",
+        )
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     _require_finite(tensors, dtype)
     with written_beside(output, force=force) as beside:
@@ -142,7 +148,7 @@ def _settings_of(ckpt: str) -> Settings:
     shapes = WeightFiles(locate(ckpt)).shapes
     require_known(shapes, ckpt)
     name = nearest_preset(shapes)
-    require_fit(preset_shapes(name), shapes, ckpt, whose=f"preset {name}")
+    require_fit(needed_shapes(name, shapes), shapes, ckpt, whose=f"preset {name}")
     return bundled_settings(name)
 
 

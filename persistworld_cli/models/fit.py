@@ -14,7 +14,7 @@ from persistworld_cli.config.presets import load_settings, preset_names
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.weight_sources import PARTS
-from persistworld_cli.models.world_model import build_world_model
+from persistworld_cli.models.world_model import CARRIED, build_world_model
 
 Shapes = Mapping[str, tuple[int, ...]]
 _LORA = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector")
@@ -130,9 +130,15 @@ def settings_shapes(settings: Settings) -> dict[str, tuple[int, ...]]:
         return shapes_of(build_world_model(settings.model, settings.world))
 
 
+def needed_shapes(name: str, given: Shapes) -> dict[str, tuple[int, ...]]:
+    """A bundled preset's shapes, without the part that nothing computes with where `given` has none of it."""
+    whole, own = preset_shapes(name), parts_of(given)
+    return {k: shape for k, shape in whole.items() if CARRIED in own or k.partition(".")[0] != CARRIED}
+
+
 def fitting_presets(shapes: Shapes) -> list[str]:
     """Bundled presets whose whole model these shapes are."""
-    return [name for name in preset_names() if not misfit(preset_shapes(name), shapes)]
+    return [name for name in preset_names() if not misfit(needed_shapes(name, shapes), shapes)]
 
 
 def partly_fitting(shapes: Shapes) -> dict[str, list[str]]:

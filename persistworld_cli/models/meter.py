@@ -97,7 +97,7 @@ class _LikeCuda(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func is functional.scaled_dot_product_attention:
-            q, k, v = (self._cast(x, self.dtype) for x in args[:3])
+            q, k, v = args[:3] if self.dtype is torch.float32 else (self._cast(x, self.dtype) for x in args[:3])
             fused = torch.ops.aten._scaled_dot_product_flash_attention
             return fused(q, k, v, 0.0, False, False, scale=kwargs.get("scale"))[0]
         if self.dtype is not torch.float32 and (func in _SMALL or func in _WHOLE):

@@ -25,6 +25,11 @@ class ActionEncoder(nn.Module):
         )
         self.token_dim = token_dim
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.action_encode[0].weight.dtype
+
     def forward(self, actions_bnd: torch.Tensor, text_be: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens (B, N, T) of normalised actions (B, N, D) and text embeddings (B, E), E a divisor of T."""
         tokens = self.action_encode(actions_bnd)

@@ -6,6 +6,7 @@ Pixels are uint8 or [0, 1] outside, [-1, 1] inside; latents are scaled by the VA
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from diffusers import AutoencoderKLTemporalDecoder
 
 from persistworld_cli.models.norms import set_norm_groups
 from persistworld_cli.models.temporal_conv import fold_temporal_convs
+from persistworld_cli.seeding import generator
 
 DIFFUSERS_GROUPS = 32
 
@@ -42,9 +44,47 @@ def unstack_cameras(latent_nchw: torch.Tensor, cameras: int) -> torch.Tensor:
     return latent_nchw.reshape(n, c, cameras, h // cameras, w).permute(0, 2, 1, 3, 4)
 
 
-def encode(vae: AutoencoderKLTemporalDecoder, images: torch.Tensor) -> torch.Tensor:
-    """Mode of the posterior, scaled: images (M, 3, H, W) in [-1, 1] to (M, C, h1, w)."""
-    return vae.encode(images.to(vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
+def encode(vae: AutoencoderKLTemporalDecoder, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+    """Images (M, 3, H, W) in [-1, 1] to scaled latents (M, C, h1, w): the posterior's mode, or with unit `noise` of the
+    latents' shape a draw from it.
+    """
+    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    latents = posterior.mode() if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
+    return latents * vae.config.scaling_factor
+
+
+def encode_pictures(
+    vae: AutoencoderKLTemporalDecoder, frames_u8: torch.Tensor, device: torch.device, posterior: str = "mode"
+) -> torch.Tensor:
+    """uint8 pictures (N, V, H, W, 3) to latents with the cameras stacked, (N, C, h, w), float32.
+
+    Args:
+        vae: on `device`.
+        frames_u8: on the CPU.
+        device: where it is computed.
+        posterior: ``mode``, or ``sample`` for a draw that is a function of camera and picture alone, so that batches,
+            processes and runs that are resumed give the same.
+    """
+    n, v = frames_u8.shape[:2]
+    images = pixels_to_unit(frames_u8.flatten(0, 1).to(device))
+    noise = _picture_noise(vae, frames_u8).to(device) if posterior == "sample" else None
+    return stack_cameras(encode(vae, images, noise).unflatten(0, (n, v)).float())
+
+
+def _picture_noise(vae: AutoencoderKLTemporalDecoder, frames_u8: torch.Tensor) -> torch.Tensor:
+    """Unit noise (N * V, C, h1, w) for pictures (N, V, H, W, 3), seeded by camera and picture."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    size = [-(-side // factor) for side in frames_u8.shape[2:4]]
+    draws = [
+        torch.randn(vae.config.latent_channels, *size, generator=generator("posterior", camera, _hash(picture)))
+        for frame in frames_u8
+        for camera, picture in enumerate(frame)
+    ]
+    return torch.stack(draws)
+
+
+def _hash(picture_u8: torch.Tensor) -> int:
+    return zlib.crc32(picture_u8.contiguous().numpy())
 
 
 def decode(vae: AutoencoderKLTemporalDecoder, latents: torch.Tensor, chunk: int) -> torch.Tensor:

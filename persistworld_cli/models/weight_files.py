@@ -24,7 +24,7 @@ from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.weight_sources import WeightSource
 
 # A mapped file's pages count as this process's memory until they are let go of: so much of it may be mapped at once.
-WINDOW = 64 << 20  # bytes
+WINDOW = 16 << 20  # bytes
 # Buffers that transformers before 4.31 wrote; models of today hold them outside the state dict and refuse them.
 DROPPED = "position_ids"
 
@@ -216,6 +216,13 @@ def _policy(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
     return {names.get(name, name): tensor for name, tensor in content.items()}
 
 
+def _damage(error: Exception) -> str:
+    """What is wrong with a file, in few words: most often that its end is missing."""
+    said = str(error).splitlines()[0].partition(". ")[0] if str(error) else ""
+    cut = not said or any(mark in said for mark in ("not fully covered", "invalid header length", "header too small"))
+    return "its end is missing" if cut else said
+
+
 def _open(path: Path) -> _File:
     """A file by what its first bytes say, not by its name.
 
@@ -243,8 +250,9 @@ def _open(path: Path) -> _File:
             fix="get a plain state dict, or safetensors",
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else "its end is missing"
-        raise PersistWorldError(f"the file is damaged: {reason}", where=str(path), fix="fetch it again") from error
+        raise PersistWorldError(
+            f"the file is damaged: {_damage(error)}", where=str(path), fix="fetch it again"
+        ) from error
     what, fix = f"not a weights file: it begins with {head[:16]!r}", "give safetensors or what torch.save wrote"
     if not head:
         what, fix = "the file is empty", "fetch it again"

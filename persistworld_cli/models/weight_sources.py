@@ -89,8 +89,8 @@ class _Listing:
 
 
 def _names_in(folder: Path) -> frozenset[str]:
-    """Files of a folder and of its subfolders, not deeper: a run's folder holds a whole history."""
-    found = [*folder.glob("*"), *folder.glob("*/*")]
+    """Files of a folder, its subfolders and a run's adapter; not deeper: a run's folder holds a whole history."""
+    found = [*folder.glob("*"), *folder.glob("*/*"), *folder.glob("weights/adapter/*")]
     return frozenset(path.relative_to(folder).as_posix() for path in found if path.is_file())
 
 
@@ -108,7 +108,7 @@ def _of_file(name: str, path: Path) -> WeightSource:
 
 def _of_listing(listing: _Listing, root: Path | None, parts: Iterable[str]) -> WeightSource:
     """What a folder or repository holds: an adapter, a diffusers folder, or one checkpoint."""
-    for folder in ("", "adapter/"):  # a post-training's `weights` holds its adapter one level down
+    for folder in ("", "adapter/", "weights/adapter/"):  # an adapter, a post-training's `weights`, its run's folder
         if folder + ADAPTER_CONFIG in listing.names:
             return _of_adapter(listing, root, folder)
     if STATE in listing.names:

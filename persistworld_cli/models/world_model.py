@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from persistworld_cli.config.settings import ModelSettings, WorldSettings
+from persistworld_cli.config.settings import ModelSettings, SamplingSettings, WorldSettings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models import text as text_room
 from persistworld_cli.models import vae as vae_room
@@ -24,6 +24,7 @@ from persistworld_cli.models.temporal_conv import fold_temporal_convs
 from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.unet import FrameLevelUNet
 
+CARRIED = "image_encoder"  # in checkpoints because Ctrl-World's strict loading wants it; nothing computes with it
 DECODE_ROWS = 48  # pictures that go through the decoder at once, where runs can be batched
 
 
@@ -74,6 +75,11 @@ class WorldModel(nn.Module):
         return self.unet.conv_in.weight.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the UNet's weights."""
+        return self.unet.conv_in.weight.dtype
+
+    @property
     def tokenizer(self) -> CLIPTokenizer:
         """Loaded on first use: only instructions need it."""
         if self._tokenizer is None:
@@ -89,6 +95,22 @@ class WorldModel(nn.Module):
         cameras, world = len(self.world.cameras), self.world
         rows, columns = math.ceil(world.height / factor), math.ceil(world.width / factor)
         return self.vae.config.latent_channels, cameras * rows, columns
+
+    def drop_carried(self) -> None:
+        """Let go of the part that nothing computes with; what is left has all numbers that the model needs."""
+        if hasattr(self, CARRIED):
+            delattr(self, CARRIED)
+
+    def cast_for_sampling(self, sampling: SamplingSettings) -> WorldModel:
+        """Hold the weights in the type that ``sampling`` asks for (``sampling.cast = "model"``); returns itself.
+
+        SVD's VAE overflows in float16 and then stays in float32, as diffusers' ``force_upcast`` does it.
+        """
+        dtype = sampling_dtype(sampling)
+        self.to(dtype)
+        if dtype is torch.float16:
+            self.vae.float()
+        return self
 
     def check_data(self, latent: tuple[int, ...], numbers: int) -> None:
         """Refuse data that another preset made, before any of it reaches the network.
@@ -121,9 +143,7 @@ class WorldModel(nn.Module):
     @torch.no_grad()
     def encode_frames(self, frames_u8: torch.Tensor) -> torch.Tensor:
         """uint8 pictures (N, V, H, W, 3) to latents (N, C, h, w), float32."""
-        n, v = frames_u8.shape[:2]
-        images = vae_room.pixels_to_unit(frames_u8.flatten(0, 1).to(self.device))
-        return vae_room.stack_cameras(vae_room.encode(self.vae, images).unflatten(0, (n, v)).float())
+        return vae_room.encode_pictures(self.vae, frames_u8, self.device, self.settings.posterior)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, chunk: int = 0, rows: int = DECODE_ROWS) -> torch.Tensor:
@@ -163,13 +183,17 @@ class WorldModel(nn.Module):
 
     def tokens(self, actions: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
         """Conditioning tokens (B, N, T) of normalised actions (B, N, D) and text embeddings (B, E)."""
+        actions = actions.to(self.action_encoder.dtype)
         return self.action_encoder(actions, text if self.settings.text_cond else None)
 
     # -- the network ----------------------------------------------------------------------------------------------
 
     def network(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """Raw output F (B, L, C, h, w) for noisy frames x (B, L, C, h, w) at levels sigma (B,)."""
-        settings = self.settings
+        """Raw output F (B, L, C, h, w) for noisy frames x (B, L, C, h, w) at levels sigma (B,), in x's type.
+
+        The network computes in its weights' own type (autocast apart), whatever x has; noise levels keep theirs.
+        """
+        settings, dtype = self.settings, self.dtype
         scale = precondition(sigma)
         frames = torch.cat([condition.history, scale.c_in.view(-1, 1, 1, 1, 1) * x], dim=1)
         current = condition.current / self.vae.config.scaling_factor
@@ -178,13 +202,13 @@ class WorldModel(nn.Module):
             still[:, : condition.history.shape[1]] = 0
         ids = torch.tensor([settings.fps_id, settings.motion_bucket_id, condition.noise_aug], device=x.device)
         out: Any = self.unet(
-            torch.cat([frames, still], dim=2),
+            torch.cat([frames, still], dim=2).to(dtype),
             scale.c_noise,
-            condition.tokens,
+            condition.tokens.to(dtype),
             added_time_ids=ids.to(x.dtype).expand(x.shape[0], 3),
             return_dict=False,
         )
-        return out[0][:, condition.history.shape[1] :]
+        return out[0][:, condition.history.shape[1] :].to(x.dtype)
 
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
         """Clean prediction D = c_skip x + c_out F, (B, L, C, h, w), at levels sigma (B,)."""
@@ -206,6 +230,12 @@ class WorldModel(nn.Module):
         )
         without, given = self.denoise(x.repeat(2, 1, 1, 1, 1), sigma.repeat(2), both).chunk(2)
         return without + weight * (given - without)
+
+
+def sampling_dtype(sampling: SamplingSettings) -> torch.dtype:
+    """Of the weights while sampling: float32 where autocast takes care of the products."""
+    dtype: torch.dtype = getattr(torch, sampling.dtype)
+    return dtype if sampling.cast == "model" else torch.float32
 
 
 def build_world_model(settings: ModelSettings, world: WorldSettings) -> WorldModel:

@@ -152,8 +152,8 @@ class RolloutEngine:
         return predicted
 
     def _autocast(self) -> AbstractContextManager[object]:
-        dtype = DTYPES[self.sampling.dtype]
-        return nullcontext() if dtype is torch.float32 else torch.autocast(self.model.device.type, dtype)
+        dtype, own = DTYPES[self.sampling.dtype], self.model.dtype
+        return nullcontext() if dtype in (torch.float32, own) else torch.autocast(self.model.device.type, dtype)
 
 
 def recorded_poses(states: np.ndarray, start: int, interaction: int, rows: int) -> np.ndarray:

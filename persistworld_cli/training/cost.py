@@ -22,6 +22,7 @@ from persistworld_cli.models.cost import (
     part_sizes,
     predict,
     tensor_bytes,
+    weight_bytes,
 )
 from persistworld_cli.models.lora import PolicySwitch
 from persistworld_cli.models.meter import Work, checkpointing, measure
@@ -38,7 +39,7 @@ def post_train_report(settings: Settings) -> CostReport:
     """Cost of post-training: an interaction, an update by its kinds of work, the run, and a process's memory."""
     options, sampling = settings.post_train, settings.sampling
     model = meta_model(settings.model, settings.world)
-    parameters, weights = part_sizes(model), tensor_bytes(model.parameters())
+    parameters, weights = part_sizes(model), weight_bytes(model)
     interaction = count_interaction(model, sampling, 1)
     switch = _policies(model, options)
     local = math.ceil(options.groups / settings.launch.num_processes) * options.candidates
@@ -91,9 +92,9 @@ def pretrain_report(settings: Settings) -> CostReport:
             WorkRow("run", f"run: {options.updates} updates", update * options.updates, processes),
         ],
         memory=[
-            MemoryRow("weights", "weights, float32", tensor_bytes(model.parameters())),
+            MemoryRow("weights", "weights, float32", weight_bytes(model)),
             *_training_rows(learned, options.optimizer, inputs_and_outputs(model)),
-            MemoryRow("average", "averaged weights", tensor_bytes(learned)),
+            *([MemoryRow("average", "averaged weights", tensor_bytes(learned))] if options.ema else []),
             MemoryRow("learning", f"learning from {clips(share)} at once{_how(options)}", step.peak, passing=True),
         ],
     )

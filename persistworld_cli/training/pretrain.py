@@ -6,18 +6,20 @@ Order of samples and every random draw are functions of (seed, update, rank), so
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import PretrainSettings, Settings
-from persistworld_cli.data.clips import ClipBatch, ClipSource
-from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.data.loader import ClipLoader
+from persistworld_cli.data.mixture import ClipBatch, ClipMixture, open_clips
+from persistworld_cli.data.store import open_store
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.models.checkpoints import FRESH, load_vae, load_world_model
+from persistworld_cli.models.checkpoints import FRESH, load_vae, load_world_model, open_carried
+from persistworld_cli.models.weight_files import WeightFiles
 from persistworld_cli.models.world_model import WorldModel, build_world_model
 from persistworld_cli.objective.denoising import Draws, denoising_loss
 from persistworld_cli.reports.progress import Meter
@@ -65,11 +67,18 @@ def trained_parameters(model: WorldModel, options: PretrainSettings) -> list[tor
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def save_weights(model: WorldModel, folder: Path) -> Path:
-    """All parts as one safetensors file under Ctrl-World's names, whole or not at all."""
+def save_weights(model: WorldModel, folder: Path, carried: WeightFiles | None = None) -> Path:
+    """All parts as one safetensors file under Ctrl-World's names, whole or not at all.
+
+    Args:
+        model: what was trained.
+        folder: where the file goes.
+        carried: what the checkpoint it began from holds beside (an image encoder), taken over as it is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path, beside = folder / "model.safetensors", folder / ".model.safetensors.new"
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, str(beside))
+    own = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    save_file({**own, **(carried.load() if carried else {})}, str(beside))
     beside.replace(path)
     return path
 
@@ -79,32 +88,40 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
 
     Returns the last training loss, the validation loss and where the weights lie.
     """
+    clips = settings.clips
+    work = Run.of(settings, settings.pretrain, job)
+    train = open_clips(settings)
+    val = open_clips(settings, "val") if open_store(settings).episodes("val") else None
+    if work.main:
+        scale = settings.model.stat or settings.world.dataset
+        logger.info("clips: %s; actions scaled by the percentiles of %s", train.describe(), scale)
+    share = settings.pretrain.batch // work.world
+    # before the model is here: its workers are copies of this process
+    with ClipLoader(train, share, workers=clips.workers, ahead=clips.ahead) as loader:
+        return _train(settings, job, work, loader, val)
+
+
+def _train(
+    settings: Settings, job: dict[str, Any], work: Run, loader: ClipLoader, val: ClipMixture | None
+) -> dict[str, Any]:
+    """The training loop."""
     options = settings.pretrain
-    work = Run.of(settings, options, job)
     model = initial_model(settings, job, work.device)
+    carried = None if job.get("scratch") else open_carried(job.get("ckpt") or settings.model.ckpt)
     parameters = trained_parameters(model, options)
     if options.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    store = EpisodeStore(resolve_path(settings.world.dataset))
-    preset = settings.model
-
-    def clips(split: str, preload: bool | None) -> ClipSource:
-        counts = (preset.num_history, preset.num_frames)
-        return ClipSource(store, split, settings.clips, *counts, settings.sampling, preload=preload)
-
-    train = clips("train", None)
-    val = clips("val", False) if store.episodes("val") else None
     optimizers = Optimizers(
         parameters,
         options.optimizer,
         lr=options.lr,
         weight_decay=options.weight_decay,
-        betas=(0.9, 0.99),
+        betas=(0.9, options.beta2),
         by_adamw=inputs_and_outputs(model),
     )
     average = WeightAverage(parameters, options.ema)
     begun = restore(work, parameters, optimizers, average)
-    share = options.batch // work.world
+    batches = loader.batches(options.seed, begun * options.accumulate, work.rank, work.world)
     model.train()
     loss = torch.tensor(float("nan"))
     with Meter("pretrain", options.updates, done=begun, quiet=not work.main) as meter:
@@ -113,7 +130,7 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
             optimizers.set_lr(lr)
             for part in range(options.accumulate):
                 tick = step * options.accumulate + part
-                batch = train.batch(options.seed, tick, share, work.rank, work.world)
+                batch = next(batches)
                 with work.accelerator.autocast():
                     loss = batch_loss(model, batch, options, (options.seed, tick, work.rank))
                 (loss / options.accumulate).backward()
@@ -140,36 +157,30 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
                 work.save(done, snapshot(parameters, optimizers, average))
             if stop:
                 raise Interrupted
-    if options.ema:
-        average.copy_to(parameters)
-    weights = (
-        save_weights(model, work.output / "weights") if work.main else work.output / "weights" / "model.safetensors"
-    )
+    average.copy_to(parameters)
+    weights = work.output / "weights" / "model.safetensors"
+    if work.main:
+        save_weights(model, weights.parent, carried)
     final = validate(model, val, settings, parameters, None, work) if val is not None else None
     return {"updates": options.updates, "loss": loss.item(), "val_loss": final, "weights": str(weights)}
 
 
 def validate(
     model: WorldModel,
-    source: ClipSource,
+    source: ClipMixture,
     settings: Settings,
     parameters: list[torch.nn.Parameter],
     average: WeightAverage | None,
     work: Run,
 ) -> float:
     """Mean loss of the averaged weights over fixed validation clips and fixed draws."""
-    kept = [p.detach().clone() for p in parameters]
-    if average is not None and settings.pretrain.ema:
-        average.copy_to(parameters)
     model.eval()
     losses = []
-    with torch.no_grad(), work.accelerator.autocast():
+    averaged = average.in_place_of(parameters) if average is not None else nullcontext()
+    with averaged, torch.no_grad(), work.accelerator.autocast():
         for k in range(VALIDATION_CLIPS // 8):
             losses.append(batch_loss(model, source.batch(123, k, 8), settings.pretrain, (123, k, 0)).item())
     model.train()
-    with torch.no_grad():
-        for p, value in zip(parameters, kept, strict=True):
-            p.copy_(value)
     return sum(losses) / len(losses)
 
 
@@ -178,8 +189,7 @@ def snapshot(parameters: list[torch.nn.Parameter], optimizers: Optimizers, avera
     return {
         "parameters": [p.detach().cpu() for p in parameters],
         "optimizers": optimizers.state(),
-        "average": average.shadow,
-        "count": average.count,
+        **average.state(),
     }
 
 
@@ -191,8 +201,7 @@ def restore(work: Run, parameters: list[torch.nn.Parameter], optimizers: Optimiz
         for p, value in zip(parameters, saved["parameters"], strict=True):
             p.copy_(value)
     optimizers.load_state(saved["optimizers"])
-    average.shadow = [s.to(p.device) for s, p in zip(saved["average"], parameters, strict=True)]
-    average.count = saved["count"]
+    average.load_state(saved, parameters)
     work.trim_log(saved["step"])
     logger.info("resumed at update %d", saved["step"])
     return int(saved["step"])

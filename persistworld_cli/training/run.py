@@ -32,7 +32,7 @@ class Run:
 
     Args:
         output: the run's folder.
-        mixed_precision: accelerate's no | bf16 | fp16.
+        mixed_precision: accelerate's no | bf16; its fp16 would need loss scaling, for which the loops have no place.
         keep: how many saved states to keep.
         cpu: stay on the CPU.
         resume: go on from what the folder holds; otherwise it is forgotten.

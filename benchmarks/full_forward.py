@@ -1,0 +1,135 @@
+"""One forward pass of the full-size network on this CPU: time, FLOP/s, memory.
+
+`python -m benchmarks.full_forward [--preset ctrl-world] [--dtype bfloat16] [--repeats 3] [--json]`
+
+UNet and action encoder get random weights in the type asked for, straight from the meta device; nothing else of the
+model is given memory. A clip of the preset's size (ctrl-world: 1 x 11 frames, 72 x 40) goes through `denoise`, once to
+warm up and then `--repeats` times. FLOPs are those of `persistworld ... --dry-run` (counted on the meta device). The
+measuring runs in a process of its own with the environment that workers get; `peak_bytes` is its VmHWM (Linux), with
+the interpreter and its libraries in it (`libraries_bytes`: before the model is built). `cpu_s` is the time that the
+process's threads ran: where it is well below threads x seconds, the machine was shared and the times say little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.full_size import peak_bytes, random_weights
+from persistworld_cli.compat import free_main_thread
+from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.settings import LaunchSettings, Settings
+from persistworld_cli.launch.environment import worker_environment
+from persistworld_cli.models.cost import meta_model, predict
+from persistworld_cli.models.meter import measure
+from persistworld_cli.models.world_model import Condition, WorldModel
+
+
+def build(settings: Settings, dtype: torch.dtype) -> WorldModel:
+    """The model with memory and random weights for UNet and action encoder alone."""
+    model = meta_model(settings.model, settings.world).to(dtype)
+    for part in (model.unet, model.action_encoder):
+        part.to_empty(device="cpu")
+        targets = part.state_dict()
+        for name, tensor in random_weights({k: v.shape for k, v in targets.items()}, dtype):
+            targets[name].copy_(tensor)
+    return model
+
+
+@torch.no_grad()
+def forward(model: WorldModel) -> torch.Tensor:
+    """The clean prediction of one random clip: (1, L, C, h, w), float32."""
+    draw = torch.Generator().manual_seed(0)
+    settings, frame = model.settings, model.latent_shape
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(1, *shape, generator=draw)
+
+    text = normal(model.text_encoder.text_projection.out_features)
+    tokens = model.tokens(
+        normal(settings.num_history + settings.num_frames, settings.action_dim), text.to(model.action_encoder.dtype)
+    )
+    condition = Condition(normal(settings.num_history, *frame), normal(*frame), tokens, 0.02)
+    return model.denoise(normal(settings.num_frames, *frame), torch.tensor([1.0]), condition)
+
+
+def run(preset: str, asked: str, repeats: int) -> dict[str, Any]:
+    """Build and time in this process."""
+    free_main_thread()
+    settings, dtype = load_settings(preset, [], {}, env={}).settings, getattr(torch, asked)
+    counted = meta_model(settings.model, settings.world)
+    work = measure(lambda: predict(counted, 1), counted.parameters(), dtype)
+    libraries = peak_bytes()
+    model = build(settings, dtype)
+    weights = sum(p.nbytes for p in model.parameters() if not p.is_meta)
+    seconds, busy = [], []
+    for _ in range(repeats + 1):  # the first one also chooses kernels
+        begun, worked = time.perf_counter(), time.process_time()
+        out = forward(model)
+        seconds.append(round(time.perf_counter() - begun, 2))
+        busy.append(round(time.process_time() - worked, 2))
+        print(f"forward {len(busy)}: {seconds[-1]} s, {busy[-1]} s of CPU", file=sys.stderr, flush=True)
+    assert out.isfinite().all()
+    middle = statistics.median(seconds[1:])
+    return {
+        "preset": preset,
+        "dtype": asked,
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in model.parameters() if not p.is_meta),
+        "output": list(out.shape),
+        "first_s": seconds[0],
+        "seconds": seconds[1:],
+        "median_s": middle,
+        "cpu_s": busy[1:],
+        "flops": work.flops,
+        "gflop_per_s": round(work.flops / middle / 1e9),
+        "weights_bytes": weights,
+        "counted_activation_bytes": work.peak,
+        "libraries_bytes": libraries,
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """For people."""
+    gib = 2**30
+    times = f"{', '.join(f'{s:.1f}' for s in result['seconds'])}; first {result['first_s']:.1f}"
+    rows = {
+        "network": f"{result['parameters']:,} parameters in {result['dtype']} ({result['preset']}), one clip",
+        "time": f"{result['median_s']:.1f} s (median of {len(result['seconds'])}: {times})",
+        "CPU": f"{statistics.median(result['cpu_s']):.1f} s (far below threads x time: the machine was shared)",
+        "work": f"{result['flops'] / 1e12:.2f} TFLOP, {result['gflop_per_s']} GFLOP/s on {result['threads']} threads",
+        "memory": f"peak {result['peak_bytes'] / gib:.2f} GiB: weights {result['weights_bytes'] / gib:.2f}, libraries "
+        f"{result['libraries_bytes'] / gib:.2f}, activations counted {result['counted_activation_bytes'] / gib:.2f}",
+    }
+    return "\n".join(f"{name:8} {value}" for name, value in rows.items())
+
+
+def main() -> None:
+    """Measure in a child with the workers' environment; print a table or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="ctrl-world")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(run(options.preset, options.dtype, options.repeats)))
+        return
+    own = ["--preset", options.preset, "--dtype", options.dtype, "--repeats", str(options.repeats), "--child"]
+    command = [sys.executable, "-m", "benchmarks.full_forward", *own]
+    env = worker_environment(LaunchSettings(device="cpu"))
+    result = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env).stdout)
+    print(json.dumps(result, indent=1) if options.json else table(result))
+
+
+if __name__ == "__main__":
+    main()
