@@ -3,15 +3,18 @@
 `python -m benchmarks.eval_batching [--dataset DIR] [--episodes 8] [--steps 3] [--batch 8] [--repeats 3] [--json]`
 
 The bundled benchmark's rollouts (sampling, decoding, all metrics; no loading, no report) of the tiny preset's base, in
-this process. Both ways are run in turn, `repeats` times; the ratio is of each pair, its spread their smallest and
-largest. The gate is 0.60. `apart` is the largest difference of any score between the two ways.
+one process with the environment that workers get. Both ways are run in turn, `repeats` times; the ratio is of each
+pair, its spread their smallest and largest. The gate is 0.60. `apart` is the largest difference of any score between
+the two ways.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -19,10 +22,12 @@ import numpy as np
 
 from persistworld_cli.config.benchmarks import load_benchmark
 from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.settings import LaunchSettings
 from persistworld_cli.data.store import open_store
 from persistworld_cli.evaluation.closed_loop import ClosedLoopResult, run_closed_loop
 from persistworld_cli.evaluation.metrics import SHOWN
 from persistworld_cli.evaluation.plan import eval_items
+from persistworld_cli.launch.environment import worker_environment
 from persistworld_cli.models.checkpoints import load_for_sampling
 from persistworld_cli.rewards.score import Scorer
 from persistworld_cli.rollout.engine import RolloutEngine
@@ -83,7 +88,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if not options.child:  # threads and the allocator are set at process start
+        command = [sys.executable, "-m", "benchmarks.eval_batching", *sys.argv[1:], "--child"]
+        os.execve(sys.executable, command, worker_environment(LaunchSettings(device="cpu")))
     told = measure(options.dataset, options.episodes, options.steps, options.batch, options.repeats)
     if options.json:
         print(json.dumps(told, indent=1))

@@ -5,13 +5,15 @@
 Random weights of the preset's size are written to a temporary folder, as .pt and as .safetensors, and each file is
 loaded in a process of its own in each type asked for. `peak_bytes` is that process's VmHWM (Linux), with the
 interpreter and its libraries in it (`libraries_bytes`: after the imports, before loading); `ratio` is the peak over the
-size of the model in the type asked for (gate: 1.15).
+size of what is loaded, in the type asked for (gate: 1.15); `of_all` over the size of all that the file holds, with the
+image encoder that stays on disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -46,6 +48,7 @@ def write_weights(preset: str, dtype: torch.dtype, path: Path) -> None:
 def measure(preset: str, path: Path, asked: str) -> dict[str, Any]:
     """Load in this process; what it took."""
     from persistworld_cli.models.checkpoints import load_world_model
+    from persistworld_cli.models.fit import settings_shapes
 
     settings = load_settings(preset, [], {}, env={}).settings
     libraries = peak_bytes()
@@ -53,6 +56,7 @@ def measure(preset: str, path: Path, asked: str) -> dict[str, Any]:
     model = load_world_model(settings.model, settings.world, ckpt=str(path), adapter="", dtype=getattr(torch, asked))
     seconds = time.perf_counter() - begun
     size = sum(p.nbytes for p in model.parameters())
+    whole = sum(math.prod(shape) for shape in settings_shapes(settings).values()) * getattr(torch, asked).itemsize
     return {
         "file": path.name,
         "asked": asked,
@@ -62,6 +66,7 @@ def measure(preset: str, path: Path, asked: str) -> dict[str, Any]:
         "peak_bytes": peak_bytes(),
         "libraries_bytes": libraries,
         "ratio": round(peak_bytes() / size, 3),
+        "of_all": round(peak_bytes() / whole, 3),
         "seconds": round(seconds, 1),
     }
 

@@ -65,14 +65,14 @@ def test_a_vae_alone_loads_under_either_name(base: Tensors, tmp_path: Path) -> N
         loaded = load_vae(TINY.model, str(tmp_path / file)).state_dict()
         assert all(torch.equal(loaded[k], v) for k, v in own.items())
         described = cli("inspect", tmp_path / file)
-        assert described["kind"] == "VAE" and described["fits"] == ["tiny"] and "unet" in described["lacks"]
+        assert described["kind"] == "VAE" and "tiny" in described["fits"] and "unet" in described["lacks"]
         with pytest.raises(PersistWorldError, match="keys missing") as error:
             load_world_model(TINY.model, TINY.world, ckpt=str(tmp_path / file))
-        assert "this is a VAE alone (preset tiny): give it with --vae" in str(error.value.fix)
+        assert re.search(r"this is a VAE alone \(preset .*tiny\): give it with --vae", str(error.value.fix))
     full = load_settings("ctrl-world", (), {}, env={}).settings
     with pytest.raises(PersistWorldError, match="does not fit this preset's VAE") as error:
         load_vae(full.model, str(tmp_path / "vae.safetensors"))
-    assert error.value.fix == "it fits preset tiny: --preset tiny"
+    assert re.fullmatch(r"it fits preset .*tiny: --preset \S+", str(error.value.fix))
 
 
 def test_pretraining_starts_from_a_folder_without_text_and_action_encoder(base: Tensors, tmp_path: Path) -> None:
@@ -94,7 +94,9 @@ def test_pretraining_starts_from_a_folder_without_text_and_action_encoder(base: 
         load_world_model(TINY.model, TINY.world, ckpt=str(svd), fresh=FRESH)
     with pytest.raises(PersistWorldError, match="keys missing") as error:
         load_world_model(model, TINY.world, ckpt=str(svd))
-    assert error.value.fix == "it holds the unet and vae of preset tiny, without text_encoder and action_encoder"
+    assert re.fullmatch(
+        "it holds the unet and vae of preset .*tiny, without text_encoder and action_encoder", str(error.value.fix)
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_raw import CAMERAS, HEIGHT, TASK, WIDTH, columns, encode, write_v21, write_v30
+from data_raw import CAMERAS, HEIGHT, TASK, WIDTH, columns, encode, video_path, write_v21, write_v30
 
 from persistworld_cli.config.settings import WorldSettings
 from persistworld_cli.data import video

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from data_raw import CAMERAS, TASK, columns, video_path, write_v21, write_v30
+from data_raw import CAMERAS, TASK, columns, table_path, video_path, write_v21, write_v30
 
 from persistworld_cli.data import video
 from persistworld_cli.data.lerobot import RawDataset
@@ -56,6 +58,30 @@ def test_a_part_of_a_dataset_is_normal(tmp_path: Path) -> None:
         raw.read(0, ["action.joint_velocity"])
     with pytest.raises(PersistWorldError, match="no episode 7"):
         raw.episode(7)
+
+
+def test_an_instruction_may_stand_in_the_list_of_tasks_alone(tmp_path: Path) -> None:
+    root = write_v21(tmp_path, {0: 5, 1: 5})
+    rows = [json.loads(line) for line in (root / "meta/episodes.jsonl").read_text().splitlines()]
+    (root / "meta/episodes.jsonl").write_text("\n".join(json.dumps(row | {"tasks": []}) for row in rows))
+    for episode in (0, 1):
+        table = pq.read_table(table_path(root, episode)).drop(["language_instruction"])
+        table = table.append_column("task_index", pa.array([3 + episode] * 5))
+        pq.write_table(table, table_path(root, episode))
+    (root / "meta/tasks.jsonl").write_text(json.dumps({"task_index": 3, "task": "turn the knob"}))
+    raw = RawDataset(root)
+    assert [raw.instruction(episode) for episode in (0, 1)] == ["turn the knob", ""]  # 4 is not in the list
+
+
+def test_of_a_shared_table_only_the_row_groups_of_the_episode_are_read(tmp_path: Path) -> None:
+    root = write_v30(tmp_path, LENGTHS)
+    path = root / "data/chunk-000/file-000.parquet"
+    pq.write_table(pq.read_table(path), path, row_group_size=20)  # episode 1 is in the fourth and fifth of six
+    raw = RawDataset(root)
+    for index in (2, 0, 1):
+        got = raw.read(index, ["action.joint_velocity"])["action.joint_velocity"]
+        np.testing.assert_array_equal(got, columns(index, LENGTHS[index])["action.joint_velocity"].astype(np.float64))
+    assert raw._table is not None and raw._table[1] == (3, 4)
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

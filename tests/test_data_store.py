@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -217,4 +218,21 @@ def test_torchs_old_format_is_named(tmp_path: Path) -> None:
     path = latent_path(tmp_path, 0, 1, ".pt")
     torch.save(torch.zeros(10, 4, 3, 5), path, _use_new_zipfile_serialization=False)
     with pytest.raises(PersistWorldError, match=r"before version 1\.6"):
+        store.latents("train", "0", [0])
+
+
+def test_numbers_that_cannot_be_read_in_place(tmp_path: Path) -> None:
+    store = EpisodeStore(write_dataset(tmp_path, {0: 10}))
+    np.save(latent_path(tmp_path, 0, 1), np.zeros((10, 4, 3, 5), ">f4"))
+    with pytest.raises(PersistWorldError, match="little-endian"):
+        store.latents("train", "0", [0])
+    path = latent_path(tmp_path, 0, 1, ".pt")
+    latent_path(tmp_path, 0, 1).unlink()
+    torch.save(torch.zeros(10, 4, 3, 5), path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(PersistWorldError, match="compressed"):
         store.latents("train", "0", [0])

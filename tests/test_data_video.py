@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.nn import functional
 
 from persistworld_cli.data import video
 from persistworld_cli.data.resize import resize
@@ -67,6 +69,52 @@ def test_resize_is_antialiased_as_pil_does(tmp_path: Path) -> None:
         assert ours.shape == (2, height, width, 3)
         assert np.abs(ours.astype(int) - pil).max() <= 1
     assert resize(frames, 180, 320) is frames
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [
+        ((180, 320), (48, 80)),
+        ((180, 320), (192, 320)),
+        ((33, 50), (90, 71)),
+        ((240, 321), (240, 20)),
+        ((99, 98), (7, 7)),
+    ],
+)
+def test_resize_is_torchs_bit_for_bit(size: tuple[int, int], wanted: tuple[int, int]) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
+    frames[0], frames[1] = 255, 0
+    picture = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    theirs = functional.interpolate(picture, size=wanted, mode="bilinear", antialias=True)
+    np.testing.assert_array_equal(resize(frames, *wanted), theirs.permute(0, 2, 3, 1).numpy())
+
+
+def test_reproducible_videos_do_not_depend_on_what_was_written_before(tmp_path: Path) -> None:
+    y, x = np.mgrid[:48, :80]
+    wave = [np.stack([128 + 90 * np.sin((x + c * y + 3 * t) / 9) for c in range(3)], -1) for t in range(30)]
+    pictures = np.stack(wave).round().astype(np.uint8)
+
+    def written() -> bytes:
+        with video.Mp4Writer(tmp_path / "a.mp4", 5, reproducible=True) as writer:
+            for picture in pictures:
+                writer.add(picture)
+        return (tmp_path / "a.mp4").read_bytes()
+
+    first = written()
+    for seed in range(4):
+        noise = np.random.default_rng(seed).integers(0, 256, (20, 48, 80, 3), dtype=np.uint8)
+        video.write_mp4(tmp_path / "b.mp4", noise, 5)
+        video.read_frames(tmp_path / "b.mp4", range(20))
+        assert written() == first
+
+
+def test_a_whole_file_is_counted_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    video.write_mp4(path, numbered(40), 5, crf=1)
+    for threads in (0, 1):
+        assert numbers(np.stack(list(video.iter_frames(path, [0, 30], threads=threads, whole=40)))) == [0, 30]
+    with pytest.raises(PersistWorldError, match="video ends after 40 frames, 41 are declared"):
+        list(video.iter_frames(path, [0, 30], whole=41))
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_eval_end_to_end_continues_and_gives_the_same_numbers(root: Path, monkey
         eval_run.run(replace(s, eval=replace(s.eval, steps=1)), {**job, "compare": str(out)})
     assert "sampling" not in str(refused.value)
     assert again["videos"] == [] and again["sheets"] == summary["sheets"]
-    # One to roll out what was missing, and each checkpoint, whose VAE draws its own pictures; nothing else was done again.
+    # One to roll out what was missing, and each checkpoint, whose VAE draws its own pictures; nothing else again.
     assert [Path(path).stem for path in loaded] == ["base", "base", "other"]
 
 

@@ -145,8 +145,8 @@ def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     """A command's result: JSON, or tables for people.
 
     Scalars and nested tables of scalars become lines ``name  value``; a list of mappings with the same keys becomes a
-    table of its own; other lists are counted. A result that names a rendered report (`text`) is shown by that instead
-    of its tables.
+    table of its own; other lists are counted. A result that names a rendered report (`text`) is shown by that, and by
+    the files beside it.
     """
     if as_json:
         write_json(dict(result))
@@ -158,7 +158,7 @@ def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     rendered = Path(str(result.get("text") or ""))
     if rendered.is_file():
         sys.stdout.write(rendered.read_text(encoding="utf-8") + "\n")
-        result = {key: value for key, value in result.items() if not _is_table(value)}
+        result = {key: value for key, value in result.items() if key != "text" and _are_files(value)}
     lines = Table(box=None, show_header=False, pad_edge=False)
     for name, value in _flat(result):
         if _is_table(value):
@@ -176,6 +176,12 @@ def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
 
 def _is_table(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _are_files(value: Any) -> bool:
+    """A path of a file that is there, or a list of such."""
+    paths = value if isinstance(value, list) else [value]
+    return bool(paths) and all(isinstance(path, str) and Path(path).is_file() for path in paths)
 
 
 def write_json(data: Mapping[str, Any]) -> None:

@@ -47,8 +47,8 @@ def _npy(path: Path) -> LatentHeader:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
         begin, size = file.tell(), file.seek(0, io.SEEK_END)
-    if dtype.hasobject or fortran:
-        raise ValueError("not a plain row-major array")
+    if dtype.hasobject or fortran or dtype.byteorder == ">":
+        raise ValueError("not a plain row-major array of little-endian numbers")
     if size - begin < int(np.prod(shape)) * dtype.itemsize:
         raise ValueError("the file is cut off")
     return LatentHeader(shape, dtype.name, begin)
@@ -72,6 +72,8 @@ def _pt(path: Path) -> LatentHeader | None:
         if not isinstance(tensor, _Tensor):
             raise ValueError("not a single tensor")
         member = archive.getinfo(members[f"data/{tensor.key}"])
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("its numbers are compressed")
     itemsize = 2 if tensor.dtype.endswith("16") else 8 if tensor.dtype == "float64" else 4
     if member.file_size < (tensor.begin + int(np.prod(tensor.shape))) * itemsize:
         raise ValueError("the archive holds fewer numbers than its shape says")

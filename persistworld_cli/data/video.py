@@ -229,5 +229,10 @@ def _video_stream(container: av.container.InputContainer, path: Path) -> av.Vide
 
 def _unreadable(path: Path, error: Exception) -> PersistWorldError:
     """The one error for a video that cannot be decoded."""
-    reason = "file is missing" if not path.exists() else f"cannot decode video: {error}"
+    if not path.is_file():
+        reason = "file is missing"
+    elif not path.stat().st_size:
+        reason = "file is empty"
+    else:  # FFmpeg's errors repeat their number and the path
+        reason = f"cannot decode video: {getattr(error, 'strerror', None) or error}"
     return PersistWorldError(reason, where=str(path), fix="the file is absent, cut short or damaged: fetch it again")

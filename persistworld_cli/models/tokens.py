@@ -28,7 +28,7 @@ class ActionEncoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        return self.action_encode[0].weight.dtype
+        return next(self.parameters()).dtype
 
     def forward(self, actions_bnd: torch.Tensor, text_be: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens (B, N, T) of normalised actions (B, N, D) and text embeddings (B, E), E a divisor of T."""

@@ -84,7 +84,7 @@ def _picture_noise(vae: AutoencoderKLTemporalDecoder, frames_u8: torch.Tensor) -
 
 
 def _hash(picture_u8: torch.Tensor) -> int:
-    return zlib.crc32(picture_u8.contiguous().numpy())
+    return zlib.crc32(picture_u8.contiguous().numpy().tobytes())
 
 
 def decode(vae: AutoencoderKLTemporalDecoder, latents: torch.Tensor, chunk: int) -> torch.Tensor:
