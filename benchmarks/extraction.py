@@ -7,7 +7,7 @@
    the last episode is on the disk, in which it stands still; `wall_ratio` is against the first number of the same
    round; `cpu_s` are the processor seconds of encoder and decoders (what else runs on the machine hardly changes them).
    Means and standard deviations over the rounds. Memory: the most that the encoder's process ever held (VmHWM; torch
-   and the weights are in it), and the largest decoding process.
+   and the weights are in it), and the largest decoding process, looked at after every episode.
 2. float16: pictures of held-out episodes encoded and decoded with the latents as computed (float32) and as they are
    stored by default (float16), both against the picture, in dB of PSNR; mean and standard deviation over pictures. The
    same for an encoder that computes in bf16 or fp16.
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from benchmarks.gates import psnr, to_unit
@@ -33,6 +34,7 @@ from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.extract import Told, extract_latents
+from persistworld_cli.data.extract_report import Progress
 from persistworld_cli.data.lerobot import RawDataset
 from persistworld_cli.data.store import EpisodeStore
 from persistworld_cli.models import vae as vae_room
@@ -53,7 +55,12 @@ def child(preset: str, episodes: str, workers: int, out: Path) -> dict[str, Any]
     raw = resolve_path(settings.world.raw)
     encoder = Encoder(settings, settings.model.ckpt, "fp32", torch.device("cpu"))
     chosen = parse_episodes(episodes, RawDataset(raw).episodes)
-    told = Told(ready=encoder.load)
+    largest = [0]
+
+    def look(at: Progress) -> None:
+        largest[0] = max([largest[0], *(p.memory_info().rss for p in psutil.Process().children())])
+
+    told = Told(ready=encoder.load, progress=look)
     report = extract_latents(
         settings.world, raw, out, encoder, episodes=chosen, workers=workers, batch_frames=_BATCH, told=told
     )
@@ -63,7 +70,7 @@ def child(preset: str, episodes: str, workers: int, out: Path) -> dict[str, Any]
         "waited": report.waited_s / report.wall_s,
         "cpu_s": sum(part.ru_utime + part.ru_stime for part in spent),
         "encoder_mib": peak_bytes() / _MIB,
-        "decoder_mib": spent[1].ru_maxrss / (_MIB if sys.platform == "darwin" else 1024),
+        "decoder_mib": largest[0] / _MIB,
         "frames": report.frames,
     }
 

@@ -52,7 +52,8 @@ def test_benchmark_lies_between_preset_and_flags() -> None:
     env = {"PERSISTWORLD_SAMPLING__STEPS": "9"}
     resolved = load_settings("ctrl-world", ["eval.steps=3"], {"eval.seeds": (1,)}, env, pinned=benchmark.pinned)
     changed = benchmark.stamp(resolved.settings)["changed"]
-    assert changed == {"sampling.steps": [2, 9], "eval.steps": [14, 3], "eval.seeds": [[0], [1]]}
+    pinned = dict(benchmark.pinned.values)["sampling.steps"]
+    assert changed == {"sampling.steps": [pinned, 9], "eval.steps": [14, 3], "eval.seeds": [[0], [1]]}
     assert resolved.settings.world.height == 48
 
 

@@ -148,7 +148,7 @@ def test_eval_end_to_end_continues_and_gives_the_same_numbers(root: Path, monkey
     assert "sampling" not in str(refused.value)
     assert again["videos"] == [] and again["sheets"] == summary["sheets"]
     # One to roll out what was missing, and each checkpoint, whose VAE draws its own pictures; nothing else again.
-    assert [Path(path).stem for path in loaded] == ["base", "base", "other"]
+    assert len(loaded) == 3 and [Path(path).stem for path in loaded[1:]] == ["base", "other"]
 
 
 def check_conduct(result: dict[str, Any]) -> None:

@@ -18,8 +18,7 @@ EXAMPLES = (
     "persistworld eval",
     "persistworld eval --ckpt outputs/post-train-tiny/weights",
     "persistworld eval --ckpt bundled:presets/tiny/adapter --study outputs/study",
-    "persistworld eval --benchmark mine.toml --masks object=masks --seed 0 --seed 1",
-    "persistworld eval --compare theirs/eval.json --compare outputs/eval-tiny/eval.json",
+    "persistworld eval --benchmark bundled --seed 0 --seed 1",
     "persistworld eval --preset persistworld --ckpt jaibrdhn/persistworld --num-processes 8",
 )
 

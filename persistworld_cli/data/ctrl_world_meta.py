@@ -104,7 +104,9 @@ class SampleLists:
             parts.append((row[there] << _BITS) | start[there])
         keys = np.concatenate(parts)
         del parts, row, start, there  # ten million of each
-        keys = np.unique(keys)
+        keys.sort()  # in place, where np.unique would copy
+        if (keys[1:] == keys[:-1]).any():
+            keys = np.unique(keys)
         row, start = keys >> _BITS, (keys & _START).astype(np.int32)
         usual = np.where(lengths > 0, count_starts(lengths, num_frames), 0)
         same = np.array_equal(np.bincount(row, minlength=len(lengths)), usual)

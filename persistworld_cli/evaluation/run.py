@@ -81,7 +81,7 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
         against = compare_results(load_result(other), load_result(own), f"{other} and {own}")
         summary |= write_comparison(against, output)
     if study:
-        summary["study"] = write_study(study, Path(job["study"]), data, plan.store, painter(plan.models[0].label))
+        summary["study"] = write_study(study, Path(job["study"]), data, plan.store, painter)
     return summary
 
 

@@ -5,7 +5,7 @@ Shape legend: F frames, V cameras, H, W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,9 @@ def plan_study(
     return key
 
 
-def write_study(key: StudyKey, folder: Path, data: EvalData, store: EpisodeStore, model: WorldModel) -> dict[str, Any]:
+def write_study(
+    key: StudyKey, folder: Path, data: EvalData, store: EpisodeStore, painter: Callable[[str], WorldModel]
+) -> dict[str, Any]:
     """Write key, videos and page. What is there already is kept, so an interrupted run continues.
 
     Args:
@@ -87,7 +89,7 @@ def write_study(key: StudyKey, folder: Path, data: EvalData, store: EpisodeStore
         folder: to hand out.
         data: the finished rollouts.
         store: for the recorded frames.
-        model: its VAE draws the pictures.
+        painter: model's label -> the model whose VAE draws its pictures.
 
     Returns:
         What the command prints of it.
@@ -101,7 +103,7 @@ def write_study(key: StudyKey, folder: Path, data: EvalData, store: EpisodeStore
         for item in data.items:
             trials = [trial for trial in key.trials if (trial.episode, trial.start, trial.seed) == _place(item)]
             if trials:
-                questions += _questions(trials, item, folder, data, store, model)
+                questions += _questions(trials, item, folder, data, store, painter)
                 meter.advance(len(trials))
     page = write_study_page(folder, key.study, questions, data.settings.world.rate_hz)
     return {"page": str(page), "key": str(key_path(folder)), "questions": len(questions), "study": key.study}
@@ -123,7 +125,12 @@ def _save_key(key: StudyKey, folder: Path) -> None:
 
 
 def _questions(
-    trials: Sequence[Trial], item: Item, folder: Path, data: EvalData, store: EpisodeStore, model: WorldModel
+    trials: Sequence[Trial],
+    item: Item,
+    folder: Path,
+    data: EvalData,
+    store: EpisodeStore,
+    painter: Callable[[str], WorldModel],
 ) -> list[Question]:
     """The videos of one rollout, and what the page knows of them."""
     settings = data.settings
@@ -133,7 +140,7 @@ def _questions(
     recorded = _from_start(recording.first, recording.frames[:length])
     drawn = []
     for label in data.labels:
-        frames = draw_frames(model, data.latents(label, item), settings.sampling.decode_chunk, high, wide)
+        frames = draw_frames(painter(label), data.latents(label, item), settings.sampling.decode_chunk, high, wide)
         drawn.append(_from_start(recording.first, frames[:length]))
     sets, names = camera_sets(settings), settings.world.cameras
     out = []
