@@ -100,11 +100,13 @@ def run(preset: str, asked: str, repeats: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """For people."""
     gib = 2**30
+    busy = statistics.median(result["cpu_s"])
+    share = busy / (result["threads"] * result["median_s"])
     times = f"{', '.join(f'{s:.1f}' for s in result['seconds'])}; first {result['first_s']:.1f}"
     rows = {
         "network": f"{result['parameters']:,} parameters in {result['dtype']} ({result['preset']}), one clip",
         "time": f"{result['median_s']:.1f} s (median of {len(result['seconds'])}: {times})",
-        "CPU": f"{statistics.median(result['cpu_s']):.1f} s (far below threads x time: the machine was shared)",
+        "CPU": f"{busy:.1f} s, {100 * share:.0f}% of threads x time{' (shared machine)' if share < 0.9 else ''}",
         "work": f"{result['flops'] / 1e12:.2f} TFLOP, {result['gflop_per_s']} GFLOP/s on {result['threads']} threads",
         "memory": f"peak {result['peak_bytes'] / gib:.2f} GiB: weights {result['weights_bytes'] / gib:.2f}, libraries "
         f"{result['libraries_bytes'] / gib:.2f}, activations counted {result['counted_activation_bytes'] / gib:.2f}",

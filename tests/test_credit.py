@@ -13,7 +13,7 @@ from persistworld_cli.objective.nft import nft_loss
 from persistworld_cli.rewards.advantage import credit_map
 from persistworld_cli.rewards.registry import REWARDS
 from persistworld_cli.rewards.score import Scorer
-from persistworld_cli.training.candidates import Candidates
+from persistworld_cli.training.candidates import Candidates, exploration
 from persistworld_cli.training.credit import credit
 
 WORLD = replace(WorldSettings(), cameras=("left", "wrist"), exterior=(0,), wrist=(1,))
@@ -68,3 +68,16 @@ def test_an_unweighted_camera_and_the_first_frame_teach_nothing() -> None:
     assert gradient is not None
     assert (gradient[:, 0].abs().max() < 1e-9) and (gradient[:, 1:, :, 12:].abs().max() < 1e-9)
     assert gradient[:, 1:, :, :12].abs().min() > 0
+
+
+def test_exploration_is_smooth_and_a_function_of_its_key() -> None:
+    x0 = torch.zeros(2, 5, 4, 24, 20)  # two cameras of 12 x 20
+    keys = [(0, "branch 3 1", 0, 0), (0, "branch 3 1", 1, 0)]
+    options = replace(OPTIONS, explore=0.2)
+    noise = exploration(keys, x0, 2, options)
+    assert noise.shape == x0.shape and (noise[:, 0] == 0).all()  # the current frame is scored by no picture
+    cells = noise[:, 1:].unflatten(3, (6, 4)).unflatten(5, (5, 4))  # 3 x 5 cells a camera
+    assert (cells == cells[:, :, :, :, :1, :, :1]).all()
+    assert 0.17 < float(noise[:, 1:].std()) < 0.23 and abs(float(noise.mean())) < 0.02
+    assert not torch.equal(noise[0], noise[1]) and not torch.equal(noise[:, 1, :, :12], noise[:, 1, :, 12:])
+    assert torch.equal(exploration(keys[1:], x0[1:], 2, options)[0], noise[1])

@@ -102,6 +102,7 @@ _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
             "post_train.validate_every",
             "post_train.collapse_checks",
             "post_train.p_std",
+            "post_train.explore",
             "post_train.keep_best",
             "post_train.keep_worst",
             "post_train.prefix_max",
@@ -237,6 +238,7 @@ def _check_world(settings: Settings, place: _Place) -> None:
             raise UsageError(
                 f"{key} names camera {outside[0]}, but there are {count} (0..{count - 1})",
                 where=place(key, "world.cameras"),
+                fix=f"set world.exterior and world.wrist too: places of world.cameras, from 0 to {count - 1}",
             )
     picture = settings.policy.picture
     if picture and (len(picture) != 2 or min(picture) < 1):

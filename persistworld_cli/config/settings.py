@@ -164,6 +164,7 @@ class PostTrainSettings:
     objective: str = "nft"  # nft | recorded (fine-tuning on own rollouts towards the record: a control)
     credit: str = "rollout"  # rollout (the paper's one scalar) | frame (each frame and camera its own) | patch
     credit_grid: tuple[int, ...] = (3, 5)  # rows and columns of patches of a camera's picture
+    explore: float = 0.0  # std of smooth noise (as coarse as credit_grid) laid on candidates' latents
     p_mean: float = 0.7  # ln sigma of the noise that candidates are learned under ~ N(p_mean, p_std^2)
     p_std: float = 1.6
     beta: float = 1.0

@@ -11,6 +11,7 @@ from persistworld_cli.config.settings import Settings
 from persistworld_cli.models.adapters import Adapter, adapter_misfit, adapter_presets, nearest_misfit, read_adapter
 from persistworld_cli.models.fit import (
     fitting_presets,
+    kind_of,
     misfit,
     nearest_preset,
     needed_shapes,
@@ -113,10 +114,11 @@ def _parts(files: WeightFiles) -> list[dict[str, Any]]:
     shapes = with_prefix(files.shapes)
     infos = dict(zip(shapes, files.info.values(), strict=True))
     rows = []
+    rest = "lora" if kind_of(shapes) in ("adapter", "unmerged world model") else "other"
     for part, names in parts_of(shapes).items():
         own = [infos[name] for name in names]
         types = ", ".join(_types(own))
-        rows.append({"part": part or "lora", "tensors": len(own), "parameters": sum(map(_count, own)), "dtype": types})
+        rows.append({"part": part or rest, "tensors": len(own), "parameters": sum(map(_count, own)), "dtype": types})
     return rows
 
 

@@ -94,6 +94,7 @@ def change_plot(path: Path, result: Mapping[str, Any]) -> None:
             edge = 1.1 * max(float(np.abs(gains).max(initial=0.0)), 1e-9)
             plot.set_xlim(-edge, edge)
             plot.set_yticks([])
+            plot.xaxis.set_major_locator(MaxNLocator(5))
             plot.tick_params(labelsize=8)
             plot.grid(axis="x", alpha=0.25)
             plot.spines[["top", "right", "left"]].set_visible(False)

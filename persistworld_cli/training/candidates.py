@@ -7,16 +7,19 @@ Every draw is a function of (seed, update, global number of the group), so the s
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from persistworld_cli.config.settings import PostTrainSettings
 from persistworld_cli.data.store import Annotation, EpisodeStore
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.rewards.score import Scorer
 from persistworld_cli.rollout.engine import Inputs, RolloutEngine, RolloutState, recorded_poses, rollout_noise
+from persistworld_cli.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,25 @@ def prefix_limit(options: PostTrainSettings, update: int) -> int:
     if options.prefix != "curriculum":
         return options.prefix_max
     return round(options.prefix_max * min(1.0, (update + 1) / max(1, options.updates)))
+
+
+def exploration(
+    keys: Iterable[tuple[int, str, int, int]], x0: torch.Tensor, views: int, options: PostTrainSettings
+) -> torch.Tensor:
+    """Smooth noise (M, L, C, h, w) for candidates x0 of that shape; row 0, which no picture scores, stays 0 (ours).
+
+    A model sampled in one call hardly varies, and a group without spread teaches nothing: its candidates are then the
+    prediction with Gaussian exploration around it, one number a channel and cell of `credit_grid`, frame and camera.
+    """
+    rows, columns = options.credit_grid
+    _, frames, channels, height, width = x0.shape
+    coarse = torch.stack(
+        [torch.randn(frames, views, channels, rows, columns, generator=generator("explore", *key)) for key in keys]
+    )
+    fine = functional.interpolate(coarse.flatten(0, 2), size=(height // views, width), mode="nearest")
+    stacked = fine.unflatten(0, coarse.shape[:3]).movedim(2, 3).flatten(3, 4)
+    stacked[:, 0] = 0.0
+    return options.explore * stacked
 
 
 class CandidateMaker:
@@ -136,6 +158,8 @@ class CandidateMaker:
             keys = [(options.seed, f"branch {update} {p.number}", i, chunk) for p in plans for i in range(k)]
             noise = rollout_noise(keys, self.engine.noise_shape)
             x0 = self._sample(inputs, noise)
+            if options.explore:
+                x0 = x0 + exploration(keys, x0, len(self.scorer.camera_weights), options).to(x0)
             for g, state in enumerate(states):
                 state.memory.append(x0[g * k : (g + 1) * k, -1], poses[g][:, -1])
             chunks_in.append(inputs)

@@ -1,0 +1,294 @@
+"""The proof: is a post-trained world model better in closed loop, and better than the same effort spent otherwise?
+
+`python -m benchmarks.proof --dataset outputs/demo/world [--output outputs/proof] [--updates 60]` trains
+`python -m benchmarks.proof ... --test` opens the test: rolls out, compares, writes `proof.json` and `proof.md`
+`python -m benchmarks.proof ... --ablate` trains the ablations instead, which `--test` then shows too
+
+Pre-registered; none of it is changed after the test was opened:
+
+- Arms, each from the preset's base, on the same episodes (split "train"), with the same number of updates and of clips
+  an update (groups x kept candidates): `post-trained` (the preset's settings), `recorded` (the same rollouts,
+  fine-tuned towards the recorded frames), `teacher-forced` (the base's training continued: real history, all weights,
+  under the noise levels that `post-trained` learns under). Training seeds 0, 1, 2.
+- Test: the bundled benchmark's 20 held-out episodes x 10 noise seeds = 200 pairs an arm and training seed, 14
+  interactions, sampled as the benchmark says; a pair shares episode and noise with the base's rollout.
+- Primary: the training reward over all cameras, `post-trained` less base: Wilcoxon's test over episodes, where an
+  episode's difference is the mean over its noise and training seeds. Secondary: SSIM, PSNR, LPIPS by camera group with
+  95% bootstrap intervals over episodes, and `post-trained` less each control, in the same way.
+- Settings were chosen on other episodes (presets/tiny/README.md).
+
+Noise seeds of an episode differ little where a model is sampled in one call, so 200 pairs say hardly more than their 20
+episodes: everything is tested over episodes. Trained runs and finished rollouts are kept; an interrupted proof goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persistworld_cli.config.benchmarks import load_benchmark
+from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.settings import LaunchSettings, Settings
+from persistworld_cli.data.files import whole_file, write_json
+from persistworld_cli.data.store import open_store
+from persistworld_cli.evaluation.closed_loop import Rollout, iter_closed_loop, reward_of
+from persistworld_cli.evaluation.finished import batches, load_rollout, pending, save_rollout
+from persistworld_cli.evaluation.plan import eval_items
+from persistworld_cli.evaluation.stats import Paired, compare
+from persistworld_cli.launch.environment import worker_environment
+from persistworld_cli.models.checkpoints import load_for_sampling
+from persistworld_cli.reports.progress import Meter
+from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.rollout.engine import RolloutEngine
+
+METRICS = {"ssim": True, "psnr": True, "lpips": False}  # higher is better
+GROUPS = ("exterior", "wrist")
+Numbers = dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to spend the updates: a subcommand and the settings that differ from the preset's."""
+
+    name: str
+    task: str
+    sets: tuple[str, ...] = ()
+
+    def command(self, settings: Settings, output: Path, updates: int, seed: int) -> list[str]:
+        """What a person would type."""
+        section = self.task.replace("-", "_")
+        dataset = str(settings.world.dataset)
+        pairs = [item for text in (f"{section}.seed={seed}", *self.sets) for item in ("--set", text)]
+        program = [sys.executable, "-m", "persistworld_cli", self.task, "--preset", "tiny", "--dataset", dataset]
+        return [*program, "--updates", str(updates), "--output", str(output), *pairs]
+
+
+def arms(settings: Settings) -> list[Arm]:
+    """The three arms; the control's noise levels and batch are those of the post-training."""
+    post = settings.post_train
+    clips = post.groups * (post.keep_best + post.keep_worst)
+    control = ("lr=1e-3", "warmup=0", "ema=0.9", f"p_mean={post.p_mean}", f"p_std={post.p_std}", f"batch={clips}")
+    quiet = ("validate_every=0", "log_every=1")
+    return [
+        Arm("post-trained", "post-train"),
+        Arm("recorded", "post-train", ("post_train.objective=recorded",)),
+        Arm("teacher-forced", "pretrain", tuple(f"pretrain.{text}" for text in (*control, *quiet))),
+    ]
+
+
+def ablations(settings: Settings) -> list[Arm]:
+    """`post-trained` with one thing changed."""
+    post = settings.post_train
+    changes = {
+        "lr x 1/3": f"lr={post.lr / 3:g}",
+        "lr x 3": f"lr={post.lr * 3:g}",
+        "prefix 0": "prefix_max=0",
+        "prefix fixed 9": "prefix=fixed",
+        "prefix curriculum": "prefix=curriculum",
+        "K 4, keep all": "candidates=4 keep_best=2 keep_worst=2",
+        "K 16, keep 8": "candidates=16",
+        "keep 2 + 2": "keep_best=2 keep_worst=2",
+        "beta 0.1": "beta=0.1",
+        "beta 1": "beta=1.0",
+        "KL 0": "kl=0.0",
+        "KL 1e-2": "kl=1e-2",
+        "EMA 0": "ema_max=0.0",
+        "credit rollout": "credit=rollout",
+        "credit frame": "credit=frame",
+        "no exploration": "explore=0.0",
+    }
+    made = [Arm(name, "post-train", tuple(f"post_train.{t}" for t in text.split())) for name, text in changes.items()]
+    alone = [
+        (name, f"rewards.weights={{{name}={sign}}}") for name, sign in (("ssim", 1), ("psnr", 0.03125), ("lpips", -1))
+    ]
+    return [*made, *(Arm(f"reward {name} alone", "post-train", (text,)) for name, text in alone)]
+
+
+def trained(output: Path, arm: Arm, seed: int) -> Path:
+    """Where an arm's run lies."""
+    return output / "runs" / f"{arm.name.replace(' ', '_').replace('/', '_')}-seed-{seed}"
+
+
+def train(settings: Settings, output: Path, chosen: Sequence[Arm], seeds: Sequence[int], updates: int) -> None:
+    """Train what is not trained yet; each run goes on from its last state.
+
+    Raises:
+        SystemExit: a run failed; its own message stands above.
+    """
+    for seed in seeds:
+        for arm in chosen:
+            folder = trained(output, arm, seed)
+            if (folder / "weights").is_dir() and _updates(folder) >= updates:
+                continue
+            command = arm.command(settings, folder, updates, seed)
+            print("$", *command[2:], flush=True)
+            if done := subprocess.run(command, check=False).returncode:
+                raise SystemExit(done)
+
+
+def _updates(folder: Path) -> int:
+    log = folder / "metrics.jsonl"
+    return json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() else 0
+
+
+def rollouts(settings: Settings, output: Path, name: str, weights: Mapping[str, str | None]) -> list[Rollout]:
+    """The test's rollouts of one model: read, or made now.
+
+    Args:
+        settings: with the benchmark's values.
+        output: the proof's folder.
+        name: of the model, for its folder.
+        weights: `ckpt` and `adapter` of it.
+    """
+    store = open_store(settings)
+    items = eval_items(store, settings)
+    folder = output / "rollouts" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = pending(folder, batches(items, settings.eval.batch))
+    if todo:
+        model = load_for_sampling(settings, device="cpu", **weights)
+        engine = RolloutEngine(model, settings.sampling, store.stat())
+        scorer = Scorer(settings.rewards, settings.world, "cpu", names=tuple(METRICS))
+        with Meter(f"proof: {name}", len(todo)) as meter:
+            for rollout in iter_closed_loop(
+                model,
+                engine,
+                store,
+                todo,
+                split=settings.eval.split,
+                steps=settings.eval.steps,
+                batch=settings.eval.batch,
+                scorer=scorer,
+            ):
+                save_rollout(folder, rollout)
+                meter.advance()
+    return [load_rollout(folder, item) for item in items]
+
+
+def numbers(settings: Settings, made: Sequence[Rollout]) -> Numbers:
+    """What is compared, a number a rollout: the reward, and each metric by camera group."""
+    scorer = Scorer(settings.rewards, settings.world, "cpu", names=tuple(METRICS))
+    stacked = {name: np.stack([rollout.scores[name] for rollout in made]) for name in METRICS}
+    found = {"reward": reward_of(scorer, stacked)}
+    for group in GROUPS:
+        views = list(getattr(settings.world, group))
+        for name, value in stacked.items():
+            found[f"{group} {name}"] = np.nanmean(value[..., views].astype(np.float64), axis=(1, 2))
+    return found
+
+
+def row(base: Sequence[Numbers], new: Sequence[Numbers], episodes: Sequence[str], seed: int = 0) -> dict[str, Paired]:
+    """Every number of some runs (training seeds) against others', pair by pair."""
+    many = list(episodes) * len(new)
+    return {
+        name: compare(
+            np.concatenate([one[name] for one in base]),
+            np.concatenate([one[name] for one in new]),
+            many,
+            higher_is_better=METRICS.get(name.split()[-1], True),
+            seed=seed,
+        )
+        for name in new[0]
+    }
+
+
+def markdown(title: str, rows: Mapping[str, Mapping[str, Paired]]) -> str:
+    """A table: mean change [95% interval], share of pairs won, p over episodes."""
+    names = list(next(iter(rows.values())))
+    lines = [f"### {title}", "", f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for label, cells in rows.items():
+        shown = [
+            f"{p.change:+.4f} [{p.change_low:+.4f}, {p.change_high:+.4f}], won {100 * p.win_rate:.0f}%, "
+            f"p = {p.wilcoxon_p_episodes:.2g}"
+            for p in cells.values()
+        ]
+        lines.append(f"| {label} | {' | '.join(shown)} |")
+    return "\n".join([*lines, ""])
+
+
+def test(settings: Settings, output: Path, seeds: Sequence[int], ablated: Sequence[Arm]) -> dict[str, Any]:
+    """Roll everything out, compare, write `proof.json` and `proof.md`."""
+    episodes = [item.episode for item in eval_items(open_store(settings), settings)]
+    base = numbers(settings, rollouts(settings, output, "base", {"adapter": ""}))
+    found: dict[str, list[Numbers]] = {}
+    for arm in [*arms(settings), *ablated]:
+        for seed in seeds if arm not in ablated else seeds[:1]:
+            folder = trained(output, arm, seed) / "weights"
+            if not folder.is_dir():
+                continue
+            post = arm.task == "post-train"
+            weights = (
+                {"adapter": str(folder / "adapter")}
+                if post
+                else {"ckpt": str(folder / "model.safetensors"), "adapter": ""}
+            )
+            name = trained(output, arm, seed).name
+            found.setdefault(arm.name, []).append(numbers(settings, rollouts(settings, output, name, weights)))
+    against = {name: row([base] * len(own), own, episodes) for name, own in found.items()}
+    ours = found.pop("post-trained")
+    controls = {
+        f"post-trained less {name}": row(own, ours[: len(own)], episodes)
+        for name, own in found.items()
+        if name in {arm.name for arm in arms(settings)}
+    }
+    tables = (
+        [markdown("less base", against), markdown("less the controls", controls)]
+        if controls
+        else [markdown("less base", against)]
+    )
+    result = {
+        "pairs": len(episodes),
+        "episodes": len(set(episodes)),
+        "training_seeds": {name: len(own) for name, own in {"post-trained": ours, **found}.items()},
+        "base": {name: float(value.mean()) for name, value in base.items()},
+        "against_base": {label: {k: p.as_dict() for k, p in cells.items()} for label, cells in against.items()},
+        "against_controls": {label: {k: p.as_dict() for k, p in cells.items()} for label, cells in controls.items()},
+    }
+    write_json(output / "proof.json", result)
+    with whole_file(output / "proof.md") as partial:
+        partial.write_text("\n".join(tables))
+    print("\n".join(tables))
+    return result
+
+
+def main() -> None:
+    """Train, or test."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", help="the bundled world, extracted; the preset's by default")
+    parser.add_argument("--output", type=Path, default=Path("outputs/proof"))
+    parser.add_argument("--updates", type=int, default=60)
+    parser.add_argument("--training-seeds", default="0,1,2")
+    parser.add_argument("--noise-seeds", type=int, default=10)
+    parser.add_argument("--ablate", action="store_true", help="train the ablations (the first training seed)")
+    parser.add_argument("--test", action="store_true", help="open the test")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not options.child:  # threads and the allocator are set at process start
+        command = [sys.executable, "-m", "benchmarks.proof", *sys.argv[1:], "--child"]
+        os.execve(sys.executable, command, worker_environment(LaunchSettings(device="cpu")))
+    benchmark = load_benchmark("bundled")
+    flags = {"world.dataset": options.dataset}
+    settings = load_settings("tiny", flags=flags, pinned=benchmark.pinned if benchmark else None).settings
+    settings = replace(settings, eval=replace(settings.eval, seeds=tuple(range(options.noise_seeds))))
+    seeds = [int(text) for text in options.training_seeds.split(",")]
+    extra = ablations(settings)
+    if options.test:
+        test(settings, options.output, seeds, extra)
+    elif options.ablate:
+        train(settings, options.output, extra, seeds[:1], options.updates)
+    else:
+        train(settings, options.output, arms(settings), seeds, options.updates)
+
+
+if __name__ == "__main__":
+    main()
