@@ -1,0 +1,262 @@
+"""openpi's protocol: the wire, client and server with their failures, and where a policy comes from."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from test_policy import PI05, REST, observation
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+from websockets.sync.server import ServerConnection, serve
+from websockets.typing import Origin
+
+from persistworld_cli.config.settings import PolicySettings
+from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.rollout.policies import make_policy
+from persistworld_cli.rollout.policy_client import PolicyClient, policy_uri
+from persistworld_cli.rollout.policy_server import API_KEY_VARIABLE, serve_embedded
+from persistworld_cli.rollout.policy_source import check_policy, open_policies
+from persistworld_cli.rollout.wire import pack, unpack
+
+
+@contextlib.contextmanager
+def raw_server(handle: Callable[[ServerConnection], None], **options: Any) -> Iterator[str]:
+    """A server written from the protocol's description, without the project's own."""
+    with serve(handle, "127.0.0.1", 0, **options) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        server.shutdown()
+
+
+# -- the wire ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "float32", ">f8", "bool", "<U5"])
+def test_arrays_come_back_as_they_were(dtype: str) -> None:
+    array = np.arange(24).reshape(2, 3, 4).astype(dtype)[:, ::2].transpose(2, 0, 1)  # not contiguous
+    back = unpack(pack({"a": array, "n": [1, None, {"x": "y"}]}))
+    assert back["n"] == [1, None, {"x": "y"}]
+    assert back["a"].dtype == array.dtype
+    assert np.array_equal(back["a"], array)
+    back["a"][...] = array  # writable
+
+
+def test_scalars_and_empty_arrays_come_back() -> None:
+    back = unpack(pack({"f": np.float32(1.5), "b": np.bool_(True), "e": np.zeros((0, 8)), "s": np.array(3)}))
+    assert back["f"] == 1.5
+    assert isinstance(back["f"], np.float32)
+    assert back["b"] is np.True_
+    assert back["e"].shape == (0, 8)
+    assert back["s"].shape == ()
+
+
+def test_encoding_is_the_described_one() -> None:
+    plain = msgpack.unpackb(pack({"a": np.array([[1, 2]], "<i4"), "g": np.float32(0.5)}))
+    assert plain["a"] == {b"__ndarray__": True, b"data": b"\1\0\0\0\2\0\0\0", b"dtype": "<i4", b"shape": [1, 2]}
+    assert plain["g"] == {b"__npgeneric__": True, b"data": 0.5, b"dtype": "<f4"}
+    raw = {b"__npgeneric__": True, b"data": np.float32(2.5).tobytes(), b"dtype": b"<f4"}
+    assert unpack(msgpack.packb(raw)) == 2.5  # writers that send a scalar's bytes
+
+
+def test_what_cannot_travel_is_refused() -> None:
+    for value in (np.array([object()]), np.array([1j]), object()):
+        with pytest.raises(PersistWorldError, match="cannot encode"):
+            pack({"x": value})
+    array = {b"__ndarray__": True, b"data": b"12345678", b"shape": [1]}
+    for entry, text in (
+        ({**array, b"dtype": "|O"}, "refused"),
+        ({**array, b"dtype": "<f4"}, "came with 8 bytes"),
+        ({**array, b"dtype": "<f8", b"shape": [-1]}, "came with 8 bytes"),
+        ({**array, b"dtype": "nonsense"}, "not a policy message"),
+    ):
+        with pytest.raises(PersistWorldError, match=text):
+            unpack(msgpack.packb({"x": entry}))
+    for data in (b"", b"\xc1", pack({"a": 1})[:-1]):
+        with pytest.raises(PersistWorldError, match="not a policy message"):
+            unpack(data)
+
+
+# -- client and server ------------------------------------------------------------------------------------------------
+
+
+def test_server_and_client_speak_the_protocol() -> None:
+    with serve_embedded("scripted", PI05) as server, PolicyClient(server.uri, wait_s=5) as client:
+        assert client.metadata["policy"] == "scripted"
+        answer = client.infer(observation())
+        expected = make_policy("scripted", PI05).infer(observation())
+        assert np.array_equal(answer["actions"], expected["actions"])
+        assert answer["server_timing"]["infer_ms"] > 0
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/healthz", timeout=5) as response:
+            assert response.status == 200
+    with pytest.raises(PersistWorldError, match="closed"):
+        client.infer(observation())
+
+
+def test_server_answers_a_client_written_from_the_description() -> None:
+    with serve_embedded("hold", PI05) as server, connect(server.uri, proxy=None) as connection:
+        assert msgpack.unpackb(connection.recv())["policy"] == "hold"
+        image = {b"__ndarray__": True, b"data": bytes(12), b"dtype": "|u1", b"shape": [2, 2, 3]}
+        joints = {b"__ndarray__": True, b"data": REST[:7].tobytes(), b"dtype": "<f8", b"shape": [7]}
+        gripper = {b"__ndarray__": True, b"data": np.array([0.25]).tobytes(), b"dtype": "<f8", b"shape": [1]}
+        request = {
+            "observation/exterior_image_1_left": image,
+            "observation/wrist_image_left": image,
+            "observation/joint_position": joints,
+            "observation/gripper_position": gripper,
+            "prompt": "hold",
+        }
+        connection.send(msgpack.packb(request))
+        actions = msgpack.unpackb(connection.recv())["actions"]
+        assert actions[b"shape"] == [15, 8]
+        assert np.frombuffer(actions[b"data"], actions[b"dtype"]).reshape(15, 8)[0, 7] == 0.25
+
+
+def test_a_failing_policy_shows_its_traceback() -> None:
+    with serve_embedded("hold", PI05) as server:
+        client = PolicyClient(server.uri, wait_s=5)
+        with pytest.raises(PersistWorldError, match=r"(?s)Traceback.*no field 'observation/joint_position'"):
+            client.infer({"prompt": "no joints"})
+        with PolicyClient(server.uri, wait_s=5) as other:  # the server lives on
+            assert "actions" in other.infer(observation())
+
+
+def test_api_key_and_origin_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve_embedded("hold", PI05, api_key="secret") as server:
+        with pytest.raises(PersistWorldError, match="HTTP 401") as refused:
+            PolicyClient(server.uri, wait_s=5, api_key="wrong")
+        assert API_KEY_VARIABLE in str(refused.value)
+        monkeypatch.setenv(API_KEY_VARIABLE, "secret")
+        with open_policies(server.uri, PolicySettings(wait_s=5), 1) as (client,):
+            assert "actions" in client.infer(observation())
+    with serve_embedded("hold", PI05) as server, pytest.raises(InvalidStatus, match="403"):
+        connect(server.uri, proxy=None, origin=Origin("http://evil.example"))
+
+
+def test_no_server_is_waited_for_with_a_countdown_and_then_told() -> None:
+    left: list[float] = []
+    began = time.monotonic()
+    with pytest.raises(PersistWorldError, match=r"within 0\.7 s") as absent:
+        PolicyClient("ws://127.0.0.1:9", wait_s=0.7, on_wait=left.append)
+    assert 0.6 < time.monotonic() - began < 5
+    assert left == sorted(left, reverse=True)
+    assert len(left) >= 2
+    assert "persistworld policy-server" in str(absent.value)
+
+
+def test_a_server_that_comes_late_is_found(caplog: pytest.LogCaptureFixture) -> None:
+    with serve_embedded("hold", PI05) as probe:
+        port = probe.port
+    late = serve_embedded("hold", PI05, port=port)
+    timer = threading.Timer(0.6, late.start)
+    timer.start()
+    try:
+        with (
+            caplog.at_level(logging.WARNING),
+            open_policies("server", PolicySettings(port=port, wait_s=10), 1) as (client,),
+        ):
+            assert "actions" in client.infer(observation())
+        assert "waiting 10 s more" in caplog.text
+    finally:
+        timer.join()
+        late.close()
+
+
+def test_a_slow_answer_is_given_up_and_the_connection_closed() -> None:
+    def slow(connection: ServerConnection) -> None:
+        connection.send(pack({}))
+        connection.recv()
+        time.sleep(1.0)
+
+    with raw_server(slow) as uri:
+        client = PolicyClient(uri, timeout_s=0.2, wait_s=5)
+        with pytest.raises(PersistWorldError, match=r"an answer within 0\.2 s"):
+            client.infer(observation())
+        with pytest.raises(PersistWorldError, match="is closed"):
+            client.infer(observation())
+
+
+@pytest.mark.parametrize(
+    ("first", "text"),
+    [
+        ("Traceback: no checkpoint", "(?s)failed:.*no checkpoint"),
+        (b"\xc1", "not a policy message"),
+        (msgpack.packb([1]), "list as its metadata"),
+        (None, "closed the connection"),
+    ],
+)
+def test_bad_first_messages_are_told(first: str | bytes | None, text: str) -> None:
+    def handle(connection: ServerConnection) -> None:
+        if first is not None:
+            connection.send(first)
+            connection.recv()
+
+    with raw_server(handle) as uri, pytest.raises(PersistWorldError, match=text):
+        PolicyClient(uri, wait_s=5, timeout_s=5)
+
+
+def test_what_is_no_policy_server_is_told_at_once() -> None:
+    def not_found(connection: ServerConnection, request: Any) -> Any:
+        return connection.respond(404, "nothing here")
+
+    with (
+        raw_server(lambda _: None, process_request=not_found) as uri,
+        pytest.raises(PersistWorldError, match="HTTP 404"),
+    ):
+        PolicyClient(uri, wait_s=60)
+    with pytest.raises(UsageError, match="not the address"):
+        PolicyClient("http://127.0.0.1:1", wait_s=1)
+    assert policy_uri("gpu7", 8000) == "ws://gpu7:8000"
+    assert policy_uri("::1", 8000) == "ws://[::1]:8000"
+    assert policy_uri("wss://host/p", 8000) == "wss://host/p"
+
+
+# -- where a policy comes from ----------------------------------------------------------------------------------------
+
+
+def test_a_policy_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_policy.py").write_text(
+        "import numpy as np\n"
+        "class Still:\n"
+        "    def infer(self, obs):\n"
+        "        if obs['prompt'] == 'fail': raise ValueError('my mistake')\n"
+        "        return {'actions': np.zeros((15, 8))}\n"
+        "    def reset(self): pass\n"
+        "class Half:\n"
+        "    def infer(self, obs): pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_policy", raising=False)
+    with open_policies("my_policy:Still", PolicySettings(), 2) as (one, two):
+        assert one is not two
+        assert one.infer(observation())["actions"].shape == (15, 8)
+        with pytest.raises(PersistWorldError, match=r"(?s)Traceback.*my mistake"):
+            two.infer(observation(prompt="fail"))
+    for name, text in (("my_policy:Half", "reset"), ("my_policy:None_", "no class"), ("nowhere_x:A", "no module")):
+        with pytest.raises(UsageError, match=text):
+            check_policy(name)
+
+
+def test_policy_names_are_checked_before_any_compute() -> None:
+    for name in ("scripted", "server", "", "ws://a:1", "localhost:8000"):
+        check_policy(name)
+    with pytest.raises(UsageError, match=r"unknown policy 'scripped'.*\n.*\n.*scripted"):
+        check_policy("scripped")
+
+
+def test_every_rollout_has_a_connection_of_its_own() -> None:
+    with open_policies("random", PolicySettings(seed=4, wait_s=5), 2) as (one, two):
+        first = one.infer(observation())["actions"]
+        one.infer(observation())
+        assert np.array_equal(two.infer(observation())["actions"], first)
