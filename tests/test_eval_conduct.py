@@ -77,7 +77,8 @@ def test_following_says_how_much_wrong_actions_cost(tmp_path: Path) -> None:
 
 def test_conduct_in_the_table(tmp_path: Path) -> None:
     data = made_up(tmp_path)
-    result = build_result(data, {"following": following_result(data), "trust": trust_result(data)})
+    no_fvd = {"label": "", "rows": [], "words": ""}
+    result = build_result(data, {"following": following_result(data), "trust": trust_result(data), "fvd": no_fvd})
     drift = result["drift_per_s"]["exterior"]["psnr"]["base"]
     assert drift["mean"] == pytest.approx(-1.0, abs=1e-4) and drift["low"] == pytest.approx(-1.0, abs=1e-4)
     text = plain(conduct_table(result))

@@ -61,6 +61,14 @@ def command(
             metavar="[NAME=]DIR",
         ),
     ] = None,
+    fvd: Annotated[
+        str | None,
+        typer.Option(
+            "--fvd",
+            help="Also the Fréchet video distance, by torchvision's R3D-18 with these weights.",
+            metavar="PATH",
+        ),
+    ] = None,
     compare: Annotated[
         list[str] | None,
         typer.Option(
@@ -101,6 +109,7 @@ def command(
             "eval.batch": batch,
             "eval.benchmark": benchmark,
             "eval.masks": masks or None,
+            "eval.fvd": fvd,
         },
         names={"eval.starts": "--start", "eval.seeds": "--seed"},
         job={"ckpt": ckpt, "baseline": baseline, "study": study, "compare": next(iter(others), None)},

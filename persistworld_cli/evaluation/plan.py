@@ -15,6 +15,7 @@ from persistworld_cli.data.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.evaluation.comparing import load_result
 from persistworld_cli.evaluation.following import partners, wrong_kinds
+from persistworld_cli.evaluation.fvd import FeatureNet, load_feature_network
 from persistworld_cli.evaluation.metrics import SHOWN, Judging
 from persistworld_cli.evaluation.protocol import check_metrics, make_protocol, require_same
 from persistworld_cli.evaluation.recording import Item, check_item
@@ -35,6 +36,7 @@ class Plan:
         items: the rollouts, episodes first.
         models: the baseline, and what is compared with it.
         scorer, judging: metrics, on the device.
+        video_net: of the Fréchet video distance, if one was given.
         protocol: everything that two results must share to be comparable.
         benchmark: which file pinned it (`config.benchmarks.Benchmark.stamp`), or None.
         folders: row of the table -> folder of its finished rollouts.
@@ -47,6 +49,7 @@ class Plan:
     models: list[ModelRef]
     scorer: Scorer
     judging: Judging
+    video_net: FeatureNet | None
     protocol: dict[str, Any]
     benchmark: dict[str, Any] | None
     folders: dict[str, Path]
@@ -65,7 +68,9 @@ def make_plan(settings: Settings, job: Mapping[str, Any], output: Path, device: 
     models = refs_of_eval(settings.model, job)
     judging = make_judging(settings, store, items)
     scorer = Scorer(settings.rewards, settings.world, device, names=SHOWN)
-    protocol = make_protocol(settings, store, items, scorer, judging)
+    ev = settings.eval
+    video_net = load_feature_network(ev.fvd, ev.fvd_net, device) if ev.fvd else None
+    protocol = make_protocol(settings, store, items, scorer, judging, video_net.describe() if video_net else None)
     benchmark = load_benchmark(settings.eval.benchmark)
     if benchmark:
         check_metrics(benchmark.metrics, protocol["metrics"], str(benchmark.path))
@@ -75,7 +80,7 @@ def make_plan(settings: Settings, job: Mapping[str, Any], output: Path, device: 
     prints = {ref.label: ref.fingerprint() for ref in models}
     folders, wrong = _folders(settings, store, protocol, items, models, prints, output / "rollouts", device)
     stamp = benchmark.stamp(settings) if benchmark else None
-    return Plan(store, items, models, scorer, judging, protocol, stamp, folders, wrong, prints)
+    return Plan(store, items, models, scorer, judging, video_net, protocol, stamp, folders, wrong, prints)
 
 
 def _folders(
@@ -91,7 +96,7 @@ def _folders(
     """Where finished rollouts lie, by the hash of all that they hang on; made."""
     stat = store.stat()
     # More episodes later keep what is done.
-    same = {key: value for key, value in protocol.items() if key not in ("items", "record", "hash")}
+    same = {key: value for key, value in protocol.items() if key not in ("items", "record", "hash", "fvd")}
     same |= {"dataset": str(store.root), "percentiles": [stat.p01, stat.p99]}
     names = {ref.label: hash_of([same, prints[ref.label], device.type]) for ref in models}
     folders = {

@@ -27,7 +27,12 @@ _UNUSED = ("history_policy",)  # of the sampling settings: nothing here reads th
 
 
 def make_protocol(
-    settings: Settings, store: EpisodeStore, items: Sequence[Item], scorer: Scorer, judging: Judging
+    settings: Settings,
+    store: EpisodeStore,
+    items: Sequence[Item],
+    scorer: Scorer,
+    judging: Judging,
+    fvd: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that the numbers hang on but the weights and the machine; ``hash`` is of all of it."""
     ev, world, model = settings.eval, settings.world, settings.model
@@ -49,6 +54,8 @@ def make_protocol(
         "record": record_hash(store, ev.split, items),
         "items": [[item.episode, item.start, item.seed] for item in items],
     }
+    if fvd:
+        protocol["fvd"] = dict(fvd)
     return {**protocol, "hash": hash_of(protocol)}
 
 

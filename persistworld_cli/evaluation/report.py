@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from persistworld_cli.data.store import EpisodeStore
-from persistworld_cli.evaluation.closed_loop import draw_frames
 from persistworld_cli.evaluation.following import following_result
+from persistworld_cli.evaluation.fvd import FeatureNet, fvd_result
 from persistworld_cli.evaluation.pictures import write_rollout_sheet, write_rollout_video
-from persistworld_cli.evaluation.recording import load_recording
 from persistworld_cli.evaluation.results import EvalData, build_result, jsonable
 from persistworld_cli.evaluation.stats import mean
 from persistworld_cli.evaluation.trust import trust_result
@@ -30,7 +29,12 @@ _CURVES = ("rho_by_step", "variance", "error", "points")  # of a trust row: in t
 
 
 def write_report(
-    data: EvalData, store: EpisodeStore, output: Path, painter: Callable[[str], WorldModel], films: bool
+    data: EvalData,
+    store: EpisodeStore,
+    output: Path,
+    painter: Callable[[str], WorldModel],
+    films: bool,
+    video_net: FeatureNet | None = None,
 ) -> dict[str, Any]:
     """Write every file of the report; returns `summary`.
 
@@ -40,9 +44,11 @@ def write_report(
         output: folder.
         painter: model's label -> the model whose VAE draws its pictures.
         films: whether to write mp4s.
+        video_net: the network of the Fréchet video distance, if one was given.
     """
     output.mkdir(parents=True, exist_ok=True)
-    result = build_result(data, {"following": following_result(data), "trust": trust_result(data)})
+    extra = {"following": following_result(data), "trust": trust_result(data)}
+    result = build_result(data, extra | {"fvd": fvd_result(data, store, painter, video_net)})
     write_csv(output / "rollouts.csv", rollout_rows(data))
     write_csv(output / "steps.csv", step_rows(data))
     pictures = [output / "curves.png"]
@@ -85,6 +91,7 @@ def summary(result: Mapping[str, Any], output: Path, sheets: Sequence[Path], vid
         "drift_per_s": result["drift_per_s"],
         "following": result["following"],
         "trust": {**result["trust"], "rows": [_without(row, _CURVES) for row in result["trust"]["rows"]]},
+        "fvd": result["fvd"],
         "benchmark": result["benchmark"],
         "protocol": result["protocol"]["hash"],
         "report": str(output / "report.html"),
@@ -167,17 +174,10 @@ def draw_picks(
 ) -> tuple[list[Path], list[Path]]:
     """Contact sheets and mp4s of `picks`."""
     settings = data.settings
-    rows, chunk = settings.model.num_frames, settings.sampling.decode_chunk
     sheets, videos = [], []
     for name, index in picks(data):
         item = data.items[index]
-        recording = load_recording(store, settings.eval.split, item, settings.eval.steps, rows)
-        high, wide = recording.frames.shape[2:4]
-        length = int(recording.valid.sum())
-        drawn = {
-            label: draw_frames(painter(label), data.latents(label, item), chunk, high, wide)[:length]
-            for label in data.labels
-        }
+        recording, drawn = data.draw(item, store, painter)
         title = f"{name}: episode {item.episode}, frame {item.start}, seed {item.seed}: {recording.annotation.text}"
         stem = f"{name}_episode-{item.episode}_start-{item.start}_seed-{item.seed}"
         scores = {label: data.rollouts[label][index] for label in data.labels}

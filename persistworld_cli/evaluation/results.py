@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.evaluation.closed_loop import Rollout, reward_of
+from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.evaluation.closed_loop import Rollout, draw_frames, reward_of
 from persistworld_cli.evaluation.metrics import Judging, MetricInfo, metric_infos
-from persistworld_cli.evaluation.recording import Item
+from persistworld_cli.evaluation.recording import Item, Recording, load_recording
 from persistworld_cli.evaluation.stats import cluster_bootstrap, compare, mean
+from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.rewards.score import Scorer
 
 FloatArray = NDArray[np.float64]
@@ -54,6 +56,26 @@ class EvalData:
     models: list[dict[str, Any]]
     provenance: dict[str, Any]
     wrong: dict[str, dict[str, list[Rollout]]]
+
+    def draw(
+        self, item: Item, store: EpisodeStore, painter: Callable[[str], WorldModel]
+    ) -> tuple[Recording, dict[str, NDArray[np.uint8]]]:
+        """A rollout's recording, and each model's frames (n, V, H, W, 3) of it as far as was recorded.
+
+        Args:
+            item: which rollout.
+            store: for the recorded frames.
+            painter: model's label -> the model whose VAE draws its pictures.
+        """
+        settings = self.settings
+        recording = load_recording(store, settings.eval.split, item, settings.eval.steps, settings.model.num_frames)
+        high, wide = recording.frames.shape[2:4]
+        length, chunk = int(recording.valid.sum()), settings.sampling.decode_chunk
+        drawn = {
+            label: draw_frames(painter(label), self.latents(label, item), chunk, high, wide)[:length]
+            for label in self.labels
+        }
+        return recording, drawn
 
     @property
     def groups(self) -> dict[str, tuple[int, ...]]:

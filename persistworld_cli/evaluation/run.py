@@ -75,7 +75,7 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
         model: WorldModel = bare(sources[label])
         return model
 
-    summary = write_report(data, plan.store, output, painter, job.get("videos", True))
+    summary = write_report(data, plan.store, output, painter, job.get("videos", True), plan.video_net)
     if other := job.get("compare"):
         own = str(output / "eval.json")
         against = compare_results(load_result(other), load_result(own), f"{other} and {own}")

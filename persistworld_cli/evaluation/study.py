@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.evaluation.closed_loop import draw_frames
-from persistworld_cli.evaluation.recording import Item, load_recording
+from persistworld_cli.evaluation.recording import Item
 from persistworld_cli.evaluation.results import EvalData
 from persistworld_cli.evaluation.study_key import StudyKey, Trial, key_path, load_key, make_key, new_secret
 from persistworld_cli.models.world_model import WorldModel
@@ -134,19 +133,14 @@ def _questions(
 ) -> list[Question]:
     """The videos of one rollout, and what the page knows of them."""
     settings = data.settings
-    recording = load_recording(store, settings.eval.split, item, settings.eval.steps, settings.model.num_frames)
-    high, wide = recording.frames.shape[2:4]
-    length = int(recording.valid.sum())
-    recorded = _from_start(recording.first, recording.frames[:length])
-    drawn = []
-    for label in data.labels:
-        frames = draw_frames(painter(label), data.latents(label, item), settings.sampling.decode_chunk, high, wide)
-        drawn.append(_from_start(recording.first, frames[:length]))
+    recording, drawn = data.draw(item, store, painter)
+    recorded = _from_start(recording.first, recording.frames[: int(recording.valid.sum())])
+    made = [_from_start(recording.first, drawn[label]) for label in data.labels]
     sets, names = camera_sets(settings), settings.world.cameras
     out = []
     for trial in trials:
         views = list(sets[trial.cameras])
-        panes = [frames[:, views] for frames in (recorded, drawn[trial.first], drawn[1 - trial.first])]
+        panes = [frames[:, views] for frames in (recorded, made[trial.first], made[1 - trial.first])]
         shown = ", ".join(names[view].replace("_", " ") for view in views)
         text = recording.annotation.text
         out.append(write_question(folder, trial.id, panes, shown, text, settings.world.rate_hz))

@@ -89,7 +89,7 @@ def conduct_table(result: Mapping[str, Any]) -> Table:
     Args:
         result: ``eval.json``'s dictionary.
     """
-    following, trust = result["following"], result["trust"]
+    following, trust, fvd = (result[key] for key in ("following", "trust", "fvd"))
     table = Table(
         title="What means hide: mean [95% interval over episodes]",
         caption=_conduct_caption(result),
@@ -101,6 +101,8 @@ def conduct_table(result: Mapping[str, Any]) -> Table:
     table.add_column("drift\npsnr dB a second", justify="right")
     for kind in following["kinds"]:
         table.add_column(f"gain over {kind} actions\n{following['metric']} dB", justify="right")
+    if fvd["rows"]:
+        table.add_column(f"{fvd['label']} ↓", justify="right")
     if trust["rows"]:
         table.add_column("variance and error\nrho (within a step)", justify="right")
     for group in result["groups"]:
@@ -108,6 +110,9 @@ def conduct_table(result: Mapping[str, Any]) -> Table:
             drift = result["drift_per_s"][group]["psnr"][model]
             cells = [Text(_span(drift["mean"], drift["low"], drift["high"], "psnr"))]
             cells += [_margin(result, group, model, kind) for kind in following["kinds"]]
+            cells += [
+                Text(number(r["value"], "psnr")) for r in fvd["rows"] if (r["model"], r["cameras"]) == (model, group)
+            ]
             cells += [Text(_trust(row)) for row in trust["rows"] if row["model"] == model and row["cameras"] == group]
             table.add_row(group if index == 0 else "", model, *cells)
         table.add_section()
@@ -137,7 +142,7 @@ def _trust(row: Mapping[str, Any]) -> str:
 
 
 def _conduct_caption(result: Mapping[str, Any]) -> str:
-    following, trust = result["following"], result["trust"]
+    following, trust, fvd = (result[key] for key in ("following", "trust", "fvd"))
     lines = []
     if following["kinds"]:
         lines.append(
@@ -146,6 +151,13 @@ def _conduct_caption(result: Mapping[str, Any]) -> str:
         )
     if following["words"]:
         lines.append(f"action following: {following['words']}.")
+    if fvd["rows"]:
+        floor = ", ".join(
+            f"{row['cameras']} {number(row['value'], 'psnr')}" for row in fvd["rows"] if row["model"] == result["floor"]
+        )
+        lines.append(f"{fvd['label']}: torchvision's network, not papers' I3D; {result['floor']}: {floor}.")
+        if fvd["words"]:
+            lines.append(f"{fvd['label']}: {fvd['words']}.")
     if trust["rows"]:
         lines.append(
             f"rho: Spearman's, of the variance between {trust['seeds']} seeds and the squared error, step by step; "

@@ -1,0 +1,162 @@
+"""Fréchet video distance, only where the user gives a feature network's weights.
+
+FVD as papers report it takes the features of an I3D graph, and loading that graph runs code from the file. Here the
+network is one of torchvision's video classifiers, built from code and filled from its state dict of Kinetics-400
+weights, so the number carries the network's name: ``fvd (r3d_18)``, comparable only with itself.
+
+Shape legend: N clips, T frames, H, W pixels, E features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+from persistworld_cli.compat import ensure_torchvision
+from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.errors import PersistWorldError, UsageError, nearest
+from persistworld_cli.evaluation.results import EvalData
+from persistworld_cli.evaluation.weights import sha256_of
+from persistworld_cli.models.world_model import WorldModel
+from persistworld_cli.reports.progress import Meter
+
+NETS = ("r3d_18", "mc3_18", "r2plus1d_18")
+CLIP, SIDE = 16, 112  # frames and pixels a side: what these networks were trained on
+MEAN, STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)  # of Kinetics-400, as torchvision gives them
+FEW = 256  # clips: with fewer the distance is biased upwards, the more so the fewer
+Videos = Sequence[NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class FeatureNet:
+    """A video network without its classifier, and what the protocol says of it."""
+
+    name: str
+    sha256: str
+    model: nn.Module
+
+    @property
+    def label(self) -> str:
+        """For tables."""
+        return f"fvd ({self.name})"
+
+    def describe(self) -> dict[str, Any]:
+        """For the protocol: two distances compare only if all of it is the same."""
+        return {"net": self.name, "weights_sha256": self.sha256, "clip": CLIP, "side": SIDE, "resize": "bilinear"}
+
+    @torch.no_grad()
+    def features(self, videos: Videos, batch: int = 8) -> NDArray[np.float64]:
+        """(N, E) of uint8 videos (T, H, W, 3), each cut into clips of 16 frames; what is left over is not used."""
+        clips = [video[i : i + CLIP] for video in videos for i in range(0, len(video) - CLIP + 1, CLIP)]
+        device = next(self.model.parameters()).device
+        mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1, 1) for v in (MEAN, STD))
+        out = []
+        for begin in range(0, len(clips), batch):
+            pictures = torch.from_numpy(np.stack(clips[begin : begin + batch])).to(device)
+            flat = pictures.flatten(0, 1).movedim(-1, 1).float() / 255
+            small = functional.interpolate(flat, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
+            ready = small.unflatten(0, (-1, CLIP)).movedim(1, 2)  # (N, 3, T, H, W)
+            out.append(self.model((ready - mean) / std).double().cpu().numpy())
+        return np.concatenate(out) if out else np.zeros((0, 0))
+
+
+def load_feature_network(path: str, net: str, device: torch.device) -> FeatureNet:
+    """A network of torchvision's with weights from a file.
+
+    Raises:
+        UsageError: an unknown network.
+        PersistWorldError: no such file, or it does not hold this network's state dict.
+    """
+    if net not in NETS:
+        raise UsageError(f"unknown video network '{net}'", where="eval.fvd_net", fix=nearest(net, NETS))
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise PersistWorldError(
+            f"no feature network at {file}",
+            where="--fvd",
+            fix=f"give torchvision's Kinetics-400 state dict of {net} (a .pth file)",
+        )
+    ensure_torchvision()
+    from torchvision.models import video  # needs the line above
+
+    model: nn.Module = getattr(video, net)(weights=None)
+    try:
+        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load raises half a dozen types for a broken or foreign file
+        reason = str(error).splitlines()[0]
+        raise PersistWorldError(
+            f"{file} does not hold {net}: {reason}",
+            where="--fvd",
+            fix=f"give torchvision's state dict of it, or name another with --set eval.fvd_net=... ({', '.join(NETS)})",
+        ) from error
+    model.fc = nn.Identity()
+    model.requires_grad_(False).eval().to(device)
+    return FeatureNet(net, sha256_of(str(file)), model)
+
+
+def frechet(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Fréchet distance of two sets of features (N, E), (M, E) taken as Gaussians (Heusel et al. 2017, equation 6).
+
+    tr (S_a S_b)^(1/2) is the sum of the singular values of A B^T, where A and B are the centred features over
+    (n - 1)^(1/2): exact with fewer clips than features, and without the root of a large matrix. NaN below two clips.
+    """
+    if min(len(a), len(b)) < 2:
+        return float("nan")
+    gap = a.mean(0) - b.mean(0)
+    left, right = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
+    cross = np.linalg.svd(left @ right.T, compute_uv=False).sum()
+    return float(max(0.0, gap @ gap + (left**2).sum() + (right**2).sum() - 2 * cross))
+
+
+def fvd_result(
+    data: EvalData, store: EpisodeStore, painter: Callable[[str], WorldModel], net: FeatureNet | None
+) -> dict[str, Any]:
+    """The distance of every model's rollouts, and of the first frame repeated, from the recordings.
+
+    Returns:
+        ``{"label", "rows": [{model, cameras, value, clips}], "words"}``; no rows, and why in ``words``, without a
+        network.
+    """
+    if net is None:
+        return {"label": "", "rows": [], "words": "needs a feature network: --fvd PATH"}
+    found: dict[tuple[str, str], list[NDArray[np.float64]]] = {}
+    with Meter("eval: fvd", len(data.items)) as meter:
+        for videos in _videos(data, store, painter):
+            for row, frames in videos.items():
+                for group, cameras in data.groups.items():
+                    own = net.features([frames[:, camera] for camera in cameras])
+                    if len(own):
+                        found.setdefault((row, group), []).append(own)
+            meter.advance()
+    rows: list[dict[str, Any]] = []
+    for row in [data.floor, *data.labels]:
+        for group in data.groups:
+            known, made = (np.concatenate(found.get((name, group), [np.zeros((0, 1))])) for name in ("", row))
+            rows.append({"model": row, "cameras": group, "value": frechet(known, made), "clips": len(made)})
+    return {"label": net.label, "rows": rows, "words": _words(min(row["clips"] for row in rows))}
+
+
+def _words(clips: int) -> str:
+    if clips < 2:
+        return f"needs two clips of {CLIP} recorded frames: longer or more rollouts"
+    return (
+        f"{clips} clips of {CLIP} frames are few: biased upwards, comparable only at this number" if clips < FEW else ""
+    )
+
+
+def _videos(
+    data: EvalData, store: EpisodeStore, painter: Callable[[str], WorldModel]
+) -> Iterator[Mapping[str, NDArray[np.uint8]]]:
+    """The frames (F, V, H, W, 3) of each rollout: "" as recorded, the first one repeated, and by every model."""
+    for item in data.items:
+        recording, drawn = data.draw(item, store, painter)
+        length = int(recording.valid.sum())
+        yield {"": recording.frames[:length], data.floor: np.repeat(recording.first[None], length, 0), **drawn}
