@@ -12,19 +12,15 @@ last run alone; after every kill, an annotation may stand only where all files o
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
+from benchmarks.killing import kill, report, start
 
 
 def tree(out: Path) -> dict[str, bytes]:
@@ -33,12 +29,10 @@ def tree(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
-def start(episodes: str, folder: Path, out: Path) -> subprocess.Popen[bytes]:
-    """The command, in a process group of its own."""
-    command = [sys.executable, "-m", "persistworld_cli", "extract-latents", "--preset", "tiny", "--device", "cpu"]
-    command += ["bundled:dataset_example/world", str(out), "--episodes", episodes, "--output", str(folder / "run")]
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True)
+def begin(episodes: str, folder: Path, out: Path) -> subprocess.Popen[bytes]:
+    """The command, on the bundled world."""
+    flags = ["--preset", "tiny", "--device", "cpu", "--episodes", episodes, "--output", str(folder / "run")]
+    return start(["extract-latents", "bundled:dataset_example/world", str(out), *flags])
 
 
 def broken(out: Path, whole: dict[str, bytes]) -> list[str]:
@@ -52,32 +46,18 @@ def broken(out: Path, whole: dict[str, bytes]) -> list[str]:
     return bad
 
 
-def kill(process: subprocess.Popen[bytes], alone: bool) -> None:
-    """SIGKILL to the encoder's process alone, or to all of the run; waits until all of it is gone."""
-    family = psutil.Process(process.pid).children(recursive=True)
-    workers = [p for p in family if "persistworld_cli.worker" in p.cmdline()]
-    if alone and workers:
-        workers[0].kill()
-    else:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    _, alive = psutil.wait_procs(family, timeout=30)
-    if alive:
-        raise RuntimeError(f"left behind: {[p.cmdline() for p in alive]}")
-
-
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All kills and comparisons."""
     draw = random.Random(options.seed)
     begun = time.perf_counter()
-    if start(options.episodes, folder, folder / "unbroken").wait():
+    if begin(options.episodes, folder, folder / "unbroken").wait():
         raise RuntimeError("the unbroken run failed")
     whole = tree(folder / "unbroken")
     out, kills, finished, same, torn = folder / "killed", 0, 0, 0, 0
     window = options.window or (time.perf_counter() - begun) / 4
     moments: list[float] = []
     while True:
-        process = start(options.episodes, folder, out)
+        process = begin(options.episodes, folder, out)
         if kills < options.kills:
             while process.poll() is None and not list((out / ".staging").glob("*")):
                 time.sleep(0.005)
@@ -113,14 +93,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--episodes", default="0:12")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--window", type=float, help="latest moment, s; a quarter of the unbroken run by default")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(options, Path(folder))
-    print(json.dumps(result, indent=1) if options.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
-    return 0 if result["pass"] else 1
+    return report(parser, measure)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from persistworld_cli.config.settings import PostTrainSettings, Settings
+from persistworld_cli.data.video import read_frames
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.training import post_train
 from persistworld_cli.training.health import CollapseGuard, resting_words
@@ -73,8 +74,10 @@ def test_every_check_has_the_base_beside_it(world: Settings, tmp_path: Path) -> 
     assert lines[0]["val_base"] == lines[1]["val_base"] and 0 <= lines[0]["val_won"] <= 1
     assert abs(lines[0]["val_reward"] - lines[0]["val_base"]) < 0.1  # a step of 1e-4 moves next to nothing
     assert {f"ssim/{camera}" for camera in world.world.cameras} <= set(lines[0])
-    longer = replace(world, post_train=replace(world.post_train, updates=3))
+    longer = replace(world, post_train=replace(world.post_train, updates=3, video_every=3))
     post_train.run(longer, {"output": str(tmp_path)})
+    video = tmp_path / "videos" / "step-00000003" / "9_0_0.mp4"
+    assert len(read_frames(video, range(9))) == 9 and (tmp_path / "curves.png").exists()  # the start, 2 x 4 new frames
     assert log(tmp_path)[2]["val_base"] == lines[0]["val_base"]  # kept with the state
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,8 @@ from persistworld_cli.launch.launcher import run_task
 from persistworld_cli.models.checkpoints import load_world_model
 from persistworld_cli.models.lora import PolicySwitch
 from persistworld_cli.training import post_train, pretrain
+
+ADAPTER = "weights/adapter/adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +55,20 @@ def losses(output: Path, name: str) -> list[float]:
     return [line[name] for line in lines if name in line]
 
 
-def launch(task: str, settings: Settings, output: Path, stop_at: int | None = None) -> None:
-    """The worker as the launcher starts it; with `stop_at` it is killed (-9) as soon as that state is there."""
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def worker(task: str, settings: Settings, output: Path) -> list[str]:
+    """The worker's command line, its config.json written."""
     output.mkdir(parents=True, exist_ok=True)
     config = output / "config.json"
     config.write_text(json.dumps({"task": task, "settings": to_json(settings), "job": {"output": str(output)}}))
-    command = [sys.executable, "-m", "persistworld_cli.worker", str(config)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return [sys.executable, "-m", "persistworld_cli.worker", str(config)]
+
+
+def launch(task: str, settings: Settings, output: Path, stop_at: int | None = None) -> None:
+    """The worker as the launcher starts it; with `stop_at` it is killed (-9) as soon as that state is there."""
+    command, env = worker(task, settings, output), ENV
     if stop_at is None:
         subprocess.run(command, env=env, check=True, timeout=300)
         return
@@ -96,15 +106,38 @@ def test_killed_and_resumed_post_training_equals_an_unbroken_run(world: Settings
     assert losses(tmp_path / "broken", "reward") == losses(tmp_path / "whole", "reward")
 
 
-def test_two_processes_equal_one(world: Settings, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_last_state_whole_and_says_so(world: Settings, tmp_path: Path) -> None:
+    launch("post-train", replace(world, post_train=replace(world.post_train, updates=1)), tmp_path)
+    state = tmp_path / "state" / "step-00000001" / "state.pt"
+    whole = state.read_bytes()
+
+    def fill_disk() -> None:
+        """No file may grow beyond half a state: writing fails as on a full disk, with EFBIG for ENOSPC."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, len(whole) // 2))
+
+    command = worker("post-train", world, tmp_path)
+    done = subprocess.run(command, env=ENV, preexec_fn=fill_disk, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: the training state of update 2 could not be written" in done.stderr
+    assert "free some disk and run the same command again" in done.stderr
+    assert state.read_bytes() == whole and [path.name for path in state.parent.parent.iterdir()] == ["step-00000001"]
+    (tmp_path / "failure.json").unlink()
+    launch("post-train", world, tmp_path)
+    assert losses(tmp_path, "step") == [1, 2] and len(load_file(str(tmp_path / ADAPTER)))
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["groups", "candidates of one group"])
+def test_two_processes_equal_one(world: Settings, tmp_path: Path, split: bool) -> None:
+    if split:
+        options = replace(world.post_train, groups=1, candidates=4, split_groups=True, credit="patch")
+        world = replace(world, post_train=options)
     for name, processes in (("one", 1), ("two", 2)):
         settings = replace(world, launch=replace(world.launch, num_processes=processes, threads=1))
         code, result = run_task("post-train", settings, {}, tmp_path / name)
         assert code == 0 and result["processes"] == processes
     for name in ("reward", "loss", "grad_norm"):
         assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), abs=1e-5)
-    file = "weights/adapter/adapter_model.safetensors"
-    one, two = (load_file(str(tmp_path / n / file)) for n in ("one", "two"))
+    one, two = (load_file(str(tmp_path / n / ADAPTER)) for n in ("one", "two"))
     # Muon orthogonalises in bfloat16, so where a gradient is all but zero rounding is blown up to whole steps of 2e-5
     gap = torch.cat([(one[k] - two[k]).abs().flatten() for k in one])
     assert gap.mean() < 1e-6 and gap.max() < 5e-5

@@ -45,6 +45,17 @@ Resume = Annotated[
     bool, typer.Option("--resume/--no-resume", help="Continue the run in the output folder, if it has one.")
 ]
 
+Tracker = Annotated[
+    list[str] | None,
+    typer.Option(help="Where numbers also go; may be repeated: tensorboard (default), wandb, trackio, none."),
+]
+TRACKER_FLAG = {"launch.trackers": "--tracker"}
+
+
+def tracker_names(given: list[str] | None) -> tuple[str, ...] | None:
+    """``--tracker a,b --tracker c`` as names; None where the flag was not given."""
+    return tuple(part.strip() for text in given for part in text.split(",")) if given else None
+
 
 def option(*names: str, help: str, panel: str = SETTINGS_PANEL, metavar: str | None = None) -> Any:
     """A typer.Option in one of the shared panels."""

@@ -6,12 +6,24 @@ from typing import Annotated
 
 import typer
 
-from persistworld_cli.commands.options import Accelerator, Ckpt, Common, Dataset, Resume, Seed, with_common
+from persistworld_cli.commands.options import (
+    TRACKER_FLAG,
+    Accelerator,
+    Ckpt,
+    Common,
+    Dataset,
+    Resume,
+    Seed,
+    Tracker,
+    tracker_names,
+    with_common,
+)
 from persistworld_cli.commands.run import execute
 
 EXAMPLES = (
     "persistworld post-train --updates 40",
     "persistworld post-train --updates 40 --num-processes 2",
+    "persistworld post-train --groups 1 --num-processes 2 --split-groups --tracker tensorboard,trackio",
     "persistworld post-train --set post_train.beta=0.5 --set post_train.kl=0 --dry-run",
     "persistworld post-train --preset persistworld --ckpt yjguo/Ctrl-World --num-processes 8",
 )
@@ -25,8 +37,13 @@ def command(
     updates: Annotated[int | None, typer.Option(help="Updates of the whole run.")] = None,
     groups: Annotated[int | None, typer.Option(help="Start states an update, over all processes.")] = None,
     candidates: Annotated[int | None, typer.Option(help="Continuations drawn from each start state.")] = None,
+    split_groups: Annotated[
+        bool | None,
+        typer.Option("--split-groups", help="Fewer groups than processes: several share the candidates of one."),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     seed: Seed = None,
+    tracker: Tracker = None,
     resume: Resume = True,
     accelerator: Accelerator = None,
 ) -> None:
@@ -40,9 +57,12 @@ def command(
             "post_train.updates": updates,
             "post_train.groups": groups,
             "post_train.candidates": candidates,
+            "post_train.split_groups": split_groups,
             "post_train.lr": lr,
             "post_train.seed": seed,
+            "launch.trackers": tracker_names(tracker),
         },
+        names=TRACKER_FLAG,
         job={"resume": resume},
         accelerator=accelerator,
     )

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from persistworld_cli.commands.options import Accelerator, Ckpt, Common, Dataset, Resume, Seed, with_common
+from persistworld_cli.commands.options import (
+    TRACKER_FLAG,
+    Accelerator,
+    Ckpt,
+    Common,
+    Dataset,
+    Resume,
+    Seed,
+    Tracker,
+    tracker_names,
+    with_common,
+)
 from persistworld_cli.commands.run import execute
 from persistworld_cli.errors import UsageError
 
@@ -33,6 +44,7 @@ def command(
     batch: Annotated[int | None, typer.Option(help="Clips an update, over all processes.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     seed: Seed = None,
+    tracker: Tracker = None,
     resume: Resume = True,
     accelerator: Accelerator = None,
 ) -> None:
@@ -50,7 +62,9 @@ def command(
             f"{table}.batch": batch,
             f"{table}.lr": lr,
             f"{table}.seed": seed,
+            "launch.trackers": tracker_names(tracker),
         },
+        names=TRACKER_FLAG,
         job={"resume": resume, "scratch": scratch, "vae": vae},
         accelerator=accelerator,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import typer
 from persistworld_cli.commands.cost import cost_report, pick_accelerator, show_cost
 from persistworld_cli.commands.options import Common
 from persistworld_cli.config.presets import Pinned, Resolved, flatten, load_settings, to_json
+from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import note, stdout_console
 from persistworld_cli.errors import PersistWorldError
 
@@ -51,6 +52,8 @@ def execute(
     folder: str | None = None,
     accelerator: str | None = None,
     pinned: Pinned | None = None,
+    check: Callable[[Settings], None] | None = None,
+    terminal: bool = False,
 ) -> None:
     """A whole command whose work is done by a worker: resolve, show or launch, print.
 
@@ -62,9 +65,13 @@ def execute(
         folder: name of the default output folder, if it is not the task's.
         accelerator: what a dry run's floors are for; None: the default.
         pinned: as for `resolve`.
+        check: looks at the resolved settings before anything starts; raises UsageError.
+        terminal: the worker reads keys from the terminal.
     """
     device = pick_accelerator(accelerator, dry_run=common.dry_run)
     resolved = resolve(common, flags, names, pinned)
+    if check is not None:
+        check(resolved.settings)
     output = output_folder(common, resolved, folder or task)
     if common.dry_run:
         report = cost_report(task, resolved.settings)
@@ -73,7 +80,7 @@ def execute(
         if report and not common.as_json:
             show_cost(task, report, device)
         return
-    result = launch_worker(task, resolved, dict(job or {}), output)
+    result = launch_worker(task, resolved, dict(job or {}), output, terminal=terminal)
     code = int(result.pop("exit_code", 0))  # work that finished, but not all of it as asked (an unreadable episode)
     show_result(result, as_json=common.as_json)
     if code:
@@ -85,8 +92,10 @@ def output_folder(common: Common, resolved: Resolved, name: str) -> Path:
     return common.output if common.output is not None else Path("outputs") / f"{name}-{resolved.label}"
 
 
-def launch_worker(task: str, resolved: Resolved, job: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Hand the work to worker processes and wait for them.
+def launch_worker(
+    task: str, resolved: Resolved, job: dict[str, Any], output: Path, *, terminal: bool = False
+) -> dict[str, Any]:
+    """Hand the work to worker processes and wait for them; with ``terminal``, standard input too.
 
     Returns:
         What the task returned (``<output>/result.json``).
@@ -97,7 +106,7 @@ def launch_worker(task: str, resolved: Resolved, job: dict[str, Any], output: Pa
     """
     from persistworld_cli.launch.launcher import run_task
 
-    code, result = run_task(task, resolved.settings, job, output)
+    code, result = run_task(task, resolved.settings, job, output, terminal=terminal)
     if code:
         raise typer.Exit(code)
     return result

@@ -6,7 +6,9 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from persistworld_cli.config.keys import check_drive
 from persistworld_cli.config.settings import Settings
+from persistworld_cli.config.trackers import NO_TRACKER, TRACKERS
 from persistworld_cli.errors import UsageError, nearest
 
 _PRECISIONS = ("no", "bf16")
@@ -32,6 +34,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "vae.optimizer": ("muon", "adamw"),
     "eval.study_cameras": ("groups", "all"),
     "eval.colour_range": ("unit", "8bit"),
+    "drive.picture": ("auto", "kitty", "iterm", "sixel", "blocks", "blocks-256", "none"),
     "policy.layout": ("pi05", "pi0", "pi0-fast"),
     "launch.device": ("auto", "cpu", "cuda"),
 }
@@ -71,6 +74,7 @@ _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
             "post_train.lora_alpha",
             "post_train.micro_batch",
             "post_train.validate_rollouts",
+            "post_train.video_rollouts",
             "post_train.validate_steps",
             "post_train.save_every",
             "post_train.keep",
@@ -100,6 +104,7 @@ _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
             "vae.edge_weight",
             "post_train.steps",
             "post_train.validate_every",
+            "post_train.video_every",
             "post_train.collapse_checks",
             "post_train.p_std",
             "post_train.explore",
@@ -184,6 +189,7 @@ def check(settings: Settings, where: Mapping[str, str] | None = None) -> None:
     _check_choices(settings, place)
     _check_bounds(settings, place)
     _check_world(settings, place)
+    check_drive(settings.drive, place)
     _check_sampling(settings, place)
     _check_post_train(settings, place)
     _check_eval(settings, place)
@@ -256,14 +262,6 @@ def _check_world(settings: Settings, place: _Place) -> None:
         )
     if not settings.rewards.weights:
         raise UsageError("rewards.weights is empty", where=place("rewards.weights"), fix="name at least one reward")
-    drive = settings.drive
-    if not len(drive.workspace_low) == len(drive.workspace_high) == 3 or any(
-        low >= high for low, high in zip(drive.workspace_low, drive.workspace_high, strict=True)
-    ):
-        raise UsageError(
-            f"drive.workspace {drive.workspace_low} .. {drive.workspace_high} is no box: three bounds each",
-            where=place("drive.workspace_low", "drive.workspace_high"),
-        )
 
 
 def _check_sampling(settings: Settings, place: _Place) -> None:
@@ -349,6 +347,14 @@ def _check_eval(settings: Settings, place: _Place) -> None:
 
 def _check_launch(settings: Settings, place: _Place) -> None:
     launch = settings.launch
+    known = (*TRACKERS, NO_TRACKER)
+    for name in launch.trackers:
+        if name not in known:
+            raise UsageError(f"unknown tracker '{name}'", where=place("launch.trackers"), fix=nearest(name, known))
+    if NO_TRACKER in launch.trackers and len(set(launch.trackers)) > 1:
+        raise UsageError(
+            f"launch.trackers = {', '.join(launch.trackers)}: 'none' stands alone", where=place("launch.trackers")
+        )
     if launch.machine_rank >= launch.num_machines:
         raise UsageError(
             f"launch.machine_rank = {launch.machine_rank}, but launch.num_machines = {launch.num_machines}",

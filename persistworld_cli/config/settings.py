@@ -154,6 +154,7 @@ class PostTrainSettings:
 
     updates: int = 6000
     groups: int = 4  # start states an update, over all processes
+    split_groups: bool = False  # fewer groups than processes: several share the candidates of one
     candidates: int = 16  # K
     keep_best: int = 5
     keep_worst: int = 5
@@ -189,7 +190,9 @@ class PostTrainSettings:
     gradient_checkpointing: bool = False
     validate_every: int = 0  # updates between closed-loop checks on held-out starts, the base beside; 0: none
     validate_rollouts: int = 8
-    validate_steps: int = 14  # interactions of a check's rollout
+    validate_steps: int = 14  # interactions of a check's rollout, and of a video's
+    video_every: int = 0  # updates between videos of held-out rollouts, record and base beside; 0: none
+    video_rollouts: int = 2
     collapse_checks: int = 3  # falls in a row that count as collapse, once below the base; 0: never
     on_collapse: str = "stop"  # stop | rollback (go on from the best check with half the learning rate)
     seed: int = 0
@@ -213,6 +216,8 @@ class EvalSettings:
     masks: tuple[str, ...] = ()  # DIR or NAME=DIR: psnr and ssim on pixels that the user marked
     following: tuple[str, ...] = ()  # swapped, null: also roll out under these wrong actions
     following_steps: int = 4  # interactions of those rollouts
+    fvd: str = ""  # file of a video network's weights: also the Fréchet video distance by its features; empty: without
+    fvd_net: str = "r3d_18"  # which of torchvision's: r3d_18 | mc3_18 | r2plus1d_18
     batch: int = 8
     sheets: int = 3
     bootstrap: int = 2000
@@ -229,6 +234,19 @@ class DriveSettings:
     step_m: float = 0.08
     gripper_open: float = 0.0
     gripper_closed: float = 0.70
+    keys: dict[str, str] = field(  # letter = action (config.keys.ACTIONS)
+        default_factory=lambda: {
+            "l": "-y",
+            "r": "+y",
+            "f": "+x",
+            "b": "-x",
+            "u": "+z",
+            "d": "-z",
+            "o": "open",
+            "c": "close",
+        }
+    )
+    picture: str = "auto"  # drive --live: auto | kitty | iterm | sixel | blocks | blocks-256 | none
     workspace_low: tuple[float, ...] = (0.3, -0.5, 0.01)
     workspace_high: tuple[float, ...] = (0.8, 0.5, 0.5)
     seed: int = 0
@@ -268,6 +286,7 @@ class LaunchSettings:
     main_process_port: int = 0  # 0: a free one
     threads: int = 0  # CPU threads a process; 0: cores / processes
     device: str = "auto"  # auto | cpu | cuda
+    trackers: tuple[str, ...] = ("tensorboard",)  # of training runs: tensorboard, wandb, trackio; or none
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ def horizon_curves(path: Path, result: Mapping[str, Any]) -> None:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.02 + 0.08 / len(metrics), 1, 1))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _horizon(axes: Axes, result: Mapping[str, Any], group: str, metric: Mapping[str, Any]) -> None:
@@ -104,7 +104,7 @@ def change_plot(path: Path, result: Mapping[str, Any]) -> None:
     base, new = (model["label"] for model in result["models"])
     figure.suptitle(f"{new} against {base}: each dot a rollout, right of the line is better", fontsize=10)
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def trust_plot(path: Path, result: Mapping[str, Any]) -> None:
@@ -137,7 +137,7 @@ def trust_plot(path: Path, result: Mapping[str, Any]) -> None:
             figure.colorbar(dots, ax=plot, label="time in the rollout (s)")
     dots_are = f"{result['trust']['pairs']} starts, {result['trust']['seeds']} seeds, each dot a start and step"
     figure.suptitle(f"does it know when it is wrong? {dots_are}", fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _spread_out(plot: Axes, across: NDArray[np.float64], up: NDArray[np.float64]) -> None:
@@ -160,7 +160,7 @@ def _short(value: float | None) -> str:
     return "-" if value is None else f"{value:+.2f}"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write beside, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -89,18 +90,19 @@ class CandidateMaker:
     ) -> None:
         self.engine, self.store, self.scorer, self.options = engine, store, scorer, options
         self.split = split
+        self._read = lru_cache(64)(lambda episode: store.annotation(split, episode))
         steps = options.steps or engine.sampling.steps
         self.brancher = RolloutEngine(engine.model, replace(engine.sampling, steps=steps), engine.stat, engine.entries)
         self.reach = engine.model.settings.num_frames - 1
-        notes = {e: store.annotation(split, e) for e in store.episodes(split)}
-        self.notes: dict[str, Annotation] = {
-            e: n for e, n in notes.items() if n.num_frames > self.reach * (self._least_prefix() + options.chunks)
-        }
-        if not self.notes:
-            longest = max((n.num_frames for n in notes.values()), default=0)
+        index = store.index(split)  # every annotation of a large dataset would take minutes to read
+        lengths = {episode: int(length) for episode, length in zip(index.ids, index.lengths, strict=True)}
+        needed = self.reach * (self._least_prefix() + options.chunks) + 1
+        self.lengths = {episode: lengths[episode] for episode in sorted(lengths) if lengths[episode] >= needed}
+        self.episodes = list(self.lengths)
+        if not self.episodes:
             raise PersistWorldError(
                 f"no {split} episode is long enough: prefix {self._least_prefix()} and {options.chunks} chunk(s) need "
-                f"{self.reach * (self._least_prefix() + options.chunks) + 1} frames, the longest has {longest}",
+                f"{needed} frames, the longest has {max(lengths.values(), default=0)}",
                 where="post_train.prefix_max",
                 fix="shorten the prefix or add longer episodes",
             )
@@ -112,22 +114,25 @@ class CandidateMaker:
         """Group `number` (over all ranks) of an update."""
         options = self.options
         rng = np.random.default_rng((options.seed, update, number))
-        episode = sorted(self.notes)[rng.integers(len(self.notes))]
-        room = (self.notes[episode].num_frames - 1) // self.reach - options.chunks
+        episode = self.episodes[rng.integers(len(self.episodes))]
+        room = (self.lengths[episode] - 1) // self.reach - options.chunks
         longest = min(prefix_limit(options, update), room)
         prefix = longest if options.prefix == "fixed" else int(rng.integers(longest + 1))
-        last_start = self.notes[episode].num_frames - 1 - self.reach * (prefix + options.chunks)
+        last_start = self.lengths[episode] - 1 - self.reach * (prefix + options.chunks)
         return GroupPlan(episode, int(rng.integers(last_start + 1)), prefix, number)
 
+    def _note(self, plan: GroupPlan) -> Annotation:
+        return self._read(plan.episode)
+
     def _poses(self, plan: GroupPlan, interaction: int) -> np.ndarray:
-        return recorded_poses(self.notes[plan.episode].states, plan.start, interaction, self.reach + 1)[None]
+        return recorded_poses(self._note(plan).states, plan.start, interaction, self.reach + 1)[None]
 
     def prefixes(self, plans: list[GroupPlan], update: int) -> list[RolloutState]:
         """Roll every group's prefix out, all together, and hand each its own state (1 row) when it is there."""
         first = torch.stack([self.store.latents(self.split, p.episode, [p.start])[0] for p in plans])
-        poses = np.concatenate([self.notes[p.episode].states[p.start][None] for p in plans])
+        poses = np.concatenate([self._note(p).states[p.start][None] for p in plans])
         live = list(range(len(plans)))
-        state = self.engine.start(first, poses, [self.notes[p.episode].text for p in plans])
+        state = self.engine.start(first, poses, [self._note(p).text for p in plans])
         ready: dict[int, RolloutState] = {}
         for interaction in range(max(p.prefix for p in plans) + 1):
             for row, group in enumerate(live):
@@ -144,9 +149,11 @@ class CandidateMaker:
         return [ready[g] for g in range(len(plans))]
 
     @torch.no_grad()
-    def make(self, plans: list[GroupPlan], update: int) -> Candidates:
-        """Prefix, K branches and scores of some groups."""
-        options, k = self.options, self.options.candidates
+    def make(self, plans: list[GroupPlan], update: int, numbers: range | None = None) -> Candidates:
+        """Prefix, branches and scores of some groups: all K, or those of the K that are numbered here."""
+        options = self.options
+        drawn = numbers or range(options.candidates)
+        k = len(drawn)
         seconds = {}
         clock = time.perf_counter()
         states = [s.select([0] * k) for s in self.prefixes(plans, update)]
@@ -155,7 +162,7 @@ class CandidateMaker:
         for chunk in range(options.chunks):
             poses = [np.repeat(self._poses(p, p.prefix + chunk), k, axis=0) for p in plans]
             inputs = Inputs.join([self.engine.inputs(s, q) for s, q in zip(states, poses, strict=True)])
-            keys = [(options.seed, f"branch {update} {p.number}", i, chunk) for p in plans for i in range(k)]
+            keys = [(options.seed, f"branch {update} {p.number}", i, chunk) for p in plans for i in drawn]
             noise = rollout_noise(keys, self.engine.noise_shape)
             x0 = self._sample(inputs, noise)
             if options.explore:

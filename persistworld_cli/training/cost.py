@@ -31,6 +31,7 @@ from persistworld_cli.reports.costs import CostReport, MemoryRow, WorkRow, clips
 from persistworld_cli.training.candidates import prefix_limit
 from persistworld_cli.training.optim import Optimizers, inputs_and_outputs
 from persistworld_cli.training.pretrain import trained_parameters
+from persistworld_cli.training.sharing import team_size
 
 FLOAT32 = 4  # bytes
 
@@ -42,7 +43,7 @@ def post_train_report(settings: Settings) -> CostReport:
     parameters, weights = part_sizes(model), weight_bytes(model)
     interaction = count_interaction(model, sampling, 1)
     switch = _policies(model, options)
-    local = math.ceil(options.groups / settings.launch.num_processes) * options.candidates
+    local = _local_groups(settings) * _local_candidates(settings)
     together = min(local, max(1, options.micro_batch * 4))  # as CandidateMaker draws them
     with switch.use("old"):
         drawn = measure(
@@ -122,11 +123,22 @@ def _policies(model: WorldModel, options: PostTrainSettings) -> PolicySwitch:
 def _learning(model: WorldModel, settings: Settings) -> tuple[int, Work]:
     """Clips of a micro batch, and its forward and backward under the trained policy."""
     options = settings.post_train
-    local = math.ceil(options.groups / settings.launch.num_processes)
-    micro = min(options.micro_batch, local * (options.keep_best + options.keep_worst))
+    kept = min(options.keep_best + options.keep_worst, _local_candidates(settings))
+    micro = min(options.micro_batch, _local_groups(settings) * kept)
     with _checkpointed(model, options):
         dtype = AUTOCAST[options.mixed_precision]
         return micro, measure(lambda: predict(model, micro), model.parameters(), dtype, backward=True)
+
+
+def _local_groups(settings: Settings) -> int:
+    """Groups of which a process has candidates."""
+    processes = settings.launch.num_processes
+    return math.ceil(settings.post_train.groups * team_size(settings.post_train, processes) / processes)
+
+
+def _local_candidates(settings: Settings) -> int:
+    """Candidates of each of them that it draws."""
+    return math.ceil(settings.post_train.candidates / team_size(settings.post_train, settings.launch.num_processes))
 
 
 def _checkpointed(model: WorldModel, options: PostTrainSettings | PretrainSettings) -> AbstractContextManager[None]:
@@ -143,9 +155,10 @@ def _update_rows(settings: Settings, interaction: InteractionCost, old: int, the
     drawn, prefix = options.groups * options.candidates * options.chunks, mean_prefix(options)
     kept = options.groups * (options.keep_best + options.keep_worst) * options.chunks * options.sigmas_per_candidate
     draw = interaction.calls * old
-    ahead = f"  {options.groups} prefixes of {prefix:g} interactions"
+    prefixes = options.groups * team_size(options, processes)  # every process of a team rolls it out for itself
+    ahead = f"  {prefixes} prefixes of {prefix:g} interactions"
     parts = [
-        WorkRow("prefixes", ahead, options.groups * prefix * draw, processes),
+        WorkRow("prefixes", ahead, prefixes * prefix * draw, processes),
         WorkRow("candidates", f"  {drawn} candidates drawn", drawn * draw, processes),
         WorkRow("pictures", "  and decoded", drawn * interaction.decoding, processes),
         WorkRow(

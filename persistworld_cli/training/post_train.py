@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from persistworld_cli.models.checkpoints import load_world_model
 from persistworld_cli.models.lora import PolicySwitch
 from persistworld_cli.objective.nft import kl_to_reference, nft_loss, sampling_decay
 from persistworld_cli.reports.progress import Meter
+from persistworld_cli.reports.training_curves import POST_TRAIN_PANELS, training_curves
 from persistworld_cli.rewards.advantage import keep_extremes
 from persistworld_cli.rewards.score import Scorer
 from persistworld_cli.rollout.engine import Inputs, RolloutEngine
@@ -28,10 +30,13 @@ from persistworld_cli.training.credit import credit
 from persistworld_cli.training.health import CollapseGuard, candidate_health, resting_words
 from persistworld_cli.training.optim import Optimizers
 from persistworld_cli.training.run import Interrupted, Run
+from persistworld_cli.training.samples import SampleVideos
 from persistworld_cli.training.schedule import lr_factor
+from persistworld_cli.training.sharing import Share, TeamScorer
 from persistworld_cli.training.validation import ClosedLoopCheck
 
 logger = logging.getLogger(__name__)
+LEARNING = ("loss", "kl", "theta_old", "theta_reference")  # numbers of `PostTrainer.loss`
 
 
 class PostTrainer:
@@ -46,12 +51,7 @@ class PostTrainer:
     def __init__(self, settings: Settings, job: dict[str, Any], work: Run) -> None:
         self.settings, self.options, self.work = settings, settings.post_train, work
         options = self.options
-        if options.groups % work.world:
-            raise PersistWorldError(
-                f"{options.groups} groups cannot be shared by {work.world} processes",
-                where="post_train.groups",
-                fix="make it a multiple of --num-processes",
-            )
+        self.share = Share.of(options, work.rank, work.world)
         self.model = load_world_model(
             settings.model, settings.world, ckpt=job.get("ckpt"), adapter="", device=work.device
         )
@@ -71,56 +71,69 @@ class PostTrainer:
         self.maker = CandidateMaker(self.engine, store, self.scorer, options)
         every = options.validate_every
         self.check = ClosedLoopCheck(settings, self.engine, store, self.scorer, work) if every else None
+        self.videos = SampleVideos(settings, self.engine, store, work) if options.video_every else None
         self.guard = CollapseGuard(options.collapse_checks)
         self.lr_scale = 1.0
         self.optimizers = self._optimizers()
 
     def update(self, step: int) -> dict[str, float]:
         """One update; the numbers worth logging (means over ranks)."""
-        options, work = self.options, self.work
-        local = options.groups // work.world
-        plans = [self.maker.plan(step, work.rank * local + g) for g in range(local)]
+        options, share = self.options, self.share
+        plans = [self.maker.plan(step, group) for group in share.groups]
         with self.switch.use("old"):
-            made = self.maker.make(plans, step)
-        r = credit(made, self.scorer, options)
+            made = self.maker.make(plans, step, share.candidates)
+        made.reward = self.whole(made.reward.flatten()).view(len(plans), -1)
+        r = credit(made, TeamScorer(self.scorer, self.whole), options)
         if options.objective == "recorded":
             self.aim_at_record(made, plans)
             r = torch.ones_like(r)
         kept = keep_extremes(made.reward, options.keep_best, options.keep_worst)  # (G, m + n)
-        offsets = torch.arange(local, device=kept.device)[:, None] * options.candidates
-        rows = (kept + offsets).flatten()
+        rows, places = share.own(kept)
+        chosen = r.unflatten(0, made.reward.shape)[places[:, 0], kept[places[:, 0], places[:, 1]]]
+        keys = [(options.seed, step, plans[group].number, place) for group, place in places.tolist()]
         clock = time.perf_counter()
-        numbers = self.learn(step, made, rows, r[rows], [p.number for p in plans])
+        numbers = self.learn(step, made, rows, chosen, keys)
         made.seconds["update"] = time.perf_counter() - clock
         numbers |= candidate_health(made, kept, self.settings.world.cameras)
         means = self.work.gather([numbers])
         return {key: sum(m[key] for m in means) / len(means) for key in numbers}
 
+    def whole(self, part: torch.Tensor) -> torch.Tensor:
+        """Values (G * k, ...) of this rank's candidates with those of the ranks that share its groups: (G * K, ...)."""
+        return self.share.whole(part, self.work.gather)
+
     def learn(
-        self, step: int, made: Candidates, rows: torch.Tensor, r: torch.Tensor, groups: list[int]
+        self, step: int, made: Candidates, rows: torch.Tensor, r: torch.Tensor, draws: Sequence[tuple[int, ...]]
     ) -> dict[str, float]:
-        """Gradient of the objective over the kept candidates (their r, as `credit` gives it), optimiser step, EMA."""
+        """Gradient of the objective over the kept candidates, optimiser step, EMA.
+
+        Args:
+            step: which update.
+            made: this rank's candidates.
+            rows: (n,) which of them were kept; as many on every rank only where groups are whole.
+            r: their optimality, as `credit` gives it.
+            draws: n keys of what is drawn for each.
+        """
         options = self.options
         lr = options.lr * self.lr_scale * lr_factor(step, options.updates, options.warmup, "constant")
         self.optimizers.set_lr(lr)
-        each = len(rows) // len(groups)
         jobs = [
             (chunk, repeat, part)
             for chunk in range(options.chunks)
             for repeat in range(options.sigmas_per_candidate)
             for part in torch.arange(len(rows)).split(options.micro_batch)
+            if len(part)  # a rank that shares a group may have none of its kept candidates
         ]
-        total = len(rows) * options.chunks * options.sigmas_per_candidate
-        sums: dict[str, float] = {}
+        kept = len(self.share.groups) * (options.keep_best + options.keep_worst) / len(self.share.team)  # mean of ranks
+        total = kept * options.chunks * options.sigmas_per_candidate
+        sums = dict.fromkeys(LEARNING, 0.0)
         for chunk, repeat, part in jobs:
             x0, inputs = made.x0[chunk][rows[part]], made.inputs[chunk].select(rows[part])
-            keys: list[tuple[int, ...]] = [
-                (options.seed, step, groups[int(i) // each], int(i) % each, chunk, repeat) for i in part
-            ]
+            keys = [(*draws[int(i)], chunk, repeat) for i in part]
             loss, numbers = self.loss(x0, inputs, r[part] if r.ndim == 1 else r[part, chunk], keys)
             (loss.sum() / total).backward()
             for name, value in numbers.items():
-                sums[name] = sums.get(name, 0.0) + value.sum().item() / total
+                sums[name] += value.sum().item() / total
         trainable = self.switch.trainable()
         self.work.average_gradients(trainable)
         norm = torch.nn.utils.clip_grad_norm_(trainable, options.max_grad_norm)
@@ -221,12 +234,15 @@ class PostTrainer:
 def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     """Post-train until `post_train.updates`, from the latest state in the output folder if there is one.
 
-    Writes `weights/adapter/` (the sampling policy, an average of the trained one) and `metrics.jsonl`.
+    Writes `weights/adapter/` (the sampling policy, an average of the trained one), `metrics.jsonl` and `curves.png`.
     """
-    options = settings.post_train
-    work = Run.of(settings, options, job)
-    trainer = PostTrainer(settings, job, work)
-    begun = resume(trainer, work, options)
+    with Run.of(settings, settings.post_train, job) as work:
+        return _train(settings.post_train, PostTrainer(settings, job, work), work)
+
+
+def _train(options: PostTrainSettings, trainer: PostTrainer, work: Run) -> dict[str, Any]:
+    """The training loop."""
+    begun = resume(trainer, work)
     last: dict[str, float] = {}
     collapsed = False
     with Meter("post-train", options.updates, done=begun, quiet=not work.main) as meter:
@@ -239,6 +255,8 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
                 checked, collapsed = trainer.validate()
                 last |= checked
             work.log(done, last)
+            if trainer.videos and done % options.video_every == 0:
+                trainer.videos.write(done, trainer.switch)
             meter.advance(reward=last["reward"], spread=last["group_spread"], theta_old=last["theta_old"])
             stop = work.should_stop()
             if stop or collapsed or done % options.save_every == 0 or done == options.updates:
@@ -251,6 +269,8 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     if work.main and (begun < options.updates or not adapter.exists()):  # a finished run's files keep their hash
         adapter.parent.mkdir(exist_ok=True)
         trainer.switch.save_adapter(adapter, "old")
+    if work.main:
+        training_curves(work.output / "curves.png", "post-training", work.history(), POST_TRAIN_PANELS)
     if collapsed:
         raise PersistWorldError(
             f"post-training collapsed: the held-out closed loop fell {options.collapse_checks} checks in a row",
@@ -270,10 +290,9 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def resume(trainer: PostTrainer, work: Run, options: PostTrainSettings) -> int:
+def resume(trainer: PostTrainer, work: Run) -> int:
     """Load the latest state, if any; the number of updates done."""
     if (saved := work.load()) is None:
         return 0
     trainer.load_state(saved)
-    work.trim_log(int(saved["step"]))
     return int(saved["step"])

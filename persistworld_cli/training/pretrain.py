@@ -23,6 +23,7 @@ from persistworld_cli.models.weight_files import WeightFiles
 from persistworld_cli.models.world_model import WorldModel, build_world_model
 from persistworld_cli.objective.denoising import Draws, denoising_loss
 from persistworld_cli.reports.progress import Meter
+from persistworld_cli.reports.training_curves import PRETRAIN_PANELS, training_curves
 from persistworld_cli.seeding import generator
 from persistworld_cli.training.optim import Optimizers, inputs_and_outputs
 from persistworld_cli.training.run import Interrupted, Run
@@ -89,16 +90,16 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     Returns the last training loss, the validation loss and where the weights lie.
     """
     clips = settings.clips
-    work = Run.of(settings, settings.pretrain, job)
-    train = open_clips(settings)
-    val = open_clips(settings, "val") if open_store(settings).episodes("val") else None
-    if work.main:
-        scale = settings.model.stat or settings.world.dataset
-        logger.info("clips: %s; actions scaled by the percentiles of %s", train.describe(), scale)
-    share = settings.pretrain.batch // work.world
-    # before the model is here: its workers are copies of this process
-    with ClipLoader(train, share, workers=clips.workers, ahead=clips.ahead) as loader:
-        return _train(settings, job, work, loader, val)
+    with Run.of(settings, settings.pretrain, job) as work:
+        train = open_clips(settings)
+        val = open_clips(settings, "val") if open_store(settings).episodes("val") else None
+        if work.main:
+            scale = settings.model.stat or settings.world.dataset
+            logger.info("clips: %s; actions scaled by the percentiles of %s", train.describe(), scale)
+        share = settings.pretrain.batch // work.world
+        # before the model is here: its workers are copies of this process
+        with ClipLoader(train, share, workers=clips.workers, ahead=clips.ahead) as loader:
+            return _train(settings, job, work, loader, val)
 
 
 def _train(
@@ -161,6 +162,7 @@ def _train(
     weights = work.output / "weights" / "model.safetensors"
     if work.main:
         save_weights(model, weights.parent, carried)
+        training_curves(work.output / "curves.png", "pretraining", work.history(), PRETRAIN_PANELS)
     final = validate(model, val, settings, parameters, None, work) if val is not None else None
     return {"updates": options.updates, "loss": loss.item(), "val_loss": final, "weights": str(weights)}
 
@@ -202,6 +204,5 @@ def restore(work: Run, parameters: list[torch.nn.Parameter], optimizers: Optimiz
             p.copy_(value)
     optimizers.load_state(saved["optimizers"])
     average.load_state(saved, parameters)
-    work.trim_log(saved["step"])
     logger.info("resumed at update %d", saved["step"])
     return int(saved["step"])

@@ -1,7 +1,7 @@
 """What every training run has around its loop: processes, saved state, logs, interruption.
 
-A run's folder: `config.json` (settings), `metrics.jsonl` (one line a logged update), `state/step-N/` (to resume),
-`weights/` (to publish), `tensorboard/`.
+A run's folder: `config.json` (settings), `metrics.jsonl` (one line a logged update; the truth, of which trackers have
+copies), `state/step-N/` (to resume), `weights/` (to publish), `tensorboard/`, `videos/step-N/`, `curves.png`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,22 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import ProjectConfiguration, gather_object
 
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings, VaeSettings
+from persistworld_cli.config.trackers import wanted_trackers
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.training.tracking import Trackers, forget_trackers
+
+_GO_ON = "free some disk and run the same command again: it resumes from the last whole state"
 
 
 class Interrupted(Exception):
@@ -28,7 +33,7 @@ class Interrupted(Exception):
 
 
 class Run:
-    """One training run on one rank.
+    """One training run on one rank; a context, at whose end trackers send what is waiting.
 
     Args:
         output: the run's folder.
@@ -36,23 +41,51 @@ class Run:
         keep: how many saved states to keep.
         cpu: stay on the CPU.
         resume: go on from what the folder holds; otherwise it is forgotten.
+        settings: name the trackers, and are noted with them; None: no trackers.
+
+    Raises:
+        PersistWorldError: a tracker is not installed, or does not start.
     """
 
     def __init__(
-        self, output: Path, *, mixed_precision: str = "no", keep: int = 2, cpu: bool = False, resume: bool = True
+        self,
+        output: Path,
+        *,
+        mixed_precision: str = "no",
+        keep: int = 2,
+        cpu: bool = False,
+        resume: bool = True,
+        settings: Settings | None = None,
     ) -> None:
         self.output, self.keep = Path(output), keep
-        self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
+        names = wanted_trackers(settings.launch.trackers) if settings else ()
+        project = ProjectConfiguration(logging_dir=str(self.output / "tensorboard"))
+        self.accelerator = Accelerator(
+            mixed_precision=mixed_precision, cpu=cpu, log_with=list(names) or None, project_config=project
+        )
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         self._stop = False
-        self._board: Any = None
+        self._trackers: Trackers | None = None
         self.output.mkdir(parents=True, exist_ok=True)
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # SIGUSR1: SLURM's --signal before the time limit
             signal.signal(name, self._on_signal)
         if not resume:
             self.forget()
+        if self.main:
+            self._sweep()
+            if names:
+                begun = int(self.states()[-1].name.removeprefix("step-")) if self.states() else 0
+                sent = max((int(entry["step"]) for entry in self.history()), default=0)
+                self._trackers = Trackers(self.accelerator, self.output, settings, begun=begun, sent=sent)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._trackers:
+            self._trackers.close()
 
     @classmethod
     def of(
@@ -65,6 +98,7 @@ class Run:
             keep=options.keep,
             cpu=settings.launch.device == "cpu",
             resume=job.get("resume", True),
+            settings=settings,
         )
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -119,7 +153,7 @@ class Run:
             raise PersistWorldError(
                 f"the training state of update {step} could not be written: {error}",
                 where=str(folder),
-                fix="free some disk and run the same command again: it resumes from the last whole state",
+                fix=_GO_ON,
             ) from error
         for old in self.states()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -128,50 +162,83 @@ class Run:
     def forget(self) -> None:
         """Begin anew: drop saved states and logs (`--no-resume`)."""
         if self.main:
-            shutil.rmtree(self.output / "state", ignore_errors=True)
-            (self.output / "metrics.jsonl").unlink(missing_ok=True)
+            for folder in ("state", "tensorboard", "videos"):
+                shutil.rmtree(self.output / folder, ignore_errors=True)
+            self._log.unlink(missing_ok=True)
+            forget_trackers(self.output)
         self.accelerator.wait_for_everyone()
+
+    def _sweep(self) -> None:
+        """Remove states that a kill cut off while they were written."""
+        for folder in (self.output / "state").glob(".step-*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def states(self) -> list[Path]:
         """Whole saved states, oldest first."""
         return sorted((self.output / "state").glob("step-*"))
 
     def load(self, which: str | Path = "latest") -> dict[str, Any] | None:
-        """The latest saved state, or the one at a path; None where there is none yet."""
+        """The latest saved state, or the one at a path; None where there is none yet.
+
+        Lines that were logged after it are dropped: they will be written again.
+        """
         if which == "latest":
             if not (states := self.states()):
+                self._trim_log(0)
                 return None
             which = states[-1]
         path = Path(which) / "state.pt"
         if not path.exists():
             raise PersistWorldError(f"no training state at '{which}'", where="--resume", fix=f"states: {self.states()}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        self._trim_log(int(state["step"]))
+        return state
 
     # -- logs -----------------------------------------------------------------------------------------------------
 
+    @property
+    def _log(self) -> Path:
+        return self.output / "metrics.jsonl"
+
     def log(self, step: int, values: dict[str, float]) -> None:
-        """One line in metrics.jsonl and the same numbers to TensorBoard (rank 0)."""
+        """One line in metrics.jsonl, and the same numbers to the trackers (rank 0).
+
+        Raises:
+            PersistWorldError: the line cannot be written.
+        """
         if not self.main:
             return
-        with open(self.output / "metrics.jsonl", "a") as file:
+        with self._writing_log(), open(self._log, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
+        if self._trackers:
+            self._trackers.log(step, values)
 
-            self._board = SummaryWriter(str(self.output / "tensorboard"))
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+    def _trim_log(self, step: int) -> None:
+        """Drop logged lines after `step`."""
+        if self.main and self._log.exists():
+            beside = self._log.with_suffix(".tmp")
+            with self._writing_log():
+                lines = [json.dumps(entry) + "\n" for entry in self.history() if entry["step"] <= step]
+                beside.write_text("".join(lines))
+                beside.replace(self._log)
 
-    def trim_log(self, step: int) -> None:
-        """Drop logged lines after `step`: a resumed run writes them again."""
-        path = self.output / "metrics.jsonl"
-        if self.main and path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            beside = path.with_suffix(".tmp")
-            beside.write_text("".join(f"{line}\n" for line in kept))
-            beside.replace(path)
+    @contextmanager
+    def _writing_log(self) -> Iterator[None]:
+        """A full disk as an error that says what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise PersistWorldError(
+                f"the log could not be written: {error.strerror}", where=str(self._log), fix=_GO_ON
+            ) from error
 
     def history(self) -> list[dict[str, float]]:
-        """Everything logged so far."""
-        path = self.output / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        """Everything logged so far, less a last line that was cut off (a full disk)."""
+        lines = self._log.read_text().splitlines() if self._log.exists() else []
+        entries = []
+        for line in lines:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break
+        return entries

@@ -84,8 +84,13 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     Writes `weights/vae.safetensors` (the averaged weights) and `weights/vae.json` with the measured `scaling_factor`,
     1 / standard deviation of the latents (SVD's 0.18215 is the same for its VAE).
     """
+    with Run.of(settings, settings.vae, job) as work:
+        return _train(settings, work)
+
+
+def _train(settings: Settings, work: Run) -> dict[str, Any]:
+    """The training loop."""
     options = settings.vae
-    work = Run.of(settings, options, job)
     pictures = load_pictures(
         resolve_path(settings.world.raw), settings.world, work.output / "pictures.npy", not work.main
     )
@@ -111,7 +116,6 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
         optimizers.load_state(saved["optimizers"])
         average.shadow, average.count = saved["average"], saved["step"]
         begun = saved["step"]
-        work.trim_log(begun)
 
     def save(step: int) -> None:
         state = {"vae": vae.state_dict(), "optimizers": optimizers.state(), "average": average.shadow}

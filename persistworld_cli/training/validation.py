@@ -18,6 +18,28 @@ from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.training.run import Run
 
 
+def fixed_starts(settings: Settings, store: EpisodeStore, count: int) -> list[Item]:
+    """At most `count` held-out rollouts, of episodes spread over the split: the same ones each time.
+
+    Raises:
+        PersistWorldError: the split has no episodes.
+    """
+    split = settings.eval.split
+    episodes = store.episodes(split)
+    if not episodes:
+        raise PersistWorldError(
+            f"no '{split}' episodes to roll out",
+            where=str(store.root),
+            fix="add held-out episodes, or set post_train.validate_every = 0 and post_train.video_every = 0",
+        )
+    count = min(count, len(episodes))
+    chosen = [episodes[i * len(episodes) // count] for i in range(count)]
+    items = [Item(episode, settings.eval.starts[0], settings.eval.seeds[0]) for episode in chosen]
+    for item in items:
+        check_item(store, split, item)
+    return items
+
+
 class ClosedLoopCheck:
     """Scores a policy on the same few held-out rollouts each time.
 
@@ -32,19 +54,7 @@ class ClosedLoopCheck:
         self, settings: Settings, engine: RolloutEngine, store: EpisodeStore, scorer: Scorer, work: Run
     ) -> None:
         self.settings, self.engine, self.store, self.scorer, self.work = settings, engine, store, scorer, work
-        options, split = settings.post_train, settings.eval.split
-        episodes = store.episodes(split)
-        if not episodes:
-            raise PersistWorldError(
-                f"no '{split}' episodes to validate on",
-                where=str(store.root),
-                fix="add held-out episodes, or set post_train.validate_every = 0",
-            )
-        count = min(options.validate_rollouts, len(episodes))
-        chosen = [episodes[i * len(episodes) // count] for i in range(count)]
-        self.items = [Item(episode, settings.eval.starts[0], settings.eval.seeds[0]) for episode in chosen]
-        for item in self.items:
-            check_item(store, split, item)
+        self.items = fixed_starts(settings, store, settings.post_train.validate_rollouts)
         self.base: list[float] | None = None
 
     def rewards(self) -> list[float]:

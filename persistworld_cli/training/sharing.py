@@ -1,0 +1,107 @@
+"""Who does what of an update: groups, or the candidates of one group, shared out over the ranks.
+
+Shapes: G groups of this rank's team, K candidates a group, k of them this rank's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from persistworld_cli.config.settings import PostTrainSettings
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.rewards.score import Scorer
+
+
+def team_size(options: PostTrainSettings, world: int) -> int:
+    """Ranks that share the candidates of the same groups: as few as `split_groups` needs, 1 without it."""
+    return world // math.gcd(world, options.groups) if options.split_groups else 1
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of every update.
+
+    groups: numbers of its groups; candidates: of each of them; team: the ranks that have the same groups.
+    """
+
+    groups: range
+    candidates: range
+    team: range
+
+    @classmethod
+    def of(cls, options: PostTrainSettings, rank: int, world: int) -> Share:
+        """The part of a rank.
+
+        Raises:
+            PersistWorldError: groups, or the candidates of one, that cannot be shared out evenly.
+        """
+        team = team_size(options, world)
+        if options.groups % (world // team):
+            shared = world // math.gcd(world, options.groups)
+            raise PersistWorldError(
+                f"{options.groups} groups cannot be shared by {world} processes",
+                where="post_train.groups",
+                fix=f"make it a multiple of --num-processes, or add --split-groups ({shared} processes a group)",
+            )
+        if options.candidates % team:
+            raise PersistWorldError(
+                f"{options.candidates} candidates of a group cannot be shared by {team} processes",
+                where="post_train.candidates, --split-groups",
+                fix=f"make post_train.candidates a multiple of {team}",
+            )
+        groups, candidates = options.groups * team // world, options.candidates // team
+        place, first = rank % team, rank - rank % team
+        return cls(
+            groups=range(first // team * groups, (first // team + 1) * groups),
+            candidates=range(place * candidates, (place + 1) * candidates),
+            team=range(first, first + team),
+        )
+
+    def whole(self, part: Tensor, gather: Callable[[list[Any]], list[Any]]) -> Tensor:
+        """Values (G * k, ...) of this rank's candidates, with those of its team beside: (G * K, ...).
+
+        Args:
+            part: group by group.
+            gather: all ranks' lists, one after the other, on every rank.
+        """
+        if len(self.team) == 1:
+            return part
+        parts = gather([part.cpu()])[self.team.start : self.team.stop]
+        apart = [values.unflatten(0, (len(self.groups), -1)) for values in parts]
+        return torch.cat(apart, dim=1).flatten(0, 1).to(part.device)
+
+    def own(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the kept candidates are this rank's.
+
+        Args:
+            kept: (G, m) candidates of each group.
+
+        Returns:
+            (n,) their rows among this rank's G * k, and (n, 2) group (0 .. G-1) and place in ``kept``.
+        """
+        mine = (kept >= self.candidates.start) & (kept < self.candidates.stop)
+        places = mine.nonzero()
+        rows = places[:, 0] * len(self.candidates) + kept[mine] - self.candidates.start
+        return rows, places
+
+
+class TeamScorer(Scorer):
+    """A scorer whose finer scores, which are compared within a group, come for the whole team's candidates."""
+
+    def __init__(self, own: Scorer, whole: Callable[[Tensor], Tensor]) -> None:
+        self.__dict__.update(own.__dict__)  # the same metrics, loaded once
+        self._whole = whole
+
+    def local(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
+        """As of a scorer, for G * K candidates; ``pred`` are this rank's."""
+        return self._whole(super().local(pred, target, grid))
+
+    def by_picture(self, metrics: dict[str, Tensor]) -> Tensor:
+        """As of a scorer, for G * K candidates; ``metrics`` are of this rank's."""
+        return self._whole(super().by_picture(metrics))

@@ -1,0 +1,92 @@
+"""A run's numbers in experiment trackers, through accelerate: TensorBoard, wandb, trackio.
+
+They are copies: metrics.jsonl has every number. A resumed run goes on in the trackers' own run and sends nothing twice.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from persistworld_cli.config.presets import flatten
+from persistworld_cli.config.settings import Settings
+from persistworld_cli.errors import PersistWorldError
+
+PROJECT = "persistworld"
+_IDENTITY = "tracker.json"
+
+
+class Trackers:
+    """The accelerator's trackers, started; on the main rank only.
+
+    Args:
+        accelerator: made with ``log_with``.
+        output: the run's folder, which names the run.
+        settings: noted with the run, where it takes them.
+        begun: updates done by the state that the run goes on from.
+        sent: the last update that trackers have had already.
+
+    Raises:
+        PersistWorldError: one does not start (not logged in, no network).
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, output: Path, settings: Settings | None, *, begun: int, sent: int
+    ) -> None:
+        self._accelerator, self._sent = accelerator, sent
+        run = {**_identity(output), "resume": "allow"}
+        options: dict[str, dict[str, Any]] = {
+            "tensorboard": {"purge_step": begun + 1},  # what a killed run wrote after its last state is written again
+            "wandb": {**run, "dir": str(output)},
+            "trackio": {"name": f"{run['name']}-{run['id']}", "resume": "allow"},  # a trackio run has no other id
+        }
+        try:
+            accelerator.init_trackers(PROJECT, init_kwargs=options)
+            for tracker in accelerator.trackers:
+                if tracker.name != "tensorboard" and settings:  # there they would be a page of their own every time
+                    tracker.store_init_configuration(_plain(settings))
+        except Exception as error:  # each tracker has errors of its own
+            raise PersistWorldError(
+                f"a tracker does not start: {error}",
+                where=f"launch.trackers = {', '.join(map(str, accelerator.log_with))}",
+                fix="log in to it, stay offline (WANDB_MODE=offline), or leave it out: --tracker tensorboard",
+            ) from error
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """The numbers of an update, to each tracker that has not had them."""
+        for tracker in self._accelerator.trackers:
+            if tracker.name == "tensorboard" or step > self._sent:
+                tracker.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Send what is waiting."""
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+
+
+def forget_trackers(output: Path) -> None:
+    """The next run in a folder is another one."""
+    (output / _IDENTITY).unlink(missing_ok=True)
+
+
+def _identity(output: Path) -> dict[str, str]:
+    """Name and id under which a run goes on when it is resumed."""
+    path = output / _IDENTITY
+    try:
+        known: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        return {"name": known["name"], "id": known["id"]}
+    except (FileNotFoundError, ValueError, KeyError):  # the first time, or cut off by a kill
+        new = {"name": output.absolute().name, "id": secrets.token_hex(4)}
+        path.write_text(json.dumps(new), encoding="utf-8")
+        return new
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    """Settings by their dotted names, as trackers take them."""
+    plain = (bool, int, float, str)
+    return {key: value if isinstance(value, plain) else str(value) for key, value in flatten(settings).items()}

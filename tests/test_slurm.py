@@ -1,0 +1,80 @@
+"""The SLURM script, run by bash: stand-ins for the cluster's programs, and its command line before the real CLI."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from persistworld_cli.commands.app import app
+
+SCRIPT = Path(__file__).resolve().parents[1] / "docs" / "slurm" / "post_train.sbatch"
+STAND_INS = {
+    "srun": """#!/bin/bash
+while [[ "$1" == --* ]]; do shift; done
+for node in 0 1; do SLURM_NODEID=$node "$@" & pids="$pids $!"; done
+trap 'kill -USR1 $pids' USR1
+code=0
+for pid in $pids; do
+  wait $pid; own=$?
+  while kill -0 $pid 2>/dev/null; do wait $pid; own=$?; done
+  [ $own -gt $code ] && code=$own
+done
+exit $code
+""",
+    "scontrol": """#!/bin/bash
+if [ "$1" = show ]; then printf 'node-a\\nnode-b\\n'; else echo "$@" >> "$NOTES/requeued"; fi
+""",
+    "persistworld": """#!/bin/bash
+trap 'exit 130' USR1
+printf '%s\\n' "$@" > "$NOTES/$SLURM_NODEID.part" && mv "$NOTES/$SLURM_NODEID.part" "$NOTES/$SLURM_NODEID.words"
+[ "$LIFE" = 0 ] && exit 0
+while true; do sleep 0.05; done
+""",
+}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> dict[str, str]:
+    """Environment of a job of two nodes."""
+    for name, text in STAND_INS.items():
+        path = tmp_path / name
+        path.write_text(text)
+        path.chmod(0o755)
+    job = {"SLURM_JOB_ID": "41", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node-[a-b]"}
+    return {**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}", "NOTES": str(tmp_path), "LIFE": "0"}
+
+
+def test_each_node_runs_a_command_that_the_program_takes(
+    cluster: dict[str, str], tmp_path: Path, counted_once: None
+) -> None:
+    assert subprocess.run(["bash", str(SCRIPT)], env=cluster, timeout=60).returncode == 0
+    for node in (0, 1):
+        words = (tmp_path / f"{node}.words").read_text().splitlines()
+        result = CliRunner().invoke(app, [*words, "--dry-run", "--json"])
+        assert result.exit_code == 0, result.output
+        settings = json.loads(result.stdout)["settings"]
+        launch = {key: settings[f"launch.{key}"]["value"] for key in ("num_processes", "num_machines", "machine_rank")}
+        assert launch == {"num_processes": 16, "num_machines": 2, "machine_rank": node}
+        assert settings["launch.main_process_ip"]["value"] == "node-a"
+        assert settings["post_train.groups"]["value"] % 16 == 0
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_the_signal_before_the_time_limit_reaches_the_launchers_and_requeues_the_job(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    with subprocess.Popen(["bash", str(SCRIPT)], env={**cluster, "LIFE": "1"}) as job:
+        end = time.monotonic() + 60
+        while len(list(tmp_path.glob("*.words"))) < 2:
+            assert time.monotonic() < end and job.poll() is None
+            time.sleep(0.05)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(60) == 0
+    assert (tmp_path / "requeued").read_text() == "requeue 41\n"
