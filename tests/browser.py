@@ -115,9 +115,9 @@ class Page:
         return int(red), int(green), int(blue)
 
 
-def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    """Wait until something is so."""
-    end = time.monotonic() + PATIENCE
+def wait_for(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
+    """Wait until something is so, at most so many seconds."""
+    end = time.monotonic() + patience
     while time.monotonic() < end:
         if value := condition():
             return value

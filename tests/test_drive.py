@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from eval_world import HEIGHT, VIEWS, WIDTH, make_world, settings
+from drive_world import arm_world
+from eval_world import HEIGHT, VIEWS, WIDTH, settings
 from golden_table import close
 from safetensors.torch import load_file
 from websockets.sync.server import ServerConnection
@@ -37,33 +38,16 @@ from persistworld_cli.models.checkpoints import load_world_model
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.robot.adapter import load_adapter
 from persistworld_cli.robot.keyboard import KeyMap
-from persistworld_cli.robot.kinematics import pose
 from persistworld_cli.rollout.controllers import KeyboardController, PolicyController, PolicyView
 from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.rollout.observation import find_layout
 from persistworld_cli.rollout.policies import make_policy
 from persistworld_cli.rollout.wire import pack, unpack
 
-REST = np.array([0.0, 0.05, 0.3, -2.25, 0.0, 2.5, -np.pi / 2])
-LENGTH = 8
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two episodes of an arm that turns at its base, with its joints."""
-    folder = tmp_path_factory.mktemp("drive")
-    store = make_world(folder, {"7": LENGTH, "8": LENGTH})
-    for index, episode in enumerate(("7", "8")):
-        joints = REST + np.arange(LENGTH)[:, None] * 0.01 * np.eye(7)[0] + 0.05 * index
-        gripper = np.full((LENGTH, 1), 0.2)
-        file = store.root / "annotation" / "val" / f"{episode}.json"
-        note = json.loads(file.read_text())
-        note["states"] = np.concatenate([pose(joints), gripper], axis=1).tolist()
-        note["joints"] = np.concatenate([joints, gripper], axis=1).tolist()
-        file.write_text(json.dumps(note))
-    stat = {"state_01": [0.3, -0.5, 0.0, -3.2, -1.0, -2.0, 0.0], "state_99": [0.8, 0.5, 0.5, 3.2, 1.0, 2.0, 1.0]}
-    (store.meta / "stat.json").write_text(json.dumps(stat))
-    return folder
+    return arm_world(tmp_path_factory.mktemp("drive"))
 
 
 def world(root: Path, **policy: Any) -> Settings:

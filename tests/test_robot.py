@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from persistworld_cli.config.settings import DriveSettings
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.robot.adapter import GainAdapter, load_adapter
-from persistworld_cli.robot.keyboard import GRIPS, MOVES, KeyMap, parse_keys
+from persistworld_cli.robot.keyboard import KeyMap, parse_keys
 from persistworld_cli.robot.kinematics import PANDA, forward, jacobian, joint_frames, pose
 
 REST = np.array([0.0, 0.05, 0.3, -2.25, 0.0, 2.5, -np.pi / 2])
@@ -79,14 +79,24 @@ def test_keymap_follows_its_settings() -> None:
     assert np.allclose(keymap.chunk(start, "f")[-1, 0], 0.55)
     assert np.allclose(keymap.chunk(start, "c", rows=2)[:, 6], [0.1, 0.5])
     assert keymap.chunk(start, "u", rows=1).shape == (1, 7)
+    own = {"w": "+x", "g": "close"}
+    keymap = KeyMap(settings=DriveSettings(keys=own))
+    assert np.allclose(keymap.chunk(start, "w")[-1, 0], 0.62) and keymap.chunk(start, "g")[-1, 6] == 0.7
+    assert keymap.meaning("w") == "forward (+x)" and np.allclose(keymap.chunk(start, "l"), start)
+    with pytest.raises(UsageError, match=r"unknown key 'l'.*\n.*\n.*w forward \(\+x\), g close"):
+        parse_keys("wl", own)
 
 
 def test_unknown_keys_are_refused_with_the_list_of_keys() -> None:
     assert parse_keys("lllrrr") == list("lllrrr")
     assert parse_keys("l, l u") == list("llu")
+    assert parse_keys("l*3 u,r*12") == list("lllu") + ["r"] * 12
+    for text in ("l**2", "*2", "l*0", "l*1000", " *2"):
+        with pytest.raises(UsageError, match="unknown key"):
+            parse_keys(text)
     with pytest.raises(UsageError, match="unknown key 'q'") as refused:
         parse_keys("llq")
-    assert all(f"{key} " in str(refused.value) for key in (*MOVES, *GRIPS))
+    assert all(f"{key} " in str(refused.value) for key in "lrfbudoc")
     with pytest.raises(UsageError, match="no keys"):
         parse_keys("  ")
 

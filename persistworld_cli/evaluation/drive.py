@@ -5,25 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.evaluation.film import write_film, write_film_sheet, write_json
-from persistworld_cli.evaluation.living import LivingWorld, Moved, Start, load_model, make_start
+from persistworld_cli.evaluation.driving.live import drive_live
+from persistworld_cli.evaluation.driving.outputs import write_all
+from persistworld_cli.evaluation.driving.session import DriveSession
+from persistworld_cli.evaluation.driving.web import drive_web
+from persistworld_cli.evaluation.driving.web_server import open_server
+from persistworld_cli.evaluation.living import LivingWorld, Start, load_model, make_start
 from persistworld_cli.evaluation.recording import Item
 from persistworld_cli.reports.progress import Meter
-from persistworld_cli.robot.keyboard import GRIPS, MOVES, KeyMap, parse_keys
-from persistworld_cli.rollout.controllers import KeyboardController
+from persistworld_cli.robot.keyboard import parse_keys
 
 
 def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
-    """Drive along a string of keys and write what was seen.
+    """Drive along a string of keys, from the terminal, or from a page, and write what was seen.
 
     Args:
         settings: resolved settings.
-        job: ``keys`` ("lllrrr") and ``output`` (folder); optional ``episode``, ``start``, ``seed`` (else
+        job: ``output`` (folder) and one of ``keys`` ("lllrrr"), ``live`` (true: keys come from the terminal that is
+            standard input) and ``web`` (``host``, ``port``, ``open``); optional ``episode``, ``start``, ``seed`` (else
             `settings.drive`; no episode: the first of ``eval.split``), ``ckpt``, ``adapter`` (see `load_model`).
 
     Returns:
@@ -31,21 +33,36 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         UsageError: unknown keys, before any compute.
-        PersistWorldError: no such episode or frame, unreadable weights or data.
+        PersistWorldError: no such episode or frame, unreadable weights or data, a port that cannot be had.
     """
-    keys = parse_keys(str(job["keys"]))
+    output, web = Path(job["output"]), job.get("web")
+    keys = [] if web or job.get("live") else parse_keys(str(job["keys"]), settings.drive.keys)
+    if web:
+        with open_server(**web) as server:  # a port that cannot be had should be told before the weights are read
+            session = open_session(settings, job)
+            drive_web(session, server, output)
+    else:
+        session = open_session(settings, job)
+        if job.get("live"):
+            drive_live(session)
+        else:
+            _drive_keys(session, keys)
+    return dict(write_all(session, output))
+
+
+def open_session(settings: Settings, job: dict[str, Any]) -> DriveSession:
+    """The drive that job and settings name, at its start. Raises as `run`."""
     store = open_store(settings)
     start = _find_start(settings, job, store)
     store.stat()  # missing metadata should be told before the weights are read
-    world = LivingWorld(load_model(settings, job), store, [start], settings)
-    opening = world.pictures[0]
-    controller = KeyboardController(KeyMap(settings=settings.drive), keys, world.rows)
-    moves: list[Moved] = []
+    return DriveSession(LivingWorld(load_model(settings, job), store, [start], settings), start, settings)
+
+
+def _drive_keys(session: DriveSession, keys: list[str]) -> None:
+    """One step a key."""
     with Meter("drive", len(keys)) as meter:
-        for step in range(len(keys)):
-            moves.append(world.step(controller.poses(step, world.poses)))
-            meter.advance(seconds_a_step=moves[-1].seconds)
-    return _write(Path(job["output"]), settings, start, keys, opening, moves)
+        for key in keys:
+            meter.advance(seconds_a_step=session.press(key).seconds)
 
 
 def _find_start(settings: Settings, job: dict[str, Any], store: EpisodeStore) -> Start:
@@ -68,34 +85,3 @@ def _find_start(settings: Settings, job: dict[str, Any], store: EpisodeStore) ->
 def _given(job: dict[str, Any], key: str, default: Any) -> Any:
     """The job's value, or the default where it has none."""
     return default if job.get(key) is None else job[key]
-
-
-def _write(
-    output: Path, settings: Settings, start: Start, keys: list[str], opening: np.ndarray, moves: list[Moved]
-) -> dict[str, Any]:
-    """Write video, contact sheet and JSON; opening (V, H, W, 3) is the frame that was started from."""
-    item = start.item
-    frames = np.concatenate([opening[None], *(moved.pictures[0] for moved in moves)])
-    titles = [f"{key}: {MOVES[key][2] if key in MOVES else GRIPS[key]}" for key in keys]
-    title = f"drive {''.join(keys)}: episode {item.episode}, frame {item.start}, seed {item.seed}"
-    video, sheet, record = output / "drive.mp4", output / "drive.png", output / "drive.json"
-    write_film(video, title, settings, frames, titles, settings.world.rate_hz)
-    write_film_sheet(sheet, title, settings, frames, [f"{i} {key}" for i, key in enumerate(keys, 1)])
-    seconds = [round(moved.seconds, 4) for moved in moves]
-    shown: dict[str, Any] = {
-        "keys": "".join(keys),
-        "episode": item.episode,
-        "split": start.split,
-        "start": item.start,
-        "seed": item.seed,
-        "instruction": start.text,
-        "frames": len(frames),
-        "seconds_per_step": float(np.median(seconds)),
-    }
-    moved_to = {
-        "start_pose": start.pose.tolist(),
-        "poses": [moved.poses[0].tolist() for moved in moves],
-        "seconds": seconds,
-    }
-    write_json(record, {**shown, **moved_to})
-    return {**shown, "video": str(video), "sheet": str(sheet), "json": str(record)}

@@ -24,7 +24,7 @@ from persistworld_cli.evaluation.recording import Item, check_item, crop_to, to_
 from persistworld_cli.evaluation.weights import NO_ADAPTER, ModelRef, model_ref
 from persistworld_cli.models.checkpoints import load_for_sampling
 from persistworld_cli.models.world_model import WorldModel
-from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
+from persistworld_cli.rollout.engine import RolloutEngine, RolloutState, rollout_noise
 
 Float = NDArray[np.float64]
 Pictures = NDArray[np.uint8]
@@ -147,6 +147,16 @@ class Moved:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Where a `LivingWorld` stood, to come back to: its rollouts, poses (B, 7), pictures (B, V, H, W, 3), steps."""
+
+    state: RolloutState
+    poses: Float
+    pictures: Pictures
+    steps: int
+
+
 class LivingWorld:
     """Rollouts in progress: poses in, pictures out. The same starts, poses and seeds give the same pictures.
 
@@ -182,10 +192,23 @@ class LivingWorld:
         """L, the number of poses that an interaction takes."""
         return self._model.settings.num_frames
 
-    def step(self, poses: Float) -> Moved:
-        """One interaction along raw poses (B, L, 7); `poses`, `pictures` and `steps` then show where it led."""
+    @property
+    def mark(self) -> Mark:
+        """Where it stands now."""
+        return Mark(self._state.copy(), self.poses, self.pictures, self.steps)
+
+    def go(self, mark: Mark) -> None:
+        """Stand where it stood."""
+        self._state, self.poses, self.pictures, self.steps = mark.state.copy(), mark.poses, mark.pictures, mark.steps
+
+    def step(self, poses: Float, branch: int = 0) -> Moved:
+        """One interaction along raw poses (B, L, 7); `poses`, `pictures` and `steps` then show where it led.
+
+        ``branch`` draws other noise for the same interaction; 0 is what every other rollout of these starts gets.
+        """
         began = time.perf_counter()
-        keys = [(start.item.seed, start.item.episode, start.item.start, self.steps) for start in self._starts]
+        extra = (branch,) if branch else ()
+        keys = [(s.item.seed, s.item.episode, s.item.start, self.steps, *extra) for s in self._starts]
         predicted = self._engine.step(self._state, poses, rollout_noise(keys, self._engine.noise_shape))
         pictures = self._draw(predicted)[:, 1:]  # row 0 only draws the current frame again
         self.poses, self.pictures = poses[:, -1].copy(), pictures[:, -1]

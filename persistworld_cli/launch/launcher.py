@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,13 +21,16 @@ from persistworld_cli.config.settings import LaunchSettings, Settings
 from persistworld_cli.console import note, show_error
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.launch.environment import gpu_count, torch_has_cuda, use_gpu, worker_environment
+from persistworld_cli.launch.terminal import keep_terminal
 
 CONFIG, RESULT, FAILURE = "config.json", "result.json", "failure.json"
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PATIENCE = 3  # this many signals, and the worker is killed
 
 
-def run_task(task: str, settings: Settings, job: Mapping[str, Any], output: Path) -> tuple[int, dict[str, Any]]:
+def run_task(
+    task: str, settings: Settings, job: Mapping[str, Any], output: Path, *, terminal: bool = False
+) -> tuple[int, dict[str, Any]]:
     """Run a task of the worker's table in worker processes and wait for it.
 
     Args:
@@ -35,6 +38,7 @@ def run_task(task: str, settings: Settings, job: Mapping[str, Any], output: Path
         settings: resolved settings; ``settings.launch`` says how many processes.
         job: what is asked for beside the settings (JSON values); ``output`` is added.
         output: the run's folder; made where it is absent.
+        terminal: the worker gets standard input, a terminal, which is afterwards as it was before.
 
     Returns:
         The exit code (0 done; the worker has said why otherwise), and what the task returned ({} on other machines than
@@ -47,7 +51,10 @@ def run_task(task: str, settings: Settings, job: Mapping[str, Any], output: Path
     settings = dataclasses.replace(settings, launch=launch)
     config = _write_config(task, settings, job, output)
     (output / FAILURE).unlink(missing_ok=True)
-    code = _wait(_command(launch, config), worker_environment(launch))
+    with keep_terminal() if terminal else nullcontext():
+        code = _wait(
+            _command(launch, config), worker_environment(launch), stdin=None if terminal else subprocess.DEVNULL
+        )
     if code < 0:
         show_error(_killed(-code, output))
         code = 128 - code
@@ -142,13 +149,13 @@ def _command(launch: LaunchSettings, config: Path) -> list[str]:
     return [sys.executable, "-m", "persistworld_cli.launch.elastic", "--multi_gpu", *spelled, *module]
 
 
-def _wait(command: Sequence[str], env: Mapping[str, str]) -> int:
+def _wait(command: Sequence[str], env: Mapping[str, str], stdin: int | None = subprocess.DEVNULL) -> int:
     """Start the child, pass signals on to it, and wait for its exit code.
 
     The child gets a session of its own: a Ctrl-C in the terminal then reaches it once, from here, and not a second time
     from the terminal. Its standard output goes to standard error, so that ours carries data alone.
     """
-    options: dict[str, Any] = {"stdout": 2, "stdin": subprocess.DEVNULL, "start_new_session": True}
+    options: dict[str, Any] = {"stdout": 2, "stdin": stdin, "start_new_session": True}
     with subprocess.Popen(command, env=dict(env), **options) as child, _forwarding(child):
         return child.wait()
 
@@ -167,9 +174,9 @@ def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
         if len(seen) >= _PATIENCE:
             child.kill()
             return
+        child.send_signal(number)  # before anything is said: standard error may be closed
         if len(seen) == 1:
             note(f"{signal.Signals(number).name}: stopping in good order (once more to hurry, a third time to kill)")
-        child.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:

@@ -1,56 +1,64 @@
 """The keyboard map: one key -> one interaction's poses (method.md section 6).
 
-A pose is x y z (m), roll pitch yaw (rad), gripper (0 open .. 1 closed). Keys move in the base frame:
-l/r -/+ y, f/b +/- x, u/d +/- z by one step; o opens, c closes the gripper.
+A pose is x y z (m), roll pitch yaw (rad), gripper (0 open .. 1 closed). Keys move in the base frame by one step along
+an axis, or open and close the gripper; which key does what is the preset's (`drive.keys`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from persistworld_cli.config.keys import ACTIONS
 from persistworld_cli.config.settings import DriveSettings
 from persistworld_cli.errors import UsageError
 
 Float = NDArray[np.float64]
 
-# key -> (axis of the pose, sign, what it does)
-MOVES: Mapping[str, tuple[int, float, str]] = {
-    "l": (1, -1.0, "left (-y)"),
-    "r": (1, 1.0, "right (+y)"),
-    "f": (0, 1.0, "forward (+x)"),
-    "b": (0, -1.0, "back (-x)"),
-    "u": (2, 1.0, "up (+z)"),
-    "d": (2, -1.0, "down (-z)"),
-}
-GRIPS: Mapping[str, str] = {"o": "open the gripper", "c": "close the gripper"}
+_AXES = {"x": 0, "y": 1, "z": 2}
 _GRIPPER = 6
+_BETWEEN = " ,"
+_REPEATED = re.compile(r"(?P<key>[^*])(?:\*(?P<count>[1-9]\d{0,2})(?!\d))?")  # l, or l*3
 
 
-def key_help() -> str:
-    """Every key with what it does, for messages and ``--help``."""
-    return ", ".join(f"{key} {text}" for key, text in {**{k: m[2] for k, m in MOVES.items()}, **GRIPS}.items())
+def key_help(keys: Mapping[str, str] | None = None) -> str:
+    """Every key with what it does, for messages; ``keys`` is a key map (`drive.keys`), by default the default one."""
+    return ", ".join(f"{key} {ACTIONS[action]}" for key, action in (keys or DriveSettings().keys).items())
 
 
-def parse_keys(text: str) -> list[str]:
-    """``"lllrrr"`` -> its keys. Spaces and commas between keys are ignored.
+def parse_keys(text: str, keys: Mapping[str, str] | None = None) -> list[str]:
+    """``"lllrrr"`` -> its keys. ``l*3`` is ``lll``; spaces and commas between keys are ignored.
+
+    Args:
+        text: what was typed.
+        keys: the key map (`drive.keys`); by default the default one.
 
     Raises:
         UsageError: no key at all, or one that the map does not have (the message lists those that it has).
     """
-    known = {**MOVES, **GRIPS}
-    keys = [key for key in text if key not in " ,"]
-    for position, key in enumerate(text):
-        if key not in known and key not in " ,":
+    known = keys or DriveSettings().keys
+    found: list[str] = []
+    place = 0
+    while place < len(text):
+        match = _REPEATED.match(text, place)
+        if match is None or (match["key"] not in known and (match["key"] not in _BETWEEN or match["count"])):
             raise UsageError(
-                f"unknown key '{key}' (character {position + 1} of '{text}')", where="--keys", fix=f"keys: {key_help()}"
+                f"unknown key '{text[place]}' (character {place + 1} of '{text}')",
+                where="--keys",
+                fix=f"keys: {key_help(known)}; l*3 is lll",
             )
-    if not keys:
-        raise UsageError("no keys given", where="--keys", fix=f"write, for example, --keys lllrrr; keys: {key_help()}")
-    return keys
+        if match["key"] in known:
+            found += [match["key"]] * int(match["count"] or 1)
+        place = match.end()
+    if not found:
+        raise UsageError(
+            "no keys given", where="--keys", fix=f"write, for example, --keys lllrrr; keys: {key_help(known)}"
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +66,10 @@ class KeyMap:
     """Keys -> poses, with the step size and the limits of the workspace."""
 
     settings: DriveSettings = field(default_factory=DriveSettings)
+
+    def meaning(self, key: str) -> str:
+        """What a key does, in words."""
+        return ACTIONS[self.settings.keys[key]]
 
     def chunk(self, pose: ArrayLike, key: str, rows: int = 5) -> Float:
         """Poses of one interaction.
@@ -72,12 +84,12 @@ class KeyMap:
         """
         start = np.asarray(pose, dtype=np.float64)
         delta = np.zeros(7)
-        if key in MOVES:
-            axis, sign, _ = MOVES[key]
-            delta[axis] = sign * self.settings.step_m
-        elif key in GRIPS:
-            goal = self.settings.gripper_open if key == "o" else self.settings.gripper_closed
+        action = self.settings.keys.get(key, "")
+        if action in ("open", "close"):
+            goal = self.settings.gripper_open if action == "open" else self.settings.gripper_closed
             delta[_GRIPPER] = goal - start[_GRIPPER]
+        elif action:
+            delta[_AXES[action[1]]] = float(f"{action[0]}1") * self.settings.step_m
         share = np.linspace(0.0, 1.0, rows)[:, None] if rows > 1 else np.zeros((1, 1))
         poses = start + share * delta
         # The first row is clipped as well: a start outside the workspace jumps to its edge (as in the reference).

@@ -60,7 +60,8 @@ class KeyboardController:
 
     def __init__(self, keymap: KeyMap, keys: Sequence[str], rows: int = 5) -> None:
         """``keys``: one for each interaction. Raises UsageError for one that the map does not have."""
-        self._keymap, self._keys, self._rows = keymap, parse_keys("".join(keys)), rows
+        self._keymap, self._rows = keymap, rows
+        self._keys = parse_keys("".join(keys), keymap.settings.keys)
 
     def poses(self, step: int, current: Float, pictures: Pictures | None = None) -> Float:
         """(B, L, 7) from each rollout's current pose along the step's key. Raises IndexError behind the last key."""

@@ -25,8 +25,8 @@ from persistworld_cli.seeding import generator
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def rollout_noise(keys: Iterable[tuple[int, str, int, int]], shape: tuple[int, ...]) -> torch.Tensor:
-    """Unit noise (B, *shape), float32, row by row a pure function of (seed, episode, start, interaction).
+def rollout_noise(keys: Iterable[tuple[int | str, ...]], shape: tuple[int, ...]) -> torch.Tensor:
+    """Unit noise (B, *shape), float32, row by row a pure function of (seed, episode, start, interaction[, branch]).
 
     So a rollout gets the same noise in any batch, on any machine, and for every model it is compared under.
     """
@@ -39,6 +39,10 @@ class RolloutState:
 
     memory: Memory
     text: torch.Tensor | None
+
+    def copy(self) -> RolloutState:
+        """The same rollouts, to be advanced apart from here on."""
+        return RolloutState(self.memory.copy(), self.text)
 
     def select(self, rows: list[int]) -> RolloutState:
         """A private copy of some rows; a row may be named several times (branching)."""

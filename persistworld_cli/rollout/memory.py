@@ -44,6 +44,12 @@ class Memory:
         self._latents.append(latents)
         self._poses.append(np.asarray(poses, dtype=np.float64))
 
+    def copy(self) -> Memory:
+        """A memory that goes its own way from here. Entries are shared: they are never written to."""
+        other = copy.copy(self)
+        other._latents, other._poses = list(self._latents), list(self._poses)
+        return other
+
     def select(self, rows: list[int]) -> Memory:
         """A memory of its own for some of the rollouts, in the order (and as often) as named."""
         other = copy.copy(self)

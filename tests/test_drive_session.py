@@ -1,0 +1,153 @@
+"""The session that keys, terminal and page share, and what waits while it computes."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drive_world import arm_world, session
+from eval_world import settings
+
+from persistworld_cli.config.presets import load_settings
+from persistworld_cli.data.lerobot import RawDataset
+from persistworld_cli.data.store import open_store
+from persistworld_cli.data.video import read_frames
+from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.evaluation import drive
+from persistworld_cli.evaluation.driving.desk import Desk
+from persistworld_cli.evaluation.driving.outputs import record, write_lerobot_zip
+from persistworld_cli.evaluation.living import LivingWorld, load_model, make_start
+from persistworld_cli.evaluation.recording import Item
+from persistworld_cli.robot.keyboard import KeyMap
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return arm_world(tmp_path_factory.mktemp("session"))
+
+
+def test_keys_give_what_the_world_gives_along_their_poses(root: Path) -> None:
+    own, here = settings(root), session(root, seed=4)
+    store = open_store(own)
+    start = make_start(store, Item("7", 0, 4), "val")
+    world = LivingWorld(load_model(own, {}), store, [start], own)
+    frames = [world.pictures[0][None]]
+    for key in "lcu":
+        here.press(key)
+        frames.append(world.step(np.stack([KeyMap().chunk(world.poses[0], key)])).pictures[0])
+    assert np.array_equal(here.frames(), np.concatenate(frames))
+    assert np.array_equal(here.pose, world.poses[0]) and [s.depth for s in here.path] == [1, 2, 3]
+
+
+def test_rewind_branch_and_undo(root: Path) -> None:
+    here = session(root)
+    first, second = here.press("l"), here.press("u")
+    assert here.rewind(1) is first and here.rewind(0).depth == 0
+    assert here.press("l") is first and here.press("u") is second  # what is known is not computed again
+    other = here.branch()
+    assert other.branch == 1 and other.parent == first.number and np.array_equal(other.poses, second.poses)
+    assert not np.array_equal(other.pictures, second.pictures)
+    third = here.branch()
+    assert third.branch == 2 and not np.array_equal(third.pictures, other.pictures)
+    assert here.undo() is first and here.press("u") is second
+    here.rewind(other.number)
+    onward = here.press("r")
+    assert [s.key for s in here.path] == ["l", "u", "r"] and record(here)["branches"] == [0, 1, 0]
+
+    again = session(root)  # in another order, nothing remembered: the same frames, bit for bit
+    again.press("l")
+    again.press("u")
+    assert np.array_equal(again.branch().pictures, other.pictures)
+    assert np.array_equal(again.press("r").pictures, onward.pictures)
+    again.rewind(1)
+    assert np.array_equal(again.press("u").pictures, second.pictures)
+    again.rewind(0)
+    assert not np.array_equal(again.press("r").pictures, onward.pictures)
+
+
+def test_what_cannot_be_done_leaves_the_session_as_it_was(root: Path) -> None:
+    here = session(root)
+    for act, text in (
+        (here.undo, "no step to undo"),
+        (here.branch, "no step to branch"),
+        (lambda: here.rewind(1), "no step 1"),
+        (lambda: here.press("w"), "unknown key 'w'"),
+    ):
+        with pytest.raises(PersistWorldError, match=text):
+            act()
+    assert here.head.number == 0 and len(here.steps) == 1 and here.frames().shape[0] == 1
+
+
+def test_an_interrupted_step_leaves_the_session_as_it_was(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, fresh = session(root), session(root)
+    fresh.press("l")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LivingWorld, "_draw", interrupted)  # the engine has advanced by then
+        with pytest.raises(KeyboardInterrupt):
+            here.press("l")
+    assert len(here.steps) == 1
+    assert np.array_equal(here.press("l").pictures, fresh.head.pictures)
+
+
+def test_a_drive_of_keys_is_a_session_s(root: Path, tmp_path: Path) -> None:
+    result = drive.run(settings(root), {"keys": "l*2 u", "output": str(tmp_path)})
+    here = session(root)
+    for key in "llu":
+        here.press(key)
+    told = json.loads((tmp_path / "drive.json").read_text())
+    ours = record(here)
+    assert result["keys"] == "llu" and told["branches"] == [0, 0, 0]
+    assert told["poses"] == ours["poses"] and told["start_pose"] == ours["start_pose"]
+
+
+def test_a_drive_is_a_lerobot_episode_too(root: Path, tmp_path: Path) -> None:
+    here = session(root)
+    for key in "lc":
+        here.press(key)
+    write_lerobot_zip(here, tmp_path / "drive-lerobot.zip")
+    assert [path.name for path in tmp_path.iterdir()] == ["drive-lerobot.zip"]
+    zipfile.ZipFile(tmp_path / "drive-lerobot.zip").extractall(tmp_path)
+    raw = RawDataset(tmp_path / "drive-lerobot")
+    fields = settings(root).world.state_fields
+    columns = raw.read(0, [*fields, "action"])
+    poses = np.concatenate([columns[fields[0]], columns[fields[1]].reshape(-1, 1)], axis=1)
+    assert poses.shape == (9, 7) and np.allclose(poses[-1], here.pose, atol=1e-6)
+    assert np.allclose(columns["action"][:-1], poses[1:]) and raw.instruction(0) == here.start.text
+    for view, camera in enumerate(settings(root).world.cameras):
+        path, first, length = raw.video(0, camera)
+        assert (first, length) == (0, 9)
+        errors = np.abs(read_frames(path, range(9)).astype(int)[:, None] - here.frames()).mean(axis=(0, 2, 3, 4))
+        assert errors.argmin() == view and errors[view] < 15  # noise of an untrained model compresses badly
+
+
+def test_one_move_waits_and_questions_come_first() -> None:
+    desk = Desk()
+    for key in "lru":
+        assert desk.put({"do": "key", "key": key})
+    assert desk.put({"do": "pictures", "step": 0})
+    assert [desk.take(0), desk.take(0), desk.take(0)] == [
+        {"do": "pictures", "step": 0},
+        {"do": "key", "key": "u"},  # the last one pressed
+        None,
+    ]
+    assert all(desk.put({"do": "save"}) for _ in range(64)) and not desk.put({"do": "save"})
+
+
+def test_key_maps_that_cannot_be_meant_are_refused() -> None:
+    assert load_settings(None, ["drive.keys.w=+x"], {}, env={}).settings.drive.keys["w"] == "+x"
+    for item, text in (
+        ("drive.keys.w=+q", r"does '\+q'"),
+        ("drive.keys.z=+x", "'z' is taken: it means undo"),
+        ("drive.keys.up=+z", "'up' is not one letter"),
+        ("drive.keys.1=+z", "'1' is not one letter"),
+        ("drive.picture=ascii", "drive.picture"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            load_settings(None, [item], {}, env={})
