@@ -154,7 +154,8 @@ def chromium(folder: Path) -> Iterator[Callable[[], Page]]:
     )
     try:
         address = wait_for(lambda: _address(profile), "the browser's port")
-        with connect(address, max_size=None) as socket:
+        # Between tests nobody reads the browser's events: the queue fills, no pong is seen, and pings would give up.
+        with connect(address, max_size=None, ping_interval=None) as socket:
             yield lambda: Page(socket, folder)
     finally:
         process.terminate()

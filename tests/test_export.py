@@ -68,7 +68,7 @@ def test_inspect_says_first_what_it_is(adapter: Path, base: Tensors, tmp_path: P
     assert told[2] == "9,215,630 parameters in 918 tensors, float16; whole weights"
     assert any(line.startswith("model.safetensors  17.7 MiB  ") and len(line.split()[-1]) == 64 for line in told)
     run = lines(adapter.parents[1])  # a run's folder means its adapter
-    assert run[0] == "adapter, fits preset tiny" and run[3].startswith("LORA of rank 4, alpha 8 on 112 layers")
+    assert run[0] == "adapter, fits preset tiny" and run[3].startswith("LORA of rank 4, alpha 8 on 214 layers")
     torch.save({k: v for k, v in base.items() if k != "vae.quant_conv.bias"}, tmp_path / "less.pt")
     less = lines(tmp_path / "less.pt")
     assert less[0] == "world model, fits no bundled preset"
