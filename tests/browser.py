@@ -29,9 +29,9 @@ class Page:
     def __init__(self, socket: ClientConnection, folder: Path) -> None:
         self._socket, self._count, self._session = socket, 0, ""
         self.downloads = folder / "downloads"
+        self.errors: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self.errors: list[str] = []
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
         self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.downloads))
@@ -49,6 +49,8 @@ class Page:
             if got.get("id") == self._count:
                 assert "error" not in got, (method, got)
                 return got["result"]
+            if got.get("sessionId") != self._session:
+                continue  # of a tab of an earlier test, whose server is gone
             if got.get("method") == "Runtime.exceptionThrown":
                 self.errors.append(str(got["params"]["exceptionDetails"]))
             if got.get("method") == "Log.entryAdded" and got["params"]["entry"]["level"] == "error":
