@@ -76,7 +76,11 @@ def visit(page: Page, url: str) -> None:
 def at(page: Page, step: int, frame: int = 3) -> None:
     """Wait until the last frame of a step is shown."""
     shown = f"d.head === '{step}' && d.shown === '{step}.{frame}' && d.state === 'ready'"
-    page.wait(f"(d => {shown})(document.body.dataset)")
+    try:
+        page.wait(f"(d => {shown})(document.body.dataset)")
+    except AssertionError as error:
+        state = page.js("JSON.stringify([document.body.dataset, document.querySelector('#message').textContent])")
+        raise AssertionError(f"{error}; instead {state}, errors {page.errors}") from error
 
 
 def views(page: Page) -> np.ndarray:
