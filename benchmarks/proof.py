@@ -241,11 +241,9 @@ def test(settings: Settings, output: Path, seeds: Sequence[int], ablated: Sequen
         for name, own in found.items()
         if name in {arm.name for arm in arms(settings)}
     }
-    tables = (
-        [markdown("less base", against), markdown("less the controls", controls)]
-        if controls
-        else [markdown("less base", against)]
-    )
+    tables = [
+        markdown(title, cells) for title, cells in (("less base", against), ("less the controls", controls)) if cells
+    ]
     result = {
         "pairs": len(episodes),
         "episodes": len(set(episodes)),

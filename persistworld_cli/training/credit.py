@@ -7,6 +7,8 @@ the other candidates (ours).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,15 @@ from persistworld_cli.rewards.score import Scorer
 from persistworld_cli.training.candidates import Candidates
 
 
-def credit(made: Candidates, scorer: Scorer, options: PostTrainSettings) -> Tensor:
+def credit(
+    made: Candidates, scorer: Scorer, options: PostTrainSettings, whole: Callable[[Tensor], Tensor] = lambda part: part
+) -> Tensor:
     """Optimality of every candidate, for `objective.nft.nft_loss`.
+
+    Args:
+        made: candidates; their reward is of all K of a group, the rest of those that this rank drew.
+        scorer, options: how they are scored and credited.
+        whole: values of this rank's candidates -> of all of their groups (`sharing.Share.whole`).
 
     Returns:
         (G * K,) by ``rollout``, (G * K, F, L, 1, h, w) by ``frame`` and ``patch``.
@@ -26,10 +35,10 @@ def credit(made: Candidates, scorer: Scorer, options: PostTrainSettings) -> Tens
     if options.credit == "rollout":
         return optimality(group_advantages(made.reward), options.adv_clip).flatten()
     if options.credit == "frame":
-        local = scorer.by_picture(made.metrics)[..., None, None]
+        local = whole(scorer.by_picture(made.metrics))[..., None, None]
     else:
         rows, columns = options.credit_grid
-        local = scorer.local(made.pictures, made.recorded, (rows, columns))
+        local = whole(scorer.local(made.pictures, made.recorded, (rows, columns)))
     advantage = group_advantages(local.unflatten(0, (groups, candidates)))
     r = optimality(advantage, options.adv_clip).flatten(0, 1)  # (G * K, F * (L - 1), V, rows, columns)
     height, width = made.x0[0].shape[-2:]

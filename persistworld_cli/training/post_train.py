@@ -32,7 +32,7 @@ from persistworld_cli.training.optim import Optimizers
 from persistworld_cli.training.run import Interrupted, Run
 from persistworld_cli.training.samples import SampleVideos
 from persistworld_cli.training.schedule import lr_factor
-from persistworld_cli.training.sharing import Share, TeamScorer
+from persistworld_cli.training.sharing import Share
 from persistworld_cli.training.validation import ClosedLoopCheck
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class PostTrainer:
         with self.switch.use("old"):
             made = self.maker.make(plans, step, share.candidates)
         made.reward = self.whole(made.reward.flatten()).view(len(plans), -1)
-        r = credit(made, TeamScorer(self.scorer, self.whole), options)
+        r = credit(made, self.scorer, options, self.whole)
         if options.objective == "recorded":
             self.aim_at_record(made, plans)
             r = torch.ones_like(r)

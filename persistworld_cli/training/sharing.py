@@ -15,7 +15,6 @@ from torch import Tensor
 
 from persistworld_cli.config.settings import PostTrainSettings
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.rewards.score import Scorer
 
 
 def team_size(options: PostTrainSettings, world: int) -> int:
@@ -89,19 +88,3 @@ class Share:
         places = mine.nonzero()
         rows = places[:, 0] * len(self.candidates) + kept[mine] - self.candidates.start
         return rows, places
-
-
-class TeamScorer(Scorer):
-    """A scorer whose finer scores, which are compared within a group, come for the whole team's candidates."""
-
-    def __init__(self, own: Scorer, whole: Callable[[Tensor], Tensor]) -> None:
-        self.__dict__.update(own.__dict__)  # the same metrics, loaded once
-        self._whole = whole
-
-    def local(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
-        """As of a scorer, for G * K candidates; ``pred`` are this rank's."""
-        return self._whole(super().local(pred, target, grid))
-
-    def by_picture(self, metrics: dict[str, Tensor]) -> Tensor:
-        """As of a scorer, for G * K candidates; ``metrics`` are of this rank's."""
-        return self._whole(super().by_picture(metrics))
