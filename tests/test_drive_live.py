@@ -6,6 +6,7 @@ import base64
 import fcntl
 import os
 import re
+import select
 import subprocess
 import sys
 import termios
@@ -36,18 +37,37 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Watched:
-    """The person's side of a terminal: what was shown, and keys."""
+    """The person's side of a terminal: what was shown, and keys; to be left before the terminal is closed.
+
+    A reader that outlived its terminal would read on from whatever file is next given the same number.
+    """
 
     def __init__(self, person: int) -> None:
-        self._person, self.shown = person, b""
-        threading.Thread(target=self._read, daemon=True).start()
+        self._person, self.shown, self._left = person, b"", False
+        self._answers: list[tuple[bytes, bytes]] = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+
+    def __enter__(self) -> Watched:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left = True
+        self._thread.join()
 
     def _read(self) -> None:
-        while True:
-            try:
-                self.shown += os.read(self._person, 65536)
-            except OSError:  # closed
-                return
+        while not self._left:
+            if select.select([self._person], [], [], 0.02)[0]:
+                try:
+                    self.shown += os.read(self._person, 65536)
+                except OSError:  # nobody has the program's side open
+                    return
+            while self._answers and self._answers[0][0] in self.shown:
+                os.write(self._person, self._answers.pop(0)[1])
+
+    def answer(self, shown: str, keys: str) -> None:
+        """Press keys as soon as a text is shown, for a program that runs in this thread."""
+        self._answers.append((shown.encode(), keys.encode()))
 
     def type(self, keys: str, then: str = "") -> None:
         """Press keys; wait until a text is shown that was not there before."""
@@ -90,9 +110,9 @@ def test_the_command_drives_in_a_terminal_and_leaves_it_as_it_was(root: Path, tm
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
         ) as process:
-            watched = Watched(person)
             try:
-                out = drive_by_hand(watched, process, lambda: modes(program) != before)
+                with Watched(person) as watched:
+                    out = drive_by_hand(watched, process, lambda: modes(program) != before)
             finally:
                 process.kill()
         assert process.returncode == 0 and modes(program) == before
@@ -114,10 +134,16 @@ def test_the_command_drives_in_a_terminal_and_leaves_it_as_it_was(root: Path, tm
 @contextmanager
 def own_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watched, int]]:
     """A terminal in the place of this process's (no fixture: pytest puts its own back before a test begins)."""
-    with pseudo_terminal() as (person, program), monkeypatch.context() as patched:
-        patched.setattr(sys, "stdin", os.fdopen(os.dup(program)))
-        patched.setattr(sys, "stderr", os.fdopen(os.dup(program), "w"))
-        yield Watched(person), program
+    with (
+        pseudo_terminal() as (person, program),
+        os.fdopen(os.dup(program)) as stdin,
+        os.fdopen(os.dup(program), "w") as stderr,
+        monkeypatch.context() as patched,
+        Watched(person) as watched,
+    ):
+        patched.setattr(sys, "stdin", stdin)
+        patched.setattr(sys, "stderr", stderr)
+        yield watched, program
 
 
 @pytest.mark.parametrize("end", ["q", "\x04"])
@@ -126,7 +152,7 @@ def test_q_and_end_of_input_quit(root: Path, end: str, monkeypatch: pytest.Monke
     here = session(root)
     with own_terminal(monkeypatch) as (watched, program):
         before = modes(program)
-        watched.type(end)
+        watched.answer("press a key", end)
         drive_live(here)
         assert here.head.number == 0 and modes(program) == before
         wait_for(lambda: LEAVE.encode() in watched.shown, "the screen left")

@@ -82,6 +82,7 @@ class Terminal:
         except OSError:  # the terminal is gone
             data = b""
         text = _SEQUENCE.sub("", data.decode(errors="replace")) if data else _END_OF_INPUT
+        text = text.replace("\x00", _END_OF_INPUT)  # what a Ctrl-D becomes that was typed before the mode changed
         self.waiting = [*self.waiting, *text][:_WAITING]
         if _END_OF_INPUT in text and _END_OF_INPUT not in self.waiting:
             self.waiting.append(_END_OF_INPUT)
