@@ -60,7 +60,7 @@ def test_benchmark_lies_between_preset_and_flags() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("version = 1", "version = 0", "no whole number"),
+        ("version = 2", "version = 0", "no whole number"),
         ("guidance = 1.0\n", "", "does not say sampling.guidance"),
         ("[rewards]", "[model]\nckpt = 'x'\n[rewards]", "cannot set 'model.ckpt'"),
         ("[metrics.psnr]", "[metrics.pnsr]", r"\[metrics.psnr\] is missing"),

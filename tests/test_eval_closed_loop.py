@@ -81,7 +81,7 @@ def test_closed_loop_is_the_engine_stepped_by_hand_and_does_not_depend_on_the_ba
         predicted = engine.step(state, recording.poses(step, 5)[None], noise)
     pictures = to_uint8(model.decode_latents(predicted, 5)[0, 1:])
     assert batched.latents is not None
-    drawn = draw_frames(model, batched.latents[1], 5, 32, 48)
+    drawn = draw_frames(model, batched.latents[1], engine.sampling, 32, 48)
     assert drawn.shape == (8, 3, 32, 48, 3)
     assert np.abs(drawn[4:].astype(int) - pictures.astype(int)).max() <= 2  # latents are kept as float16
     mse = np.square(pictures[0].astype(float) - recording.frames[4].astype(float)).mean(axis=(1, 2, 3)) / 255**2

@@ -15,11 +15,12 @@ from golden_table import close
 from safetensors.torch import load_file
 
 from persistworld_cli.config.presets import load_settings
-from persistworld_cli.config.settings import PretrainSettings
+from persistworld_cli.config.settings import PretrainSettings, SamplingSettings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.evaluation.recording import to_uint8
 from persistworld_cli.models import text as text_room
 from persistworld_cli.models import vae as vae_room
+from persistworld_cli.models.convolutions import ChannelsLastConv
 from persistworld_cli.models.diffusion import karras_sigmas, loss_weight, precondition
 from persistworld_cli.models.samplers import SAMPLERS, euler
 from persistworld_cli.models.tokens import ActionEncoder
@@ -341,3 +342,18 @@ def test_gradients_are_finite(tiny: WorldModel, dtype: torch.dtype) -> None:
     (out.float().pow(2).mean() + pictures.float().pow(2).mean()).backward()
     grads = [p.grad for p in [*tiny.unet.parameters(), *tiny.vae.decoder.parameters()] if p.grad is not None]
     assert len(grads) > 100 and all(g.isfinite().all() for g in grads)
+
+
+def test_pictures_are_drawn_in_the_type_and_layout_asked_for(tiny: WorldModel) -> None:
+    latents = torch.randn(2, 5, *tiny.latent_shape, generator=torch.Generator().manual_seed(5))
+    plain = tiny.decode_latents(latents, 5)
+    drawn = {d: tiny.draw(latents, SamplingSettings(decode_chunk=5, decode_dtype=d)) for d in ("float32", "bfloat16")}
+    assert torch.equal(drawn["float32"], plain)
+    assert 1e-5 < (drawn["bfloat16"] - plain).abs().max() < 0.05
+    channels_last = [m for m in tiny.vae.modules() if isinstance(m, ChannelsLastConv)]
+    for module in channels_last:
+        module.__class__ = torch.nn.Conv2d
+    torch.testing.assert_close(tiny.decode_latents(latents, 5), plain, atol=1e-5, rtol=0)
+    for module in channels_last:
+        module.__class__ = ChannelsLastConv
+    assert channels_last

@@ -120,7 +120,9 @@ def test_eval_writes_a_study_whose_videos_are_the_key_s(world: Path) -> None:
     assert film.shape[1:3] == (2 * high + LINE, 3 * wide + 2 * GAP)
     order = [plan.models[trial.first].label, plan.models[1 - trial.first].label]
     models = {ref.label: load_for_sampling(s, ckpt=ref.ckpt, adapter="", device=CPU) for ref in plan.models}
-    drawn = [draw_frames(models[name], load_latents(plan.folders[name], item), 5, 32, 48)[:6] for name in order]
+    drawn = [
+        draw_frames(models[name], load_latents(plan.folders[name], item), s.sampling, 32, 48)[:6] for name in order
+    ]
     for place in range(3):
         left = place * (wide + GAP)
         shown = film[1:, :, left : left + wide].astype(float)

@@ -26,7 +26,7 @@ REQUIRED = (
     *("world.cameras", "world.exterior", "world.wrist", "world.height", "world.width", "world.rate_hz"),
     *("sampling.sampler", "sampling.steps", "sampling.guidance", "sampling.sigma_min", "sampling.sigma_max"),
     *("sampling.rho", "sampling.noise_aug", "sampling.history", "sampling.buffer_fill", "sampling.decode_chunk"),
-    *("sampling.dtype", "sampling.cast", "rewards.weights", "rewards.lpips_net"),
+    *("sampling.decode_dtype", "sampling.dtype", "sampling.cast", "rewards.weights", "rewards.lpips_net"),
     *("eval.split", "eval.episodes", "eval.starts", "eval.steps", "eval.seeds", "eval.crop", "eval.colour_range"),
     "eval.moving_threshold",
 )

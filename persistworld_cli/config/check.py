@@ -18,6 +18,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "model.temporal_token": ("first", "all"),
     "model.posterior": ("mode", "sample"),
     "sampling.dtype": ("float32", "bfloat16", "float16"),
+    "sampling.decode_dtype": ("float32", "bfloat16"),
     "sampling.cast": ("autocast", "model"),
     "pretrain.decay": ("constant", "cosine"),
     "pretrain.mixed_precision": _PRECISIONS,

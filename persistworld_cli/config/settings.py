@@ -71,6 +71,7 @@ class SamplingSettings:
     history_policy: tuple[int, ...] = (0, 0, -12, -9, -6, -3)
     buffer_fill: int = 24  # copies of the first entry the buffer starts with
     decode_chunk: int = 7  # view-frames decoded as one clip
+    decode_dtype: str = "float32"  # of the decoder's products: float32 | bfloat16 (SVD's overflows in float16)
     dtype: str = "float32"  # float32 | bfloat16 | float16
     cast: str = "autocast"  # what takes that type: autocast (products; weights float32) | model (all weights)
 

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from persistworld_cli.config.settings import SamplingSettings
 from persistworld_cli.data.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.evaluation.metrics import PLAIN, Judging, Scores, score_pictures
@@ -131,7 +132,7 @@ def _roll(
         if keep:
             kept.append(predicted.to("cpu", torch.float16))
         report(step)
-        return model.decode_latents(predicted, engine.sampling.decode_chunk)[:, 1:]
+        return model.draw(predicted, engine.sampling)[:, 1:]
 
     scores = score_pictures(scorer, recordings, draw, steps, rows, judging)
     if not keep:
@@ -221,11 +222,11 @@ def run_closed_loop(
 
 
 def draw_frames(
-    model: WorldModel, latents: NDArray[np.float16], chunk: int, height: int, width: int
+    model: WorldModel, latents: NDArray[np.float16], sampling: SamplingSettings, height: int, width: int
 ) -> NDArray[np.uint8]:
     """Decode a rollout's kept latents (S, L, C, h, w) to its new frames, uint8 (F, V, H, W, 3)."""
     predicted = torch.from_numpy(np.asarray(latents, dtype=np.float32)).to(model.device)
-    pictures = torch.cat([model.decode_latents(step, chunk)[1:] for step in predicted])
+    pictures = torch.cat([model.draw(step, sampling)[1:] for step in predicted])
     return to_uint8(crop_to(pictures, height, width, where="model.vae"), model.world.pixel_rounding)
 
 

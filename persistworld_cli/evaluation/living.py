@@ -217,6 +217,6 @@ class LivingWorld:
 
     def _draw(self, latents: Tensor) -> Pictures:
         """(B, N, C, h, w) -> uint8 (B, N, V, H, W, 3)."""
-        pictures = self._model.decode_latents(latents.to(self._model.device), self._engine.sampling.decode_chunk)
+        pictures = self._model.draw(latents.to(self._model.device), self._engine.sampling)
         drawn = crop_to(pictures, self._world.height, self._world.width, where="model.vae")
         return to_uint8(drawn, self._world.pixel_rounding)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from persistworld_cli.config.settings import SamplingSettings
 from persistworld_cli.data.store import EpisodeStore
 from persistworld_cli.evaluation.masks import BLUR, MOTION, MOVING_SMALLEST, masked_psnr, masked_ssim, moving_mask
 from persistworld_cli.evaluation.recording import Recording, crop_to, to_uint8, to_unit
@@ -199,7 +200,7 @@ def ceiling_scores(
     split: str,
     steps: int,
     rows: int,
-    chunk: int,
+    sampling: SamplingSettings,
     judging: Judging = PLAIN,
 ) -> Scores:
     """Scores of the recording through the VAE: name -> (B, F, V). Predictions can hardly be drawn better."""
@@ -208,6 +209,6 @@ def ceiling_scores(
         latents = torch.stack(
             [store.latents(split, rec.item.episode, rec.row_ids(step, rows).tolist()) for rec in recordings]
         )
-        return model.decode_latents(latents.to(model.device), chunk)[:, 1:]
+        return model.draw(latents.to(model.device), sampling)[:, 1:]
 
     return score_pictures(scorer, recordings, draw, steps, rows, judging)

@@ -96,7 +96,7 @@ def _roll_out(
     model = load_for_sampling(settings, ckpt=ref.ckpt, adapter=ref.adapter, device=device)
     engine = RolloutEngine(model, settings.sampling, store.stat())
     batches = -(-len(items) // settings.eval.batch)
-    chunk, split = settings.sampling.decode_chunk, settings.eval.split
+    split = settings.eval.split
     with Meter(f"replay: {ref.label}", batches * steps) as meter:
         for rollout in iter_closed_loop(
             model,
@@ -113,7 +113,7 @@ def _roll_out(
             assert rollout.latents is not None
             high, wide = store.frames(split, rollout.item.episode, [rollout.item.start]).shape[2:4]
             seen[rollout.item][ref.label] = rollout
-            drawn[rollout.item][ref.label] = draw_frames(model, rollout.latents, chunk, high, wide)
+            drawn[rollout.item][ref.label] = draw_frames(model, rollout.latents, settings.sampling, high, wide)
 
 
 def _write(

@@ -70,9 +70,9 @@ class EvalData:
         settings = self.settings
         recording = load_recording(store, settings.eval.split, item, settings.eval.steps, settings.model.num_frames)
         high, wide = recording.frames.shape[2:4]
-        length, chunk = int(recording.valid.sum()), settings.sampling.decode_chunk
+        length = int(recording.valid.sum())
         drawn = {
-            label: draw_frames(painter(label), self.latents(label, item), chunk, high, wide)[:length]
+            label: draw_frames(painter(label), self.latents(label, item), settings.sampling, high, wide)[:length]
             for label in self.labels
         }
         return recording, drawn

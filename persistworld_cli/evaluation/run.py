@@ -192,11 +192,13 @@ def _references(
     settings: Settings, plan: Plan, model: WorldModel, item: Item, steps: int, rows: int
 ) -> tuple[Rollout, Rollout]:
     """Floor and ceiling of one item."""
-    split, chunk = settings.eval.split, settings.sampling.decode_chunk
+    split = settings.eval.split
     recording = load_recording(plan.store, split, item, steps, rows)
     check_cameras(model, [recording])
     floor = floor_scores(plan.scorer, [recording], steps, rows, plan.judging)
-    ceiling = ceiling_scores(plan.scorer, [recording], model, plan.store, split, steps, rows, chunk, plan.judging)
+    ceiling = ceiling_scores(
+        plan.scorer, [recording], model, plan.store, split, steps, rows, settings.sampling, plan.judging
+    )
 
     def one(scores: Scores) -> Rollout:
         return Rollout(item, recording.valid, {name: value[0] for name, value in scores.items()}, None, 0.0)

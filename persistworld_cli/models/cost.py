@@ -107,12 +107,12 @@ def predict(model: WorldModel, clips: int, guidance: float = 1.0) -> torch.Tenso
     return model.denoise_guided(empty(frames, *frame), empty(), condition, guidance)
 
 
-def decoding_work(model: WorldModel, chunk: int) -> Work:
+def decoding_work(model: WorldModel, chunk: int, dtype: torch.dtype = torch.float32) -> Work:
     """FLOPs of decoding one clip; bytes of as many clips as go through the decoder together."""
     frames, views = model.settings.num_frames, len(model.world.cameras)
     together = 1 if (frames * views) % (chunk or frames) else -(-DECODE_ROWS // (frames * views))
     latents = torch.empty(together, frames, *model.latent_shape, device=META)
-    work = measure(lambda: model.decode_latents(latents, chunk), model.parameters(), torch.float32)
+    work = measure(lambda: model.decode_latents(latents, chunk), model.parameters(), dtype)
     return Work(work.flops // together, work.peak)
 
 
@@ -141,7 +141,7 @@ def count_interaction(model: WorldModel, sampling: SamplingSettings, rollouts: i
     """Cost of an interaction of a model on the meta device; bytes for ``rollouts`` rollouts advanced together."""
     dtype = AUTOCAST[sampling.dtype] if model.dtype is torch.float32 else torch.float32  # no autocast, as the engine
     sampled = measure(lambda: predict(model, rollouts, sampling.guidance), model.parameters(), dtype)
-    decoded = decoding_work(model, sampling.decode_chunk)
+    decoded = decoding_work(model, sampling.decode_chunk, AUTOCAST[sampling.decode_dtype])
     with _reference_attention(model):
         reference = measure(lambda: predict(model, 1), model.parameters(), dtype)
     return InteractionCost(

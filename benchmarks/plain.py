@@ -1,0 +1,93 @@
+"""The plain way, against which speed is measured: what a script around diffusers, lpips and scikit-image does.
+
+diffusers' own blocks (its attention, its 3-D convolutions, its memory layout), one rollout at a time, each clip decoded
+by itself in runs of the decode chunk, every picture scored by itself. Written for the benchmarks; nothing else uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from numpy.typing import NDArray
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor, nn
+
+from persistworld_cli.evaluation.recording import Recording
+from persistworld_cli.models import vae as vae_room
+from persistworld_cli.models.convolutions import ChannelsLastConv, TemporalConv
+from persistworld_cli.models.world_model import WorldModel, small_products
+from persistworld_cli.rewards.lpips import Lpips
+from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
+
+_OWN: dict[type, type] = {TemporalConv: nn.Conv3d, ChannelsLastConv: nn.Conv2d}
+
+
+@contextmanager
+def plain_blocks(model: WorldModel) -> Iterator[None]:
+    """diffusers' own blocks in the place of this project's; put back afterwards."""
+    ours = dict(model.unet.attn_processors)
+    changed = [(module, type(module)) for module in model.modules() if type(module) in _OWN]
+    model.unet.set_attn_processor(AttnProcessor2_0())
+    for module, own in changed:
+        module.__class__ = _OWN[own]
+    try:
+        yield
+    finally:
+        model.unet.set_attn_processor(ours)
+        for module, own in changed:
+            module.__class__ = own
+
+
+@torch.no_grad()
+def decode(model: WorldModel, latents: Tensor, chunk: int, dtype: str) -> Tensor:
+    """One clip (N, C, h, w), camera by camera in runs of `chunk`, to pictures (N, V, 3, H, W) in [0, 1]."""
+    views = len(model.world.cameras)
+    flat = vae_room.unstack_cameras(latents, views).transpose(0, 1).flatten(0, 1)
+    with small_products(model.device, getattr(torch, dtype), model.vae.dtype):
+        pictures = vae_room.decode(model.vae, flat, chunk or len(latents)).float()
+    return (pictures.unflatten(0, (views, len(latents))).transpose(0, 1) / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def score(lpips: Lpips, drawn: Tensor, known: Tensor) -> dict[str, NDArray[np.float32]]:
+    """SSIM and PSNR by scikit-image and LPIPS by the lpips package, picture by picture.
+
+    Args:
+        lpips: whose network is called; its batched metric is not.
+        drawn, known: (N, V, 3, H, W) in [0, 1].
+
+    Returns:
+        name -> (N, V).
+    """
+    out = {name: np.zeros(drawn.shape[:2], dtype=np.float32) for name in ("ssim", "psnr", "lpips")}
+    for at in np.ndindex(*drawn.shape[:2]):
+        a, b = drawn[at], known[at]
+        first, second = a.permute(1, 2, 0).numpy(), b.permute(1, 2, 0).numpy()
+        out["ssim"][at] = structural_similarity(first, second, channel_axis=2, data_range=1.0)
+        out["psnr"][at] = peak_signal_noise_ratio(second, first, data_range=1.0)
+        out["lpips"][at] = lpips.model(2 * a[None] - 1, 2 * b[None] - 1).item()
+    return out
+
+
+def roll(
+    model: WorldModel, engine: RolloutEngine, lpips: Lpips, recordings: Sequence[Recording], steps: int
+) -> dict[str, NDArray[np.float32]]:
+    """Rollouts one after the other, scored: name -> (I, F, V). Call it under `plain_blocks`."""
+    rows, sampling = model.settings.num_frames, engine.sampling
+    done: list[dict[str, NDArray[np.float32]]] = []
+    for recording in recordings:
+        item = recording.item
+        state = engine.start(recording.first_latent[None], recording.poses(0, rows)[:1], [recording.annotation.text])
+        parts = []
+        for step in range(steps):
+            noise = rollout_noise([(item.seed, item.episode, item.start, step)], engine.noise_shape)
+            clip = engine.step(state, recording.poses(step, rows)[None], noise)[0]
+            drawn = decode(model, clip, sampling.decode_chunk, sampling.decode_dtype)[1:]
+            known = torch.from_numpy(recording.frames[step * (rows - 1) : (step + 1) * (rows - 1)])
+            parts.append(score(lpips, drawn, known.movedim(-1, -3).float() / 255.0))
+        done.append({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    return {name: np.stack([one[name] for one in done]) for name in done[0]}
