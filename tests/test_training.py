@@ -126,6 +126,20 @@ def test_a_full_disk_leaves_the_last_state_whole_and_says_so(world: Settings, tm
     assert losses(tmp_path, "step") == [1, 2] and len(load_file(str(tmp_path / ADAPTER)))
 
 
+def test_two_pretraining_processes_equal_one(world: Settings, tmp_path: Path) -> None:
+    options = replace(world.pretrain, check_every=4, check_rollouts=3, check_steps=1)
+    for name, processes in (("one", 1), ("two", 2)):
+        launched = replace(world.launch, num_processes=processes, threads=1)
+        code, _ = run_task("pretrain", replace(world, pretrain=options, launch=launched), {}, tmp_path / name)
+        assert code == 0
+    for name in ("loss", "grad_norm", "val_loss", "val_reward", "val_base"):
+        assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), abs=1e-5)
+    one, two = (load_file(str(tmp_path / n / "weights" / "model.safetensors")) for n in ("one", "two"))
+    # AdamW divides by a gradient's size, so one that is all rounding makes steps as large as any
+    gap = torch.cat([(one[k] - two[k]).abs().flatten() for k in one])
+    assert gap.mean() < 1e-6 and (gap > 1e-5).float().mean() < 0.02
+
+
 @pytest.mark.parametrize("split", [False, True], ids=["groups", "candidates of one group"])
 def test_two_processes_equal_one(world: Settings, tmp_path: Path, split: bool) -> None:
     if split:

@@ -117,7 +117,12 @@ class PretrainSettings:
     save_every: int = 500
     keep: int = 2
     log_every: int = 10
-    validate_every: int = 500
+    validate_every: int = 500  # updates between held-out losses; 0: none
+    check_every: int = 0  # updates between closed-loop checks on held-out starts, the first weights beside; 0: none
+    check_rollouts: int = 8
+    check_steps: int = 14  # interactions of a check's rollout, and of a video's
+    video_every: int = 0  # updates between videos of held-out rollouts beside the record; 0: none
+    video_rollouts: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)

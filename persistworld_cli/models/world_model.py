@@ -187,6 +187,10 @@ class WorldModel(nn.Module):
             self._text_cache.update(zip(unknown, fresh, strict=True))
         return torch.stack([self._text_cache[t] for t in texts])
 
+    def forget_texts(self) -> None:
+        """The text encoder's weights are others now: what it made of instructions is made again."""
+        self._text_cache.clear()
+
     def tokens(self, actions: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
         """Conditioning tokens (B, N, T) of normalised actions (B, N, D) and text embeddings (B, E)."""
         actions = actions.to(self.action_encoder.dtype)

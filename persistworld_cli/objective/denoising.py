@@ -5,13 +5,15 @@ Shapes: B batch, P history frames, L predicted frames, N = P + L, C, h, w latent
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from persistworld_cli.config.settings import PretrainSettings
+from persistworld_cli.data.mixture import ClipBatch
 from persistworld_cli.models.diffusion import loss_weight, noised_condition
 from persistworld_cli.models.world_model import Condition, WorldModel
+from persistworld_cli.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,14 @@ class Draws:
             history_noise=normal(b, history, *frame),
         )
 
+    @classmethod
+    def by_clip(cls, shape: tuple[int, ...], history: int, seed: int, first: int, device: torch.device) -> Draws:
+        """Draws of clips number ``first``, ``first`` + 1, ... of a run: the same in any batch and on any rank."""
+        own = [
+            cls.sample((1, *shape[1:]), history, generator("clip", seed, first + i), device) for i in range(shape[0])
+        ]
+        return cls(**{field.name: torch.cat([getattr(draws, field.name) for draws in own]) for field in fields(cls)})
+
 
 def denoising_loss(
     model: WorldModel,
@@ -90,3 +100,13 @@ def denoising_loss(
     noisy = future + sigma.view(-1, 1, 1, 1, 1) * draws.noise
     error = (model.denoise(noisy, sigma, condition).float() - future) ** 2
     return loss_weight(sigma) * error.flatten(1).mean(dim=1)
+
+
+def batch_loss(model: WorldModel, batch: ClipBatch, options: PretrainSettings, seed: int, first: int) -> torch.Tensor:
+    """Mean denoising loss of a batch whose first clip is number ``first`` of the run; see `Draws.by_clip`."""
+    device = model.device
+    latents, actions = batch.latents.to(device), batch.actions.to(device)
+    draws = Draws.by_clip(latents.shape, model.settings.num_history, seed, first, device)
+    learns_text = "text_encoder" in options.parts and torch.is_grad_enabled()
+    text = model.text_embeds(list(batch.texts), grad=learns_text) if model.settings.text_cond else None
+    return denoising_loss(model, latents, actions, text, draws, options).mean()

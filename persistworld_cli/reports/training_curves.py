@@ -36,6 +36,7 @@ POST_TRAIN_PANELS = (
 PRETRAIN_PANELS = (
     Panel("denoising loss", {"loss": "training", "val_loss": "held out, averaged weights"}, log=True),
     Panel("gradient norm", {"grad_norm": "before clipping"}, log=True),
+    Panel("held-out closed loop", {"val_reward": "averaged weights", "val_base": "first weights"}),
 )
 
 

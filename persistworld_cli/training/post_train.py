@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from persistworld_cli.training.run import Interrupted, Run
 from persistworld_cli.training.samples import SampleVideos
 from persistworld_cli.training.schedule import lr_factor
 from persistworld_cli.training.sharing import Share
-from persistworld_cli.training.validation import ClosedLoopCheck
+from persistworld_cli.training.validation import Active, ClosedLoopCheck, HeldOut
 
 logger = logging.getLogger(__name__)
 LEARNING = ("loss", "kl", "theta_old", "theta_reference")  # numbers of `PostTrainer.loss`
@@ -69,12 +70,18 @@ class PostTrainer:
         self.engine = RolloutEngine(self.model, settings.sampling, store.stat())
         self.scorer = Scorer(settings.rewards, settings.world, work.device)
         self.maker = CandidateMaker(self.engine, store, self.scorer, options)
-        every = options.validate_every
-        self.check = ClosedLoopCheck(settings, self.engine, store, self.scorer, work) if every else None
-        self.videos = SampleVideos(settings, self.engine, store, work) if options.video_every else None
+        held = partial(HeldOut, settings, self.engine, store, work, batch=options.micro_batch * 4)
+        checked = held(count=options.validate_rollouts, steps=options.validate_steps)
+        shown = held(count=options.video_rollouts, steps=options.validate_steps)
+        self.check = ClosedLoopCheck(checked, self.scorer) if options.validate_every else None
+        self.videos = SampleVideos(shown, {"base": self.policy("reference")}) if options.video_every else None
         self.guard = CollapseGuard(options.collapse_checks)
         self.lr_scale = 1.0
         self.optimizers = self._optimizers()
+
+    def policy(self, name: str) -> Active:
+        """A policy as weights that can be put in place."""
+        return partial(self.switch.use, name)
 
     def update(self, step: int) -> dict[str, float]:
         """One update; the numbers worth logging (means over ranks)."""
@@ -190,7 +197,7 @@ class PostTrainer:
         Rolling back puts the best check's policies in place, forgets the optimisers' memory and halves the step.
         """
         assert self.check is not None
-        numbers = self.check.check(self.switch)
+        numbers = self.check.check(self.policy("reference"), self.policy("old"))
         if not self.guard.see(numbers["val_reward"] - numbers["val_base"], self.switch.state()):
             return numbers, False
         assert self.guard.state is not None
@@ -256,7 +263,7 @@ def _train(options: PostTrainSettings, trainer: PostTrainer, work: Run) -> dict[
                 last |= checked
             work.log(done, last)
             if trainer.videos and done % options.video_every == 0:
-                trainer.videos.write(done, trainer.switch)
+                trainer.videos.write(done, {"post-trained": trainer.policy("old")})
             meter.advance(reward=last["reward"], spread=last["group_spread"], theta_old=last["theta_old"])
             stop = work.should_stop()
             if stop or collapsed or done % options.save_every == 0 or done == options.updates:

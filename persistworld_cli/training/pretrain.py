@@ -1,12 +1,12 @@
 """`persistworld pretrain`: teacher-forced training of the world model on recorded clips.
 
-Order of samples and every random draw are functions of (seed, update, rank), so a resumed run repeats an unbroken one.
+Clips and all that is drawn for each are functions of (seed, number of the clip in the run), so a resumed run repeats an
+unbroken one, and several processes do what one would.
 """
 
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,21 @@ from safetensors.torch import save_file
 
 from persistworld_cli.config.settings import PretrainSettings, Settings
 from persistworld_cli.data.loader import ClipLoader
-from persistworld_cli.data.mixture import ClipBatch, ClipMixture, open_clips
+from persistworld_cli.data.mixture import ClipMixture, open_clips
 from persistworld_cli.data.store import open_store
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.checkpoints import FRESH, load_vae, load_world_model, open_carried
 from persistworld_cli.models.weight_files import WeightFiles
 from persistworld_cli.models.world_model import WorldModel, build_world_model
-from persistworld_cli.objective.denoising import Draws, denoising_loss
+from persistworld_cli.objective.denoising import batch_loss
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.training_curves import PRETRAIN_PANELS, training_curves
-from persistworld_cli.seeding import generator
 from persistworld_cli.training.optim import Optimizers, inputs_and_outputs
+from persistworld_cli.training.pretrain_checks import PretrainChecks
 from persistworld_cli.training.run import Interrupted, Run
 from persistworld_cli.training.schedule import WeightAverage, lr_factor
 
 logger = logging.getLogger(__name__)
-VALIDATION_CLIPS = 32
 
 
 def initial_model(settings: Settings, job: dict[str, Any], device: torch.device) -> WorldModel:
@@ -44,16 +43,6 @@ def initial_model(settings: Settings, job: dict[str, Any], device: torch.device)
     model = build_world_model(settings.model, settings.world)
     model.vae = load_vae(settings.model, job.get("vae") or settings.model.ckpt)
     return model.to(device)
-
-
-def batch_loss(model: WorldModel, batch: ClipBatch, options: PretrainSettings, key: tuple[int, ...]) -> torch.Tensor:
-    """Mean denoising loss of a batch; the draws are a function of `key`."""
-    device = model.device
-    latents, actions = batch.latents.to(device), batch.actions.to(device)
-    draws = Draws.sample(latents.shape, model.settings.num_history, generator(*key), device)
-    learns_text = "text_encoder" in options.parts and torch.is_grad_enabled()
-    text = model.text_embeds(list(batch.texts), grad=learns_text) if model.settings.text_cond else None
-    return denoising_loss(model, latents, actions, text, draws, options).mean()
 
 
 def trained_parameters(model: WorldModel, options: PretrainSettings) -> list[torch.nn.Parameter]:
@@ -121,7 +110,9 @@ def _train(
         by_adamw=inputs_and_outputs(model),
     )
     average = WeightAverage(parameters, options.ema)
-    begun = restore(work, parameters, optimizers, average)
+    checks = PretrainChecks(settings, model, val, parameters, average, work)
+    begun = restore(work, parameters, optimizers, average, checks)
+    checks.begin()
     batches = loader.batches(options.seed, begun * options.accumulate, work.rank, work.world)
     model.train()
     loss = torch.tensor(float("nan"))
@@ -133,12 +124,13 @@ def _train(
                 tick = step * options.accumulate + part
                 batch = next(batches)
                 with work.accelerator.autocast():
-                    loss = batch_loss(model, batch, options, (options.seed, tick, work.rank))
+                    first = (tick * work.world + work.rank) * len(batch.latents)
+                    loss = batch_loss(model, batch, options, options.seed, first)
                 (loss / options.accumulate).backward()
             work.average_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
             if not torch.isfinite(norm):
-                work.save(step, snapshot(parameters, optimizers, average))
+                work.save(step, snapshot(parameters, optimizers, average, checks))
                 raise PersistWorldError(
                     f"gradient is not finite at update {step + 1}",
                     where="pretrain",
@@ -151,51 +143,41 @@ def _train(
             if done % options.log_every == 0:
                 mean = sum(work.gather([loss.item()])) / work.world
                 work.log(done, {"loss": mean, "grad_norm": norm.item(), "lr": lr})
-            if val is not None and options.validate_every and done % options.validate_every == 0:
-                work.log(done, {"val_loss": validate(model, val, settings, parameters, average, work)})
+            if seen := checks.look(done):
+                work.log(done, seen)
             stop = work.should_stop()
             if stop or done % options.save_every == 0 or done == options.updates:
-                work.save(done, snapshot(parameters, optimizers, average))
+                work.save(done, snapshot(parameters, optimizers, average, checks))
             if stop:
                 raise Interrupted
+    final = checks.loss(val) if val is not None else None
     average.copy_to(parameters)
     weights = work.output / "weights" / "model.safetensors"
     if work.main:
         save_weights(model, weights.parent, carried)
         training_curves(work.output / "curves.png", "pretraining", work.history(), PRETRAIN_PANELS)
-    final = validate(model, val, settings, parameters, None, work) if val is not None else None
     return {"updates": options.updates, "loss": loss.item(), "val_loss": final, "weights": str(weights)}
 
 
-def validate(
-    model: WorldModel,
-    source: ClipMixture,
-    settings: Settings,
-    parameters: list[torch.nn.Parameter],
-    average: WeightAverage | None,
-    work: Run,
-) -> float:
-    """Mean loss of the averaged weights over fixed validation clips and fixed draws."""
-    model.eval()
-    losses = []
-    averaged = average.in_place_of(parameters) if average is not None else nullcontext()
-    with averaged, torch.no_grad(), work.accelerator.autocast():
-        for k in range(VALIDATION_CLIPS // 8):
-            losses.append(batch_loss(model, source.batch(123, k, 8), settings.pretrain, (123, k, 0)).item())
-    model.train()
-    return sum(losses) / len(losses)
-
-
-def snapshot(parameters: list[torch.nn.Parameter], optimizers: Optimizers, average: WeightAverage) -> dict[str, Any]:
+def snapshot(
+    parameters: list[torch.nn.Parameter], optimizers: Optimizers, average: WeightAverage, checks: PretrainChecks
+) -> dict[str, Any]:
     """What a run needs to go on."""
     return {
         "parameters": [p.detach().cpu() for p in parameters],
         "optimizers": optimizers.state(),
         **average.state(),
+        **checks.state(),
     }
 
 
-def restore(work: Run, parameters: list[torch.nn.Parameter], optimizers: Optimizers, average: WeightAverage) -> int:
+def restore(
+    work: Run,
+    parameters: list[torch.nn.Parameter],
+    optimizers: Optimizers,
+    average: WeightAverage,
+    checks: PretrainChecks,
+) -> int:
     """Load the latest state, if any; the number of updates done."""
     if (saved := work.load()) is None:
         return 0
@@ -204,5 +186,6 @@ def restore(work: Run, parameters: list[torch.nn.Parameter], optimizers: Optimiz
             p.copy_(value)
     optimizers.load_state(saved["optimizers"])
     average.load_state(saved, parameters)
+    checks.load_state(saved)
     logger.info("resumed at update %d", saved["step"])
     return int(saved["step"])

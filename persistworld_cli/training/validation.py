@@ -1,9 +1,13 @@
-"""Closed-loop validation during post-training: fixed held-out starts, fixed noise, the base beside.
+"""Closed-loop validation while a run trains: fixed held-out starts, fixed noise, the weights it began from beside.
 
 Shapes: I rollouts (shared out over the ranks), V cameras.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,79 +16,109 @@ from persistworld_cli.data.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.evaluation.closed_loop import Rollout, iter_closed_loop, reward_of
 from persistworld_cli.evaluation.recording import Item, check_item
-from persistworld_cli.models.lora import PolicySwitch
 from persistworld_cli.rewards.score import Scorer
 from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.training.run import Run
 
+Active = Callable[[], AbstractContextManager[object]]  # puts some weights in place for a block
 
-def fixed_starts(settings: Settings, store: EpisodeStore, count: int) -> list[Item]:
-    """At most `count` held-out rollouts, of episodes spread over the split: the same ones each time.
 
-    Raises:
-        PersistWorldError: the split has no episodes.
+@dataclass(frozen=True)
+class HeldOut:
+    """Fixed rollouts of the held-out split; each rank makes its share of them.
+
+    Attributes:
+        settings: `eval` names split, first start and seed.
+        engine: of the model in training.
+        store: the dataset.
+        work: the run.
+        count: rollouts at most, of episodes spread over the split.
+        steps: interactions of each.
+        batch: rollouts made together.
     """
-    split = settings.eval.split
-    episodes = store.episodes(split)
-    if not episodes:
-        raise PersistWorldError(
-            f"no '{split}' episodes to roll out",
-            where=str(store.root),
-            fix="add held-out episodes, or set post_train.validate_every = 0 and post_train.video_every = 0",
+
+    settings: Settings
+    engine: RolloutEngine
+    store: EpisodeStore
+    work: Run
+    count: int
+    steps: int
+    batch: int
+
+    def items(self) -> list[Item]:
+        """The rollouts: the same ones each time.
+
+        Raises:
+            PersistWorldError: the split has no episodes.
+        """
+        split = self.settings.eval.split
+        episodes = self.store.episodes(split)
+        if not episodes:
+            raise PersistWorldError(
+                f"no '{split}' episodes to roll out",
+                where=str(self.store.root),
+                fix="add held-out episodes, or switch off what rolls them out (validate_every, check_every, "
+                "video_every = 0)",
+            )
+        count = min(self.count, len(episodes))
+        chosen = [episodes[i * len(episodes) // count] for i in range(count)]
+        items = [Item(episode, self.settings.eval.starts[0], self.settings.eval.seeds[0]) for episode in chosen]
+        for item in items:
+            check_item(self.store, split, item)
+        return items
+
+    def roll(self, scorer: Scorer, *, keep_latents: bool = False) -> list[Rollout]:
+        """This rank's rollouts (every n-th) with the weights that are in place."""
+        return list(
+            iter_closed_loop(
+                self.engine.model,
+                self.engine,
+                self.store,
+                self.items()[self.work.rank :: self.work.world],
+                split=self.settings.eval.split,
+                steps=self.steps,
+                batch=self.batch,
+                scorer=scorer,
+                keep_latents=keep_latents,
+            )
         )
-    count = min(count, len(episodes))
-    chosen = [episodes[i * len(episodes) // count] for i in range(count)]
-    items = [Item(episode, settings.eval.starts[0], settings.eval.seeds[0]) for episode in chosen]
-    for item in items:
-        check_item(store, split, item)
-    return items
 
 
 class ClosedLoopCheck:
-    """Scores a policy on the same few held-out rollouts each time.
+    """Scores weights on the same few held-out rollouts each time.
 
     Attributes:
-        base: (I,) reward of the model before post-training, once it was needed.
+        base: (I,) reward of the weights that training began from, once it was needed.
 
     Raises:
         PersistWorldError: the split has no episodes.
     """
 
-    def __init__(
-        self, settings: Settings, engine: RolloutEngine, store: EpisodeStore, scorer: Scorer, work: Run
-    ) -> None:
-        self.settings, self.engine, self.store, self.scorer, self.work = settings, engine, store, scorer, work
-        self.items = fixed_starts(settings, store, settings.post_train.validate_rollouts)
+    def __init__(self, held: HeldOut, scorer: Scorer) -> None:
+        self.held, self.scorer = held, scorer
         self.base: list[float] | None = None
+        held.items()  # told before anything is trained
 
     def rewards(self) -> list[float]:
-        """Reward (I,) of the active policy's rollouts, on every rank."""
-        work, options = self.work, self.settings.post_train
-        mine = list(range(work.rank, len(self.items), work.world))
-        rollouts = iter_closed_loop(
-            self.engine.model,
-            self.engine,
-            self.store,
-            [self.items[i] for i in mine],
-            split=self.settings.eval.split,
-            steps=options.validate_steps,
-            batch=options.micro_batch * 4,
-            scorer=self.scorer,
-        )
-        found = [(i, self._reward(rollout)) for i, rollout in zip(mine, rollouts, strict=True)]
+        """Reward (I,) of the rollouts of the weights in place, on every rank."""
+        work = self.held.work
+        found = [
+            (work.rank + work.world * row, self._reward(rollout))
+            for row, rollout in enumerate(self.held.roll(self.scorer))
+        ]
         return [reward for _, reward in sorted(work.gather(found))]
 
-    def check(self, switch: PolicySwitch) -> dict[str, float]:
-        """Numbers to log: the sampling policy's mean reward, the base's, and the share of rollouts it wins."""
+    def check(self, base: Active, now: Active) -> dict[str, float]:
+        """Numbers to log: the mean reward of the weights ``now``, that of ``base``, the share of rollouts won."""
         if self.base is None:
-            with switch.use("reference"):
+            with base():
                 self.base = self.rewards()
-        with switch.use("old"):
-            now = self.rewards()
+        with now():
+            rewards = self.rewards()
         return {
-            "val_reward": float(np.mean(now)),
+            "val_reward": float(np.mean(rewards)),
             "val_base": float(np.mean(self.base)),
-            "val_won": float(np.mean(np.asarray(now) > np.asarray(self.base))),
+            "val_won": float(np.mean(np.asarray(rewards) > np.asarray(self.base))),
         }
 
     def _reward(self, rollout: Rollout) -> float:

@@ -1,0 +1,116 @@
+"""What is looked at while pretraining goes on: held-out loss, closed loop, videos; always of the averaged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+
+from persistworld_cli.config.settings import Settings
+from persistworld_cli.data.mixture import ClipMixture
+from persistworld_cli.data.store import open_store
+from persistworld_cli.models.world_model import WorldModel
+from persistworld_cli.objective.denoising import batch_loss
+from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.rollout.engine import RolloutEngine
+from persistworld_cli.training.run import Run
+from persistworld_cli.training.samples import SampleVideos
+from persistworld_cli.training.schedule import WeightAverage
+from persistworld_cli.training.validation import ClosedLoopCheck, HeldOut
+
+VALIDATION_CLIPS = 32
+TOGETHER = 8  # clips of a validation batch, rollouts of a check
+
+
+class PretrainChecks:
+    """The checks that `pretrain` asks for, each at its own rate.
+
+    Args:
+        settings: the whole preset.
+        model: in training.
+        val: held-out clips; None where the dataset has none.
+        parameters: those that learn.
+        average: their average.
+        work: the run.
+
+    Raises:
+        PersistWorldError: rollouts are asked for, and the split has no episodes.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: WorldModel,
+        val: ClipMixture | None,
+        parameters: list[torch.nn.Parameter],
+        average: WeightAverage,
+        work: Run,
+    ) -> None:
+        self.settings, self.options, self.work = settings, settings.pretrain, work
+        self.model, self.val, self.parameters, self.average = model, val, parameters, average
+        self.loop: ClosedLoopCheck | None = None
+        self.videos: SampleVideos | None = None
+        options = self.options
+        if options.check_every or options.video_every:
+            store = open_store(settings)
+            engine = RolloutEngine(model, settings.sampling, store.stat())
+            held = partial(HeldOut, settings, engine, store, work, steps=options.check_steps, batch=TOGETHER)
+            if options.check_every:
+                scorer = Scorer(settings.rewards, settings.world, work.device)
+                self.loop = ClosedLoopCheck(held(count=options.check_rollouts), scorer)
+            if options.video_every:
+                self.videos = SampleVideos(held(count=options.video_rollouts))
+
+    def begin(self) -> None:
+        """Roll out the weights that training begins from, if rollouts will be compared with theirs."""
+        if self.loop and self.loop.base is None:
+            with self.averaged():
+                self.loop.base = self.loop.rewards()
+
+    def look(self, done: int) -> dict[str, float]:
+        """The numbers due after an update; videos are written."""
+        numbers: dict[str, float] = {}
+        if self.val is not None and _due(done, self.options.validate_every):
+            numbers["val_loss"] = self.loss(self.val)
+        if self.loop and _due(done, self.options.check_every):
+            numbers |= self.loop.check(nullcontext, self.averaged)
+        if self.videos and _due(done, self.options.video_every):
+            self.videos.write(done, {"averaged weights": self.averaged})
+        return numbers
+
+    def loss(self, source: ClipMixture) -> float:
+        """Mean loss of the averaged weights over fixed validation clips and fixed draws."""
+        losses = []
+        with self.averaged(), torch.no_grad(), self.work.accelerator.autocast():
+            for k in range(VALIDATION_CLIPS // TOGETHER):
+                batch = source.batch(123, k, TOGETHER)
+                losses.append(batch_loss(self.model, batch, self.options, 123, k * TOGETHER).item())
+        return sum(losses) / len(losses)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in place for a block, and the model at rest."""
+        self.model.eval()
+        self.model.forget_texts()
+        try:
+            with self.average.in_place_of(self.parameters):
+                yield
+        finally:
+            self.model.forget_texts()
+            self.model.train()
+
+    def state(self) -> dict[str, Any]:
+        """To resume from."""
+        return {"val_base": self.loop.base if self.loop else None}
+
+    def load_state(self, saved: dict[str, Any]) -> None:
+        """What `state` gave."""
+        if self.loop:
+            self.loop.base = saved.get("val_base")
+
+
+def _due(done: int, every: int) -> bool:
+    return bool(every) and done % every == 0
