@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def broken_run(output: Path, saved: int | None) -> None:
             work.log(step, {"loss": float(step)})
             if step == saved:
                 work.save(step, {})
+    time.sleep(1.0)  # TensorBoard orders a folder's files by the second in which they were begun
 
 
 def test_a_resumed_run_goes_on_in_its_log_and_in_tensorboard(tmp_path: Path) -> None:

@@ -45,11 +45,27 @@ Resume = Annotated[
     bool, typer.Option("--resume/--no-resume", help="Continue the run in the output folder, if it has one.")
 ]
 
+ResumeFrom = Annotated[
+    str | None,
+    typer.Option(help="Go on from this state: a run's folder (its newest) or its state/step-N.", metavar="PATH"),
+]
+
 Tracker = Annotated[
     list[str] | None,
     typer.Option(help="Where numbers also go; may be repeated: tensorboard (default), wandb, trackio, none."),
 ]
 TRACKER_FLAG = {"launch.trackers": "--tracker"}
+
+
+def resuming(resume: bool, resume_from: str | None) -> dict[str, Any]:
+    """What a training job is told of ``--resume`` and ``--resume-from``.
+
+    Raises:
+        UsageError: both, in contradiction.
+    """
+    if resume_from and not resume:
+        raise UsageError("--no-resume and --resume-from contradict each other", where="flags", fix="give one of them")
+    return {"resume": resume, "resume_from": str(Path(resume_from).absolute()) if resume_from else None}
 
 
 def tracker_names(given: list[str] | None) -> tuple[str, ...] | None:

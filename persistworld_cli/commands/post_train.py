@@ -13,8 +13,10 @@ from persistworld_cli.commands.options import (
     Common,
     Dataset,
     Resume,
+    ResumeFrom,
     Seed,
     Tracker,
+    resuming,
     tracker_names,
     with_common,
 )
@@ -24,6 +26,7 @@ EXAMPLES = (
     "persistworld post-train --updates 40",
     "persistworld post-train --updates 40 --num-processes 2",
     "persistworld post-train --groups 1 --num-processes 2 --split-groups --tracker tensorboard,trackio",
+    "persistworld post-train --resume-from outputs/post-train-tiny --output outputs/longer --updates 80",
     "persistworld post-train --set post_train.beta=0.5 --set post_train.kl=0 --dry-run",
     "persistworld post-train --preset persistworld --ckpt yjguo/Ctrl-World --num-processes 8",
 )
@@ -45,6 +48,7 @@ def command(
     seed: Seed = None,
     tracker: Tracker = None,
     resume: Resume = True,
+    resume_from: ResumeFrom = None,
     accelerator: Accelerator = None,
 ) -> None:
     """Post-train on own rollouts: draw continuations, score them against the record, learn from the best and worst."""
@@ -63,6 +67,6 @@ def command(
             "launch.trackers": tracker_names(tracker),
         },
         names=TRACKER_FLAG,
-        job={"resume": resume},
+        job=resuming(resume, resume_from),
         accelerator=accelerator,
     )

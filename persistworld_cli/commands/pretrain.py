@@ -13,8 +13,10 @@ from persistworld_cli.commands.options import (
     Common,
     Dataset,
     Resume,
+    ResumeFrom,
     Seed,
     Tracker,
+    resuming,
     tracker_names,
     with_common,
 )
@@ -46,6 +48,7 @@ def command(
     seed: Seed = None,
     tracker: Tracker = None,
     resume: Resume = True,
+    resume_from: ResumeFrom = None,
     accelerator: Accelerator = None,
 ) -> None:
     """Train the world model on recorded clips (teacher forcing), or its VAE on recorded pictures."""
@@ -65,6 +68,6 @@ def command(
             "launch.trackers": tracker_names(tracker),
         },
         names=TRACKER_FLAG,
-        job={"resume": resume, "scratch": scratch, "vae": vae},
+        job={**resuming(resume, resume_from), "scratch": scratch, "vae": vae},
         accelerator=accelerator,
     )

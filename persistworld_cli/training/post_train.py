@@ -30,6 +30,7 @@ from persistworld_cli.training.candidates import CandidateMaker, Candidates, Gro
 from persistworld_cli.training.credit import credit
 from persistworld_cli.training.health import CollapseGuard, candidate_health, resting_words
 from persistworld_cli.training.optim import Optimizers
+from persistworld_cli.training.resuming import require_same_shapes
 from persistworld_cli.training.run import Interrupted, Run
 from persistworld_cli.training.samples import SampleVideos
 from persistworld_cli.training.schedule import lr_factor
@@ -230,6 +231,9 @@ class PostTrainer:
 
     def load_state(self, saved: dict[str, Any]) -> None:
         """What `state` gave."""
+        now, decides = self.switch.state(), "post_train.lora_rank, lora_targets, model"
+        for name, policy in saved["switch"].items():
+            require_same_shapes(policy, now[name], decides)
         self.switch.load_state(saved["switch"])
         self.optimizers.load_state(saved["optimizers"])
         self.guard.load(saved["guard"])

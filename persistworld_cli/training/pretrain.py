@@ -26,6 +26,7 @@ from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.training_curves import PRETRAIN_PANELS, training_curves
 from persistworld_cli.training.optim import Optimizers, inputs_and_outputs
 from persistworld_cli.training.pretrain_checks import PretrainChecks
+from persistworld_cli.training.resuming import require_same_shapes
 from persistworld_cli.training.run import Interrupted, Run
 from persistworld_cli.training.schedule import WeightAverage, lr_factor
 
@@ -181,6 +182,8 @@ def restore(
     """Load the latest state, if any; the number of updates done."""
     if (saved := work.load()) is None:
         return 0
+    then, now = ({f"parameter {i}": p for i, p in enumerate(side)} for side in (saved["parameters"], parameters))
+    require_same_shapes(then, now, "pretrain.parts, model")
     with torch.no_grad():
         for p, value in zip(parameters, saved["parameters"], strict=True):
             p.copy_(value)

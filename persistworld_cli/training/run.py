@@ -23,6 +23,7 @@ from accelerate.utils import ProjectConfiguration, gather_object
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings, VaeSettings
 from persistworld_cli.config.trackers import wanted_trackers
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.training.resuming import LOG, STATE, adopt_state, find_state, newest_step, read_log, states_of
 from persistworld_cli.training.tracking import Trackers, forget_trackers
 
 _GO_ON = "free some disk and run the same command again: it resumes from the last whole state"
@@ -41,10 +42,11 @@ class Run:
         keep: how many saved states to keep.
         cpu: stay on the CPU.
         resume: go on from what the folder holds; otherwise it is forgotten.
+        resume_from: go on from this state instead: a ``step-N`` folder, or a run's folder (its newest); of any run.
         settings: name the trackers, and are noted with them; None: no trackers.
 
     Raises:
-        PersistWorldError: a tracker is not installed, or does not start.
+        PersistWorldError: a tracker is not installed, or does not start; there is no state to go on from.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Run:
         keep: int = 2,
         cpu: bool = False,
         resume: bool = True,
+        resume_from: str | Path | None = None,
         settings: Settings | None = None,
     ) -> None:
         self.output, self.keep = Path(output), keep
@@ -71,12 +74,17 @@ class Run:
         self.output.mkdir(parents=True, exist_ok=True)
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # SIGUSR1: SLURM's --signal before the time limit
             signal.signal(name, self._on_signal)
-        if not resume:
+        if resume_from:
+            state = find_state(Path(resume_from))  # on every rank, so that all of them end where there is none
+            if self.main:
+                adopt_state(self.output, state)
+            self.accelerator.wait_for_everyone()
+        elif not resume:
             self.forget()
         if self.main:
             self._sweep()
             if names:
-                begun = int(self.states()[-1].name.removeprefix("step-")) if self.states() else 0
+                begun = newest_step(self.states())
                 sent = max((int(entry["step"]) for entry in self.history()), default=0)
                 self._trackers = Trackers(self.accelerator, self.output, settings, begun=begun, sent=sent)
 
@@ -98,6 +106,7 @@ class Run:
             keep=options.keep,
             cpu=settings.launch.device == "cpu",
             resume=job.get("resume", True),
+            resume_from=job.get("resume_from"),
             settings=settings,
         )
 
@@ -142,7 +151,7 @@ class Run:
         try:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
-            with open(beside / "state.pt", "wb") as file:
+            with open(beside / STATE, "wb") as file:
                 torch.save({"step": step, **state}, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -175,22 +184,17 @@ class Run:
 
     def states(self) -> list[Path]:
         """Whole saved states, oldest first."""
-        return sorted((self.output / "state").glob("step-*"))
+        return states_of(self.output)
 
-    def load(self, which: str | Path = "latest") -> dict[str, Any] | None:
-        """The latest saved state, or the one at a path; None where there is none yet.
+    def load(self) -> dict[str, Any] | None:
+        """The latest saved state; None where there is none yet.
 
         Lines that were logged after it are dropped: they will be written again.
         """
-        if which == "latest":
-            if not (states := self.states()):
-                self._trim_log(0)
-                return None
-            which = states[-1]
-        path = Path(which) / "state.pt"
-        if not path.exists():
-            raise PersistWorldError(f"no training state at '{which}'", where="--resume", fix=f"states: {self.states()}")
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if not (states := self.states()):
+            self._trim_log(0)
+            return None
+        state: dict[str, Any] = torch.load(states[-1] / STATE, map_location="cpu", weights_only=True)
         self._trim_log(int(state["step"]))
         return state
 
@@ -198,7 +202,7 @@ class Run:
 
     @property
     def _log(self) -> Path:
-        return self.output / "metrics.jsonl"
+        return self.output / LOG
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """One line in metrics.jsonl, and the same numbers to the trackers (rank 0).
@@ -234,11 +238,4 @@ class Run:
 
     def history(self) -> list[dict[str, float]]:
         """Everything logged so far, less a last line that was cut off (a full disk)."""
-        lines = self._log.read_text().splitlines() if self._log.exists() else []
-        entries = []
-        for line in lines:
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                break
-        return entries
+        return read_log(self._log)
