@@ -108,15 +108,32 @@ class Common:
     main_process_port: Annotated[
         int | None, option("--main-process-port", help="Port on machine 0; 0 takes a free one.", panel=LAUNCH_PANEL)
     ] = None
+    accelerate_config: Annotated[
+        Path | None,
+        option(
+            "--accelerate-config",
+            help="Processes and machines from accelerate's file; flags go before it.",
+            panel=LAUNCH_PANEL,
+            metavar="FILE",
+        ),
+    ] = None
     threads: Annotated[int | None, option("--threads", help="CPU threads a process.", panel=LAUNCH_PANEL)] = None
     device: Annotated[str | None, option("--device", help="auto, cpu or cuda.", panel=LAUNCH_PANEL)] = None
 
     def launch_flags(self) -> dict[str, Any]:
-        """Settings of the ``launch`` table that were given as flags."""
-        return {f"launch.{name}": getattr(self, name) for name in _LAUNCH if getattr(self, name) is not None}
+        """Settings of the ``launch`` table that were given as flags, or in accelerate's file."""
+        from persistworld_cli.launch.accelerate_config import read_accelerate_config
+
+        filed = read_accelerate_config(self.accelerate_config) if self.accelerate_config else {}
+        given = {name: value for name in _SETTINGS if (value := getattr(self, name)) is not None}
+        return {f"launch.{name}": value for name, value in (filed | given).items()}
 
 
-_LAUNCH = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "threads", "device")
+_SETTINGS = (
+    *("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port"),
+    *("threads", "device"),
+)
+_LAUNCH = (*_SETTINGS, "accelerate_config")
 _OFFERED: dict[str, tuple[str, ...]] = {"full": _LAUNCH, "single": ("threads", "device"), "none": ()}
 
 

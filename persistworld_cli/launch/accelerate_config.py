@@ -1,0 +1,51 @@
+"""An accelerate configuration file (`accelerate config` writes it) as settings of the ``launch`` table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from persistworld_cli.console import note
+from persistworld_cli.errors import UsageError
+
+_TAKEN = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
+_PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU")
+_INSTEAD = {
+    "FSDP": "every process holds the whole network (docs/training.md, Memory); take MULTI_GPU",
+    "DEEPSPEED": "every process holds the whole network (docs/training.md, Memory); take MULTI_GPU",
+}
+
+
+def read_accelerate_config(path: Path) -> dict[str, Any]:
+    """What of the file this project takes: processes, machines and device, by their names in ``launch``.
+
+    Mixed precision, which each task's settings decide, is pointed out; a way to share out the network is refused.
+
+    Args:
+        path: YAML or JSON; read by accelerate itself.
+
+    Raises:
+        UsageError: no such file, not accelerate's, or it asks for what is not done here.
+    """
+    from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file  # takes seconds
+
+    where = f"--accelerate-config {path}"
+    try:
+        config = load_config_from_file(str(path))
+    except FileNotFoundError:
+        raise UsageError("no such file", where=where, fix="accelerate config writes one") from None
+    except Exception as error:  # YAML's and JSON's own, and ValueError, TypeError or AttributeError of accelerate
+        fix = "let accelerate config write it again"
+        raise UsageError(f"not an accelerate configuration: {error}", where=where, fix=fix) from None
+    kind = str(getattr(config.distributed_type, "value", config.distributed_type))
+    if not isinstance(config, ClusterConfig) or kind not in _PLAIN:
+        fix = _INSTEAD.get(kind, f"take one of {', '.join(_PLAIN)}")
+        raise UsageError(f"distributed_type {kind} is not supported", where=where, fix=fix)
+    if config.gpu_ids not in (None, "all"):
+        fix = f"take it out and set CUDA_VISIBLE_DEVICES={config.gpu_ids}"
+        raise UsageError(f"gpu_ids {config.gpu_ids} is not read", where=where, fix=fix)
+    if config.mixed_precision not in (None, "no"):
+        note(f"{path} asks for {config.mixed_precision}; the task's own setting decides (post_train.mixed_precision)")
+    found = {name: getattr(config, name) for name in _TAKEN}
+    taken = {name: value for name, value in found.items() if value is not None and value != -1}
+    return taken | ({"device": "cpu"} if config.use_cpu else {})
