@@ -1,7 +1,8 @@
 """The plain way, against which speed is measured: what a script around diffusers, lpips and scikit-image does.
 
-diffusers' own blocks (its attention, its 3-D convolutions, its memory layout), one rollout at a time, each clip decoded
-by itself in runs of the decode chunk, every picture scored by itself. Written for the benchmarks; nothing else uses it.
+diffusers' own blocks (its attention, its 3-D convolutions, its memory layout) and peft's own LoRA layers, one rollout at
+a time, each clip decoded by itself in runs of the decode chunk, every picture scored by itself. Written for the
+benchmarks; nothing else uses it.
 """
 
 from __future__ import annotations
@@ -19,16 +20,20 @@ from torch import Tensor, nn
 from persistworld_cli.evaluation.recording import Recording
 from persistworld_cli.models import vae as vae_room
 from persistworld_cli.models.convolutions import ChannelsLastConv, TemporalConv
+from persistworld_cli.models.lean_lora import LEAN
 from persistworld_cli.models.world_model import WorldModel, small_products
 from persistworld_cli.rewards.lpips import Lpips
 from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
 
-_OWN: dict[type, type] = {TemporalConv: nn.Conv3d, ChannelsLastConv: nn.Conv2d}
+_OWN: dict[type, type] = {
+    **{TemporalConv: nn.Conv3d, ChannelsLastConv: nn.Conv2d},
+    **{lean: peft for peft, lean in LEAN.items()},
+}
 
 
 @contextmanager
 def plain_blocks(model: WorldModel) -> Iterator[None]:
-    """diffusers' own blocks in the place of this project's; put back afterwards."""
+    """diffusers' and peft's own blocks in the place of this project's; put back afterwards."""
     ours = dict(model.unet.attn_processors)
     changed = [(module, type(module)) for module in model.modules() if type(module) in _OWN]
     model.unet.set_attn_processor(AttnProcessor2_0())

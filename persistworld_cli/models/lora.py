@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from persistworld_cli.models.adapters import write_adapter
+from persistworld_cli.models.lean_lora import make_lean
 from persistworld_cli.models.world_model import WorldModel
 
 POLICIES = ("theta", "old", "reference")
@@ -51,6 +52,7 @@ class PolicySwitch:
             torch.manual_seed(seed)
             for name in ("theta", "old"):
                 inject_adapter_in_model(self.config, model.unet, adapter_name=name)
+        make_lean(model.unet)
         self.layers = [m for m in model.unet.modules() if isinstance(m, BaseTunerLayer)]
         reference = model.action_encoder
         self.encoders = {"reference": reference, "theta": copy.deepcopy(reference), "old": copy.deepcopy(reference)}

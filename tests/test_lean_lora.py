@@ -1,0 +1,77 @@
+"""The lean LoRA layers are peft's own, to rounding: outputs, gradients, switching."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from persistworld_cli.models.convolutions import fold_temporal_convs
+from persistworld_cli.models.lean_lora import LeanConv2d, LeanConv3d, LeanLinear, make_lean
+
+INPUTS = {"linear": (2, 3, 8), "conv": (2, 8, 6, 5), "temporal": (1, 8, 4, 6, 5)}
+
+
+def layers() -> nn.ModuleDict:
+    """A layer of each kind with two adapters, B not zero."""
+    from peft import LoraConfig, inject_adapter_in_model  # not before the package has made torchvision importable
+
+    torch.manual_seed(0)
+    net = nn.ModuleDict(
+        {
+            "linear": nn.Linear(8, 12),
+            "conv": nn.Conv2d(8, 12, 3, padding=1),
+            "temporal": nn.Conv3d(8, 12, (3, 1, 1), padding=(1, 0, 0)),
+        }
+    )
+    fold_temporal_convs(net)
+    config = LoraConfig(r=4, lora_alpha=2, target_modules=list(INPUTS), bias="none")
+    for name in ("one", "two"):
+        inject_adapter_in_model(config, net, adapter_name=name)
+    for name, p in net.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p)
+    return net
+
+
+@pytest.mark.parametrize("kind", list(INPUTS))
+@pytest.mark.parametrize("small", [False, True], ids=["float32", "bfloat16 autocast"])
+def test_same_outputs_and_gradients(kind: str, small: bool) -> None:
+    net = layers()
+    x = torch.randn(INPUTS[kind], requires_grad=True)
+
+    def run(adapter: str) -> list[torch.Tensor]:
+        layer = net[kind]
+        layer.enable_adapters(adapter != "none")
+        if adapter != "none":
+            layer.set_adapter(adapter)
+        with torch.autocast("cpu", torch.bfloat16, enabled=small):
+            out = layer(x)
+        (out.float() ** 2).sum().backward()
+        grads = [p.grad.clone() for p in [x, *layer.parameters()] if p.grad is not None]
+        net.zero_grad()
+        x.grad = None
+        return [out.detach().float(), *grads]
+
+    before = {adapter: run(adapter) for adapter in ("one", "two", "none")}
+    make_lean(net)
+    assert type(net[kind]) in {LeanLinear, LeanConv2d, LeanConv3d}
+    bound = {"rtol": 5e-2, "atol": 0.3} if small else {"rtol": 1e-5, "atol": 1e-5}
+    for adapter, wanted in before.items():
+        got = run(adapter)
+        assert len(got) == len(wanted)
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, **bound)
+    assert not torch.equal(before["one"][0], before["two"][0])
+
+
+def test_what_is_unusual_is_left_to_peft() -> None:
+    net = layers()
+    x = torch.randn(INPUTS["linear"])
+    layer = net["linear"]
+    layer.set_adapter(["one", "two"])
+    both = layer(x)
+    make_lean(net)
+    torch.testing.assert_close(layer(x), both)
+    layer.merge()
+    torch.testing.assert_close(layer(x), both, rtol=1e-4, atol=1e-4)
