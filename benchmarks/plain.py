@@ -1,7 +1,7 @@
 """The plain way, against which speed is measured: what a script around diffusers, lpips and scikit-image does.
 
-diffusers' own blocks (its attention, its 3-D convolutions, its memory layout) and peft's own LoRA layers, one rollout at
-a time, each clip decoded by itself in runs of the decode chunk, every picture scored by itself. Written for the
+diffusers' own blocks (its attention, its 3-D convolutions, its memory layout) and peft's own LoRA layers, one rollout
+at a time, each clip decoded by itself in runs of the decode chunk, every picture scored by itself. Written for the
 benchmarks; nothing else uses it.
 """
 
