@@ -15,7 +15,7 @@ matplotlib.use("Agg")  # before pyplot: there may be no display
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from persistworld_cli.reports.tables import heading
 
@@ -146,6 +146,9 @@ def _spread_out(plot: Axes, across: NDArray[np.float64], up: NDArray[np.float64]
         known = values[np.isfinite(values)]
         if known.size and known.min() > 0 and known.max() > 10 * known.min():
             scale("log")
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_major_formatter("{x:.2g}")
+            axis.set_minor_formatter(NullFormatter())
         else:
             axis.set_major_locator(MaxNLocator(5))
     plot.tick_params(labelsize=8)
