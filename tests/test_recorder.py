@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from bundled_starts import require_drawing
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD = ROOT / "dataset_example" / "world"
@@ -86,12 +86,7 @@ def simulated(recorder):
 
 @pytest.fixture(scope="module")
 def rendering(recorder) -> None:
-    # In a process of its own: where EGL is missing, MuJoCo may fail at import or while it exits.
-    code = "import mujoco; mujoco.GLContext(64, 64).make_current(); print('drawn')"
-    environment = {**os.environ, "MUJOCO_GL": "egl"}
-    probe = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    if "drawn" not in probe.stdout:
-        pytest.skip("no EGL rendering on this machine (apt install libegl1 libegl-mesa0 libgl1-mesa-dri)")
+    require_drawing()
 
 
 def test_same_seed_same_states_whatever_the_rate(recorder, simulated) -> None:

@@ -41,24 +41,19 @@ def record_episode(seed: int, episode_id: int, *, fps: int = 15, seconds: float 
     """Simulates episode `episode_id` of the world `seed`. Raises ValueError if fps does not divide 15."""
     if FRAME_HZ % fps:
         raise ValueError(f"fps {fps} does not divide {FRAME_HZ}")
-    rng = np.random.default_rng([seed, episode_id])
-    scene = sample_scene(rng)
-    start = start_waypoint(rng)
-    director = Director(scene.objects, rng)
-    world = _World(build_model(scene), start)
+    world, director = build_world(seed, episode_id)
     ticks = round(seconds * FRAME_HZ)
     stride = FRAME_HZ // fps
-    renderer = _Cameras(world, ticks // stride) if render else None
+    renderer = Cameras(world, ticks // stride) if render else None
 
     observed: list[dict[str, np.ndarray]] = []
     targets = [world.command()]
-    actor = _Actor(world, director)
+    actor = Actor(world, director)
     for tick in range(ticks):
         observed.append(world.observe())
         if renderer is not None and tick % stride == 0:
             renderer.shoot()
-        for _ in range(CONTROL_HZ // FRAME_HZ):
-            actor.step()
+        actor.tick()
         targets.append(world.command())
     director.judge(world.snapshot())
     if renderer is not None:
@@ -68,10 +63,18 @@ def record_episode(seed: int, episode_id: int, *, fps: int = 15, seconds: float 
         fps=fps,
         instruction=director.instruction,
         success=director.success,
-        objects=scene.objects,
+        objects=director.objects,
         columns=_columns(observed, np.array(targets), stride),
         frames=renderer.frames if renderer is not None else {},
     )
+
+
+def build_world(seed: int, episode_id: int) -> tuple[World, Director]:
+    """An episode's world as it begins, and who will say what happens in it."""
+    rng = np.random.default_rng([seed, episode_id])
+    scene = sample_scene(rng)
+    start = start_waypoint(rng)
+    return World(build_model(scene), start), Director(scene.objects, rng)
 
 
 def _columns(observed: list[dict[str, np.ndarray]], targets: np.ndarray, stride: int) -> dict[str, np.ndarray]:
@@ -93,7 +96,7 @@ def _columns(observed: list[dict[str, np.ndarray]], targets: np.ndarray, stride:
     return {name: values.astype(np.float32) for name, values in columns.items()}
 
 
-class _World:
+class World:
     """MuJoCo's model and state, with the arm's controller."""
 
     def __init__(self, model: mujoco.MjModel, start: Waypoint) -> None:
@@ -107,6 +110,18 @@ class _World:
         self.data.qpos[self._fingers] = FINGER_STROKE * (1 - self.arm.gripper)
         self._apply()
         mujoco.mj_forward(model, self.data)
+
+    def place(self, joints: np.ndarray, gripper: float, objects: np.ndarray) -> None:
+        """Puts everything somewhere, at rest: (7,) rad, 0 open .. 1 closed, (3, 7) positions and quaternions."""
+        self.data.qpos[self._joints] = joints
+        self.data.qpos[self._fingers] = FINGER_STROKE * (1 - gripper)
+        for body, pose in zip(self._bodies, objects, strict=True):
+            first = self.model.jnt_qposadr[self.model.body_jntadr[body]]
+            self.data.qpos[first : first + 7] = pose
+        self.data.qvel[:] = 0
+        self.data.ctrl[:7] = joints
+        self.data.ctrl[7] = FINGER_STROKE * (1 - gripper)
+        mujoco.mj_forward(self.model, self.data)
 
     def step(self) -> None:
         self.arm.step()
@@ -147,12 +162,17 @@ class _World:
         }
 
 
-class _Actor:
+class Actor:
     """Feeds the director's waypoints to the arm, and drops a script whose object slipped away."""
 
-    def __init__(self, world: _World, director: Director) -> None:
+    def __init__(self, world: World, director: Director) -> None:
         self.world, self.director = world, director
         self.queue: list[Waypoint] = []
+
+    def tick(self) -> None:
+        """A 15 Hz frame."""
+        for _ in range(CONTROL_HZ // FRAME_HZ):
+            self.step()
 
     def step(self) -> None:
         arm = self.world.arm
@@ -171,10 +191,10 @@ class _Actor:
         return bool(np.linalg.norm(now.positions[goal.holds] - now.tcp) > LOST)
 
 
-class _Cameras:
+class Cameras:
     """Renders the three views of a world, frame by frame."""
 
-    def __init__(self, world: _World, length: int) -> None:
+    def __init__(self, world: World, length: int) -> None:
         self._world = world
         self._renderer = mujoco.Renderer(world.model, IMAGE_HEIGHT, IMAGE_WIDTH)
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
@@ -182,10 +202,18 @@ class _Cameras:
         self._count = 0
 
     def shoot(self) -> None:
+        self._draw(self._count)
+        self._count += 1
+
+    def look(self) -> np.ndarray:
+        """(cameras, height, width, 3) of now, kept nowhere."""
+        self._draw(0)
+        return np.stack([frames[0] for frames in self.frames.values()])
+
+    def _draw(self, index: int) -> None:
         for name, frames in self.frames.items():
             self._renderer.update_scene(self._world.data, camera=name)
-            self._renderer.render(out=frames[self._count])
-        self._count += 1
+            self._renderer.render(out=frames[index])
 
     def close(self) -> None:
         self._renderer.close()

@@ -74,6 +74,30 @@ def all_instructions() -> list[str]:
     return texts
 
 
+def holds(task: Task, objects: tuple[ObjectSpec, ...], before: Snapshot, now: Snapshot) -> bool:
+    """Whether what `task` asks for is so, `before` being how things stood when it began."""
+    item = objects[task.target]
+    start, end = before.positions[task.target], now.positions[task.target]
+    if task.kind == "reach":
+        return bool(np.linalg.norm(now.tcp[:2] - end[:2]) < 0.05)
+    if task.kind == "stack":
+        below = now.positions[task.onto]
+        gap = objects[task.onto].half[2] + item.half[2]
+        return bool(np.linalg.norm(end[:2] - below[:2]) < 0.05 and abs(end[2] - below[2] - gap) < 0.02)
+    on_table = end[2] < 1.5 * max(item.half)
+    return bool(on_table and (end - start)[:2] @ DIRECTIONS[task.direction] > 0.05)
+
+
+def read_task(text: str, objects: tuple[ObjectSpec, ...]) -> Task | None:
+    """The task that an instruction means among these objects; None if it means none."""
+    kinds = [Task("reach", target) for target in range(len(objects))]
+    kinds += [
+        Task(kind, target, way) for kind in ("pick", "push") for target in range(len(objects)) for way in DIRECTIONS
+    ]
+    kinds += [Task("stack", target, onto=onto) for target in range(len(objects)) for onto in range(len(objects))]
+    return next((task for task in kinds if instruction(task, objects) == text), None)
+
+
 class Director:
     """Chooses scripts for one episode, from the state of the world and its own random stream.
 
@@ -121,16 +145,7 @@ class Director:
         return []
 
     def _holds(self, now: Snapshot) -> bool:
-        task, item = self.task, self.objects[self.task.target]
-        start, end = self._before.positions[task.target], now.positions[task.target]
-        if task.kind == "reach":
-            return bool(np.linalg.norm(now.tcp[:2] - end[:2]) < 0.05)
-        if task.kind == "stack":
-            below = now.positions[task.onto]
-            gap = self.objects[task.onto].half[2] + item.half[2]
-            return bool(np.linalg.norm(end[:2] - below[:2]) < 0.05 and abs(end[2] - below[2] - gap) < 0.02)
-        on_table = end[2] < 1.5 * max(item.half)
-        return bool(on_table and (end - start)[:2] @ DIRECTIONS[task.direction] > 0.05)
+        return holds(self.task, self.objects, self._before, now)
 
     # What to do -----------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ EXAMPLES = (
     "persistworld pi-rollout",
     "persistworld pi-rollout --policy ws://127.0.0.1:8000 --steps 8",
     "persistworld pi-rollout --task pickplace --policy server --rollouts 4",
+    "persistworld pi-rollout --judge bundled-world --against sim --rollouts 8",
 )
 
 
@@ -34,6 +35,16 @@ def command(
     ] = None,
     start: Annotated[int | None, typer.Option(help="Start frame instead of the task's.", min=0)] = None,
     instruction: Annotated[str | None, typer.Option(help="Instruction instead of the task's.")] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Who says what came of it: bundled-world, or your own.", metavar="NAME|MODULE:CLASS"),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="sim: the same in the bundled world's simulator, and how well it was foretold.", metavar="sim"
+        ),
+    ] = None,
     seed: Seed = None,
     ckpt: Ckpt = None,
     adapter: Adapter = None,
@@ -58,6 +69,8 @@ def command(
             "episodes": episode or [],
             "start": start,
             "instruction": instruction,
+            "judge": judge,
+            "against": against,
         },
         accelerator=accelerator,
     )

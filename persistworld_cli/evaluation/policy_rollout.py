@@ -1,35 +1,44 @@
 """`pi-rollout`: a policy acts in the world, in closed loop (method.md section 6).
 
 Each interaction the policy is asked once for each rollout, shown the world's own frames, and its joint velocities
-become the world model's next poses. Written for each rollout: the mp4 and a JSON with Ctrl-World's keys.
+become the world model's next poses. Written for each rollout: the mp4 and a JSON with Ctrl-World's keys; of all that
+are whole, a LeRobot dataset. A judge may say what came of them, and the simulator what would have.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import PolicySettings, Settings
 from persistworld_cli.data.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.evaluation.film import write_film, write_film_sheet, write_json
+from persistworld_cli.evaluation.against_sim import Simulated, compare, simulate
+from persistworld_cli.evaluation.film import write_json
+from persistworld_cli.evaluation.judging.base import Judge, Verdict
+from persistworld_cli.evaluation.judging.registry import ask_judge, load_judge
+from persistworld_cli.evaluation.judging.scene import RecordedStart, find_recorded
 from persistworld_cli.evaluation.living import LivingWorld, Start, find_split, load_model, make_start
+from persistworld_cli.evaluation.policy_outputs import Rollout, save_rollout, write_episodes
 from persistworld_cli.evaluation.recording import Item
+from persistworld_cli.evaluation.simulator import check_simulator
 from persistworld_cli.models.world_model import WorldModel
+from persistworld_cli.reports.policy_tables import rollout_tables
 from persistworld_cli.reports.progress import Meter
+from persistworld_cli.reports.tables import plain
 from persistworld_cli.robot.adapter import ActionAdapter, load_adapter
-from persistworld_cli.rollout.controllers import PolicyController, PolicyTrace, PolicyView
+from persistworld_cli.rollout.controllers import ActingPolicy, PolicyController, PolicyView
 from persistworld_cli.rollout.observation import find_layout
 from persistworld_cli.rollout.policy_source import check_policy, open_policies
 from persistworld_cli.rollout.tasks import Task, TaskStart, load_task
 
-POLICY_HZ = 15.0  # rows of a chunk a second (DROID)
+BUNDLED_JUDGE = "bundled-world"  # judges what is compared with the simulator, if no other is named
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +55,24 @@ class Plan:
     absent: list[str]  # the task's episodes that this dataset does not hold
 
 
-@dataclass
-class Taken:
-    """A batch as far as it came."""
+@dataclass(frozen=True)
+class Court:
+    """Who judges, and what is known of each start's scene; `simulate`: the simulator is asked too."""
 
-    starts: list[Start]
-    traces: list[PolicyTrace]
-    frames: list[NDArray[np.uint8]]  # each (B, n, V, H, W, 3): the opening, then what every interaction brought
-    poses: list[NDArray[np.float64]] = field(default_factory=list)  # each (B, L, 7)
-    seconds: list[float] = field(default_factory=list)
+    name: str = ""
+    judge: Judge | None = None
+    scenes: Sequence[RecordedStart | None] = ()
+    simulate: bool = False
+
+
+@dataclass
+class Gathered:
+    """Rollouts as they come, each with its verdict, what the simulator made of it, and its entry in the summary."""
+
+    rollouts: list[Rollout] = field(default_factory=list)
+    verdicts: list[Verdict | None] = field(default_factory=list)
+    simulated: list[Simulated] = field(default_factory=list)
+    entries: list[dict[str, Any]] = field(default_factory=list)
     error: PersistWorldError | None = None
 
 
@@ -65,24 +83,45 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
         settings: resolved settings; `policy` tells server, layout, task, adapter.
         job: ``policy`` (see `open_policies`) and ``output`` (folder); optional ``task`` (else `policy.task`),
             ``episodes``, ``start``, ``instruction`` (instead of the task's), ``seeds`` (else [`policy.seed`]),
-            ``limit`` (at most so many of the starts, each of which is rolled out with every seed), ``ckpt``,
-            ``adapter`` (of the model: see `load_model`).
+            ``limit`` (at most so many of the starts, each of which is rolled out with every seed), ``judge`` (see
+            `load_judge`), ``against`` ("sim"), ``ckpt``, ``adapter`` (of the model: see `load_model`).
 
     Returns:
-        ``rollouts`` (one entry each, with the paths), ``complete``, ``policy``, ``task`` and the path ``json``.
+        ``rollouts`` (one entry each, with the paths), ``complete``, ``policy``, ``task``, ``judge``, the paths
+        ``lerobot`` and ``json``, and ``against_sim`` (see `against_sim.compare`) where it was asked for.
 
     Raises:
-        UsageError: a policy, task or layout that means nothing, a skip that the layout is too short for.
-        PersistWorldError: no server in time; or the policy failed in mid-rollout, after what was rolled out has been
-            saved (marked ``"complete": false``).
+        UsageError: a policy, task, judge or layout that means nothing, a skip that the layout is too short for.
+        PersistWorldError: no server in time; nothing to judge by; no simulator; or policy or judge failed in
+            mid-rollout, after what was rolled out has been saved (what is not whole marked ``"complete": false``).
     """
     store = open_store(settings)
     plan = make_plan(settings, job, store)
+    court = _court(settings, job, plan)
     store.stat()  # missing metadata should be told before the weights are read
-    output, batch = Path(job["output"]), max(1, settings.eval.batch)
+    output = Path(job["output"])
+    gathered = _roll_all(settings, job, store, plan, court, output)
+    result = _summary(settings, plan, court, gathered, output)
+    write_json(output / "rollouts.json", result)
+    if court.judge is not None:
+        (output / "rollouts.txt").write_text(plain(rollout_tables(result)), encoding="utf-8")
+        result["text"] = str(output / "rollouts.txt")
+    error = gathered.error
+    if error is not None:
+        whole = all(entry["complete"] for entry in gathered.entries)
+        state = "" if whole else " as far as they came (marked incomplete)"
+        saved = f"{len(gathered.entries)} of {len(plan.starts)} rollouts saved{state} in {output}"
+        raise PersistWorldError(f"{error.what}\n{saved}", where=error.where, fix=error.fix) from error
+    return result
+
+
+def _roll_all(
+    settings: Settings, job: dict[str, Any], store: EpisodeStore, plan: Plan, court: Court, output: Path
+) -> Gathered:
+    """All starts, batch by batch, each saved when it is done; an error after the first batch is kept, not raised."""
+    batch = max(1, settings.eval.batch)
     model: WorldModel | None = None
-    entries: list[dict[str, Any]] = []
-    error: PersistWorldError | None = None
+    gathered = Gathered()
     with Meter("pi-rollout", plan.steps * -(-len(plan.starts) // batch)) as meter:
         for first in range(0, len(plan.starts), batch):
             starts = plan.starts[first : first + batch]
@@ -90,31 +129,99 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
                 # A connection is a new episode. It is opened before the weights are read: no server, no minutes lost.
                 with open_policies(plan.policy, settings.policy, len(starts)) as policies:
                     model = load_model(settings, job) if model is None else model
-                    taken = _roll(model, store, settings, plan, starts, list(policies), meter)
+                    rollouts = _roll(model, store, settings, plan, starts, list(policies), meter)
             except PersistWorldError as failed:
-                if not entries:
+                if not gathered.entries:
                     raise
-                error = failed  # the server went between two batches
+                gathered.error = failed  # the server went between two batches
                 break
-            entries += [_save(output, settings, plan, taken, row) for row in range(len(starts))]
-            error = taken.error
-            if error is not None:
+            for rollout in rollouts:
+                _settle(gathered, settings, plan, court, rollout, output)
+            gathered.error = gathered.error or rollouts[0].error
+            if gathered.error is not None:
                 break
-    result = {
+    return gathered
+
+
+def _settle(gathered: Gathered, settings: Settings, plan: Plan, court: Court, rollout: Rollout, output: Path) -> None:
+    """Judge a rollout, roll it out in the simulator if that is asked for, and save it, whatever fails on the way."""
+    scene = court.scenes[len(gathered.rollouts)] if court.scenes else None
+    verdict: Verdict | None = None
+    beside: Simulated | None = None
+    try:
+        if court.judge is not None and rollout.error is None:
+            evidence = rollout.evidence(settings.world.cameras, scene.objects if scene else None)
+            verdict = ask_judge(court.judge, evidence, court.name)
+            if court.simulate and scene is not None and gathered.error is None:
+                asked = (plan.policy, plan.view, plan.steps, court.judge, court.name)
+                beside = simulate(settings, rollout.start, scene, *asked)
+    except PersistWorldError as failed:
+        gathered.error = gathered.error or failed
+    told: dict[str, Any] = {
+        "policy": plan.policy,
+        "task": plan.task.name,
+        "judge": court.name or None,
+        "steps_planned": plan.steps,
+        "gripper_cap": plan.view.gripper_cap,
+    }
+    shown: dict[str, Any] = {}
+    if beside is not None:
+        told["sim"] = beside.entry()
+        shown = {"sim_success": told["sim"]["success"], "sim_progress": told["sim"]["progress"]}
+        gathered.simulated.append(beside)
+    pictures = {"simulator": beside.rolled.rollout.frames} if beside is not None else None
+    entry = save_rollout(output, settings, rollout, told, verdict, pictures)
+    gathered.rollouts.append(rollout)
+    gathered.verdicts.append(verdict)
+    gathered.entries.append({**entry, **shown})
+
+
+def _summary(settings: Settings, plan: Plan, court: Court, gathered: Gathered, output: Path) -> dict[str, Any]:
+    """What is told of the whole run; writes the LeRobot dataset."""
+    numbers = write_episodes(output / "lerobot", settings, gathered.rollouts)
+    left_out = numbers.count(None)
+    if left_out:
+        logger.warning("not in the LeRobot dataset, since they broke off: %d of %d rollouts", left_out, len(numbers))
+    entries = [{**entry, "lerobot": number} for entry, number in zip(gathered.entries, numbers, strict=True)]
+    told = [verdict for verdict in gathered.verdicts if verdict is not None]
+    result: dict[str, Any] = {
         "policy": plan.policy,
         "task": plan.task.name,
         "steps": plan.steps,
-        "complete": error is None,
+        "complete": gathered.error is None,
         "not_started": len(plan.starts) - len(entries),
         "absent_episodes": plan.absent,
-        "rollouts": entries,
-        "json": str(output / "rollouts.json"),
+        "judge": court.name or None,
     }
-    write_json(output / "rollouts.json", result)
-    if error is not None:
-        saved = f"{len(entries)} rollouts saved as far as they came (marked incomplete) in {output}"
-        raise PersistWorldError(f"{error.what}\n{saved}", where=error.where, fix=error.fix) from error
-    return result
+    if told:
+        result["cannot_tell"] = sum(verdict.success is None for verdict in told)
+    if gathered.simulated:
+        pairs = zip(gathered.verdicts, gathered.entries, strict=True)
+        result["against_sim"] = compare([v for v, entry in pairs if v and "sim_success" in entry], gathered.simulated)
+    paths = {"lerobot": str(output / "lerobot") if left_out < len(numbers) else None}
+    return {**result, "rollouts": entries, **paths, "json": str(output / "rollouts.json")}
+
+
+def _court(settings: Settings, job: dict[str, Any], plan: Plan) -> Court:
+    """Who judges, looked for before anything is computed. Raises UsageError and PersistWorldError."""
+    against = str(job.get("against") or "")
+    if against not in ("", "sim"):
+        raise UsageError(f"unknown world '{against}'", where="--against", fix="--against sim")
+    name = str(job.get("judge") or (BUNDLED_JUDGE if against else ""))
+    if not name:
+        return Court()
+    judge = load_judge(name)
+    scenes: list[RecordedStart | None] = []
+    for start in plan.starts:
+        try:
+            scenes.append(find_recorded(settings, start))
+        except PersistWorldError:
+            if against or getattr(judge, "wants_objects", False):
+                raise
+            scenes.append(None)
+    if against:
+        check_simulator()
+    return Court(name, judge, scenes, bool(against))
 
 
 def make_plan(settings: Settings, job: dict[str, Any], store: EpisodeStore) -> Plan:
@@ -200,67 +307,35 @@ def _roll(
     settings: Settings,
     plan: Plan,
     starts: list[Start],
-    policies: list[Any],
+    policies: list[ActingPolicy],
     meter: Meter,
-) -> Taken:
+) -> list[Rollout]:
     """One batch, as far as the policy answers."""
     world = LivingWorld(model, store, starts, settings, policy=True)
     joints = np.stack([start.joints for start in starts])
     controller = PolicyController(policies, plan.view, joints, [start.text for start in starts])
-    taken = Taken(starts, controller.traces, [world.pictures[:, None]])
+    frames, moves, error = [world.pictures[:, None]], [], None
     for policy in policies:
         policy.reset()
     for step in range(plan.steps):
         try:
             poses = controller.poses(step, world.poses, world.pictures)
-        except PersistWorldError as error:
-            taken.error = error
+        except PersistWorldError as failed:
+            error = failed
             break
-        moved = world.step(poses)
-        taken.frames.append(moved.pictures)
-        taken.poses.append(poses)
-        taken.seconds.append(moved.seconds)
-        meter.advance(seconds_a_step=moved.seconds)
-    return taken
-
-
-def _save(output: Path, settings: Settings, plan: Plan, taken: Taken, row: int) -> dict[str, Any]:
-    """Write one rollout's video, contact sheet and JSON; returns its entry in the summary."""
-    start, trace = taken.starts[row], taken.traces[row]
-    frames = np.concatenate([part[row] for part in taken.frames])
-    done = len(taken.poses)
-    title = f"{plan.policy}, {plan.task.name}: episode {start.item.episode}, frame {start.item.start}: {start.text}"
-    name = f"{plan.task.name}_{start.item.name}"
-    video, sheet, record = (output / f"{name}.{suffix}" for suffix in ("mp4", "png", "json"))
-    fps = POLICY_HZ / plan.view.skip
-    write_film(video, title, settings, frames, [plan.policy] * done, fps)
-    write_film_sheet(sheet, title, settings, frames, [f"step {i}" for i in range(1, done + 1)])
-    entry: dict[str, Any] = {
-        "success": None,  # to be judged: by a person, or by a judge
-        "start_idx": 0,  # of the video
-        "end_idx": len(frames) - 1,
-        "instructions": start.text,
-        "complete": taken.error is None,
-        "error": None if taken.error is None else str(taken.error),
-        "episode": start.item.episode,
-        "split": start.split,
-        "start": start.item.start,
-        "seed": start.item.seed,
-        "policy": plan.policy,
-        "task": plan.task.name,
-        "steps": done,
-        "steps_planned": plan.steps,
-        "skip": plan.view.skip,
-        "gripper_cap": plan.view.gripper_cap,
-        "fps": fps,
-        "seconds": [round(seconds / len(taken.starts), 4) for seconds in taken.seconds],
-    }
-    arrays = {
-        "joint_pos": trace.joint_pos,
-        "joint_vel": trace.joint_vel,
-        "state_fk": trace.state_fk,
-        "poses": [poses[row].tolist() for poses in taken.poses],
-    }
-    write_json(record, {**entry, **arrays})
-    shown = {key: entry[key] for key in ("episode", "start", "seed", "steps", "complete")}
-    return {**shown, "video": str(video), "sheet": str(sheet), "json": str(record)}
+        moves.append(world.step(poses))
+        frames.append(moves[-1].pictures)
+        meter.advance(seconds_a_step=moves[-1].seconds)
+    return [
+        Rollout(
+            start=start,
+            frames=np.concatenate([part[row] for part in frames]),
+            poses=np.array([moved.poses[row] for moved in moves]).reshape(-1, world.rows, 7),
+            trace=controller.traces[row],
+            joints_end=controller.joints[row],
+            skip=plan.view.skip,
+            seconds=[moved.seconds / len(starts) for moved in moves],
+            error=error,
+        )
+        for row, start in enumerate(starts)
+    ]

@@ -9,7 +9,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -214,8 +214,8 @@ def steps_table(title: str, metrics: Sequence[Mapping[str, Any]], rows: Sequence
     return table
 
 
-def plain(table: Table, width: int = 140) -> str:
-    """A table as plain text, for files and pages."""
+def plain(table: RenderableType, width: int = 140) -> str:
+    """A table (or several) as plain text, for files and pages."""
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(table)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]

@@ -212,23 +212,36 @@ class PolicyController:
 
     def _ask(self, rollout: int, pictures: Pictures) -> PolicyChunk:
         """One question: (V, H, W, 3) pictures of one rollout -> its chunk."""
-        view = self._view
-        obs = build_observation(
-            pictures[view.camera],
-            pictures[view.wrist_camera],
-            self.joints[rollout],
-            self._prompts[rollout],
-            view.image_size,
-            view.picture,
-        )
-        answer = self._policies[rollout].infer(obs)
-        actions = check_actions(answer, view.layout, source="the policy")
+        view, joints = self._view, self.joints[rollout]
+        actions = ask_policy(self._policies[rollout], view, pictures, joints, self._prompts[rollout])
         return interpret_chunk(
             actions,
-            self.joints[rollout],
+            joints,
             view.adapter,
             skip=view.skip,
             gripper_cap=view.gripper_cap,
             cap_current=view.cap_current,
             rows=view.rows,
         )
+
+
+def ask_policy(policy: ActingPolicy, view: PolicyView, pictures: Pictures, joints: Float, prompt: str) -> Float:
+    """One question to a policy.
+
+    Args:
+        policy: who is asked.
+        view: what it is shown.
+        pictures: (V, H, W, 3) uint8.
+        joints: (8,) joints and gripper.
+        prompt: the instruction.
+
+    Returns:
+        (R, 8) joint velocities and gripper position.
+
+    Raises:
+        PersistWorldError: it failed, or its answer is not what the layout says.
+    """
+    obs = build_observation(
+        pictures[view.camera], pictures[view.wrist_camera], joints, prompt, view.image_size, view.picture
+    )
+    return check_actions(policy.infer(obs), view.layout, source="the policy")

@@ -6,7 +6,6 @@ To add one: write the class, add a line to `POLICIES`.
 
 from __future__ import annotations
 
-import importlib
 import traceback
 import zlib
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from persistworld_cli.config.plugins import make_plugin
 from persistworld_cli.errors import PersistWorldError, UsageError, nearest
 from persistworld_cli.robot.adapter import DEFAULT_GAIN
 from persistworld_cli.robot.kinematics import PANDA, forward, jacobian
@@ -190,20 +190,8 @@ def load_policy(spec: str) -> LocalPolicy:
     Raises:
         UsageError: the module or the class is not there, or has no ``infer`` and ``reset``.
     """
-    module_name, _, class_name = spec.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"no module '{error.name}'", where=f"--policy {spec}", fix="is it on PYTHONPATH?") from error
-    if not callable(getattr(module, class_name, None)):
-        raise UsageError(f"'{module_name}' has no class '{class_name}'", where=f"--policy {spec}")
-    made = getattr(module, class_name)()
-    for name in ("infer", "reset"):
-        if not callable(getattr(made, name, None)):
-            raise UsageError(
-                f"'{spec}' has no method '{name}'", where="--policy", fix="a policy has infer(obs) -> dict and reset()"
-            )
-    return LocalPolicy(made, spec)
+    fix = "a policy has infer(obs) -> dict and reset()"
+    return LocalPolicy(make_plugin(spec, "--policy", ("infer", "reset"), fix), spec)
 
 
 def read_joints(obs: Mapping[str, Any]) -> Float:

@@ -1,0 +1,75 @@
+"""How well success in the world model foretells success in the simulator, over policies of graded skill.
+
+`python -m benchmarks.foretelling [--dataset DIR] [--rollouts 20] [--steps 10] [--output DIR] [--json]`
+
+Each policy (`benchmarks.policies` and the embedded ones) is rolled out by `persistworld pi-rollout --against sim` from
+the same held-out starts, then `persistworld leaderboard --real sim` compares. A run that is there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+POLICIES = {
+    "recorded": "benchmarks.policies:Recorded",
+    "noisy": "benchmarks.policies:Noisy",
+    "shaky": "benchmarks.policies:Shaky",
+    "slow": "benchmarks.policies:Slow",
+    "open": "benchmarks.policies:Open",
+    "scripted": "scripted",
+    "random": "random",
+    "hold": "hold",
+}
+
+
+def persistworld(*arguments: str, capture: bool = False) -> str:
+    """The command itself, in the repository's root."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "persistworld_cli", *arguments]
+    done = subprocess.run(
+        command, env=environment, text=True, check=True, stdout=subprocess.PIPE if capture else sys.stderr
+    )
+    return done.stdout or ""
+
+
+def main() -> None:
+    """Roll out, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", help="the bundled world, extracted; the preset's by default")
+    parser.add_argument("--rollouts", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--output", type=Path, default=Path("outputs/foretelling"))
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    dataset = ["--dataset", options.dataset] if options.dataset else []
+    for name, policy in POLICIES.items():
+        folder = options.output / name
+        if not (folder / "rollouts.json").is_file():
+            sizes = ["--rollouts", str(options.rollouts), "--steps", str(options.steps), "--output", str(folder)]
+            persistworld("pi-rollout", "--preset", "tiny", "--policy", policy, "--against", "sim", *sizes, *dataset)
+    runs = [f"{name}={options.output / name}" for name in POLICIES]
+    told: dict[str, Any] = json.loads(persistworld("leaderboard", *runs, "--real", "sim", "--json", capture=True))
+    told["agreement"] = {
+        name: json.loads((options.output / name / "rollouts.json").read_text())["against_sim"] for name in POLICIES
+    }
+    if options.json:
+        print(json.dumps(told, indent=1))
+        return
+    print(persistworld("leaderboard", *runs, "--real", "sim", capture=True))
+    for key, what in (("success", "imagined"), ("judge_on_simulated", "simulated")):
+        counts = [sum(one[key][part] for one in told["agreement"].values()) for part in PARTS]
+        words = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in zip(PARTS, counts, strict=True))
+        print(f"judge on {what} pictures against the simulator's state: {words}")
+
+
+PARTS = ("both_succeed", "only_foretold", "only_true", "both_fail", "not_told")
+
+if __name__ == "__main__":
+    main()

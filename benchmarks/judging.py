@@ -1,0 +1,159 @@
+"""How far the judge of the bundled world can be trusted: recorded pictures as if they were a rollout, truth known.
+
+`python -m benchmarks.judging [--dataset DIR] [--episodes 80] [--json]`
+
+No simulator and no model: frames are decoded from the extracted world, the truth is the raw recording's
+`sim.object_pose`. Told are (1) how far the objects are placed from where they were, (2) each episode's own instruction
+against `is_episode_successful` (which is settled when the instructed motion ends; later motions may undo or do it) and
+against the same rule on the true places, and (3) every instruction that the scene's objects allow, after 4, 8 and 14 s,
+against that rule: most of those did not come true, so failures are tested as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.settings import Settings
+from persistworld_cli.data.store import EpisodeStore, open_store
+from persistworld_cli.evaluation.judging.base import Evidence, SceneObject
+from persistworld_cli.evaluation.judging.bundled import locate, say
+from persistworld_cli.evaluation.judging.rules import DIRECTIONS, Aim, outcome, pad_positions, read_instruction
+from persistworld_cli.evaluation.judging.scene import find_recorded, true_positions
+from persistworld_cli.evaluation.living import make_start
+from persistworld_cli.evaluation.ranking import pearson
+from persistworld_cli.evaluation.recording import Item
+
+CUTS = (20, 40, 70)  # frames at 5 Hz
+
+
+def instructions(objects: tuple[SceneObject, ...]) -> list[str]:
+    """Everything that can be asked of these objects."""
+    small, large = ([item.name for item in objects if item.graspable is kind] for kind in (True, False))
+    texts = [f"pick up the {name} and place it further {way}" for name in small for way in DIRECTIONS]
+    texts += [f"push the {name} {way}" for name in large for way in DIRECTIONS]
+    texts += [f"move the gripper above the {name}" for name in small + large]
+    return texts + [f"put the {name} on top of the {below}" for name in small for below in large]
+
+
+def judge_episode(settings: Settings, store: EpisodeStore, split: str, episode: str) -> dict[str, Any]:
+    """One episode: distances of places seen from true ones (m), and rows (instruction's kind, judged, true, ...)."""
+    start = make_start(store, Item(episode, 0, 0), split)
+    recorded, count = find_recorded(settings, start), start.annotation.num_frames
+    step = round(recorded.raw.fps / settings.world.rate_hz)
+    true = true_positions(recorded)[::step][:count]
+    evidence = Evidence(
+        episode=episode,
+        start=0,
+        seed=0,
+        instruction=start.text,
+        cameras=settings.world.cameras,
+        rate_hz=settings.world.rate_hz,
+        frames=store.frames(split, episode, list(range(count))),
+        poses=start.annotation.states[:count],
+        joint_pos=np.empty((0, 7)),
+        joint_vel=np.empty((0, 7)),
+        objects=recorded.objects,
+    )
+    seen, pads = locate(evidence, range(len(recorded.objects))), pad_positions(evidence.poses)
+
+    def row(text: str, frames: int) -> dict[str, Any]:
+        aim = read_instruction(text, recorded.objects)
+        assert isinstance(aim, Aim)
+        verdict = say(aim, recorded.objects, seen[:frames], pads[:frames], settings.world.rate_hz)
+        truth = outcome(aim, recorded.objects, true[:frames], pads[:frames], settings.world.rate_hz)
+        assert truth is not None
+        told = {"judged": verdict.success, "progress": verdict.progress, "true_progress": truth.progress}
+        return {"kind": aim.kind, "frames": frames, "true": truth.success, **told}
+
+    return {
+        "apart": np.linalg.norm(seen - true, axis=-1),
+        "own": {**row(start.text, count), "recorded": start.annotation.success},
+        "all": [row(text, frames) for text in instructions(recorded.objects) for frames in CUTS],
+    }
+
+
+def table(rows: list[dict[str, Any]], against: str = "true") -> dict[str, int]:
+    """Confusion table: judged / true."""
+    counts = Counter((row["judged"], row[against]) for row in rows)
+    names = {True: "success", False: "failure", None: "cannot tell"}
+    return {f"{names[a]} / {names[b]}": counts[a, b] for a in (True, False, None) for b in (True, False)}
+
+
+def agreeing(rows: list[dict[str, Any]], against: str = "true") -> float:
+    """Share of the told ones."""
+    told = [row for row in rows if row["judged"] is not None]
+    return float(np.mean([row["judged"] == row[against] for row in told]))
+
+
+def measure(dataset: str | None, episodes: int) -> dict[str, Any]:
+    """All episodes of all splits, the held-out ones first."""
+    settings = load_settings("tiny", flags={"world.dataset": dataset}).settings
+    store = open_store(settings)
+    wanted = [(split, name) for split in reversed(store.splits) for name in store.episodes(split)][:episodes]
+    found = [judge_episode(settings, store, *one) for one in wanted]
+    apart = np.concatenate([one["apart"].ravel() for one in found])
+    own, rows = [one["own"] for one in found], [row for one in found for row in one["all"]]
+    told = [row for row in rows if row["judged"] is not None]
+    known = apart[np.isfinite(apart)]
+    return {
+        "episodes": len(found),
+        "placed": {
+            "share": len(known) / apart.size,
+            "median_cm": 100 * float(np.median(known)),
+            "p90_cm": 100 * float(np.percentile(known, 90)),
+            "beyond_5_cm": float((known > 0.05).mean()),
+        },
+        "own_instruction": {
+            "against_recorded": table(own, "recorded"),
+            "against_rule": table(own),
+            "agree_recorded": agreeing(own, "recorded"),
+            "agree_rule": agreeing(own),
+        },
+        "any_instruction": {
+            "n": len(rows),
+            "told": len(told),
+            "agree": agreeing(rows),
+            "progress_r": pearson([r["progress"] for r in told], [r["true_progress"] for r in told]),
+            "table": table(rows),
+            "kinds": {
+                kind: table([r for r in rows if r["kind"] == kind]) for kind in ("pick", "push", "reach", "stack")
+            },
+        },
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", help="the bundled world, extracted; the preset's by default")
+    parser.add_argument("--episodes", type=int, default=80)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    told = measure(options.dataset, options.episodes)
+    if options.json:
+        print(json.dumps(told, indent=1))
+        return
+    placed, own, every = told["placed"], told["own_instruction"], told["any_instruction"]
+    print(f"{told['episodes']} recorded episodes; tables read judged / true")
+    print(
+        f"objects placed in {placed['share']:.0%} of frames: median {placed['median_cm']:.1f} cm, 90% within "
+        f"{placed['p90_cm']:.1f} cm, {placed['beyond_5_cm']:.1%} beyond 5 cm"
+    )
+    for key, what in (("recorded", "is_episode_successful"), ("rule", "rule on true places")):
+        print(f"own instruction against {what}: {own[f'agree_{key}']:.1%} of told; {own[f'against_{key}']}")
+    print(
+        f"any instruction: {every['agree']:.1%} of {every['told']} told (n = {every['n']}), progress r "
+        f"{every['progress_r']:.3f}; {every['table']}"
+    )
+    for kind, counts in every["kinds"].items():
+        print(f"  {kind:>5}: {counts}")
+
+
+if __name__ == "__main__":
+    main()

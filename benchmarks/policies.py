@@ -1,0 +1,92 @@
+"""Policies of graded skill for the bundled world: they know the recording, and act on it more or less well.
+
+`persistworld pi-rollout --policy benchmarks.policies:Recorded --against sim` in the repository's root.
+
+A policy recognises the episode by its instruction and where the arm stands, and answers with the velocities and gripper
+positions that follow there, with a correction towards where the recorded arm was.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.data.lerobot import RawDataset
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.robot.adapter import DEFAULT_GAIN
+from persistworld_cli.rollout.observation import PROMPT
+from persistworld_cli.rollout.policies import read_joints
+
+ROWS, TAKEN = 15, 12  # of an answer; of it taken in an interaction, at the bundled task's skip of 3
+_FIELDS = ("observation.state.joint_position", "action.joint_velocity", "action.gripper_position")
+
+
+@lru_cache(maxsize=1)
+def _recordings() -> list[tuple[str, dict[str, NDArray[Any]]]]:
+    raw = RawDataset(resolve_path("bundled:dataset_example/world"))
+    return [(raw.instruction(index), raw.read(index, _FIELDS)) for index in raw.episodes]
+
+
+class Recorded:
+    """Does what was recorded."""
+
+    speed, noise, gripper = 1.0, 0.0, True
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._known: dict[str, NDArray[Any]] | None = None
+        self._row = 0
+        self._rng = np.random.default_rng(0)
+
+    def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
+        joints = read_joints(obs)
+        if self._known is None:
+            self._known, self._row = self._recognise(str(obs[PROMPT]), joints[:7])
+        known, last = self._known, len(self._known[_FIELDS[0]]) - 1
+        rows = np.minimum(self._row + np.arange(ROWS), last)
+        still = (self._row + np.arange(ROWS) > last)[:, None]
+        wanted = np.where(still, 0.0, known[_FIELDS[1]][rows])
+        back = (known[_FIELDS[0]][rows[0]] - joints[:7]) / (DEFAULT_GAIN * TAKEN) if self.speed == 1 else 0.0
+        velocity = self.speed * wanted + back + self.noise * self._rng.normal(size=7)
+        gripper = known[_FIELDS[2]][rows] if self.gripper else np.zeros(ROWS)
+        self._row += TAKEN
+        return {"actions": np.concatenate([np.clip(velocity, -1, 1), gripper.reshape(ROWS, 1)], axis=1)}
+
+    def _recognise(self, prompt: str, joints: NDArray[np.float64]) -> tuple[dict[str, NDArray[Any]], int]:
+        """The recording and the row in it that the arm is nearest to, among those with this instruction."""
+        found = [columns for text, columns in _recordings() if text == prompt]
+        if not found:
+            raise PersistWorldError(f"no recording of '{prompt}'")
+        gaps = [np.abs(columns[_FIELDS[0]] - joints).max(axis=1) for columns in found]
+        best = int(np.argmin([gap.min() for gap in gaps]))
+        return found[best], int(np.argmin(gaps[best]))
+
+
+class Noisy(Recorded):
+    """Does so with a wrong drift, another in each interaction."""
+
+    noise = 0.06
+
+
+class Shaky(Recorded):
+    """With a worse one."""
+
+    noise = 0.15
+
+
+class Slow(Recorded):
+    """Goes half of every way."""
+
+    speed = 0.5
+
+
+class Open(Recorded):
+    """Never closes the gripper."""
+
+    gripper = False

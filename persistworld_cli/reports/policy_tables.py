@@ -1,0 +1,151 @@
+"""Tables of policies' rollouts, from their dictionaries: what was judged, against the simulator, the leaderboard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+
+def rollout_tables(result: Mapping[str, Any]) -> Group:
+    """A judged run: a row for each rollout; against the simulator, the agreement and what it means in words.
+
+    Args:
+        result: ``rollouts.json``.
+    """
+    against = result.get("against_sim")
+    policy, task, judge = (escape(str(result[key])) for key in ("policy", "task", "judge"))
+    table = Table(title=f"{policy} in task {task}, judged by {judge}", title_justify="left")
+    for name in ("episode", "start", "seed", "steps"):
+        table.add_column(name, justify="right")
+    columns = ["success", "progress", *(("simulated", "progress") if against else ())]
+    for name in columns:
+        table.add_column(name, justify="right")
+    table.add_column("what the judge saw")
+    for row in result["rollouts"]:
+        cells = [str(row[name]) for name in ("episode", "start", "seed", "steps")]
+        cells += [_yes(row["success"]), _share(row["progress"])]
+        if against:
+            cells += [_yes(row.get("sim_success")), _share(row.get("sim_progress"))]
+        table.add_row(*cells, escape(str(row.get("judged") or ("" if row["complete"] else "broke off"))))
+    parts: list[RenderableType] = [table]
+    if against:
+        parts += [Text(), _agreement(against), Text(), Text(_words(against))]
+    return Group(*parts)
+
+
+def _agreement(against: Mapping[str, Any]) -> Table:
+    """The 2x2 tables: judge on imagined and on simulated pictures, each against the simulator's truth."""
+    table = Table(title="Success against the simulator's own state", title_justify="left")
+    table.add_column("judged from")
+    for name in ("n", "both", "only judged", "only true", "neither", "cannot tell", "agree", "progress r"):
+        table.add_column(name, justify="right")
+    for name, one, r in (
+        ("imagined pictures", against["success"], against["progress"]["pearson_r"]),
+        ("simulated pictures", against["judge_on_simulated"], against["judge_on_simulated"]["pearson_r"]),
+    ):
+        keys = ("n", "both_succeed", "only_foretold", "only_true", "both_fail", "not_told")
+        table.add_row(name, *(str(one[key]) for key in keys), _percent(one["agreement"]), _r(r))
+    return table
+
+
+def _words(against: Mapping[str, Any]) -> str:
+    imagined, simulated, gap = against["imagined"], against["simulated"], against["progress"]["mean_gap"]
+    lines = [
+        f"success imagined {_percent(imagined['success'])} of {imagined['n']}, "
+        f"simulated {_percent(simulated['success'])} of {simulated['n']}; "
+        f"progress {_share(imagined['progress'])} and {_share(simulated['progress'])}, {_share(gap)} apart on average."
+    ]
+    if against["progress"]["pearson_r"] is None:
+        lines.append("r is undefined: fewer than two rollouts, or one side is constant.")
+    lines.append(f"The simulator stood {against['restored_off']:.1g} (m, rad) off the recording at the starts.")
+    return "\n".join(lines)
+
+
+def leaderboard_tables(result: Mapping[str, Any]) -> Group:
+    """Policies by imagined success, and how well that foretells the real one.
+
+    Args:
+        result: what `evaluation.leaderboard.build_leaderboard` returns.
+    """
+    foretold = result.get("foretold")
+    table = Table(
+        title="Leaderboard: success [95% Wilson interval]",
+        caption="means over tasks; intervals over all rollouts as if they were one task's",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name in ("policy", "tasks"):
+        table.add_column(name)
+    for name in ("imagined success", "n", "progress", "cannot tell", "broke off"):
+        table.add_column(name, justify="right")
+    for name in ("real success", "n") if foretold else ():
+        table.add_column(name, justify="right")
+    for row in result["policies"]:
+        cells = [_span(row["success"], row["low"], row["high"]), str(row["n"]), _share(row["progress"])]
+        cells += [str(row["cannot_tell"]), str(row["incomplete"])]
+        if foretold:
+            cells += [_span(row["real"], row["real_low"], row["real_high"]), str(row["real_n"] or "-")]
+        table.add_row(escape(row["policy"]), escape(", ".join(row["tasks"])), *cells)
+    if not foretold:
+        return Group(table)
+    return Group(table, Text(), _foretold(foretold), Text(_warnings(foretold)))
+
+
+def _foretold(foretold: Mapping[str, Any]) -> Table:
+    table = Table(
+        title="How well imagined success foretells real success",
+        caption="r: Pearson's, 1 is best; MMRV: mean maximum rank violation (SIMPLER), 0 is best",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("tasks")
+    for name in ("policies", "r", "r of progress", "MMRV"):
+        table.add_column(name, justify="right")
+    rows = [("all", foretold)] + [(one["task"], one) for one in foretold["tasks"] if len(foretold["tasks"]) > 1]
+    for name, one in rows:
+        table.add_row(
+            escape(name), str(one["n"]), _r(one["pearson_r"]), _r(one["pearson_r_progress"]), f"{one['mmrv']:.3f}"
+        )
+    return table
+
+
+def _warnings(foretold: Mapping[str, Any]) -> str:
+    lines = []
+    for side in foretold["constant"]:
+        lines.append(f"r is undefined: all policies have the same {side} success.")
+    if foretold["n"] < 4:
+        lines.append(f"{foretold['n']} policies: r of so few says little.")
+    if not foretold["same_tasks"]:
+        lines.append("No task has results of all policies: each is scored on tasks of its own.")
+    for key, what in (("without_real", "real results"), ("without_imagined", "judged rollouts")):
+        if foretold[key]:
+            lines.append(f"Left out, no {what} in the same task: {', '.join(foretold[key])}.")
+    return "\n".join(lines)
+
+
+def _yes(value: bool | None) -> str:
+    return "?" if value is None else "yes" if value else "no"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f}%"
+
+
+def _r(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:+.3f}"
+
+
+def _span(value: float | None, low: float | None, high: float | None) -> str:
+    """``40% [20, 64]``."""
+    if value is None:
+        return "-"
+    return _percent(value) if low is None or high is None else f"{_percent(value)} [{100 * low:.0f}, {100 * high:.0f}]"

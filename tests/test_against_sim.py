@@ -1,0 +1,182 @@
+"""`pi-rollout --against sim`: the simulator restored at recorded starts, driven by policies, and compared."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundled_starts import STEP, extract, recorded_start, require_drawing
+
+from persistworld_cli.config.settings import PolicySettings, Settings
+from persistworld_cli.data.lerobot import RawDataset
+from persistworld_cli.data.video import count_frames, read_frames
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.evaluation import policy_rollout
+from persistworld_cli.evaluation.judging.rules import Outcome
+from persistworld_cli.evaluation.judging.scene import find_recorded
+from persistworld_cli.evaluation.policy_rollout import make_plan
+from persistworld_cli.evaluation.simulator import check_simulator, restored, roll_in_simulator
+
+PICK, PUSH = 60, 65
+COLUMNS = ("sim.object_pose", "observation.state.joint_position", "action")
+POLICY = '''
+import numpy as np
+from persistworld_cli.data.lerobot import RawDataset
+
+class Recorded:
+    """Answers with what was recorded in episode {episode}."""
+    def __init__(self):
+        self.reset()
+    def reset(self):
+        self.row = 0
+        columns = RawDataset({raw!r}).read({episode}, ["action.joint_velocity", "action.gripper_position"])
+        self.rows = np.column_stack([columns["action.joint_velocity"], columns["action.gripper_position"]])
+    def infer(self, obs):
+        begun, self.row = self.row, self.row + 12
+        return {{"actions": self.rows[begun : begun + 15]}}
+'''
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return extract(tmp_path_factory.mktemp("bundled"), (PICK, PUSH))
+
+
+@pytest.fixture(scope="module")
+def drawing() -> None:
+    require_drawing()
+    pytest.importorskip("dataset_example.recorder.live", reason="runs in a checkout only")
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return float(10 * np.log10(255**2 / error))
+
+
+# -- restoring --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("episode", "start"), [(PICK, 0), (PICK, 12), (PUSH, 9)])
+def test_a_recorded_start_is_restored_and_repeats_the_recording(
+    drawing: None, bundled: Settings, episode: int, start: int
+) -> None:
+    """Objects, arm and pictures as recorded; driven along the recorded targets, they stay so for the next 2 s."""
+    recorded = find_recorded(bundled, recorded_start(bundled, episode, start))
+    columns = recorded.raw.read(episode, list(COLUMNS))
+    videos = [recorded.raw.video(episode, camera)[0] for camera in bundled.world.cameras]
+    with restored(recorded) as (world, off):
+        assert off < 1e-3  # m and rad: this MuJoCo repeats the recorded motion
+        for tick in range(31):
+            row = recorded.row + tick
+            now = world.observe()
+            places, true = (
+                np.reshape(one, (3, 7))[:, :3] for one in (now["sim.object_pose"], columns[COLUMNS[0]][row])
+            )
+            assert np.abs(now[COLUMNS[1]] - columns[COLUMNS[1]][row]).max() < 0.03
+            assert np.linalg.norm(places - true, axis=1).max() < 0.01
+            if tick in (0, 30):
+                pictures = np.stack([read_frames(video, [row])[0] for video in videos])
+                assert psnr(world.pictures(), pictures) > 28  # the recording went through a video codec
+            world.tick(columns["action"][row, :7], columns["action"][row, 7])
+
+
+def test_a_simulator_that_does_not_repeat_is_put_right(drawing: None, bundled: Settings) -> None:
+    recorded = find_recorded(bundled, recorded_start(bundled, PICK, 12))
+    poses = recorded.raw.read(PICK, list(COLUMNS))[COLUMNS[0]][recorded.row].reshape(3, 7)
+    from dataset_example.recorder.live import restore
+
+    joints = recorded.raw.read(PICK, [COLUMNS[1]])[COLUMNS[1]][recorded.row]
+    world, off = restore(0, PICK, 0, joints=joints, gripper=0.2, objects=poses, render=False)  # the start of the motion
+    now = world.observe()
+    assert off > 0.01
+    assert np.abs(now["sim.object_pose"].reshape(3, 7)[:, :3] - poses[:, :3]).max() < 1e-6
+    assert np.abs(now[COLUMNS[1]] - joints).max() < 1e-6
+    assert now["observation.state.gripper_position"] == pytest.approx(0.2)
+
+
+# -- rolling out ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorded_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    raw = str(Path(__file__).resolve().parents[1] / "dataset_example" / "world")
+    (tmp_path / "replaying.py").write_text(POLICY.format(episode=PUSH, raw=raw))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "replaying", raising=False)
+    return "replaying:Recorded"
+
+
+def test_a_policy_acts_in_the_simulator(drawing: None, bundled: Settings, recorded_policy: str) -> None:
+    """Recorded velocities push the drum as they did; asked for something else, that is no success."""
+    from persistworld_cli.data.store import open_store
+    from persistworld_cli.rollout.policies import load_policy
+
+    start = recorded_start(bundled, PUSH)
+    recorded = find_recorded(bundled, start)
+    view = make_plan(bundled, {"policy": "hold"}, open_store(bundled)).view
+    rolled = roll_in_simulator(bundled, start, recorded, load_policy(recorded_policy), view, 6)
+    assert rolled.truth == Outcome(True, 1.0)
+    assert rolled.rollout.frames.shape == (25, 3, bundled.world.height, bundled.world.width, 3)
+    true = RawDataset(recorded.raw.path).read(PUSH, list(COLUMNS))[COLUMNS[0]].reshape(-1, 3, 7)[::STEP][:25, :, :3]
+    assert np.linalg.norm(rolled.positions - true, axis=-1).max() < 0.04
+    assert np.shape(rolled.rollout.trace.joint_vel) == (72, 7)
+    joints = recorded.raw.read(PUSH, [COLUMNS[1]])[COLUMNS[1]][:72]
+    assert np.abs(rolled.rollout.trace.joint_pos - joints).max() < 0.03  # velocities move the arm as they did
+    asked_of = replace(start, text=start.text.replace("to the left", "forward"))
+    assert roll_in_simulator(bundled, asked_of, recorded, load_policy(recorded_policy), view, 2).truth != rolled.truth
+    towel = replace(start, text="fold the towel")
+    assert roll_in_simulator(bundled, towel, recorded, load_policy(recorded_policy), view, 1).truth is None
+
+
+def test_imagined_and_simulated_are_compared(drawing: None, bundled: Settings, tmp_path: Path) -> None:
+    output, own = tmp_path / "run", replace(bundled, policy=PolicySettings(steps=1))
+    result = policy_rollout.run(own, {"policy": "scripted", "against": "sim", "limit": 1, "output": str(output)})
+    assert "Success against the simulator's own state" in Path(result["text"]).read_text()
+    summary = json.loads((output / "rollouts.json").read_text())
+    against, entry = summary["against_sim"], summary["rollouts"][0]
+    assert against["rollouts"] == 1 and against["restored_off"] < 1e-3
+    assert sum(against["success"][key] for key in ("n", "not_told")) == 1
+    assert entry["sim_success"] is False and 0 <= entry["sim_progress"] <= 1
+    record = json.loads(Path(entry["json"]).read_text())
+    assert np.shape(record["sim"]["object_positions"]) == (5, 3, 3)
+    assert np.shape(record["sim"]["joint_pos"]) == np.shape(record["joint_pos"]) == (12, 7)
+    assert count_frames(Path(entry["video"])) == 5
+    picture = read_frames(Path(entry["video"]), [0])[0]
+    rows = 2 * (26 + 4 * bundled.world.height)  # two rows under each other, each view four times as large
+    assert picture.shape[0] == pytest.approx(52 + rows, abs=2)
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_mujoco_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("dataset_example.recorder")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    with pytest.raises(PersistWorldError, match="MuJoCo is not installed") as absent:
+        check_simulator()
+    assert "pip install -e '.[sim]'" in str(absent.value)
+
+
+def test_only_the_bundled_world_has_a_simulator(bundled: Settings, tmp_path: Path) -> None:
+    own = replace(bundled, policy=PolicySettings(steps=1))
+    job: dict[str, Any] = {"policy": "hold", "against": "sim", "output": str(tmp_path / "out")}
+    with pytest.raises(PersistWorldError, match="no raw recording of the bundled world"):
+        policy_rollout.run(replace(own, world=replace(own.world, raw="")), job)
+    other = tmp_path / "world"
+    for kind in ("annotation", "videos"):
+        (other / kind).mkdir(parents=True)
+        (other / kind / "val").symlink_to(Path(own.world.dataset) / kind / "val")
+    note = json.loads((other / "annotation" / "val" / "60.json").read_text())
+    (other / "annotation" / "val").unlink()
+    (other / "annotation" / "val").mkdir()
+    (other / "annotation" / "val" / "61.json").write_text(json.dumps(note))  # an episode by another's name
+    elsewhere = replace(own, world=replace(own.world, dataset=str(other)))
+    with pytest.raises(PersistWorldError, match="episode '61' of the dataset is not episode 61 of the recording"):
+        policy_rollout.run(elsewhere, {**job, "episodes": ["61"]})
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,294 @@
+"""The judge of the bundled world on recorded pictures, its rules against the recorder's, and judges as plug-ins."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundled_starts import STEP, extract, recorded_evidence, recorded_start
+from drive_world import arm_world
+from eval_world import settings
+
+from persistworld_cli.config.settings import PolicySettings, Settings
+from persistworld_cli.data.lerobot import RawDataset
+from persistworld_cli.data.video import count_frames
+from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.evaluation import policy_rollout
+from persistworld_cli.evaluation.judging import rules, seeing
+from persistworld_cli.evaluation.judging.base import Evidence, SceneObject, Verdict
+from persistworld_cli.evaluation.judging.bundled import BundledJudge, locate
+from persistworld_cli.evaluation.judging.registry import ask_judge, load_judge
+from persistworld_cli.evaluation.judging.scene import find_recorded, true_positions
+
+PICK, PUSH = 60, 65
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return extract(tmp_path_factory.mktemp("bundled"), (PICK, PUSH))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return arm_world(tmp_path_factory.mktemp("judged"))
+
+
+def thing(name: str, x: float, y: float, half: float = 0.03) -> SceneObject:
+    colour, shape = name.split()
+    return SceneObject(
+        name=name,
+        colour=colour,
+        shape=shape,
+        rgb=(1.0, 0.0, 0.0),
+        size=(2 * half,) * 3,
+        position=np.array([x, y, half]),
+        quaternion=np.array([1.0, 0, 0, 0]),
+    )
+
+
+SCENE = (thing("red cube", 0.5, 0.0), thing("blue cylinder", 0.45, 0.1), thing("green box", 0.55, -0.1, 0.055))
+
+
+# -- rules ------------------------------------------------------------------------------------------------------------
+
+
+def test_instructions_are_understood_or_told_not_to_be() -> None:
+    for text, aim in (
+        ("pick up the red cube and place it further to the left", rules.Aim("pick", 0, (0.0, 1.0))),
+        ("Push the green box back.", rules.Aim("push", 2, (-1.0, 0.0))),
+        ("move the gripper above the blue cylinder", rules.Aim("reach", 1)),
+        ("put the red cube on top of the green box", rules.Aim("stack", 0, onto=2)),
+    ):
+        assert rules.read_instruction(text, SCENE) == aim
+    assert rules.read_instruction("push the cyan cube back", SCENE) == (
+        "there is no 'cyan cube' in the scene (red cube, blue cylinder, green box)"
+    )
+    assert "none of the bundled world's" in str(rules.read_instruction("fold the towel", SCENE))
+
+
+def test_a_condition_must_be_kept_and_unknown_frames_do_not_count() -> None:
+    aim = rules.Aim("push", 0, (0.0, 1.0))
+    places = np.tile(np.stack([item.position for item in SCENE]), (8, 1, 1))
+    pads = np.zeros((8, 3))
+    places[:, 0, 1] = [0.0, 0.02, 0.06, 0.06, 0.04, 0.04, 0.04, 0.04]
+    told = rules.outcome(aim, SCENE, places, pads, 5.0)
+    assert told is not None and not told.success  # two frames at 5 Hz are passing by
+    assert told.progress == pytest.approx(0.04 / 0.05)
+    places[4, 0, 1] = 0.07
+    assert rules.outcome(aim, SCENE, places, pads, 5.0) == rules.Outcome(True, 1.0)
+    places[4, 0, 2] = 0.2  # in the air
+    assert rules.outcome(aim, SCENE, places, pads, 5.0) != rules.Outcome(True, 1.0)
+    places[2:, 0] = np.nan
+    assert rules.outcome(aim, SCENE, places, pads, 5.0) is None
+
+
+def test_rules_are_the_recorders() -> None:
+    """Whether an instruction holds in a state: the same as the recorder says, over thousands of random states."""
+    pytest.importorskip("mujoco", reason="the recorder needs mujoco (pip install persistworld[sim])")
+    tasks = pytest.importorskip("dataset_example.recorder.tasks", reason="runs in a checkout only")
+    scene = pytest.importorskip("dataset_example.recorder.scene")
+    rng = np.random.default_rng(0)
+    specs = tuple(
+        scene.ObjectSpec(
+            colour=item.colour, shape=item.shape, rgb=item.rgb, half=tuple(item.half), position=(0.0, 0.0), yaw=0.0
+        )
+        for item in SCENE
+    )
+    starts = np.stack([item.position for item in SCENE])
+    before = tasks.Snapshot(starts, np.tile(np.eye(3), (3, 1, 1)), np.zeros(3))
+    texts = [text for text in tasks.all_instructions() if isinstance(rules.read_instruction(text, SCENE), rules.Aim)]
+    assert len(texts) == 8 + 12 + 3 + 2
+    seen = 0
+    for text in texts:
+        task, aim = tasks.read_task(text, specs), rules.read_instruction(text, SCENE)
+        assert isinstance(aim, rules.Aim)
+        places = starts + rng.normal(0, 0.06, (200, 3, 3))
+        pads = places[:, rng.integers(3)] + rng.normal(0, 0.05, (200, 3))
+        if aim.onto is not None:
+            places[:100, 0] = places[:100, 2] + [0, 0, 0.085] + rng.normal(0, 0.02, (100, 3))
+        held = rules.held(aim, SCENE, places, pads)
+        true = [tasks.holds(task, specs, before, tasks.Snapshot(*one)) for one in _states(places, pads)]
+        assert np.array_equal(held, true)
+        seen += sum(true)
+    assert seen > 200
+
+
+def _states(places: np.ndarray, pads: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    return [(where, np.tile(np.eye(3), (3, 1, 1)), tool) for where, tool in zip(places, pads, strict=True)]
+
+
+def test_cameras_are_the_recorders() -> None:
+    pytest.importorskip("mujoco", reason="the recorder needs mujoco (pip install persistworld[sim])")
+    scene = pytest.importorskip("dataset_example.recorder.scene", reason="runs in a checkout only")
+    for name, (azimuth, elevation, distance) in seeing.VIEWS.items():
+        assert np.allclose(scene.EXTERIOR_VIEWS[name], [*np.radians([azimuth, elevation]), distance, 23.5])
+    assert np.allclose(scene.LOOK_AT, seeing.LOOK_AT)
+    assert pytest.approx(seeing.ASPECT) == scene.IMAGE_WIDTH / scene.IMAGE_HEIGHT
+
+
+# -- seeing -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_camera_looks_back_along_its_own_rays() -> None:
+    for name in seeing.VIEWS:
+        camera = seeing.nominal_camera(name)
+        point = np.array([0.45, 0.12, 0.03])
+        way = camera.ray(camera.project(point[None])[0])
+        assert np.allclose(np.cross(way, point - camera.place), 0, atol=1e-9)
+        assert way @ (point - camera.place) > 0
+
+
+def true_places(own: Settings, episode: int) -> np.ndarray:
+    """(F, N, 3): the simulator's own record."""
+    return true_positions(find_recorded(own, recorded_start(own, episode)))[::STEP][:40]
+
+
+def test_objects_are_found_where_they_were(bundled: Settings) -> None:
+    """Recorded pictures: within 3 cm of the simulator's own record in nine of ten frames where they are found."""
+    for episode in (PICK, PUSH):
+        seen = locate(recorded_evidence(bundled, episode), (0, 1, 2))
+        apart = np.linalg.norm(seen - true_places(bundled, episode), axis=-1)
+        assert np.isfinite(apart).mean() > 0.8
+        assert np.nanmedian(apart) < 0.015
+        assert np.nanpercentile(apart, 90) < 0.03
+
+
+def test_recorded_successes_and_failures_are_told(bundled: Settings) -> None:
+    for episode in (PICK, PUSH):
+        own = recorded_evidence(bundled, episode)
+        for text, success in ((own.instruction, True), (own.instruction.replace("the left", "the right"), False)):
+            verdict = BundledJudge().judge(replace(own, instruction=text))
+            aim = rules.read_instruction(text, own.objects or ())
+            assert isinstance(aim, rules.Aim) and own.objects
+            truth = rules.outcome(
+                aim, own.objects, true_places(bundled, episode), rules.pad_positions(own.poses), own.rate_hz
+            )
+            assert truth is not None
+            assert verdict.success is truth.success is success, (verdict, truth)
+            assert verdict.progress == pytest.approx(truth.progress, abs=0.25)
+            assert "cm that way at the end" in verdict.reason
+
+
+def test_what_is_not_seen_is_not_guessed(bundled: Settings) -> None:
+    evidence, judge = recorded_evidence(bundled, PICK), BundledJudge()
+    grey = evidence.frames.copy()
+    grey[2:] = 128
+    gone = judge.judge(replace(evidence, frames=grey))
+    assert (gone.success, gone.progress) == (None, None)
+    assert re.fullmatch(r"cannot tell: cyan cylinder seen in \d of 40 frames", gone.reason)
+    towel = judge.judge(replace(evidence, instruction="fold the towel"))
+    assert towel.success is None and "fold the towel" in towel.reason
+    with pytest.raises(PersistWorldError, match="needs camera exterior_1_left"):
+        judge.judge(replace(evidence, cameras=("a", "b", "c")))
+
+
+# -- judges as plug-ins -----------------------------------------------------------------------------------------------
+
+
+class Patient:
+    """Succeeds when the arm ended elsewhere; keeps what it was shown."""
+
+    shown: list[Evidence] = []  # noqa: RUF012
+
+    def judge(self, evidence: Evidence) -> Verdict:
+        self.shown.append(evidence)
+        moved = float(np.linalg.norm(evidence.poses[-1] - evidence.poses[0]))
+        return Verdict(success=moved > 0, progress=min(1.0, moved), reason=f"moved {moved:.2f}")
+
+
+class Broken:
+    def judge(self, evidence: Evidence) -> Any:
+        raise ZeroDivisionError("my mistake")
+
+
+class Vague:
+    def judge(self, evidence: Evidence) -> Any:
+        return Verdict(success=True, progress=1.5, reason="")
+
+
+class Unfit:
+    pass
+
+
+def roll(root: Path, output: Path, **job: Any) -> dict[str, Any]:
+    own = replace(settings(root), policy=PolicySettings(wait_s=5.0, steps=2))
+    return policy_rollout.run(own, {"policy": "scripted", "output": str(output), **job})
+
+
+def test_a_judge_of_ones_own_is_shown_the_rollout(root: Path, tmp_path: Path) -> None:
+    Patient.shown.clear()
+    result = roll(root, tmp_path, judge=f"{__name__}:Patient")
+    # `module:Class` was imported by that name: it may be another copy of this module than pytest's
+    shown = sys.modules[__name__].Patient.shown
+    assert [evidence.episode for evidence in shown] == ["7", "8"]
+    evidence = shown[0]
+    assert evidence.frames.shape[0] == evidence.poses.shape[0] == 9
+    assert evidence.joint_pos.shape == evidence.joint_vel.shape == (24, 7)
+    assert evidence.objects is None
+    entry = result["rollouts"][0]
+    record = json.loads(Path(entry["json"]).read_text())
+    assert record["success"] is entry["success"] is True
+    assert record["judged"].startswith("moved") and record["judge"].endswith("Patient")
+    assert "moved" in Path(result["text"]).read_text()
+
+
+def test_the_bundled_judge_wants_the_bundled_world(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(PersistWorldError, match="no raw recording of the bundled world"):
+        roll(root, tmp_path, judge="bundled-world")
+    own = settings(root)
+    own = replace(own, world=replace(own.world, raw="bundled:dataset_example/world"))
+    with pytest.raises(PersistWorldError, match="episode '7' of the dataset is not episode 7 of the recording"):
+        policy_rollout.run(own, {"policy": "hold", "output": str(tmp_path), "judge": "bundled-world"})
+    assert not any(tmp_path.iterdir())
+
+
+def test_bad_judges_are_told(root: Path, tmp_path: Path) -> None:
+    for name, text in (
+        ("bundled", "did you mean 'bundled-world'"),
+        ("nowhere_x:A", "no module 'nowhere_x'"),
+        (f"{__name__}:Nobody", "has no class 'Nobody'"),
+        (f"{__name__}:Unfit", "has no method 'judge'"),
+        ("json:loads", "cannot be made without arguments"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            load_judge(name)
+    with pytest.raises(UsageError, match="unknown world 'real'"):
+        roll(root, tmp_path, against="real")
+    evidence: Any = None
+    with pytest.raises(PersistWorldError, match=r"progress 1\.5, not a number from 0 to 1"):
+        ask_judge(Vague(), evidence, "Vague")
+    with pytest.raises(PersistWorldError, match=r"(?s)the judge failed.*my mistake\n2 of 2 rollouts saved in"):
+        roll(root, tmp_path, judge=f"{__name__}:Broken")
+    summary = json.loads((tmp_path / "rollouts.json").read_text())
+    assert summary["complete"] is False
+    assert [entry["complete"] for entry in summary["rollouts"]] == [True, True]  # rolled out, not judged
+    assert [entry["success"] for entry in summary["rollouts"]] == [None, None]
+
+
+# -- what is left behind ----------------------------------------------------------------------------------------------
+
+
+def test_rollouts_are_a_lerobot_dataset_too(root: Path, tmp_path: Path) -> None:
+    for _ in range(2):  # the second run replaces what the first wrote
+        result = roll(root, tmp_path)
+    raw = RawDataset(Path(result["lerobot"]))
+    assert raw.episodes == [0, 1] == [entry["lerobot"] for entry in result["rollouts"]]
+    assert raw.version == "v3.0" and raw.fps == 5.0
+    record = json.loads(Path(result["rollouts"][1]["json"]).read_text())
+    assert raw.instruction(1) == record["instructions"]
+    assert count_frames(raw.video(1, "wrist_left")[0]) == raw.episode(1).length == 9
+    names = ("cartesian_position", "gripper_position", "joint_position")
+    columns = raw.read(1, [f"{side}.{name}" for side in ("observation.state", "action") for name in names])
+    poses = np.concatenate([np.array(record["poses"])[:1, 0], *np.array(record["poses"])[:, 1:]])
+    assert np.allclose(columns["observation.state.cartesian_position"], poses[:, :6], atol=1e-6)
+    assert np.allclose(columns["action.cartesian_position"][:-1], poses[1:, :6], atol=1e-6)
+    assert np.allclose(columns["observation.state.joint_position"][:-1], record["joint_pos"][::3], atol=1e-6)
+    assert np.allclose(columns["action.joint_position"][:-1], columns["observation.state.joint_position"][1:])
+    velocity = raw.read(1, ["action.joint_velocity"])["action.joint_velocity"]
+    assert np.allclose(velocity[0], np.mean(record["joint_vel"][:3], axis=0), atol=1e-6)
