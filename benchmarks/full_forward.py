@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,11 +33,16 @@ from persistworld_cli.models.meter import measure
 from persistworld_cli.models.world_model import Condition, WorldModel
 
 
-def build(settings: Settings, dtype: torch.dtype) -> WorldModel:
-    """The model with memory and random weights for UNet and action encoder alone."""
+def build(
+    settings: Settings,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    parts: Sequence[str] = ("unet", "action_encoder"),
+) -> WorldModel:
+    """The model with memory and random weights for some parts alone."""
     model = meta_model(settings.model, settings.world).to(dtype)
-    for part in (model.unet, model.action_encoder):
-        part.to_empty(device="cpu")
+    for part in (getattr(model, name) for name in parts):
+        part.to_empty(device=device)
         targets = part.state_dict()
         for name, tensor in random_weights({k: v.shape for k, v in targets.items()}, dtype):
             targets[name].copy_(tensor)
@@ -44,20 +50,27 @@ def build(settings: Settings, dtype: torch.dtype) -> WorldModel:
 
 
 @torch.no_grad()
-def forward(model: WorldModel) -> torch.Tensor:
-    """The clean prediction of one random clip: (1, L, C, h, w), float32."""
+def random_clips(model: WorldModel, clips: int, noise_aug: float) -> tuple[Condition, torch.Tensor]:
+    """Random conditions of some clips, and unit noise for them (clips, L, C, h, w)."""
     draw = torch.Generator().manual_seed(0)
-    settings, frame = model.settings, model.latent_shape
+    settings, frame, device = model.settings, model.latent_shape, model.device
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(1, *shape, generator=draw)
+        return torch.randn(clips, *shape, generator=draw).to(device)
 
     text = normal(model.text_encoder.text_projection.out_features)
     tokens = model.tokens(
         normal(settings.num_history + settings.num_frames, settings.action_dim), text.to(model.action_encoder.dtype)
     )
-    condition = Condition(normal(settings.num_history, *frame), normal(*frame), tokens, 0.02)
-    return model.denoise(normal(settings.num_frames, *frame), torch.tensor([1.0]), condition)
+    condition = Condition(normal(settings.num_history, *frame), normal(*frame), tokens, noise_aug)
+    return condition, normal(settings.num_frames, *frame)
+
+
+@torch.no_grad()
+def forward(model: WorldModel) -> torch.Tensor:
+    """The clean prediction of one random clip: (1, L, C, h, w), float32."""
+    condition, noise = random_clips(model, 1, 0.02)
+    return model.denoise(noise, torch.tensor([1.0]), condition)
 
 
 def run(preset: str, asked: str, repeats: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ TASKS = {
     "pretrain-vae": "persistworld_cli.training.vae:run",
     "post-train": "persistworld_cli.training.post_train:run",
     "eval": "persistworld_cli.evaluation.run:run",
+    "frontier": "persistworld_cli.evaluation.frontier.run:run",
     "replay": "persistworld_cli.evaluation.replay:run",
     "drive": "persistworld_cli.evaluation.drive:run",
     "pi-rollout": "persistworld_cli.evaluation.policy_rollout:run",
@@ -86,8 +87,15 @@ def _run(whole: Mapping[str, Any], config: Path) -> dict[str, Any]:
         raise UsageError(f"unknown task '{whole['task']}'", where=str(config), fix=f"known: {', '.join(sorted(TASKS))}")
     settings = from_json(whole["settings"], where=str(config))
     module, _, name = TASKS[whole["task"]].partition(":")
-    result: dict[str, Any] = getattr(importlib.import_module(module), name)(settings, dict(whole["job"]))
-    return result
+    task, job = getattr(importlib.import_module(module), name), dict(whole["job"])
+    if not job.pop("profile", False) or _rank():
+        result: dict[str, Any] = task(settings, job)
+        return result
+    from persistworld_cli.profiling import FOLDER, profiling
+
+    with profiling(folder := Path(job["output"]) / FOLDER):
+        result = task(settings, job)
+    return {**result, "profile": folder / "table.txt"}
 
 
 def _leave_group() -> None:

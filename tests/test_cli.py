@@ -25,10 +25,12 @@ NAMES = [
     "post-train",
     "eval",
     "study-report",
+    "frontier",
     "replay",
     "drive",
     "pi-rollout",
     "policy-server",
+    "leaderboard",
     "inspect",
     "export",
 ]

@@ -8,10 +8,21 @@ from typing import Annotated
 
 import typer
 
-from persistworld_cli.commands.options import Accelerator, Adapter, Common, Dataset, with_common
-from persistworld_cli.commands.run import episode_list, execute, write_json
-from persistworld_cli.config.benchmarks import load_benchmark
-from persistworld_cli.config.presets import load_settings
+from persistworld_cli.commands.options import (
+    Accelerator,
+    Adapter,
+    Batch,
+    Benchmark,
+    Common,
+    Dataset,
+    Episodes,
+    Seeds,
+    Split,
+    Starts,
+    Steps,
+    with_common,
+)
+from persistworld_cli.commands.run import BENCHMARK_NAMES, benchmark_flags, execute, pinned_by, write_json
 from persistworld_cli.errors import UsageError
 
 EXAMPLES = (
@@ -39,20 +50,14 @@ def command(
             help="Weights to compare with; the preset's checkpoint without adapter by default.", metavar="PATH|HUB_ID"
         ),
     ] = None,
-    benchmark: Annotated[
-        str | None,
-        typer.Option(
-            help="What is measured, and how: bundled, droid, a TOML file, or none.  \\[the preset's]",
-            metavar="NAME|PATH",
-        ),
-    ] = None,
+    benchmark: Benchmark = None,
     dataset: Dataset = None,
-    episodes: Annotated[str | None, typer.Option(help="Episode ids, as 99,199; all of the split by default.")] = None,
-    starts: Annotated[list[int] | None, typer.Option("--start", help="Start frame; may be repeated.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Interaction steps of a rollout.")] = None,
-    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seed of the noise; may be repeated.")] = None,
-    split: Annotated[str | None, typer.Option(help="train or val.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rollouts at once.")] = None,
+    episodes: Episodes = None,
+    starts: Starts = None,
+    steps: Steps = None,
+    seeds: Seeds = None,
+    split: Split = None,
+    batch: Batch = None,
     masks: Annotated[
         list[str] | None,
         typer.Option(
@@ -91,30 +96,29 @@ def command(
     if len(others) > 2:
         raise UsageError(f"{len(others)} results to compare", where="--compare", fix="give one or two")
     if len(others) == 2:
+        if common.profile:
+            raise UsageError("two finished results: nothing is run", where="--profile", fix="leave it out")
         compare_finished(common, others)
         return
-    name = benchmark or load_settings(common.preset, common.sets or ()).settings.eval.benchmark
-    pinned = load_benchmark(name)
+    flags = benchmark_flags(
+        adapter=adapter,
+        benchmark=benchmark,
+        dataset=dataset,
+        episodes=episodes,
+        starts=starts,
+        steps=steps,
+        seeds=seeds,
+        split=split,
+        batch=batch,
+    )
     execute(
         "eval",
         common,
-        flags={
-            "model.adapter": adapter,
-            "world.dataset": dataset,
-            "eval.episodes": episode_list(episodes),
-            "eval.starts": starts or None,
-            "eval.steps": steps,
-            "eval.seeds": seeds or None,
-            "eval.split": split,
-            "eval.batch": batch,
-            "eval.benchmark": benchmark,
-            "eval.masks": masks or None,
-            "eval.fvd": fvd,
-        },
-        names={"eval.starts": "--start", "eval.seeds": "--seed"},
+        flags={**flags, "eval.masks": masks or None, "eval.fvd": fvd},
+        names=BENCHMARK_NAMES,
         job={"ckpt": ckpt, "baseline": baseline, "study": study, "compare": next(iter(others), None)},
         accelerator=accelerator,
-        pinned=pinned.pinned if pinned else None,
+        pinned=pinned_by(common, benchmark),
     )
 
 

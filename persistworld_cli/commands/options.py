@@ -32,6 +32,19 @@ Adapter = Annotated[
     str | None, typer.Option(help="Post-trained adapter (PEFT folder) on top of the weights.", metavar="PATH")
 ]
 Dataset = Annotated[str | None, typer.Option(help="Processed dataset (what extract-latents wrote).", metavar="DIR")]
+# What a benchmark fixes, and its user may change (eval, frontier); `commands.run.benchmark_flags` takes them.
+Benchmark = Annotated[
+    str | None,
+    typer.Option(
+        help="What is measured, and how: bundled, droid, a TOML file, or none.  \\[the preset's]", metavar="NAME|PATH"
+    ),
+]
+Episodes = Annotated[str | None, typer.Option(help="Episode ids, as 99,199; all of the split by default.")]
+Starts = Annotated[list[int] | None, typer.Option("--start", help="Start frame; may be repeated.")]
+Steps = Annotated[int | None, typer.Option(help="Interaction steps of a rollout.")]
+Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Seed of the noise; may be repeated.")]
+Split = Annotated[str | None, typer.Option(help="train or val.")]
+Batch = Annotated[int | None, typer.Option(help="Rollouts at once.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")]
 Accelerator = Annotated[
     str | None,
@@ -44,7 +57,6 @@ Accelerator = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume/--no-resume", help="Continue the run in the output folder, if it has one.")
 ]
-
 ResumeFrom = Annotated[
     str | None,
     typer.Option(help="Go on from this state: a run's folder (its newest) or its state/step-N.", metavar="PATH"),
@@ -94,6 +106,12 @@ class Common:
     )
     dry_run: Annotated[bool, option("--dry-run", help="Show the resolved settings and do nothing.")] = False
     as_json: Annotated[bool, option("--json", help="Print the result as JSON.")] = False
+    profile: Annotated[
+        bool,
+        option(
+            "--profile", help="Write where the time went, and a Chrome trace of the first seconds, into the output."
+        ),
+    ] = False
     debug: Annotated[bool, option("--debug", help="Show tracebacks of errors.")] = False
     num_processes: Annotated[
         int | None, option("--num-processes", help="Processes of all machines together.", panel=LAUNCH_PANEL)
@@ -166,7 +184,10 @@ def with_common(
         @functools.wraps(command)
         def run(**values: Any) -> None:
             common = Common(**{f.name: values.pop(f.name) for f in offered})
-            _guard(functools.partial(command, common, **values), debug=common.debug)
+            call = functools.partial(command, common, **values)
+            if launch == "none" and common.profile and not common.dry_run:
+                call = functools.partial(_profiled, command.__module__, call)
+            _guard(call, debug=common.debug)
 
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + shared
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -174,6 +195,15 @@ def with_common(
         return run
 
     return decorate
+
+
+def _profiled(module: str, call: Callable[[], None]) -> None:
+    """A command that is done in this process, with a profile of Python's functions beside its result."""
+    from persistworld_cli.profiling import FOLDER, calls_counted
+
+    name = module.rpartition(".")[2].replace("_", "-")
+    with calls_counted(Path("outputs") / f"{FOLDER}-{name}"):
+        call()
 
 
 def _guard(call: Callable[[], None], *, debug: bool) -> None:

@@ -17,7 +17,7 @@ from persistworld_cli.evaluation.comparing import load_result
 from persistworld_cli.evaluation.following import partners, wrong_kinds
 from persistworld_cli.evaluation.fvd import FeatureNet, load_feature_network
 from persistworld_cli.evaluation.metrics import SHOWN, Judging
-from persistworld_cli.evaluation.protocol import check_metrics, make_protocol, require_same
+from persistworld_cli.evaluation.protocol import check_metrics, make_protocol, require_same, rollout_identity
 from persistworld_cli.evaluation.recording import Item, check_item
 from persistworld_cli.evaluation.results import jsonable
 from persistworld_cli.evaluation.user_masks import open_masks
@@ -94,10 +94,7 @@ def _folders(
     device: torch.device,
 ) -> tuple[dict[str, Path], dict[str, dict[str, Path]]]:
     """Where finished rollouts lie, by the hash of all that they hang on; made."""
-    stat = store.stat()
-    # More episodes later keep what is done.
-    same = {key: value for key, value in protocol.items() if key not in ("items", "record", "hash", "fvd")}
-    same |= {"dataset": str(store.root), "percentiles": [stat.p01, stat.p99]}
+    same = rollout_identity(protocol, store)
     names = {ref.label: hash_of([same, prints[ref.label], device.type]) for ref in models}
     folders = {
         FLOOR: root / f"floor-{hash_of(same)}",

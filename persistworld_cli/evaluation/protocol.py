@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from persistworld_cli import __version__
-from persistworld_cli.config.settings import Settings
+from persistworld_cli.config.settings import SamplingSettings, Settings
 from persistworld_cli.data.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation.metrics import Judging
@@ -45,7 +45,7 @@ def make_protocol(
         "size": [world.height, world.width],
         "cameras": list(world.cameras),
         "groups": {"exterior": list(world.exterior), "wrist": list(world.wrist)},
-        "sampling": {key: value for key, value in asdict(settings.sampling).items() if key not in _UNUSED},
+        "sampling": describe_sampling(settings.sampling),
         "metrics": {**scorer.describe(), **judging.describe()},
         "crop": list(ev.crop),
         "colour_range": ev.colour_range,
@@ -57,6 +57,18 @@ def make_protocol(
     if fvd:
         protocol["fvd"] = dict(fvd)
     return {**protocol, "hash": hash_of(protocol)}
+
+
+def describe_sampling(sampling: SamplingSettings) -> dict[str, Any]:
+    """Everything of the sampling that rollouts hang on."""
+    return {key: value for key, value in asdict(sampling).items() if key not in _UNUSED}
+
+
+def rollout_identity(protocol: Mapping[str, Any], store: EpisodeStore) -> dict[str, Any]:
+    """What a finished rollout hangs on beside the weights: more episodes later keep what is done."""
+    stat = store.stat()
+    same = {key: value for key, value in protocol.items() if key not in ("items", "record", "hash", "fvd")}
+    return same | {"dataset": str(store.root), "percentiles": [stat.p01, stat.p99]}
 
 
 def record_hash(store: EpisodeStore, split: str, items: Sequence[Item]) -> str:

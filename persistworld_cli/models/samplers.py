@@ -1,10 +1,19 @@
-"""Samplers: from noise to a clip, given the clean prediction D(x, sigma). Each is one function and one table line."""
+"""Samplers: from noise to a clip, given the clean prediction D(x, sigma). Each is one function and one table line.
+
+A sampler takes noise levels that fall to a last 0. The multistep ones solve the ODE in its exponential form (Lu et al.,
+arXiv 2211.01095, section 4, with alpha = 1): with l = -ln sigma, x_t = sigma_t / sigma_s x_s + sigma_t int e^l D dl,
+from l_s to l_t, where a polynomial through past predictions stands for D. The step to 0 gives D itself, so they come
+down to first order there. diffusers has schedulers for these; they bring time steps, scalings and a noise schedule of
+their own, which a denoiser of this form has no use for: they are what the tests compare with.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from persistworld_cli.errors import UsageError, nearest
@@ -14,7 +23,7 @@ Sampler = Callable[[Denoiser, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def euler(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """Euler steps of the ODE (EDM algorithm 1 without its correction). x (B, L, C, h, w) at sigmas[0]."""
+    """Euler steps of the ODE (EDM algorithm 1 without its correction): one call a step. x (B, L, C, h, w)."""
     for sigma, below in pairwise(sigmas):
         x = x + (x - denoise(x, sigma)) / sigma * (below - sigma)
     return x
@@ -48,7 +57,56 @@ def dpmpp_2m(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.
     return x
 
 
-SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun, "dpmpp-2m": dpmpp_2m}
+def dpmpp_3m(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """DPM-Solver++ (3M): the same with a parabola through three predictions, one call a step.
+
+    The integral's Taylor terms (arXiv 2211.01095, section 4) with D's two derivatives at l_s from divided differences.
+    """
+    levels = sigmas.tolist()
+    past: list[torch.Tensor] = []  # newest first
+    for i, (sigma, below) in enumerate(pairwise(levels)):
+        past = [denoise(x, sigmas[i]), *past[:2]]
+        if below == 0:
+            return past[0]
+        order = _order(3, i, len(levels) - 1)
+        h = math.log(sigma / below)
+        first, second = _derivatives(past[:order], [math.log(s / sigma) / h for s in levels[max(0, i - 2) : i][::-1]])
+        shrink = math.expm1(-h)
+        x = below / sigma * x - shrink * past[0]
+        if first is not None:
+            x = x + (shrink / h + 1) * first
+        if second is not None:
+            x = x - ((shrink + h) / h**2 - 0.5) * second
+    return x
+
+
+def unipc(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """UniPC of order 2 (Zhao et al., arXiv 2302.04867, algorithms 1 and 2, B(h) = e^h - 1): one call a step.
+
+    Each step's prediction also corrects the step that led to it (UniC), which adds an order at no call.
+    """
+    levels = sigmas.tolist()
+    past: list[torch.Tensor] = []  # newest first
+    start, order = x, 0  # of the step that led here
+    for i, below in enumerate(levels[1:]):
+        x0 = denoise(x, sigmas[i])
+        if below == 0:
+            return x0
+        if order:
+            x = _unified(start, past[:order], levels[i - order : i + 1], x0)
+        past = [x0, *past[:1]]
+        start, order = x, _order(2, i, len(levels) - 1)
+        x = _unified(start, past[:order], levels[i + 1 - order : i + 2])
+    return x
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "euler": euler,
+    "heun": heun,
+    "dpmpp-2m": dpmpp_2m,
+    "dpmpp-3m": dpmpp_3m,
+    "unipc": unipc,
+}
 
 
 def find_sampler(name: str) -> Sampler:
@@ -56,3 +114,63 @@ def find_sampler(name: str) -> Sampler:
     if name not in SAMPLERS:
         raise UsageError(f"unknown sampler '{name}'", where="sampling.sampler", fix=nearest(name, SAMPLERS))
     return SAMPLERS[name]
+
+
+def _order(most: int, step: int, steps: int) -> int:
+    """The order of a step: as many predictions as there are, and down to 1 at the last step, which goes to 0."""
+    return min(most, step + 1, steps - step)
+
+
+def _derivatives(
+    past: Sequence[torch.Tensor], distances: Sequence[float]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """D's first two derivatives in units of the step, from predictions at 0, -distances[0], ...; None beyond the order.
+
+    Args:
+        past: 1 to 3 predictions, newest first.
+        distances: how far back each but the newest lies.
+    """
+    if len(past) == 1:
+        return None, None
+    near = (past[0] - past[1]) / distances[0]
+    if len(past) == 2:
+        return near, None
+    far = (past[1] - past[2]) / (distances[1] - distances[0])
+    second = (near - far) / distances[1]
+    return near + distances[0] * second, second
+
+
+def _unified(
+    x: torch.Tensor, past: Sequence[torch.Tensor], levels: Sequence[float], ahead: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One step of UniP, or of UniC where the prediction ``ahead`` at its end is known.
+
+    Args:
+        x: at the step's beginning.
+        past: p predictions, newest (the step's beginning) first.
+        levels: p + 1 noise levels, the last one the step's end, the one before it its beginning.
+        ahead: the prediction at the step's end.
+    """
+    *_, sigma, below = levels
+    h = math.log(sigma / below)
+    places = [math.log(sigma / s) / h for s in reversed(levels[:-2])]  # of the older predictions, in steps
+    slopes = [(old - past[0]) / place for old, place in zip(past[1:], places, strict=True)]
+    if ahead is not None:
+        places, slopes = [*places, 1.0], [*slopes, ahead - past[0]]
+    shrink = math.expm1(-h)
+    x = below / sigma * x - shrink * past[0]
+    for weight, slope in zip(_unified_weights(places, h), slopes, strict=True):
+        x = x - shrink * weight * slope
+    return x
+
+
+def _unified_weights(places: Sequence[float], h: float) -> list[float]:
+    """The weights a of arXiv 2302.04867 (section 3, B(h) = e^h - 1) for slopes at ``places``; a single one is 1/2."""
+    if len(places) < 2:
+        return [0.5] * len(places)
+    phi, right = math.expm1(-h), []
+    for k in range(1, len(places) + 1):
+        phi = phi / -h - 1 / math.factorial(k)
+        right.append(phi * math.factorial(k) / math.expm1(-h))
+    weights: list[float] = np.linalg.solve(np.vander(places, increasing=True).T, right).tolist()
+    return weights

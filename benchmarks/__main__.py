@@ -1,0 +1,240 @@
+"""All benchmarks of speed in one go, and the ledger that keeps their numbers.
+
+`python -m benchmarks [--only NAME,...] [--minutes 15] [--dataset DIR] [--list]` measures on the CPU, with quick sizes
+`python -m benchmarks --gpu` measures the full-size model with random weights on a GPU; without one: "not measured"
+
+Rows are added to benchmarks/ledger.json, and benchmarks/ledger.md shows them. Each benchmark runs in a process of its
+own, as `python -m benchmarks.NAME` would; one that would go beyond the minutes is stopped, and its rows say so. Measure
+on a machine that does nothing else: the load at the beginning is kept, and told of where it is high. Of the world that
+some need, an extraction is made in outputs/benchmarks where `--dataset` names none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import gpu
+from benchmarks.ledger import LEDGER, Row, append, entry, load, machine, shown
+
+WORLD = Path("outputs/benchmarks/world")
+_DATASET = "DATASET"  # stands for the extracted world in a benchmark's arguments
+_BUSY = 0.3  # load for each core above which numbers say little
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One script with its quick arguments, what it is expected to give, and how its rows are read from its JSON."""
+
+    arguments: str
+    expected: tuple[str, ...]
+    read: Callable[[Result], list[Row]]
+
+
+def _ratio(what: str, ratios: Sequence[float]) -> Row:
+    """A ratio and its spread."""
+    return Row(
+        what=what, value=statistics.median(ratios), unit="ratio", low=min(ratios), high=max(ratios), n=len(ratios)
+    )
+
+
+def _batching(told: Result) -> list[Row]:
+    times = told["seconds"]
+    ways = {"plain": _BATCHED_PLAIN, "alone": _BATCHED_ALONE}
+    return [
+        _ratio(what, [whole / one for one, whole in zip(times[name], times["batched"], strict=True)])
+        for name, what in ways.items()
+    ]
+
+
+def _extraction(told: Result) -> list[Row]:
+    """The script gives mean and standard deviation: the spread is one of those to either side."""
+    row = told["speed"][-1]
+    mean, deviation = row["wall_ratio"]
+    spread = {"low": mean - deviation, "high": mean + deviation}
+    return [Row(what=_EXTRACTED, value=mean, unit="ratio", n=row["n"], **spread)]
+
+
+def _metadata(told: Result) -> list[Row]:
+    run = told["runs"][0]
+    return [Row(what=what, value=run[key], unit=unit, n=1) for what, key, unit in _BUILT]
+
+
+def _loading_clips(told: Result) -> list[Row]:
+    if "warm" not in told:
+        return [Row(what=_LOADED, value=None, unit="ratio", why="no dataset with .pt latents beside the repository")]
+    rate = told["warm"]["ratio"]["per_s"]
+    spread = {"value": rate["median"], "low": rate["min"], "high": rate["max"]}
+    return [Row(what=_LOADED, unit="ratio", n=told["repeats"], **spread)]
+
+
+def _forward(told: Result) -> list[Row]:
+    rates = [told["flops"] / seconds / 1e9 for seconds in told["seconds"]]
+    one = _ratio(_FORWARD, rates)
+    return [Row(what=one.what, value=one.value, unit="GFLOP/s", low=one.low, high=one.high, n=one.n)]
+
+
+_BATCHED_PLAIN = "eight rollouts together / the plain way, one at a time (time)"
+_BATCHED_ALONE = "eight rollouts together / this program, one at a time (time)"
+_EXTRACTED = "extraction with two decoding processes / with none (time)"
+_BUILT = (("build-meta, 3,000 episodes", "seconds", "s"), ("build-meta, 3,000 episodes, peak", "GiB", "GiB"))
+_LOADED = "reading clips / the straightforward way (samples a second)"
+_FORWARD = "full-size network in bfloat16, one clip"
+
+# A benchmark of speed that should be in the ledger is one line here, cheapest first.
+BENCHMARKS: dict[str, Benchmark] = {
+    "loader": Benchmark("--cold-gb 0 --repeats 5", (_LOADED,), _loading_clips),
+    "build_meta": Benchmark("--episodes 3000 --distinct 300", tuple(row[0] for row in _BUILT), _metadata),
+    "extraction": Benchmark("--only speed --episodes 0:6 --workers 0,2 --runs 3", (_EXTRACTED,), _extraction),
+    "eval_batching": Benchmark(
+        f"--dataset {_DATASET} --episodes 8 --steps 3 --repeats 3", (_BATCHED_PLAIN, _BATCHED_ALONE), _batching
+    ),
+    "full_forward": Benchmark("--repeats 2", (_FORWARD,), _forward),
+}
+
+
+def run_one(name: str, benchmark: Benchmark, dataset: str | None, seconds: float) -> tuple[list[Row], str]:
+    """Run a benchmark in a process of its own.
+
+    Args:
+        name: module in this package.
+        benchmark: its arguments and how to read it.
+        dataset: the extracted world; made where it is needed and None.
+        seconds: after which it is stopped.
+
+    Returns:
+        Its rows (without numbers where it failed), and the command as anyone can give it.
+    """
+    command = f"python -m benchmarks.{name} {benchmark.arguments}".strip()
+    deadline = time.monotonic() + seconds
+
+    def missing(why: str) -> list[Row]:
+        return [Row(what=what, value=None, unit="", why=why) for what in benchmark.expected]
+
+    try:
+        arguments = benchmark.arguments
+        if _DATASET in arguments:
+            arguments = arguments.replace(_DATASET, dataset or str(extracted(deadline - time.monotonic())))
+        words = [sys.executable, "-m", f"benchmarks.{name}", *arguments.split(), "--json"]
+        left = deadline - time.monotonic()
+        out = _bounded(words, left)
+    except subprocess.TimeoutExpired:
+        return missing("out of time"), command
+    except subprocess.CalledProcessError as error:
+        return missing(f"ended with {error.returncode}"), command
+    return benchmark.read(json.loads(out)), command
+
+
+def _bounded(words: Sequence[str], seconds: float) -> str:
+    """What a program prints; it and the processes that it started end when it takes longer, or we are interrupted."""
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True) as child:
+        try:
+            out, _ = child.communicate(timeout=max(0.0, seconds))
+        except BaseException:
+            os.killpg(child.pid, signal.SIGKILL)
+            raise
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, list(words))
+    return out
+
+
+def extracted(seconds: float) -> Path:
+    """The bundled world's held-out episodes as latents, made where they are not there yet."""
+    program = [sys.executable, "-m", "persistworld_cli"]
+    extract = ["extract-latents", "bundled:dataset_example/world", str(WORLD), "--preset", "tiny"]
+    more = ["--episodes", "60:80", "--output", str(WORLD.parent / "extract"), "--json"]
+    _bounded([*program, *extract, *more], seconds)
+    return WORLD
+
+
+def on_gpu(repeats: int) -> tuple[list[Row], str]:
+    """The rows of `benchmarks.gpu`, in a process of its own; without numbers where there is no GPU."""
+    command = f"python -m benchmarks.gpu --repeats {repeats}"
+    kinds = {"": "s", ", achieved": "TFLOP/s", ", share of peak": "share", ", memory": "GiB"}
+    if not torch.cuda.is_available():
+        names = [f"interaction step, {way.name}{kind}" for way in gpu.WAYS for kind in kinds]
+        return [Row(what=name, value=None, unit="", why="no GPU here") for name in names], command
+    words = [sys.executable, *command.split()[1:], "--json"]
+    told = json.loads(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    rows = []
+    for way in told["ways"]:
+        middle = {"value": way["median_s"], "low": min(way["seconds"]), "high": max(way["seconds"]), "n": repeats}
+        rows.append(Row(what=f"interaction step, {way['way']}", unit="s", **middle))
+        values = (way["tflop_per_s"], way["share_of_peak"], way["memory_gib"])
+        for (kind, unit), value in zip(list(kinds.items())[1:], values, strict=True):
+            why = "" if value is not None else "peak not known"
+            rows.append(Row(what=f"interaction step, {way['way']}{kind}", value=value, unit=unit, n=repeats, why=why))
+    return rows, command
+
+
+def chosen(text: str | None) -> list[str]:
+    """The benchmarks that ``--only`` names; all without it."""
+    names = list(BENCHMARKS) if text is None else [part.strip() for part in text.split(",") if part.strip()]
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown or not names:
+        raise SystemExit(f"no benchmark '{', '.join(unknown)}'; there are: {', '.join(BENCHMARKS)}")
+    return names
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run what was asked for; the ledger grows after each, so that an interrupted run keeps what it had."""
+    deadline = time.monotonic() + 60 * options.minutes
+    entries: list[dict[str, Any]] = []
+    names = ["gpu"] if options.gpu else chosen(options.only)
+    accelerator = torch.cuda.get_device_name() if options.gpu and torch.cuda.is_available() else ""
+    for number, name in enumerate(names, start=1):
+        before = os.getloadavg()[0] if number == 1 else entries[-1]["load"]  # later it is the benchmarks' own
+        if number == 1 and before > _BUSY * machine()["cores"]:
+            print(f"load {before:.1f}: this machine is busy, and its numbers say little", file=sys.stderr)
+        print(f"[{number}/{len(names)}] {name}", file=sys.stderr, flush=True)
+        if options.gpu:
+            rows, command = on_gpu(5)
+        else:
+            rows, command = run_one(name, BENCHMARKS[name], options.dataset, deadline - time.monotonic())
+        new = [entry(row, name, command, before, accelerator) for row in rows]
+        append(options.ledger, new)
+        entries += new
+    return entries
+
+
+def main() -> None:
+    """Measure, keep, print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", help="some of them, as a,b")
+    parser.add_argument("--gpu", action="store_true", help="the full-size model on a GPU instead")
+    parser.add_argument("--minutes", type=float, default=15, help="for all of them together")
+    parser.add_argument("--dataset", help="the bundled world, extracted")
+    parser.add_argument("--ledger", type=Path, default=LEDGER)
+    parser.add_argument("--list", action="store_true", help="name the benchmarks and do nothing")
+    parser.add_argument("--json", action="store_true", help="print the new rows as JSON")
+    options = parser.parse_args()
+    if options.list:
+        for name, benchmark in BENCHMARKS.items():
+            print(f"{name:16}python -m benchmarks.{name} {benchmark.arguments}")
+        return
+    entries = measure(options)
+    if options.json:
+        print(json.dumps(entries, indent=1))
+        return
+    for row in entries:
+        print(f"{row['benchmark']:16}{row['what']:76} {shown(row)}" + (f", n = {row['n']}" if row["n"] else ""))
+    print(f"{len(load(options.ledger))} rows in {options.ledger}")
+
+
+if __name__ == "__main__":
+    main()

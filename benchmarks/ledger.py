@@ -1,0 +1,143 @@
+"""The ledger of measurements: rows in a JSON file, and the same as a table for people beside it.
+
+A row says what was measured, with what spread over how many repeats, by which command, of which commit, on what
+machine, and how busy that was when it began (its load: measured beside other work, a number says little). Machines
+are told by their processors and their number alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from persistworld_cli.data.files import whole_file
+
+ROOT = Path(__file__).resolve().parents[1]
+LEDGER = ROOT / "benchmarks" / "ledger.json"
+NOT_MEASURED = "not measured"
+_LIBRARIES = ("torch", "diffusers", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One number.
+
+    Attributes:
+        what: is measured, in words.
+        value: the middle of the repeats; None: not measured, and ``why``.
+        low, high: the smallest and the largest of them; None where there was one.
+        unit: ``ratio``, ``s``, ...
+        n: repeats.
+        why: it was not measured.
+    """
+
+    what: str
+    value: float | None
+    unit: str
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    why: str = ""
+
+
+def entry(row: Row, benchmark: str, command: str, load: float, accelerator: str = "") -> dict[str, Any]:
+    """A row as the ledger keeps it."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "benchmark": benchmark,
+        **asdict(row),
+        "command": command,
+        "commit": commit(),
+        "machine": machine() | ({"accelerator": accelerator} if accelerator else {}),
+        "load": round(load, 2),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The processor's name and how many of its cores there are for this process."""
+    names = [line for line in _cpuinfo().splitlines() if line.startswith("model name")]
+    name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": name, "cores": cores}
+
+
+def commit() -> str:
+    """The commit that is checked out, with a ``+`` where files differ from it; "unknown" outside git."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ":!benchmarks/ledger.*")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def append(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Add to the ledger and render it again; that something could not be measured stands there once."""
+    kept = load(path)
+    for new in entries:
+        same = [old for old in kept if (old["benchmark"], old["what"]) == (new["benchmark"], new["what"])]
+        if new["value"] is None and same:
+            continue
+        if new["value"] is not None:
+            kept = [old for old in kept if old not in same or old["value"] is not None]
+        kept.append(dict(new))
+    with whole_file(path) as file:
+        file.write_text(json.dumps(kept, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    with whole_file(path.with_suffix(".md")) as file:
+        file.write_text(render(kept), encoding="utf-8")
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """The rows that are there."""
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return rows
+
+
+def render(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The ledger as Markdown: newest last, the commands below."""
+    lines = [
+        "# Ledger",
+        "",
+        "Written by `python -m benchmarks`, not by hand. A number is the median of n repeats (smallest .. largest).",
+        "Load is that of the minute before: well above 0, it was measured beside other work, and says little.",
+        "",
+        "| date | benchmark | what | number | n | machine | load | commit | torch |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        on = f"{row['machine']['cores']} x {row['machine']['cpu']}"
+        on += f", {row['machine']['accelerator']}" if "accelerator" in row["machine"] else ""
+        cells = (row["date"], row["benchmark"], row["what"], shown(row), row["n"] or "-", on, row["load"])
+        lines.append("| " + " | ".join(map(str, (*cells, row["commit"], row["versions"]["torch"]))) + " |")
+    commands = {row["benchmark"]: row["command"] for row in rows}
+    return "\n".join([*lines, "", *(f"- {name}: `{command}`" for name, command in commands.items()), ""])
+
+
+def shown(row: Mapping[str, Any]) -> str:
+    """``0.52 (0.50 .. 0.55)`` with the unit, or why there is no number."""
+    if row["value"] is None:
+        return f"{NOT_MEASURED}: {row['why']}"
+    text = f"{row['value']:.4g}"
+    if row["low"] is not None:
+        text += f" ({row['low']:.4g} .. {row['high']:.4g})"
+    return text if row["unit"] == "ratio" else f"{text} {row['unit']}"
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""

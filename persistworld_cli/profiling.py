@@ -1,0 +1,261 @@
+"""Where a run's time went (``--profile``): a table of stages, the top operations, and a Chrome trace of its beginning.
+
+A stage is a method of `STAGES`, wrapped while the profile is taken and nowhere else: a run without it pays nothing.
+Stages are timed over the whole run; operations are recorded for some seconds alone, from the first time that the
+network runs, because a trace of minutes opens in no viewer. On a GPU, stages wait for it at both ends, so that each is
+charged with its own work; such a run is a little slower than one without a profile. Rank 0 alone is looked at.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import functools
+import os
+import pstats
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from persistworld_cli.console import note
+from persistworld_cli.data.files import whole_file, write_json
+
+FOLDER = "profile"
+TRACED_S = 5.0
+_TOP = 20  # operations or functions that a table shows
+# Stage -> (module, class, method), of the modules that the task has imported; a stage inside another is charged apart.
+STAGES: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "reading data": (
+        ("persistworld_cli.data.store", "EpisodeStore", "frames"),
+        ("persistworld_cli.data.store", "EpisodeStore", "latents"),
+        ("persistworld_cli.data.store", "EpisodeStore", "annotation"),
+    ),
+    "sampling": (("persistworld_cli.rollout.engine", "RolloutEngine", "sample"),),
+    "network": (("persistworld_cli.models.world_model", "WorldModel", "network"),),
+    "decoding": (("persistworld_cli.models.world_model", "WorldModel", "decode_latents"),),
+    "encoding": (
+        ("persistworld_cli.models.world_model", "WorldModel", "encode_frames"),
+        ("persistworld_cli.training.extract", "Encoder", "__call__"),
+    ),
+    "scoring": (
+        ("persistworld_cli.rewards.score", "Scorer", "metrics"),
+        ("persistworld_cli.rewards.score", "Scorer", "local"),
+    ),
+    "update": (("persistworld_cli.training.post_train", "PostTrainer", "learn"),),
+    "backward": (("torch", "Tensor", "backward"),),
+    "optimizer": (("persistworld_cli.training.optim", "Optimizers", "step"),),
+}
+_BEGIN = ("sampling", "network", "encoding", "backward")  # the trace begins with the first of these
+
+
+@dataclass
+class Stage:
+    """What one stage took: how often, seconds with and without the stages inside it."""
+
+    calls: int = 0
+    whole: float = 0.0
+    own: float = 0.0
+
+
+class _Trace:
+    """torch's profiler over the first seconds, started and stopped between stages of one thread."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.lasted = seconds, 0.0
+        self.profile: Any = None
+        self._begun: float | None = None
+        self._thread = threading.main_thread()  # the profiler sees the thread that starts it
+
+    @property
+    def running(self) -> bool:
+        return self._begun is not None and not self.lasted
+
+    def look(self, stage: str) -> None:
+        """At the beginning and the end of a stage: begin, or end where it has lasted long enough."""
+        if threading.current_thread() is not self._thread:
+            return
+        if self._begun is None and stage in _BEGIN:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells of its own beginning and end
+            from torch.profiler import ProfilerActivity, profile
+
+            kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if _on_gpu() else [])]
+            self.profile = profile(activities=kinds)
+            self.profile.__enter__()
+            self._begun = time.perf_counter()
+        elif self.running and time.perf_counter() - (self._begun or 0.0) >= self.seconds:
+            self.stop()
+
+    def stop(self) -> None:
+        """End the recording, if it runs."""
+        if self.running and self.profile is not None:
+            self.lasted = max(time.perf_counter() - (self._begun or 0.0), 1e-9)
+            self.profile.__exit__(None, None, None)
+
+
+class _Clock:
+    """Stages of every thread, each charged with the time that no stage inside it took."""
+
+    def __init__(self, trace: _Trace) -> None:
+        self.trace, self.stages = trace, dict[str, Stage]()
+        self._inside = threading.local()
+        self._lock = threading.Lock()
+
+    def wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same call, timed."""
+
+        @functools.wraps(call)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.trace.look(name)
+            with self._stage(name):
+                return call(*args, **kwargs)
+
+        return timed
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        _wait_for_gpu()
+        stack: list[float] = self._inside.__dict__.setdefault("stack", [])
+        stack.append(0.0)
+        begun = time.perf_counter()
+        try:
+            with _named(name) if self.trace.running else nullcontext():
+                yield
+                _wait_for_gpu()
+        finally:
+            whole = time.perf_counter() - begun
+            own = whole - stack.pop()
+            if stack:
+                stack[-1] += whole
+            with self._lock:
+                stage = self.stages.setdefault(name, Stage())
+                stage.calls, stage.whole, stage.own = stage.calls + 1, stage.whole + whole, stage.own + own
+            self.trace.look(name)
+
+
+@contextmanager
+def profiling(folder: Path, seconds: float | None = None) -> Iterator[None]:
+    """Profile what is done inside, a task whose modules are imported; writes the files also where it fails.
+
+    Args:
+        folder: gets ``table.txt``, ``profile.json`` and ``trace.json.gz``.
+        seconds: how much is traced.
+    """
+    trace = _Trace(TRACED_S if seconds is None else seconds)
+    clock = _Clock(trace)
+    begun = time.perf_counter()
+    try:
+        with _wrapped(clock):
+            yield
+    finally:
+        trace.stop()
+        _write(folder, clock.stages, trace, time.perf_counter() - begun)
+
+
+@contextmanager
+def calls_counted(folder: Path) -> Iterator[None]:
+    """Profile a command that is done in this process: Python's functions, by cProfile; of this thread alone."""
+    profile = cProfile.Profile()
+    profile.enable()
+    try:
+        yield
+    finally:
+        profile.disable()
+        folder.mkdir(parents=True, exist_ok=True)
+        profile.dump_stats(folder / "calls.pstats")
+        with whole_file(folder / "table.txt") as file, file.open("w", encoding="utf-8") as out:
+            out.write(
+                "Python's functions by their own time, as cProfile counts it (which slows Python down): of this "
+                "process's main thread; helper processes and other threads are not in it. No network was run.\n"
+                "calls.pstats has all of it: python -m pstats calls.pstats\n"
+            )
+            pstats.Stats(profile, stream=out).sort_stats("tottime").print_stats(_TOP)
+        note(f"profile: {folder / 'table.txt'}")
+
+
+@contextmanager
+def _wrapped(clock: _Clock) -> Iterator[None]:
+    """Every stage's method under the clock, and back."""
+    places = [(name, *place) for name, listed in STAGES.items() for place in listed]
+    before: list[tuple[type, str, Callable[..., Any]]] = []
+    try:
+        for name, module, owner, method in places:
+            if module not in sys.modules:  # not of this task
+                continue
+            cls = getattr(sys.modules[module], owner)
+            before.append((cls, method, getattr(cls, method)))
+            setattr(cls, method, clock.wrap(name, getattr(cls, method)))
+        yield
+    finally:
+        for cls, method, own in before:
+            setattr(cls, method, own)
+
+
+def _write(folder: Path, stages: Mapping[str, Stage], trace: _Trace, total: float) -> None:
+    """The three files, and where they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    operations = _operations(trace)
+    data = {
+        "seconds": total,
+        "stages": {name: vars(stage) for name, stage in stages.items()},
+        "traced_seconds": trace.lasted,
+        "operations": operations,
+    }
+    write_json(folder / "profile.json", data)
+    files = [folder / "table.txt"]
+    with whole_file(files[0]) as file:
+        file.write_text(_table(stages, operations, trace.lasted, total), encoding="utf-8")
+    if trace.profile is not None:
+        files.append(folder / "trace.json.gz")
+        trace.profile.export_chrome_trace(str(files[1]))  # compressed, by the name's end
+    note(f"profile: {', '.join(map(str, files))}")
+
+
+def _operations(trace: _Trace) -> list[dict[str, Any]]:
+    """The traced operations by their own time, on the GPU where one worked."""
+    if trace.profile is None:
+        return []
+    rows = [row for row in trace.profile.key_averages() if row.key not in STAGES]
+    side = "self_device_time_total" if any(row.self_device_time_total for row in rows) else "self_cpu_time_total"
+    rows.sort(key=lambda row: -getattr(row, side))
+    return [{"name": row.key, "calls": row.count, "own": getattr(row, side) / 1e6} for row in rows[:_TOP]]
+
+
+def _table(stages: Mapping[str, Stage], operations: list[dict[str, Any]], traced: float, total: float) -> str:
+    """For people."""
+    lines = [f"{'stage':18}{'calls':>8}{'own s':>10}{'share':>8}{'whole s':>10}{'ms a call':>11}"]
+    for name, stage in sorted(stages.items(), key=lambda item: -item[1].own):
+        each = 1000 * stage.whole / stage.calls
+        lines.append(
+            f"{name:18}{stage.calls:8}{stage.own:10.3f}{stage.own / total:8.1%}{stage.whole:10.3f}{each:11.2f}"
+        )
+    rest = total - sum(stage.own for stage in stages.values())
+    lines.append(f"{'everything else':18}{'':8}{rest:10.3f}{rest / total:8.1%}")
+    lines += [f"{'total':18}{'':8}{total:10.3f}", ""]
+    lines.append("own: without the stages inside it; whole: with them. Stages are timed over the whole run.")
+    if not operations:
+        return "\n".join([*lines, "No network ran on the main thread: there is no trace.", ""])
+    lines += [f"Operations of {traced:.1f} s from the first time that the network ran (trace.json.gz):", ""]
+    lines.append(f"{'operation':44}{'calls':>8}{'own s':>10}{'share':>8}")
+    for row in operations:
+        lines.append(f"{row['name'][:43]:44}{row['calls']:8}{row['own']:10.3f}{row['own'] / traced:8.1%}")
+    return "\n".join([*lines, "", "Open the trace in chrome://tracing or ui.perfetto.dev.", ""])
+
+
+def _named(name: str) -> Any:
+    from torch.profiler import record_function
+
+    return record_function(name)
+
+
+def _on_gpu() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_available() and torch.cuda.is_initialized())
+
+
+def _wait_for_gpu() -> None:
+    if _on_gpu():
+        sys.modules["torch"].cuda.synchronize()

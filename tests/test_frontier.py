@@ -1,0 +1,191 @@
+"""The frontier of sampling settings: what is tried, who is close enough, what is written, and that it goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from eval_world import make_world, settings
+from typer.testing import CliRunner
+
+from persistworld_cli.commands import app as commands
+from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.settings import SamplingSettings, Settings
+from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.evaluation.closed_loop import Rollout
+from persistworld_cli.evaluation.finished import load_rollout
+from persistworld_cli.evaluation.frontier import run as frontier
+from persistworld_cli.evaluation.frontier.fast_preset import require_writable
+from persistworld_cli.evaluation.frontier.grid import Setting, make_grid
+from persistworld_cli.evaluation.frontier.judge import Trial, build_frontier
+from persistworld_cli.evaluation.metrics import PLAIN, SHOWN
+from persistworld_cli.evaluation.recording import Item
+from persistworld_cli.rewards.score import Scorer
+
+JOB: dict[str, Any] = {"reference": "euler:4", "samplers": ["euler", "heun"], "calls": [1, 2, 3], "vary": []}
+
+
+def grid(job: dict[str, Any], **sampling: Any) -> tuple[Setting, list[Setting]]:
+    return make_grid(Settings(sampling=SamplingSettings(**sampling)), {**JOB, **job})
+
+
+# -- what is tried -----------------------------------------------------------------------------------------------------
+
+
+def test_samplers_are_tried_at_equal_calls_and_each_clip_once() -> None:
+    reference, tried = grid({}, steps=2)
+    assert (reference.name, reference.calls) == ("euler 4", 4)
+    # With one step heun is euler, and with two calls there is none; the preset's own 2 steps are in the grid.
+    assert [one.name for one in tried] == ["euler 1", "euler 2", "euler 3", "heun 2"]
+    assert [one.calls for one in tried] == [1, 2, 3, 3]
+
+
+def test_other_numbers_are_varied_and_guidance_counts_twice() -> None:
+    reference, tried = grid({"calls": [2], "vary": ["sigma_min=0.002,0.05", "sampling.guidance=1,2"]}, guidance=2.0)
+    assert reference.calls == 8
+    named = {one.name: one.calls for one in tried}
+    assert named == {
+        "euler 2, guidance 1": 2,
+        "euler 2, guidance 1, sigma_min 0.05": 2,
+        "euler 2": 4,
+        "euler 2, sigma_min 0.05": 4,
+        "euler 50": 100,
+    }
+    assert next(one for one in tried if one.name == "euler 2, sigma_min 0.05").sampling.sigma_min == 0.05
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        ({"samplers": ["eulr"]}, "unknown sampler 'eulr'"),
+        ({"reference": "euler"}, "'euler' is not SAMPLER:STEPS"),
+        ({"reference": "euler:0"}, "'euler:0' is not SAMPLER:STEPS"),
+        ({"vary": ["steps=1,2"]}, "'steps' cannot be varied"),
+        ({"vary": ["rho"]}, "'rho' is not KEY=VALUE,VALUE"),
+        ({"vary": ["rho=7,x"]}, "sampling.rho = 'x' has the wrong type: expected a number"),
+        ({"vary": ["sigma_min=-1"]}, "sampling.sigma_min"),
+        ({"samplers": ["euler"], "calls": [4]}, "nothing but the reference itself"),
+    ],
+)
+def test_a_grid_that_cannot_be_meant_is_refused(job: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as told:
+        grid(job, steps=4)
+    assert message in told.value.what
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--calls", "0"), ("--calls", "1,x"), ("--percent", "-1")])
+def test_mistakes_on_the_command_line_are_named(flag: str, value: str) -> None:
+    result = CliRunner().invoke(commands.app, ["frontier", flag, value])
+    assert result.exit_code == 2 and flag in result.stderr
+
+
+# -- who is close enough -----------------------------------------------------------------------------------------------
+
+
+def trial(name: str, calls: int, levels: list[float], noise: float = 0.0) -> Trial:
+    """One rollout an episode whose SSIM and PSNR/25 are ``levels``, and whose LPIPS is 1 - level."""
+    rng = np.random.default_rng(len(name))
+    rollouts = []
+    for index, level in enumerate(levels):
+        one = np.full((4, 3), level + noise * rng.normal(), dtype=np.float32)
+        scores = {"ssim": one, "psnr": 25 * one, "lpips": 1 - one, "psnr_moving": 20 * one}
+        rollouts.append(Rollout(Item(str(index), 0, 0), np.ones(4, dtype=bool), scores, None, 1.0))
+    return Trial(Setting(name, SamplingSettings(), calls), rollouts, 1000 * calls)
+
+
+def judged(trials: list[Trial], episodes: int = 8) -> dict[str, Any]:
+    world = Settings()
+    scorer = Scorer(replace(world.rewards, lpips_backbone="untrained"), world.world, "cpu", names=SHOWN)
+    return build_frontier(
+        world, scorer, PLAIN, trial("reference", 50, [0.5 + 0.02 * k for k in range(episodes)]), trials, 1
+    )
+
+
+def test_close_enough_is_a_matter_of_the_whole_interval() -> None:
+    base = [0.5 + 0.02 * k for k in range(8)]
+    result = judged(
+        [
+            trial("far", 1, [value - 0.05 for value in base]),
+            trial("vague", 2, base, noise=0.05),
+            trial("near", 4, [value - 0.001 for value in base]),
+            trial("same", 8, base),
+            trial("better", 4, [value + 0.05 for value in base]),
+        ]
+    )
+    assert {row["name"]: row["within"] for row in result["settings"]} == {
+        **{"far": "no", "vague": "open", "near": "yes", "same": "yes", "better": "yes"}
+    }
+    assert result["chosen"] == "better"  # of the two with 4 calls the one with the most to spare
+    far = next(loss for loss in result["settings"][0]["losses"] if loss["metric"] == "ssim")
+    assert far["loss"] == pytest.approx(100 * 0.05 / 0.57, rel=1e-4) and far["change"] == pytest.approx(-0.05, abs=1e-6)
+    worse = next(loss for loss in result["settings"][0]["losses"] if loss["metric"].startswith("lpips"))
+    assert worse["loss"] == pytest.approx(100 * 0.05 / 0.43, rel=1e-4)  # up is worse there
+    assert "12.5x fewer" in result["words"] and "do not make this model better" in result["words"]
+
+
+def test_few_episodes_settle_nothing() -> None:
+    result = judged([trial("same", 1, [0.5, 0.52])], episodes=2)
+    assert result["chosen"] is None and result["settings"][0]["within"] == "too few"
+    assert "2 episodes are too few" in result["words"]
+
+
+# -- the whole of it ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("frontier")
+    make_world(folder, {str(index): 10 for index in range(6)})
+    return folder
+
+
+def test_end_to_end(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    own = settings(root, steps=1, batch=6)
+    job = {**JOB, "reference": "euler:3", "samplers": ["euler"], "calls": [1, 2], "percent": 1000.0, "preset": "tiny"}
+    job |= {"output": str(root / "out"), "write_preset": str(root / "fast.toml")}
+    summary = frontier.run(own, job)
+    result = json.loads((root / "out" / "frontier.json").read_text())
+    assert summary["chosen"] == result["chosen"] == "euler 1"  # anything is within 1000%
+    assert (root / "out" / "frontier.png").stat().st_size > 10_000
+    assert "euler 1 *" in (root / "out" / "table.txt").read_text()
+
+    plan = frontier.make_plan(own, job, root / "out", frontier.torch.device("cpu"))
+    means = {
+        name: np.mean([load_rollout(folder, item).scores["psnr"][:, :2].mean() for item in plan.items])
+        for name, folder in plan.folders.items()
+    }
+    row = next(row for row in result["settings"] if row["name"] == "euler 2")
+    loss = next(x for x in row["losses"] if (x["cameras"], x["metric"]) == ("exterior", "psnr"))
+    assert loss["change"] == pytest.approx(means["euler 2"] - means["euler 3"], abs=1e-5) and loss["change"] != 0
+
+    fast = load_settings(str(root / "fast.toml"), env={}).settings
+    assert (fast.sampling.sampler, fast.sampling.steps, fast.sampling.sigma_max) == ("euler", 1, 80.0)
+    assert fast.model == load_settings("tiny", env={}).settings.model
+
+    written = {path: path.stat().st_mtime_ns for path in (root / "out" / "rollouts").rglob("*.npz")}
+    assert len(written) == 18
+    monkeypatch.setattr(frontier, "load_for_sampling", lambda *_, **__: pytest.fail("all is there"))
+    again = frontier.run(own, job)
+    assert again["settings"] == summary["settings"]
+    assert written == {path: path.stat().st_mtime_ns for path in (root / "out" / "rollouts").rglob("*.npz")}
+
+
+def test_no_preset_is_written_where_nothing_qualifies(root: Path) -> None:
+    own = settings(root, steps=1, batch=6, episodes=("0", "1"))
+    job = {**JOB, "reference": "euler:2", "samplers": ["euler"], "calls": [1], "percent": 1.0, "preset": "tiny"}
+    job |= {"output": str(root / "few"), "write_preset": str(root / "none.toml")}
+    assert frontier.run(own, job)["exit_code"] == 1
+    assert not (root / "none.toml").exists()
+
+
+def test_a_file_of_somebody_else_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('extends = "tiny"\n')
+    for path in (tmp_path / "mine.toml", tmp_path / "fast.json"):
+        with pytest.raises(PersistWorldError):
+            require_writable(path)
+    require_writable(tmp_path / "new.toml")
