@@ -60,6 +60,19 @@ def _batching(told: Result) -> list[Row]:
     ]
 
 
+def _sampling(told: Result) -> list[Row]:
+    times = told["seconds_a_rollout"]
+    ways = {"one": _SAMPLED_ONE, "several": _SAMPLED_SEVERAL}
+    return [
+        _ratio(what, [a / b for a, b in zip(times["plain"], times[name], strict=True)]) for name, what in ways.items()
+    ]
+
+
+def _post_training(told: Result) -> list[Row]:
+    times = told["seconds"]
+    return [_ratio(_UPDATED, [a / b for a, b in zip(times["plain"], times["ours"], strict=True)])]
+
+
 def _extraction(told: Result) -> list[Row]:
     """The script gives mean and standard deviation: the spread is one of those to either side."""
     row = told["speed"][-1]
@@ -89,6 +102,9 @@ def _forward(told: Result) -> list[Row]:
 
 _BATCHED_PLAIN = "eight rollouts together / the plain way, one at a time (time)"
 _BATCHED_ALONE = "eight rollouts together / this program, one at a time (time)"
+_SAMPLED_ONE = "guided sampling of one rollout, times as fast as the plain way"
+_SAMPLED_SEVERAL = "guided sampling of eight rollouts, times as fast a rollout as the plain way"
+_UPDATED = "post-training, updates an hour / those of the plain way"
 _EXTRACTED = "extraction with two decoding processes / with none (time)"
 _BUILT = (("build-meta, 3,000 episodes", "seconds", "s"), ("build-meta, 3,000 episodes, peak", "GiB", "GiB"))
 _LOADED = "reading clips / the straightforward way (samples a second)"
@@ -102,6 +118,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "eval_batching": Benchmark(
         f"--dataset {_DATASET} --episodes 8 --steps 3 --repeats 3", (_BATCHED_PLAIN, _BATCHED_ALONE), _batching
     ),
+    "sampling": Benchmark("--steps 6 --repeats 3", (_SAMPLED_ONE, _SAMPLED_SEVERAL), _sampling),
+    "post_training": Benchmark(f"--dataset {_DATASET} --updates 3", (_UPDATED,), _post_training),
     "full_forward": Benchmark("--repeats 2", (_FORWARD,), _forward),
 }
 
