@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -26,8 +28,10 @@ def layers() -> nn.ModuleDict:
     )
     fold_temporal_convs(net)
     config = LoraConfig(r=4, lora_alpha=2, target_modules=list(INPUTS), bias="none")
-    for name in ("one", "two"):
-        inject_adapter_in_model(config, net, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
+        for name in ("one", "two"):
+            inject_adapter_in_model(config, net, adapter_name=name)
     for name, p in net.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p)
