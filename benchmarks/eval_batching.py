@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -23,15 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import plain
+from benchmarks.worker_process import become_worker
 from persistworld_cli.config.benchmarks import load_benchmark
 from persistworld_cli.config.presets import load_settings
-from persistworld_cli.config.settings import LaunchSettings
 from persistworld_cli.data.store import open_store
 from persistworld_cli.evaluation.closed_loop import ClosedLoopResult, run_closed_loop
 from persistworld_cli.evaluation.metrics import SHOWN
 from persistworld_cli.evaluation.plan import eval_items
 from persistworld_cli.evaluation.recording import load_recording
-from persistworld_cli.launch.environment import worker_environment
 from persistworld_cli.models.checkpoints import load_for_sampling
 from persistworld_cli.rewards.lpips import Lpips
 from persistworld_cli.rewards.score import Scorer
@@ -106,11 +103,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not options.child:  # threads and the allocator are set at process start
-        command = [sys.executable, "-m", "benchmarks.eval_batching", *sys.argv[1:], "--child"]
-        os.execve(sys.executable, command, worker_environment(LaunchSettings(device="cpu")))
+    become_worker("benchmarks.eval_batching")
     told = measure(options.dataset, options.episodes, options.steps, options.batch, options.repeats)
     if options.json:
         print(json.dumps(told, indent=1))

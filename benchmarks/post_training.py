@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -30,9 +29,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import plain
+from benchmarks.worker_process import become_worker
 from persistworld_cli.config.presets import load_settings
-from persistworld_cli.config.settings import LaunchSettings, Settings
-from persistworld_cli.launch.environment import worker_environment
+from persistworld_cli.config.settings import Settings
 from persistworld_cli.rewards.advantage import group_advantages, keep_extremes, optimality
 from persistworld_cli.rewards.lpips import Lpips
 from persistworld_cli.rollout.engine import Inputs, rollout_noise
@@ -83,7 +82,7 @@ def plain_group(trainer: PostTrainer, plan: GroupPlan, step: int, lpips: Lpips) 
     maker, options, sampling = trainer.maker, trainer.options, trainer.engine.sampling
     views = len(trainer.scorer.camera_weights)
     (state,) = maker.prefixes([plan], step)
-    inputs = trainer.engine.inputs(state, maker._poses(plan, plan.prefix))
+    inputs = trainer.engine.inputs(state, maker.poses(plan, plan.prefix))
     known = maker.recorded(plan)
     made = []
     for number in range(options.candidates):
@@ -148,7 +147,6 @@ def measure(dataset: str | None, updates: int, groups: int) -> dict[str, Any]:
         sys.executable,
         "-m",
         "benchmarks.post_training",
-        "--child",
         "--exact",
     ]  # accelerate: one precision a process
     said = subprocess.run([*exact, *(["--dataset", dataset] if dataset else [])], stdout=subprocess.PIPE, check=True)
@@ -193,15 +191,12 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--groups", type=int, default=2)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--exact", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.exact:
         print(gradients_apart(options.dataset))
         return
-    if not options.child:  # threads and the allocator are set at process start
-        command = [sys.executable, "-m", "benchmarks.post_training", *sys.argv[1:], "--child"]
-        os.execve(sys.executable, command, worker_environment(LaunchSettings(device="cpu")))
+    become_worker("benchmarks.post_training")
     told = measure(options.dataset, options.updates, options.groups)
     if options.json:
         print(json.dumps(told, indent=1))

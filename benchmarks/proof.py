@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,16 +35,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.worker_process import become_worker
 from persistworld_cli.config.benchmarks import load_benchmark
 from persistworld_cli.config.presets import load_settings
-from persistworld_cli.config.settings import LaunchSettings, Settings
+from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.files import whole_file, write_json
 from persistworld_cli.data.store import open_store
 from persistworld_cli.evaluation.closed_loop import Rollout, iter_closed_loop, reward_of
 from persistworld_cli.evaluation.finished import batches, load_rollout, pending, save_rollout
 from persistworld_cli.evaluation.plan import eval_items
 from persistworld_cli.evaluation.stats import Paired, compare
-from persistworld_cli.launch.environment import worker_environment
 from persistworld_cli.models.checkpoints import load_for_sampling
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.rewards.score import Scorer
@@ -269,11 +268,8 @@ def main() -> None:
     parser.add_argument("--noise-seeds", type=int, default=10)
     parser.add_argument("--ablate", action="store_true", help="train the ablations (the first training seed)")
     parser.add_argument("--test", action="store_true", help="open the test")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not options.child:  # threads and the allocator are set at process start
-        command = [sys.executable, "-m", "benchmarks.proof", *sys.argv[1:], "--child"]
-        os.execve(sys.executable, command, worker_environment(LaunchSettings(device="cpu")))
+    become_worker("benchmarks.proof")
     benchmark = load_benchmark("bundled")
     flags = {"world.dataset": options.dataset}
     settings = load_settings("tiny", flags=flags, pinned=benchmark.pinned if benchmark else None).settings

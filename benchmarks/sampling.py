@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -26,10 +24,10 @@ import numpy as np
 import torch
 
 from benchmarks import plain
+from benchmarks.worker_process import become_worker
 from persistworld_cli.config.presets import load_settings
-from persistworld_cli.config.settings import LaunchSettings, Settings
+from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.index import ActionStat
-from persistworld_cli.launch.environment import worker_environment
 from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model
 from persistworld_cli.rollout.engine import RolloutEngine
 
@@ -142,11 +140,8 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not options.child:  # threads and the allocator are set at process start
-        command = [sys.executable, "-m", "benchmarks.sampling", *sys.argv[1:], "--child"]
-        os.execve(sys.executable, command, worker_environment(LaunchSettings(device="cpu")))
+    become_worker("benchmarks.sampling")
     told = measure(options.size, options.steps, options.rollouts, options.repeats)
     if options.json:
         print(json.dumps(told, indent=1))

@@ -124,7 +124,8 @@ class CandidateMaker:
     def _note(self, plan: GroupPlan) -> Annotation:
         return self._read(plan.episode)
 
-    def _poses(self, plan: GroupPlan, interaction: int) -> np.ndarray:
+    def poses(self, plan: GroupPlan, interaction: int) -> np.ndarray:
+        """The recorded poses (1, L, D) of a group's interaction, counted from its start."""
         return recorded_poses(self._note(plan).states, plan.start, interaction, self.reach + 1)[None]
 
     def prefixes(self, plans: list[GroupPlan], update: int) -> list[RolloutState]:
@@ -145,7 +146,7 @@ class CandidateMaker:
             state = state.select(rows)
             keys = [(self.options.seed, f"prefix {update}", plans[g].number, interaction) for g in live]
             noise = rollout_noise(keys, self.engine.noise_shape)
-            self.engine.step(state, np.concatenate([self._poses(plans[g], interaction) for g in live]), noise)
+            self.engine.step(state, np.concatenate([self.poses(plans[g], interaction) for g in live]), noise)
         return [ready[g] for g in range(len(plans))]
 
     @torch.no_grad()
@@ -160,7 +161,7 @@ class CandidateMaker:
         chunks_in: list[Inputs] = []
         chunks_x0: list[torch.Tensor] = []
         for chunk in range(options.chunks):
-            poses = [np.repeat(self._poses(p, p.prefix + chunk), k, axis=0) for p in plans]
+            poses = [np.repeat(self.poses(p, p.prefix + chunk), k, axis=0) for p in plans]
             inputs = Inputs.join([self.engine.inputs(s, q) for s, q in zip(states, poses, strict=True)])
             keys = [(options.seed, f"branch {update} {p.number}", i, chunk) for p in plans for i in drawn]
             noise = rollout_noise(keys, self.engine.noise_shape)
