@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from persistworld_cli.evaluation.recording import Recording
 from persistworld_cli.models import vae as vae_room
 from persistworld_cli.models.convolutions import ChannelsLastConv, TemporalConv
+from persistworld_cli.models.lean_blocks import diffusers_blocks
 from persistworld_cli.models.lean_lora import LEAN
+from persistworld_cli.models.linears import ConvLinear
 from persistworld_cli.models.world_model import WorldModel, small_products
 from persistworld_cli.rewards.lpips import Lpips
 from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
 
 _OWN: dict[type, type] = {
-    **{TemporalConv: nn.Conv3d, ChannelsLastConv: nn.Conv2d},
+    **{TemporalConv: nn.Conv3d, ChannelsLastConv: nn.Conv2d, ConvLinear: nn.Linear},
     **{lean: peft for peft, lean in LEAN.items()},
 }
 
@@ -40,7 +42,8 @@ def plain_blocks(model: WorldModel) -> Iterator[None]:
     for module, own in changed:
         module.__class__ = _OWN[own]
     try:
-        yield
+        with diffusers_blocks(model):
+            yield
     finally:
         model.unet.set_attn_processor(ours)
         for module, own in changed:

@@ -54,9 +54,10 @@ def test_flops_are_the_golden_ones(golden: Path, full: tuple[WorldModel, Interac
     plain = replace(cost, calls=50)
     row = WorkRow("interaction", "", plain.flops_reference)
     agree("floor without guidance", row.floor(accelerator), known["derived"]["by_steps_no_cfg"]["50"])
-    # What is computed once a row instead of at every pixel is at most what the golden breakdown calls avoidable.
+    # What is computed once a row instead of at every pixel is what the golden breakdown calls avoidable, and a little
+    # more: the temporal token is projected once an item, the frames' places are embedded once a call.
     saved = cost.network_reference - cost.network
-    assert 0.9 < saved / known["derived"]["avoidable_single_key_cross_attention_flops_b1"] < 1.0
+    assert 0.9 < saved / known["derived"]["avoidable_single_key_cross_attention_flops_b1"] < 1.01
 
 
 def test_parameters_are_the_published_ones(golden: Path, full: tuple[WorldModel, InteractionCost]) -> None:
@@ -172,10 +173,10 @@ def test_an_update_is_the_sum_of_its_parts() -> None:
 
 def test_processes_share_the_work_and_not_the_weights() -> None:
     alone, shared = (post_train_report(replace(TINY, launch=replace(TINY.launch, num_processes=n))) for n in (1, 2))
-    assert rows(alone)["update"] == rows(shared)["update"]
+    assert rows(alone)["update"] == pytest.approx(rows(shared)["update"], rel=1e-4)  # frame places: once a call
     h100 = find_accelerator("h100")
     floors = [next(row for row in report.work if row.key == "update").floor(h100) for report in (alone, shared)]
-    assert floors[0] == pytest.approx(2 * floors[1])
+    assert floors[0] == pytest.approx(2 * floors[1], rel=1e-4)
     held = [{r.key: r.bytes for r in report.memory} for report in (alone, shared)]
     assert held[0]["weights"] == held[1]["weights"] and held[0]["candidates"] == 2 * held[1]["candidates"]
 

@@ -9,34 +9,16 @@ from typing import Any
 
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
-from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from torch import nn
 
 from persistworld_cli.models.attention import FewTokens
-
-
-class _AllTokens:
-    """Hooks on one transformer: what its spatial blocks see, frame by frame, its temporal blocks see together."""
-
-    def __init__(self, transformer: TransformerSpatioTemporalModel) -> None:
-        self.tokens_bnt: torch.Tensor | None = None
-        transformer.register_forward_pre_hook(self._remember, with_kwargs=True)
-        for block in transformer.temporal_transformer_blocks:
-            block.register_forward_pre_hook(self._show, with_kwargs=True)
-
-    def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        frames = kwargs["image_only_indicator"].shape[1]
-        self.tokens_bnt = kwargs["encoder_hidden_states"][:, 0].unflatten(0, (-1, frames))
-
-    def _show(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The context of a temporal block has a row for every pixel of an item: (B * h * w, 1, T)."""
-        assert self.tokens_bnt is not None
-        pixels = kwargs["encoder_hidden_states"].shape[0] // self.tokens_bnt.shape[0]
-        return args, {**kwargs, "encoder_hidden_states": self.tokens_bnt.repeat_interleave(pixels, dim=0)}
+from persistworld_cli.models.convolutions import fold_temporal_convs, put_channels_last
+from persistworld_cli.models.lean_blocks import LeanTransformer, make_blocks_lean
+from persistworld_cli.models.linears import linears_as_convolutions
 
 
 class FrameLevelUNet(UNetSpatioTemporalConditionModel):
-    """diffusers' UNet, its blocks unchanged; only what each frame's cross-attention sees differs.
+    """diffusers' UNet, its blocks computed leanly; only what each frame's cross-attention sees differs.
 
     diffusers repeats an item's whole token sequence for every frame: row (b, n) of the repeated context holds all N
     tokens of item b. Frame-level conditioning keeps token n alone there. The blocks' temporal cross-attention takes the
@@ -48,6 +30,10 @@ class FrameLevelUNet(UNetSpatioTemporalConditionModel):
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
         self.set_attn_processor(FewTokens())
+        make_blocks_lean(self)
+        fold_temporal_convs(self)
+        put_channels_last(self)
+        linears_as_convolutions(self)
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             if getattr(block, "has_cross_attention", False):
                 block.register_forward_pre_hook(self._own_token, with_kwargs=True)
@@ -62,9 +48,9 @@ class FrameLevelUNet(UNetSpatioTemporalConditionModel):
 
     def show_all_tokens(self) -> None:
         """Let temporal cross-attention see every frame's token of the item, not only the first frame's."""
-        for module in list(self.modules()):
-            if isinstance(module, TransformerSpatioTemporalModel):
-                _AllTokens(module)
+        for module in self.modules():
+            if isinstance(module, LeanTransformer):
+                module.all_tokens = True
 
     def forward(
         self, sample: torch.Tensor, timestep: Any, encoder_hidden_states: torch.Tensor, *args: Any, **kwargs: Any

@@ -19,7 +19,6 @@ from persistworld_cli.config.settings import ModelSettings, SamplingSettings, Wo
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models import text as text_room
 from persistworld_cli.models import vae as vae_room
-from persistworld_cli.models.convolutions import fold_temporal_convs
 from persistworld_cli.models.diffusion import precondition
 from persistworld_cli.models.norms import set_norm_groups
 from persistworld_cli.models.tokens import ActionEncoder
@@ -63,7 +62,6 @@ class WorldModel(nn.Module):
         self.vae = vae_room.build_vae(settings.vae, settings.norm_groups)
         if settings.image:
             self.image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings.image))
-        fold_temporal_convs(self.unet)
         set_norm_groups(self.unet, settings.norm_groups)
         self.text_encoder = text_room.build_text_encoder(settings.text)
         self.action_encoder = ActionEncoder(settings.action_dim, settings.token_dim)
