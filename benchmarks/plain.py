@@ -23,6 +23,7 @@ from persistworld_cli.models.convolutions import ChannelsLastConv, TemporalConv
 from persistworld_cli.models.lean_blocks import diffusers_blocks
 from persistworld_cli.models.lean_lora import LEAN
 from persistworld_cli.models.linears import ConvLinear
+from persistworld_cli.models.lora import PolicySwitch
 from persistworld_cli.models.world_model import WorldModel, small_products
 from persistworld_cli.rewards.lpips import Lpips
 from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
@@ -48,6 +49,28 @@ def plain_blocks(model: WorldModel) -> Iterator[None]:
         model.unet.set_attn_processor(ours)
         for module, own in changed:
             module.__class__ = own
+
+
+@contextmanager
+def plain_switching(switch: PolicySwitch) -> Iterator[None]:
+    """Adapters switched by peft's own calls, which walk over every parameter."""
+
+    def activate(policy: str, **_: object) -> None:
+        for layer in switch.layers:
+            layer.enable_adapters(policy != "reference")
+            if policy != "reference":
+                layer.set_adapter(policy, inference_mode=policy != "theta")
+        switch.model.action_encoder = switch.encoders[policy]
+        for parameter in theta:
+            parameter.requires_grad_(True)
+
+    theta = switch.trainable()
+    switch.activate = activate  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del switch.activate
+        switch.activate("theta")
 
 
 @torch.no_grad()

@@ -103,7 +103,7 @@ def plain_update(trainer: PostTrainer, step: int, lpips: Lpips) -> None:
     options = trainer.options
     plans = [trainer.maker.plan(step, group) for group in trainer.share.groups]
     kept = options.keep_best + options.keep_worst
-    with plain.plain_blocks(trainer.model):
+    with plain.plain_blocks(trainer.model), plain.plain_switching(trainer.switch):
         for plan in plans:
             with trainer.switch.use("old"), trainer.work.accelerator.autocast():
                 made = plain_group(trainer, plan, step, lpips)

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from persistworld_cli.commands.options import Accelerator, Adapter, Ckpt, Common, Dataset, Seed, with_common
+from persistworld_cli.commands.options import (
+    COMPILE,
+    Accelerator,
+    Adapter,
+    Ckpt,
+    Common,
+    Compile,
+    Dataset,
+    Seed,
+    with_common,
+)
 from persistworld_cli.commands.run import execute
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.errors import UsageError
@@ -48,6 +58,7 @@ def command(
     ckpt: Ckpt = None,
     adapter: Adapter = None,
     dataset: Dataset = None,
+    compiled: Compile = False,
     accelerator: Accelerator = None,
 ) -> None:
     """Drive by keys: each key is one interaction step of 0.8 s; the world model shows what the cameras would see."""
@@ -81,6 +92,7 @@ def command(
         "drive",
         common,
         flags={
+            COMPILE: compiled or None,
             "model.ckpt": ckpt,
             "model.adapter": adapter,
             "world.dataset": dataset,

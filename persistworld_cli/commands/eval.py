@@ -9,11 +9,13 @@ from typing import Annotated
 import typer
 
 from persistworld_cli.commands.options import (
+    COMPILE,
     Accelerator,
     Adapter,
     Batch,
     Benchmark,
     Common,
+    Compile,
     Dataset,
     Episodes,
     Seeds,
@@ -89,6 +91,7 @@ def command(
             metavar="DIR",
         ),
     ] = None,
+    compiled: Compile = False,
     accelerator: Accelerator = None,
 ) -> None:
     """Roll out held-out episodes in closed loop and measure them against the record, paired with a baseline."""
@@ -114,7 +117,7 @@ def command(
     execute(
         "eval",
         common,
-        flags={**flags, "eval.masks": masks or None, "eval.fvd": fvd},
+        flags={**flags, COMPILE: compiled or None, "eval.masks": masks or None, "eval.fvd": fvd},
         names=BENCHMARK_NAMES,
         job={"ckpt": ckpt, "baseline": baseline, "study": study, "compare": next(iter(others), None)},
         accelerator=accelerator,

@@ -9,11 +9,13 @@ from typing import Annotated
 import typer
 
 from persistworld_cli.commands.options import (
+    COMPILE,
     Adapter,
     Batch,
     Benchmark,
     Ckpt,
     Common,
+    Compile,
     Dataset,
     Episodes,
     Seeds,
@@ -69,6 +71,7 @@ def command(
     seeds: Seeds = None,
     split: Split = None,
     batch: Batch = None,
+    compiled: Compile = False,
 ) -> None:
     """Quality against network calls: samplers and steps on held-out rollouts, paired with a slow reference."""
     flags = benchmark_flags(
@@ -85,7 +88,7 @@ def command(
     execute(
         "frontier",
         common,
-        flags=flags,
+        flags={**flags, COMPILE: compiled or None},
         names=BENCHMARK_NAMES,
         job={
             "ckpt": ckpt,

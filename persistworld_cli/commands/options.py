@@ -45,6 +45,13 @@ Steps = Annotated[int | None, typer.Option(help="Interaction steps of a rollout.
 Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Seed of the noise; may be repeated.")]
 Split = Annotated[str | None, typer.Option(help="train or val.")]
 Batch = Annotated[int | None, typer.Option(help="Rollouts at once.")]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile", help="Compile the network first (torch.compile): faster calls, after minutes of work on a CPU."
+    ),
+]
+COMPILE = "launch.compile"  # its setting; `True or None`, so that a preset's stays where the flag is not given
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")]
 Accelerator = Annotated[
     str | None,

@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from persistworld_cli.commands.options import Accelerator, Adapter, Ckpt, Common, Dataset, Seed, with_common
+from persistworld_cli.commands.options import (
+    COMPILE,
+    Accelerator,
+    Adapter,
+    Ckpt,
+    Common,
+    Compile,
+    Dataset,
+    Seed,
+    with_common,
+)
 from persistworld_cli.commands.run import execute
 
 EXAMPLES = (
@@ -49,6 +59,7 @@ def command(
     ckpt: Ckpt = None,
     adapter: Adapter = None,
     dataset: Dataset = None,
+    compiled: Compile = False,
     accelerator: Accelerator = None,
 ) -> None:
     """Let a policy act in the world model: it sees the predicted cameras and answers with joint velocities."""
@@ -56,6 +67,7 @@ def command(
         "pi-rollout",
         common,
         flags={
+            COMPILE: compiled or None,
             "model.ckpt": ckpt,
             "model.adapter": adapter,
             "world.dataset": dataset,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from persistworld_cli.commands.options import Accelerator, Common, Dataset, with_common
+from persistworld_cli.commands.options import COMPILE, Accelerator, Common, Compile, Dataset, with_common
 from persistworld_cli.commands.run import execute
 
 EXAMPLES = (
@@ -35,6 +35,7 @@ def command(
     ] = None,
     dataset: Dataset = None,
     split: Annotated[str | None, typer.Option(help="Split to look for the episode in: train or val.")] = None,
+    compiled: Compile = False,
     accelerator: Accelerator = None,
 ) -> None:
     """Replay recorded actions: prediction over record as mp4, contact sheet and numbers for every step."""
@@ -42,6 +43,7 @@ def command(
         "replay",
         common,
         flags={
+            COMPILE: compiled or None,
             "world.dataset": dataset,
             "eval.split": split,
             "eval.steps": steps,

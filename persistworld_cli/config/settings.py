@@ -292,6 +292,7 @@ class LaunchSettings:
     main_process_port: int = 0  # 0: a free one
     threads: int = 0  # CPU threads a process; 0: cores / processes
     device: str = "auto"  # auto | cpu | cuda
+    compile: bool = False  # torch.compile the network for sampling (eval, frontier, replay, drive, pi-rollout)
     trackers: tuple[str, ...] = ("tensorboard",)  # of training runs: tensorboard, wandb, trackio; or none
 
 

@@ -15,6 +15,7 @@ import torch
 from persistworld_cli.config.settings import ModelSettings, Settings, WorldSettings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.adapters import merge_adapter
+from persistworld_cli.models.compiling import compile_network
 from persistworld_cli.models.fit import parts_of, require_fit, shapes_of
 from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae
 from persistworld_cli.models.weight_files import WeightFiles, fill
@@ -83,7 +84,7 @@ def load_world_model(
 def load_for_sampling(
     settings: Settings, *, ckpt: str | None = None, adapter: str | None = None, device: torch.device | str = "cpu"
 ) -> WorldModel:
-    """`load_world_model` for rollouts: the weights in the type that ``settings.sampling`` asks for."""
+    """`load_world_model` for rollouts: weights in the type that ``settings.sampling`` asks for, compiled if asked."""
     model = load_world_model(
         settings.model,
         settings.world,
@@ -92,7 +93,10 @@ def load_for_sampling(
         device=device,
         dtype=sampling_dtype(settings.sampling),
     )
-    return model.cast_for_sampling(settings.sampling)
+    model.cast_for_sampling(settings.sampling)
+    if settings.launch.compile:
+        compile_network(model)
+    return model
 
 
 def open_carried(source: str) -> WeightFiles:

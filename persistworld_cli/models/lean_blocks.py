@@ -8,7 +8,7 @@ A small network's time goes into moving activations as much as into products. Wh
   are put pixel by pixel, not everything around them.
 - Cross-attention to one token is one addition, and its norm, whose result nobody looks at, is not computed. The
   temporal blocks' token is projected once an item, not once a pixel.
-- Two branches are blended in one pass; without gradients, the wide middle of a feed-forward stays in the cache.
+- Two branches are blended in one pass.
 
 Shapes: B items, T frames, S pixels, C channels.
 """
@@ -20,14 +20,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock, FeedForward, TemporalBasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
 from diffusers.models.resnet import AlphaBlender
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from torch import nn
 
 from persistworld_cli.models.attention import across_frames
-
-CACHED = 2**20  # numbers in the middle of a feed-forward that a CPU's cache holds
 
 
 class LeanBlender(AlphaBlender):
@@ -42,19 +40,6 @@ class LeanBlender(AlphaBlender):
         alpha = self.get_alpha(image_only_indicator, x_spatial.ndim).to(x_spatial.dtype)
         ends = (x_spatial, x_temporal) if self.switch_spatial_to_temporal_mix else (x_temporal, x_spatial)
         return torch.lerp(*ends, alpha)
-
-
-class LeanFeedForward(FeedForward):
-    """The same in runs of rows where nothing must be kept for a gradient."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(..., C) to (..., C)."""
-        rows = hidden_states.flatten(0, -2)
-        wide = self.net[0].proj.out_features
-        if torch.is_grad_enabled() or rows.device.type != "cpu" or rows.shape[0] * wide <= CACHED:
-            return super().forward(hidden_states)
-        parts = [super(LeanFeedForward, self).forward(part) for part in rows.split(max(1, CACHED // wide))]
-        return torch.cat(parts).view_as(hidden_states)
 
 
 def _cross(block: Any, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
@@ -132,7 +117,6 @@ class LeanTransformer(TransformerSpatioTemporalModel):
 
 LEAN: dict[type, type] = {
     AlphaBlender: LeanBlender,
-    FeedForward: LeanFeedForward,
     BasicTransformerBlock: LeanSpatialBlock,
     TemporalBasicTransformerBlock: LeanTemporalBlock,
     TransformerSpatioTemporalModel: LeanTransformer,

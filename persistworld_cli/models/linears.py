@@ -25,13 +25,17 @@ class ConvLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) to (..., C')."""
+        return self.compute(x, self.weight)
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The same with another weight in this one's place."""
         small = torch.is_autocast_enabled("cpu") or x.dtype is not torch.float32 or x.device.type != "cpu"
         # a convolution keeps its input for the backward pass even where its weights are frozen; a Linear does not
-        frozen = torch.is_grad_enabled() and not self.weight.requires_grad
+        frozen = torch.is_grad_enabled() and not weight.requires_grad
         if small or frozen or x.numel() < FEW * self.in_features:
-            return super().forward(x)
+            return functional.linear(x, weight, self.bias)
         rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C, rows, 1), channels last
-        out = functional.conv2d(rows, self.weight[:, :, None, None], self.bias)
+        out = functional.conv2d(rows, weight[:, :, None, None], self.bias)
         return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 

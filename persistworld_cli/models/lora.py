@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -53,27 +54,37 @@ class PolicySwitch:
             for name in ("theta", "old"):
                 inject_adapter_in_model(self.config, model.unet, adapter_name=name)
         make_lean(model.unet)
-        self.layers = [m for m in model.unet.modules() if isinstance(m, BaseTunerLayer)]
+        self.layers: list[Any] = [m for m in model.unet.modules() if isinstance(m, BaseTunerLayer)]
         reference = model.action_encoder
         self.encoders = {"reference": reference, "theta": copy.deepcopy(reference), "old": copy.deepcopy(reference)}
         self.encoders["theta"].requires_grad_(train_action_encoder)
+        for name, learns in (("theta", True), ("old", False)):
+            for _, parameter in self._lora(name):
+                parameter.requires_grad_(learns)
         self.copy_theta(0.0)
         self.activate("theta")
 
-    def activate(self, policy: str) -> None:
-        """Make every later call of the model this policy's."""
+    def activate(self, policy: str, *, sampling: bool = False) -> None:
+        """Make every later call of the model this policy's; see `use`."""
         for layer in self.layers:
-            layer.enable_adapters(policy != "reference")
+            # what peft's enable_adapters and set_adapter do, less the walk over parameters, whose flags never change
+            layer._disable_adapters = policy == "reference"
             if policy != "reference":
-                layer.set_adapter(policy, inference_mode=policy != "theta")
+                layer._active_adapter = [policy]
+            layer.merging = sampling
         self.model.action_encoder = self.encoders[policy]
-        for _, p in self._lora("theta"):
-            p.requires_grad_(True)
 
     @contextmanager
-    def use(self, policy: str) -> Iterator[None]:
-        """`activate` for a block, then theta again."""
-        self.activate(policy)
+    def use(self, policy: str, *, sampling: bool = False) -> Iterator[None]:
+        """`activate` for a block, then theta again.
+
+        Args:
+            policy: theta, old or reference.
+            sampling: nothing learns and nothing is compared with another policy's prediction: adapters are merged into
+                each layer's weight for its call (a second copy of one layer at a time), which spares their passes over
+                the activations. Equal to rounding, and in bfloat16 to the rounding of the merged weights.
+        """
+        self.activate(policy, sampling=sampling)
         try:
             yield
         finally:

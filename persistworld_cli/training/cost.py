@@ -45,7 +45,7 @@ def post_train_report(settings: Settings) -> CostReport:
     switch = _policies(model, options)
     local = _local_groups(settings) * _local_candidates(settings)
     together = min(local, max(1, options.micro_batch * 4))  # as CandidateMaker draws them
-    with switch.use("old"):
+    with switch.use("old", sampling=True):
         drawn = measure(
             lambda: predict(model, together, sampling.guidance), model.parameters(), AUTOCAST[sampling.dtype]
         )

@@ -81,14 +81,14 @@ class PostTrainer:
         self.optimizers = self._optimizers()
 
     def policy(self, name: str) -> Active:
-        """A policy as weights that can be put in place."""
-        return partial(self.switch.use, name)
+        """A policy as weights that can be put in place to be sampled."""
+        return partial(self.switch.use, name, sampling=True)
 
     def update(self, step: int) -> dict[str, float]:
         """One update; the numbers worth logging (means over ranks)."""
         options, share = self.options, self.share
         plans = [self.maker.plan(step, group) for group in share.groups]
-        with self.switch.use("old"):
+        with self.switch.use("old", sampling=True):
             made = self.maker.make(plans, step, share.candidates)
         made.reward = self.whole(made.reward.flatten()).view(len(plans), -1)
         r = credit(made, self.scorer, options, self.whole)
