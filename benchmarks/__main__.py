@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, sampling
 from benchmarks.ledger import LEDGER, Row, append, entry, load, machine, shown
 
 WORLD = Path("outputs/benchmarks/world")
@@ -42,6 +42,7 @@ class Benchmark:
     arguments: str
     expected: tuple[str, ...]
     read: Callable[[Result], list[Row]]
+    module: str = ""  # where it is not the benchmark's name
 
 
 def _ratio(what: str, ratios: Sequence[float]) -> Row:
@@ -63,9 +64,12 @@ def _batching(told: Result) -> list[Row]:
 def _sampling(told: Result) -> list[Row]:
     times = told["seconds_a_rollout"]
     ways = {"one": _SAMPLED_ONE, "several": _SAMPLED_SEVERAL}
-    return [
-        _ratio(what, [a / b for a, b in zip(times["plain"], times[name], strict=True)]) for name, what in ways.items()
+    compiled = _COMPILED if told["compiled"] else ""
+    rows = [
+        _ratio(what + compiled, [a / b for a, b in zip(times["plain"], times[name], strict=True)])
+        for name, what in ways.items()
     ]
+    return [*rows, *(_ratio(_WITHOUT.format(name), ratios) for name, ratios in told["without"].items())]
 
 
 def _post_training(told: Result) -> list[Row]:
@@ -104,6 +108,8 @@ _BATCHED_PLAIN = "eight rollouts together / the plain way, one at a time (time)"
 _BATCHED_ALONE = "eight rollouts together / this program, one at a time (time)"
 _SAMPLED_ONE = "guided sampling of one rollout, times as fast as the plain way"
 _SAMPLED_SEVERAL = "guided sampling of eight rollouts, times as fast a rollout as the plain way"
+_COMPILED = ", compiled"
+_WITHOUT = "guided sampling of one rollout, without {} / with it (time)"
 _UPDATED = "post-training, updates an hour / those of the plain way"
 _EXTRACTED = "extraction with two decoding processes / with none (time)"
 _BUILT = (("build-meta, 3,000 episodes", "seconds", "s"), ("build-meta, 3,000 episodes, peak", "GiB", "GiB"))
@@ -118,7 +124,17 @@ BENCHMARKS: dict[str, Benchmark] = {
     "eval_batching": Benchmark(
         f"--dataset {_DATASET} --episodes 8 --steps 3 --repeats 3", (_BATCHED_PLAIN, _BATCHED_ALONE), _batching
     ),
-    "sampling": Benchmark("--steps 6 --repeats 3", (_SAMPLED_ONE, _SAMPLED_SEVERAL), _sampling),
+    "sampling": Benchmark(
+        "--steps 6 --repeats 3",
+        (_SAMPLED_ONE, _SAMPLED_SEVERAL, *(_WITHOUT.format(name) for name in sampling.WITHOUT)),
+        _sampling,
+    ),
+    "sampling_compiled": Benchmark(
+        "--steps 6 --repeats 3 --compile",
+        (_SAMPLED_ONE + _COMPILED, _SAMPLED_SEVERAL + _COMPILED),
+        _sampling,
+        module="sampling",
+    ),
     "post_training": Benchmark(f"--dataset {_DATASET} --updates 3", (_UPDATED,), _post_training),
     "full_forward": Benchmark("--repeats 2", (_FORWARD,), _forward),
 }
@@ -128,7 +144,7 @@ def run_one(name: str, benchmark: Benchmark, dataset: str | None, seconds: float
     """Run a benchmark in a process of its own.
 
     Args:
-        name: module in this package.
+        name: its key, and the module in this package if it names no other.
         benchmark: its arguments and how to read it.
         dataset: the extracted world; made where it is needed and None.
         seconds: after which it is stopped.
@@ -136,7 +152,8 @@ def run_one(name: str, benchmark: Benchmark, dataset: str | None, seconds: float
     Returns:
         Its rows (without numbers where it failed), and the command as anyone can give it.
     """
-    command = f"python -m benchmarks.{name} {benchmark.arguments}".strip()
+    module = benchmark.module or name
+    command = f"python -m benchmarks.{module} {benchmark.arguments}".strip()
     deadline = time.monotonic() + seconds
 
     def missing(why: str) -> list[Row]:
@@ -146,7 +163,7 @@ def run_one(name: str, benchmark: Benchmark, dataset: str | None, seconds: float
         arguments = benchmark.arguments
         if _DATASET in arguments:
             arguments = arguments.replace(_DATASET, dataset or str(extracted(deadline - time.monotonic())))
-        words = [sys.executable, "-m", f"benchmarks.{name}", *arguments.split(), "--json"]
+        words = [sys.executable, "-m", f"benchmarks.{module}", *arguments.split(), "--json"]
         left = deadline - time.monotonic()
         out = _bounded(words, left)
     except subprocess.TimeoutExpired:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from persistworld_cli.evaluation.recording import Recording
 from persistworld_cli.models import vae as vae_room
 from persistworld_cli.models.convolutions import ChannelsLastConv, TemporalConv
-from persistworld_cli.models.lean_blocks import diffusers_blocks
+from persistworld_cli.models.exchange import exchanged
+from persistworld_cli.models.lean_blocks import DIFFUSERS
 from persistworld_cli.models.lean_lora import LEAN
 from persistworld_cli.models.linears import ConvLinear
 from persistworld_cli.models.lora import PolicySwitch
@@ -28,27 +29,33 @@ from persistworld_cli.models.world_model import WorldModel, small_products
 from persistworld_cli.rewards.lpips import Lpips
 from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
 
-_OWN: dict[type, type] = {
-    **{TemporalConv: nn.Conv3d, ChannelsLastConv: nn.Conv2d, ConvLinear: nn.Linear},
-    **{lean: peft for peft, lean in LEAN.items()},
-}
+LINEARS: dict[type, type] = {ConvLinear: nn.Linear}
+TEMPORAL: dict[type, type] = {TemporalConv: nn.Conv3d}
+LAYOUT: dict[type, type] = {ChannelsLastConv: nn.Conv2d}
+_LORA = {lean: own for own, lean in LEAN.items()}
 
 
 @contextmanager
 def plain_blocks(model: WorldModel) -> Iterator[None]:
-    """diffusers' and peft's own blocks in the place of this project's; put back afterwards."""
-    ours = dict(model.unet.attn_processors)
-    changed = [(module, type(module)) for module in model.modules() if type(module) in _OWN]
-    model.unet.set_attn_processor(AttnProcessor2_0())
-    for module, own in changed:
-        module.__class__ = _OWN[own]
+    """diffusers' and peft's own blocks, not compiled, in the place of this project's; put back afterwards."""
+    compiled = model.unet.__dict__.pop("forward", None)
     try:
-        with diffusers_blocks(model):
+        with exchanged(model, {**LINEARS, **TEMPORAL, **LAYOUT, **DIFFUSERS, **_LORA}), plain_attention(model):
             yield
     finally:
+        if compiled is not None:
+            model.unet.forward = compiled
+
+
+@contextmanager
+def plain_attention(model: WorldModel) -> Iterator[None]:
+    """diffusers' own attention: a query at every pixel, even for one token."""
+    ours = dict(model.unet.attn_processors)
+    model.unet.set_attn_processor(AttnProcessor2_0())
+    try:
+        yield
+    finally:
         model.unet.set_attn_processor(ours)
-        for module, own in changed:
-            module.__class__ = own
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """An interaction under the plain way and ours, guided, with many denoising steps: exact speed.
 
-`python -m benchmarks.sampling [--steps 50] [--repeats 3] [--size tiny|mid] [--rollouts 8] [--json]`
+`python -m benchmarks.sampling [--steps 50] [--repeats 3] [--size tiny|mid] [--rollouts 8] [--compile] [--json]`
 
 Random weights of the tiny preset's size, or of a mid-size network (about 100 million weights) on the same latents; one
 process with the environment that workers get. The plain way (`benchmarks.plain`): diffusers' own blocks, Euler steps,
 guidance as a doubled batch, one rollout at a time; the predicted clip decoded by itself, and the recorded one again
-beside it. Ours: the rollout engine, for one rollout and for several together; only what was predicted is decoded. All
+beside it. Ours: the rollout engine, for one rollout and for several together; only what was predicted is decoded;
+with `--compile`, the network is compiled before (the seconds that this takes are not in the ratios). All
 in float32, in turn, `repeats` times; a ratio is of a round. Gates: 1.5 times as fast for one rollout, 2 times a rollout
 for several. `apart`: the largest difference of a picture, of numbers in [0, 1] (gate 1e-4).
 """
@@ -16,6 +17,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -28,12 +31,22 @@ from benchmarks.worker_process import become_worker
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.index import ActionStat
+from persistworld_cli.models.compiling import compile_network
+from persistworld_cli.models.exchange import exchanged
+from persistworld_cli.models.lean_blocks import DIFFUSERS
 from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model
 from persistworld_cli.rollout.engine import RolloutEngine
 
 GATES = {"one": 1.5, "several": 2.0, "apart": 1e-4}
 WIDTHS = {"tiny": None, "mid": (128, 256, 512)}
 GUIDANCE = 2.0
+WITHOUT: dict[str, Callable[[WorldModel], AbstractContextManager[None]]] = {
+    "lean blocks": lambda model: exchanged(model.unet, DIFFUSERS),
+    "linears through oneDNN": lambda model: exchanged(model, plain.LINEARS),
+    "one-token attention": plain.plain_attention,
+    "folded temporal convolutions": lambda model: exchanged(model, plain.TEMPORAL),
+    "channels last": lambda model: exchanged(model, plain.LAYOUT),
+}
 
 
 def settings_of(size: str, steps: int) -> Settings:
@@ -84,13 +97,30 @@ def plain_clip(engine: RolloutEngine, condition: Condition, noise: torch.Tensor)
     return x
 
 
-def measure(size: str, steps: int, rollouts: int, repeats: int) -> dict[str, Any]:
+def without(model: WorldModel, ours: Callable[[], Any], repeats: int) -> dict[str, list[float]]:
+    """What each way of being faster gives by itself: time without it over time with everything, in turn."""
+    found: dict[str, list[float]] = {name: [] for name in WITHOUT}
+    for number in range(repeats + 1):
+        for name, less in WITHOUT.items():
+            begun = time.perf_counter()
+            ours()
+            middle = time.perf_counter()
+            with less(model):
+                ours()
+            if number:
+                found[name].append((time.perf_counter() - middle) / (middle - begun))
+    return found
+
+
+def measure(size: str, steps: int, rollouts: int, repeats: int, compiled: bool) -> dict[str, Any]:
     """All ways in turn."""
     settings = settings_of(size, steps)
     torch.manual_seed(0)
     model = build_world_model(settings.model, settings.world).eval().requires_grad_(False)
     width = settings.model.action_dim
     engine = RolloutEngine(model, settings.sampling, ActionStat(-np.ones(width), np.ones(width)))
+    if compiled:
+        compile_network(model)
     every = conditions(model, rollouts)
     noise = torch.randn(rollouts, *engine.noise_shape, generator=torch.Generator().manual_seed(1))
     sampling = settings.sampling
@@ -106,6 +136,11 @@ def measure(size: str, steps: int, rollouts: int, repeats: int) -> dict[str, Any
         part = every if count > 1 else one_row(every, 0)
         return model.draw(engine.sample(part, noise[:count]), sampling)[0]
 
+    begun = time.perf_counter()
+    if compiled:
+        for count in (1, rollouts):
+            ours(count)
+    warm_up = time.perf_counter() - begun
     times: dict[str, list[float]] = {"plain": [], "one": [], "several": []}
     apart = 0.0
     for _ in range(repeats + 1):  # the first round pays for what is set up once
@@ -123,10 +158,13 @@ def measure(size: str, steps: int, rollouts: int, repeats: int) -> dict[str, Any
         "steps": steps,
         "rollouts": rollouts,
         "repeats": repeats,
+        "compiled": compiled,
+        "warm_up_s": warm_up,
         "seconds_a_rollout": times,
         "times_as_fast": {
             name: {"ratio": statistics.median(own), "low": min(own), "high": max(own)} for name, own in ratios.items()
         },
+        "without": {} if compiled else without(model, lambda: ours(1), repeats),
         "apart": apart,
         "gates": GATES,
     }
@@ -139,10 +177,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rollouts", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     become_worker("benchmarks.sampling")
-    told = measure(options.size, options.steps, options.rollouts, options.repeats)
+    told = measure(options.size, options.steps, options.rollouts, options.repeats, options.compile)
     if options.json:
         print(json.dumps(told, indent=1))
         return
@@ -153,6 +192,8 @@ def main() -> None:
     for name, found in told["times_as_fast"].items():
         spread = f"{found['low']:.2f} .. {found['high']:.2f}"
         print(f"{name:>8}  {found['ratio']:.2f} times as fast ({spread}), gate {GATES[name]}")
+    for name, found in told["without"].items():
+        print(f"without {name}: {statistics.median(found):.2f} times the time ({min(found):.2f} .. {max(found):.2f})")
     print(f"   apart  {told['apart']:.2g} at most, gate {GATES['apart']:g}")
 
 

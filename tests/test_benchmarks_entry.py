@@ -25,7 +25,7 @@ def options(path: Path, **changed: Any) -> argparse.Namespace:
 
 def test_every_benchmark_is_a_script_of_the_folder() -> None:
     for name, benchmark in benchmarks.BENCHMARKS.items():
-        assert callable(importlib.import_module(f"benchmarks.{name}").main)
+        assert callable(importlib.import_module(f"benchmarks.{benchmark.module or name}").main)
         assert benchmark.expected
 
 

@@ -173,7 +173,9 @@ def test_an_update_is_the_sum_of_its_parts() -> None:
 
 def test_processes_share_the_work_and_not_the_weights() -> None:
     alone, shared = (post_train_report(replace(TINY, launch=replace(TINY.launch, num_processes=n))) for n in (1, 2))
-    assert rows(alone)["update"] == pytest.approx(rows(shared)["update"], rel=1e-3)  # merged adapters and frame places: once a call
+    assert rows(alone)["update"] == pytest.approx(
+        rows(shared)["update"], rel=1e-3
+    )  # merged adapters and frame places: once a call
     h100 = find_accelerator("h100")
     floors = [next(row for row in report.work if row.key == "update").floor(h100) for report in (alone, shared)]
     assert floors[0] == pytest.approx(2 * floors[1], rel=1e-3)

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from persistworld_cli.models.exchange import exchange
+
 
 class ChannelsLastConv(nn.Conv2d):
     """A Conv2d that on a CPU computes with its channels last in memory."""
@@ -31,9 +33,7 @@ class ChannelsLastConv(nn.Conv2d):
 
 def put_channels_last(module: nn.Module) -> None:
     """Let every Conv2d of `module` compute as a `ChannelsLastConv`; weights, their layout and names stay."""
-    for child in module.modules():
-        if type(child) is nn.Conv2d:
-            child.__class__ = ChannelsLastConv
+    exchange(module, {nn.Conv2d: ChannelsLastConv})
 
 
 class TemporalConv(nn.Conv3d):

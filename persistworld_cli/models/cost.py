@@ -16,7 +16,8 @@ from persistworld_cli.config.settings import ModelSettings, SamplingSettings, Wo
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models import vae as vae_room
 from persistworld_cli.models.diffusion import karras_sigmas
-from persistworld_cli.models.lean_blocks import diffusers_blocks
+from persistworld_cli.models.exchange import exchanged
+from persistworld_cli.models.lean_blocks import DIFFUSERS
 from persistworld_cli.models.meter import Work, measure
 from persistworld_cli.models.samplers import find_sampler
 from persistworld_cli.models.world_model import CARRIED, DECODE_ROWS, Condition, WorldModel, build_world_model
@@ -143,7 +144,7 @@ def count_interaction(model: WorldModel, sampling: SamplingSettings, rollouts: i
     dtype = AUTOCAST[sampling.dtype] if model.dtype is torch.float32 else torch.float32  # no autocast, as the engine
     sampled = measure(lambda: predict(model, rollouts, sampling.guidance), model.parameters(), dtype)
     decoded = decoding_work(model, sampling.decode_chunk, AUTOCAST[sampling.decode_dtype])
-    with _reference_attention(model), diffusers_blocks(model.unet):
+    with _reference_attention(model), exchanged(model.unet, DIFFUSERS):
         reference = measure(lambda: predict(model, 1), model.parameters(), dtype)
     return InteractionCost(
         calls=sampler_calls(sampling),

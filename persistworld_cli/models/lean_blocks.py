@@ -15,8 +15,6 @@ Shapes: B items, T frames, S pixels, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from torch import nn
 
 from persistworld_cli.models.attention import across_frames
+from persistworld_cli.models.exchange import exchange
 
 
 class LeanBlender(AlphaBlender):
@@ -123,22 +122,9 @@ LEAN: dict[type, type] = {
 }
 
 
+DIFFUSERS = {lean: own for own, lean in LEAN.items()}  # to count or to measure against
+
+
 def make_blocks_lean(model: nn.Module) -> None:
-    """Let the diffusers blocks of a model compute leanly; parameters and their names stay."""
-    for module in model.modules():
-        if type(module) in LEAN:
-            module.__class__ = LEAN[type(module)]
-
-
-@contextmanager
-def diffusers_blocks(model: nn.Module) -> Iterator[None]:
-    """diffusers' own blocks in the place of the lean ones, to count or measure against; put back afterwards."""
-    own = {lean: plain for plain, lean in LEAN.items()}
-    changed = [(module, type(module)) for module in model.modules() if type(module) in own]
-    for module, lean in changed:
-        module.__class__ = own[lean]
-    try:
-        yield
-    finally:
-        for module, lean in changed:
-            module.__class__ = lean
+    """Let the diffusers blocks of a model compute leanly."""
+    exchange(model, LEAN)

@@ -13,6 +13,8 @@ import torch
 from peft.tuners.lora.layer import Conv2d, Conv3d, Linear
 from torch import nn
 
+from persistworld_cli.models.exchange import exchange
+
 
 class _Lean:
     """What both kinds of layers share; everything unusual is left to peft."""
@@ -67,7 +69,5 @@ LEAN: dict[type, type] = {Linear: LeanLinear, Conv2d: LeanConv2d, Conv3d: LeanCo
 
 
 def make_lean(model: nn.Module) -> None:
-    """Let peft's LoRA layers of a model compute leanly; parameters and their names stay."""
-    for module in model.modules():
-        if type(module) in LEAN:
-            module.__class__ = LEAN[type(module)]
+    """Let peft's LoRA layers of a model compute leanly; parameters and names stay."""
+    exchange(model, LEAN)

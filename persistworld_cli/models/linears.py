@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from persistworld_cli.models.exchange import exchange
+
 FEW = 128  # rows for which the call itself is what takes the time
 
 
@@ -42,6 +44,4 @@ class ConvLinear(nn.Linear):
 def linears_as_convolutions(module: nn.Module) -> None:
     """Let every Linear of `module` compute as a `ConvLinear` where that is faster; weights and names stay."""
     if onednn_is_faster():
-        for child in module.modules():
-            if type(child) is nn.Linear:
-                child.__class__ = ConvLinear
+        exchange(module, {nn.Linear: ConvLinear})
