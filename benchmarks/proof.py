@@ -15,6 +15,8 @@ Pre-registered; none of it is changed after the test was opened:
 - Primary: the training reward over all cameras, `post-trained` less base: Wilcoxon's test over episodes, where an
   episode's difference is the mean over its noise and training seeds. Secondary: SSIM, PSNR, LPIPS by camera group with
   95% bootstrap intervals over episodes, and `post-trained` less each control, in the same way.
+- Ablations: `post-trained` with one thing changed, each with the first training seed, 30 updates, 2 noise seeds, less
+  base and less `as it is` (nothing changed, as long). One run each: read them as a first look, not as a test.
 - Settings were chosen on other episodes (presets/tiny/README.md).
 
 Noise seeds of an episode differ little where a model is sampled in one call, so 200 pairs say hardly more than their 20
@@ -52,6 +54,7 @@ from persistworld_cli.rollout.engine import RolloutEngine
 
 METRICS = {"ssim": True, "psnr": True, "lpips": False}  # higher is better
 GROUPS = ("exterior", "wrist")
+AS_IT_IS, ABLATION_UPDATES, ABLATION_NOISE_SEEDS = "as it is", 30, 2
 Numbers = dict[str, NDArray[np.float64]]
 
 
@@ -86,7 +89,7 @@ def arms(settings: Settings) -> list[Arm]:
 
 
 def ablations(settings: Settings) -> list[Arm]:
-    """`post-trained` with one thing changed."""
+    """`post-trained` with one thing changed, and with none."""
     post = settings.post_train
     changes = {
         "lr x 1/3": f"lr={post.lr / 3:g}",
@@ -110,7 +113,11 @@ def ablations(settings: Settings) -> list[Arm]:
     alone = [
         (name, f"rewards.weights={{{name}={sign}}}") for name, sign in (("ssim", 1), ("psnr", 0.03125), ("lpips", -1))
     ]
-    return [*made, *(Arm(f"reward {name} alone", "post-train", (text,)) for name, text in alone)]
+    return [
+        Arm(AS_IT_IS, "post-train"),
+        *made,
+        *(Arm(f"reward {name} alone", "post-train", (text,)) for name, text in alone),
+    ]
 
 
 def trained(output: Path, arm: Arm, seed: int) -> Path:
@@ -215,46 +222,66 @@ def markdown(title: str, rows: Mapping[str, Mapping[str, Paired]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def test(settings: Settings, output: Path, seeds: Sequence[int], ablated: Sequence[Arm]) -> dict[str, Any]:
-    """Roll everything out, compare, write `proof.json` and `proof.md`."""
-    episodes = [item.episode for item in eval_items(open_store(settings), settings)]
-    base = numbers(settings, rollouts(settings, output, "base", {"adapter": ""}))
+def measured(settings: Settings, output: Path, chosen: Sequence[Arm], seeds: Sequence[int]) -> dict[str, list[Numbers]]:
+    """Rollouts of every arm that was trained, a list over training seeds."""
     found: dict[str, list[Numbers]] = {}
-    for arm in [*arms(settings), *ablated]:
-        for seed in seeds if arm not in ablated else seeds[:1]:
+    for arm in chosen:
+        for seed in seeds:
             folder = trained(output, arm, seed) / "weights"
             if not folder.is_dir():
                 continue
-            post = arm.task == "post-train"
-            weights = (
-                {"adapter": str(folder / "adapter")}
-                if post
-                else {"ckpt": str(folder / "model.safetensors"), "adapter": ""}
+            post = {"adapter": str(folder / "adapter")}
+            whole = {"ckpt": str(folder / "model.safetensors"), "adapter": ""}
+            made = rollouts(
+                settings, output, trained(output, arm, seed).name, post if arm.task == "post-train" else whole
             )
-            name = trained(output, arm, seed).name
-            found.setdefault(arm.name, []).append(numbers(settings, rollouts(settings, output, name, weights)))
-    against = {name: row([base] * len(own), own, episodes) for name, own in found.items()}
-    ours = found.pop("post-trained")
-    controls = {
-        f"post-trained less {name}": row(own, ours[: len(own)], episodes)
+            found.setdefault(arm.name, []).append(numbers(settings, made))
+    return found
+
+
+def less(
+    settings: Settings, found: Mapping[str, list[Numbers]], others: Mapping[str, list[Numbers]], form: str = "{0}"
+) -> dict[str, dict[str, Paired]]:
+    """Every arm of `found` less every one of `others`, training seed by training seed, as far as both have them."""
+    episodes = [item.episode for item in eval_items(open_store(settings), settings)]
+    return {
+        form.format(name, other): row(their[: len(own)], own[: len(their)], episodes)
         for name, own in found.items()
-        if name in {arm.name for arm in arms(settings)}
+        for other, their in others.items()
+        if name != other
     }
-    tables = [
-        markdown(title, cells) for title, cells in (("less base", against), ("less the controls", controls)) if cells
-    ]
+
+
+def test(settings: Settings, output: Path, seeds: Sequence[int], ablated: Sequence[Arm]) -> dict[str, Any]:
+    """Roll everything out, compare, write `proof.json` and `proof.md`."""
+    base = [numbers(settings, rollouts(settings, output, "base", {"adapter": ""}))]
+    found = measured(settings, output, arms(settings), seeds)
+    ours = {name: own for name, own in found.items() if name == "post-trained"}
+    controls = {name: own for name, own in found.items() if name not in ours}
+    few = replace(settings, eval=replace(settings.eval, seeds=settings.eval.seeds[:ABLATION_NOISE_SEEDS]))
+    changed = measured(few, output, ablated, seeds[:1])
+    few_base = [numbers(few, rollouts(few, output, "base", {"adapter": ""}))] if changed else []
+    unchanged = {name: own for name, own in changed.items() if name == AS_IT_IS}
+    tables = {
+        "less base": less(settings, found, {"base": base * len(seeds)}),
+        "less the controls": less(settings, ours, controls, "{0} less {1}"),
+        "ablations less base": less(few, changed, {"base": few_base}),
+        "ablations less as it is": less(few, changed, unchanged),
+    }
+    text = "\n".join(markdown(title, cells) for title, cells in tables.items() if cells)
     result = {
-        "pairs": len(episodes),
-        "episodes": len(set(episodes)),
-        "training_seeds": {name: len(own) for name, own in {"post-trained": ours, **found}.items()},
-        "base": {name: float(value.mean()) for name, value in base.items()},
-        "against_base": {label: {k: p.as_dict() for k, p in cells.items()} for label, cells in against.items()},
-        "against_controls": {label: {k: p.as_dict() for k, p in cells.items()} for label, cells in controls.items()},
+        "pairs": len(base[0]["reward"]),
+        "training_seeds": {name: len(own) for name, own in {**found, **changed}.items()},
+        "base": {name: float(value.mean()) for name, value in base[0].items()},
+        "tables": {
+            title: {label: {k: p.as_dict() for k, p in cells.items()} for label, cells in rows.items()}
+            for title, rows in tables.items()
+        },
     }
     write_json(output / "proof.json", result)
     with whole_file(output / "proof.md") as partial:
-        partial.write_text("\n".join(tables))
-    print("\n".join(tables))
+        partial.write_text(text)
+    print(text)
     return result
 
 
@@ -279,7 +306,7 @@ def main() -> None:
     if options.test:
         test(settings, options.output, seeds, extra)
     elif options.ablate:
-        train(settings, options.output, extra, seeds[:1], options.updates)
+        train(settings, options.output, extra, seeds[:1], min(options.updates, ABLATION_UPDATES))
     else:
         train(settings, options.output, arms(settings), seeds, options.updates)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
+from persistworld_cli.commands.app import app
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models import compiling
@@ -139,6 +142,18 @@ def test_compiled_is_the_same_and_says_when_it_compiles(caplog: pytest.LogCaptur
         "compiled",
     ]
     assert torch.equal(first, again) and torch.allclose(first, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("command", ["eval", "frontier", "replay", "drive", "pi-rollout"])
+def test_compile_is_a_flag_of_what_samples(command: str) -> None:
+    done = CliRunner().invoke(app, [command, "--compile", "--dry-run", "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["settings"]["launch.compile"] == {"value": True, "origin": "--compile"}
+
+
+def test_two_finished_results_are_not_compiled() -> None:
+    told = CliRunner().invoke(app, ["eval", "--compare", "a", "--compare", "b", "--compile"])
+    assert told.exit_code == 2 and "nothing is run" in told.stderr
 
 
 def test_without_a_compiler_compilation_is_refused(monkeypatch: pytest.MonkeyPatch, model: WorldModel) -> None:

@@ -99,8 +99,9 @@ def command(
     if len(others) > 2:
         raise UsageError(f"{len(others)} results to compare", where="--compare", fix="give one or two")
     if len(others) == 2:
-        if common.profile:
-            raise UsageError("two finished results: nothing is run", where="--profile", fix="leave it out")
+        for flag, given in (("--profile", common.profile), ("--compile", compiled)):
+            if given:
+                raise UsageError("two finished results: nothing is run", where=flag, fix="leave it out")
         compare_finished(common, others)
         return
     flags = benchmark_flags(
