@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,8 @@ def compile_network(model: WorldModel) -> None:
         clips = len(sample)
         _log.info("compiling the network for %d clip%s at once (--compile) ...", clips, "s" * (clips > 1))
         begun = time.monotonic()
-        with inductor.patch(freezing=on_cpu):  # packs weights; as an option it comes too late
+        # freezing packs weights; as an option of torch.compile it comes too late. Warnings are torch's about itself.
+        with inductor.patch(freezing=on_cpu), warnings.catch_warnings(action="ignore"):
             out = compiled(sample, *args, **kwargs)
         _log.info("compiled in %.0f s", time.monotonic() - begun)
         seen.add(key)
