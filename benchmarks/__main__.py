@@ -44,6 +44,10 @@ class Benchmark:
     read: Callable[[Result], list[Row]]
     module: str = ""  # where it is not the benchmark's name
 
+    def command(self, name: str) -> str:
+        """As anyone can give it."""
+        return f"python -m benchmarks.{self.module or name} {self.arguments}".strip()
+
 
 def _ratio(what: str, ratios: Sequence[float]) -> Row:
     """A ratio and its spread."""
@@ -152,18 +156,17 @@ def run_one(name: str, benchmark: Benchmark, dataset: str | None, seconds: float
     Returns:
         Its rows (without numbers where it failed), and the command as anyone can give it.
     """
-    module = benchmark.module or name
-    command = f"python -m benchmarks.{module} {benchmark.arguments}".strip()
+    command = benchmark.command(name)
     deadline = time.monotonic() + seconds
 
     def missing(why: str) -> list[Row]:
         return [Row(what=what, value=None, unit="", why=why) for what in benchmark.expected]
 
     try:
-        arguments = benchmark.arguments
-        if _DATASET in arguments:
-            arguments = arguments.replace(_DATASET, dataset or str(extracted(deadline - time.monotonic())))
-        words = [sys.executable, "-m", f"benchmarks.{module}", *arguments.split(), "--json"]
+        given = command
+        if _DATASET in given:
+            given = given.replace(_DATASET, dataset or str(extracted(deadline - time.monotonic())))
+        words = [sys.executable, *given.split()[1:], "--json"]
         left = deadline - time.monotonic()
         out = _bounded(words, left)
     except subprocess.TimeoutExpired:
@@ -260,14 +263,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.list:
         for name, benchmark in BENCHMARKS.items():
-            print(f"{name:16}python -m benchmarks.{name} {benchmark.arguments}")
+            print(f"{name:20}{benchmark.command(name)}")
         return
     entries = measure(options)
     if options.json:
         print(json.dumps(entries, indent=1))
         return
     for row in entries:
-        print(f"{row['benchmark']:16}{row['what']:76} {shown(row)}" + (f", n = {row['n']}" if row["n"] else ""))
+        print(f"{row['benchmark']:20}{row['what']:76} {shown(row)}" + (f", n = {row['n']}" if row["n"] else ""))
     print(f"{len(load(options.ledger))} rows in {options.ledger}")
 
 

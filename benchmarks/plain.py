@@ -12,13 +12,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
 from numpy.typing import NDArray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
 from persistworld_cli.evaluation.recording import Recording
 from persistworld_cli.models import vae as vae_room
+from persistworld_cli.models.attention import diffusers_attention
 from persistworld_cli.models.convolutions import ChannelsLastConv, TemporalConv
 from persistworld_cli.models.exchange import exchanged
 from persistworld_cli.models.lean_blocks import DIFFUSERS
@@ -40,22 +40,11 @@ def plain_blocks(model: WorldModel) -> Iterator[None]:
     """diffusers' and peft's own blocks, not compiled, in the place of this project's; put back afterwards."""
     compiled = model.unet.__dict__.pop("forward", None)
     try:
-        with exchanged(model, {**LINEARS, **TEMPORAL, **LAYOUT, **DIFFUSERS, **_LORA}), plain_attention(model):
+        with exchanged(model, {**LINEARS, **TEMPORAL, **LAYOUT, **DIFFUSERS, **_LORA}), diffusers_attention(model.unet):
             yield
     finally:
         if compiled is not None:
             model.unet.forward = compiled
-
-
-@contextmanager
-def plain_attention(model: WorldModel) -> Iterator[None]:
-    """diffusers' own attention: a query at every pixel, even for one token."""
-    ours = dict(model.unet.attn_processors)
-    model.unet.set_attn_processor(AttnProcessor2_0())
-    try:
-        yield
-    finally:
-        model.unet.set_attn_processor(ours)
 
 
 @contextmanager

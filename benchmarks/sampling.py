@@ -31,6 +31,7 @@ from benchmarks.worker_process import become_worker
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.index import ActionStat
+from persistworld_cli.models.attention import diffusers_attention
 from persistworld_cli.models.compiling import compile_network
 from persistworld_cli.models.exchange import exchanged
 from persistworld_cli.models.lean_blocks import DIFFUSERS
@@ -43,7 +44,7 @@ GUIDANCE = 2.0
 WITHOUT: dict[str, Callable[[WorldModel], AbstractContextManager[None]]] = {
     "lean blocks": lambda model: exchanged(model.unet, DIFFUSERS),
     "linears through oneDNN": lambda model: exchanged(model, plain.LINEARS),
-    "one-token attention": plain.plain_attention,
+    "one-token attention": lambda model: diffusers_attention(model.unet),
     "folded temporal convolutions": lambda model: exchanged(model, plain.TEMPORAL),
     "channels last": lambda model: exchanged(model, plain.LAYOUT),
 }

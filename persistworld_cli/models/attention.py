@@ -10,8 +10,12 @@ Shapes: B items, T frames, S pixels, C width, H heads, D width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.nn import functional
 
 SHORT = 256  # longest sequence taken by the plain product
@@ -69,3 +73,14 @@ class FewTokens:
 
         q, k, v = heads(attn.to_q(hidden_states)), heads(attn.to_k(context)), heads(value)
         return projected_out(attn, attend(q, k, v, attn.scale).transpose(1, 2).flatten(2))
+
+
+@contextmanager
+def diffusers_attention(unet: Any) -> Iterator[None]:
+    """diffusers' own processor in the place of `FewTokens`: a query at every pixel, even for one token."""
+    ours = dict(unet.attn_processors)
+    unet.set_attn_processor(AttnProcessor2_0())
+    try:
+        yield
+    finally:
+        unet.set_attn_processor(ours)

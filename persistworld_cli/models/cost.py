@@ -5,16 +5,15 @@ Counted on the meta device (see `meter`): no weights are read. Shapes: L predict
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
 
 from persistworld_cli.config.settings import ModelSettings, SamplingSettings, WorldSettings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models import vae as vae_room
+from persistworld_cli.models.attention import diffusers_attention
 from persistworld_cli.models.diffusion import karras_sigmas
 from persistworld_cli.models.exchange import exchanged
 from persistworld_cli.models.lean_blocks import DIFFUSERS
@@ -144,7 +143,7 @@ def count_interaction(model: WorldModel, sampling: SamplingSettings, rollouts: i
     dtype = AUTOCAST[sampling.dtype] if model.dtype is torch.float32 else torch.float32  # no autocast, as the engine
     sampled = measure(lambda: predict(model, rollouts, sampling.guidance), model.parameters(), dtype)
     decoded = decoding_work(model, sampling.decode_chunk, AUTOCAST[sampling.decode_dtype])
-    with _reference_attention(model), exchanged(model.unet, DIFFUSERS):
+    with diffusers_attention(model.unet), exchanged(model.unet, DIFFUSERS):
         reference = measure(lambda: predict(model, 1), model.parameters(), dtype)
     return InteractionCost(
         calls=sampler_calls(sampling),
@@ -155,14 +154,3 @@ def count_interaction(model: WorldModel, sampling: SamplingSettings, rollouts: i
         sampling_bytes=sampled.peak,
         decoding_bytes=decoded.peak,
     )
-
-
-@contextmanager
-def _reference_attention(model: WorldModel) -> Iterator[None]:
-    """diffusers' own attention: a query at every pixel for the one token that there is."""
-    ours = model.unet.attn_processors
-    model.unet.set_attn_processor(AttnProcessor2_0())
-    try:
-        yield
-    finally:
-        model.unet.set_attn_processor(dict(ours))
