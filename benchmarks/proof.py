@@ -52,7 +52,7 @@ from persistworld_cli.reports.progress import Meter
 from persistworld_cli.rewards.score import Scorer
 from persistworld_cli.rollout.engine import RolloutEngine
 
-METRICS = {"ssim": True, "psnr": True, "lpips": False}  # higher is better
+METRICS = ("ssim", "psnr", "lpips")
 GROUPS = ("exterior", "wrist")
 AS_IT_IS, ABLATION_UPDATES, ABLATION_NOISE_SEEDS = "as it is", 30, 2
 Numbers = dict[str, NDArray[np.float64]]
@@ -164,7 +164,7 @@ def rollouts(settings: Settings, output: Path, name: str, weights: Mapping[str, 
     if todo:
         model = load_for_sampling(settings, device="cpu", **weights)
         engine = RolloutEngine(model, settings.sampling, store.stat())
-        scorer = Scorer(settings.rewards, settings.world, "cpu", names=tuple(METRICS))
+        scorer = Scorer(settings.rewards, settings.world, "cpu", names=METRICS)
         with Meter(f"proof: {name}", len(todo)) as meter:
             for rollout in iter_closed_loop(
                 model,
@@ -183,13 +183,13 @@ def rollouts(settings: Settings, output: Path, name: str, weights: Mapping[str, 
 
 def numbers(settings: Settings, made: Sequence[Rollout]) -> Numbers:
     """What is compared, a number a rollout: the reward, and each metric by camera group."""
-    scorer = Scorer(settings.rewards, settings.world, "cpu", names=tuple(METRICS))
+    scorer = Scorer(settings.rewards, settings.world, "cpu", names=METRICS)
     stacked = {name: np.stack([rollout.scores[name] for rollout in made]) for name in METRICS}
     found = {"reward": reward_of(scorer, stacked)}
     for group in GROUPS:
         views = list(getattr(settings.world, group))
         for name, value in stacked.items():
-            found[f"{group} {name}"] = np.nanmean(value[..., views].astype(np.float64), axis=(1, 2))
+            found[f"{group} {scorer.labels[name]}"] = np.nanmean(value[..., views].astype(np.float64), axis=(1, 2))
     return found
 
 
@@ -201,7 +201,7 @@ def row(base: Sequence[Numbers], new: Sequence[Numbers], episodes: Sequence[str]
             np.concatenate([one[name] for one in base]),
             np.concatenate([one[name] for one in new]),
             many,
-            higher_is_better=METRICS.get(name.split()[-1], True),
+            higher_is_better="lpips" not in name,
             seed=seed,
         )
         for name in new[0]
