@@ -156,8 +156,8 @@ def test_end_to_end(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     plan = frontier.make_plan(own, job, root / "out", frontier.torch.device("cpu"))
     means = {
-        name: np.mean([load_rollout(folder, item).scores["psnr"][:, :2].mean() for item in plan.items])
-        for name, folder in plan.folders.items()
+        one.setting.name: np.mean([load_rollout(one.folder, item).scores["psnr"][:, :2].mean() for item in plan.items])
+        for one in (plan.reference, *plan.grid)
     }
     row = next(row for row in result["settings"] if row["name"] == "euler 2")
     loss = next(x for x in row["losses"] if (x["cameras"], x["metric"]) == ("exterior", "psnr"))
@@ -173,6 +173,35 @@ def test_end_to_end(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again = frontier.run(own, job)
     assert again["settings"] == summary["settings"]
     assert written == {path: path.stat().st_mtime_ns for path in (root / "out" / "rollouts").rglob("*.npz")}
+
+
+def test_the_reference_may_be_other_weights(root: Path) -> None:
+    own = settings(root, steps=1, batch=6)
+    job = {**JOB, "reference": "euler:2", "samplers": ["euler"], "calls": [1, 2], "percent": 1000.0, "preset": "tiny"}
+    alone = frontier.run(own, {**job, "output": str(root / "alone")})
+    other = str(root / "other.safetensors")
+    frontier.run(own, {**job, "output": str(root / "both"), "ckpt": other, "baseline": own.model.ckpt})
+    frontier.run(own, {**job, "output": str(root / "swapped"), "baseline": other})
+    results = [json.loads((root / name / "frontier.json").read_text()) for name in ("alone", "both", "swapped")]
+    assert [[row["name"] for row in result["settings"]] for result in results] == [
+        ["euler 1"],
+        *[["euler 1", "euler 2"]] * 2,
+    ]
+    names = [result["reference"]["name"] for result in results]
+    assert names == ["euler 2", "euler 2 of base.safetensors", "euler 2 of other.safetensors"]
+    for result, weights in zip(results, (own.model.ckpt, other, own.model.ckpt), strict=True):
+        assert result["model"]["ckpt"] == weights
+    assert results[1]["reference"]["model"] == results[0]["model"] == results[2]["model"]
+    first, second, third = (result["reference"]["figures"]["exterior"]["psnr"] for result in results)
+    assert first == second != third  # the reference's weights, not the judged ones'
+    losses = [
+        next(x for x in result["settings"][-1]["losses"] if (x["cameras"], x["metric"]) == ("exterior", "psnr"))
+        for result in results[1:]
+    ]
+    # with the same sampling, either is the other's reference
+    assert losses[0]["value"] == third and losses[1]["value"] == first
+    assert losses[0]["change"] == pytest.approx(-losses[1]["change"]) and losses[0]["change"] != 0
+    assert alone["chosen"] == "euler 1" and "do not make" not in results[1]["words"]
 
 
 def test_no_preset_is_written_where_nothing_qualifies(root: Path) -> None:

@@ -31,6 +31,7 @@ from persistworld_cli.errors import UsageError
 EXAMPLES = (
     "persistworld frontier --calls 1,2,4,8 --sampler euler,dpmpp-2m",
     "persistworld frontier --write-preset outputs/fast.toml",
+    "persistworld frontier --adapter outputs/few-step/weights --baseline base --calls 1,4",
     "persistworld frontier --preset ctrl-world --vary sigma_min=0.002,0.05 --vary guidance=1,2 --num-processes 8",
 )
 _SAMPLERS = ["euler,heun,dpmpp-2m,dpmpp-3m,unipc"]
@@ -42,6 +43,12 @@ def command(
     common: Common,
     ckpt: Ckpt = None,
     adapter: Adapter = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights that the reference is sampled with, if others: checkpoint, adapter, base (no adapter)."
+        ),
+    ] = None,
     samplers: Annotated[
         list[str] | None, typer.Option("--sampler", help=f"Samplers to try, as a,b or repeated.  \\[{_SAMPLERS[0]}]")
     ] = None,
@@ -92,6 +99,7 @@ def command(
         names=BENCHMARK_NAMES,
         job={
             "ckpt": ckpt,
+            "baseline": baseline,
             "samplers": _words(samplers or _SAMPLERS),
             "calls": _calls(calls or _CALLS),
             "vary": vary or [],

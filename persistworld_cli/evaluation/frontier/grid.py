@@ -39,7 +39,8 @@ def make_grid(settings: Settings, job: Mapping[str, Any]) -> tuple[Setting, list
     Args:
         settings: whose ``sampling`` says all that is not varied; it is itself one of the settings tried.
         job: ``reference`` ("euler:50"), ``samplers``, ``calls`` (of the denoiser a clip), ``vary``
-            ("sigma_min=0.002,0.05", each).
+            ("sigma_min=0.002,0.05", each); optional ``baseline``: the reference has other weights, so that its own
+            sampling may be tried too.
 
     Raises:
         UsageError: an unknown sampler, a reference that is not NAME:STEPS, something that cannot be varied, a value out
@@ -60,7 +61,7 @@ def make_grid(settings: Settings, job: Mapping[str, Any]) -> tuple[Setting, list
             tried.append(replace(own, sampler=sampler, steps=steps_taken, **changes))
     for sampling in tried:
         check(replace(settings, sampling=sampling), dict.fromkeys(_keys(), "--vary, --calls"))
-    seen = {_identity(reference.sampling)}
+    seen = set() if job.get("baseline") else {_identity(reference.sampling)}
     grid = []
     for setting in sorted((_setting(own, sampling) for sampling in tried), key=lambda s: s.calls):
         if (same := _identity(setting.sampling)) not in seen:

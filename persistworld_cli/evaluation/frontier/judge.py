@@ -36,7 +36,13 @@ class Trial:
 
 
 def build_frontier(
-    settings: Settings, scorer: Scorer, judging: Judging, reference: Trial, trials: Iterable[Trial], percent: float
+    settings: Settings,
+    scorer: Scorer,
+    judging: Judging,
+    reference: Trial,
+    trials: Iterable[Trial],
+    percent: float,
+    other_weights: bool = False,
 ) -> dict[str, Any]:
     """Every setting against the reference, and the choice.
 
@@ -46,6 +52,7 @@ def build_frontier(
         reference: what is compared with.
         trials: the others.
         percent: how much worse than the reference's figure, in percent of it, is close enough.
+        other_weights: the reference was sampled with other weights than the trials.
     """
     infos = metric_infos(scorer, judging)
     world = settings.world
@@ -69,7 +76,7 @@ def build_frontier(
             "reference": _described(settings, reference) | {"figures": _figures(infos, groups, reference)},
             "settings": rows,
             "chosen": chosen["name"] if chosen else None,
-            "words": _words(reference.setting, rows, chosen, n, percent),
+            "words": _words(reference.setting, rows, chosen, n, percent, other_weights),
         }
     )
     assert isinstance(told, dict)
@@ -157,7 +164,12 @@ def _verdict(low: float, high: float, percent: float, episodes: int) -> str:
 
 
 def _words(
-    reference: Setting, rows: list[dict[str, Any]], chosen: dict[str, Any] | None, n: Mapping[str, int], percent: float
+    reference: Setting,
+    rows: list[dict[str, Any]],
+    chosen: dict[str, Any] | None,
+    n: Mapping[str, int],
+    percent: float,
+    other: bool,
 ) -> str:
     """The outcome in a sentence or two."""
     if n["episodes"] < FEWEST:
@@ -169,5 +181,5 @@ def _words(
         f"({chosen['fewer']:.3g}x fewer), within {percent:g}% of {reference.name} in every figure"
     )
     if chosen["worst_loss_high"] < 0:
-        text += ", and better in every one: more calls do not make this model better"
+        text += ", and better in every one" + ("" if other else ": more calls do not make this model better")
     return text

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +46,35 @@ from persistworld_cli.rollout.engine import RolloutEngine
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A setting, the weights that are sampled with it, their hashes, and the folder of its finished rollouts."""
+
+    setting: Setting
+    ref: ModelRef
+    prints: dict[str, str] = field(hash=False)
+    folder: Path
+
+
+@dataclass(frozen=True)
 class Plan:
     """What there is to do, checked.
 
     Attributes:
         store: the dataset.
         items: the rollouts of every setting.
-        ref: the model.
-        prints: hashes of its weights.
         scorer, judging: metrics, on the device.
         reference: what the others are compared with.
         grid: the others.
-        folders: setting's name -> folder of its finished rollouts.
         protocol: as of an evaluation under the reference setting.
         benchmark: which file pinned it, or None.
     """
 
     store: EpisodeStore
     items: list[Item]
-    ref: ModelRef
-    prints: dict[str, str]
     scorer: Scorer
     judging: Judging
-    reference: Setting
-    grid: list[Setting]
-    folders: dict[str, Path]
+    reference: Tried
+    grid: list[Tried]
     protocol: dict[str, Any]
     benchmark: dict[str, Any] | None
 
@@ -117,7 +121,7 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
         note(f"no preset was written: {result['words']}")
         summary["exit_code"] = 1
     elif target:
-        chosen = next(one for one in plan.grid if one.name == result["chosen"])
+        chosen = next(one.setting for one in plan.grid if one.setting.name == result["chosen"])
         summary["preset"] = write_preset(target, job["preset"], chosen.sampling, result)
     return summary
 
@@ -127,22 +131,28 @@ def make_plan(settings: Settings, job: Mapping[str, Any], output: Path, device: 
     reference, grid = make_grid(settings, job)
     store = open_store(settings)
     items = eval_items(store, settings)
-    ref = refs_of_eval(settings.model, {"ckpt": job.get("ckpt")})[-1]
     judging = make_judging(settings, store, items)
     scorer = Scorer(settings.rewards, settings.world, device, names=SHOWN)
     protocol = make_protocol(settings, store, items, scorer, judging)
     benchmark = load_benchmark(settings.eval.benchmark)
     if benchmark:
         check_metrics(benchmark.metrics, protocol["metrics"], str(benchmark.path))
-    require_weights(settings, store, items, [ref])
-    prints = ref.fingerprint()
-    folders = {}
-    for setting in (reference, *grid):
+    refs = refs_of_eval(settings.model, {"ckpt": job.get("ckpt"), "baseline": job.get("baseline")})
+    slow, judged = refs[0] if job.get("baseline") else refs[-1], refs[-1]
+    require_weights(settings, store, items, list(dict.fromkeys((slow, judged))))
+    if slow != judged:
+        reference = replace(reference, name=f"{reference.name} of {slow.label}")
+
+    def tried(setting: Setting, ref: ModelRef, prints: dict[str, str]) -> Tried:
         same = rollout_identity(protocol | {"sampling": describe_sampling(setting.sampling)}, store)
-        folders[setting.name] = output / "rollouts" / f"setting-{hash_of([same, prints, device.type])}"
-        folders[setting.name].mkdir(parents=True, exist_ok=True)
+        folder = output / "rollouts" / f"setting-{hash_of([same, prints, device.type])}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return Tried(setting, ref, prints, folder)
+
+    first, prints = tried(reference, slow, slow.fingerprint()), judged.fingerprint()
     stamp = benchmark.stamp(settings) if benchmark else None
-    return Plan(store, items, ref, prints, scorer, judging, reference, grid, folders, protocol, stamp)
+    each = [tried(setting, judged, prints) for setting in grid]
+    return Plan(store, items, scorer, judging, first, each, protocol, stamp)
 
 
 def _roll_out(
@@ -150,48 +160,58 @@ def _roll_out(
 ) -> None:
     """Make what is not there yet; the bar counts network calls, so that its time left holds for cheap and dear ones."""
     ev = settings.eval
-    todo = {s: pending(plan.folders[s.name], work) for s in (plan.reference, *plan.grid)}
-    whole = sum(-(-len(items) // ev.batch) * ev.steps * setting.calls for setting, items in todo.items())
+    todo = {one: items for one in (plan.reference, *plan.grid) if (items := pending(one.folder, work))}
+    whole = sum(-(-len(items) // ev.batch) * ev.steps * one.setting.calls for one, items in todo.items())
     if not whole:
         return
-    model = load_for_sampling(settings, ckpt=plan.ref.ckpt, adapter=plan.ref.adapter, device=device)
+    model, loaded = None, None
     with Meter("frontier: network calls", whole, quiet=quiet) as meter:
-        for number, (setting, items) in enumerate(todo.items(), start=1):
+        for number, (one, items) in enumerate(todo.items(), start=1):
+            if model is None or one.ref != loaded:
+                model = load_for_sampling(settings, ckpt=one.ref.ckpt, adapter=one.ref.adapter, device=device)
+                loaded = one.ref
             begun = meter.done
             for rollout in iter_closed_loop(
                 model,
-                RolloutEngine(model, setting.sampling, plan.store.stat()),
+                RolloutEngine(model, one.setting.sampling, plan.store.stat()),
                 plan.store,
                 items,
                 split=ev.split,
                 steps=ev.steps,
                 batch=ev.batch,
                 scorer=plan.scorer,
-                progress=lambda done, _, begun=begun, setting=setting, number=number: meter.advance(  # type: ignore[misc]
-                    begun + done * setting.calls - meter.done, setting=number
+                progress=lambda done, _, begun=begun, one=one, number=number: meter.advance(  # type: ignore[misc]
+                    begun + done * one.setting.calls - meter.done, setting=number
                 ),
                 judging=plan.judging,
             ):
-                save_rollout(plan.folders[setting.name], rollout)
+                save_rollout(one.folder, rollout)
 
 
 def _result(settings: Settings, plan: Plan, percent: float, device: torch.device) -> dict[str, Any]:
     """Everything as JSON holds it."""
-    cost = count_interaction(meta_model(settings.model, settings.world), plan.reference.sampling, 1)
+    cost = count_interaction(meta_model(settings.model, settings.world), plan.reference.setting.sampling, 1)
 
-    def trial(setting: Setting) -> Trial:
-        rollouts: list[Rollout] = [load_rollout(plan.folders[setting.name], item) for item in plan.items]
-        return Trial(setting, rollouts, setting.calls * cost.network + cost.decoding)
+    def trial(one: Tried) -> Trial:
+        rollouts: list[Rollout] = [load_rollout(one.folder, item) for item in plan.items]
+        return Trial(one.setting, rollouts, one.setting.calls * cost.network + cost.decoding)
 
-    found = build_frontier(settings, plan.scorer, plan.judging, trial(plan.reference), map(trial, plan.grid), percent)
-    model = {"ckpt": plan.ref.ckpt, "adapter": plan.ref.adapter}
-    model |= {f"{part}_sha256": digest for part, digest in plan.prints.items()}
+    other = plan.reference.ref != plan.grid[0].ref
+    trials = trial(plan.reference), map(trial, plan.grid)
+    found = build_frontier(settings, plan.scorer, plan.judging, *trials, percent, other_weights=other)
+    found["reference"]["model"] = _described(plan.reference)
     protocol = {key: value for key, value in plan.protocol.items() if key != "hash"}
-    protocol["sampling"] = describe_sampling(plan.reference.sampling)
+    protocol["sampling"] = describe_sampling(plan.reference.setting.sampling)
     return {
         **found,
         "benchmark": plan.benchmark,
-        "model": model,
+        "model": _described(plan.grid[0]),
         "protocol": protocol,
         **provenance(settings, plan.store, device),
     }
+
+
+def _described(one: Tried) -> dict[str, str]:
+    """Where weights were and what they hash to."""
+    hashes = {f"{part}_sha256": digest for part, digest in one.prints.items()}
+    return {"ckpt": one.ref.ckpt, "adapter": one.ref.adapter, **hashes}
