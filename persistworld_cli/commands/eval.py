@@ -8,23 +8,9 @@ from typing import Annotated
 
 import typer
 
-from persistworld_cli.commands.options import (
-    COMPILE,
-    Accelerator,
-    Adapter,
-    Batch,
-    Benchmark,
-    Common,
-    Compile,
-    Dataset,
-    Episodes,
-    Seeds,
-    Split,
-    Starts,
-    Steps,
-    with_common,
-)
-from persistworld_cli.commands.run import BENCHMARK_NAMES, benchmark_flags, execute, pinned_by, write_json
+from persistworld_cli.commands.benchmark_options import BENCHMARK_NAMES, BenchmarkRollouts
+from persistworld_cli.commands.options import Accelerator, Common, with_common
+from persistworld_cli.commands.run import execute, write_json
 from persistworld_cli.errors import UsageError
 
 EXAMPLES = (
@@ -45,21 +31,14 @@ def command(
             help="Weights to evaluate: a file, folder or hub id; or a post-trained adapter.", metavar="PATH|HUB_ID"
         ),
     ] = None,
-    adapter: Adapter = None,
     baseline: Annotated[
         str | None,
         typer.Option(
             help="Weights to compare with; the preset's checkpoint without adapter by default.", metavar="PATH|HUB_ID"
         ),
     ] = None,
-    benchmark: Benchmark = None,
-    dataset: Dataset = None,
-    episodes: Episodes = None,
-    starts: Starts = None,
-    steps: Steps = None,
-    seeds: Seeds = None,
-    split: Split = None,
-    batch: Batch = None,
+    *,
+    rollouts: BenchmarkRollouts,
     masks: Annotated[
         list[str] | None,
         typer.Option(
@@ -91,7 +70,6 @@ def command(
             metavar="DIR",
         ),
     ] = None,
-    compiled: Compile = False,
     accelerator: Accelerator = None,
 ) -> None:
     """Roll out held-out episodes in closed loop and measure them against the record, paired with a baseline."""
@@ -99,30 +77,19 @@ def command(
     if len(others) > 2:
         raise UsageError(f"{len(others)} results to compare", where="--compare", fix="give one or two")
     if len(others) == 2:
-        for flag, given in (("--profile", common.profile), ("--compile", compiled)):
+        for flag, given in (("--profile", common.profile), ("--compile", rollouts.compiled)):
             if given:
                 raise UsageError("two finished results: nothing is run", where=flag, fix="leave it out")
         compare_finished(common, others)
         return
-    flags = benchmark_flags(
-        adapter=adapter,
-        benchmark=benchmark,
-        dataset=dataset,
-        episodes=episodes,
-        starts=starts,
-        steps=steps,
-        seeds=seeds,
-        split=split,
-        batch=batch,
-    )
     execute(
         "eval",
         common,
-        flags={**flags, COMPILE: compiled or None, "eval.masks": masks or None, "eval.fvd": fvd},
+        flags={**rollouts.flags(), "eval.masks": masks or None, "eval.fvd": fvd},
         names=BENCHMARK_NAMES,
         job={"ckpt": ckpt, "baseline": baseline, "study": study, "compare": next(iter(others), None)},
         accelerator=accelerator,
-        pinned=pinned_by(common, benchmark),
+        pinned=rollouts.pinned(common),
     )
 
 

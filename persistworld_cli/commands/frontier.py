@@ -8,23 +8,9 @@ from typing import Annotated
 
 import typer
 
-from persistworld_cli.commands.options import (
-    COMPILE,
-    Adapter,
-    Batch,
-    Benchmark,
-    Ckpt,
-    Common,
-    Compile,
-    Dataset,
-    Episodes,
-    Seeds,
-    Split,
-    Starts,
-    Steps,
-    with_common,
-)
-from persistworld_cli.commands.run import BENCHMARK_NAMES, benchmark_flags, execute, pinned_by
+from persistworld_cli.commands.benchmark_options import BENCHMARK_NAMES, BenchmarkRollouts
+from persistworld_cli.commands.options import Ckpt, Common, with_common
+from persistworld_cli.commands.run import execute
 from persistworld_cli.config.presets import DEFAULT_PRESET
 from persistworld_cli.errors import UsageError
 
@@ -34,7 +20,7 @@ EXAMPLES = (
     "persistworld frontier --adapter outputs/few-step/weights --baseline base --calls 1,4",
     "persistworld frontier --preset ctrl-world --vary sigma_min=0.002,0.05 --vary guidance=1,2 --num-processes 8",
 )
-_SAMPLERS = ["euler,heun,dpmpp-2m,dpmpp-3m,unipc"]
+_SAMPLERS = ["euler", "heun", "dpmpp-2m", "dpmpp-3m", "unipc"]
 _CALLS = ["1,2,3,4,5,6,8,12"]
 
 
@@ -42,15 +28,16 @@ _CALLS = ["1,2,3,4,5,6,8,12"]
 def command(
     common: Common,
     ckpt: Ckpt = None,
-    adapter: Adapter = None,
     baseline: Annotated[
         str | None,
         typer.Option(
-            help="Weights that the reference is sampled with, if others: checkpoint, adapter, base (no adapter)."
+            help="Weights that the reference is sampled with, if others; base: without the adapter.",
+            metavar="PATH|HUB_ID",
         ),
     ] = None,
     samplers: Annotated[
-        list[str] | None, typer.Option("--sampler", help=f"Samplers to try, as a,b or repeated.  \\[{_SAMPLERS[0]}]")
+        list[str] | None,
+        typer.Option("--sampler", help=f"Samplers to try, as a,b or repeated.  \\[{', '.join(_SAMPLERS)}]"),
     ] = None,
     calls: Annotated[
         list[str] | None,
@@ -70,32 +57,14 @@ def command(
         Path | None,
         typer.Option(help="Write the fastest setting that is close enough as a preset.", metavar="FILE.toml"),
     ] = None,
-    benchmark: Benchmark = None,
-    dataset: Dataset = None,
-    episodes: Episodes = None,
-    starts: Starts = None,
-    steps: Steps = None,
-    seeds: Seeds = None,
-    split: Split = None,
-    batch: Batch = None,
-    compiled: Compile = False,
+    *,
+    rollouts: BenchmarkRollouts,
 ) -> None:
     """Quality against network calls: samplers and steps on held-out rollouts, paired with a slow reference."""
-    flags = benchmark_flags(
-        adapter=adapter,
-        benchmark=benchmark,
-        dataset=dataset,
-        episodes=episodes,
-        starts=starts,
-        steps=steps,
-        seeds=seeds,
-        split=split,
-        batch=batch,
-    )
     execute(
         "frontier",
         common,
-        flags={**flags, COMPILE: compiled or None},
+        flags=rollouts.flags(),
         names=BENCHMARK_NAMES,
         job={
             "ckpt": ckpt,
@@ -108,7 +77,7 @@ def command(
             "write_preset": str(write_preset.absolute()) if write_preset else None,
             "preset": common.preset or DEFAULT_PRESET,
         },
-        pinned=pinned_by(common, benchmark),
+        pinned=rollouts.pinned(common),
     )
 
 

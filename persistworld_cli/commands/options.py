@@ -1,7 +1,8 @@
 """Options that several subcommands share, and the decorator that gives them to a command.
 
 A command is a function ``command(common, own options...)``; `with_common` puts the shared options into its signature,
-so that each is written once, and turns errors a user can mend into one block on standard error and an exit code.
+so that each is written once, and turns errors a user can mend into one block on standard error and an exit code. An own
+parameter whose type is a dataclass of options stands for all of its fields.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import traceback
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,19 +33,6 @@ Adapter = Annotated[
     str | None, typer.Option(help="Post-trained adapter (PEFT folder) on top of the weights.", metavar="PATH")
 ]
 Dataset = Annotated[str | None, typer.Option(help="Processed dataset (what extract-latents wrote).", metavar="DIR")]
-# What a benchmark fixes, and its user may change (eval, frontier); `commands.run.benchmark_flags` takes them.
-Benchmark = Annotated[
-    str | None,
-    typer.Option(
-        help="What is measured, and how: bundled, droid, a TOML file, or none.  \\[the preset's]", metavar="NAME|PATH"
-    ),
-]
-Episodes = Annotated[str | None, typer.Option(help="Episode ids, as 99,199; all of the split by default.")]
-Starts = Annotated[list[int] | None, typer.Option("--start", help="Start frame; may be repeated.")]
-Steps = Annotated[int | None, typer.Option(help="Interaction steps of a rollout.")]
-Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Seed of the noise; may be repeated.")]
-Split = Annotated[str | None, typer.Option(help="train or val.")]
-Batch = Annotated[int | None, typer.Option(help="Rollouts at once.")]
 Compile = Annotated[
     bool,
     typer.Option(
@@ -178,19 +166,20 @@ def with_common(
         shown = [f for f in fields(Common) if f.name not in _LAUNCH or f.name in _OFFERED[launch]]
         offered = [f for f in shown if f.name not in without]
         own_hints = typing.get_type_hints(command, include_extras=True)
+        groups: dict[str, Any] = {n: kind for n, kind in own_hints.items() if is_dataclass(kind) and n != "common"}
         own = [
-            p.replace(annotation=own_hints[n])
+            one
             for n, p in inspect.signature(command).parameters.items()
             if n != "common"
+            for one in (_options_of(groups[n]) if n in groups else [p.replace(annotation=own_hints[n])])
         ]
-        shared = [
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
-            for f in offered
-        ]
+        shared = [_parameter(f, hints) for f in offered]
 
         @functools.wraps(command)
         def run(**values: Any) -> None:
             common = Common(**{f.name: values.pop(f.name) for f in offered})
+            for name, kind in groups.items():
+                values[name] = kind(**{f.name: values.pop(f.name) for f in fields(kind)})
             call = functools.partial(command, common, **values)
             if launch == "none" and common.profile and not common.dry_run:
                 call = functools.partial(_profiled, command.__module__, call)
@@ -202,6 +191,19 @@ def with_common(
         return run
 
     return decorate
+
+
+def _parameter(field: Field[Any], hints: dict[str, Any]) -> inspect.Parameter:
+    """An option's field as a parameter that typer reads."""
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+    )
+
+
+def _options_of(kind: Any) -> list[inspect.Parameter]:
+    """Every field of a dataclass of options."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return [_parameter(field, hints) for field in fields(kind)]
 
 
 def _profiled(module: str, call: Callable[[], None]) -> None:

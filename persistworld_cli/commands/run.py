@@ -12,7 +12,6 @@ import typer
 
 from persistworld_cli.commands.cost import cost_report, pick_accelerator, show_cost
 from persistworld_cli.commands.options import Common
-from persistworld_cli.config.benchmarks import load_benchmark
 from persistworld_cli.config.presets import Pinned, Resolved, flatten, load_settings, to_json
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import note, stdout_console
@@ -41,42 +40,6 @@ def resolve(
     if resolved.implied:
         note(f"no --preset: using the bundled world (preset {resolved.preset})")
     return resolved
-
-
-BENCHMARK_NAMES = {"eval.starts": "--start", "eval.seeds": "--seed"}
-
-
-def benchmark_flags(
-    *,
-    adapter: str | None,
-    benchmark: str | None,
-    dataset: str | None,
-    episodes: str | None,
-    starts: list[int] | None,
-    steps: int | None,
-    seeds: list[int] | None,
-    split: str | None,
-    batch: int | None,
-) -> dict[str, Any]:
-    """The settings that the options of a benchmark's rollouts stand for; `BENCHMARK_NAMES` has their spellings."""
-    return {
-        "model.adapter": adapter,
-        "world.dataset": dataset,
-        "eval.episodes": episode_list(episodes),
-        "eval.starts": starts or None,
-        "eval.steps": steps,
-        "eval.seeds": seeds or None,
-        "eval.split": split,
-        "eval.batch": batch,
-        "eval.benchmark": benchmark,
-    }
-
-
-def pinned_by(common: Common, benchmark: str | None) -> Pinned | None:
-    """What the named benchmark sets, or the preset's own; None without one. Raises UsageError."""
-    name = benchmark or load_settings(common.preset, common.sets or ()).settings.eval.benchmark
-    found = load_benchmark(name)
-    return found.pinned if found else None
 
 
 def execute(
