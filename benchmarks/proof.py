@@ -209,17 +209,31 @@ def row(base: Sequence[Numbers], new: Sequence[Numbers], episodes: Sequence[str]
     }
 
 
-def markdown(title: str, rows: Mapping[str, Mapping[str, Paired]]) -> str:
-    """A table: mean change [95% interval], share of pairs won, p over episodes."""
+def _change(pair: Paired, name: str) -> str:
+    """``+0.24 [+0.16, +0.33]``."""
+    places = 2 if "psnr" in name else 4
+    return f"{pair.change:+.{places}f} [{pair.change_low:+.{places}f}, {pair.change_high:+.{places}f}]"
+
+
+def by_figure(title: str, rows: Mapping[str, Mapping[str, Paired]], base: Mapping[str, float] | None = None) -> str:
+    """A table, a line a figure: mean change [95% interval], share of pairs won, p over episodes."""
+    heads = (["base"] if base else []) + list(rows)
+    lines = [f"### {title}", "", f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    for name in next(iter(rows.values())):
+        cells = [f"{base[name]:.{2 if 'psnr' in name else 4}f}"] if base else []
+        for figures in rows.values():
+            pair = figures[name]
+            p = f"p = {pair.wilcoxon_p_episodes:.2g}"
+            cells.append(f"{_change(pair, name)}, won {100 * pair.win_rate:.0f}%, {p}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def by_arm(title: str, rows: Mapping[str, Mapping[str, Paired]]) -> str:
+    """A table, a line an arm: mean change [95% interval]."""
     names = list(next(iter(rows.values())))
     lines = [f"### {title}", "", f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    for label, cells in rows.items():
-        shown = [
-            f"{p.change:+.4f} [{p.change_low:+.4f}, {p.change_high:+.4f}], won {100 * p.win_rate:.0f}%, "
-            f"p = {p.wilcoxon_p_episodes:.2g}"
-            for p in cells.values()
-        ]
-        lines.append(f"| {label} | {' | '.join(shown)} |")
+    lines += [f"| {arm} | {' | '.join(_change(pairs[n], n) for n in names)} |" for arm, pairs in rows.items()]
     return "\n".join([*lines, ""])
 
 
@@ -269,11 +283,17 @@ def test(settings: Settings, output: Path, seeds: Sequence[int], ablated: Sequen
         "ablations less base": less(few, changed, {"base": few_base}),
         "ablations less as it is": less(few, changed, unchanged),
     }
-    text = "\n".join(markdown(title, cells) for title, cells in tables.items() if cells)
+    means = {name: float(value.mean()) for name, value in base[0].items()}
+    shown = [
+        by_arm(title, cells) if title.startswith("ablations") else by_figure(title, cells, of)
+        for (title, cells), of in zip(tables.items(), (means, None, None, None), strict=True)
+        if cells
+    ]
+    text = "\n".join(shown)
     result = {
         "pairs": len(base[0]["reward"]),
         "training_seeds": {name: len(own) for name, own in {**found, **changed}.items()},
-        "base": {name: float(value.mean()) for name, value in base[0].items()},
+        "base": means,
         "tables": {
             title: {label: {k: p.as_dict() for k, p in cells.items()} for label, cells in rows.items()}
             for title, rows in tables.items()
