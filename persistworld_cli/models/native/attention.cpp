@@ -1,0 +1,110 @@
+// Self-attention over short sequences, read from and written to where the projections put them.
+//
+//   out = softmax(scale q k') v, for every sequence and head        Vaswani et al., arXiv 1706.03762, equation 1
+//
+// A sequence's tokens need not be neighbours in memory: those of a pixel over frames lie a whole picture apart. A head's
+// keys are turned once, queries go through in runs whose weights stay in the first cache. Sums are in float32.
+
+#include "vectors.h"
+
+enum { QUERIES = 42 };
+
+struct Attention {
+    const void *q, *k, *v;
+    void *out;
+    ll outer, outer_step, inner, inner_step;  // sequences: outer x inner, and their distances in numbers
+    ll tokens, token_step, heads, width;      // width of a head
+    float scale;
+};
+
+// 16 rows of 16 to columns
+static inline void transpose(vec *r) {
+    vec t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 2]);
+        __m512d c = _mm512_castps_pd(t[i + 1]), d = _mm512_castps_pd(t[i + 3]);
+        r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), r[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+    }
+    for (int i = 0; i < 4; i++) {  // quarters
+        t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88), t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88), r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+// a row of `tokens` weights, `padded` long, in place; what is beyond the tokens becomes 0
+static inline void softmax(float *row, ll tokens, ll padded) {
+    vec top = set(-INFINITY), sum = _mm512_setzero_ps();
+    const __mmask16 last = (__mmask16)(0xffff >> (padded - tokens));
+    for (ll j = 0; j < padded; j += LANES) {
+        if (j + LANES == padded) store(row + j, _mm512_mask_mov_ps(set(-INFINITY), last, load(row + j)));
+        top = _mm512_max_ps(top, load(row + j));
+    }
+    top = set(_mm512_reduce_max_ps(top));
+    for (ll j = 0; j < padded; j += LANES) {
+        vec e = exponential(_mm512_sub_ps(load(row + j), top));
+        if (j + LANES == padded) e = _mm512_maskz_mov_ps(last, e);
+        sum = _mm512_add_ps(sum, e);
+        store(row + j, e);
+    }
+    const vec share = set(1.0f / _mm512_reduce_add_ps(sum));
+    for (ll j = 0; j < padded; j += LANES) store(row + j, _mm512_mul_ps(share, load(row + j)));
+}
+
+template <typename T> static void attend(const Attention &call) {
+    const ll tokens = call.tokens, padded = ceil_div(tokens, LANES) * LANES, width = call.width;
+#pragma omp parallel
+    {
+        float *keys = room(2 * padded * width + QUERIES * (2 * width + padded));
+        float *values = keys + padded * width, *queries = values + padded * width;
+        float *weights = queries + QUERIES * width, *results = weights + QUERIES * padded;
+#pragma omp for schedule(static)
+        for (ll number = 0; number < call.outer * call.inner * call.heads; number++) {
+            const ll sequence = number / call.heads;
+            const ll start = sequence / call.inner * call.outer_step + sequence % call.inner * call.inner_step +
+                             number % call.heads * width;
+            const T *q = (const T *)call.q + start, *k = (const T *)call.k + start, *v = (const T *)call.v + start;
+            T *out = (T *)call.out + start;
+            for (ll d = 0; d < width; d += LANES) {
+                const Column to = column(d, tokens, width);
+                for (ll j = 0; j < tokens; j++)
+                    store(values + to.first + j * to.row, load(v + j * call.token_step + d));
+                for (ll j = 0; j < padded; j += LANES) {
+                    vec r[LANES];
+                    for (ll i = 0; i < LANES; i++)
+                        r[i] = j + i < tokens ? load(k + (j + i) * call.token_step + d) : _mm512_setzero_ps();
+                    transpose(r);
+                    const Column at = column(j, width, padded);
+                    for (ll i = 0; i < LANES; i++) store(keys + at.first + (d + i) * at.row, r[i]);
+                }
+            }
+            for (ll first = 0; first < tokens; first += QUERIES) {
+                const ll count = first + QUERIES < tokens ? QUERIES : tokens - first;
+                for (ll i = 0; i < count; i++)
+                    for (ll d = 0; d < width; d += LANES)
+                        store(queries + i * width + d,
+                              _mm512_mul_ps(set(call.scale), load(q + (first + i) * call.token_step + d)));
+                product(count, queries, keys, weights, width, padded, width, padded);
+                for (ll i = 0; i < count; i++) softmax(weights + i * padded, tokens, padded);
+                product(count, weights, values, results, tokens, width, padded, width);
+                for (ll i = 0; i < count; i++)
+                    for (ll d = 0; d < width; d += LANES)
+                        store(out + (first + i) * call.token_step + d, load(results + i * width + d));
+            }
+        }
+    }
+}
+
+extern "C" void pw_attend(const Attention *call, int is_bf16) {
+    is_bf16 ? attend<bf16>(*call) : attend<float>(*call);
+}

@@ -1,0 +1,106 @@
+"""The C++ kernels as a library: compiled once a machine, in seconds, by the g++ that is there.
+
+No g++, another processor or another OpenMP than torch's own: there is no library, and every caller then uses torch. To
+do without: ``PERSISTWORLD_NATIVE=0`` in the environment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+SWITCH = "PERSISTWORLD_NATIVE"
+# AVX-512F alone, so that a library in a shared home runs on every node that has it; no -ffast-math, which would change
+# how the whole process rounds small numbers
+FLAGS = ("-O3", "-std=c++17", "-mavx512f", "-fopenmp", "-shared", "-fPIC")
+_log = logging.getLogger(__name__)
+_wanted = True
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, compiled if they have not been; None where they cannot be had or are not wanted."""
+    compiler = shutil.which("g++")
+    if os.environ.get(SWITCH) == "0" or compiler is None or not _fits():
+        return None
+    sources = sorted(Path(__file__).parent.glob("*.cpp"))
+    try:
+        return ctypes.CDLL(str(_compiled(compiler, sources)))
+    except subprocess.CalledProcessError as error:
+        said = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip()[:200])
+        _log.warning("fast CPU kernels are left out, %s could not compile them: %s", compiler, said)
+    except OSError as error:
+        _log.warning("fast CPU kernels are left out: %s", error)
+    return None
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether there are kernels; asked for every call, also while torch.compile looks on."""
+    return _wanted and library() is not None
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """torch's own operations for a block, to measure or to check against."""
+    global _wanted
+    _wanted = False
+    try:
+        yield
+    finally:
+        _wanted = True
+
+
+def _fits() -> bool:
+    """Whether this processor and this torch are what the kernels were written for."""
+    if platform.system() != "Linux" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    loaded = {Path(line.split()[-1]).name for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    # two OpenMP runtimes in one process would each keep a thread on every core
+    return any(n.startswith("libgomp") for n in loaded) and not any(n.startswith(("libomp", "libiomp")) for n in loaded)
+
+
+def _compiled(compiler: str, sources: list[Path]) -> Path:
+    """The library's path; compiled beside it and renamed, so that processes that start together do not collide."""
+    texts = [
+        path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.[ch]*")) if path.suffix in (".cpp", ".h")
+    ]
+    version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True, check=True).stdout
+    name = hashlib.sha256(b"\0".join([version.encode(), " ".join(FLAGS).encode(), *texts])).hexdigest()[:16]
+    folder = _cache()
+    target = folder / f"native-{name}.so"
+    if not target.exists():
+        handle, fresh = tempfile.mkstemp(suffix=".so", dir=folder)
+        os.close(handle)
+        try:
+            subprocess.run(
+                [compiler, *FLAGS, "-o", fresh, *map(str, sources)], capture_output=True, text=True, check=True
+            )
+            os.replace(fresh, target)
+        finally:
+            Path(fresh).unlink(missing_ok=True)
+    return target
+
+
+def _cache() -> Path:
+    """This user's folder for compiled kernels; one for this process alone where there can be none."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "persistworld"
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        if os.access(base, os.W_OK):
+            return base
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="persistworld-"))

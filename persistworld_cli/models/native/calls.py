@@ -1,0 +1,69 @@
+"""What the kernels' callers share: pointers, and what is made once of a weight."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from persistworld_cli.models.native.build import library
+
+LANES = 16  # numbers in a vector: channels must be a multiple
+# What was made of a weight, as long as that lives and is not written to
+_made: Any = WeakTensorKeyDictionary()
+
+
+def native() -> ctypes.CDLL:
+    """The kernels, which the caller knows to be there."""
+    found = library()
+    assert found is not None
+    return found
+
+
+def plain(x: torch.Tensor | None) -> torch.Tensor | None:
+    """In float32, in order."""
+    return None if x is None else x.detach().float().contiguous()
+
+
+def pointer(x: torch.Tensor | None) -> int | None:
+    """Of a tensor that the caller keeps."""
+    return None if x is None else x.data_ptr()
+
+
+def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
+    """As arguments; the caller keeps the tensors until the call is over."""
+    return [ctypes.c_void_p(pointer(x)) for x in tensors]
+
+
+def sizes(*numbers: int) -> list[ctypes.c_int64]:
+    """As arguments."""
+    return [ctypes.c_int64(number) for number in numbers]
+
+
+def made_of(weight: torch.Tensor, what: Any, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """`make(weight)`, remembered under `what` until the weight is written to."""
+    if weight.is_inference():  # has no version
+        return make(weight)
+    known = _made.setdefault(weight, {})
+    version = (weight._version, weight.data_ptr())
+    if known.get("version") != version:
+        known.clear()
+        known["version"] = version
+    if what not in known:
+        known[what] = make(weight)
+    found: torch.Tensor = known[what]
+    return found
+
+
+def packed(weight: torch.Tensor, what: Any, numbers: int, function: str, *arguments: Any) -> torch.Tensor:
+    """A weight in the order that a kernel reads it: `numbers` floats that `function`(weight, out, ...) writes."""
+
+    def make(weight: torch.Tensor) -> torch.Tensor:
+        source, out = plain(weight), torch.empty(numbers)
+        getattr(native(), function)(*pointers(source, out), *arguments)
+        return out
+
+    return made_of(weight, what, make)
