@@ -19,6 +19,7 @@ from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation.metrics import Judging
 from persistworld_cli.evaluation.recording import Item
 from persistworld_cli.evaluation.weights import hash_of
+from persistworld_cli.models.native.build import available
 from persistworld_cli.rewards.score import Scorer
 
 PROTOCOL = 2  # raise it when the same settings would give other numbers
@@ -106,7 +107,8 @@ def provenance(settings: Settings, store: EpisodeStore, device: torch.device) ->
         "device_name": name,
         "dtype": settings.sampling.dtype,
         "versions": {library: version(library) for library in _LIBRARIES}
-        | {"persistworld": __version__, "python": platform.python_version()},
+        | {"persistworld": __version__, "python": platform.python_version()}
+        | {"kernels": "persistworld" if device.type == "cpu" and available() else "torch"},
     }
 
 

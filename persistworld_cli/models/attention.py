@@ -18,6 +18,9 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.nn import functional
 
+from persistworld_cli.models.lean_lora import sampling_alone
+from persistworld_cli.models.native import attend as native_attend
+
 SHORT = 256  # longest sequence taken by the plain product
 
 
@@ -44,7 +47,10 @@ def across_frames(attn: Attention, x: torch.Tensor) -> torch.Tensor:
     def pixels(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (attn.heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (B * S, H, T, D)
 
-    q, k, v = pixels(attn.to_q(x)), pixels(attn.to_k(x)), pixels(attn.to_v(x))
+    q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+    if sampling_alone(attn.to_q) and native_attend.fits(q, attn.heads):
+        return projected_out(attn, native_attend.attend(q, k, v, attn.heads, attn.scale))
+    q, k, v = pixels(q), pixels(k), pixels(v)
     out = attend(q, k, v, attn.scale).unflatten(0, (x.shape[0], -1))
     return projected_out(attn, out.permute(0, 3, 1, 2, 4).flatten(3))
 
@@ -71,7 +77,11 @@ class FewTokens:
         def heads(x: torch.Tensor) -> torch.Tensor:
             return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
-        q, k, v = heads(attn.to_q(hidden_states)), heads(attn.to_k(context)), heads(value)
+        q, k = attn.to_q(hidden_states), attn.to_k(context)
+        own = encoder_hidden_states is None and sampling_alone(attn.to_q)
+        if own and native_attend.fits(q, attn.heads):
+            return projected_out(attn, native_attend.attend(q, k, value, attn.heads, attn.scale))
+        q, k, v = heads(q), heads(k), heads(value)
         return projected_out(attn, attend(q, k, v, attn.scale).transpose(1, 2).flatten(2))
 
 

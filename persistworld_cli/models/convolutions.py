@@ -16,10 +16,17 @@ from torch import nn
 from torch.nn import functional
 
 from persistworld_cli.models.exchange import exchange
+from persistworld_cli.models.native.convolve import block_conv, fits
 
 
 class ChannelsLastConv(nn.Conv2d):
     """A Conv2d that on a CPU computes with its channels last in memory."""
+
+    @property
+    def same_size(self) -> bool:
+        """Whether it is an ordinary 3 x 3 convolution, as ResNet blocks have them."""
+        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        return geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and self.padding_mode == "zeros"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) to (N, C', H', W')."""
@@ -27,6 +34,9 @@ class ChannelsLastConv(nn.Conv2d):
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The same with another weight in this one's place."""
+        if self.same_size and fits(x, weight) and x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu"):
+            out: torch.Tensor = block_conv(x, weight, self.bias)
+            return out
         ordered = x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
         return self._conv_forward(ordered, weight, self.bias)
 
@@ -40,13 +50,13 @@ class TemporalConv(nn.Conv3d):
     """A Conv3d of kernel (k, 1, 1), stride 1, computed over (B, C, T, H * W)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, T, H, W) to (B, C', T, H, W)."""
+        """(B, C, T, H, W) to (B, C', T, H, W); pictures may be given as one row, (B, C, T, H * W)."""
         return self.compute(x, self.weight)
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The same with another weight in this one's place."""
         folded = functional.conv2d(x.flatten(3), weight.squeeze(-1), self.bias, padding=(int(self.padding[0]), 0))
-        return folded.unflatten(3, x.shape[3:])
+        return folded if x.ndim == 4 else folded.unflatten(3, x.shape[3:])
 
 
 def fold_temporal_convs(module: nn.Module) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
 from diffusers.models.resnet import AlphaBlender
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
@@ -25,6 +26,9 @@ from torch import nn
 
 from persistworld_cli.models.attention import across_frames
 from persistworld_cli.models.exchange import exchange
+from persistworld_cli.models.lean_lora import weight_in_use, without_bias
+from persistworld_cli.models.native import feed_forward as native_ff
+from persistworld_cli.models.native import gate as native_gate
 
 
 class LeanBlender(AlphaBlender):
@@ -50,6 +54,27 @@ def _cross(block: Any, x: torch.Tensor, context: torch.Tensor | None) -> torch.T
     return x + added
 
 
+def _feed_forward(ff: Any, norm: nn.LayerNorm, x: torch.Tensor, residual: bool) -> torch.Tensor:
+    """[x +] ff(norm(x)); in one pass, or its gate in one, where there is a kernel for it."""
+    gated, last = ff.net[0], ff.net[2]
+    usual = type(gated) is GEGLU and x.device.type == "cpu"
+    if usual and not torch.is_grad_enabled():
+        w1, w2 = weight_in_use(gated.proj), weight_in_use(last)
+        if w1 is not None and w2 is not None and native_ff.fits(x, w1, w2):
+            out: torch.Tensor = native_ff.feed_forward(
+                x, norm.weight, norm.bias, norm.eps, w1, gated.proj.bias, w2, last.bias, residual
+            )
+            return out
+    normed = norm(x)
+    if usual and native_gate.fits(normed, gated.proj.bias):
+        both = without_bias(gated.proj, normed)
+        if both is not None:
+            hidden = last(ff.net[1](native_gate.gate(both, gated.proj.bias)))
+            return x + hidden if residual else hidden
+    wide: torch.Tensor = ff(normed)
+    return x + wide if residual else wide
+
+
 class LeanSpatialBlock(BasicTransformerBlock):
     """Attention over a picture's pixels, its token, feed-forward."""
 
@@ -63,7 +88,7 @@ class LeanSpatialBlock(BasicTransformerBlock):
         """(B * T, S, C) with tokens (B * T, N, width), to the same shape."""
         x = hidden_states + self.attn1(self.norm1(hidden_states))
         x = _cross(self, x, encoder_hidden_states)
-        return x + self.ff(self.norm3(x))
+        return _feed_forward(self.ff, self.norm3, x, residual=True)
 
 
 class LeanTemporalBlock(TemporalBasicTransformerBlock):
@@ -74,12 +99,10 @@ class LeanTemporalBlock(TemporalBasicTransformerBlock):
     ) -> torch.Tensor:
         """(B * T, S, C) with tokens (B, N, width), to the same shape."""
         shape = hidden_states.shape
-        x = self.ff_in(self.norm_in(hidden_states))
-        x = (x + hidden_states if self.is_res else x).unflatten(0, (-1, num_frames))
+        x = _feed_forward(self.ff_in, self.norm_in, hidden_states, self.is_res).unflatten(0, (-1, num_frames))
         x = (x + across_frames(self.attn1, self.norm1(x))).flatten(1, 2)  # (B, T * S, C)
         x = _cross(self, x, encoder_hidden_states)
-        out = self.ff(self.norm3(x))
-        return (x + out if self.is_res else out).reshape(shape)
+        return _feed_forward(self.ff, self.norm3, x, self.is_res).reshape(shape)
 
 
 class LeanTransformer(TransformerSpatioTemporalModel):

@@ -7,11 +7,15 @@ tiny preset's post-training spends a fifth of an update on them). Here the low-r
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Conv2d, Conv3d, Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn import functional
 
 from persistworld_cli.models.exchange import exchange
 
@@ -23,16 +27,24 @@ class _Lean:
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As peft's forward (to rounding) where one plain adapter is active."""
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        plain = len(active) == 1 and not (args or kwargs or self.merged or self.disable_adapters)
-        if not plain or active[0] in self.lora_variant or not isinstance(self.lora_dropout[active[0]], nn.Identity):
+        name = None if args or kwargs else self.plain()
+        if name is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        name = active[0]
         if self.merging and not torch.is_grad_enabled() and hasattr(self.base_layer, "compute"):
             merged: torch.Tensor = self.base_layer.compute(x, self._merged(name))
             return merged
-        low = self.lora_A[name](x)
-        added: torch.Tensor = self._added(self.base_layer(x), low, self.lora_B[name], self.scaling[name])
+        return self.adapted(self.base_layer, x, name)
+
+    def plain(self: Any) -> str | None:
+        """The adapter, where it is one and an ordinary one."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1 or self.merged or self.disable_adapters or active[0] in self.lora_variant:
+            return None
+        return active[0] if isinstance(self.lora_dropout[active[0]], nn.Identity) else None
+
+    def adapted(self: Any, own: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, name: str) -> torch.Tensor:
+        """`own(x)`, and what the adapter adds to it."""
+        added: torch.Tensor = self._added(own(x), self.lora_A[name](x), self.lora_B[name], self.scaling[name])
         return added
 
     def _merged(self: Any, name: str) -> torch.Tensor:
@@ -47,14 +59,54 @@ class _Lean:
 class LeanLinear(_Lean, Linear):
     """x W' + b + s (x A') B'."""
 
-    def _added(self, out: torch.Tensor, low: torch.Tensor, up: nn.Linear, scale: float) -> torch.Tensor:
-        weight = up.weight.to(low.dtype)
-        return out.view(-1, out.shape[-1]).addmm_(low.flatten(0, -2), weight.t(), alpha=scale).view_as(out)
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As peft's forward (to rounding); without an adapter on rows too, for the same rounding."""
+        if self.disable_adapters and not (args or kwargs or self.merged):
+            off: torch.Tensor = self.base_layer(x.flatten(0, -2))
+            return off.view(*x.shape[:-1], -1)
+        return super().forward(x, *args, **kwargs)
+
+    def adapted(self: Any, own: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, name: str) -> torch.Tensor:
+        """As rows (n, C): what is written to must not be a view, or its gradient is copied, once for each product."""
+        rows = x.flatten(0, -2)
+        out, low = own(rows), self.lora_A[name](rows)
+        weight = self.lora_B[name].weight.to(low.dtype)
+        sum_: torch.Tensor = out.addmm_(low, weight.t(), alpha=self.scaling[name])
+        return sum_.view(*x.shape[:-1], -1)
+
+
+class _LowRank(torch.autograd.Function):
+    """out += s low B' over the channels of out (N, C', ...) and low (N, r, ...), both with channels last in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, low: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.mark_dirty(out)
+        ctx.save_for_backward(low, up)
+        ctx.scale = scale
+        _rows(out).addmm_(_rows(low), up.t(), alpha=scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        low, up = ctx.saved_tensors
+        of_rows = _rows(grad)
+        of_low = (ctx.scale * (of_rows @ up)).view(*low.movedim(1, -1).shape).movedim(-1, 1)
+        return grad, of_low, ctx.scale * (of_rows.t() @ _rows(low)), None
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, ...) as (rows, C); a view where channels are last."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
 class _LeanConv(_Lean):
-    def _added(self, out: torch.Tensor, low: torch.Tensor, up: nn.Module, scale: float) -> torch.Tensor:
-        return torch.add(out, up(low), alpha=scale)
+    def _added(self, out: torch.Tensor, low: torch.Tensor, up: Any, scale: float) -> torch.Tensor:
+        if not out.movedim(1, -1).is_contiguous():
+            sum_: torch.Tensor = torch.add(out, up(low), alpha=scale)
+            return sum_
+        weight = up.weight.flatten(1).to(low.dtype)  # 1 x 1
+        added: torch.Tensor = _LowRank.apply(out, low, weight, scale)
+        return added
 
 
 class LeanConv2d(_LeanConv, Conv2d):
@@ -63,6 +115,43 @@ class LeanConv2d(_LeanConv, Conv2d):
 
 class LeanConv3d(_LeanConv, Conv3d):
     """The same for a three-dimensional convolution."""
+
+
+def sampling_alone(layer: Any) -> bool:
+    """Whether a layer has no adapter, or one that is merged or off while nothing is compared with another policy.
+
+    Policies whose predictions are compared are computed alike, operation by operation: equal weights, equal numbers.
+    """
+    return not isinstance(layer, BaseTunerLayer) or (getattr(layer, "merging", False) and not torch.is_grad_enabled())
+
+
+def weight_in_use(layer: Any) -> torch.Tensor | None:
+    """The one weight that a layer multiplies by, where `sampling_alone` holds; None for an unusual adapter too."""
+    own: torch.Tensor | None = None
+    if not isinstance(layer, BaseTunerLayer):
+        own = layer.weight
+    elif sampling_alone(layer) and not layer.merged:
+        tuned: Any = layer
+        if tuned.disable_adapters:
+            own = tuned.base_layer.weight
+        elif (name := tuned.plain()) is not None:
+            own = tuned._merged(name)
+    return own
+
+
+def without_bias(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """What a linear layer, adapted or not, gives less its bias; None where an unusual adapter is on it."""
+    weight = weight_in_use(layer)
+    if weight is not None:
+        return functional.linear(x, weight)
+    if not isinstance(layer, LeanLinear) or layer.merged:
+        return None
+    base: Any = layer.base_layer
+    product = partial(functional.linear, weight=base.weight)
+    if layer.disable_adapters:
+        return product(x)
+    name = layer.plain()
+    return None if name is None else layer.adapted(product, x, name)
 
 
 LEAN: dict[type, type] = {Linear: LeanLinear, Conv2d: LeanConv2d, Conv3d: LeanConv3d}
