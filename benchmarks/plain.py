@@ -23,6 +23,7 @@ from persistworld_cli.models.convolutions import ChannelsLastConv, TemporalConv
 from persistworld_cli.models.exchange import exchanged
 from persistworld_cli.models.lean_blocks import DIFFUSERS
 from persistworld_cli.models.lean_lora import LEAN
+from persistworld_cli.models.lean_resnets import DIFFUSERS_RESNETS
 from persistworld_cli.models.linears import ConvLinear
 from persistworld_cli.models.lora import PolicySwitch
 from persistworld_cli.models.world_model import WorldModel, small_products
@@ -40,7 +41,10 @@ def plain_blocks(model: WorldModel) -> Iterator[None]:
     """diffusers' and peft's own blocks, not compiled, in the place of this project's; put back afterwards."""
     compiled = model.unet.__dict__.pop("forward", None)
     try:
-        with exchanged(model, {**LINEARS, **TEMPORAL, **LAYOUT, **DIFFUSERS, **_LORA}), diffusers_attention(model.unet):
+        with (
+            exchanged(model, {**LINEARS, **TEMPORAL, **LAYOUT, **DIFFUSERS, **DIFFUSERS_RESNETS, **_LORA}),
+            diffusers_attention(model.unet),
+        ):
             yield
     finally:
         if compiled is not None:

@@ -1,6 +1,6 @@
 """An interaction under the plain way and ours, guided, with many denoising steps: exact speed.
 
-`python -m benchmarks.sampling [--steps 50] [--repeats 3] [--size tiny|mid] [--rollouts 8] [--compile] [--json]`
+`python -m benchmarks.sampling [--steps 50] [--repeats 3] [--size tiny|mid] [--rollouts 8] [--compile] [--whole]`
 
 Random weights of the tiny preset's size, or of a mid-size network (about 100 million weights) on the same latents; one
 process with the environment that workers get. The plain way (`benchmarks.plain`): diffusers' own blocks, Euler steps,
@@ -35,6 +35,8 @@ from persistworld_cli.models.attention import diffusers_attention
 from persistworld_cli.models.compiling import compile_network
 from persistworld_cli.models.exchange import exchanged
 from persistworld_cli.models.lean_blocks import DIFFUSERS
+from persistworld_cli.models.lean_resnets import DIFFUSERS_RESNETS
+from persistworld_cli.models.native.build import without_kernels
 from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model
 from persistworld_cli.rollout.engine import RolloutEngine
 
@@ -42,7 +44,8 @@ GATES = {"one": 1.5, "several": 2.0, "apart": 1e-4}
 WIDTHS = {"tiny": None, "mid": (128, 256, 512)}
 GUIDANCE = 2.0
 WITHOUT: dict[str, Callable[[WorldModel], AbstractContextManager[None]]] = {
-    "lean blocks": lambda model: exchanged(model.unet, DIFFUSERS),
+    "kernels of our own": lambda model: without_kernels(),
+    "lean blocks": lambda model: exchanged(model.unet, {**DIFFUSERS, **DIFFUSERS_RESNETS}),
     "linears through oneDNN": lambda model: exchanged(model, plain.LINEARS),
     "one-token attention": lambda model: diffusers_attention(model.unet),
     "folded temporal convolutions": lambda model: exchanged(model, plain.TEMPORAL),
@@ -113,7 +116,7 @@ def without(model: WorldModel, ours: Callable[[], Any], repeats: int) -> dict[st
     return found
 
 
-def measure(size: str, steps: int, rollouts: int, repeats: int, compiled: bool) -> dict[str, Any]:
+def measure(size: str, steps: int, rollouts: int, repeats: int, compiled: bool, whole: bool) -> dict[str, Any]:
     """All ways in turn."""
     settings = settings_of(size, steps)
     torch.manual_seed(0)
@@ -165,7 +168,7 @@ def measure(size: str, steps: int, rollouts: int, repeats: int, compiled: bool) 
         "times_as_fast": {
             name: {"ratio": statistics.median(own), "low": min(own), "high": max(own)} for name, own in ratios.items()
         },
-        "without": {} if compiled else without(model, lambda: ours(1), repeats),
+        "without": {} if compiled or whole else without(model, lambda: ours(1), repeats),
         "apart": apart,
         "gates": GATES,
     }
@@ -179,10 +182,11 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--whole", action="store_true", help="leave out what each way of being faster gives by itself")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     become_worker("benchmarks.sampling")
-    told = measure(options.size, options.steps, options.rollouts, options.repeats, options.compile)
+    told = measure(options.size, options.steps, options.rollouts, options.repeats, options.compile, options.whole)
     if options.json:
         print(json.dumps(told, indent=1))
         return
