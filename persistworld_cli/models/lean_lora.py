@@ -120,7 +120,8 @@ class LeanConv3d(_LeanConv, Conv3d):
 def sampling_alone(layer: Any) -> bool:
     """Whether a layer has no adapter, or one that is merged or off while nothing is compared with another policy.
 
-    Policies whose predictions are compared are computed alike, operation by operation: equal weights, equal numbers.
+    Policies whose predictions are compared are computed alike: equal weights give equal numbers (in float32 to
+    rounding, where nothing adapts a feed-forward block: its kernel has no gradient).
     """
     return not isinstance(layer, BaseTunerLayer) or (getattr(layer, "merging", False) and not torch.is_grad_enabled())
 
