@@ -23,7 +23,6 @@ from persistworld_cli.models.convolutions import ChannelsLastConv, TemporalConv
 from persistworld_cli.models.exchange import exchanged
 from persistworld_cli.models.lean_blocks import DIFFUSERS
 from persistworld_cli.models.lean_lora import LEAN
-from persistworld_cli.models.lean_resnets import DIFFUSERS_RESNETS
 from persistworld_cli.models.linears import ConvLinear
 from persistworld_cli.models.lora import PolicySwitch
 from persistworld_cli.models.world_model import WorldModel, small_products
@@ -42,7 +41,7 @@ def plain_blocks(model: WorldModel) -> Iterator[None]:
     compiled = model.unet.__dict__.pop("forward", None)
     try:
         with (
-            exchanged(model, {**LINEARS, **TEMPORAL, **LAYOUT, **DIFFUSERS, **DIFFUSERS_RESNETS, **_LORA}),
+            exchanged(model, {**LINEARS, **TEMPORAL, **LAYOUT, **DIFFUSERS, **_LORA}),
             diffusers_attention(model.unet),
         ):
             yield

@@ -35,7 +35,6 @@ from persistworld_cli.models.attention import diffusers_attention
 from persistworld_cli.models.compiling import compile_network
 from persistworld_cli.models.exchange import exchanged
 from persistworld_cli.models.lean_blocks import DIFFUSERS
-from persistworld_cli.models.lean_resnets import DIFFUSERS_RESNETS
 from persistworld_cli.models.native.build import without_kernels
 from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model
 from persistworld_cli.rollout.engine import RolloutEngine
@@ -45,7 +44,7 @@ WIDTHS = {"tiny": None, "mid": (128, 256, 512)}
 GUIDANCE = 2.0
 WITHOUT: dict[str, Callable[[WorldModel], AbstractContextManager[None]]] = {
     "kernels of our own": lambda model: without_kernels(),
-    "lean blocks": lambda model: exchanged(model.unet, {**DIFFUSERS, **DIFFUSERS_RESNETS}),
+    "lean blocks": lambda model: exchanged(model.unet, DIFFUSERS),
     "linears through oneDNN": lambda model: exchanged(model, plain.LINEARS),
     "one-token attention": lambda model: diffusers_attention(model.unet),
     "folded temporal convolutions": lambda model: exchanged(model, plain.TEMPORAL),

@@ -18,7 +18,6 @@ from persistworld_cli.models import compiling
 from persistworld_cli.models.convolutions import ChannelsLastConv, TemporalConv
 from persistworld_cli.models.exchange import exchanged
 from persistworld_cli.models.lean_blocks import DIFFUSERS, LeanTransformer
-from persistworld_cli.models.lean_resnets import DIFFUSERS_RESNETS
 from persistworld_cli.models.linears import ConvLinear
 from persistworld_cli.models.native.build import without_kernels
 from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model
@@ -53,7 +52,7 @@ def predicted(model: WorldModel, clips: int = 2, seed: int = 1) -> torch.Tensor:
 @torch.no_grad()
 def test_predictions_are_those_of_diffusers_blocks(model: WorldModel) -> None:
     ours = predicted(model)
-    with exchanged(model.unet, {**DIFFUSERS, **DIFFUSERS_RESNETS}):
+    with exchanged(model.unet, DIFFUSERS):
         assert not any(isinstance(module, LeanTransformer) for module in model.unet.modules())
         theirs = predicted(model)
     assert any(isinstance(module, LeanTransformer) for module in model.unet.modules())
@@ -67,7 +66,7 @@ def test_gradients_are_those_of_diffusers_blocks(model: WorldModel) -> None:
         return {name: p.grad.clone() for name, p in model.unet.named_parameters() if p.grad is not None}
 
     ours = gradients()
-    with exchanged(model.unet, {**DIFFUSERS, **DIFFUSERS_RESNETS}):
+    with exchanged(model.unet, DIFFUSERS):
         theirs = gradients()
     # the queries and norms before a single token get a zero there and nothing here
     silent = {name for name in theirs if name not in ours}

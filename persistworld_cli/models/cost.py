@@ -17,7 +17,6 @@ from persistworld_cli.models.attention import diffusers_attention
 from persistworld_cli.models.diffusion import karras_sigmas
 from persistworld_cli.models.exchange import exchanged
 from persistworld_cli.models.lean_blocks import DIFFUSERS
-from persistworld_cli.models.lean_resnets import DIFFUSERS_RESNETS
 from persistworld_cli.models.meter import Work, measure
 from persistworld_cli.models.samplers import find_sampler
 from persistworld_cli.models.world_model import CARRIED, DECODE_ROWS, Condition, WorldModel, build_world_model
@@ -144,7 +143,7 @@ def count_interaction(model: WorldModel, sampling: SamplingSettings, rollouts: i
     dtype = AUTOCAST[sampling.dtype] if model.dtype is torch.float32 else torch.float32  # no autocast, as the engine
     sampled = measure(lambda: predict(model, rollouts, sampling.guidance), model.parameters(), dtype)
     decoded = decoding_work(model, sampling.decode_chunk, AUTOCAST[sampling.decode_dtype])
-    with diffusers_attention(model.unet), exchanged(model.unet, {**DIFFUSERS, **DIFFUSERS_RESNETS}):
+    with diffusers_attention(model.unet), exchanged(model.unet, DIFFUSERS):
         reference = measure(lambda: predict(model, 1), model.parameters(), dtype)
     return InteractionCost(
         calls=sampler_calls(sampling),

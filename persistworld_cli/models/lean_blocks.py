@@ -27,6 +27,7 @@ from torch import nn
 from persistworld_cli.models.attention import across_frames
 from persistworld_cli.models.exchange import exchange
 from persistworld_cli.models.lean_lora import weight_in_use, without_bias
+from persistworld_cli.models.lean_resnets import RESNETS
 from persistworld_cli.models.native import feed_forward as native_ff
 from persistworld_cli.models.native import gate as native_gate
 
@@ -142,6 +143,7 @@ LEAN: dict[type, type] = {
     BasicTransformerBlock: LeanSpatialBlock,
     TemporalBasicTransformerBlock: LeanTemporalBlock,
     TransformerSpatioTemporalModel: LeanTransformer,
+    **RESNETS,
 }
 
 

@@ -18,7 +18,6 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn import functional
 
-from persistworld_cli.models.exchange import exchange
 from persistworld_cli.models.lean_lora import weight_in_use
 from persistworld_cli.models.native.convolve import block_conv, fits, upsampled_conv
 from persistworld_cli.models.native.norm import fits as norm_fits
@@ -64,9 +63,8 @@ class LeanResnet(ResnetBlock2D):
             added = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
         rest = x
         if self.conv_shortcut is not None:
-            rest = self.conv_shortcut(
-                x.contiguous() if self.training and x.device.type == "cuda" else x
-            )  # as diffusers
+            copied = self.training and x.device.type == "cuda"  # as diffusers, for the strides of gradients
+            rest = self.conv_shortcut(x.contiguous() if copied else x)
         if weights := _weights(self, x):
             x, rest = _small(x), _small(rest)
             hidden = _conv(x, self.conv1, weights[0], self.norm1, added)
@@ -131,7 +129,7 @@ class LeanUpsample(Upsample2D):
         """(N, C, h, w) to (N, C', 2 h, 2 w)."""
         x, conv = hidden_states, getattr(self, "conv", None)
         usual = self.interpolate and self.use_conv and not self.use_conv_transpose and self.norm is None
-        if not usual or output_size is not None or conv is None or conv.kernel_size != (3, 3):
+        if not usual or output_size is not None or conv is None:
             return super().forward(x, output_size, *args)
         weight = weight_in_use(conv)
         if weight is None or not fits(x, weight):
@@ -140,15 +138,9 @@ class LeanUpsample(Upsample2D):
         return out
 
 
-LEAN: dict[type, type] = {
+RESNETS: dict[type, type] = {
     Upsample2D: LeanUpsample,
     ResnetBlock2D: LeanResnet,
     TemporalResnetBlock: LeanTemporalResnet,
     SpatioTemporalResBlock: LeanVideoResnet,
 }
-DIFFUSERS_RESNETS = {lean: own for own, lean in LEAN.items()}  # to count or to measure against
-
-
-def make_resnets_lean(model: nn.Module) -> None:
-    """Let the ResNet blocks of a model compute leanly."""
-    exchange(model, LEAN)

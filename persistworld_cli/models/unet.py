@@ -14,7 +14,6 @@ from torch import nn
 from persistworld_cli.models.attention import FewTokens
 from persistworld_cli.models.convolutions import fold_temporal_convs, put_channels_last
 from persistworld_cli.models.lean_blocks import LeanTransformer, make_blocks_lean
-from persistworld_cli.models.lean_resnets import make_resnets_lean
 from persistworld_cli.models.linears import linears_as_convolutions
 
 
@@ -32,7 +31,6 @@ class FrameLevelUNet(UNetSpatioTemporalConditionModel):
         super().__init__(**config)
         self.set_attn_processor(FewTokens())
         make_blocks_lean(self)
-        make_resnets_lean(self)
         fold_temporal_convs(self)
         put_channels_last(self)
         linears_as_convolutions(self)

@@ -14,7 +14,6 @@ from diffusers import AutoencoderKLTemporalDecoder
 
 from persistworld_cli.models.convolutions import fold_temporal_convs, put_channels_last
 from persistworld_cli.models.lean_blocks import make_blocks_lean
-from persistworld_cli.models.lean_resnets import make_resnets_lean
 from persistworld_cli.models.norms import set_norm_groups
 from persistworld_cli.seeding import generator
 
@@ -25,7 +24,6 @@ def build_vae(config: dict[str, Any], norm_groups: int = DIFFUSERS_GROUPS) -> Au
     """diffusers' class with `config`'s keywords and fresh weights."""
     vae = AutoencoderKLTemporalDecoder(**config)
     make_blocks_lean(vae)
-    make_resnets_lean(vae)
     fold_temporal_convs(vae)
     put_channels_last(vae)
     set_norm_groups(vae, norm_groups)

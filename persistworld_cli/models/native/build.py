@@ -74,9 +74,7 @@ def _fits() -> bool:
 
 def _compiled(compiler: str, sources: list[Path]) -> Path:
     """The library's path; compiled beside it and renamed, so that processes that start together do not collide."""
-    texts = [
-        path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.[ch]*")) if path.suffix in (".cpp", ".h")
-    ]
+    texts = [path.read_bytes() for path in (*sources, *sorted(Path(__file__).parent.glob("*.h")))]
     version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True, check=True).stdout
     name = hashlib.sha256(b"\0".join([version.encode(), " ".join(FLAGS).encode(), *texts])).hexdigest()[:16]
     folder = _cache()
