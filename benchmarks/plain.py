@@ -25,7 +25,8 @@ from persistworld_cli.models.lean_blocks import DIFFUSERS
 from persistworld_cli.models.lean_lora import LEAN
 from persistworld_cli.models.linears import ConvLinear
 from persistworld_cli.models.lora import PolicySwitch
-from persistworld_cli.models.world_model import WorldModel, small_products
+from persistworld_cli.models.precision import small_products
+from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.rewards.lpips import Lpips
 from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from checkpoint_files import BASE, TINY, Tensors, cli
 from safetensors.torch import load_file
 from torch import nn
@@ -15,13 +16,16 @@ from torch import nn
 from persistworld_cli.config.settings import SamplingSettings
 from persistworld_cli.data.store import ActionStat
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.models import precision
 from persistworld_cli.models.checkpoints import load_for_sampling, load_world_model, open_carried
 from persistworld_cli.models.cost import meta_model, weight_bytes
+from persistworld_cli.models.precision import cpu_has_bfloat16, product_type, small_products
 from persistworld_cli.models.world_model import build_world_model
 from persistworld_cli.reports.costs import interaction_report
 from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
 from persistworld_cli.training.cost import pretrain_report
 from persistworld_cli.training.pretrain import save_weights
+from persistworld_cli.training.run import Run
 from persistworld_cli.training.schedule import WeightAverage
 
 IMAGE = {
@@ -130,7 +134,25 @@ def test_whole_model_in_bfloat16_draws_nearly_the_same() -> None:
         drawn[dtype, cast] = torch.cat([clip.flatten(), model.decode_latents(clip, 5).flatten()])
     exact = drawn["float32", "autocast"]
     for key in (("bfloat16", "model"), ("bfloat16", "autocast")):
+        if key[1] == "autocast" and not cpu_has_bfloat16():
+            assert torch.equal(drawn[key], exact)
+            continue
         assert 0 < (drawn[key] - exact).pow(2).mean().sqrt() < 0.03 * exact.pow(2).mean().sqrt(), key
+
+
+def test_a_processor_without_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpu, half = torch.device("cpu"), torch.bfloat16
+    for has in (True, False):
+        monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda has=has: has)
+        assert product_type(cpu, half) is (half if has else torch.float32)
+        assert product_type(torch.device("cuda"), half) is half and product_type(cpu, torch.float16) is torch.float16
+        with small_products(cpu, half, torch.float32):
+            assert torch.is_autocast_enabled("cpu") is has
+        with small_products(cpu, half, half):  # weights that are held so compute so
+            assert not torch.is_autocast_enabled("cpu")
+        with Run(tmp_path, mixed_precision="bf16", cpu=True) as run:
+            assert run.accelerator.mixed_precision == ("bf16" if has else "no")
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # -- averaged weights --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from persistworld_cli.models.native import attend, build, calls, convolve, feed_forward, gate, norm
 
-pytestmark = pytest.mark.skipif(build.library() is None, reason="needs Linux, AVX-512 and g++")
+pytestmark = pytest.mark.skipif(build.library() is None, reason="needs Linux, AVX2 and g++")
 DTYPES = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of numbers of size 1 to 5
 SPATIAL = [(2, 16, 48, 9, 5), (3, 32, 64, 36, 20), (1, 96, 112, 7, 13), (5, 64, 16, 12, 20), (2, 160, 32, 11, 17)]
 

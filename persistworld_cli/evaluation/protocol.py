@@ -20,6 +20,7 @@ from persistworld_cli.evaluation.metrics import Judging
 from persistworld_cli.evaluation.recording import Item
 from persistworld_cli.evaluation.weights import hash_of
 from persistworld_cli.models.native.build import available
+from persistworld_cli.models.precision import product_type
 from persistworld_cli.rewards.score import Scorer
 
 PROTOCOL = 2  # raise it when the same settings would give other numbers
@@ -105,11 +106,18 @@ def provenance(settings: Settings, store: EpisodeStore, device: torch.device) ->
         "dataset": str(store.root),
         "device": str(device),
         "device_name": name,
-        "dtype": settings.sampling.dtype,
+        "dtype": _type_used(settings.sampling, device),
         "versions": {library: version(library) for library in _LIBRARIES}
         | {"persistworld": __version__, "python": platform.python_version()}
         | {"kernels": "persistworld" if device.type == "cpu" and available() else "torch"},
     }
+
+
+def _type_used(sampling: SamplingSettings, device: torch.device) -> str:
+    """Of the network's products."""
+    wanted: torch.dtype = getattr(torch, sampling.dtype)
+    used = wanted if sampling.cast == "model" else product_type(device, wanted)
+    return str(used).removeprefix("torch.")
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

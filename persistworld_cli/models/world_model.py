@@ -7,7 +7,6 @@ T token width, D action numbers. Latents are scaled (unit variance, roughly).
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +20,7 @@ from persistworld_cli.models import text as text_room
 from persistworld_cli.models import vae as vae_room
 from persistworld_cli.models.diffusion import precondition
 from persistworld_cli.models.norms import set_norm_groups
+from persistworld_cli.models.precision import small_products
 from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.unet import FrameLevelUNet
 
@@ -244,11 +244,6 @@ def sampling_dtype(sampling: SamplingSettings) -> torch.dtype:
     """Of the weights while sampling: float32 where autocast takes care of the products."""
     dtype: torch.dtype = getattr(torch, sampling.dtype)
     return dtype if sampling.cast == "model" else torch.float32
-
-
-def small_products(device: torch.device, dtype: torch.dtype, own: torch.dtype) -> AbstractContextManager[object]:
-    """Products in ``dtype``, of weights held in ``own``: autocast where the two differ and it is not float32."""
-    return nullcontext() if dtype in (torch.float32, own) else torch.autocast(device.type, dtype)
 
 
 def build_world_model(settings: ModelSettings, world: WorldSettings) -> WorldModel:

@@ -17,12 +17,13 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, gather_object
 
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings, VaeSettings
 from persistworld_cli.config.trackers import wanted_trackers
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.models.precision import product_type
 from persistworld_cli.training.resuming import LOG, STATE, adopt_state, find_state, newest_step, read_log, states_of
 from persistworld_cli.training.tracking import Trackers, forget_trackers
 
@@ -38,7 +39,8 @@ class Run:
 
     Args:
         output: the run's folder.
-        mixed_precision: accelerate's no | bf16; its fp16 would need loss scaling, for which the loops have no place.
+        mixed_precision: accelerate's no | bf16 (`product_type`: no, on a CPU without it); its fp16 would need loss
+            scaling, for which the loops have no place.
         keep: how many saved states to keep.
         cpu: stay on the CPU.
         resume: go on from what the folder holds; otherwise it is forgotten.
@@ -63,6 +65,8 @@ class Run:
         self.output, self.keep = Path(output), keep
         names = wanted_trackers(settings.launch.trackers) if settings else ()
         project = ProjectConfiguration(logging_dir=str(self.output / "tensorboard"))
+        if mixed_precision == "bf16" and product_type(PartialState(cpu).device, torch.bfloat16) is torch.float32:
+            mixed_precision = "no"
         self.accelerator = Accelerator(
             mixed_precision=mixed_precision, cpu=cpu, log_with=list(names) or None, project_config=project
         )

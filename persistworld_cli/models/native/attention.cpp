@@ -17,52 +17,32 @@ struct Attention {
     float scale;
 };
 
-// 16 rows of 16 to columns
-static inline void transpose(vec *r) {
-    vec t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 2]);
-        __m512d c = _mm512_castps_pd(t[i + 1]), d = _mm512_castps_pd(t[i + 3]);
-        r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), r[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-        r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
-    }
-    for (int i = 0; i < 4; i++) {  // quarters
-        t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88), t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88), r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
-        r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
-    }
+// of the vector that begins at j, those that are tokens
+static inline lanes tokens_at(ll j, ll tokens) {
+    const ll left = tokens < j ? 0 : tokens - j;
+    return first_of(left < LANES ? left : (ll)LANES);
 }
 
 // a row of `tokens` weights, `padded` long, in place; what is beyond the tokens becomes 0
 static inline void softmax(float *row, ll tokens, ll padded) {
-    vec top = set(-INFINITY), sum = _mm512_setzero_ps();
-    const __mmask16 last = (__mmask16)(0xffff >> (padded - tokens));
+    vec top = set(-INFINITY), sum = set(0);
     for (ll j = 0; j < padded; j += LANES) {
-        if (j + LANES == padded) store(row + j, _mm512_mask_mov_ps(set(-INFINITY), last, load(row + j)));
-        top = _mm512_max_ps(top, load(row + j));
+        if (j + LANES > tokens) store(row + j, choose(tokens_at(j, tokens), load(row + j), set(-INFINITY)));
+        top = most(top, load(row + j));
     }
-    top = set(_mm512_reduce_max_ps(top));
+    top = set(largest(top));
     for (ll j = 0; j < padded; j += LANES) {
-        vec e = exponential(_mm512_sub_ps(load(row + j), top));
-        if (j + LANES == padded) e = _mm512_maskz_mov_ps(last, e);
-        sum = _mm512_add_ps(sum, e);
+        vec e = exponential(load(row + j) - top);
+        if (j + LANES > tokens) e = choose(tokens_at(j, tokens), e, set(0));
+        sum = sum + e;
         store(row + j, e);
     }
-    const vec share = set(1.0f / _mm512_reduce_add_ps(sum));
-    for (ll j = 0; j < padded; j += LANES) store(row + j, _mm512_mul_ps(share, load(row + j)));
+    const vec share = set(1.0f / total(sum));
+    for (ll j = 0; j < padded; j += LANES) store(row + j, share * load(row + j));
 }
 
 template <typename T> static void attend(const Attention &call) {
-    const ll tokens = call.tokens, padded = ceil_div(tokens, LANES) * LANES, width = call.width;
+    const ll tokens = call.tokens, padded = ceil_div(tokens, MULTIPLE) * MULTIPLE, width = call.width;
 #pragma omp parallel
     {
         float *keys = room(2 * padded * width + QUERIES * (2 * width + padded));
@@ -82,7 +62,7 @@ template <typename T> static void attend(const Attention &call) {
                 for (ll j = 0; j < padded; j += LANES) {
                     vec r[LANES];
                     for (ll i = 0; i < LANES; i++)
-                        r[i] = j + i < tokens ? load(k + (j + i) * call.token_step + d) : _mm512_setzero_ps();
+                        r[i] = j + i < tokens ? load(k + (j + i) * call.token_step + d) : set(0);
                     transpose(r);
                     const Column at = column(j, width, padded);
                     for (ll i = 0; i < LANES; i++) store(keys + at.first + (d + i) * at.row, r[i]);
@@ -93,7 +73,7 @@ template <typename T> static void attend(const Attention &call) {
                 for (ll i = 0; i < count; i++)
                     for (ll d = 0; d < width; d += LANES)
                         store(queries + i * width + d,
-                              _mm512_mul_ps(set(call.scale), load(q + (first + i) * call.token_step + d)));
+                              set(call.scale) * load(q + (first + i) * call.token_step + d));
                 product(count, queries, keys, weights, width, padded, width, padded);
                 for (ll i = 0; i < count; i++) softmax(weights + i * padded, tokens, padded);
                 product(count, weights, values, results, tokens, width, padded, width);

@@ -22,9 +22,11 @@ from pathlib import Path
 import torch
 
 SWITCH = "PERSISTWORLD_NATIVE"
-# AVX-512F alone, so that a library in a shared home runs on every node that has it; no -ffast-math, which would change
-# how the whole process rounds small numbers
-FLAGS = ("-O3", "-std=c++17", "-mavx512f", "-fopenmp", "-shared", "-fPIC")
+# No -ffast-math, which would change how the whole process rounds small numbers; nothing is fused but what says so
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+# By what torch finds in the processor; no more than is named, so that a library in a shared home runs on every node
+# that has it
+VECTORS = {"AVX512": ("-mavx512f",), "AVX2": ("-mavx2", "-mfma")}
 _log = logging.getLogger(__name__)
 _wanted = True
 
@@ -65,7 +67,7 @@ def without_kernels() -> Iterator[None]:
 
 def _fits() -> bool:
     """Whether this processor and this torch are what the kernels were written for."""
-    if platform.system() != "Linux" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if platform.system() != "Linux" or torch.backends.cpu.get_cpu_capability() not in VECTORS:
         return False
     loaded = {Path(line.split()[-1]).name for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
     # two OpenMP runtimes in one process would each keep a thread on every core
@@ -76,7 +78,8 @@ def _compiled(compiler: str, sources: list[Path]) -> Path:
     """The library's path; compiled beside it and renamed, so that processes that start together do not collide."""
     texts = [path.read_bytes() for path in (*sources, *sorted(Path(__file__).parent.glob("*.h")))]
     version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True, check=True).stdout
-    name = hashlib.sha256(b"\0".join([version.encode(), " ".join(FLAGS).encode(), *texts])).hexdigest()[:16]
+    flags = (*FLAGS, *VECTORS[torch.backends.cpu.get_cpu_capability()])
+    name = hashlib.sha256(b"\0".join([version.encode(), " ".join(flags).encode(), *texts])).hexdigest()[:16]
     folder = _cache()
     target = folder / f"native-{name}.so"
     if not target.exists():
@@ -84,7 +87,7 @@ def _compiled(compiler: str, sources: list[Path]) -> Path:
         os.close(handle)
         try:
             subprocess.run(
-                [compiler, *FLAGS, "-o", fresh, *map(str, sources)], capture_output=True, text=True, check=True
+                [compiler, *flags, "-o", fresh, *map(str, sources)], capture_output=True, text=True, check=True
             )
             os.replace(fresh, target)
         finally:

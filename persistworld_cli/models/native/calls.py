@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from persistworld_cli.models.native.build import library
 
-LANES = 16  # numbers in a vector: channels must be a multiple
+LANES = 16  # numbers in the longest vector: channels must be a multiple
 # What was made of a weight, as long as that lives and is not written to
 _made: Any = WeakTensorKeyDictionary()
 

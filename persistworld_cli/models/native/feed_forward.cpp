@@ -18,17 +18,17 @@ struct FeedForward {
 };
 
 static void normalise(const FeedForward &call, const float *x, float *out) {
-    vec sum = _mm512_setzero_ps(), squares = sum;
-    for (ll c = 0; c < call.width; c += LANES) sum = _mm512_add_ps(sum, load(x + c));
-    const vec mean = set(_mm512_reduce_add_ps(sum) / call.width);
+    vec sum = set(0), squares = sum;
+    for (ll c = 0; c < call.width; c += LANES) sum = sum + load(x + c);
+    const vec mean = set(total(sum) / call.width);
     for (ll c = 0; c < call.width; c += LANES) {
-        const vec d = _mm512_sub_ps(load(x + c), mean);
-        squares = _mm512_fmadd_ps(d, d, squares);
+        const vec d = load(x + c) - mean;
+        squares = fma(d, d, squares);
     }
-    const vec spread = set(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / call.width + (float)call.eps));
+    const vec spread = set(1.0f / __builtin_sqrtf(total(squares) / call.width + (float)call.eps));
     for (ll c = 0; c < call.width; c += LANES) {
-        const vec d = _mm512_mul_ps(_mm512_sub_ps(load(x + c), mean), spread);
-        store(out + c, _mm512_fmadd_ps(d, load(call.norm_weight + c), load(call.norm_bias + c)));
+        const vec d = (load(x + c) - mean) * spread;
+        store(out + c, fma(d, load(call.norm_weight + c), load(call.norm_bias + c)));
     }
 }
 
@@ -50,7 +50,7 @@ extern "C" void pw_feed_forward(const FeedForward *given) {
                 normalise(call, x, inputs + i * width);
                 for (ll c = 0; c < wide; c += LANES)
                     store(out + i * wide + c,
-                          call.residual ? _mm512_add_ps(load(call.b2 + c), load(x + c)) : load(call.b2 + c));
+                          call.residual ? load(call.b2 + c) + load(x + c) : load(call.b2 + c));
             }
             for (ll h = 0; h < hidden; h += UNITS) {
                 const float *w1 = call.w1 + h * 2 * width;
@@ -59,8 +59,8 @@ extern "C" void pw_feed_forward(const FeedForward *given) {
                 for (ll i = 0; i < count; i++)
                     for (ll c = 0; c < UNITS; c += LANES) {
                         float *value = values + i * UNITS + c, *gate = gates + i * UNITS + c;
-                        const vec g = gelu(_mm512_add_ps(load(gate), load(call.b1 + hidden + h + c)));
-                        store(value, _mm512_mul_ps(_mm512_add_ps(load(value), load(call.b1 + h + c)), g));
+                        const vec g = gelu(load(gate) + load(call.b1 + hidden + h + c));
+                        store(value, (load(value) + load(call.b1 + h + c)) * g);
                     }
                 product<true>(count, values, call.w2 + h * wide, out, UNITS, wide, UNITS, wide);
             }
@@ -68,13 +68,15 @@ extern "C" void pw_feed_forward(const FeedForward *given) {
     }
 }
 
-// W1 (2 hidden, C) in runs of 64 units, values then gates, each (C, 64)
+// W1 (2 hidden, C) in runs of 64 units, values then gates, each in the blocks that `product` reads
 extern "C" void pw_pack_gated(const float *w1, float *u, ll hidden, ll width) {
 #pragma omp parallel for schedule(static)
     for (ll h = 0; h < hidden; h++)
-        for (ll half = 0; half < 2; half++)
-            for (ll c = 0; c < width; c++)
-                u[(h / UNITS * 2 + half) * UNITS * width + c * UNITS + h % UNITS] = w1[(half * hidden + h) * width + c];
+        for (ll half = 0; half < 2; half++) {
+            const Column to = column(h % UNITS, width, UNITS);
+            float *unit = u + (h / UNITS * 2 + half) * UNITS * width + to.first;
+            for (ll c = 0; c < width; c++) unit[c * to.row] = w1[(half * hidden + h) * width + c];
+        }
 }
 
 // W2 (C', hidden) in runs of 64 units, each in the blocks that `product` reads

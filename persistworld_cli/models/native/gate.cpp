@@ -10,8 +10,8 @@ template <typename T> static void gate(const T *both, const float *bias, T *out,
         for (ll c = 0; c < hidden; c += LANES) {
             const T *own = both + row * 2 * hidden + c;
             vec value = load(own), g = load(own + hidden);
-            if (bias) value = _mm512_add_ps(value, load(bias + c)), g = _mm512_add_ps(g, load(bias + hidden + c));
-            store(out + row * hidden + c, _mm512_mul_ps(value, gelu(g)));
+            if (bias) value = value + load(bias + c), g = g + load(bias + hidden + c);
+            store(out + row * hidden + c, value * gelu(g));
         }
 }
 
@@ -23,11 +23,11 @@ static void backward(const T *both, const float *bias, const T *grad, T *out, ll
         for (ll c = 0; c < hidden; c += LANES) {
             const T *own = both + row * 2 * hidden + c;
             vec value = load(own), g = load(own + hidden), bell;
-            if (bias) value = _mm512_add_ps(value, load(bias + c)), g = _mm512_add_ps(g, load(bias + hidden + c));
+            if (bias) value = value + load(bias + c), g = g + load(bias + hidden + c);
             const vec share = below(g, &bell), d = load(grad + row * hidden + c);
-            const vec slope = _mm512_fmadd_ps(_mm512_mul_ps(g, set(0.39894228f)), bell, share);
-            store(out + row * 2 * hidden + c, _mm512_mul_ps(d, _mm512_mul_ps(g, share)));
-            store(out + row * 2 * hidden + hidden + c, _mm512_mul_ps(d, _mm512_mul_ps(value, slope)));
+            const vec slope = fma(g * set(0.39894228f), bell, share);
+            store(out + row * 2 * hidden + c, d * (g * share));
+            store(out + row * 2 * hidden + hidden + c, d * (value * slope));
         }
 }
 

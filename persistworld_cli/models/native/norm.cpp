@@ -17,11 +17,11 @@ template <typename T> static void sums(const T *x, const T *first, ll rows, ll c
         double *once = total + c, *twice = total + channels + c;
         for (int i = 0; i < LANES; i++) once[i] = twice[i] = 0;
         for (ll begin = 0; begin < rows; begin += RUN) {
-            vec s = _mm512_setzero_ps(), q = s;
+            vec s = set(0), q = s;
             const ll end = begin + RUN < rows ? begin + RUN : rows;
             for (ll row = begin; row < end; row++) {
-                vec d = _mm512_sub_ps(load(x + row * channels + c), zero);
-                s = _mm512_add_ps(s, d), q = _mm512_fmadd_ps(d, d, q);
+                vec d = load(x + row * channels + c) - zero;
+                s = s + d, q = fma(d, d, q);
             }
             float run[LANES];
             store(run, s);
@@ -86,7 +86,7 @@ static void activate(const T *x, const float *scale, const float *shift, T *out,
             for (ll c = 0; c < channels; c += LANES) {
                 const ll at = (item * rows + row) * channels + c;
                 const vec a = load(scale + item * channels + c), b = load(shift + item * channels + c);
-                store(out + at, silu(_mm512_fmadd_ps(load(x + at), a, b)));
+                store(out + at, silu(fma(load(x + at), a, b)));
             }
     }
 }
@@ -108,14 +108,14 @@ static void backward(const T *x, const T *grad, const float *scale, const float 
                 float means[LANES];
                 for (ll i = 0; i < LANES; i++) means[i] = stats[(item * groups + (c + i) / width) * 2];
                 const vec mean = load(means);
-                vec s = _mm512_setzero_ps(), q = s;
+                vec s = set(0), q = s;
                 for (ll row = begin; row < end; row++) {
                     const ll at = (item * rows + row) * channels + c;
-                    const vec own = load(x + at), z = _mm512_fmadd_ps(own, a, b), g = sigmoid(z);
+                    const vec own = load(x + at), z = fma(own, a, b), g = sigmoid(z);
                     // silu' = g (1 + z (1 - g))
-                    const vec slope = _mm512_mul_ps(g, _mm512_fmadd_ps(z, _mm512_sub_ps(set(1.0f), g), set(1.0f)));
-                    const vec d = _mm512_mul_ps(_mm512_mul_ps(slope, a), load(grad + at));
-                    s = _mm512_add_ps(s, d), q = _mm512_fmadd_ps(d, _mm512_sub_ps(own, mean), q);
+                    const vec slope = g * fma(z, set(1.0f) - g, set(1.0f));
+                    const vec d = (slope * a) * load(grad + at);
+                    s = s + d, q = fma(d, own - mean, q);
                     store(out + at, d);
                 }
                 float run[LANES];
@@ -147,8 +147,8 @@ static void backward(const T *x, const T *grad, const float *scale, const float 
                 }
                 for (ll row = begin; row < end; row++) {
                     const ll at = (item * rows + row) * channels + c;
-                    const vec away = _mm512_sub_ps(load(x + at), load(means));
-                    store(out + at, _mm512_fnmadd_ps(away, load(slope), _mm512_sub_ps(load(out + at), load(less))));
+                    const vec away = load(x + at) - load(means);
+                    store(out + at, fnma(away, load(slope), load(out + at) - load(less)));
                 }
             }
         }

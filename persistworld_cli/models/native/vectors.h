@@ -1,95 +1,88 @@
-// Vectors of 16 numbers, products of matrices and a thread's memory: what the kernels share. AVX-512F alone is needed.
+// Vectors, products of matrices and a thread's memory: what the kernels share.
 #pragma once
 
-#include <immintrin.h>
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef __m512 vec;
 typedef int64_t ll;
-enum { LANES = 16 };
-
-// -- numbers ---------------------------------------------------------------------------------------------------------
 
 struct bf16 {
     uint16_t bits;
 };
 
-static inline vec load(const float *p) { return _mm512_loadu_ps(p); }
-static inline void store(float *p, vec v) { _mm512_storeu_ps(p, v); }
-static inline vec load(const bf16 *p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
-}
-static inline void store(bf16 *p, vec v) {  // to nearest, ties to even
-    __m512i bits = _mm512_castps_si512(v);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(rounded));
-}
+#ifdef __AVX512F__
+#include "avx512.h"
+#else
+#include "avx2.h"
+#endif
 
-static inline vec set(float f) { return _mm512_set1_ps(f); }
+enum { MULTIPLE = 16 };  // of every number of channels; `LANES` of calls.py
+
+// -- functions -----------------------------------------------------------------------------------------------------------
 
 // exp by Cody and Waite's reduction and a polynomial of order 6 (2e-7 of the value), for x in -87 .. 88
 static inline vec exponential(vec x) {
-    x = _mm512_max_ps(_mm512_min_ps(x, set(88.0f)), set(-87.0f));
-    const vec n = _mm512_roundscale_ps(_mm512_mul_ps(x, set(1.44269504f)), 0);
-    vec r = _mm512_fnmadd_ps(n, set(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, set(-2.12194440e-4f), r);
+    x = most(least(x, set(88.0f)), set(-87.0f));
+    const vec n = nearest(x * set(1.44269504f));
+    vec r = fnma(n, set(0.693359375f), x);
+    r = fnma(n, set(-2.12194440e-4f), r);
     vec p = set(1.0f / 720);
-    p = _mm512_fmadd_ps(p, r, set(1.0f / 120));
-    p = _mm512_fmadd_ps(p, r, set(1.0f / 24));
-    p = _mm512_fmadd_ps(p, r, set(1.0f / 6));
-    p = _mm512_fmadd_ps(p, r, set(0.5f));
-    p = _mm512_fmadd_ps(p, r, set(1.0f));
-    p = _mm512_fmadd_ps(p, r, set(1.0f));
-    return _mm512_scalef_ps(p, n);
+    p = fma(p, r, set(1.0f / 120));
+    p = fma(p, r, set(1.0f / 24));
+    p = fma(p, r, set(1.0f / 6));
+    p = fma(p, r, set(0.5f));
+    p = fma(p, r, set(1.0f));
+    p = fma(p, r, set(1.0f));
+    return times_two_to(p, n);
 }
 
 static inline vec sigmoid(vec x) {
-    return _mm512_div_ps(set(1.0f), _mm512_add_ps(set(1.0f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+    return set(1.0f) / (set(1.0f) + exponential(set(0) - x));
 }
 
-static inline vec silu(vec x) { return _mm512_mul_ps(x, sigmoid(x)); }
+static inline vec silu(vec x) { return x * sigmoid(x); }
 
 // the normal distribution below x, (1 + erf(x / sqrt 2)) / 2, by Abramowitz and Stegun 7.1.26 (1e-7); `bell` becomes
 // exp(-x^2 / 2)
 static inline vec below(vec x, vec *bell) {
-    const vec z = _mm512_mul_ps(_mm512_abs_ps(x), set(0.70710678f));
-    const vec t = _mm512_div_ps(set(1.0f), _mm512_fmadd_ps(set(0.3275911f), z, set(1.0f)));
+    const vec z = magnitude(x) * set(0.70710678f);
+    const vec t = set(1.0f) / fma(set(0.3275911f), z, set(1.0f));
     vec p = set(1.061405429f);
-    p = _mm512_fmadd_ps(p, t, set(-1.453152027f));
-    p = _mm512_fmadd_ps(p, t, set(1.421413741f));
-    p = _mm512_fmadd_ps(p, t, set(-0.284496736f));
-    p = _mm512_fmadd_ps(p, t, set(0.254829592f));
-    *bell = exponential(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(z, z)));
-    const vec tail = _mm512_mul_ps(_mm512_mul_ps(set(0.5f), p), _mm512_mul_ps(t, *bell));
-    return _mm512_mask_sub_ps(tail, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), set(1.0f), tail);
+    p = fma(p, t, set(-1.453152027f));
+    p = fma(p, t, set(1.421413741f));
+    p = fma(p, t, set(-0.284496736f));
+    p = fma(p, t, set(0.254829592f));
+    *bell = exponential(set(0) - (z * z));
+    const vec tail = (set(0.5f) * p) * (t * *bell);
+    return choose(positive(x), set(1.0f) - tail, tail);
 }
 
 static inline vec gelu(vec x) {
     vec bell;
-    return _mm512_mul_ps(x, below(x, &bell));
+    return x * below(x, &bell);
 }
 
 // -- products ----------------------------------------------------------------------------------------------------------
+// Right factors lie in blocks of columns, of as many as the registers hold sums for: 64, then 32, then 16 (or 16 alone)
 
-// C (rows, NV * 16) = A (rows, k) B (k, NV * 16), or += where ADD; R rows at a time, held in registers
+// rows whose sums, NV vectors each, are held in registers, beside NV of the right factor and one of the left
+template <int NV> constexpr int ROWS_AT_ONCE = REGISTERS == 16 ? 6 : NV == 4 ? 6 : NV == 2 ? 12 : 14;
+
+// C (rows, NV * LANES) = A (rows, k) B (k, NV * LANES), or += where ADD; R rows
 template <int R, int NV, bool ADD>
 static inline void rows_of(const float *a, const float *b, float *c, ll k, ll a_row, ll c_row) {
     vec sum[R][NV];
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < NV; v++) sum[r][v] = ADD ? load(c + r * c_row + v * LANES) : _mm512_setzero_ps();
+        for (int v = 0; v < NV; v++) sum[r][v] = ADD ? load(c + r * c_row + v * LANES) : set(0);
     for (ll i = 0; i < k; i++) {
         vec right[NV];
         for (int v = 0; v < NV; v++) right[v] = load(b + i * NV * LANES + v * LANES);
         for (int r = 0; r < R; r++) {
             vec left = set(a[r * a_row + i]);
-            for (int v = 0; v < NV; v++) sum[r][v] = _mm512_fmadd_ps(left, right[v], sum[r][v]);
+            for (int v = 0; v < NV; v++) sum[r][v] = fma(left, right[v], sum[r][v]);
         }
     }
     for (int r = 0; r < R; r++)
@@ -108,8 +101,9 @@ template <int NV, bool ADD> struct Remainder<0, NV, ADD> {
     static void run(ll, const float *, const float *, float *, ll, ll, ll) {}
 };
 
-template <int R, int NV, bool ADD>
+template <int NV, bool ADD>
 static void block(ll rows, const float *a, const float *b, float *c, ll k, ll a_row, ll c_row) {
+    constexpr int R = ROWS_AT_ONCE<NV>;
     while (rows) {
         ll steps = (rows + R - 1) / R, now = (rows + steps - 1) / steps;  // evenly: no short last one
         Remainder<R, NV, ADD>::run(now, a, b, c, k, a_row, c_row);
@@ -117,13 +111,24 @@ static void block(ll rows, const float *a, const float *b, float *c, ll k, ll a_
     }
 }
 
-// C (rows, n) = A (rows, k) B, or += where ADD. B lies in blocks of 64, then 32, then 16 columns, each (k, width).
+// width of the block that begins at column `at` of n
+static inline ll block_width(ll at, ll n) {
+    if (REGISTERS == 16) return 16;
+    return n - at >= 64 ? 64 : n - at >= 32 ? 32 : 16;
+}
+
+// C (rows, n) = A (rows, k) B, or += where ADD; n a multiple of 16
 template <bool ADD = false>
 static void product(ll rows, const float *a, const float *b, float *c, ll k, ll n, ll a_row, ll c_row) {
-    ll at = 0;
-    for (; n - at >= 64; at += 64) block<6, 4, ADD>(rows, a, b + at * k, c + at, k, a_row, c_row);
-    if (n - at >= 32) block<12, 2, ADD>(rows, a, b + at * k, c + at, k, a_row, c_row), at += 32;
-    if (n - at >= 16) block<14, 1, ADD>(rows, a, b + at * k, c + at, k, a_row, c_row);
+    for (ll at = 0, width; at < n; at += width) {
+        width = block_width(at, n);
+        if (width == 64)
+            block<4, ADD>(rows, a, b + at * k, c + at, k, a_row, c_row);
+        else if (width == 32)
+            block<32 / LANES, ADD>(rows, a, b + at * k, c + at, k, a_row, c_row);
+        else
+            block<16 / LANES, ADD>(rows, a, b + at * k, c + at, k, a_row, c_row);
+    }
 }
 
 // where column `at` of n lies in such a B with k rows: first number and distance of rows
@@ -131,15 +136,9 @@ struct Column {
     ll first, row;
 };
 static inline Column column(ll at, ll k, ll n) {
-    const ll left = n - at / 64 * 64;
-    ll start = at / 64 * 64, width = 64;
-    if (left < 64) {
-        if (left >= 32 && at - start < 32)
-            width = 32;
-        else
-            start += left >= 32 ? 32 : 0, width = 16;
-    }
-    return {start * k + at - start, width};
+    ll begin = 0, width = block_width(0, n);
+    while (at >= begin + width) begin += width, width = block_width(begin, n);
+    return {begin * k + at - begin, width};
 }
 
 // -- scratch memory of a thread ------------------------------------------------------------------------------------------
@@ -151,7 +150,7 @@ struct Scratch {
 };
 
 // at least so many numbers, of any value, until the next call in this thread
-static float *room(size_t numbers) {
+static inline float *room(size_t numbers) {
     static thread_local Scratch own;
     if (numbers > own.size) {
         free(own.at);

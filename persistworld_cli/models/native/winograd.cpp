@@ -19,7 +19,7 @@ enum { TARGET = 44, PAD = 16 };
 // infinity for M = 3 (a, b = 1, 2). `weights` has the divisors, so that the other two stay short.
 
 // g0 + g1 p + g2 p^2
-static inline vec at(const vec *g, vec p) { return _mm512_fmadd_ps(p, _mm512_fmadd_ps(p, g[2], g[1]), g[0]); }
+static inline vec at(const vec *g, vec p) { return fma(p, fma(p, g[2], g[1]), g[0]); }
 
 template <int M> struct Filter;
 
@@ -27,29 +27,29 @@ template <> struct Filter<4> {
     static constexpr float a = 0.75f, b = 1.5f, A = a * a, B = b * b;
 
     static inline void input(const vec *d, vec *v) {
-        vec even = _mm512_fnmadd_ps(set(B), d[2], d[4]), odd = _mm512_fnmadd_ps(set(B), d[1], d[3]);
-        vec even2 = _mm512_fnmadd_ps(set(A), d[2], d[4]), odd2 = _mm512_fnmadd_ps(set(A), d[1], d[3]);
-        v[0] = _mm512_fmadd_ps(set(A * B), d[0], _mm512_fnmadd_ps(set(A + B), d[2], d[4]));
-        v[1] = _mm512_fmadd_ps(set(a), odd, even);
-        v[2] = _mm512_fnmadd_ps(set(a), odd, even);
-        v[3] = _mm512_fmadd_ps(set(b), odd2, even2);
-        v[4] = _mm512_fnmadd_ps(set(b), odd2, even2);
-        v[5] = _mm512_fmadd_ps(set(A * B), d[1], _mm512_fnmadd_ps(set(A + B), d[3], d[5]));
+        vec even = fnma(set(B), d[2], d[4]), odd = fnma(set(B), d[1], d[3]);
+        vec even2 = fnma(set(A), d[2], d[4]), odd2 = fnma(set(A), d[1], d[3]);
+        v[0] = fma(set(A * B), d[0], fnma(set(A + B), d[2], d[4]));
+        v[1] = fma(set(a), odd, even);
+        v[2] = fnma(set(a), odd, even);
+        v[3] = fma(set(b), odd2, even2);
+        v[4] = fnma(set(b), odd2, even2);
+        v[5] = fma(set(A * B), d[1], fnma(set(A + B), d[3], d[5]));
     }
 
     static inline void output(const vec *m, vec *y) {
-        vec even = _mm512_add_ps(m[1], m[2]), odd = _mm512_sub_ps(m[1], m[2]);
-        vec even2 = _mm512_add_ps(m[3], m[4]), odd2 = _mm512_sub_ps(m[3], m[4]);
-        y[0] = _mm512_add_ps(m[0], _mm512_add_ps(even, even2));
-        y[1] = _mm512_fmadd_ps(set(a), odd, _mm512_mul_ps(set(b), odd2));
-        y[2] = _mm512_fmadd_ps(set(A), even, _mm512_mul_ps(set(B), even2));
-        y[3] = _mm512_fmadd_ps(set(A * a), odd, _mm512_fmadd_ps(set(B * b), odd2, m[5]));
+        vec even = m[1] + m[2], odd = m[1] - m[2];
+        vec even2 = m[3] + m[4], odd2 = m[3] - m[4];
+        y[0] = m[0] + (even + even2);
+        y[1] = fma(set(a), odd, set(b) * odd2);
+        y[2] = fma(set(A), even, set(B) * even2);
+        y[3] = fma(set(A * a), odd, fma(set(B * b), odd2, m[5]));
     }
 
     static inline void weights(const vec *g, vec *u) {
         const float p[5] = {0, a, -a, b, -b};
         const float n[5] = {A * B, 2 * A * (A - B), 2 * A * (A - B), 2 * B * (B - A), 2 * B * (B - A)};
-        for (int i = 0; i < 5; i++) u[i] = _mm512_div_ps(at(g, set(p[i])), set(n[i]));
+        for (int i = 0; i < 5; i++) u[i] = at(g, set(p[i])) / set(n[i]);
         u[5] = g[2];
     }
 };
@@ -58,24 +58,24 @@ template <> struct Filter<3> {
     static constexpr float a = 1.0f, b = 2.0f, A = a * a, B = b * b;
 
     static inline void input(const vec *d, vec *v) {
-        v[0] = _mm512_fmadd_ps(set(A * b), d[0], _mm512_fnmadd_ps(set(A), d[1], _mm512_fnmadd_ps(set(b), d[2], d[3])));
-        v[1] = _mm512_fmadd_ps(set(-a * b), d[1], _mm512_fmadd_ps(set(a - b), d[2], d[3]));
-        v[2] = _mm512_fmadd_ps(set(a * b), d[1], _mm512_fmadd_ps(set(-a - b), d[2], d[3]));
-        v[3] = _mm512_fnmadd_ps(set(A), d[1], d[3]);
-        v[4] = _mm512_fmadd_ps(set(A * b), d[1], _mm512_fnmadd_ps(set(A), d[2], _mm512_fnmadd_ps(set(b), d[3], d[4])));
+        v[0] = fma(set(A * b), d[0], fnma(set(A), d[1], fnma(set(b), d[2], d[3])));
+        v[1] = fma(set(-a * b), d[1], fma(set(a - b), d[2], d[3]));
+        v[2] = fma(set(a * b), d[1], fma(set(-a - b), d[2], d[3]));
+        v[3] = fnma(set(A), d[1], d[3]);
+        v[4] = fma(set(A * b), d[1], fnma(set(A), d[2], fnma(set(b), d[3], d[4])));
     }
 
     static inline void output(const vec *m, vec *y) {
-        vec even = _mm512_add_ps(m[1], m[2]), odd = _mm512_sub_ps(m[1], m[2]);
-        y[0] = _mm512_add_ps(m[0], _mm512_add_ps(even, m[3]));
-        y[1] = _mm512_fmadd_ps(set(a), odd, _mm512_mul_ps(set(b), m[3]));
-        y[2] = _mm512_fmadd_ps(set(A), even, _mm512_fmadd_ps(set(B), m[3], m[4]));
+        vec even = m[1] + m[2], odd = m[1] - m[2];
+        y[0] = m[0] + (even + m[3]);
+        y[1] = fma(set(a), odd, set(b) * m[3]);
+        y[2] = fma(set(A), even, fma(set(B), m[3], m[4]));
     }
 
     static inline void weights(const vec *g, vec *u) {
         const float p[4] = {0, a, -a, b};
         const float n[4] = {A * b, 2 * A * (a - b), -2 * A * (a + b), b * (B - A)};
-        for (int i = 0; i < 4; i++) u[i] = _mm512_div_ps(at(g, set(p[i])), set(n[i]));
+        for (int i = 0; i < 4; i++) u[i] = at(g, set(p[i])) / set(n[i]);
         u[4] = g[2];
     }
 };
@@ -104,16 +104,16 @@ static ll strips_a_unit(ll strips, ll tiles, int threads) {
 template <typename T> static inline vec activated(const Call &call, const T *p, ll item, ll c) {
     vec x = load(p);
     if (call.scale)
-        x = _mm512_fmadd_ps(x, load(call.scale + item * call.cin + c), load(call.shift + item * call.cin + c));
+        x = fma(x, load(call.scale + item * call.cin + c), load(call.shift + item * call.cin + c));
     return call.activate ? silu(x) : x;
 }
 
 // from the convolution's sum to the result, for picture `row`
 template <typename T> static inline void finish(const Call &call, vec y, ll row, ll place, ll c) {
-    if (call.bias) y = _mm512_add_ps(y, load(call.bias + c));
-    if (call.added) y = _mm512_add_ps(y, load(call.added + row * call.cout + c));
-    if (call.gain) y = _mm512_mul_ps(set(call.gain[row]), y);
-    if (call.residual) y = _mm512_add_ps(y, load((const T *)call.residual + place * call.cout + c));
+    if (call.bias) y = y + load(call.bias + c);
+    if (call.added) y = y + load(call.added + row * call.cout + c);
+    if (call.gain) y = set(call.gain[row]) * y;
+    if (call.residual) y = y + load((const T *)call.residual + place * call.cout + c);
     store((T *)call.out + place * call.cout + c, y);
 }
 
@@ -136,7 +136,7 @@ static void strip_in(const Call &call, ll item, ll top, ll tiles, float *strip, 
                 ll row = top - 1 + i;
                 bool inside = row >= 0 && row < call.h;
                 const T *pixel = x + (row >> half) * row_size + (column >> half) * cin + c;
-                d[i] = inside ? activated(call, pixel, item, c) : _mm512_setzero_ps();
+                d[i] = inside ? activated(call, pixel, item, c) : set(0);
             }
             Filter<M>::input(d, t);
             for (int i = 0; i < P; i++) store(strip + (i * columns + column + 1) * cin + c, t[i]);
@@ -257,18 +257,16 @@ extern "C" void pw_convolve(const Call *call, int tile, int is_temporal, int is_
     is_bf16 ? run<bf16>(*call, tile, is_temporal) : run<float>(*call, tile, is_temporal);
 }
 
-// Weights (Cout, Cin, 3, taps) to U: points x Cin x Cout, in the blocks that `product` reads; 16 outputs at a time.
+// Weights (Cout, Cin, 3, taps) to U: points x Cin x Cout, in the blocks that `product` reads; LANES outputs at a time.
 template <int M> static void pack(const float *g, float *u, ll cout, ll cin, int taps) {
     const int P = M + 2, across = taps == 3 ? P : 1;
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i apart = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)cin * 3 * taps));
 #pragma omp parallel for schedule(static)
     for (ll k = 0; k < cout / LANES * cin; k++) {
         const ll o = k / cin * LANES, c = k % cin;
         const Column to = column(o, cin, cout);
         vec own[9], down[P][3], column[3], u1[P];
         for (int i = 0; i < 3 * taps; i++)
-            own[i] = _mm512_i32gather_ps(apart, g + (o * cin + c) * 3 * taps + i, sizeof(float));
+            own[i] = gather(g + (o * cin + c) * 3 * taps + i, (int)cin * 3 * taps);
         for (int j = 0; j < taps; j++) {
             for (int i = 0; i < 3; i++) column[i] = own[i * taps + j];
             Filter<M>::weights(column, u1);
