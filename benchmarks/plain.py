@@ -23,14 +23,14 @@ from persistworld_cli.models.convolutions import ChannelsLastConv, TemporalConv
 from persistworld_cli.models.exchange import exchanged
 from persistworld_cli.models.lean_blocks import DIFFUSERS
 from persistworld_cli.models.lean_lora import LEAN
-from persistworld_cli.models.linears import ConvLinear
+from persistworld_cli.models.linears import FastLinear
 from persistworld_cli.models.lora import PolicySwitch
 from persistworld_cli.models.precision import small_products
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.rewards.lpips import Lpips
 from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
 
-LINEARS: dict[type, type] = {ConvLinear: nn.Linear}
+LINEARS: dict[type, type] = {FastLinear: nn.Linear}
 TEMPORAL: dict[type, type] = {TemporalConv: nn.Conv3d}
 LAYOUT: dict[type, type] = {ChannelsLastConv: nn.Conv2d}
 _LORA = {lean: own for own, lean in LEAN.items()}

@@ -45,7 +45,7 @@ GUIDANCE = 2.0
 WITHOUT: dict[str, Callable[[WorldModel], AbstractContextManager[None]]] = {
     "kernels of our own": lambda model: without_kernels(),
     "lean blocks": lambda model: exchanged(model.unet, DIFFUSERS),
-    "linears through oneDNN": lambda model: exchanged(model, plain.LINEARS),
+    "faster linear layers": lambda model: exchanged(model, plain.LINEARS),
     "one-token attention": lambda model: diffusers_attention(model.unet),
     "folded temporal convolutions": lambda model: exchanged(model, plain.TEMPORAL),
     "channels last": lambda model: exchanged(model, plain.LAYOUT),

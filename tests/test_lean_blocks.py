@@ -18,7 +18,7 @@ from persistworld_cli.models import compiling
 from persistworld_cli.models.convolutions import ChannelsLastConv, TemporalConv
 from persistworld_cli.models.exchange import exchanged
 from persistworld_cli.models.lean_blocks import DIFFUSERS, LeanTransformer
-from persistworld_cli.models.linears import ConvLinear
+from persistworld_cli.models.linears import FastLinear
 from persistworld_cli.models.native.build import without_kernels
 from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model
 
@@ -102,7 +102,7 @@ def test_a_linear_as_a_convolution(bias: bool) -> None:
     plain = nn.Linear(24, 40, bias=bias)
     x = torch.randn(3, 100, 24)
     grown = []
-    for kind in (nn.Linear, ConvLinear):
+    for kind in (nn.Linear, FastLinear):
         plain.__class__ = kind
         plain.zero_grad()
         given = x.clone().requires_grad_(True)
@@ -115,7 +115,7 @@ def test_a_linear_as_a_convolution(bias: bool) -> None:
 
 
 def test_a_frozen_linear_keeps_no_input_for_its_gradient() -> None:
-    layer = ConvLinear(24, 40).requires_grad_(False)
+    layer = FastLinear(24, 40).requires_grad_(False)
     kept: list[torch.Size] = []
     x = torch.randn(300, 24, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):

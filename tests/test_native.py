@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from persistworld_cli.models.native import attend, build, calls, convolve, feed_forward, gate, norm
+from persistworld_cli.models.native import attend, build, calls, convolve, feed_forward, gate, linear, norm
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="needs Linux, AVX2 and g++")
 DTYPES = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of numbers of size 1 to 5
@@ -184,6 +184,21 @@ def test_feed_forward(residual: bool) -> None:
     expected = functional.linear(value * functional.gelu(gated), *wide[5:]) + residual * wide[0]
     out = feed_forward.feed_forward(x, norm_weight, norm_bias, 1e-5, w1, b1, w2, b2, residual)
     assert (out - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("size", [(333, 48, 112), (1, 640, 16), (129, 16, 1040)])
+def test_linear(size: tuple[int, int, int]) -> None:
+    rows, width, wide = size
+    x, weight, bias = torch.randn(3, rows, width), torch.randn(wide, width) / width**0.5, torch.randn(wide)
+    wide_x = x.double().requires_grad_()
+    expected = functional.linear(wide_x, weight.double(), bias.double())
+    out = linear.linear(x.requires_grad_(), weight, bias)
+    assert (out - expected).abs().max() < 1e-5
+    assert (linear.linear(x, weight, None) - (expected - bias)).abs().max() < 1e-5
+    along = torch.randn_like(out)
+    (theirs,) = torch.autograd.grad((expected * along).sum(), wide_x)
+    (ours,) = torch.autograd.grad((out * along).sum(), x)
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("setting", [{"PERSISTWORLD_NATIVE": "0"}, {"PATH": "/nowhere"}])

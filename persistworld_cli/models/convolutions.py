@@ -34,11 +34,15 @@ class ChannelsLastConv(nn.Conv2d):
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The same with another weight in this one's place."""
-        if self.same_size and fits(x, weight) and x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu"):
+        if self.same_size and _kernel_fits(x, weight):
             out: torch.Tensor = block_conv(x, weight, self.bias)
             return out
         ordered = x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
         return self._conv_forward(ordered, weight, self.bias)
+
+
+def _kernel_fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu") and fits(x, weight)
 
 
 def put_channels_last(module: nn.Module) -> None:
@@ -49,13 +53,22 @@ def put_channels_last(module: nn.Module) -> None:
 class TemporalConv(nn.Conv3d):
     """A Conv3d of kernel (k, 1, 1), stride 1, computed over (B, C, T, H * W)."""
 
+    @property
+    def same_size(self) -> bool:
+        """Whether it is an ordinary one over three frames, as ResNet blocks have them."""
+        return self.kernel_size[0] == 3 and self.padding == (1, 0, 0) and self.dilation[0] == self.groups == 1
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, T, H, W) to (B, C', T, H, W); pictures may be given as one row, (B, C, T, H * W)."""
         return self.compute(x, self.weight)
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The same with another weight in this one's place."""
-        folded = functional.conv2d(x.flatten(3), weight.squeeze(-1), self.bias, padding=(int(self.padding[0]), 0))
+        rows, flat = x.flatten(3), weight.squeeze(-1)
+        if self.same_size and _kernel_fits(rows, flat):
+            folded = block_conv(rows, flat, self.bias)
+        else:
+            folded = functional.conv2d(rows, flat, self.bias, padding=(int(self.padding[0]), 0))
         return folded if x.ndim == 4 else folded.unflatten(3, x.shape[3:])
 
 

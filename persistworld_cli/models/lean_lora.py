@@ -2,7 +2,8 @@
 
 peft's forward casts the input to the adapter's float32 (which autocast undoes), multiplies the low-rank output by the
 scale and adds it to a copy of the layer's own: four passes over activations that are the largest of the network (the
-tiny preset's post-training spends a fifth of an update on them). Here the low-rank product is added as it is made.
+tiny preset's post-training spends a fifth of an update on them). Here the low-rank product is added as it is made; in
+float32 on a CPU it is part of the layer's own weight (`merged_lora`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import torch
 from peft.tuners.lora.layer import Conv2d, Conv3d, Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.nn import functional
 
 from persistworld_cli.models.exchange import exchange
+from persistworld_cli.models.linears import product
+from persistworld_cli.models.merged_lora import exact, merged_conv, merged_linear, merged_weight, rows_of
+from persistworld_cli.models.native import convolve
 
 
 class _Lean:
@@ -33,6 +36,9 @@ class _Lean:
         if self.merging and not torch.is_grad_enabled() and hasattr(self.base_layer, "compute"):
             merged: torch.Tensor = self.base_layer.compute(x, self._merged(name))
             return merged
+        if self.one_product(x):
+            exactly: torch.Tensor = self.multiplied(x, name, self.base_layer.bias)
+            return exactly
         return self.adapted(self.base_layer, x, name)
 
     def plain(self: Any) -> str | None:
@@ -47,17 +53,25 @@ class _Lean:
         added: torch.Tensor = self._added(own(x), self.lora_A[name](x), self.lora_B[name], self.scaling[name])
         return added
 
+    def factors(self: Any, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A, B and their scale."""
+        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+
     def _merged(self: Any, name: str) -> torch.Tensor:
         """W + s B A, of W's shape."""
-        down, up, own = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer.weight
-        kind = own.device.type
-        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
-            sum_ = torch.addmm(own.flatten(1), up.flatten(1), down.flatten(1), alpha=self.scaling[name])
-        return sum_.view_as(own)
+        return merged_weight(self.base_layer.weight, *self.factors(name))
 
 
 class LeanLinear(_Lean, Linear):
     """x W' + b + s (x A') B'."""
+
+    def one_product(self: Any, x: torch.Tensor) -> bool:
+        """Whether it is taken as one product, also while it learns (`merged_lora`)."""
+        return exact(x, self.base_layer.weight)
+
+    def multiplied(self: Any, x: torch.Tensor, name: str, bias: torch.Tensor | None) -> torch.Tensor:
+        """As one product."""
+        return merged_linear(x, self.base_layer.weight, bias, *self.factors(name))
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As peft's forward (to rounding); without an adapter on rows too, for the same rounding."""
@@ -83,23 +97,31 @@ class _LowRank(torch.autograd.Function):
         ctx.mark_dirty(out)
         ctx.save_for_backward(low, up)
         ctx.scale = scale
-        _rows(out).addmm_(_rows(low), up.t(), alpha=scale)
+        rows_of(out).addmm_(rows_of(low), up.t(), alpha=scale)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         low, up = ctx.saved_tensors
-        of_rows = _rows(grad)
+        of_rows = rows_of(grad)
         of_low = (ctx.scale * (of_rows @ up)).view(*low.movedim(1, -1).shape).movedim(-1, 1)
-        return grad, of_low, ctx.scale * (of_rows.t() @ _rows(low)), None
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(N, C, ...) as (rows, C); a view where channels are last."""
-    return x.movedim(1, -1).reshape(-1, x.shape[1])
+        return grad, of_low, ctx.scale * (of_rows.t() @ rows_of(low)), None
 
 
 class _LeanConv(_Lean):
+    def one_product(self: Any, x: torch.Tensor) -> bool:
+        """Whether it is taken as one product, also while it learns (`merged_lora`)."""
+        base = self.base_layer
+        weight = base.weight.flatten(3)
+        return getattr(base, "same_size", False) and exact(x, weight) and convolve.fits(x.flatten(3), weight)
+
+    def multiplied(self: Any, x: torch.Tensor, name: str, bias: torch.Tensor | None) -> torch.Tensor:
+        """As one product."""
+        down, up, scale = self.factors(name)
+        factors = (self.base_layer.weight.flatten(3), bias, down.flatten(3), up.flatten(3), scale)
+        out = merged_conv(x.flatten(3), *factors)
+        return out if x.ndim == 4 else out.unflatten(3, x.shape[3:])
+
     def _added(self, out: torch.Tensor, low: torch.Tensor, up: Any, scale: float) -> torch.Tensor:
         if not out.movedim(1, -1).is_contiguous():
             sum_: torch.Tensor = torch.add(out, up(low), alpha=scale)
@@ -144,15 +166,17 @@ def without_bias(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     """What a linear layer, adapted or not, gives less its bias; None where an unusual adapter is on it."""
     weight = weight_in_use(layer)
     if weight is not None:
-        return functional.linear(x, weight)
+        return product(x, weight, None)
     if not isinstance(layer, LeanLinear) or layer.merged:
         return None
     base: Any = layer.base_layer
-    product = partial(functional.linear, weight=base.weight)
+    plainly = partial(product, weight=base.weight, bias=None)
     if layer.disable_adapters:
-        return product(x)
+        return plainly(x)
     name = layer.plain()
-    return None if name is None else layer.adapted(product, x, name)
+    if name is None:
+        return None
+    return layer.multiplied(x, name, None) if layer.one_product(x) else layer.adapted(plainly, x, name)
 
 
 LEAN: dict[type, type] = {Linear: LeanLinear, Conv2d: LeanConv2d, Conv3d: LeanConv3d}

@@ -14,7 +14,7 @@ from torch import nn
 from persistworld_cli.models.attention import FewTokens
 from persistworld_cli.models.convolutions import fold_temporal_convs, put_channels_last
 from persistworld_cli.models.lean_blocks import LeanTransformer, make_blocks_lean
-from persistworld_cli.models.linears import linears_as_convolutions
+from persistworld_cli.models.linears import make_linears_fast
 
 
 class FrameLevelUNet(UNetSpatioTemporalConditionModel):
@@ -33,7 +33,7 @@ class FrameLevelUNet(UNetSpatioTemporalConditionModel):
         make_blocks_lean(self)
         fold_temporal_convs(self)
         put_channels_last(self)
-        linears_as_convolutions(self)
+        make_linears_fast(self)
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             if getattr(block, "has_cross_attention", False):
                 block.register_forward_pre_hook(self._own_token, with_kwargs=True)

@@ -127,7 +127,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     inner = grad if gain is None else grad * gain.view(by_picture).to(grad)
     grad_x = grad_added = None
     if ctx.needs_input_grad[0]:
-        grad_x = block_conv(inner, _turned(weight))
+        grad_x = input_gradient(inner, weight)
         if norm_weight is not None:
             own = x.contiguous(memory_format=torch.channels_last)
             grad_x = norm_silu_backward(grad_x, own, norm_weight, norm_bias, ctx.groups, ctx.eps)
@@ -137,6 +137,12 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 
 
 _block_conv.register_autograd(_backward, setup_context=_keep)
+
+
+def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The gradient to x of a convolution by `weight`, from that to its result: one by (C, C', ...), taps in reverse."""
+    turned = made_of(weight, "turned", lambda w: w.detach().flip(2, 3).transpose(0, 1).contiguous())
+    return block_conv(grad, turned)
 
 
 @torch.library.custom_op("persistworld::upsampled_conv", mutates_args=())
@@ -166,7 +172,7 @@ def _keep_upsampled(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> 
 def _upsampled_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     """To x: four pixels' gradients are summed."""
     (weight,) = ctx.saved_tensors
-    return 4 * functional.avg_pool2d(block_conv(grad, _turned(weight)), 2), None, None
+    return 4 * functional.avg_pool2d(input_gradient(grad, weight), 2), None, None
 
 
 upsampled_conv.register_autograd(_upsampled_backward, setup_context=_keep_upsampled)
@@ -177,8 +183,3 @@ def _packed(weight: torch.Tensor, size: int) -> torch.Tensor:
     cout, cin, _, taps = weight.shape[:4]
     points = (size + 2) ** 2 if taps == 3 else size + 2
     return packed(weight, size, points * cin * cout, "pw_pack", *sizes(cout, cin), taps, size)
-
-
-def _turned(weight: torch.Tensor) -> torch.Tensor:
-    """The weight of the backward pass: (C, C', ...), its taps in reverse."""
-    return made_of(weight, "turned", lambda w: w.detach().flip(2, 3).transpose(0, 1).contiguous())

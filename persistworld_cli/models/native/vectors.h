@@ -6,6 +6,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <type_traits>
 
 typedef int64_t ll;
 
@@ -68,6 +69,8 @@ static inline vec gelu(vec x) {
 // -- products ----------------------------------------------------------------------------------------------------------
 // Right factors lie in blocks of columns, of as many as the registers hold sums for: 64, then 32, then 16 (or 16 alone)
 
+enum { DEEP = 256 };
+
 // rows whose sums, NV vectors each, are held in registers, beside NV of the right factor and one of the left
 template <int NV> constexpr int ROWS_AT_ONCE = REGISTERS == 16 ? 6 : NV == 4 ? 6 : NV == 2 ? 12 : 14;
 
@@ -117,17 +120,25 @@ static inline ll block_width(ll at, ll n) {
     return n - at >= 64 ? 64 : n - at >= 32 ? 32 : 16;
 }
 
-// C (rows, n) = A (rows, k) B, or += where ADD; n a multiple of 16
+// C (rows, n) = A (rows, k) B, or += where ADD; n a multiple of 16. What is deeper than DEEP goes in several passes, so
+// that a pass's part of B stays in the first cache.
 template <bool ADD = false>
 static void product(ll rows, const float *a, const float *b, float *c, ll k, ll n, ll a_row, ll c_row) {
     for (ll at = 0, width; at < n; at += width) {
         width = block_width(at, n);
-        if (width == 64)
-            block<4, ADD>(rows, a, b + at * k, c + at, k, a_row, c_row);
-        else if (width == 32)
-            block<32 / LANES, ADD>(rows, a, b + at * k, c + at, k, a_row, c_row);
-        else
-            block<16 / LANES, ADD>(rows, a, b + at * k, c + at, k, a_row, c_row);
+        const auto pass = [&](auto whole, ll from, ll count) {
+            constexpr bool add = decltype(whole)::value;
+            const float *left = a + from, *right = b + at * k + from * width;
+            if (width == 64)
+                block<4, add>(rows, left, right, c + at, count, a_row, c_row);
+            else if (width == 32)
+                block<32 / LANES, add>(rows, left, right, c + at, count, a_row, c_row);
+            else
+                block<16 / LANES, add>(rows, left, right, c + at, count, a_row, c_row);
+        };
+        pass(std::integral_constant<bool, ADD>(), 0, k < DEEP ? k : DEEP);
+        for (ll from = DEEP; from < k; from += DEEP)
+            pass(std::true_type(), from, k - from < DEEP ? k - from : DEEP);
     }
 }
 

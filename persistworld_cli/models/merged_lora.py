@@ -1,0 +1,99 @@
+"""An adapted layer as one product, forward and backward, in float32 on a CPU.
+
+    y = W' x + b,  W' = W + s B A                              LoRA: Hu et al., arXiv 2106.09685, section 4.1
+    dx = W'^T dy,  dA = s (B^T dy) x^T,  dB = s dy (A x)^T
+
+W' is small beside the activations, so it is made anew for each call: the adapter's own passes over activations are the
+two that its gradient needs, and the layer itself goes to the same kernels as one without an adapter. In bfloat16 W'
+would lose what A and B add to it; there the products stay apart (`lean_lora`).
+
+Shapes: x (..., C), W (C', C), A (r, C), B (C', r); for convolutions x (N, C, H, W) with channels last in memory,
+W (C', C, 3, k), A (r, C, 3, k), B (C', r, 1, 1), k 1 or 3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from persistworld_cli.models.linears import product
+from persistworld_cli.models.native import convolve
+
+
+def exact(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a layer's products are made in float32, on a CPU."""
+    both = x.dtype is torch.float32 and weight.dtype is torch.float32
+    return both and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+def merged_weight(own: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+    """W + s B A, of W's shape and type, and no product of it in autocast's type."""
+    kind = own.device.type
+    with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
+        return torch.addmm(own.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view_as(own)
+
+
+def merged_linear(
+    x: torch.Tensor, own: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """x W'^T + b; gradients to x, A and B."""
+    out: torch.Tensor = _Linear.apply(x, own, bias, down, up, scale)
+    return out
+
+
+def merged_conv(
+    x: torch.Tensor, own: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """A convolution of stride 1, of which `convolve.fits` holds, by W'; gradients to x, A and B."""
+    out: torch.Tensor = _Conv.apply(x, own, bias, down, up, scale)
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, own: Any, bias: Any, down: Any, up: Any, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(x, own, down, up)
+        ctx.scale = scale
+        return product(x, merged_weight(own, down, up, scale), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, own, down, up = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = product(grad, merged_weight(own, down, up, ctx.scale).t().contiguous(), None)
+        rows, given = grad.flatten(0, -2), x.flatten(0, -2)
+        of_down = ctx.scale * ((rows @ up).t() @ given)
+        return grad_x, None, None, of_down, ctx.scale * (rows.t() @ (given @ down.t())), None
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, own: Any, bias: Any, down: Any, up: Any, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(x, own, down, up)
+        ctx.scale = scale
+        return convolve.block_conv(x, merged_weight(own, down, up, scale), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, own, down, up = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = convolve.input_gradient(grad, merged_weight(own, down, up, ctx.scale))
+        padding = (1, down.shape[3] // 2)
+        low = convolve.block_conv(x, down) if convolve.fits(x, down) else functional.conv2d(x, down, padding=padding)
+        rows = rows_of(grad)
+        of_low = ctx.scale * (rows @ up.flatten(1))
+        of_low = of_low.view(len(grad), *grad.shape[2:], -1).permute(0, 3, 1, 2)
+        _, of_down, _ = torch.ops.aten.convolution_backward(
+            of_low, x, down, None, (1, 1), padding, (1, 1), False, (0, 0), 1, (False, True, False)
+        )
+        of_up = ctx.scale * (rows.t() @ rows_of(low))
+        return grad_x, None, None, of_down, of_up.view_as(up), None
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, ...) as (rows, C); a view where channels are last."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
