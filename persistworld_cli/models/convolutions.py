@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from persistworld_cli.models.exchange import exchange
+from persistworld_cli.models.native import linear as native_linear
 from persistworld_cli.models.native.convolve import block_conv, fits
 
 
@@ -28,6 +29,12 @@ class ChannelsLastConv(nn.Conv2d):
         geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
         return geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and self.padding_mode == "zeros"
 
+    @property
+    def of_pixels(self) -> bool:
+        """Whether it is a linear layer for each pixel."""
+        geometry = (self.kernel_size, self.stride, self.padding, self.groups)
+        return geometry == ((1, 1), (1, 1), (0, 0), 1)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) to (N, C', H', W')."""
         return self.compute(x, self.weight)
@@ -37,6 +44,8 @@ class ChannelsLastConv(nn.Conv2d):
         if self.same_size and _kernel_fits(x, weight):
             out: torch.Tensor = block_conv(x, weight, self.bias)
             return out
+        if self.of_pixels and native_linear.fits(rows := x.movedim(1, -1), flat := weight.flatten(1)):
+            return native_linear.linear(rows, flat, self.bias).movedim(-1, 1)
         ordered = x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
         return self._conv_forward(ordered, weight, self.bias)
 
@@ -64,11 +73,11 @@ class TemporalConv(nn.Conv3d):
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The same with another weight in this one's place."""
-        rows, flat = x.flatten(3), weight.squeeze(-1)
-        if self.same_size and _kernel_fits(rows, flat):
-            folded = block_conv(rows, flat, self.bias)
+        rows = x.flatten(3)
+        if self.same_size and _kernel_fits(rows, weight):
+            folded = block_conv(rows, weight, self.bias)
         else:
-            folded = functional.conv2d(rows, flat, self.bias, padding=(int(self.padding[0]), 0))
+            folded = functional.conv2d(rows, weight.squeeze(-1), self.bias, padding=(int(self.padding[0]), 0))
         return folded if x.ndim == 4 else folded.unflatten(3, x.shape[3:])
 
 

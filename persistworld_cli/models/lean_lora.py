@@ -112,14 +112,12 @@ class _LeanConv(_Lean):
     def one_product(self: Any, x: torch.Tensor) -> bool:
         """Whether it is taken as one product, also while it learns (`merged_lora`)."""
         base = self.base_layer
-        weight = base.weight.flatten(3)
-        return getattr(base, "same_size", False) and exact(x, weight) and convolve.fits(x.flatten(3), weight)
+        usual = getattr(base, "same_size", False) and exact(x, base.weight)
+        return usual and convolve.fits(x.flatten(3), base.weight)
 
     def multiplied(self: Any, x: torch.Tensor, name: str, bias: torch.Tensor | None) -> torch.Tensor:
         """As one product."""
-        down, up, scale = self.factors(name)
-        factors = (self.base_layer.weight.flatten(3), bias, down.flatten(3), up.flatten(3), scale)
-        out = merged_conv(x.flatten(3), *factors)
+        out = merged_conv(x.flatten(3), self.base_layer.weight, bias, *self.factors(name))
         return out if x.ndim == 4 else out.unflatten(3, x.shape[3:])
 
     def _added(self, out: torch.Tensor, low: torch.Tensor, up: Any, scale: float) -> torch.Tensor:

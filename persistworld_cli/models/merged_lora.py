@@ -3,12 +3,12 @@
     y = W' x + b,  W' = W + s B A                              LoRA: Hu et al., arXiv 2106.09685, section 4.1
     dx = W'^T dy,  dA = s (B^T dy) x^T,  dB = s dy (A x)^T
 
-W' is small beside the activations, so it is made anew for each call: the adapter's own passes over activations are the
-two that its gradient needs, and the layer itself goes to the same kernels as one without an adapter. In bfloat16 W'
-would lose what A and B add to it; there the products stay apart (`lean_lora`).
+W' is small beside the activations and kept from call to call while nothing is written to: the adapter's own passes
+over activations are the two that its gradient needs, and the layer itself goes to the same kernels as one without an
+adapter. In bfloat16 W' would lose what A and B add to it; there the products stay apart (`lean_lora`).
 
 Shapes: x (..., C), W (C', C), A (r, C), B (C', r); for convolutions x (N, C, H, W) with channels last in memory,
-W (C', C, 3, k), A (r, C, 3, k), B (C', r, 1, 1), k 1 or 3.
+W (C', C, 3, k[, 1]), A (r, C, 3, k[, 1]), B (C', r, 1, 1[, 1]), k 1 or 3.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from torch.nn import functional
 
 from persistworld_cli.models.linears import product
 from persistworld_cli.models.native import convolve
+from persistworld_cli.models.native.calls import made_of
+from persistworld_cli.models.native.linear import across
+
+KEPT = 2**20  # numbers of a merged weight: kernels need up to four times as many beside
 
 
 def exact(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -28,11 +32,22 @@ def exact(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return both and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
+@torch.no_grad()
 def merged_weight(own: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
-    """W + s B A, of W's shape and type, and no product of it in autocast's type."""
-    kind = own.device.type
-    with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
-        return torch.addmm(own.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view_as(own)
+    """W + s B A, of W's shape and type, and no product of it in autocast's type.
+
+    On a CPU it is kept until one of them is written to, with what kernels made of it, where it is not large.
+    """
+
+    def make(down: torch.Tensor) -> torch.Tensor:
+        kind = own.device.type
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
+            return torch.addmm(own.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view_as(own)
+
+    if own.device.type != "cpu" or own.numel() > KEPT:
+        return make(down)
+    stamps = (scale, own.data_ptr(), own._version, up.data_ptr(), up._version)
+    return made_of(down, ("merged", *stamps), make)
 
 
 def merged_linear(
@@ -63,10 +78,10 @@ class _Linear(torch.autograd.Function):
         x, own, down, up = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = product(grad, merged_weight(own, down, up, ctx.scale).t().contiguous(), None)
+            grad_x = product(grad, across(merged_weight(own, down, up, ctx.scale)), None)
         rows, given = grad.flatten(0, -2), x.flatten(0, -2)
-        of_down = ctx.scale * ((rows @ up).t() @ given)
-        return grad_x, None, None, of_down, ctx.scale * (rows.t() @ (given @ down.t())), None
+        of_down = ctx.scale * (product(rows, up.t().contiguous(), None).t() @ given)
+        return grad_x, None, None, of_down, ctx.scale * (rows.t() @ product(given, down, None)), None
 
 
 class _Conv(torch.autograd.Function):
@@ -82,16 +97,17 @@ class _Conv(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = convolve.input_gradient(grad, merged_weight(own, down, up, ctx.scale))
-        padding = (1, down.shape[3] // 2)
-        low = convolve.block_conv(x, down) if convolve.fits(x, down) else functional.conv2d(x, down, padding=padding)
+        taps = down.detach().flatten(3)
+        padding = (1, taps.shape[3] // 2)
+        low = convolve.block_conv(x, taps) if convolve.fits(x, taps) else functional.conv2d(x, taps, padding=padding)
         rows = rows_of(grad)
         of_low = ctx.scale * (rows @ up.flatten(1))
         of_low = of_low.view(len(grad), *grad.shape[2:], -1).permute(0, 3, 1, 2)
         _, of_down, _ = torch.ops.aten.convolution_backward(
-            of_low, x, down, None, (1, 1), padding, (1, 1), False, (0, 0), 1, (False, True, False)
+            of_low, x, taps, None, (1, 1), padding, (1, 1), False, (0, 0), 1, (False, True, False)
         )
         of_up = ctx.scale * (rows.t() @ rows_of(low))
-        return grad_x, None, None, of_down, of_up.view_as(up), None
+        return grad_x, None, None, of_down.view_as(down), of_up.view_as(up), None
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:

@@ -51,14 +51,18 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+def across(weight: torch.Tensor) -> torch.Tensor:
+    """W' in order, kept as long as W is."""
+    return made_of(weight, "across", lambda w: w.detach().t().contiguous())
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(inputs[1])
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     """To x; everything else is frozen."""
-    (weight,) = ctx.saved_tensors
-    return linear(grad, made_of(weight, "across", lambda w: w.detach().t().contiguous()), None), None, None
+    return linear(grad, across(ctx.saved_tensors[0]), None), None, None
 
 
 linear.register_autograd(_backward, setup_context=_keep)
