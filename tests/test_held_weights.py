@@ -150,6 +150,7 @@ def test_a_processor_without_bfloat16_computes_in_float32(monkeypatch: pytest.Mo
             assert torch.is_autocast_enabled("cpu") is has
         with small_products(cpu, half, half):  # weights that are held so compute so
             assert not torch.is_autocast_enabled("cpu")
+        AcceleratorState._reset_state(reset_partial_state=True)
         with Run(tmp_path, mixed_precision="bf16", cpu=True) as run:
             assert run.accelerator.mixed_precision == ("bf16" if has else "no")
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -70,8 +70,9 @@ class LeanLinear(_Lean, Linear):
         return exact(x, self.base_layer.weight)
 
     def multiplied(self: Any, x: torch.Tensor, name: str, bias: torch.Tensor | None) -> torch.Tensor:
-        """As one product."""
-        return merged_linear(x, self.base_layer.weight, bias, *self.factors(name))
+        """As one product; as rows, for the same rounding as without an adapter."""
+        out = merged_linear(x.flatten(0, -2), self.base_layer.weight, bias, *self.factors(name))
+        return out.view(*x.shape[:-1], -1)
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As peft's forward (to rounding); without an adapter on rows too, for the same rounding."""
