@@ -11,12 +11,12 @@ extern "C" void pw_linear(const float *x, const float *u, const float *bias, flo
     for (ll first = 0; first < rows; first += each) {
         const ll count = first + each < rows ? each : rows - first;
         float *own = out + first * wide;
-        if (bias)
+        if (bias) {
             for (ll i = 0; i < count; i++) memcpy(own + i * wide, bias, wide * sizeof(float));
-        if (bias)
             product<true>(count, x + first * width, u, own, width, wide, width, wide);
-        else
+        } else {
             product(count, x + first * width, u, own, width, wide, width, wide);
+        }
     }
 }
 
