@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from persistworld_cli.models.native import attend, build, calls, convolve, feed_forward, gate, linear, norm
+from persistworld_cli.models.native import attend, build, calls, convolve, feed_forward, gate, linear, norm, outer
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="needs Linux, AVX2 and g++")
 DTYPES = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of numbers of size 1 to 5
@@ -218,3 +218,21 @@ def test_a_compiler_that_fails_is_said_and_done_without(tmp_path) -> None:  # ty
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "None" and "broken" in said.stderr
     assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@pytest.mark.parametrize("rows, rank, width", [(700, 16, 48), (1333, 5, 96), (520, 32, 16)])
+def test_outer(rows: int, rank: int, width: int) -> None:
+    t, x = torch.randn(rows, rank), torch.randn(rows, width)
+    assert outer.fits(t, x) and not outer.fits(t.double(), x) and not outer.fits(t, x[:, :-1])
+    assert (outer.outer(t, x) - t.double().t() @ x.double()).abs().max() < 1e-3  # of sums of up to 1333 numbers
+
+
+@pytest.mark.parametrize("across", [1, 3])
+@pytest.mark.parametrize("size", [(3, 7, 13), (2, 36, 20), (2, 1, 1), (1, 300, 1), (1, 2, 300)])
+def test_conv_weight_gradient(size: tuple[int, int, int], across: int) -> None:
+    grad, x = torch.randn(*size, 6), torch.randn(*size, 32)
+    ours = outer.conv_weight_gradient(grad, x, (3, across))
+    weight = torch.zeros(6, 32, 3, across, dtype=torch.double, requires_grad=True)
+    out = functional.conv2d(x.double().movedim(-1, 1), weight, padding=(1, across // 2))
+    (expected,) = torch.autograd.grad((out * grad.double().movedim(-1, 1)).sum(), weight)
+    assert (ours - expected).abs().max() < 1e-3

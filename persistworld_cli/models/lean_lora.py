@@ -141,8 +141,8 @@ class LeanConv3d(_LeanConv, Conv3d):
 def sampling_alone(layer: Any) -> bool:
     """Whether a layer has no adapter, or one that is merged or off while nothing is compared with another policy.
 
-    Policies whose predictions are compared are computed alike: equal weights give equal numbers (in float32 to
-    rounding, where nothing adapts a feed-forward block: its kernel has no gradient).
+    In bfloat16, policies whose predictions are compared are computed alike: equal weights give equal numbers. In
+    float32 what kernels without a gradient and merged weights change is below 1e-6.
     """
     return not isinstance(layer, BaseTunerLayer) or (getattr(layer, "merging", False) and not torch.is_grad_enabled())
 

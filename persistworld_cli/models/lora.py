@@ -80,9 +80,9 @@ class PolicySwitch:
 
         Args:
             policy: theta, old or reference.
-            sampling: nothing learns and nothing is compared with another policy's prediction: adapters are merged into
-                each layer's weight for its call (a second copy of one layer at a time), which spares their passes over
-                the activations. Equal to rounding, and in bfloat16 to the rounding of the merged weights.
+            sampling: nothing learns: adapters are merged into each layer's weight for its call (a second copy of one
+                layer at a time), which spares their passes over the activations. Equal to rounding, and in bfloat16
+                to the rounding of the merged weights: not there where policies' predictions are compared.
         """
         self.activate(policy, sampling=sampling)
         try:

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from persistworld_cli.models.linears import product
 from persistworld_cli.models.native import convolve
+from persistworld_cli.models.native import outer as native_outer
 from persistworld_cli.models.native.calls import made_of
 from persistworld_cli.models.native.linear import across
 
@@ -80,8 +81,8 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = product(grad, across(merged_weight(own, down, up, ctx.scale)), None)
         rows, given = grad.flatten(0, -2), x.flatten(0, -2)
-        of_down = ctx.scale * (product(rows, up.t().contiguous(), None).t() @ given)
-        return grad_x, None, None, of_down, ctx.scale * (rows.t() @ product(given, down, None)), None
+        of_down = ctx.scale * _outer(product(rows, across(up), None), given)
+        return grad_x, None, None, of_down, ctx.scale * _outer(product(given, down, None), rows).t(), None
 
 
 class _Conv(torch.autograd.Function):
@@ -101,13 +102,27 @@ class _Conv(torch.autograd.Function):
         padding = (1, taps.shape[3] // 2)
         low = convolve.block_conv(x, taps) if convolve.fits(x, taps) else functional.conv2d(x, taps, padding=padding)
         rows = rows_of(grad)
-        of_low = ctx.scale * (rows @ up.flatten(1))
-        of_low = of_low.view(len(grad), *grad.shape[2:], -1).permute(0, 3, 1, 2)
-        _, of_down, _ = torch.ops.aten.convolution_backward(
-            of_low, x, taps, None, (1, 1), padding, (1, 1), False, (0, 0), 1, (False, True, False)
-        )
-        of_up = ctx.scale * (rows.t() @ rows_of(low))
-        return grad_x, None, None, of_down.view_as(down), of_up.view_as(up), None
+        of_low = ctx.scale * product(rows, up.detach().flatten(1).t().contiguous(), None)
+        of_down = _weight_gradient(of_low.view(*grad.movedim(1, -1).shape[:-1], -1), x, taps)
+        of_up = ctx.scale * _outer(rows_of(low), rows).t()
+        return grad_x, None, None, of_down.view_as(down), of_up.reshape(up.shape), None
+
+
+def _outer(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """t' x."""
+    return native_outer.outer(t, x) if native_outer.fits(t, x) else t.t() @ x
+
+
+def _weight_gradient(grad: torch.Tensor, x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+    """Of a convolution of x (N, C, H, W) by `taps` (r, C, 3, k), whose result's gradient is (N, H, W, r)."""
+    given, size = x.movedim(1, -1), (taps.shape[2], taps.shape[3])
+    if native_outer.fits(grad, given):
+        return native_outer.conv_weight_gradient(grad, given, size)
+    padding = (size[0] // 2, size[1] // 2)
+    by_torch: torch.Tensor = torch.ops.aten.convolution_backward(
+        grad.movedim(-1, 1), x, taps, None, (1, 1), padding, (1, 1), False, (0, 0), 1, (False, True, False)
+    )[1]
+    return by_torch
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from persistworld_cli.training.candidates import Candidates
 
-RESTING = 1e-9  # mean |D_theta - D_old| below which the two policies are one
+RESTING = 1e-6  # mean |D_theta - D_old| below which the two policies are one: rounding alone gives some 1e-7
 
 
 def candidate_health(made: Candidates, kept: Tensor, cameras: Sequence[str]) -> dict[str, float]:

@@ -76,13 +76,13 @@ template <int NV> constexpr int ROWS_AT_ONCE = REGISTERS == 16 ? 6 : NV == 4 ? 6
 
 // C (rows, NV * LANES) = A (rows, k) B (k, NV * LANES), or += where ADD; R rows
 template <int R, int NV, bool ADD>
-static inline void rows_of(const float *a, const float *b, float *c, ll k, ll a_row, ll c_row) {
+static inline void rows_of(const float *a, const float *b, float *c, ll k, ll a_row, ll b_row, ll c_row) {
     vec sum[R][NV];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < NV; v++) sum[r][v] = ADD ? load(c + r * c_row + v * LANES) : set(0);
     for (ll i = 0; i < k; i++) {
         vec right[NV];
-        for (int v = 0; v < NV; v++) right[v] = load(b + i * NV * LANES + v * LANES);
+        for (int v = 0; v < NV; v++) right[v] = load(b + i * b_row + v * LANES);
         for (int r = 0; r < R; r++) {
             vec left = set(a[r * a_row + i]);
             for (int v = 0; v < NV; v++) sum[r][v] = fma(left, right[v], sum[r][v]);
@@ -93,23 +93,23 @@ static inline void rows_of(const float *a, const float *b, float *c, ll k, ll a_
 }
 
 template <int R, int NV, bool ADD> struct Remainder {
-    static void run(ll rows, const float *a, const float *b, float *c, ll k, ll a_row, ll c_row) {
+    static void run(ll rows, const float *a, const float *b, float *c, ll k, ll a_row, ll b_row, ll c_row) {
         if (rows == R)
-            rows_of<R, NV, ADD>(a, b, c, k, a_row, c_row);
+            rows_of<R, NV, ADD>(a, b, c, k, a_row, b_row, c_row);
         else
-            Remainder<R - 1, NV, ADD>::run(rows, a, b, c, k, a_row, c_row);
+            Remainder<R - 1, NV, ADD>::run(rows, a, b, c, k, a_row, b_row, c_row);
     }
 };
 template <int NV, bool ADD> struct Remainder<0, NV, ADD> {
-    static void run(ll, const float *, const float *, float *, ll, ll, ll) {}
+    static void run(ll, const float *, const float *, float *, ll, ll, ll, ll) {}
 };
 
 template <int NV, bool ADD>
-static void block(ll rows, const float *a, const float *b, float *c, ll k, ll a_row, ll c_row) {
+static void block(ll rows, const float *a, const float *b, float *c, ll k, ll a_row, ll b_row, ll c_row) {
     constexpr int R = ROWS_AT_ONCE<NV>;
     while (rows) {
         ll steps = (rows + R - 1) / R, now = (rows + steps - 1) / steps;  // evenly: no short last one
-        Remainder<R, NV, ADD>::run(now, a, b, c, k, a_row, c_row);
+        Remainder<R, NV, ADD>::run(now, a, b, c, k, a_row, b_row, c_row);
         a += now * a_row, c += now * c_row, rows -= now;
     }
 }
@@ -120,6 +120,18 @@ static inline ll block_width(ll at, ll n) {
     return n - at >= 64 ? 64 : n - at >= 32 ? 32 : 16;
 }
 
+// a block of `width` columns
+template <bool ADD>
+static inline void columns(ll width, ll rows, const float *a, const float *b, float *c, ll k, ll a_row, ll b_row,
+                           ll c_row) {
+    if (width == 64)
+        block<4, ADD>(rows, a, b, c, k, a_row, b_row, c_row);
+    else if (width == 32)
+        block<32 / LANES, ADD>(rows, a, b, c, k, a_row, b_row, c_row);
+    else
+        block<16 / LANES, ADD>(rows, a, b, c, k, a_row, b_row, c_row);
+}
+
 // C (rows, n) = A (rows, k) B, or += where ADD; n a multiple of 16. What is deeper than DEEP goes in several passes, so
 // that a pass's part of B stays in the first cache.
 template <bool ADD = false>
@@ -127,14 +139,8 @@ static void product(ll rows, const float *a, const float *b, float *c, ll k, ll 
     for (ll at = 0, width; at < n; at += width) {
         width = block_width(at, n);
         const auto pass = [&](auto whole, ll from, ll count) {
-            constexpr bool add = decltype(whole)::value;
-            const float *left = a + from, *right = b + at * k + from * width;
-            if (width == 64)
-                block<4, add>(rows, left, right, c + at, count, a_row, c_row);
-            else if (width == 32)
-                block<32 / LANES, add>(rows, left, right, c + at, count, a_row, c_row);
-            else
-                block<16 / LANES, add>(rows, left, right, c + at, count, a_row, c_row);
+            columns<decltype(whole)::value>(width, rows, a + from, b + at * k + from * width, c + at, count, a_row,
+                                            width, c_row);
         };
         pass(std::integral_constant<bool, ADD>(), 0, k < DEEP ? k : DEEP);
         for (ll from = DEEP; from < k; from += DEEP)
