@@ -19,7 +19,7 @@ from persistworld_cli.models.exchange import exchanged
 from persistworld_cli.models.lean_blocks import DIFFUSERS
 from persistworld_cli.models.meter import Work, measure
 from persistworld_cli.models.samplers import find_sampler
-from persistworld_cli.models.world_model import CARRIED, DECODE_ROWS, Condition, WorldModel, build_world_model
+from persistworld_cli.models.world_model import CARRIED, Condition, WorldModel, build_world_model
 
 META = torch.device("meta")
 AUTOCAST = {  # sampling.dtype and mixed_precision
@@ -111,7 +111,7 @@ def predict(model: WorldModel, clips: int, guidance: float = 1.0) -> torch.Tenso
 def decoding_work(model: WorldModel, chunk: int, dtype: torch.dtype = torch.float32) -> Work:
     """FLOPs of decoding one clip; bytes of as many clips as go through the decoder together."""
     frames, views = model.settings.num_frames, len(model.world.cameras)
-    together = 1 if (frames * views) % (chunk or frames) else -(-DECODE_ROWS // (frames * views))
+    together = 1 if (frames * views) % (chunk or frames) else -(-model.decode_rows // (frames * views))
     latents = torch.empty(together, frames, *model.latent_shape, device=META)
     work = measure(lambda: model.decode_latents(latents, chunk), model.parameters(), dtype)
     return Work(work.flops // together, work.peak)

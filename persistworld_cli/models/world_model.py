@@ -25,7 +25,9 @@ from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.unet import FrameLevelUNet
 
 CARRIED = "image_encoder"  # in checkpoints because Ctrl-World's strict loading wants it; nothing computes with it
-DECODE_ROWS = 48  # pictures that go through the decoder at once, where runs can be batched
+# What goes through the decoder at once: so many pictures, and more of small ones (on two cores 120 of 48 x 80 pixels
+# took 1 to 20% less time, at best, than in three runs)
+DECODE_ROWS, DECODE_PIXELS = 48, 2**19
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,11 @@ class WorldModel(nn.Module):
         rows, columns = math.ceil(world.height / factor), math.ceil(world.width / factor)
         return self.vae.config.latent_channels, cameras * rows, columns
 
+    @property
+    def decode_rows(self) -> int:
+        """Pictures that go through the decoder at once, where runs can be batched."""
+        return max(DECODE_ROWS, DECODE_PIXELS // (self.world.height * self.world.width))
+
     def drop_carried(self) -> None:
         """Let go of the part that nothing computes with; what is left has all numbers that the model needs."""
         if hasattr(self, CARRIED):
@@ -145,12 +152,13 @@ class WorldModel(nn.Module):
         return vae_room.encode_pictures(self.vae, frames_u8, self.device, self.settings.posterior)
 
     @torch.no_grad()
-    def decode_latents(self, latents: torch.Tensor, chunk: int = 0, rows: int = DECODE_ROWS) -> torch.Tensor:
+    def decode_latents(self, latents: torch.Tensor, chunk: int = 0, rows: int = 0) -> torch.Tensor:
         """Latents (N, C, h, w) or (B, N, C, h, w) to pictures (..., V, 3, H, W) in [0, 1].
 
         An item's rows are ordered camera by camera and decoded in runs of `chunk` (0: all frames of one camera).
-        `rows` bounds how many pictures go through the decoder at once where runs can be batched.
+        `rows` bounds how many pictures go through the decoder at once where runs can be batched (0: what fits).
         """
+        rows = rows or self.decode_rows
         batched = latents if latents.ndim == 5 else latents[None]
         b, n = batched.shape[:2]
         v = len(self.world.cameras)

@@ -172,12 +172,13 @@ static void strip_out(const Call &call, ll item, ll top, ll tiles, const float *
         }
 }
 
-template <typename T, int M> static void spatial(const Call &call) {
+template <typename T, int M> static void spatial(const Call &given) {
+    const Call call = given;
     const ll P = M + 2, across = ceil_div(call.w, M), down = ceil_div(call.h, M), strips = call.n * down;
     const ll unit = strips_a_unit(strips, across, omp_get_max_threads());
     const ll most = unit * across, v_point = most * call.cin + PAD, w_point = most * call.cout + PAD;
     const ll strip_size = P * (across * M + 2) * call.cin;
-#pragma omp parallel
+#pragma omp parallel firstprivate(call) // nothing written can be a thread's own copy: its fields stay in registers
     {
         float *strip = room(strip_size + P * P * (v_point + w_point));
         float *v = strip + strip_size, *w = v + P * P * v_point;
@@ -199,12 +200,13 @@ template <typename T, int M> static void spatial(const Call &call) {
 
 // -- 3 x 1, over frames ----------------------------------------------------------------------------------------------------
 
-template <typename T, int M> static void temporal(const Call &call) {
+template <typename T, int M> static void temporal(const Call &given) {
+    const Call call = given;
     const ll P = M + 2, frames = call.h, pixels = call.w, tiles = ceil_div(frames, M), cin = call.cin, cout = call.cout;
     const ll unit = strips_a_unit(call.n * pixels, tiles, omp_get_max_threads());
     const ll a_item = ceil_div(pixels, unit), most = unit * tiles;
     const ll v_point = most * cin + PAD, w_point = most * cout + PAD, rows = tiles * M + 2;
-#pragma omp parallel
+#pragma omp parallel firstprivate(call)
     {
         float *lines = room(rows * cin + P * (v_point + w_point));
         float *v = lines + rows * cin, *w = v + P * v_point;
