@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from persistworld_cli.models.native.build import available
-from persistworld_cli.models.native.calls import LANES, native, pointer
+from persistworld_cli.models.native.calls import LANES, native, operation, pointer
 
 SHORT = 256  # tokens, whose weights for some queries stay in the first cache
 
@@ -29,7 +29,7 @@ def fits(x: torch.Tensor, heads: int) -> bool:
     return x.shape[-1] % (heads * LANES) == 0 and x.shape[1] <= SHORT and available()
 
 
-@torch.library.custom_op("persistworld::attend", mutates_args=())
+@operation
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, scale: float) -> torch.Tensor:
     """softmax(scale q k') v for every head, of which `fits` holds.
 

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from persistworld_cli.models.native.build import available
-from persistworld_cli.models.native.calls import LANES, made_of, native, packed, plain, pointer, sizes
+from persistworld_cli.models.native.calls import LANES, made_of, native, operation, packed, plain, pointer, sizes
 from persistworld_cli.models.native.norm import affine, norm_silu_backward
 
 MOST = 512  # channels; transformed weights take four times the memory
@@ -80,7 +80,7 @@ def block_conv(
     return out
 
 
-@torch.library.custom_op("persistworld::block_conv", mutates_args=())
+@operation
 def _block_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -145,7 +145,7 @@ def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return block_conv(grad, turned)
 
 
-@torch.library.custom_op("persistworld::upsampled_conv", mutates_args=())
+@operation
 def upsampled_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """A 3 x 3 convolution, of which `fits` holds, of x (N, C, H, W) with each pixel repeated: (N, C', 2 H, 2 W)."""
     x, dtype = x.contiguous(memory_format=torch.channels_last), x.dtype

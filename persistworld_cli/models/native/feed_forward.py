@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from persistworld_cli.models.native.build import available
-from persistworld_cli.models.native.calls import LANES, native, packed, plain, pointer, sizes
+from persistworld_cli.models.native.calls import LANES, native, operation, packed, plain, pointer, sizes
 
 FEWEST = 128  # rows for which the call is not what takes the time
 UNITS = 64  # hidden units at a time: their number must be a multiple
@@ -32,7 +32,7 @@ def fits(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> bool:
     return wide and w1.dtype is x.dtype and w2.shape[1] % UNITS == 0 and enough and available()
 
 
-@torch.library.custom_op("persistworld::feed_forward", mutates_args=())
+@operation
 def feed_forward(
     x: torch.Tensor,
     norm_weight: torch.Tensor,

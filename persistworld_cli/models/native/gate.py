@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from persistworld_cli.models.native.build import available
-from persistworld_cli.models.native.calls import LANES, native, plain, pointers, sizes
+from persistworld_cli.models.native.calls import LANES, native, operation, plain, pointers, sizes
 
 FEWEST = 2**14  # numbers for which the call is not what takes the time
 
@@ -22,7 +22,7 @@ def fits(x: torch.Tensor, bias: torch.Tensor) -> bool:
     return not learns and len(bias) % (2 * LANES) == 0 and x.numel() >= FEWEST and available()
 
 
-@torch.library.custom_op("persistworld::gate", mutates_args=())
+@operation
 def gate(both: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """value gelu(gate), of which `fits` holds, where (..., 2 hidden) + bias are the values, then the gates."""
     both = both.contiguous()

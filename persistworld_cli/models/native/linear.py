@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from persistworld_cli.models.native.build import available
-from persistworld_cli.models.native.calls import LANES, made_of, native, packed, plain, pointers, sizes
+from persistworld_cli.models.native.calls import LANES, made_of, native, operation, packed, plain, pointers, sizes
 
 FEWEST = 128  # rows for which the call is not what takes the time
 
@@ -26,7 +26,7 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return fit and torch.backends.cpu.get_cpu_capability() == "AVX2" and available()
 
 
-@torch.library.custom_op("persistworld::linear", mutates_args=())
+@operation
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x W' + bias, of which `fits` holds.
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from persistworld_cli.models.native.build import available
-from persistworld_cli.models.native.calls import LANES, native, plain, pointers, sizes
+from persistworld_cli.models.native.calls import LANES, native, operation, plain, pointers, sizes
 
 FEWEST = 2**14  # numbers for which the call is not what takes the time
 
@@ -54,7 +54,7 @@ def norm_silu(x: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
     return out
 
 
-@torch.library.custom_op("persistworld::norm_silu", mutates_args=())
+@operation
 def _norm_silu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
     n, channels = x.shape[:2]
     out = torch.empty_like(x)
