@@ -339,7 +339,7 @@ def test_gradients_are_finite(tiny: WorldModel, dtype: torch.dtype) -> None:
     tiny.zero_grad()
     with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
         out = tiny.denoise(x, torch.tensor([0.5, 3.0]), condition)
-        pictures = tiny.vae.decode(x[0], num_frames=5).sample
+        pictures = tiny.vae.decode(x[0, :, :, : h // 3], num_frames=5).sample  # of one camera, as they are decoded
     (out.float().pow(2).mean() + pictures.float().pow(2).mean()).backward()
     grads = [p.grad for p in [*tiny.unet.parameters(), *tiny.vae.decoder.parameters()] if p.grad is not None]
     assert len(grads) > 100 and all(g.isfinite().all() for g in grads)
