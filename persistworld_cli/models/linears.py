@@ -19,6 +19,7 @@ from persistworld_cli.models.native import linear as native_linear
 FEW = 128  # rows for which the call itself is what takes the time
 
 
+@torch.compiler.assume_constant_result
 def onednn_is_faster() -> bool:
     """Whether this processor's float32 products are better given to oneDNN."""
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -16,6 +16,12 @@ from persistworld_cli.models.native.calls import LANES, made_of, native, operati
 FEWEST = 128  # rows for which the call is not what takes the time
 
 
+@torch.compiler.assume_constant_result
+def wanted() -> bool:
+    """Whether the processor is one of those; asked for every call, also while torch.compile looks on."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether x (..., C) times a weight (C', C) can go to the kernel; not where the weight learns."""
     if x.device.type != "cpu" or x.dtype is not torch.float32 or weight.dtype is not x.dtype:
@@ -23,7 +29,7 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     if torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and weight.requires_grad):
         return False
     fit = all(n % LANES == 0 for n in weight.shape) and x.numel() >= FEWEST * weight.shape[1]
-    return fit and torch.backends.cpu.get_cpu_capability() == "AVX2" and available()
+    return fit and wanted() and available()
 
 
 @operation
