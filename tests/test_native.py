@@ -119,6 +119,15 @@ def test_a_weight_that_was_written_to_is_packed_again() -> None:
     assert len(calls._made) == held - 1  # what was made of it goes with it
 
 
+def test_a_weight_for_other_channels_is_refused() -> None:
+    x, weight, _, _ = arguments(1, 48, 32, 16, 20, (3, 3), torch.float32)
+    for call in (convolve.block_conv, lambda x, w: convolve.upsampled_conv(x, w, None)):
+        with pytest.raises(ValueError, match="for 32 channels"):
+            call(x[:, :32], weight)
+    with pytest.raises(ValueError, match="for 20 channels"):
+        linear.linear(torch.randn(256, 20), torch.randn(32, 16), None)
+
+
 def test_what_the_kernels_leave_to_torch() -> None:
     x, weight, _, _ = arguments(1, 32, 32, 16, 20, (3, 3), torch.float32)
     assert convolve.fits(x, weight)

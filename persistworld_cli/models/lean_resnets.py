@@ -31,7 +31,8 @@ def _weights(block: Any, x: torch.Tensor) -> list[torch.Tensor] | None:
     if not plain or learns or x.device.type != "cpu":
         return None
     weights = [weight_in_use(conv) for conv in (block.conv1, block.conv2)]
-    return [w for w in weights if w is not None and fits(x, w)] if None not in weights else None
+    fitting = [w for w in weights if w is not None and fits(x, w)]
+    return fitting if len(fitting) == len(weights) else None
 
 
 def _conv(x: torch.Tensor, conv: Any, weight: torch.Tensor, norm: nn.GroupNorm, *rest: Any) -> torch.Tensor:

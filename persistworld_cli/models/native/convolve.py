@@ -102,7 +102,7 @@ def _block_conv(
         scale, shift, _ = affine(x, norm_weight, norm_bias, groups, eps)
     size = tile(height, width, taps)
     rest = None if residual is None else residual.to(dtype).contiguous(memory_format=torch.channels_last)
-    kept = [x, scale, shift, _packed(weight, size), plain(bias), plain(added), plain(gain), rest, out]
+    kept = [x, scale, shift, _packed(weight, cin, size), plain(bias), plain(added), plain(gain), rest, out]
     call = _Call(*(pointer(t) for t in kept), n, height, width, cin, cout, int(norm_weight is not None), 0)
     native().pw_convolve(ctypes.byref(call), size, int(taps == 1), int(dtype is torch.bfloat16))
     return out
@@ -153,7 +153,7 @@ def upsampled_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     cout, height, width = weight.shape[0], 2 * height, 2 * width
     out = torch.empty((n, cout, height, width), dtype=dtype, memory_format=torch.channels_last)
     size = tile(height, width, 3)
-    kept = [x, None, None, _packed(weight, size), plain(bias), None, None, None, out]
+    kept = [x, None, None, _packed(weight, cin, size), plain(bias), None, None, None, out]
     call = _Call(*(pointer(t) for t in kept), n, height, width, cin, cout, 0, 1)
     native().pw_convolve(ctypes.byref(call), size, 0, int(dtype is torch.bfloat16))
     return out
@@ -178,8 +178,10 @@ def _upsampled_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 upsampled_conv.register_autograd(_upsampled_backward, setup_context=_keep_upsampled)
 
 
-def _packed(weight: torch.Tensor, size: int) -> torch.Tensor:
-    """Transformed weights in the order that the kernels read them."""
+def _packed(weight: torch.Tensor, channels: int, size: int) -> torch.Tensor:
+    """Transformed weights in the order that the kernels read them, for an input of so many channels."""
     cout, cin, _, taps = weight.shape[:4]
+    if cin != channels:  # a kernel would read beyond the end
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} for {channels} channels")
     points = (size + 2) ** 2 if taps == 3 else size + 2
     return packed(weight, size, points * cin * cout, "pw_pack", *sizes(cout, cin), taps, size)

@@ -29,6 +29,7 @@ def fits(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> bool:
         return False
     wide = all(n % LANES == 0 and n <= MOST for n in (x.shape[-1], w2.shape[0]))
     enough = x.numel() >= FEWEST * x.shape[-1] and not torch.is_autocast_enabled("cpu")
+    wide = wide and tuple(w1.shape) == (2 * w2.shape[1], x.shape[-1])
     return wide and w1.dtype is x.dtype and w2.shape[1] % UNITS == 0 and enough and available()
 
 

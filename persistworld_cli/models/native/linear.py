@@ -46,6 +46,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     """
     rows = x.contiguous()
     wide, width = weight.shape
+    if width != x.shape[-1]:
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} for {x.shape[-1]} channels")
     out = torch.empty(*x.shape[:-1], wide)
     kept = (rows, packed(weight, "linear", wide * width, "pw_pack_linear", *sizes(wide, width)), plain(bias), out)
     native().pw_linear(*pointers(*kept), *sizes(rows.numel() // width, width, wide))
