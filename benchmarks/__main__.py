@@ -68,9 +68,9 @@ def _batching(told: Result) -> list[Row]:
 def _sampling(told: Result) -> list[Row]:
     times = told["seconds_a_rollout"]
     ways = {"one": _SAMPLED_ONE, "several": _SAMPLED_SEVERAL}
-    compiled = _COMPILED if told["compiled"] else ""
+    kind = (_COMPILED if told["compiled"] else "") + (_FIFTY if told["steps"] == 50 else "")
     rows = [
-        _ratio(what + compiled, [a / b for a, b in zip(times["plain"], times[name], strict=True)])
+        _ratio(what + kind, [a / b for a, b in zip(times["plain"], times[name], strict=True)])
         for name, what in ways.items()
     ]
     return [*rows, *(_ratio(_WITHOUT.format(name), ratios) for name, ratios in told["without"].items())]
@@ -113,6 +113,7 @@ _BATCHED_ALONE = "eight rollouts together / this program, one at a time (time)"
 _SAMPLED_ONE = "guided sampling of one rollout, times as fast as the plain way"
 _SAMPLED_SEVERAL = "guided sampling of eight rollouts, times as fast a rollout as the plain way"
 _COMPILED = ", compiled"
+_FIFTY = ", 50 steps"
 _WITHOUT = "guided sampling of one rollout, without {} / with it (time)"
 _UPDATED = "post-training, updates an hour / those of the plain way"
 _EXTRACTED = "extraction with two decoding processes / with none (time)"
@@ -141,6 +142,12 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "post_training": Benchmark(f"--dataset {_DATASET} --updates 3", (_UPDATED,), _post_training),
     "full_forward": Benchmark("--repeats 2", (_FORWARD,), _forward),
+    "sampling_50": Benchmark(
+        "--steps 50 --repeats 2 --whole",
+        (_SAMPLED_ONE + _FIFTY, _SAMPLED_SEVERAL + _FIFTY),
+        _sampling,
+        module="sampling",
+    ),
 }
 
 
