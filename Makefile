@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/python -m persistworld_cli.demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

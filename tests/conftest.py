@@ -14,9 +14,14 @@ from typing import Any
 
 import pytest
 from browser import Page, chromium
-from golden_table import lines
 
 from persistworld_cli.config.settings import Settings
+from persistworld_cli.launch.environment import cores
+
+os.environ.pop("COLUMNS", None)  # tables are as wide as where nobody watches, whoever runs the tests
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes test: a thread each, or they wait for each other's
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -36,8 +41,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("golden")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: two on any machine, since half of the tests wait for processes; more take memory."""
+    return min(4, max(2, cores()))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if config.getoption("--golden-table"):
+        from golden_table import lines  # imports torch, which asks for its threads then
+
         terminalreporter.section("golden checks")
         for line in lines():
             terminalreporter.write_line(line)
