@@ -1,6 +1,6 @@
 """One forward pass of the full-size network on this CPU: time, FLOP/s, memory.
 
-`python -m benchmarks.full_forward [--preset ctrl-world] [--dtype bfloat16] [--repeats 3] [--json]`
+`python -m benchmarks.full_forward [--preset ctrl-world] [--dtype bfloat16] [--repeats 3] [--plain] [--json]`
 
 UNet and action encoder get random weights in the type asked for, straight from the meta device; nothing else of the
 model is given memory. A clip of the preset's size (ctrl-world: 1 x 11 frames, 72 x 40) goes through `denoise`, once to
@@ -8,6 +8,9 @@ warm up and then `--repeats` times. FLOPs are those of `persistworld ... --dry-r
 measuring runs in a process of its own with the environment that workers get; `peak_bytes` is its VmHWM (Linux), with
 the interpreter and its libraries in it (`libraries_bytes`: before the model is built). `cpu_s` is the time that the
 process's threads ran: where it is well below threads x seconds, the machine was shared and the times say little.
+
+With `--plain`, each pass is followed by one through diffusers' own blocks (`benchmarks.plain`); `apart` is the largest
+difference of the two predictions over the largest number of the second.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import plain
 from benchmarks.full_size import peak_bytes, random_weights
 from persistworld_cli.compat import free_main_thread
 from persistworld_cli.config.presets import load_settings
@@ -73,7 +77,7 @@ def forward(model: WorldModel) -> torch.Tensor:
     return model.denoise(noise, torch.tensor([1.0]), condition)
 
 
-def run(preset: str, asked: str, repeats: int) -> dict[str, Any]:
+def run(preset: str, asked: str, repeats: int, plainly: bool) -> dict[str, Any]:
     """Build and time in this process."""
     free_main_thread()
     settings, dtype = load_settings(preset, [], {}, env={}).settings, getattr(torch, asked)
@@ -82,13 +86,19 @@ def run(preset: str, asked: str, repeats: int) -> dict[str, Any]:
     libraries = peak_bytes()
     model = build(settings, dtype)
     weights = sum(p.nbytes for p in model.parameters() if not p.is_meta)
-    seconds, busy = [], []
+    seconds, busy, plain_seconds, apart = [], [], [], 0.0
     for _ in range(repeats + 1):  # the first one also chooses kernels
         begun, worked = time.perf_counter(), time.process_time()
         out = forward(model)
         seconds.append(round(time.perf_counter() - begun, 2))
         busy.append(round(time.process_time() - worked, 2))
         print(f"forward {len(busy)}: {seconds[-1]} s, {busy[-1]} s of CPU", file=sys.stderr, flush=True)
+        if plainly:
+            with plain.plain_blocks(model):
+                begun = time.perf_counter()
+                theirs = forward(model)
+                plain_seconds.append(round(time.perf_counter() - begun, 2))
+            apart = max(apart, float((out - theirs).abs().max() / theirs.abs().max()))
     assert out.isfinite().all()
     middle = statistics.median(seconds[1:])
     return {
@@ -107,6 +117,8 @@ def run(preset: str, asked: str, repeats: int) -> dict[str, Any]:
         "counted_activation_bytes": work.peak,
         "libraries_bytes": libraries,
         "peak_bytes": peak_bytes(),
+        "plain_seconds": plain_seconds[1:],
+        "apart": apart,
     }
 
 
@@ -124,6 +136,10 @@ def table(result: dict[str, Any]) -> str:
         "memory": f"peak {result['peak_bytes'] / gib:.2f} GiB: weights {result['weights_bytes'] / gib:.2f}, libraries "
         f"{result['libraries_bytes'] / gib:.2f}, activations counted {result['counted_activation_bytes'] / gib:.2f}",
     }
+    if result["plain_seconds"]:
+        ratios = [a / b for a, b in zip(result["plain_seconds"], result["seconds"], strict=True)]
+        spread = f"{min(ratios):.2f} .. {max(ratios):.2f}"
+        rows["plain"] = f"{statistics.median(ratios):.2f} times as fast ({spread}), {result['apart']:.2g} apart"
     return "\n".join(f"{name:8} {value}" for name, value in rows.items())
 
 
@@ -133,13 +149,15 @@ def main() -> None:
     parser.add_argument("--preset", default="ctrl-world")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--plain", action="store_true", help="diffusers' own blocks beside ours")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(run(options.preset, options.dtype, options.repeats)))
+        print(json.dumps(run(options.preset, options.dtype, options.repeats, options.plain)))
         return
     own = ["--preset", options.preset, "--dtype", options.dtype, "--repeats", str(options.repeats), "--child"]
+    own += ["--plain"] if options.plain else []
     command = [sys.executable, "-m", "benchmarks.full_forward", *own]
     env = worker_environment(LaunchSettings(device="cpu"))
     result = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env).stdout)
