@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,9 @@ def _batching(told: Result) -> list[Row]:
     ]
 
 
-def _sampling(told: Result) -> list[Row]:
+def _sampling(kind: str, told: Result) -> list[Row]:
     times = told["seconds_a_rollout"]
     ways = {"one": _SAMPLED_ONE, "several": _SAMPLED_SEVERAL}
-    kind = (_COMPILED if told["compiled"] else "") + (_FIFTY if told["steps"] == 50 else "")
     rows = [
         _ratio(what + kind, [a / b for a, b in zip(times["plain"], times[name], strict=True)])
         for name, what in ways.items()
@@ -112,14 +112,19 @@ _BATCHED_PLAIN = "eight rollouts together / the plain way, one at a time (time)"
 _BATCHED_ALONE = "eight rollouts together / this program, one at a time (time)"
 _SAMPLED_ONE = "guided sampling of one rollout, times as fast as the plain way"
 _SAMPLED_SEVERAL = "guided sampling of eight rollouts, times as fast a rollout as the plain way"
-_COMPILED = ", compiled"
-_FIFTY = ", 50 steps"
 _WITHOUT = "guided sampling of one rollout, without {} / with it (time)"
 _UPDATED = "post-training, updates an hour / those of the plain way"
 _EXTRACTED = "extraction with two decoding processes / with none (time)"
 _BUILT = (("build-meta, 3,000 episodes", "seconds", "s"), ("build-meta, 3,000 episodes, peak", "GiB", "GiB"))
 _LOADED = "reading clips / the straightforward way (samples a second)"
 _FORWARD = "full-size network in bfloat16, one clip"
+
+
+def _sampled(arguments: str, kind: str = "", parts: tuple[str, ...] = ()) -> Benchmark:
+    """`benchmarks.sampling` in one of its ways; ``kind`` ends its rows' names."""
+    expected = (_SAMPLED_ONE + kind, _SAMPLED_SEVERAL + kind, *parts)
+    return Benchmark(arguments, expected, partial(_sampling, kind), module="sampling")
+
 
 # A benchmark of speed that should be in the ledger is one line here, cheapest first.
 BENCHMARKS: dict[str, Benchmark] = {
@@ -129,25 +134,11 @@ BENCHMARKS: dict[str, Benchmark] = {
     "eval_batching": Benchmark(
         f"--dataset {_DATASET} --episodes 8 --steps 3 --repeats 3", (_BATCHED_PLAIN, _BATCHED_ALONE), _batching
     ),
-    "sampling": Benchmark(
-        "--steps 6 --repeats 3",
-        (_SAMPLED_ONE, _SAMPLED_SEVERAL, *(_WITHOUT.format(name) for name in sampling.WITHOUT)),
-        _sampling,
-    ),
-    "sampling_compiled": Benchmark(
-        "--steps 6 --repeats 3 --compile",
-        (_SAMPLED_ONE + _COMPILED, _SAMPLED_SEVERAL + _COMPILED),
-        _sampling,
-        module="sampling",
-    ),
+    "sampling": _sampled("--steps 6 --repeats 3", parts=tuple(_WITHOUT.format(name) for name in sampling.WITHOUT)),
+    "sampling_compiled": _sampled("--steps 6 --repeats 3 --compile", ", compiled"),
     "post_training": Benchmark(f"--dataset {_DATASET} --updates 3", (_UPDATED,), _post_training),
     "full_forward": Benchmark("--repeats 2", (_FORWARD,), _forward),
-    "sampling_50": Benchmark(
-        "--steps 50 --repeats 2 --whole",
-        (_SAMPLED_ONE + _FIFTY, _SAMPLED_SEVERAL + _FIFTY),
-        _sampling,
-        module="sampling",
-    ),
+    "sampling_50": _sampled("--steps 50 --repeats 2 --whole", ", 50 steps"),
 }
 
 

@@ -64,6 +64,16 @@ def sizes(*numbers: int) -> list[ctypes.c_int64]:
     return [ctypes.c_int64(number) for number in numbers]
 
 
+def require_channels(weight: torch.Tensor, channels: int) -> None:
+    """Refuse a weight (C', C, ...) for an input of other channels: a kernel would read beyond its end.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if weight.shape[1] != channels:
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} for {channels} channels")
+
+
 def made_of(weight: torch.Tensor, what: Any, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """`make(weight)`, remembered under `what` until the weight is written to."""
     if weight.is_inference():  # has no version

@@ -17,7 +17,17 @@ import torch
 from torch.nn import functional
 
 from persistworld_cli.models.native.build import available
-from persistworld_cli.models.native.calls import LANES, made_of, native, operation, packed, plain, pointer, sizes
+from persistworld_cli.models.native.calls import (
+    LANES,
+    made_of,
+    native,
+    operation,
+    packed,
+    plain,
+    pointer,
+    require_channels,
+    sizes,
+)
 from persistworld_cli.models.native.norm import affine, norm_silu_backward
 
 MOST = 512  # channels; transformed weights take four times the memory
@@ -180,8 +190,7 @@ upsampled_conv.register_autograd(_upsampled_backward, setup_context=_keep_upsamp
 
 def _packed(weight: torch.Tensor, channels: int, size: int) -> torch.Tensor:
     """Transformed weights in the order that the kernels read them, for an input of so many channels."""
+    require_channels(weight, channels)
     cout, cin, _, taps = weight.shape[:4]
-    if cin != channels:  # a kernel would read beyond the end
-        raise ValueError(f"a weight of shape {tuple(weight.shape)} for {channels} channels")
     points = (size + 2) ** 2 if taps == 3 else size + 2
     return packed(weight, size, points * cin * cout, "pw_pack", *sizes(cout, cin), taps, size)

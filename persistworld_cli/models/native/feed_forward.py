@@ -27,10 +27,10 @@ def fits(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> bool:
     """Whether x (..., C) with weights (2 hidden, C) and (C', hidden) can go to the kernel."""
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype is not torch.float32:
         return False
-    wide = all(n % LANES == 0 and n <= MOST for n in (x.shape[-1], w2.shape[0]))
+    wide = all(n % LANES == 0 and n <= MOST for n in (x.shape[-1], w2.shape[0])) and w2.shape[1] % UNITS == 0
+    paired = w1.dtype is x.dtype and tuple(w1.shape) == (2 * w2.shape[1], x.shape[-1])
     enough = x.numel() >= FEWEST * x.shape[-1] and not torch.is_autocast_enabled("cpu")
-    wide = wide and tuple(w1.shape) == (2 * w2.shape[1], x.shape[-1])
-    return wide and w1.dtype is x.dtype and w2.shape[1] % UNITS == 0 and enough and available()
+    return wide and paired and enough and available()
 
 
 @operation

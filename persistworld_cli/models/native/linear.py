@@ -11,7 +11,17 @@ from typing import Any
 import torch
 
 from persistworld_cli.models.native.build import available
-from persistworld_cli.models.native.calls import LANES, made_of, native, operation, packed, plain, pointers, sizes
+from persistworld_cli.models.native.calls import (
+    LANES,
+    made_of,
+    native,
+    operation,
+    packed,
+    plain,
+    pointers,
+    require_channels,
+    sizes,
+)
 
 FEWEST = 128  # rows for which the call is not what takes the time
 
@@ -44,10 +54,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     Returns:
         (..., C').
     """
+    require_channels(weight, x.shape[-1])
     rows = x.contiguous()
     wide, width = weight.shape
-    if width != x.shape[-1]:
-        raise ValueError(f"a weight of shape {tuple(weight.shape)} for {x.shape[-1]} channels")
     out = torch.empty(*x.shape[:-1], wide)
     kept = (rows, packed(weight, "linear", wide * width, "pw_pack_linear", *sizes(wide, width)), plain(bias), out)
     native().pw_linear(*pointers(*kept), *sizes(rows.numel() // width, width, wide))
