@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +16,20 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from persistworld_cli.config.settings import RewardSettings, WorldSettings
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.rewards.advantage import group_advantages, keep_extremes, optimality
-from persistworld_cli.rewards.lpips import LABEL, LABEL_UNTRAINED, Lpips, find_backbone
+from persistworld_cli.rewards.lpips import (
+    LABEL,
+    LABEL_UNTRAINED,
+    SHIPPED,
+    SHIPPED_SHA256,
+    Lpips,
+    find_backbone,
+)
 from persistworld_cli.rewards.psnr import CAP_DB, psnr
 from persistworld_cli.rewards.registry import REWARDS
 from persistworld_cli.rewards.score import Scorer
 from persistworld_cli.rewards.ssim import ssim
 
+LPIPS_GOLDEN = json.loads((Path(__file__).parent / "lpips_golden.json").read_text())
 NO_LPIPS = RewardSettings(weights={"ssim": 1.0, "psnr": 1.0 / 32})
 
 
@@ -83,20 +94,95 @@ def test_untrained_lpips_is_the_same_everywhere_and_leaves_the_random_state() ->
         assert torch.equal(a, b)
 
 
-def test_lpips_backbone_from_the_hub_cache_and_from_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def wave(size: tuple[int, int], pattern: int) -> np.ndarray:
+    """A pattern of `lpips_golden.json`, (H, W, 3) uint8."""
+    y, x = np.mgrid[: size[0], : size[1]].astype(np.float64)
+    layers = [np.sin(x / (7 + 3 * i + pattern)) + np.cos(y / (5 + 2 * i + pattern)) + 2 for i in range(3)]
+    return np.round(255 * np.stack(layers, axis=-1) / 4).astype(np.uint8)
+
+
+def blurred(image: np.ndarray) -> np.ndarray:
+    """Box of 5x5, border reflected."""
+    padded = np.pad(image.astype(np.float64), ((2, 2), (2, 2), (0, 0)), mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (5, 5), axis=(0, 1))
+    return np.round(windows.mean(axis=(-1, -2))).astype(np.uint8)
+
+
+def as_pictures(image: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) uint8 -> (1, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+
+
+@pytest.mark.parametrize("row", LPIPS_GOLDEN["rows"], ids=lambda row: f"{row['size'][0]}-{row['against']}")
+def test_the_shipped_backbone_gives_the_golden_distances(row: dict[str, Any]) -> None:
+    metric = Lpips()
+    assert metric.label == LABEL and metric.source == SHIPPED
+    first = wave(row["size"], 0)
+    other = {
+        "other pattern": lambda: wave(row["size"], 1),
+        "blurred 5x5": lambda: blurred(first),
+        "shifted 3 pixels right": lambda: np.roll(first, 3, axis=1),
+        "itself": lambda: first,
+    }[row["against"]]()
+    found = metric(as_pictures(other), as_pictures(first)).item()
+    assert found == pytest.approx(row["float16_stored"], abs=2e-6)
+    assert found == pytest.approx(row["float32"], abs=1e-4)
+
+
+def test_the_default_backbone_is_the_shipped_one_whatever_the_machine_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    assert find_backbone("alex", "auto") is None
-    source = Lpips(backbone="untrained")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth").write_bytes(b"not what is wanted")
+    assert find_backbone("alex", RewardSettings().lpips_backbone) == SHIPPED
+    assert find_backbone("alex", "untrained") is None
+    described = Lpips().describe()
+    assert described["backbone"] == "shipped" and described["backbone_sha256"] == SHIPPED_SHA256
+
+
+def test_trained_lpips_tells_blur_from_a_shift() -> None:
+    """What the untrained backbone gets wrong: a shift of three pixels is nearer than a strong blur."""
+    generator = torch.Generator().manual_seed(5)
+    target = torch.nn.functional.interpolate(torch.rand(1, 3, 24, 40, generator=generator), scale_factor=4)
+    blur = torch.nn.functional.avg_pool2d(target, 9, stride=1, padding=4, count_include_pad=False)
+    shift = target.roll(3, dims=-1)
+    metric = Lpips()
+    assert metric(blur, target) > metric(shift, target)
+
+
+def test_other_networks_come_from_torchs_cache_or_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(PersistWorldError, match="not on this machine") as caught:
+        Lpips(net="squeeze")
+    assert "squeezenet1_1-b8a52dc0.pth" in str(caught.value) and "shipped" in str(caught.value)
+    source = Lpips(net="squeeze", backbone="untrained")
     weights = {"features." + key.split(".", 1)[1]: value + 0.01 for key, value in source.model.net.state_dict().items()}
-    cached = tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth"
-    cached.parent.mkdir()
+    cached = tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    cached.parent.mkdir(exist_ok=True)
     torch.save({**weights, "classifier.1.weight": torch.zeros(1)}, cached)
-    assert find_backbone("alex", "auto") == cached and find_backbone("alex", "untrained") is None
     for choice in ("auto", str(cached)):
-        metric = Lpips(backbone=choice)
+        metric = Lpips(net="squeeze", backbone=choice)
         assert metric.label == LABEL and metric.describe()["backbone"] == cached.name
         for key, value in metric.model.net.state_dict().items():
             assert torch.equal(value, weights["features." + key.split(".", 1)[1]])
+
+
+def test_a_damaged_shipped_backbone_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = tmp_path / "features.safetensors"
+    damaged.write_bytes(SHIPPED.read_bytes()[:-1] + b"x")
+    monkeypatch.setattr("persistworld_cli.rewards.lpips.SHIPPED", damaged)
+    with pytest.raises(PersistWorldError, match="damaged"):
+        Lpips()
+
+
+def test_an_untrained_backbone_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        scorer = Scorer(RewardSettings(lpips_backbone="untrained"), WorldSettings(), "cpu")
+    assert "untrained" in caplog.text and scorer.caveat == LABEL_UNTRAINED
+    caplog.clear()
+    assert Scorer(RewardSettings(), WorldSettings(), "cpu").caveat == "" and not caplog.text
 
 
 def test_lpips_mistakes_are_named(tmp_path: Path) -> None:

@@ -151,7 +151,9 @@ class RewardSettings:
     weights: dict[str, float] = field(default_factory=lambda: {"lpips": -1.0, "ssim": 1.0, "psnr": 1.0 / 32})
     camera_weights: tuple[float, ...] = ()  # empty: equal
     lpips_net: str = "alex"
-    lpips_backbone: str = "auto"  # auto | untrained | path of a torchvision state dict
+    lpips_backbone: str = (
+        "auto"  # auto (AlexNet: shipped; vgg, squeeze: torchvision's) | path of a state dict | untrained
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from persistworld_cli.reports.curves import MODEL_COLOURS, plt, save_figure
-from persistworld_cli.reports.tables import heading, number
+from persistworld_cli.reports.tables import UNTRAINED_NOTE, heading, number
 
 _STYLES = {"yes": "green", "no": "red"}
 _SEEN = 4.0  # times what is close enough (or a quarter of the gains) is how deep a plot shows losses
@@ -73,7 +73,7 @@ def _caption(result: Mapping[str, Any]) -> str:
         f"{result['words']}.",
     ]
     if "untrained" in decisive:
-        lines.append("lpips (untrained): no ImageNet weights here, its backbone is random: not comparable with LPIPS.")
+        lines.append(UNTRAINED_NOTE)
     return "\n".join(lines)
 
 

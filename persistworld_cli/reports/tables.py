@@ -16,6 +16,8 @@ from rich.text import Text
 BARELY = 0.05  # dB: less is no use to anyone, whatever its interval
 COLOURS = {"better": "green", "worse": "red"}
 
+UNTRAINED_NOTE = "lpips (untrained): its backbone is random, as the settings ask: not comparable with LPIPS."
+
 
 def digits(label: str) -> int:
     """Decimals that mean something: 2 for dB, 4 for the small numbers of an untrained LPIPS, else 3."""
@@ -191,7 +193,7 @@ def _caption(result: Mapping[str, Any]) -> str:
         lines.append("verdict: from the first interval and Wilcoxon's test over episodes (p < 0.05).")
         lines += [f"reward, {cameras} cameras: {words}" for cameras, words in reward_words(result).items()]
     if any("untrained" in metric["label"] for metric in result["metrics"]):
-        lines.append("lpips (untrained): no ImageNet weights here, its backbone is random: not comparable with LPIPS.")
+        lines.append(UNTRAINED_NOTE)
     return "\n".join(lines)
 
 

@@ -1,18 +1,22 @@
-"""LPIPS (Zhang et al. 2018) by the lpips package, with its backbone loaded without a network.
+"""LPIPS (Zhang et al. 2018) by the lpips package, with its backbone loaded from a file.
 
 The package would fetch ImageNet weights while it is built. Here the backbone is built untrained and then filled from a
-file: one given in the settings, or one that torchvision has left in torch's hub cache. Where there is none, the
-backbone stays untrained, drawn from a fixed seed: still a distance between pictures, the same on every machine, but no
-perceptual one, and its label says so everywhere: ``lpips (untrained)``.
+file: AlexNet's trained features, which are shipped (alexnet/README.md), or another file that the settings name. An
+untrained backbone, drawn from a fixed seed, is used only where the settings say ``untrained``: it is no perceptual
+distance, and its label says so everywhere: ``lpips (untrained)``.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,15 +25,22 @@ from persistworld_cli.compat import ensure_torchvision
 from persistworld_cli.config.settings import RewardSettings
 from persistworld_cli.errors import PersistWorldError, UsageError, nearest
 
-# Names of torchvision's files in the hub cache; the first one is what current releases use.
-CACHED = {
-    "alex": ("alexnet-owt-7be5be79.pth", "alexnet-*.pth"),
-    "vgg": ("vgg16-397923af.pth", "vgg16-*.pth"),
-    "squeeze": ("squeezenet1_1-b8a52dc0.pth", "squeezenet1_1-*.pth"),
+logger = logging.getLogger(__name__)
+SHIPPED = Path(__file__).parent / "alexnet" / "features_fp16.safetensors"
+SHIPPED_SHA256 = "1e79dbde62a13caeaf6d1d6491a66ee816a833dfa42fb3532b5a74ed1cda2da2"
+# torchvision's ImageNet weights; in torch's hub cache they lie under the same names. AlexNet's are shipped instead.
+DOWNLOADS = {
+    "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
+    "squeeze": "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
 }
+NETS = ("alex", *DOWNLOADS)
 SMALLEST = 31  # pixels: below this AlexNet's second pooling has nothing left
 UNTRAINED_SEED = 20180111
 LABEL, LABEL_UNTRAINED = "lpips", "lpips (untrained)"
+UNTRAINED_WARNING = (
+    "rewards.lpips_backbone is 'untrained': lpips (untrained) compares pictures by a random AlexNet. It is no "
+    "perceptual distance, prefers blur to a small shift, and is not comparable with LPIPS"
+)
 
 
 def find_backbone(net: str, choice: str) -> Path | None:
@@ -37,42 +48,77 @@ def find_backbone(net: str, choice: str) -> Path | None:
 
     Args:
         net: alex | vgg | squeeze.
-        choice: ``auto`` (torch's hub cache, else None), ``untrained``, or a path.
+        choice: ``auto`` (AlexNet: the shipped file, the same on every machine; the others: torchvision's file, from
+            torch's hub cache or downloaded into it), ``untrained``, or a path.
 
     Raises:
-        PersistWorldError: a path that is not there.
+        PersistWorldError: a path that is not there, or a download that fails.
     """
     if choice == "untrained":
         return None
     if choice == "auto":
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        for pattern in CACHED[net]:
-            found = sorted(folder.glob(pattern))
-            if found:
-                return found[0]
-        return None
+        return SHIPPED if net == "alex" else _torchvision_file(DOWNLOADS[net], net)
     path = Path(choice).expanduser()
     if not path.is_file():
         raise PersistWorldError(
             f"no LPIPS backbone at {path}",
             where="rewards.lpips_backbone",
-            fix="give torchvision's state dict (e.g. alexnet-owt-7be5be79.pth), 'auto' or 'untrained'",
+            fix="give torchvision's state dict (e.g. alexnet-owt-7be5be79.pth) or 'auto'",
         )
+    return path
+
+
+def _torchvision_file(url: str, net: str) -> Path:
+    """A file of torch's hub cache, downloaded once by one process of the machine."""
+    from filelock import FileLock
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / url.rpartition("/")[2]
+    if path.is_file():
+        return path
+    try:
+        if HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{path.name}.lock"):
+            if not path.is_file():
+                logger.info("downloading %s", url)
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rpartition("-")[2])
+    except (OSError, RuntimeError) as error:  # RuntimeError: the hash does not fit
+        raise PersistWorldError(
+            f"the ImageNet weights of LPIPS's '{net}' are not on this machine and could not be downloaded: {error}",
+            where="rewards.lpips_net",
+            fix=f"copy {url} to {path}, name a file in rewards.lpips_backbone, or use 'alex', which is shipped",
+        ) from error
     return path
 
 
 def _load_backbone(backbone: nn.Module, path: Path) -> None:
     """Fill the lpips package's slices (``slice2.3.weight``) from torchvision's names (``features.3.weight``)."""
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            stored = safetensors.torch.load_file(path)
+        else:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
         wanted = {key: stored["features." + key.split(".", 1)[1]] for key in backbone.state_dict()}
         backbone.load_state_dict(wanted)
     except Exception as error:  # torch.load raises half a dozen types for a broken or foreign file
         raise PersistWorldError(
             f"{path} does not hold this LPIPS backbone: {error}",
             where="rewards.lpips_backbone",
-            fix="give torchvision's ImageNet state dict of the same network, or 'untrained'",
+            fix="give torchvision's ImageNet state dict of the same network, or 'auto'",
         ) from error
+
+
+def _sha256(path: Path) -> str:
+    """Hash of a backbone's file. Raises PersistWorldError where the shipped one is not what was shipped."""
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if path == SHIPPED and found != SHIPPED_SHA256:
+        raise PersistWorldError(
+            "the shipped LPIPS backbone is damaged", where=str(path), fix="install persistworld again"
+        )
+    return found
 
 
 def _draw_backbone(backbone: nn.Module) -> None:
@@ -95,8 +141,9 @@ class Lpips:
     """LPIPS v0.1 as a registered reward: 0 for identical pictures, larger is worse.
 
     Attributes:
-        label: ``lpips``, or ``lpips (untrained)`` where the backbone has no ImageNet weights.
+        label: ``lpips``, or ``lpips (untrained)`` where the settings ask for a backbone without ImageNet weights.
         source: the backbone's file, or None.
+        sha256: its hash, or "".
     """
 
     unit = ""
@@ -104,13 +151,14 @@ class Lpips:
 
     def __init__(self, net: str = "alex", backbone: str = "auto", device: torch.device | str = "cpu") -> None:
         """Build on ``device``. ``backbone`` as in `find_backbone`. The global random state is left alone."""
-        if net not in CACHED:
-            raise UsageError(f"unknown LPIPS network '{net}'", where="rewards.lpips_net", fix=nearest(net, CACHED))
+        if net not in NETS:
+            raise UsageError(f"unknown LPIPS network '{net}'", where="rewards.lpips_net", fix=nearest(net, NETS))
         ensure_torchvision()
         import lpips  # needs torchvision, which the line above makes importable
 
         self.net = net
         self.source = find_backbone(net, backbone)
+        self.sha256 = _sha256(self.source) if self.source else ""
         self.label = LABEL if self.source else LABEL_UNTRAINED
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the package uses torchvision's old keyword
@@ -119,6 +167,8 @@ class Lpips:
             _load_backbone(self.model.net, self.source)
         else:
             _draw_backbone(self.model.net)
+            if os.environ.get("RANK", "0") == "0":
+                logger.warning(UNTRAINED_WARNING)
         self.model.requires_grad_(False).eval().to(device)
         self.device = torch.device(device)
 
@@ -166,5 +216,14 @@ class Lpips:
 
     def describe(self) -> dict[str, object]:
         """Network, version and where its backbone came from."""
-        source = self.source.name if self.source else f"untrained, seed {UNTRAINED_SEED}"
-        return {"label": self.label, "net": self.net, "version": "0.1", "backbone": source}
+        if self.source is None:
+            backbone = f"untrained, seed {UNTRAINED_SEED}"
+        else:
+            backbone = "shipped" if self.source == SHIPPED else self.source.name
+        return {
+            "label": self.label,
+            "net": self.net,
+            "version": "0.1",
+            "backbone": backbone,
+            "backbone_sha256": self.sha256,
+        }

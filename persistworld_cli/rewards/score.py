@@ -53,6 +53,7 @@ class Scorer:
         names: the metrics that are computed, in the order of tables.
         labels: name -> what to show for it (``lpips (untrained)`` where it is that).
         registered: name -> the metric itself.
+        caveat: what anyone who reads the reward must know (``lpips (untrained)``), or "".
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Scorer:
         self.registered: dict[str, Metric] = {name: REWARDS[name](rewards, self.device) for name in wanted}
         self.names = tuple(wanted)
         self.labels = {name: metric.label for name, metric in self.registered.items()}
+        self.caveat = ", ".join(label for label in self.labels.values() if "untrained" in label)
 
     @torch.no_grad()
     def metrics(self, pred: Tensor, target: Tensor) -> dict[str, Tensor]:

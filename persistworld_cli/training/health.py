@@ -7,7 +7,7 @@ the wrong reason (blur, standing still): each has its number here. Shapes as in 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -19,25 +19,28 @@ from persistworld_cli.training.candidates import Candidates
 RESTING = 1e-6  # mean |D_theta - D_old| below which the two policies are one: rounding alone gives some 1e-7
 
 
-def candidate_health(made: Candidates, kept: Tensor, cameras: Sequence[str]) -> dict[str, float]:
+def candidate_health(
+    made: Candidates, kept: Tensor, cameras: Sequence[str], labels: Mapping[str, str]
+) -> dict[str, float]:
     """Reward by metric and camera, spread in the groups, margin of the kept ones, sharpness and motion, time shares.
 
     Args:
         made: scored candidates.
         kept: (G, m + n) which of them are learned from.
         cameras: names, in stacking order.
+        labels: metric -> what to call it (`Scorer.labels`).
     """
     best = made.reward.gather(1, kept)
     spread = made.reward.std(dim=1)
     total = sum(made.seconds.values())
     by_camera = {
-        f"{name}/{camera}": value[..., index].mean().item()
+        f"{labels[name]}/{camera}": value[..., index].mean().item()
         for name, value in made.metrics.items()
         for index, camera in enumerate(cameras)
     }
     return {
         "reward": made.reward.mean().item(),
-        **{f"reward_{name}": value.mean().item() for name, value in made.metrics.items()},
+        **{f"reward_{labels[name]}": value.mean().item() for name, value in made.metrics.items()},
         **by_camera,
         "group_spread": spread.mean().item(),
         "groups_without_spread": (spread < 1e-6).float().mean().item(),

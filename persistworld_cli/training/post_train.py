@@ -104,7 +104,7 @@ class PostTrainer:
         clock = time.perf_counter()
         numbers = self.learn(step, made, rows, chosen, keys)
         made.seconds["update"] = time.perf_counter() - clock
-        numbers |= candidate_health(made, kept, self.settings.world.cameras)
+        numbers |= candidate_health(made, kept, self.settings.world.cameras, self.scorer.labels)
         means = self.work.gather([numbers])
         return {key: sum(m[key] for m in means) / len(means) for key in numbers}
 
@@ -258,7 +258,8 @@ def _train(options: PostTrainSettings, trainer: PostTrainer, work: Run) -> dict[
     begun = resume(trainer, work)
     last: dict[str, float] = {}
     collapsed = False
-    with Meter("post-train", options.updates, done=begun, quiet=not work.main) as meter:
+    title = f"post-train, {caveat}" if (caveat := trainer.scorer.caveat) else "post-train"
+    with Meter(title, options.updates, done=begun, quiet=not work.main) as meter:
         for step in range(begun, options.updates):
             last = trainer.update(step)
             done = step + 1
@@ -283,7 +284,7 @@ def _train(options: PostTrainSettings, trainer: PostTrainer, work: Run) -> dict[
         adapter.parent.mkdir(exist_ok=True)
         trainer.switch.save_adapter(adapter, "old")
     if work.main:
-        training_curves(work.output / "curves.png", "post-training", work.history(), POST_TRAIN_PANELS)
+        training_curves(work.output / "curves.png", title, work.history(), POST_TRAIN_PANELS)
     if collapsed:
         raise PersistWorldError(
             f"post-training collapsed: the held-out closed loop fell {options.collapse_checks} checks in a row",

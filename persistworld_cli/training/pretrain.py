@@ -117,7 +117,8 @@ def _train(
     batches = loader.batches(options.seed, begun * options.accumulate, work.rank, work.world)
     model.train()
     loss = torch.tensor(float("nan"))
-    with Meter("pretrain", options.updates, done=begun, quiet=not work.main) as meter:
+    title = f"pretrain, {checks.caveat}" if checks.caveat else "pretrain"
+    with Meter(title, options.updates, done=begun, quiet=not work.main) as meter:
         for step in range(begun, options.updates):
             lr = options.lr * lr_factor(step, options.updates, options.warmup, options.decay)
             optimizers.set_lr(lr)
@@ -156,7 +157,7 @@ def _train(
     weights = work.output / "weights" / "model.safetensors"
     if work.main:
         save_weights(model, weights.parent, carried)
-        training_curves(work.output / "curves.png", "pretraining", work.history(), PRETRAIN_PANELS)
+        training_curves(work.output / "curves.png", title, work.history(), PRETRAIN_PANELS)
     return {"updates": options.updates, "loss": loss.item(), "val_loss": final, "weights": str(weights)}
 
 

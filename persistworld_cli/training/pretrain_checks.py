@@ -64,6 +64,11 @@ class PretrainChecks:
             if options.video_every:
                 self.videos = SampleVideos(held(count=options.video_rollouts))
 
+    @property
+    def caveat(self) -> str:
+        """What anyone who reads the held-out reward must know, or ""."""
+        return self.loop.scorer.caveat if self.loop else ""
+
     def begin(self) -> None:
         """Roll out the weights that training begins from, if rollouts will be compared with theirs."""
         if self.loop and self.loop.base is None:
