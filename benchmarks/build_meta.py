@@ -182,7 +182,7 @@ def _watch(pid: int, peak: list[int]) -> None:
 
 _OPEN = """
 import json, sys, time
-from persistworld_cli.data.index import IndexFile, ActionStat
+from persistworld_cli.data.metadata.index import IndexFile, ActionStat
 from pathlib import Path
 begun = time.perf_counter()
 index = IndexFile(Path(sys.argv[1]) / "index.safetensors").split("train")

@@ -22,17 +22,17 @@ from numpy.typing import NDArray
 
 from benchmarks import plain
 from benchmarks.worker_process import become_worker
-from persistworld_cli.config.benchmarks import load_benchmark
+from persistworld_cli.checkpoints.loading import load_for_sampling
 from persistworld_cli.config.presets import load_settings
-from persistworld_cli.data.store import open_store
-from persistworld_cli.evaluation.closed_loop import ClosedLoopResult, run_closed_loop
-from persistworld_cli.evaluation.metrics import SHOWN
+from persistworld_cli.data.clips.store import open_store
+from persistworld_cli.evaluation.benchmarks import load_benchmark
 from persistworld_cli.evaluation.plan import eval_items
-from persistworld_cli.evaluation.recording import load_recording
-from persistworld_cli.models.checkpoints import load_for_sampling
-from persistworld_cli.rewards.lpips import Lpips
-from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.metrics.lpips import Lpips
+from persistworld_cli.metrics.score import Scorer
+from persistworld_cli.rollout.closed_loop import ClosedLoopResult, run_closed_loop
 from persistworld_cli.rollout.engine import RolloutEngine
+from persistworld_cli.rollout.recording import load_recording
+from persistworld_cli.rollout.scoring import SHOWN
 
 GATE = 0.60
 

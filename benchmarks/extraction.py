@@ -30,16 +30,16 @@ import torch
 
 from benchmarks.gates import psnr, to_unit
 from benchmarks.loading import peak_bytes
+from persistworld_cli.checkpoints.loading import load_vae
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.extract import Told, extract_latents
-from persistworld_cli.data.extract_report import Progress
-from persistworld_cli.data.lerobot import RawDataset
-from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.data.clips.store import EpisodeStore
+from persistworld_cli.data.raw.lerobot import RawDataset
+from persistworld_cli.extraction.pipeline import Told, extract_latents
+from persistworld_cli.extraction.report import Progress
+from persistworld_cli.extraction.run import DTYPES, Encoder, parse_episodes
 from persistworld_cli.models import vae as vae_room
-from persistworld_cli.models.checkpoints import load_vae
-from persistworld_cli.training.extract import DTYPES, Encoder, parse_episodes
 
 _MIB = 2**20
 _BATCH = 10  # frames of all cameras: what --batch 32 gives for three

@@ -31,9 +31,9 @@ from benchmarks.full_size import peak_bytes, random_weights
 from persistworld_cli.compat import free_main_thread
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import LaunchSettings, Settings
+from persistworld_cli.cost.flops import measure
+from persistworld_cli.cost.interaction import meta_model, predict
 from persistworld_cli.launch.environment import worker_environment
-from persistworld_cli.models.cost import meta_model, predict
-from persistworld_cli.models.meter import measure
 from persistworld_cli.models.world_model import Condition, WorldModel
 
 

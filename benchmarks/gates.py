@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.clips import ClipSource
-from persistworld_cli.data.store import EpisodeStore, open_store
-from persistworld_cli.evaluation.masks import coloured_pixel_survival
-from persistworld_cli.models.checkpoints import load_world_model
+from persistworld_cli.data.clips.clips import ClipSource
+from persistworld_cli.data.clips.store import EpisodeStore, open_store
+from persistworld_cli.metrics.masks import coloured_pixel_survival
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.rollout.engine import Inputs, RolloutEngine, recorded_poses, rollout_noise
 

@@ -23,11 +23,11 @@ import torch
 
 from benchmarks.full_forward import build, random_clips
 from benchmarks.full_size import peak_bytes
-from persistworld_cli.config.accelerators import ACCELERATORS, Accelerator
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import SamplingSettings, Settings
-from persistworld_cli.data.store import ActionStat
-from persistworld_cli.models.cost import count_interaction, meta_model
+from persistworld_cli.cost.accelerators import ACCELERATORS, Accelerator
+from persistworld_cli.cost.interaction import count_interaction, meta_model
+from persistworld_cli.data.clips.store import ActionStat
 from persistworld_cli.models.world_model import WorldModel, sampling_dtype
 from persistworld_cli.rollout.engine import RolloutEngine
 

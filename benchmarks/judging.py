@@ -20,14 +20,14 @@ import numpy as np
 
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.store import EpisodeStore, open_store
-from persistworld_cli.evaluation.judging.base import Evidence, SceneObject
-from persistworld_cli.evaluation.judging.bundled import locate, say
-from persistworld_cli.evaluation.judging.rules import DIRECTIONS, Aim, outcome, pad_positions, read_instruction
-from persistworld_cli.evaluation.judging.scene import find_recorded, true_positions
-from persistworld_cli.evaluation.living import make_start
-from persistworld_cli.evaluation.ranking import pearson
-from persistworld_cli.evaluation.recording import Item
+from persistworld_cli.data.clips.store import EpisodeStore, open_store
+from persistworld_cli.policies.bundled_world.judge import locate, say
+from persistworld_cli.policies.bundled_world.scene import find_recorded, true_positions
+from persistworld_cli.policies.bundled_world.success import DIRECTIONS, Aim, outcome, pad_positions, read_instruction
+from persistworld_cli.policies.judge import Evidence, SceneObject
+from persistworld_cli.rollout.interactive import make_start
+from persistworld_cli.rollout.recording import Item
+from persistworld_cli.statistics.ranking import pearson
 
 CUTS = (20, 40, 70)  # frames at 5 Hz
 

@@ -31,11 +31,11 @@ import numpy as np
 import torch
 
 from persistworld_cli.config.settings import ClipSettings
-from persistworld_cli.data.clips import ClipSource
-from persistworld_cli.data.loader import ClipLoader
-from persistworld_cli.data.meta import build_meta
-from persistworld_cli.data.mixture import ClipMixture
-from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.data.clips.clips import ClipSource
+from persistworld_cli.data.clips.loader import ClipLoader
+from persistworld_cli.data.clips.mixture import ClipMixture
+from persistworld_cli.data.clips.store import EpisodeStore
+from persistworld_cli.data.metadata.meta import build_meta
 
 DATASET = Path(__file__).resolve().parents[2] / "shared" / "data" / "droid_subset"
 RATIO_GATE, DISK = 20.0, 2e9

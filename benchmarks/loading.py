@@ -47,8 +47,8 @@ def write_weights(preset: str, dtype: torch.dtype, path: Path) -> None:
 
 def measure(preset: str, path: Path, asked: str) -> dict[str, Any]:
     """Load in this process; what it took."""
-    from persistworld_cli.models.checkpoints import load_world_model
-    from persistworld_cli.models.fit import settings_shapes
+    from persistworld_cli.checkpoints.compatibility import settings_shapes
+    from persistworld_cli.checkpoints.loading import load_world_model
 
     settings = load_settings(preset, [], {}, env={}).settings
     libraries = peak_bytes()

@@ -16,19 +16,19 @@ from numpy.typing import NDArray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
-from persistworld_cli.evaluation.recording import Recording
+from persistworld_cli.metrics.lpips import Lpips
 from persistworld_cli.models import vae as vae_room
-from persistworld_cli.models.attention import diffusers_attention
-from persistworld_cli.models.convolutions import ChannelsLastConv, TemporalConv
-from persistworld_cli.models.exchange import exchanged
-from persistworld_cli.models.lean_blocks import DIFFUSERS
-from persistworld_cli.models.lean_lora import LEAN
-from persistworld_cli.models.linears import FastLinear
-from persistworld_cli.models.lora import PolicySwitch
+from persistworld_cli.models.cpu.attention import diffusers_attention
+from persistworld_cli.models.cpu.convolutions import ChannelsLastConv, TemporalConv
+from persistworld_cli.models.cpu.exchange import exchanged
+from persistworld_cli.models.cpu.lean_blocks import DIFFUSERS
+from persistworld_cli.models.cpu.lean_lora import LEAN
+from persistworld_cli.models.cpu.linears import FastLinear
 from persistworld_cli.models.precision import small_products
 from persistworld_cli.models.world_model import WorldModel
-from persistworld_cli.rewards.lpips import Lpips
 from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
+from persistworld_cli.rollout.recording import Recording
+from persistworld_cli.training.policy_switch import PolicySwitch
 
 LINEARS: dict[type, type] = {FastLinear: nn.Linear}
 TEMPORAL: dict[type, type] = {TemporalConv: nn.Conv3d}

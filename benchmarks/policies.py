@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persistworld_cli.config.bundled import resolve_path
-from persistworld_cli.data.lerobot import RawDataset
+from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.policies.embedded import read_joints
+from persistworld_cli.policies.observation import PROMPT
 from persistworld_cli.robot.adapter import DEFAULT_GAIN
-from persistworld_cli.rollout.observation import PROMPT
-from persistworld_cli.rollout.policies import read_joints
 
 ROWS, TAKEN = 15, 12  # of an answer; of it taken in an interaction, at the bundled task's skip of 3
 _FIELDS = ("observation.state.joint_position", "action.joint_velocity", "action.gripper_position")

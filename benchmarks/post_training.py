@@ -32,8 +32,8 @@ from benchmarks import plain
 from benchmarks.worker_process import become_worker
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.rewards.advantage import group_advantages, keep_extremes, optimality
-from persistworld_cli.rewards.lpips import Lpips
+from persistworld_cli.metrics.lpips import Lpips
+from persistworld_cli.objective.advantage import group_advantages, keep_extremes, optimality
 from persistworld_cli.rollout.engine import Inputs, rollout_noise
 from persistworld_cli.training.candidates import GroupPlan, exploration
 from persistworld_cli.training.post_train import PostTrainer

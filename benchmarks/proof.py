@@ -39,19 +39,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.worker_process import become_worker
-from persistworld_cli.config.benchmarks import load_benchmark
+from persistworld_cli.checkpoints.loading import load_for_sampling
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.files import whole_file, write_json
-from persistworld_cli.data.store import open_store
-from persistworld_cli.evaluation.closed_loop import Rollout, iter_closed_loop, reward_of
-from persistworld_cli.evaluation.finished import batches, load_rollout, pending, save_rollout
+from persistworld_cli.data.clips.store import open_store
+from persistworld_cli.evaluation.benchmarks import load_benchmark
 from persistworld_cli.evaluation.plan import eval_items
-from persistworld_cli.evaluation.stats import Paired, compare
-from persistworld_cli.models.checkpoints import load_for_sampling
+from persistworld_cli.files import whole_file, write_json
+from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.progress import Meter
-from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.rollout.closed_loop import Rollout, iter_closed_loop, reward_of
 from persistworld_cli.rollout.engine import RolloutEngine
+from persistworld_cli.rollout.finished import batches, load_rollout, pending, save_rollout
+from persistworld_cli.statistics.paired import Paired, compare
 
 METRICS = ("ssim", "psnr", "lpips")
 GROUPS = ("exterior", "wrist")

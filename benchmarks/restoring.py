@@ -17,12 +17,12 @@ import numpy as np
 
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.store import EpisodeStore, open_store
-from persistworld_cli.data.video import read_frames
-from persistworld_cli.evaluation.judging.scene import find_recorded
-from persistworld_cli.evaluation.living import make_start
-from persistworld_cli.evaluation.recording import Item
-from persistworld_cli.evaluation.simulator import check_simulator, restored
+from persistworld_cli.data.clips.store import EpisodeStore, open_store
+from persistworld_cli.data.raw.video import read_frames
+from persistworld_cli.policies.bundled_world.scene import find_recorded
+from persistworld_cli.policies.bundled_world.simulator import check_simulator, restored
+from persistworld_cli.rollout.interactive import make_start
+from persistworld_cli.rollout.recording import Item
 
 TICKS = (0, 30, 90)  # 15 Hz frames after the start
 _FIELDS = ("sim.object_pose", "action")

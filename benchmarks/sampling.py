@@ -30,12 +30,12 @@ from benchmarks import plain
 from benchmarks.worker_process import become_worker
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.index import ActionStat
-from persistworld_cli.models.attention import diffusers_attention
+from persistworld_cli.data.metadata.index import ActionStat
 from persistworld_cli.models.compiling import compile_network
-from persistworld_cli.models.exchange import exchanged
-from persistworld_cli.models.lean_blocks import DIFFUSERS
-from persistworld_cli.models.native.build import without_kernels
+from persistworld_cli.models.cpu.attention import diffusers_attention
+from persistworld_cli.models.cpu.exchange import exchanged
+from persistworld_cli.models.cpu.lean_blocks import DIFFUSERS
+from persistworld_cli.models.cpu.native.build import without_kernels
 from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model
 from persistworld_cli.rollout.engine import RolloutEngine
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from persistworld_cli.console import note
-from persistworld_cli.data.files import whole_file, write_json
+from persistworld_cli.files import whole_file, write_json
 
 FOLDER = "profile"
 TRACED_S = 5.0
@@ -30,20 +30,20 @@ _TOP = 20  # operations or functions that a table shows
 # Stage -> (module, class, method), of the modules that the task has imported; a stage inside another is charged apart.
 STAGES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "reading data": (
-        ("persistworld_cli.data.store", "EpisodeStore", "frames"),
-        ("persistworld_cli.data.store", "EpisodeStore", "latents"),
-        ("persistworld_cli.data.store", "EpisodeStore", "annotation"),
+        ("persistworld_cli.data.clips.store", "EpisodeStore", "frames"),
+        ("persistworld_cli.data.clips.store", "EpisodeStore", "latents"),
+        ("persistworld_cli.data.clips.store", "EpisodeStore", "annotation"),
     ),
     "sampling": (("persistworld_cli.rollout.engine", "RolloutEngine", "sample"),),
     "network": (("persistworld_cli.models.world_model", "WorldModel", "network"),),
     "decoding": (("persistworld_cli.models.world_model", "WorldModel", "decode_latents"),),
     "encoding": (
         ("persistworld_cli.models.world_model", "WorldModel", "encode_frames"),
-        ("persistworld_cli.training.extract", "Encoder", "__call__"),
+        ("persistworld_cli.extraction.run", "Encoder", "__call__"),
     ),
     "scoring": (
-        ("persistworld_cli.rewards.score", "Scorer", "metrics"),
-        ("persistworld_cli.rewards.score", "Scorer", "local"),
+        ("persistworld_cli.metrics.score", "Scorer", "metrics"),
+        ("persistworld_cli.metrics.score", "Scorer", "local"),
     ),
     "update": (("persistworld_cli.training.post_train", "PostTrainer", "learn"),),
     "backward": (("torch", "Tensor", "backward"),),

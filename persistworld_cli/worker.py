@@ -24,22 +24,22 @@ from persistworld_cli.compat import end_with_parent, free_main_thread
 from persistworld_cli.config.presets import from_json
 from persistworld_cli.console import debug_wanted, listen_to_library, note, show_error
 from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.run_files import FAILURE, RESULT
 
 TASKS = {
-    "extract": "persistworld_cli.training.extract:run",
+    "extract": "persistworld_cli.extraction.run:run",
     "pretrain": "persistworld_cli.training.pretrain:run",
     "pretrain-vae": "persistworld_cli.training.vae:run",
     "post-train": "persistworld_cli.training.post_train:run",
     "eval": "persistworld_cli.evaluation.run:run",
-    "frontier": "persistworld_cli.evaluation.frontier.run:run",
-    "replay": "persistworld_cli.evaluation.replay:run",
-    "drive": "persistworld_cli.evaluation.drive:run",
-    "pi-rollout": "persistworld_cli.evaluation.policy_rollout:run",
+    "frontier": "persistworld_cli.frontier.run:run",
+    "replay": "persistworld_cli.interact.replay:run",
+    "drive": "persistworld_cli.interact.drive:run",
+    "pi-rollout": "persistworld_cli.policies.run:run",
     "selfcheck": "persistworld_cli.launch.selfcheck:run",
 }
 INTERRUPTED = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-_RESULT, _FAILURE = "result.json", "failure.json"  # as launch.launcher names them; neither room may import the other
 
 
 def main(argv: list[str]) -> int:
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
         free_main_thread()
         result = _run(whole, config)
         if _rank() == 0:
-            _write_json(output / _RESULT, _plain(result))
+            _write_json(output / RESULT, _plain(result))
         _leave_group()
         return 0
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -152,7 +152,7 @@ def _lost_contact(error: Exception) -> bool:
 def _first_to_fail(output: Path, code: int, what: str) -> bool:
     """Leave the exit code for the launcher; True for the first rank that comes here, which tells the reason."""
     try:
-        with (output / _FAILURE).open("x", encoding="utf-8") as file:
+        with (output / FAILURE).open("x", encoding="utf-8") as file:
             json.dump({"code": code, "rank": _rank(), "what": what}, file)
     except FileExistsError:
         return False

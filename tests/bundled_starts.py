@@ -17,14 +17,14 @@ import pytest
 from persistworld_cli.config.bundled import bundled_root
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.lerobot import RawDataset
-from persistworld_cli.data.resize import resize
-from persistworld_cli.data.store import open_store
-from persistworld_cli.data.video import read_frames, write_mp4
-from persistworld_cli.evaluation.judging.base import Evidence
-from persistworld_cli.evaluation.judging.scene import find_recorded
-from persistworld_cli.evaluation.living import Start, make_start
-from persistworld_cli.evaluation.recording import Item
+from persistworld_cli.data.clips.store import open_store
+from persistworld_cli.data.raw.lerobot import RawDataset
+from persistworld_cli.data.raw.resize import resize
+from persistworld_cli.data.raw.video import read_frames, write_mp4
+from persistworld_cli.policies.bundled_world.scene import find_recorded
+from persistworld_cli.policies.judge import Evidence
+from persistworld_cli.rollout.interactive import Start, make_start
+from persistworld_cli.rollout.recording import Item
 
 RAW = bundled_root() / "dataset_example" / "world"
 STEP = 3  # 15 Hz -> 5 Hz

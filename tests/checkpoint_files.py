@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from persistworld_cli.checkpoints.compatibility import parts_of, preset_shapes
+from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.commands.app import app
 from persistworld_cli.config.presets import load_settings, to_json
-from persistworld_cli.models.checkpoints import load_world_model
-from persistworld_cli.models.fit import parts_of, preset_shapes
-from persistworld_cli.models.lora import PolicySwitch
 from persistworld_cli.models.world_model import WorldModel
+from persistworld_cli.training.policy_switch import PolicySwitch
 
 TINY = load_settings("tiny", (), {}, env={}).settings
 BASE, ADAPTER = TINY.model.ckpt, "bundled:presets/tiny/adapter"

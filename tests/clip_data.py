@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from persistworld_cli.data.meta import build_meta
+from persistworld_cli.data.metadata.meta import build_meta
 
 FRAME = (4, 3, 5)  # C, h1, w
 CAMERAS = 3

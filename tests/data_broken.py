@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from data_raw import CAMERAS, table_path, video_path
 
-from persistworld_cli.data import video
+from persistworld_cli.data.raw import video
 
 LENGTH = 12  # raw frames of every episode
 GRIPPER = "observation.state.gripper_position"

@@ -1,4 +1,4 @@
-"""Small raw LeRobot datasets, versions 2.1 and 3.0, written for the tests of the data room."""
+"""Small raw LeRobot datasets, versions 2.1 and 3.0, written for the tests of `data`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from persistworld_cli.data import video
+from persistworld_cli.data.raw import video
 
 CAMERAS = ("exterior_1_left", "exterior_2_left", "wrist_left")
 HEIGHT, WIDTH = 32, 48

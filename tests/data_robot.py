@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from data_raw import picture, table_path
 from numpy.typing import NDArray
 
-from persistworld_cli.data import video
+from persistworld_cli.data.raw import video
 
 NUMBERS, FPS = 10, 30.0
 _PATHS = {

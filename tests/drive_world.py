@@ -16,8 +16,8 @@ from eval_world import make_world, settings
 
 from persistworld_cli.config.presets import to_json
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.evaluation.drive import open_session
-from persistworld_cli.evaluation.driving.session import DriveSession
+from persistworld_cli.interact.drive import open_session
+from persistworld_cli.interact.session import DriveSession
 from persistworld_cli.robot.kinematics import pose
 
 REST = np.array([0.0, 0.05, 0.3, -2.25, 0.0, 2.5, -np.pi / 2])

@@ -20,9 +20,9 @@ from persistworld_cli.config.settings import (
     Settings,
     WorldSettings,
 )
-from persistworld_cli.data.meta import build_meta
-from persistworld_cli.data.store import EpisodeStore
-from persistworld_cli.data.video import write_mp4
+from persistworld_cli.data.clips.store import EpisodeStore
+from persistworld_cli.data.metadata.meta import build_meta
+from persistworld_cli.data.raw.video import write_mp4
 from persistworld_cli.models.world_model import WorldModel, build_world_model
 
 HEIGHT, WIDTH, VIEWS = 32, 48, 3

@@ -12,7 +12,7 @@ import json, sys, time
 from pathlib import Path
 from data_raw import HEIGHT, WIDTH, encode
 from persistworld_cli.config.settings import WorldSettings
-from persistworld_cli.data.extract import extract_latents
+from persistworld_cli.extraction.pipeline import extract_latents
 
 def slow(frames):
     time.sleep(float(sys.argv[3]))

@@ -13,20 +13,20 @@ import pytest
 from bundled_starts import STEP, extract, recorded_start, require_drawing
 
 from persistworld_cli.config.settings import PolicySettings, Settings
-from persistworld_cli.data.lerobot import RawDataset
-from persistworld_cli.data.video import count_frames, read_frames
+from persistworld_cli.data.raw.lerobot import RawDataset
+from persistworld_cli.data.raw.video import count_frames, read_frames
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.evaluation import policy_rollout
-from persistworld_cli.evaluation.judging.rules import Outcome
-from persistworld_cli.evaluation.judging.scene import find_recorded
-from persistworld_cli.evaluation.policy_rollout import make_plan
-from persistworld_cli.evaluation.simulator import check_simulator, restored, roll_in_simulator
+from persistworld_cli.policies import run as policy_rollout
+from persistworld_cli.policies.bundled_world.scene import find_recorded
+from persistworld_cli.policies.bundled_world.simulator import check_simulator, restored, roll_in_simulator
+from persistworld_cli.policies.bundled_world.success import Outcome
+from persistworld_cli.policies.run import make_plan
 
 PICK, PUSH = 60, 65
 COLUMNS = ("sim.object_pose", "observation.state.joint_position", "action")
 POLICY = '''
 import numpy as np
-from persistworld_cli.data.lerobot import RawDataset
+from persistworld_cli.data.raw.lerobot import RawDataset
 
 class Recorded:
     """Answers with what was recorded in episode {episode}."""
@@ -113,8 +113,8 @@ def recorded_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_policy_acts_in_the_simulator(drawing: None, bundled: Settings, recorded_policy: str) -> None:
     """Recorded velocities push the drum as they did; asked for something else, that is no success."""
-    from persistworld_cli.data.store import open_store
-    from persistworld_cli.rollout.policies import load_policy
+    from persistworld_cli.data.clips.store import open_store
+    from persistworld_cli.policies.embedded import load_policy
 
     start = recorded_start(bundled, PUSH)
     recorded = find_recorded(bundled, start)

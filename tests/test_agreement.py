@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from persistworld_cli.evaluation.agreement import elo, elo_interval, fleiss_kappa, islands, kappa_words, preference
+from persistworld_cli.statistics.preference import elo, elo_interval, fleiss_kappa, islands, kappa_words, preference
 
 # Fleiss 1971's table in the form of Wikipedia's "Fleiss' kappa": 14 raters, 10 subjects, 5 categories; kappa 0.210.
 PRINTED = [

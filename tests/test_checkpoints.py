@@ -28,10 +28,10 @@ from checkpoint_files import (
 )
 from safetensors.torch import load_file, save_file
 
+from persistworld_cli.checkpoints.loading import FRESH, load_vae, load_world_model
+from persistworld_cli.checkpoints.sources import locate
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.models.checkpoints import FRESH, load_vae, load_world_model
-from persistworld_cli.models.weight_sources import locate
 
 # -- every form of a checkpoint ----------------------------------------------------------------------------------------
 

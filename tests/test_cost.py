@@ -15,18 +15,25 @@ from typer.testing import CliRunner
 
 from persistworld_cli.commands.app import app
 from persistworld_cli.commands.cost import BYTES, FLOPS, SECONDS, amount
-from persistworld_cli.config.accelerators import ACCELERATORS, find_accelerator
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import PostTrainSettings, SamplingSettings
+from persistworld_cli.cost.accelerators import ACCELERATORS, find_accelerator
+from persistworld_cli.cost.flops import checkpointing, measure
+from persistworld_cli.cost.interaction import (
+    META,
+    InteractionCost,
+    count_interaction,
+    meta_model,
+    part_sizes,
+    sampler_calls,
+)
+from persistworld_cli.cost.report import CostReport, MemoryRow, WorkRow, interaction_report
+from persistworld_cli.cost.training import mean_prefix, post_train_report, pretrain_report
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.models import attention
-from persistworld_cli.models.cost import META, InteractionCost, count_interaction, meta_model, part_sizes, sampler_calls
-from persistworld_cli.models.lora import PolicySwitch
-from persistworld_cli.models.meter import checkpointing, measure
-from persistworld_cli.models.native.build import without_kernels
+from persistworld_cli.models.cpu import attention
+from persistworld_cli.models.cpu.native.build import without_kernels
 from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model
-from persistworld_cli.reports.costs import CostReport, MemoryRow, WorkRow, interaction_report
-from persistworld_cli.training.cost import mean_prefix, post_train_report, pretrain_report
+from persistworld_cli.training.policy_switch import PolicySwitch
 
 TINY = load_settings("tiny", [], {}).settings
 

@@ -9,10 +9,10 @@ import torch
 from test_rewards import NO_LPIPS, pictures
 
 from persistworld_cli.config.settings import PostTrainSettings, RewardSettings, WorldSettings
+from persistworld_cli.metrics.registry import REWARDS
+from persistworld_cli.metrics.score import Scorer
+from persistworld_cli.objective.advantage import credit_map
 from persistworld_cli.objective.nft import nft_loss
-from persistworld_cli.rewards.advantage import credit_map
-from persistworld_cli.rewards.registry import REWARDS
-from persistworld_cli.rewards.score import Scorer
 from persistworld_cli.training.candidates import Candidates, exploration
 from persistworld_cli.training.credit import credit
 

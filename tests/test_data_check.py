@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from persistworld_cli.commands.app import app
 from persistworld_cli.config.settings import WorldSettings
-from persistworld_cli.data import video
-from persistworld_cli.data.extract import extract_latents
-from persistworld_cli.data.meta import build_meta
+from persistworld_cli.data.metadata.meta import build_meta
+from persistworld_cli.data.raw import video
+from persistworld_cli.extraction.pipeline import extract_latents
 
 PRESET = f"""
 extends = "tiny"

@@ -10,12 +10,12 @@ from data_raw import HEIGHT, WIDTH, encode, write_v21
 from golden_table import close
 
 from persistworld_cli.config.settings import ClipSettings, SamplingSettings, WorldSettings
-from persistworld_cli.data.clips import ClipSource, clip_ids, rollout_history_ids
-from persistworld_cli.data.extract import extract_latents
-from persistworld_cli.data.index import ActionStat
-from persistworld_cli.data.meta import build_meta
-from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.data.clips.clips import ClipSource, clip_ids, rollout_history_ids
+from persistworld_cli.data.clips.store import EpisodeStore
+from persistworld_cli.data.metadata.index import ActionStat
+from persistworld_cli.data.metadata.meta import build_meta
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.extraction.pipeline import extract_latents
 
 HISTORY = SamplingSettings().history
 

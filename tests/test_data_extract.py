@@ -8,12 +8,12 @@ import torch
 from data_raw import CAMERAS, HEIGHT, TASK, WIDTH, columns, encode, video_path, write_v21, write_v30
 
 from persistworld_cli.config.settings import WorldSettings
-from persistworld_cli.data import video
-from persistworld_cli.data.extract import Told, extract_latents
-from persistworld_cli.data.extract_report import Progress, merge_reports
-from persistworld_cli.data.preparing import resample_ids, split_of
-from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.data.clips.store import EpisodeStore
+from persistworld_cli.data.raw import video
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.extraction.pipeline import Told, extract_latents
+from persistworld_cli.extraction.preparing import resample_ids, split_of
+from persistworld_cli.extraction.report import Progress, merge_reports
 
 WORLD = WorldSettings(height=HEIGHT, width=WIDTH)
 

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from data_raw import CAMERAS, TASK, columns, table_path, video_path, write_v21, write_v30
 
-from persistworld_cli.data import video
-from persistworld_cli.data.lerobot import RawDataset
+from persistworld_cli.data.raw import video
+from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.errors import PersistWorldError
 
 LENGTHS = [70, 12, 31]

@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from persistworld_cli.config.settings import ClipSettings, WorldSettings
-from persistworld_cli.data.adapter_fit import fit_adapter
-from persistworld_cli.data.annotations import read_keys
-from persistworld_cli.data.clips import ClipSource
-from persistworld_cli.data.ctrl_world_meta import SampleLists, export_ctrl_world
-from persistworld_cli.data.extract import extract_latents
-from persistworld_cli.data.health import count_starts, findings
-from persistworld_cli.data.index import ActionStat, IndexFile
-from persistworld_cli.data.meta import build_meta
-from persistworld_cli.data.pool import in_order
-from persistworld_cli.data.scan import facts
-from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.data.clips.clips import ClipSource
+from persistworld_cli.data.clips.store import EpisodeStore
+from persistworld_cli.data.metadata.adapter_fit import fit_adapter
+from persistworld_cli.data.metadata.annotations import read_keys
+from persistworld_cli.data.metadata.ctrl_world_meta import SampleLists, export_ctrl_world
+from persistworld_cli.data.metadata.health import count_starts, findings
+from persistworld_cli.data.metadata.index import ActionStat, IndexFile
+from persistworld_cli.data.metadata.meta import build_meta
+from persistworld_cli.data.metadata.pool import in_order
+from persistworld_cli.data.metadata.scan import facts
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.extraction.pipeline import extract_latents
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from clip_data import camera_latents, episode_latents, latent_path, write_datase
 from data_raw import HEIGHT, WIDTH, encode, write_v21
 
 from persistworld_cli.config.settings import WorldSettings
-from persistworld_cli.data.extract import extract_latents
-from persistworld_cli.data.meta import build_meta
-from persistworld_cli.data.store import ActionStat, EpisodeStore, natural_key
+from persistworld_cli.data.clips.store import ActionStat, EpisodeStore, natural_key
+from persistworld_cli.data.metadata.meta import build_meta
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.extraction.pipeline import extract_latents
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from persistworld_cli.data import video
-from persistworld_cli.data.resize import resize
+from persistworld_cli.data.raw import video
+from persistworld_cli.data.raw.resize import resize
 from persistworld_cli.errors import PersistWorldError
 
 

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from websockets.sync.server import ServerConnection
 from websockets.sync.server import serve as listen
 
+from persistworld_cli.checkpoints.loading import load_world_model
+from persistworld_cli.checkpoints.references import load_model
 from persistworld_cli.config.settings import (
     DriveSettings,
     ModelSettings,
@@ -28,21 +30,22 @@ from persistworld_cli.config.settings import (
     Settings,
     WorldSettings,
 )
-from persistworld_cli.data.store import ActionStat, open_store
-from persistworld_cli.data.video import count_frames, read_frames
+from persistworld_cli.data.clips.store import ActionStat, open_store
+from persistworld_cli.data.raw.video import count_frames, read_frames
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.evaluation import drive, policy_rollout
-from persistworld_cli.evaluation.living import LivingWorld, first_latents, load_model, make_start
-from persistworld_cli.evaluation.recording import Item
-from persistworld_cli.models.checkpoints import load_world_model
+from persistworld_cli.interact import drive
+from persistworld_cli.interact.session import KeyboardController
 from persistworld_cli.models.world_model import WorldModel
+from persistworld_cli.policies import run as policy_rollout
+from persistworld_cli.policies.controller import PolicyController, PolicyView
+from persistworld_cli.policies.embedded import make_policy
+from persistworld_cli.policies.msgpack_numpy import pack, unpack
+from persistworld_cli.policies.observation import find_layout
 from persistworld_cli.robot.adapter import load_adapter
 from persistworld_cli.robot.keyboard import KeyMap
-from persistworld_cli.rollout.controllers import KeyboardController, PolicyController, PolicyView
 from persistworld_cli.rollout.engine import RolloutEngine
-from persistworld_cli.rollout.observation import find_layout
-from persistworld_cli.rollout.policies import make_policy
-from persistworld_cli.rollout.wire import pack, unpack
+from persistworld_cli.rollout.interactive import LivingWorld, first_latents, make_start
+from persistworld_cli.rollout.recording import Item
 
 
 @pytest.fixture(scope="module")

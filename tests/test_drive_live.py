@@ -24,10 +24,10 @@ from drive_world import arm_world, drive_command, pseudo_terminal, session
 from eval_world import settings
 from PIL import Image
 
-from persistworld_cli.evaluation import drive
-from persistworld_cli.evaluation.driving.live import arrange, drive_live, mosaic
-from persistworld_cli.evaluation.driving.terminal import LEAVE
-from persistworld_cli.evaluation.driving.tty_pictures import draw, find_protocol, fit
+from persistworld_cli.interact import drive
+from persistworld_cli.interact.live import arrange, drive_live, mosaic
+from persistworld_cli.interact.terminal import LEAVE
+from persistworld_cli.interact.terminal_images import draw, find_protocol, fit
 from persistworld_cli.launch.terminal import keep_terminal
 
 

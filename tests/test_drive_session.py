@@ -11,17 +11,18 @@ import pytest
 from drive_world import arm_world, session
 from eval_world import settings
 
+from persistworld_cli.checkpoints.references import load_model
 from persistworld_cli.config.presets import load_settings
-from persistworld_cli.data.lerobot import RawDataset
-from persistworld_cli.data.store import open_store
-from persistworld_cli.data.video import read_frames
+from persistworld_cli.data.clips.store import open_store
+from persistworld_cli.data.raw.lerobot import RawDataset
+from persistworld_cli.data.raw.video import read_frames
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.evaluation import drive
-from persistworld_cli.evaluation.driving.desk import Desk
-from persistworld_cli.evaluation.driving.outputs import record, write_lerobot_zip
-from persistworld_cli.evaluation.living import LivingWorld, load_model, make_start
-from persistworld_cli.evaluation.recording import Item
+from persistworld_cli.interact import drive
+from persistworld_cli.interact.command_queue import Desk
+from persistworld_cli.interact.outputs import record, write_lerobot_zip
 from persistworld_cli.robot.keyboard import KeyMap
+from persistworld_cli.rollout.interactive import LivingWorld, make_start
+from persistworld_cli.rollout.recording import Item
 
 
 @pytest.fixture(scope="module")

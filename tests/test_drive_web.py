@@ -24,10 +24,10 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from persistworld_cli.commands.app import app
-from persistworld_cli.data.lerobot import RawDataset
-from persistworld_cli.data.video import count_frames
+from persistworld_cli.data.raw.lerobot import RawDataset
+from persistworld_cli.data.raw.video import count_frames
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.evaluation.driving.web_server import DriveServer, open_server
+from persistworld_cli.interact.web_server import DriveServer, open_server
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,16 @@ from typer.testing import CliRunner
 
 from persistworld_cli import commands
 from persistworld_cli.commands import app as _app  # noqa: F401  (fills commands.app)
-from persistworld_cli.config.benchmarks import METRICS, benchmark_names, load_benchmark
 from persistworld_cli.config.bundled import bundled_root
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.evaluation.benchmarks import METRICS, benchmark_names, load_benchmark
 from persistworld_cli.evaluation.comparing import compare_results, load_result
-from persistworld_cli.evaluation.finished import batches, pending
-from persistworld_cli.evaluation.metrics import Judging
 from persistworld_cli.evaluation.protocol import check_metrics, differences
-from persistworld_cli.evaluation.recording import Item
-from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.metrics.score import Scorer
+from persistworld_cli.rollout.finished import batches, pending
+from persistworld_cli.rollout.recording import Item
+from persistworld_cli.rollout.scoring import Judging
 
 TEXT = (bundled_root() / "presets" / "benchmarks" / "bundled.toml").read_text()
 

@@ -14,17 +14,17 @@ import torch
 from eval_world import HEIGHT, WIDTH, make_world, settings
 from PIL import Image
 
-from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.checkpoints.loading import load_world_model
+from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation import run as eval_run
-from persistworld_cli.evaluation.closed_loop import draw_frames, reward_of, run_closed_loop
-from persistworld_cli.evaluation.metrics import MOVING, SHOWN
-from persistworld_cli.evaluation.recording import Item, load_recording, to_uint8
-from persistworld_cli.evaluation.replay import run as replay
-from persistworld_cli.models.checkpoints import load_world_model
+from persistworld_cli.interact.replay import run as replay
+from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.models.world_model import WorldModel
-from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.rollout.closed_loop import draw_frames, reward_of, run_closed_loop
 from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
+from persistworld_cli.rollout.recording import Item, load_recording, to_uint8
+from persistworld_cli.rollout.scoring import MOVING, SHOWN
 
 BUNDLED = tuple(str(episode) for episode in range(60, 80))
 

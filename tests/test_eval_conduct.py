@@ -11,15 +11,15 @@ import pytest
 from eval_world import make_world, settings
 from scipy import stats as scipy_stats
 
-from persistworld_cli.evaluation.closed_loop import Rollout
-from persistworld_cli.evaluation.following import commands_of, following_result, partners, wrong_kinds
-from persistworld_cli.evaluation.metrics import PLAIN
-from persistworld_cli.evaluation.recording import Item, load_recording
+from persistworld_cli.evaluation.action_following import commands_of, following_result, partners, wrong_kinds
 from persistworld_cli.evaluation.results import EvalData, build_result
-from persistworld_cli.evaluation.stats import spearman
-from persistworld_cli.evaluation.trust import NEEDED, seed_variance, trust_result
+from persistworld_cli.evaluation.uncertainty import NEEDED, seed_variance, trust_result
+from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.tables import conduct_table, plain
-from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.rollout.closed_loop import Rollout
+from persistworld_cli.rollout.recording import Item, load_recording
+from persistworld_cli.rollout.scoring import PLAIN
+from persistworld_cli.statistics.paired import spearman
 
 STEPS, FRESH, CAMERAS, EPISODES = 3, 4, 3, 8
 NAMES = ("ssim", "psnr", "lpips", "psnr_moving")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from persistworld_cli.evaluation.masks import (
+from persistworld_cli.metrics.masks import (
     coloured_pixel_survival,
     hsv,
     hue_distance,

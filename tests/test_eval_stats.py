@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from persistworld_cli.evaluation.stats import (
+from persistworld_cli.statistics.paired import (
     bootstrap_interval,
     cluster_bootstrap,
     compare,

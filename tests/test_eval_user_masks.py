@@ -11,8 +11,8 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.evaluation.masks import masked_ssim
-from persistworld_cli.evaluation.user_masks import open_masks
+from persistworld_cli.metrics.masks import masked_ssim
+from persistworld_cli.metrics.user_masks import open_masks
 
 CAMERAS = ("front", "wrist")
 

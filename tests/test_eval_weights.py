@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from persistworld_cli.checkpoints.references import ModelRef, refs_of_eval, refs_of_replay, sha256_of
 from persistworld_cli.config.settings import ModelSettings
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.evaluation.weights import ModelRef, hash_of, refs_of_eval, refs_of_replay, sha256_of
+from persistworld_cli.files import hash_of
 
 
 @pytest.fixture

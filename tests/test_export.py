@@ -25,12 +25,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from persistworld_cli.checkpoints.adapters import PeftModel
+from persistworld_cli.checkpoints.compatibility import parts_of
+from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.commands.app import app
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.models.adapters import PeftModel
-from persistworld_cli.models.checkpoints import load_world_model
-from persistworld_cli.models.fit import parts_of
 from persistworld_cli.models.world_model import WorldModel, build_world_model
 
 # -- inspect -----------------------------------------------------------------------------------------------------------

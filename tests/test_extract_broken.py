@@ -12,10 +12,10 @@ from data_broken import BROKEN, LENGTH, no_instruction
 from data_raw import HEIGHT, WIDTH, encode, write_v21, write_v30
 
 from persistworld_cli.config.settings import WorldSettings
-from persistworld_cli.data.extract import Told, extract_latents
-from persistworld_cli.data.extract_report import ExtractReport
-from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.extraction.pipeline import Told, extract_latents
+from persistworld_cli.extraction.report import ExtractReport
 
 WORLD = WorldSettings(height=HEIGHT, width=WIDTH)
 NUMBER = {name: number for number, name in enumerate(BROKEN, 1)}  # episode that is broken so; 0 is whole
@@ -82,7 +82,7 @@ def test_a_shared_video_that_is_cut_short_costs_the_episodes_behind(tmp_path: Pa
     report = extract_latents(WORLD, raw, tmp_path / "a", encode)
     assert not report.done and all("table is missing" in f["reason"] for f in report.failed)
     table.with_suffix(".away").rename(table)
-    from persistworld_cli.data import video
+    from persistworld_cli.data.raw import video
 
     video.write_mp4(mp4, video.read_frames(mp4, range(2 * LENGTH - 2)), 15, crf=1)
     report = extract_latents(WORLD, raw, tmp_path / "b", encode)

@@ -15,10 +15,10 @@ from data_raw import HEIGHT, WIDTH, encode, write_v21
 from extract_process import start_extraction, tree
 
 from persistworld_cli.config.settings import WorldSettings
-from persistworld_cli.data import decoding
-from persistworld_cli.data.extract import Told, extract_latents
-from persistworld_cli.data.extract_report import Progress
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.extraction import decoding
+from persistworld_cli.extraction.pipeline import Told, extract_latents
+from persistworld_cli.extraction.report import Progress
 
 WORLD = WorldSettings(height=HEIGHT, width=WIDTH)
 PATIENCE = 300.0  # seconds, for machines that do much else
@@ -40,7 +40,7 @@ def unbroken(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
 
 def decoders() -> list[psutil.Process]:
     """This process's decoding processes."""
-    return [p for p in psutil.Process().children() if "persistworld_cli.data.decoding" in p.cmdline()]
+    return [p for p in psutil.Process().children() if "persistworld_cli.extraction.decoding" in p.cmdline()]
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[list[str], list[str], list[dict[str, str]]]:

@@ -16,15 +16,15 @@ from persistworld_cli.commands import app as commands
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import SamplingSettings, Settings
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.evaluation.closed_loop import Rollout
-from persistworld_cli.evaluation.finished import load_rollout
-from persistworld_cli.evaluation.frontier import run as frontier
-from persistworld_cli.evaluation.frontier.fast_preset import require_writable
-from persistworld_cli.evaluation.frontier.grid import Setting, make_grid
-from persistworld_cli.evaluation.frontier.judge import Trial, build_frontier
-from persistworld_cli.evaluation.metrics import PLAIN, SHOWN
-from persistworld_cli.evaluation.recording import Item
-from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.frontier import run as frontier
+from persistworld_cli.frontier.compare import Trial, build_frontier
+from persistworld_cli.frontier.fast_preset import require_writable
+from persistworld_cli.frontier.grid import Setting, make_grid
+from persistworld_cli.metrics.score import Scorer
+from persistworld_cli.rollout.closed_loop import Rollout
+from persistworld_cli.rollout.finished import load_rollout
+from persistworld_cli.rollout.recording import Item
+from persistworld_cli.rollout.scoring import PLAIN, SHOWN
 
 JOB: dict[str, Any] = {"reference": "euler:4", "samplers": ["euler", "heun"], "calls": [1, 2, 3], "vary": []}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from persistworld_cli.config.settings import PostTrainSettings, Settings
-from persistworld_cli.data.video import read_frames
+from persistworld_cli.data.raw.video import read_frames
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.training import post_train
 from persistworld_cli.training.health import CollapseGuard, resting_words

@@ -13,17 +13,17 @@ from checkpoint_files import BASE, TINY, Tensors, cli
 from safetensors.torch import load_file
 from torch import nn
 
+from persistworld_cli.checkpoints.loading import load_for_sampling, load_world_model, open_carried
 from persistworld_cli.config.settings import SamplingSettings
-from persistworld_cli.data.store import ActionStat
+from persistworld_cli.cost.interaction import meta_model, weight_bytes
+from persistworld_cli.cost.report import interaction_report
+from persistworld_cli.cost.training import pretrain_report
+from persistworld_cli.data.clips.store import ActionStat
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models import precision
-from persistworld_cli.models.checkpoints import load_for_sampling, load_world_model, open_carried
-from persistworld_cli.models.cost import meta_model, weight_bytes
 from persistworld_cli.models.precision import cpu_has_bfloat16, product_type, small_products
 from persistworld_cli.models.world_model import build_world_model
-from persistworld_cli.reports.costs import interaction_report
 from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
-from persistworld_cli.training.cost import pretrain_report
 from persistworld_cli.training.pretrain import save_weights
 from persistworld_cli.training.run import Run
 from persistworld_cli.training.schedule import WeightAverage

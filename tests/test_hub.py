@@ -39,7 +39,7 @@ import json, sys
 import persistworld_cli.compat
 persistworld_cli.compat.ensure_torchvision = lambda: None  # no tensor is read here
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.models.weight_sources import locate
+from persistworld_cli.checkpoints.sources import locate
 told = []
 for source, parts in json.loads(sys.argv[1]):
     try:

@@ -16,15 +16,16 @@ from drive_world import arm_world
 from eval_world import settings
 
 from persistworld_cli.config.settings import PolicySettings, Settings
-from persistworld_cli.data.lerobot import RawDataset
-from persistworld_cli.data.video import count_frames
+from persistworld_cli.data.raw.lerobot import RawDataset
+from persistworld_cli.data.raw.video import count_frames
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.evaluation import policy_rollout
-from persistworld_cli.evaluation.judging import rules, seeing
-from persistworld_cli.evaluation.judging.base import Evidence, SceneObject, Verdict
-from persistworld_cli.evaluation.judging.bundled import BundledJudge, locate
-from persistworld_cli.evaluation.judging.registry import ask_judge, load_judge
-from persistworld_cli.evaluation.judging.scene import find_recorded, true_positions
+from persistworld_cli.policies import run as policy_rollout
+from persistworld_cli.policies.bundled_world import success as rules
+from persistworld_cli.policies.bundled_world import triangulate as seeing
+from persistworld_cli.policies.bundled_world.judge import BundledJudge, locate
+from persistworld_cli.policies.bundled_world.scene import find_recorded, true_positions
+from persistworld_cli.policies.judge import Evidence, SceneObject, Verdict
+from persistworld_cli.policies.judges import ask_judge, load_judge
 
 PICK, PUSH = 60, 65
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from persistworld_cli.commands.app import app
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.evaluation.leaderboard import build_leaderboard, read_real, read_runs
-from persistworld_cli.evaluation.ranking import agreement, mmrv, pearson
+from persistworld_cli.policies.leaderboard import build_leaderboard, read_real, read_runs
+from persistworld_cli.statistics.ranking import agreement, mmrv, pearson
 
 
 def command(*arguments: str | Path) -> Any:

@@ -16,16 +16,16 @@ from persistworld_cli.commands.app import app
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models import compiling
-from persistworld_cli.models.convolutions import (
+from persistworld_cli.models.cpu.convolutions import (
     ChannelsLastConv,
     TemporalConv,
     fold_temporal_convs,
     put_channels_last,
 )
-from persistworld_cli.models.exchange import exchanged
-from persistworld_cli.models.lean_blocks import DIFFUSERS, LeanTransformer, make_blocks_lean
-from persistworld_cli.models.linears import FastLinear
-from persistworld_cli.models.native.build import without_kernels
+from persistworld_cli.models.cpu.exchange import exchanged
+from persistworld_cli.models.cpu.lean_blocks import DIFFUSERS, LeanTransformer, make_blocks_lean
+from persistworld_cli.models.cpu.linears import FastLinear
+from persistworld_cli.models.cpu.native.build import without_kernels
 from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from persistworld_cli.models.convolutions import fold_temporal_convs, put_channels_last
-from persistworld_cli.models.lean_lora import LeanConv2d, LeanConv3d, LeanLinear, make_lean
-from persistworld_cli.models.linears import make_linears_fast
+from persistworld_cli.models.cpu.convolutions import fold_temporal_convs, put_channels_last
+from persistworld_cli.models.cpu.lean_lora import LeanConv2d, LeanConv3d, LeanLinear, make_lean
+from persistworld_cli.models.cpu.linears import make_linears_fast
 
 INPUTS = {"linear": (2, 3, 8), "conv": (2, 8, 6, 5), "temporal": (1, 8, 4, 6, 5)}
 FOR_KERNELS = {"linear": (2, 90, 16), "conv": (2, 16, 13, 12), "temporal": (1, 16, 5, 9, 8)}

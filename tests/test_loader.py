@@ -23,11 +23,11 @@ from clip_data import episode_latents, latent_path, states, write_dataset
 
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import ClipSettings, PretrainSettings, Settings, WorldSettings
-from persistworld_cli.data.clips import ClipSource
-from persistworld_cli.data.loader import ClipLoader
-from persistworld_cli.data.mixture import ClipBatch, ClipMixture, open_clips, training_shares
-from persistworld_cli.data.order import Order
-from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.data.clips.clips import ClipSource
+from persistworld_cli.data.clips.loader import ClipLoader
+from persistworld_cli.data.clips.mixture import ClipBatch, ClipMixture, open_clips, training_shares
+from persistworld_cli.data.clips.order import Order
+from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.launch.launcher import run_task
 from persistworld_cli.training import pretrain
@@ -291,10 +291,10 @@ def test_workers_end_with_a_killed_training_process(roots: list[Path]) -> None:
     script = (
         "import multiprocessing, sys, time\n"
         "from persistworld_cli.config.settings import ClipSettings\n"
-        "from persistworld_cli.data.clips import ClipSource\n"
-        "from persistworld_cli.data.loader import ClipLoader\n"
-        "from persistworld_cli.data.mixture import ClipMixture\n"
-        "from persistworld_cli.data.store import EpisodeStore\n"
+        "from persistworld_cli.data.clips.clips import ClipSource\n"
+        "from persistworld_cli.data.clips.loader import ClipLoader\n"
+        "from persistworld_cli.data.clips.mixture import ClipMixture\n"
+        "from persistworld_cli.data.clips.store import EpisodeStore\n"
         "clips = ClipMixture([ClipSource(EpisodeStore(sys.argv[1]), 'train', ClipSettings())])\n"
         "loader = ClipLoader(clips, 2, workers=2)\n"
         "next(loader.batches(0, 0))\n"

@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import PretrainSettings, SamplingSettings
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.evaluation.recording import to_uint8
 from persistworld_cli.models import text as text_room
 from persistworld_cli.models import vae as vae_room
-from persistworld_cli.models.convolutions import ChannelsLastConv
+from persistworld_cli.models.cpu.convolutions import ChannelsLastConv
 from persistworld_cli.models.diffusion import karras_sigmas, loss_weight, precondition
 from persistworld_cli.models.precision import cpu_has_bfloat16
 from persistworld_cli.models.samplers import SAMPLERS, euler
 from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model
 from persistworld_cli.objective.denoising import Draws, denoising_loss
+from persistworld_cli.rollout.recording import to_uint8
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from persistworld_cli.models.native import attend, build, calls, convolve, feed_forward, gate, linear, norm, outer
+from persistworld_cli.models.cpu.native import attend, build, calls, convolve, feed_forward, gate, linear, norm, outer
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="needs Linux, AVX2 and g++")
 DTYPES = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of numbers of size 1 to 5
@@ -212,7 +212,7 @@ def test_linear(size: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("setting", [{"PERSISTWORLD_NATIVE": "0"}, {"PATH": "/nowhere"}])
 def test_without_kernels(setting: dict[str, str]) -> None:
-    code = "from persistworld_cli.models.native.build import library; print(library())"
+    code = "from persistworld_cli.models.cpu.native.build import library; print(library())"
     said = subprocess.run([sys.executable, "-c", code], env=setting, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "None"
 
@@ -222,7 +222,7 @@ def test_a_compiler_that_fails_is_said_and_done_without(tmp_path) -> None:  # ty
         "#!/bin/sh\n[ $1 = -dumpfullversion ] && echo 1 && exit\necho 'error: broken' >&2\nexit 1\n"
     )
     (tmp_path / "g++").chmod(0o755)
-    code = "from persistworld_cli.models.native.build import library; print(library())"
+    code = "from persistworld_cli.models.cpu.native.build import library; print(library())"
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "None" and "broken" in said.stderr

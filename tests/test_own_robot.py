@@ -14,8 +14,8 @@ import pytest
 from data_robot import NUMBERS, states, write_robot
 from safetensors.torch import load_file
 
-from persistworld_cli.data.lerobot import RawDataset
-from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.data.clips.store import EpisodeStore
+from persistworld_cli.data.raw.lerobot import RawDataset
 
 PRESET = """
 extends = "one-camera"

@@ -15,7 +15,7 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
-from persistworld_cli.data.video import write_mp4
+from persistworld_cli.data.raw.video import write_mp4
 from persistworld_cli.reports.html_table import flat, html_table
 from persistworld_cli.reports.page import write_page
 from persistworld_cli.reports.tables import eval_table

@@ -11,19 +11,14 @@ from golden_table import close
 from safetensors.numpy import load_file
 
 from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.interact.session import KeyboardController
+from persistworld_cli.policies.controller import PolicyController, PolicyView, RecordedController, interpret_chunk
+from persistworld_cli.policies.embedded import POLICIES, make_policy
+from persistworld_cli.policies.observation import build_observation, check_actions, find_layout, resize_with_pad
+from persistworld_cli.policies.tasks import load_task, task_names
 from persistworld_cli.robot.adapter import GainAdapter, load_adapter
 from persistworld_cli.robot.keyboard import KeyMap
 from persistworld_cli.robot.kinematics import forward
-from persistworld_cli.rollout.controllers import (
-    KeyboardController,
-    PolicyController,
-    PolicyView,
-    RecordedController,
-    interpret_chunk,
-)
-from persistworld_cli.rollout.observation import build_observation, check_actions, find_layout, resize_with_pad
-from persistworld_cli.rollout.policies import POLICIES, make_policy
-from persistworld_cli.rollout.tasks import load_task, task_names
 
 REST = np.array([0.0, 0.05, 0.3, -2.25, 0.0, 2.5, -np.pi / 2, 0.0])
 PICTURE = np.zeros((6, 8, 3), np.uint8)

@@ -11,7 +11,7 @@ import eval_world
 import pytest
 
 from persistworld_cli.config.settings import PretrainSettings, Settings
-from persistworld_cli.data.video import read_frames
+from persistworld_cli.data.raw.video import read_frames
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.training import pretrain
 

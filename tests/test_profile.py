@@ -19,7 +19,7 @@ from persistworld_cli import profiling, worker
 from persistworld_cli.commands import app as commands
 from persistworld_cli.config.presets import to_json
 from persistworld_cli.config.settings import LaunchSettings, SamplingSettings, Settings
-from persistworld_cli.data.store import ActionStat
+from persistworld_cli.data.clips.store import ActionStat
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
 

@@ -12,7 +12,7 @@ import pytest
 from eval_result import METRICS, made_up_result
 from PIL import Image
 
-from persistworld_cli.data.video import count_frames, read_frames
+from persistworld_cli.data.raw.video import count_frames, read_frames
 from persistworld_cli.reports.csvs import write_csv
 from persistworld_cli.reports.curves import change_plot, horizon_curves
 from persistworld_cli.reports.page import write_page

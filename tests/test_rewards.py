@@ -15,8 +15,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from persistworld_cli.config.settings import RewardSettings, WorldSettings
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.rewards.advantage import group_advantages, keep_extremes, optimality
-from persistworld_cli.rewards.lpips import (
+from persistworld_cli.metrics.lpips import (
     LABEL,
     LABEL_UNTRAINED,
     SHIPPED,
@@ -24,10 +23,11 @@ from persistworld_cli.rewards.lpips import (
     Lpips,
     find_backbone,
 )
-from persistworld_cli.rewards.psnr import CAP_DB, psnr
-from persistworld_cli.rewards.registry import REWARDS
-from persistworld_cli.rewards.score import Scorer
-from persistworld_cli.rewards.ssim import ssim
+from persistworld_cli.metrics.psnr import CAP_DB, psnr
+from persistworld_cli.metrics.registry import REWARDS
+from persistworld_cli.metrics.score import Scorer
+from persistworld_cli.metrics.ssim import ssim
+from persistworld_cli.objective.advantage import group_advantages, keep_extremes, optimality
 
 LPIPS_GOLDEN = json.loads((Path(__file__).parent / "lpips_golden.json").read_text())
 NO_LPIPS = RewardSettings(weights={"ssim": 1.0, "psnr": 1.0 / 32})
@@ -172,7 +172,7 @@ def test_other_networks_come_from_torchs_cache_or_a_path(tmp_path: Path, monkeyp
 def test_a_damaged_shipped_backbone_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged = tmp_path / "features.safetensors"
     damaged.write_bytes(SHIPPED.read_bytes()[:-1] + b"x")
-    monkeypatch.setattr("persistworld_cli.rewards.lpips.SHIPPED", damaged)
+    monkeypatch.setattr("persistworld_cli.metrics.lpips.SHIPPED", damaged)
     with pytest.raises(PersistWorldError, match="damaged"):
         Lpips()
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import SamplingSettings
-from persistworld_cli.data.store import ActionStat
+from persistworld_cli.data.clips.store import ActionStat
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.evaluation.recording import to_uint8
 from persistworld_cli.models.world_model import build_world_model
 from persistworld_cli.rollout.engine import RolloutEngine, RolloutState, recorded_poses, rollout_noise
-from persistworld_cli.rollout.memory import Memory
+from persistworld_cli.rollout.history import Memory
+from persistworld_cli.rollout.recording import to_uint8
 
 
 @pytest.mark.parametrize("tag", ["g1", "g2"])

@@ -16,19 +16,19 @@ from browser import Page, wait_for
 from eval_world import make_world, settings
 from typer.testing import CliRunner, Result
 
+from persistworld_cli.checkpoints.loading import load_for_sampling
 from persistworld_cli.commands.app import app
-from persistworld_cli.data.video import read_frames
+from persistworld_cli.data.raw.video import read_frames
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation import run as eval_run
-from persistworld_cli.evaluation.answers import read_study, study_result
-from persistworld_cli.evaluation.closed_loop import draw_frames
-from persistworld_cli.evaluation.finished import load_latents
 from persistworld_cli.evaluation.plan import make_plan
-from persistworld_cli.evaluation.recording import Item, load_recording
-from persistworld_cli.evaluation.study import plan_study
-from persistworld_cli.evaluation.study_key import StudyKey, key_path, load_key, make_key
-from persistworld_cli.models.checkpoints import load_for_sampling
-from persistworld_cli.reports.study_page import GAP, LINE, pane, write_question, write_study_page
+from persistworld_cli.rollout.closed_loop import draw_frames
+from persistworld_cli.rollout.finished import load_latents
+from persistworld_cli.rollout.recording import Item, load_recording
+from persistworld_cli.study.key import StudyKey, key_path, load_key, make_key
+from persistworld_cli.study.page import GAP, LINE, pane, write_question, write_study_page
+from persistworld_cli.study.responses import read_study, study_result
+from persistworld_cli.study.write import plan_study
 
 MODELS = ({"label": "base", "ckpt_sha256": "aa"}, {"label": "new", "ckpt_sha256": "bb"})
 CPU = torch.device("cpu")

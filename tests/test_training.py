@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.config.presets import to_json
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.launch.launcher import run_task
-from persistworld_cli.models.checkpoints import load_world_model
-from persistworld_cli.models.lora import PolicySwitch
 from persistworld_cli.training import post_train, pretrain
+from persistworld_cli.training.policy_switch import PolicySwitch
 
 ADAPTER = "weights/adapter/adapter_model.safetensors"
 

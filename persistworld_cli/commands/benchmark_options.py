@@ -9,8 +9,8 @@ import typer
 
 from persistworld_cli.commands.options import COMPILE, Adapter, Common, Compile, Dataset
 from persistworld_cli.commands.run import episode_list
-from persistworld_cli.config.benchmarks import load_benchmark
 from persistworld_cli.config.presets import Pinned, load_settings
+from persistworld_cli.evaluation.benchmarks import load_benchmark
 
 BENCHMARK_NAMES = {"eval.starts": "--start", "eval.seeds": "--seed"}  # spellings that are not their settings'
 

@@ -17,8 +17,8 @@ from persistworld_cli.console import note
 from persistworld_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from persistworld_cli.data.check_episode import Expected
-    from persistworld_cli.data.meta import MetaReport
+    from persistworld_cli.data.metadata.check_episode import Expected
+    from persistworld_cli.data.metadata.meta import MetaReport
 
 EXAMPLES = (
     "persistworld build-meta",
@@ -103,9 +103,9 @@ def _build(
     settings: Settings, export: str | None, lists: Path | None, fresh: bool, workers: int | None, *, as_json: bool
 ) -> None:
     """The work, in this process and its readers, and the result."""
-    from persistworld_cli.data.ctrl_world_meta import SampleLists, export_ctrl_world
-    from persistworld_cli.data.index import INDEX_FILE, IndexFile
-    from persistworld_cli.data.meta import build_meta
+    from persistworld_cli.data.metadata.ctrl_world_meta import SampleLists, export_ctrl_world
+    from persistworld_cli.data.metadata.index import INDEX_FILE, IndexFile
+    from persistworld_cli.data.metadata.meta import build_meta
     from persistworld_cli.robot.kinematics import forward
 
     dataset, frames = resolve_path(settings.world.dataset), settings.model.num_frames
@@ -231,7 +231,7 @@ def _first(names: list[str], count: int) -> str:
 
 def _check(resolved: Resolved, named: bool, sample: int, workers: int | None, *, as_json: bool) -> None:
     """``--check``: one line a finding; exit code 1 if anything must be mended."""
-    from persistworld_cli.data.check_dataset import check_dataset
+    from persistworld_cli.data.metadata.check_dataset import check_dataset
 
     dataset = resolve_path(resolved.settings.world.dataset)
     expected = None if resolved.implied and named else _expected(resolved)
@@ -254,7 +254,7 @@ def _check(resolved: Resolved, named: bool, sample: int, workers: int | None, *,
 
 def _expected(resolved: Resolved) -> Expected:
     """What the preset takes; the VAE's factor as its class has it, without loading torch."""
-    from persistworld_cli.data.check_episode import Expected
+    from persistworld_cli.data.metadata.check_episode import Expected
 
     world, model = resolved.settings.world, resolved.settings.model
     factor = 2 ** (len(model.vae.get("block_out_channels", (64,))) - 1)

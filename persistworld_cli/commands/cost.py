@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from persistworld_cli.config.accelerators import DEFAULT_ACCELERATOR, Accelerator, find_accelerator
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import stdout_console
+from persistworld_cli.cost.accelerators import DEFAULT_ACCELERATOR, Accelerator, find_accelerator
 from persistworld_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from persistworld_cli.reports.costs import CostReport
+    from persistworld_cli.cost.report import CostReport
 
 _Scale = Sequence[tuple[float, str]]  # size of a unit and its name, largest first
 FLOPS: _Scale = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1.0, "FLOP"))
@@ -46,15 +46,15 @@ def cost_report(task: str, settings: Settings) -> CostReport | None:
         PersistWorldError: settings that make no model.
     """
     if task == "post-train":
-        from persistworld_cli.training.cost import post_train_report
+        from persistworld_cli.cost.training import post_train_report
 
         return post_train_report(settings)
     if task == "pretrain":
-        from persistworld_cli.training.cost import pretrain_report
+        from persistworld_cli.cost.training import pretrain_report
 
         return pretrain_report(settings)
     if task in ("eval", "replay", "drive", "pi-rollout"):
-        from persistworld_cli.reports.costs import interaction_report
+        from persistworld_cli.cost.report import interaction_report
 
         return interaction_report(settings, settings.eval.batch if task in ("eval", "replay") else 1)
     return None
@@ -62,7 +62,7 @@ def cost_report(task: str, settings: Settings) -> CostReport | None:
 
 def show_cost(task: str, report: CostReport, accelerator: Accelerator) -> None:
     """The report as tables on standard output."""
-    from persistworld_cli.reports.costs import NOTES
+    from persistworld_cli.cost.report import NOTES
 
     console = stdout_console()
     console.print()

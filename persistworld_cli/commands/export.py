@@ -60,8 +60,8 @@ def _export(
     """The work, in this process. A signal that ends it removes what is half written, as Ctrl-C does."""
     import torch
 
-    from persistworld_cli.evaluation.weights import adapter_folder, sha256_of
-    from persistworld_cli.models.export import check_output, export_adapter, export_model
+    from persistworld_cli.checkpoints.export import check_output, export_adapter, export_model
+    from persistworld_cli.checkpoints.references import adapter_folder, sha256_of
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_output(to, output, force=force)

@@ -44,8 +44,8 @@ def command(
 
 def _inspect(ckpt: str, compare: Settings | None) -> dict[str, Any]:
     """The work, in this process: it reads names and shapes, then every byte once for the hash."""
-    from persistworld_cli.evaluation.weights import sha256_of
-    from persistworld_cli.models.description import describe
+    from persistworld_cli.checkpoints.inspection import describe
+    from persistworld_cli.checkpoints.references import sha256_of
 
     result = describe(ckpt, compare)
     rows, root = result["files"], Path(result["path"])

@@ -38,7 +38,7 @@ def command(
     if common.dry_run:
         show_plan("leaderboard", {"runs": runs, "real": real}, common, "no settings: files are read, nothing is run")
         return
-    from persistworld_cli.evaluation.leaderboard import SIMULATOR, build_leaderboard, read_real, read_runs
+    from persistworld_cli.policies.leaderboard import SIMULATOR, build_leaderboard, read_real, read_runs
     from persistworld_cli.reports.policy_tables import leaderboard_tables
 
     imagined, simulated = read_runs(runs)

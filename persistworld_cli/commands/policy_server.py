@@ -28,8 +28,8 @@ def command(
         output = output_folder(common, resolved, "policy-server")
         show_settings("policy-server", resolved, {"policy": policy}, output, as_json=common.as_json)
         return
-    from persistworld_cli.rollout.observation import find_layout
-    from persistworld_cli.rollout.policy_source import API_KEY_VARIABLE, serve_embedded
+    from persistworld_cli.policies.observation import find_layout
+    from persistworld_cli.policies.source import API_KEY_VARIABLE, serve_embedded
 
     own = resolved.settings.policy
     key = os.environ.get(API_KEY_VARIABLE)

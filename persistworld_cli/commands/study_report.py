@@ -36,8 +36,8 @@ def command(
         job = {"files": [str(file) for file in files], "keys": [str(key) for key in keys or ()] or None}
         show_plan("study-report", job, common, "no settings: files are read, and the result is printed")
         return
-    from persistworld_cli.evaluation.answers import read_study, study_result
-    from persistworld_cli.reports.study_table import study_tables
+    from persistworld_cli.study.responses import read_study, study_result
+    from persistworld_cli.study.tables import study_tables
 
     result = study_result(*read_study(files, keys or ()))
     if common.as_json:

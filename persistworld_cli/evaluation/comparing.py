@@ -11,8 +11,8 @@ import numpy as np
 
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.evaluation.protocol import require_same
-from persistworld_cli.evaluation.results import jsonable
-from persistworld_cli.evaluation.stats import FloatArray, compare
+from persistworld_cli.files import jsonable
+from persistworld_cli.statistics.paired import FloatArray, compare
 
 NEEDED = ("protocol", "models", "rollouts", "metrics", "groups", "n")
 

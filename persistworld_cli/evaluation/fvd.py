@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
+from persistworld_cli.checkpoints.references import sha256_of
 from persistworld_cli.compat import ensure_torchvision
-from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError, UsageError, nearest
 from persistworld_cli.evaluation.results import EvalData
-from persistworld_cli.evaluation.weights import sha256_of
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.reports.progress import Meter
 

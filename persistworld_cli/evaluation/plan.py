@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from persistworld_cli.config.benchmarks import load_benchmark
+from persistworld_cli.checkpoints.adapters import require_adapter
+from persistworld_cli.checkpoints.compatibility import parts_of, require_fit, shapes_of
+from persistworld_cli.checkpoints.references import ModelRef, refs_of_eval
+from persistworld_cli.checkpoints.sources import PARTS, locate
+from persistworld_cli.checkpoints.tensor_files import WeightFiles
 from persistworld_cli.config.settings import EvalSettings, Settings
-from persistworld_cli.data.store import EpisodeStore, open_store
+from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.evaluation.action_following import partners, wrong_kinds
+from persistworld_cli.evaluation.benchmarks import load_benchmark
 from persistworld_cli.evaluation.comparing import load_result
-from persistworld_cli.evaluation.following import partners, wrong_kinds
 from persistworld_cli.evaluation.fvd import FeatureNet, load_feature_network
-from persistworld_cli.evaluation.metrics import SHOWN, Judging
 from persistworld_cli.evaluation.protocol import check_metrics, make_protocol, require_same, rollout_identity
-from persistworld_cli.evaluation.recording import Item, check_item
-from persistworld_cli.evaluation.results import jsonable
-from persistworld_cli.evaluation.user_masks import open_masks
-from persistworld_cli.evaluation.weights import ModelRef, hash_of, refs_of_eval, require_weights
-from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.files import hash_of, jsonable
+from persistworld_cli.metrics.score import Scorer
+from persistworld_cli.metrics.user_masks import open_masks
+from persistworld_cli.models.world_model import CARRIED, build_world_model
+from persistworld_cli.rollout.recording import Item, check_item, require_same_shape
+from persistworld_cli.rollout.scoring import SHOWN, Judging
 
 FLOOR, CEILING = "copy first frame", "recording through VAE"
 
@@ -177,3 +182,24 @@ def _absent(
     return PersistWorldError(
         f"no {kind} {some} in split '{split}'{by}", where=str(store.root / "annotation" / split), fix=fix
     )
+
+
+def require_weights(settings: Settings, store: EpisodeStore, items: Sequence[Item], refs: Sequence[ModelRef]) -> None:
+    """Refuse weights of another preset, and a dataset of another, by names and shapes alone.
+
+    Raises:
+        PersistWorldError: saying which, and which preset they do fit.
+    """
+    with torch.device("meta"):
+        model = build_world_model(settings.model, settings.world)
+    whole = shapes_of(model)
+    for source in dict.fromkeys(ref.ckpt for ref in refs):
+        given = WeightFiles(locate(source, [part for part in PARTS if part != CARRIED])).shapes
+        carried = CARRIED in parts_of(given)
+        require_fit({k: v for k, v in whole.items() if carried or k.partition(".")[0] != CARRIED}, given, source)
+    for overlay in dict.fromkeys(ref.adapter for ref in refs if ref.adapter):
+        require_adapter(overlay, settings.model)
+    for episode in dict.fromkeys(item.episode for item in items):
+        split = settings.eval.split
+        got, views = store.latent_shape(split, episode), store.num_cameras(split, episode)
+        require_same_shape(episode, views, got, len(settings.world.cameras), model.latent_shape)

@@ -14,14 +14,14 @@ import torch
 
 from persistworld_cli import __version__
 from persistworld_cli.config.settings import SamplingSettings, Settings
-from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.evaluation.metrics import Judging
-from persistworld_cli.evaluation.recording import Item
-from persistworld_cli.evaluation.weights import hash_of
-from persistworld_cli.models.native.build import available
+from persistworld_cli.files import hash_of
+from persistworld_cli.metrics.score import Scorer
+from persistworld_cli.models.cpu.hook import kernels_in_use
 from persistworld_cli.models.precision import product_type
-from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.rollout.recording import Item
+from persistworld_cli.rollout.scoring import Judging
 
 PROTOCOL = 2  # raise it when the same settings would give other numbers
 _LIBRARIES = ("torch", "diffusers", "lpips", "scikit-image", "numpy", "scipy", "av")
@@ -109,7 +109,7 @@ def provenance(settings: Settings, store: EpisodeStore, device: torch.device) ->
         "dtype": _type_used(settings.sampling, device),
         "versions": {library: version(library) for library in _LIBRARIES}
         | {"persistworld": __version__, "python": platform.python_version()}
-        | {"kernels": "persistworld" if device.type == "cpu" and available() else "torch"},
+        | {"kernels": "persistworld" if device.type == "cpu" and kernels_in_use() else "torch"},
     }
 
 

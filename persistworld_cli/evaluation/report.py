@@ -10,20 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from persistworld_cli.data.store import EpisodeStore
-from persistworld_cli.evaluation.following import following_result
+from persistworld_cli.data.clips.store import EpisodeStore
+from persistworld_cli.evaluation.action_following import following_result
 from persistworld_cli.evaluation.fvd import FeatureNet, fvd_result
-from persistworld_cli.evaluation.pictures import write_rollout_sheet, write_rollout_video
-from persistworld_cli.evaluation.results import EvalData, build_result, jsonable
-from persistworld_cli.evaluation.stats import mean
-from persistworld_cli.evaluation.trust import trust_result
+from persistworld_cli.evaluation.results import EvalData, build_result
+from persistworld_cli.evaluation.uncertainty import trust_result
+from persistworld_cli.files import jsonable
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.reports.csvs import write_csv
 from persistworld_cli.reports.curves import change_plot, horizon_curves, trust_plot
 from persistworld_cli.reports.page import write_page
+from persistworld_cli.reports.rollout_pictures import write_rollout_sheet, write_rollout_video
 from persistworld_cli.reports.tables import conduct_table, eval_table, plain, reward_words
-
-__all__ = ["EvalData", "jsonable", "write_report"]
+from persistworld_cli.statistics.paired import mean
 
 _CURVES = ("rho_by_step", "variance", "error", "points")  # of a trust row: in the file, too long for a terminal
 

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.store import EpisodeStore
-from persistworld_cli.evaluation.closed_loop import Rollout, draw_frames, reward_of
-from persistworld_cli.evaluation.metrics import Judging, MetricInfo, metric_infos
-from persistworld_cli.evaluation.recording import Item, Recording, load_recording
-from persistworld_cli.evaluation.stats import cluster_bootstrap, compare, mean
+from persistworld_cli.data.clips.store import EpisodeStore
+from persistworld_cli.files import jsonable
+from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.models.world_model import WorldModel
-from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.rollout.closed_loop import Rollout, draw_frames, reward_of
+from persistworld_cli.rollout.recording import Item, Recording, load_recording
+from persistworld_cli.rollout.scoring import Judging, MetricInfo, metric_infos
+from persistworld_cli.statistics.paired import cluster_bootstrap, compare, mean
 
 FloatArray = NDArray[np.float64]
 TABLE_ORDER = ("ssim", "psnr", "lpips")  # then what else there is
@@ -255,16 +256,3 @@ def slope(curve: FloatArray, rate: float) -> float:
         return math.nan
     times = (np.arange(curve.size) + 1) / rate
     return float(np.polyfit(times[there], curve[there], 1)[0])
-
-
-def jsonable(value: Any) -> Any:
-    """Dataclasses, arrays, tuples and numpy numbers as plain JSON values; NaN and infinities as None."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(entry) for key, entry in value.items()}
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [jsonable(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,23 +14,23 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from persistworld_cli.checkpoints.loading import load_for_sampling
+from persistworld_cli.checkpoints.references import ModelRef
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.evaluation.closed_loop import Commands, Rollout, check_cameras, iter_closed_loop
+from persistworld_cli.evaluation.action_following import commands_of
 from persistworld_cli.evaluation.comparing import compare_results, load_result
-from persistworld_cli.evaluation.finished import batches, load_latents, load_rollout, pending, save_rollout
-from persistworld_cli.evaluation.following import commands_of
-from persistworld_cli.evaluation.metrics import Scores, ceiling_scores, floor_scores
 from persistworld_cli.evaluation.plan import CEILING, FLOOR, Plan, make_plan
 from persistworld_cli.evaluation.protocol import provenance
-from persistworld_cli.evaluation.recording import Item, load_recording
 from persistworld_cli.evaluation.report import EvalData, write_comparison, write_report
-from persistworld_cli.evaluation.study import plan_study, write_study
-from persistworld_cli.evaluation.study_key import StudyKey
-from persistworld_cli.evaluation.weights import ModelRef
-from persistworld_cli.models.checkpoints import load_for_sampling
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.reports.progress import Meter
+from persistworld_cli.rollout.closed_loop import Commands, Rollout, check_cameras, iter_closed_loop
 from persistworld_cli.rollout.engine import RolloutEngine
+from persistworld_cli.rollout.finished import batches, load_latents, load_rollout, pending, save_rollout
+from persistworld_cli.rollout.recording import Item, load_recording
+from persistworld_cli.rollout.scoring import Scores, ceiling_scores, floor_scores
+from persistworld_cli.study.key import StudyKey
+from persistworld_cli.study.write import plan_study, write_study
 
 
 def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +81,14 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
         against = compare_results(load_result(other), load_result(own), f"{other} and {own}")
         summary |= write_comparison(against, output)
     if study:
-        summary["study"] = write_study(study, Path(job["study"]), data, plan.store, painter)
+        summary["study"] = write_study(
+            study,
+            Path(job["study"]),
+            settings,
+            data.items,
+            data.labels,
+            lambda item: data.draw(item, plan.store, painter),
+        )
     return summary
 
 

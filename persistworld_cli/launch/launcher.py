@@ -22,8 +22,8 @@ from persistworld_cli.console import note, show_error
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.launch.environment import gpu_count, torch_has_cuda, use_gpu, worker_environment
 from persistworld_cli.launch.terminal import keep_terminal
+from persistworld_cli.run_files import CONFIG, FAILURE, RESULT
 
-CONFIG, RESULT, FAILURE = "config.json", "result.json", "failure.json"
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PATIENCE = 3  # this many signals, and the worker is killed
 

@@ -11,10 +11,7 @@ import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from torch import nn
 
-from persistworld_cli.models.attention import FewTokens
-from persistworld_cli.models.convolutions import fold_temporal_convs, put_channels_last
-from persistworld_cli.models.lean_blocks import LeanTransformer, make_blocks_lean
-from persistworld_cli.models.linears import make_linears_fast
+from persistworld_cli.models.cpu.hook import show_all_tokens, speed_up_unet
 
 
 class FrameLevelUNet(UNetSpatioTemporalConditionModel):
@@ -29,11 +26,7 @@ class FrameLevelUNet(UNetSpatioTemporalConditionModel):
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
-        self.set_attn_processor(FewTokens())
-        make_blocks_lean(self)
-        fold_temporal_convs(self)
-        put_channels_last(self)
-        make_linears_fast(self)
+        speed_up_unet(self)
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             if getattr(block, "has_cross_attention", False):
                 block.register_forward_pre_hook(self._own_token, with_kwargs=True)
@@ -48,9 +41,7 @@ class FrameLevelUNet(UNetSpatioTemporalConditionModel):
 
     def show_all_tokens(self) -> None:
         """Let temporal cross-attention see every frame's token of the item, not only the first frame's."""
-        for module in self.modules():
-            if isinstance(module, LeanTransformer):
-                module.all_tokens = True
+        show_all_tokens(self)
 
     def forward(
         self, sample: torch.Tensor, timestep: Any, encoder_hidden_states: torch.Tensor, *args: Any, **kwargs: Any

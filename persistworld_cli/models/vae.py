@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
 
-from persistworld_cli.models.convolutions import fold_temporal_convs, put_channels_last
-from persistworld_cli.models.lean_blocks import make_blocks_lean
+from persistworld_cli.models.cpu.hook import speed_up_vae
 from persistworld_cli.models.norms import set_norm_groups
 from persistworld_cli.seeding import generator
 
@@ -23,9 +22,7 @@ DIFFUSERS_GROUPS = 32
 def build_vae(config: dict[str, Any], norm_groups: int = DIFFUSERS_GROUPS) -> AutoencoderKLTemporalDecoder:
     """diffusers' class with `config`'s keywords and fresh weights."""
     vae = AutoencoderKLTemporalDecoder(**config)
-    make_blocks_lean(vae)
-    fold_temporal_convs(vae)
-    put_channels_last(vae)
+    speed_up_vae(vae)
     set_norm_groups(vae, norm_groups)
     return vae
 

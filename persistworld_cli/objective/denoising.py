@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from persistworld_cli.config.settings import PretrainSettings
-from persistworld_cli.data.mixture import ClipBatch
+from persistworld_cli.data.clips.mixture import ClipBatch
 from persistworld_cli.models.diffusion import loss_weight, noised_condition
 from persistworld_cli.models.world_model import Condition, WorldModel
 from persistworld_cli.seeding import generator

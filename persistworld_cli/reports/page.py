@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from persistworld_cli.data.files import whole_file
+from persistworld_cli.files import whole_file
 from persistworld_cli.reports.html_table import flat, html_table
 from persistworld_cli.reports.tables import conduct_table, eval_table
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from persistworld_cli.data.video import write_mp4
+from persistworld_cli.data.raw.video import write_mp4
 
 Pictures = NDArray[np.uint8]
 INK, DIM, PAPER = (240, 240, 240), (165, 165, 172), (24, 24, 28)

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from persistworld_cli.config.settings import SamplingSettings
-from persistworld_cli.data.store import ActionStat
+from persistworld_cli.data.clips.store import ActionStat
 from persistworld_cli.models.diffusion import karras_sigmas
 from persistworld_cli.models.precision import small_products
 from persistworld_cli.models.samplers import find_sampler
 from persistworld_cli.models.world_model import Condition, WorldModel
-from persistworld_cli.rollout.memory import Memory
+from persistworld_cli.rollout.history import Memory
 from persistworld_cli.seeding import generator
 
 

@@ -16,9 +16,9 @@ import torch
 from torch.nn import functional
 
 from persistworld_cli.config.settings import PostTrainSettings
-from persistworld_cli.data.store import Annotation, EpisodeStore
+from persistworld_cli.data.clips.store import Annotation, EpisodeStore
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.rollout.engine import Inputs, RolloutEngine, RolloutState, recorded_poses, rollout_noise
 from persistworld_cli.seeding import generator
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from persistworld_cli.config.settings import PostTrainSettings
-from persistworld_cli.rewards.advantage import credit_map, group_advantages, optimality
-from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.metrics.score import Scorer
+from persistworld_cli.objective.advantage import credit_map, group_advantages, optimality
 from persistworld_cli.training.candidates import Candidates
 
 

@@ -14,22 +14,22 @@ from typing import Any
 
 import torch
 
+from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.config.settings import PostTrainSettings, Settings
-from persistworld_cli.data.store import open_store
+from persistworld_cli.data.clips.store import open_store
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.models.checkpoints import load_world_model
-from persistworld_cli.models.lora import PolicySwitch
+from persistworld_cli.metrics.score import Scorer
+from persistworld_cli.objective.advantage import keep_extremes
 from persistworld_cli.objective.nft import kl_to_reference, nft_loss, sampling_decay
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.training_curves import POST_TRAIN_PANELS, training_curves
-from persistworld_cli.rewards.advantage import keep_extremes
-from persistworld_cli.rewards.score import Scorer
 from persistworld_cli.rollout.engine import Inputs, RolloutEngine
 from persistworld_cli.seeding import generator
 from persistworld_cli.training.candidates import CandidateMaker, Candidates, GroupPlan
 from persistworld_cli.training.credit import credit
 from persistworld_cli.training.health import CollapseGuard, candidate_health, resting_words
 from persistworld_cli.training.optim import Optimizers
+from persistworld_cli.training.policy_switch import PolicySwitch
 from persistworld_cli.training.resuming import require_same_shapes
 from persistworld_cli.training.run import Interrupted, Run
 from persistworld_cli.training.samples import SampleVideos

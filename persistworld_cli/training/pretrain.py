@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from persistworld_cli.checkpoints.loading import FRESH, load_vae, load_world_model, open_carried
+from persistworld_cli.checkpoints.tensor_files import WeightFiles
 from persistworld_cli.config.settings import PretrainSettings, Settings
-from persistworld_cli.data.loader import ClipLoader
-from persistworld_cli.data.mixture import ClipMixture, open_clips
-from persistworld_cli.data.store import open_store
+from persistworld_cli.data.clips.loader import ClipLoader
+from persistworld_cli.data.clips.mixture import ClipMixture, open_clips
+from persistworld_cli.data.clips.store import open_store
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.models.checkpoints import FRESH, load_vae, load_world_model, open_carried
-from persistworld_cli.models.weight_files import WeightFiles
 from persistworld_cli.models.world_model import WorldModel, build_world_model
 from persistworld_cli.objective.denoising import batch_loss
 from persistworld_cli.reports.progress import Meter

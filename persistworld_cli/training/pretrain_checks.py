@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.mixture import ClipMixture
-from persistworld_cli.data.store import open_store
+from persistworld_cli.data.clips.mixture import ClipMixture
+from persistworld_cli.data.clips.store import open_store
+from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.objective.denoising import batch_loss
-from persistworld_cli.rewards.score import Scorer
 from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.training.run import Run
 from persistworld_cli.training.samples import SampleVideos

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from persistworld_cli.evaluation.closed_loop import Rollout, draw_frames
-from persistworld_cli.evaluation.pictures import write_rollout_video
-from persistworld_cli.evaluation.recording import load_recording
-from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.metrics.score import Scorer
+from persistworld_cli.reports.rollout_pictures import write_rollout_video
+from persistworld_cli.rollout.closed_loop import Rollout, draw_frames
+from persistworld_cli.rollout.recording import load_recording
 from persistworld_cli.training.validation import Active, HeldOut
 
 Drawn = tuple[NDArray[np.uint8], Rollout]  # frames (n, V, H, W, 3) of a rollout, n as many as were recorded

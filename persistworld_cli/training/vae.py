@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from persistworld_cli.checkpoints.loading import load_vae
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import Settings, VaeSettings, WorldSettings
-from persistworld_cli.data.lerobot import RawDataset
-from persistworld_cli.data.video import read_frames, resize
-from persistworld_cli.models.checkpoints import load_vae
+from persistworld_cli.data.raw.lerobot import RawDataset
+from persistworld_cli.data.raw.video import read_frames, resize
 from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae, pixels_to_unit
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.training.optim import Optimizers, inputs_and_outputs

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.store import EpisodeStore
+from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.evaluation.closed_loop import Rollout, iter_closed_loop, reward_of
-from persistworld_cli.evaluation.recording import Item, check_item
-from persistworld_cli.rewards.score import Scorer
+from persistworld_cli.metrics.score import Scorer
+from persistworld_cli.rollout.closed_loop import Rollout, iter_closed_loop, reward_of
 from persistworld_cli.rollout.engine import RolloutEngine
+from persistworld_cli.rollout.recording import Item, check_item
 from persistworld_cli.training.run import Run
 
 Active = Callable[[], AbstractContextManager[object]]  # puts some weights in place for a block

@@ -1,0 +1,169 @@
+"""Weights out: one file under Ctrl-World's names, or a PEFT folder; whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from persistworld_cli.checkpoints.adapters import adapter_misfit, adapter_presets, read_adapter, write_adapter
+from persistworld_cli.checkpoints.compatibility import (
+    bundled_settings,
+    nearest_preset,
+    needed_shapes,
+    require_fit,
+    require_known,
+)
+from persistworld_cli.checkpoints.inspection import MERGED
+from persistworld_cli.checkpoints.loading import load_world_model
+from persistworld_cli.checkpoints.sources import ADAPTER_CONFIG, locate
+from persistworld_cli.checkpoints.tensor_files import WeightFiles
+from persistworld_cli.config.settings import Settings
+from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.files import require_free, written_beside
+from persistworld_cli.models.world_model import CARRIED
+
+# What is written -> how the file's name ends ("": a folder).
+FORMATS = {"ctrl-world": (".pt", ".pth"), "safetensors": (".safetensors",), "peft": ("",)}
+
+
+def check_output(to: str, output: Path, *, force: bool) -> None:
+    """Raise UsageError where `output` cannot be a file (or folder) of this format, or is there already."""
+    if output.suffix not in FORMATS[to]:
+        what = f"a file ending in {FORMATS[to][0]}" if FORMATS[to][0] else "a folder, without an ending"
+        raise UsageError(f"--to {to} writes {what}, not '{output.name}'", where="--output", fix="give such a name")
+    require_free(output, force=force, marker=ADAPTER_CONFIG if to == "peft" else "")
+
+
+def export_model(
+    ckpt: str,
+    *,
+    adapter: str,
+    to: str,
+    output: Path,
+    dtype: torch.dtype,
+    force: bool,
+    settings: Settings | None,
+    adapter_sha256: str = "",
+) -> dict[str, Any]:
+    """Write a whole model, an adapter merged into it, as one file.
+
+    Args:
+        ckpt: weights: file, folder or hub id.
+        adapter: to be merged; "" for none.
+        to: ``ctrl-world`` (what `torch.save` writes; Ctrl-World loads it with strict=True) or ``safetensors``.
+        output: the file.
+        dtype: of all weights in it; an adapter is merged in float32 first.
+        force: whether a file there may be replaced.
+        settings: of the model; None: those of the bundled preset that it fits.
+        adapter_sha256: noted in a safetensors file.
+
+    Raises:
+        PersistWorldError: weights that are absent, damaged or of another model; the file cannot be written.
+        UsageError: the file is there already, or CKPT is an adapter.
+    """
+    check_output(to, output, force=force)
+    source = locate(ckpt)
+    if source.kind in ("adapter", "state"):
+        raise UsageError(
+            f"'{ckpt}' is an adapter, not a whole model",
+            where="CKPT",
+            fix=f"name the weights it belongs on: persistworld export WEIGHTS --adapter {ckpt}",
+        )
+    settings = settings or _settings_of(ckpt)
+    model = load_world_model(settings.model, settings.world, ckpt=ckpt, adapter=adapter, dtype=dtype, carried=True)
+    if to == "ctrl-world" and settings.model.image and not hasattr(model, CARRIED):
+        raise PersistWorldError(
+            f"Ctrl-World loads with strict=True and wants an {CARRIED.replace('_', ' ')}; this checkpoint has none",
+            where=ckpt,
+            fix="write --to safetensors, which this program loads, or name the checkpoint that has it",
+        )
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    _require_finite(tensors, dtype)
+    with written_beside(output, force=force) as beside:
+        if to == "safetensors":
+            notes = {"format": "pt"} | ({MERGED: adapter_sha256} if adapter_sha256 else {})
+            save_file(tensors, str(beside), metadata=notes)
+        else:
+            torch.save(tensors, beside)
+    return {
+        "output": str(output),
+        "format": to,
+        "tensors": len(tensors),
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes": output.stat().st_size,
+        "merged": adapter or None,
+    }
+
+
+def export_adapter(
+    ckpt: str, *, adapter: str, output: Path, dtype: torch.dtype, force: bool, settings: Settings | None
+) -> dict[str, Any]:
+    """Write an adapter as a PEFT folder.
+
+    Args:
+        ckpt: the adapter (PEFT folder or a post-training's saved state), or the weights that `adapter` belongs on.
+        adapter: the adapter where `ckpt` names weights; "" otherwise.
+        output: the folder.
+        dtype: of its tensors.
+        force: whether an adapter there may be replaced.
+        settings: of the model it belongs on; None: a bundled preset that it fits.
+
+    Raises:
+        PersistWorldError: an adapter that is absent, damaged, or of another model; the folder cannot be written.
+        UsageError: there is no adapter in what was named.
+    """
+    check_output("peft", output, force=force)
+    source = locate(adapter or ckpt)
+    if source.kind not in ("adapter", "state"):
+        raise UsageError(
+            f"'{source.name}' holds whole weights: an adapter that was merged cannot be taken out again",
+            where="--to peft",
+            fix="name the adapter itself (a run's weights/adapter), or write --to safetensors",
+        )
+    found = read_adapter(source)
+    if adapter and settings is None:
+        settings = _settings_of(ckpt)
+    why = adapter_misfit(found, settings.model) if settings else ""
+    if why or (settings is None and not adapter_presets(found)):
+        raise PersistWorldError(
+            f"the adapter does not fit {'this model: ' + why if why else 'any bundled preset'}",
+            where=str(found.root),
+            fix="name the preset (--preset) and the weights it was trained on",
+        )
+    lora = {name: tensor.to(dtype) for name, tensor in found.lora.items()}
+    encoder = {name: tensor.to(dtype) for name, tensor in found.encoder.items()}
+    _require_finite({**lora, **encoder}, dtype)
+    write_adapter(output, found.config, lora, encoder, force=force)
+    return {
+        "output": str(output),
+        "format": "peft",
+        "tensors": len(lora) + len(encoder),
+        "parameters": sum(t.numel() for t in (*lora.values(), *encoder.values())),
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes": sum(file.stat().st_size for file in output.iterdir()),
+        "merged": None,
+    }
+
+
+def _settings_of(ckpt: str) -> Settings:
+    """Settings of the bundled preset that a checkpoint fits; it raises PersistWorldError where there is none."""
+    shapes = WeightFiles(locate(ckpt)).shapes
+    require_known(shapes, ckpt)
+    name = nearest_preset(shapes)
+    require_fit(needed_shapes(name, shapes), shapes, ckpt, whose=f"preset {name}")
+    return bundled_settings(name)
+
+
+def _require_finite(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Raise PersistWorldError where numbers are too large for the type."""
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise PersistWorldError(
+            f"{len(broken)} tensors are not finite in {str(dtype).removeprefix('torch.')} (first: {broken[0]})",
+            where="--dtype",
+            fix="choose a type with more range: bfloat16 or float32",
+        )

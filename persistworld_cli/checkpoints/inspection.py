@@ -1,0 +1,135 @@
+"""What a checkpoint is: kind, parts, types, and the presets it fits; read from names and shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from persistworld_cli.checkpoints.adapters import Adapter, adapter_misfit, adapter_presets, nearest_misfit, read_adapter
+from persistworld_cli.checkpoints.compatibility import (
+    fitting_presets,
+    kind_of,
+    misfit,
+    nearest_preset,
+    needed_shapes,
+    partly_fitting,
+    parts_of,
+    preset_shapes,
+    require_known,
+    settings_shapes,
+    with_prefix,
+)
+from persistworld_cli.checkpoints.sources import WeightSource, locate
+from persistworld_cli.checkpoints.tensor_files import Info, WeightFiles
+from persistworld_cli.config.settings import Settings
+
+MERGED = "merged_adapter"  # in a safetensors file's own notes: SHA-256 of the adapter that was merged into it
+_LAYERS = {
+    "adapter": "LoRA layers, to be merged into a model",
+    "unmerged world model": "LoRA layers beside the weights, not merged",
+}
+
+
+def describe(name: str, compare: Settings | None = None) -> dict[str, Any]:
+    """What lies at a path or hub id.
+
+    Args:
+        name: file, folder or hub id.
+        compare: settings to compare with, beside the bundled presets.
+
+    Returns:
+        JSON values: ``kind``, ``path``, ``layers``, ``tensors``, ``parameters``, ``dtypes`` (type -> tensors), ``fits``
+        (bundled presets), ``nearest`` (where it fits none: the ``preset`` with most in common, ``misfit``), ``lacks``
+        (parts of those presets that are not in it), ``adapter`` (rank, alpha, targets), ``merged_adapter``, ``parts``
+        and ``files`` (one row each); with `compare`, ``own_preset``: "fits", or why not.
+
+    Raises:
+        PersistWorldError: nothing there, damaged, or tensors of something else.
+    """
+    source = locate(name)
+    files = WeightFiles(source)
+    kind = require_known(files.shapes, name)
+    adapter = read_adapter(source) if kind == "adapter" and source.kind in ("adapter", "state") else None
+    shown = {"diffusers": "diffusers folder", "state": "saved state of a post-training"}.get(source.kind, kind)
+    return {
+        "kind": shown,
+        "path": str(source.root),
+        "layers": _LAYERS.get(kind, "whole weights"),
+        "tensors": len(files.info),
+        "parameters": sum(_count(info) for info in files.info.values()),
+        "dtypes": _types(list(files.info.values())),
+        **(_fit_of_adapter(adapter, compare) if adapter else _fit_of_weights(files, compare)),
+        "adapter": _settings_of(adapter),
+        "merged_adapter": files.metadata.get(MERGED),
+        "parts": _parts(files),
+        "files": _file_rows(source),
+    }
+
+
+def _fit_of_weights(files: WeightFiles, compare: Settings | None) -> dict[str, Any]:
+    shapes = files.shapes
+    partly = partly_fitting(shapes)
+    fits = fitting_presets(shapes) or list(partly)
+    whole = parts_of(preset_shapes(fits[0])) if fits else {}
+    own = parts_of(with_prefix(shapes))
+    result: dict[str, Any] = {"fits": fits, "lacks": [part for part in whole if part not in own], "nearest": None}
+    near = nearest_preset(with_prefix(shapes))
+    if not fits and preset_shapes(near).items() & with_prefix(shapes).items():
+        why = misfit(needed_shapes(near, shapes), with_prefix(shapes))
+        result["nearest"] = {"preset": near, "misfit": why}
+    if compare:
+        result["own_preset"] = misfit(settings_shapes(compare), with_prefix(shapes)) or "fits"
+    return result
+
+
+def _fit_of_adapter(adapter: Adapter, compare: Settings | None) -> dict[str, Any]:
+    result: dict[str, Any] = {"fits": adapter_presets(adapter), "lacks": [], "nearest": None}
+    if not result["fits"] and (near := nearest_misfit(adapter)):
+        result["nearest"] = dict(zip(("preset", "misfit"), near, strict=True))
+    if compare:
+        result["own_preset"] = adapter_misfit(adapter, compare.model) or "fits"
+    return result
+
+
+def _settings_of(adapter: Adapter | None) -> dict[str, Any] | None:
+    """Rank, alpha and what it changes."""
+    if adapter is None:
+        return None
+    config = adapter.config
+    targets = getattr(config, "target_modules", None) or ()
+    return {
+        "type": str(getattr(config.peft_type, "value", config.peft_type)),
+        "rank": getattr(config, "r", None),
+        "alpha": getattr(config, "lora_alpha", None),
+        "targets": [targets] if isinstance(targets, str) else sorted(targets),
+        "modules": sum(".lora_A." in name for name in adapter.lora),
+        "action_encoder": bool(adapter.encoder),
+    }
+
+
+def _parts(files: WeightFiles) -> list[dict[str, Any]]:
+    """One row a part, in the model's order."""
+    shapes = with_prefix(files.shapes)
+    infos = dict(zip(shapes, files.info.values(), strict=True))
+    rows = []
+    rest = "lora" if kind_of(shapes) in ("adapter", "unmerged world model") else "other"
+    for part, names in parts_of(shapes).items():
+        own = [infos[name] for name in names]
+        types = ", ".join(_types(own))
+        rows.append({"part": part or rest, "tensors": len(own), "parameters": sum(map(_count, own)), "dtype": types})
+    return rows
+
+
+def _file_rows(source: WeightSource) -> list[dict[str, Any]]:
+    paths = dict.fromkeys(path for path, _ in source.files)
+    return [{"file": str(path), "bytes": Path(path).stat().st_size} for path in paths]
+
+
+def _types(infos: list[Info]) -> dict[str, int]:
+    return dict(Counter(str(info.dtype).removeprefix("torch.") for info in infos).most_common())
+
+
+def _count(info: Info) -> int:
+    return math.prod(info.shape)

@@ -1,0 +1,157 @@
+"""Weights in: state dicts (.pt, .safetensors), shards, diffusers folders, hub ids, adapters; one message where they do
+not fit.
+
+Everything is compared by names and shapes before a number is read, and then read one tensor after another into the
+model: loading takes the model's own memory and little more (`benchmarks/loading.py` measures it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from persistworld_cli.checkpoints.adapters import merge_adapter
+from persistworld_cli.checkpoints.compatibility import parts_of, require_fit, shapes_of
+from persistworld_cli.checkpoints.sources import PARTS, locate
+from persistworld_cli.checkpoints.tensor_files import WeightFiles, fill
+from persistworld_cli.config.settings import ModelSettings, Settings, WorldSettings
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.models.compiling import compile_network
+from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae
+from persistworld_cli.models.world_model import CARRIED, WorldModel, build_world_model, sampling_dtype
+
+FRESH = ("text_encoder", "action_encoder")  # what Stable Video Diffusion does not have
+_CLIP_PICTURES = tuple(f"text_encoder.{name}" for name in ("vision_model.", "visual_projection.", "logit_scale"))
+
+
+def load_world_model(
+    settings: ModelSettings,
+    world: WorldSettings,
+    *,
+    ckpt: str | None = None,
+    adapter: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    fresh: Sequence[str] = (),
+    carried: bool = False,
+) -> WorldModel:
+    """The model of a preset with its weights, on `device`, in eval mode, frozen. The one way in for every subcommand.
+
+    Args:
+        settings: architecture and default weights.
+        world: cameras and picture size.
+        ckpt: file, folder, hub id or "bundled:PATH"; None: `settings.ckpt`.
+        adapter: a post-trained PEFT folder on top; None: `settings.adapter`; "" for none.
+        device: where to put it.
+        dtype: of all weights, whatever the file's; an adapter is merged in float32 first.
+        fresh: of `FRESH`, parts that the checkpoint may lack as a whole: the text encoder then comes from the
+            tokenizer's folder or hub id (CLIP), the action encoder starts at random.
+        carried: whether to load the part that nothing computes with too (an image encoder, a quarter of the full-size
+            checkpoint); by default it is compared, where the checkpoint has it, and left on disk.
+
+    Raises:
+        PersistWorldError: weights that are absent, damaged, or of another model.
+    """
+    source = settings.ckpt if ckpt is None else ckpt
+    if not source:
+        raise PersistWorldError("no weights named", where="model.ckpt", fix="give --ckpt: a file, a folder or a hub id")
+    overlay = settings.adapter if adapter is None else adapter
+    with torch.device("meta"):
+        model = build_world_model(settings, world).to(torch.float32 if overlay else dtype)
+    files, absent = _open(source, settings, fresh, carried)
+    expected = {k: shape for k, shape in shapes_of(model).items() if k.partition(".")[0] not in absent}
+    require_fit(expected, files.shapes, source)
+    if not carried or CARRIED in absent:
+        model.drop_carried()
+    model.to_empty(device=device)
+    targets = model.state_dict()
+    files.rename({name: name for name in files.info if name in targets})
+    fill(targets, files)
+    del files, targets  # what is mapped of it, and its names
+    if "action_encoder" in absent:
+        for layer in model.action_encoder.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.reset_parameters()
+    reset_buffers(model)
+    if overlay:
+        merge_adapter(model, overlay)
+    model.to(device, dtype).eval().requires_grad_(False)
+    return model
+
+
+def load_for_sampling(
+    settings: Settings, *, ckpt: str | None = None, adapter: str | None = None, device: torch.device | str = "cpu"
+) -> WorldModel:
+    """`load_world_model` for rollouts: weights in the type that ``settings.sampling`` asks for, compiled if asked."""
+    model = load_world_model(
+        settings.model,
+        settings.world,
+        ckpt=ckpt,
+        adapter=adapter,
+        device=device,
+        dtype=sampling_dtype(settings.sampling),
+    )
+    model.cast_for_sampling(settings.sampling)
+    if settings.launch.compile:
+        compile_network(model)
+    return model
+
+
+def open_carried(source: str) -> WeightFiles:
+    """What a checkpoint carries and nothing computes with, fetched and opened but not read; may hold nothing."""
+    files = WeightFiles(locate(source))
+    files.rename({name: name for name in files.info if name.startswith(f"{CARRIED}.")})
+    return files
+
+
+def _open(source: str, settings: ModelSettings, fresh: Sequence[str], carried: bool) -> tuple[WeightFiles, list[str]]:
+    """A checkpoint's tensors, with CLIP's text tower's where it may lack its own; and the parts to do without."""
+    located = locate(source, [part for part in PARTS if carried or part != CARRIED])
+    files = WeightFiles(located)
+    held = parts_of(files.info)
+    absent = [part for part in (*fresh, CARRIED) if part not in held]
+    if "unet" not in held or "text_encoder" not in absent:
+        return files, absent if "unet" in held else []
+    try:
+        clip = locate(settings.tokenizer)
+    except PersistWorldError as error:
+        raise PersistWorldError(
+            f"the checkpoint has no text encoder, and there is none with the tokenizer: {error.what}",
+            where=f"{source}, model.tokenizer = {settings.tokenizer}",
+            fix="let model.tokenizer name a CLIP model with its weights, e.g. openai/clip-vit-base-patch32",
+        ) from error
+    files = WeightFiles(located, replace(clip, files=tuple((path, "text_encoder.") for path, _ in clip.files)))
+    files.rename({name: name for name in files.info if not name.startswith(_CLIP_PICTURES)})
+    return files, [part for part in absent if part != "text_encoder"]
+
+
+def load_vae(settings: ModelSettings, source: str) -> AutoencoderKLTemporalDecoder:
+    """The preset's VAE with its weights, float32, frozen.
+
+    Args:
+        settings: its architecture.
+        source: a world model's checkpoint (of which only `vae.*` is read), a diffusers folder, or a VAE alone.
+
+    Raises:
+        PersistWorldError: weights that are absent, damaged, or of another VAE.
+    """
+    files = WeightFiles(locate(source, parts=("vae",)))
+    own = {name: name.removeprefix("vae.") for name in files.info if name.startswith("vae.")}
+    with torch.device("meta"):
+        vae = build_vae(settings.vae, settings.norm_groups)
+    if own:
+        files.rename(own)
+    require_fit(shapes_of(vae), files.shapes, source, wanted="VAE")
+    vae.to_empty(device="cpu")
+    fill(vae.state_dict(), files)
+    return vae.eval().requires_grad_(False)
+
+
+def reset_buffers(model: WorldModel) -> None:
+    """Fill buffers that no checkpoint holds (CLIP's position ids) after the model was built without memory."""
+    for module in model.modules():
+        ids = module._buffers.get("position_ids")
+        if ids is not None:
+            module._buffers["position_ids"] = torch.arange(ids.shape[-1])[None]

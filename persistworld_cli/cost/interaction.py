@@ -1,0 +1,154 @@
+"""What a world model costs before it exists: parameters, and the work and memory of one interaction.
+
+Counted on the meta device (see `meter`): no weights are read. Shapes: L predicted frames, V cameras.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from persistworld_cli.config.settings import ModelSettings, SamplingSettings, WorldSettings
+from persistworld_cli.cost.flops import Work, measure
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.models import vae as vae_room
+from persistworld_cli.models.cpu.hook import as_diffusers
+from persistworld_cli.models.diffusion import karras_sigmas
+from persistworld_cli.models.samplers import find_sampler
+from persistworld_cli.models.world_model import CARRIED, Condition, WorldModel, build_world_model
+
+META = torch.device("meta")
+AUTOCAST = {  # sampling.dtype and mixed_precision
+    **{"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16},
+    **{"no": torch.float32, "bf16": torch.bfloat16},
+}
+
+
+@dataclass(frozen=True)
+class InteractionCost:
+    """One interaction step of a model as it samples, adapters merged: L-1 new frames, decoded.
+
+    Attributes:
+        calls: clips that go through the network for one clip drawn: the sampler's calls, twice as many with guidance.
+        network: FLOPs of the network for one clip.
+        network_reference: the same with cross-attention computed at every pixel, as the reference does; here it is
+            computed once a row where there is one token.
+        decoding: FLOPs of decoding the L frames of all cameras.
+        encoding: FLOPs of encoding one frame of all cameras, with which a rollout from pictures begins.
+        sampling_bytes, decoding_bytes: most bytes alive at once beside the weights.
+    """
+
+    calls: int
+    network: int
+    network_reference: int
+    decoding: int
+    encoding: int
+    sampling_bytes: int
+    decoding_bytes: int
+
+    @property
+    def flops(self) -> int:
+        """Of a whole interaction of one rollout."""
+        return self.calls * self.network + self.decoding
+
+    @property
+    def flops_reference(self) -> int:
+        """The same as the reference computes it."""
+        return self.calls * self.network_reference + self.decoding
+
+
+def meta_model(settings: ModelSettings, world: WorldSettings) -> WorldModel:
+    """The model of a preset, without memory for its weights, frozen.
+
+    Raises:
+        PersistWorldError: settings that make no model.
+    """
+    try:
+        with META:
+            model = build_world_model(settings, world)
+    except (TypeError, ValueError, RuntimeError, KeyError, AssertionError) as error:
+        raise PersistWorldError(
+            f"no model can be built of these settings: {str(error).splitlines()[0]}",
+            where="model",
+            fix="mend [model], or leave it as the preset has it",
+        ) from error
+    return model.to(META).eval().requires_grad_(False)  # diffusers makes a few single numbers on the CPU all the same
+
+
+def part_sizes(model: WorldModel) -> dict[str, int]:
+    """Parameters of each part, by its name in the checkpoint."""
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+
+
+def weight_bytes(model: WorldModel) -> int:
+    """Bytes of the weights that are loaded: all but the part that nothing computes with."""
+    return sum(tensor_bytes(part.parameters()) for name, part in model.named_children() if name != CARRIED)
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of tensors as they are held."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def predict(model: WorldModel, clips: int, guidance: float = 1.0) -> torch.Tensor:
+    """The clean prediction of some clips from their poses and instructions: (clips, L, C, h, w) on the meta device."""
+    settings, frame = model.settings, model.latent_shape
+    past, frames = settings.num_history, settings.num_frames
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(clips, *shape, device=META)
+
+    text = empty(model.text_encoder.text_projection.out_features) if settings.text_cond else None
+    tokens = model.tokens(empty(past + frames, settings.action_dim), text)
+    condition = Condition(empty(past, *frame), empty(*frame), tokens, 0.0)
+    return model.denoise_guided(empty(frames, *frame), empty(), condition, guidance)
+
+
+def decoding_work(model: WorldModel, chunk: int, dtype: torch.dtype = torch.float32) -> Work:
+    """FLOPs of decoding one clip; bytes of as many clips as go through the decoder together."""
+    frames, views = model.settings.num_frames, len(model.world.cameras)
+    together = 1 if (frames * views) % (chunk or frames) else -(-model.decode_rows // (frames * views))
+    latents = torch.empty(together, frames, *model.latent_shape, device=META)
+    work = measure(lambda: model.decode_latents(latents, chunk), model.parameters(), dtype)
+    return Work(work.flops // together, work.peak)
+
+
+def encoding_work(model: WorldModel, frames: int = 1) -> Work:
+    """Work of encoding some frames of all cameras."""
+    world = model.world
+    images = torch.empty(frames * len(world.cameras), 3, world.height, world.width, device=META)
+    return measure(lambda: vae_room.encode(model.vae, images), model.parameters(), torch.float32)
+
+
+def sampler_calls(sampling: SamplingSettings) -> int:
+    """Clips through the network for one clip drawn: the sampler's own calls, each twice under guidance."""
+    calls = 0
+
+    def count(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return x
+
+    sigmas = karras_sigmas(sampling.steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
+    find_sampler(sampling.sampler)(count, torch.zeros(1), sigmas)
+    return calls if sampling.guidance == 1.0 else 2 * calls
+
+
+def count_interaction(model: WorldModel, sampling: SamplingSettings, rollouts: int) -> InteractionCost:
+    """Cost of an interaction of a model on the meta device; bytes for ``rollouts`` rollouts advanced together."""
+    dtype = AUTOCAST[sampling.dtype] if model.dtype is torch.float32 else torch.float32  # no autocast, as the engine
+    sampled = measure(lambda: predict(model, rollouts, sampling.guidance), model.parameters(), dtype)
+    decoded = decoding_work(model, sampling.decode_chunk, AUTOCAST[sampling.decode_dtype])
+    with as_diffusers(model.unet):
+        reference = measure(lambda: predict(model, 1), model.parameters(), dtype)
+    return InteractionCost(
+        calls=sampler_calls(sampling),
+        network=sampled.flops // (rollouts if sampling.guidance == 1.0 else 2 * rollouts),
+        network_reference=reference.flops,
+        decoding=decoded.flops,
+        encoding=encoding_work(model).flops,
+        sampling_bytes=sampled.peak,
+        decoding_bytes=decoded.peak,
+    )

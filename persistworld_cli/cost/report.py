@@ -1,0 +1,128 @@
+"""What a run would cost, as rows for a table and as JSON: parameters, FLOPs with their floors, memory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from persistworld_cli.config.settings import Settings
+from persistworld_cli.cost.accelerators import Accelerator
+from persistworld_cli.cost.interaction import InteractionCost, count_interaction, meta_model, part_sizes, weight_bytes
+from persistworld_cli.models.world_model import sampling_dtype
+
+GIB = 2**30
+NOTES = (
+    "Parameters and FLOPs are counted on a model without memory, built from these settings: no weights were read. "
+    "FLOPs are those of matrix products, convolutions and attention, 2 a multiply-add.",
+    "Memory is estimated: the tensors alive at once, operation by operation, with fused attention and the casts of "
+    "CUDA's autocast. Workspaces of kernels, gaps of the allocator and the CUDA context come on top (some GiB).",
+    "A floor is FLOPs over the peak of dense bf16, with nothing lost. What runs in float32 (the VAE; without mixed "
+    "precision, everything) cannot reach that peak.",
+)
+
+
+@dataclass(frozen=True)
+class WorkRow:
+    """Some work: its FLOPs, and how many processes share it evenly."""
+
+    key: str
+    what: str
+    flops: float
+    processes: int = 1
+
+    def floor(self, accelerator: Accelerator) -> float:
+        """Seconds at the accelerator's peak."""
+        return self.flops / (accelerator.tflops * 1e12 * self.processes)
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Bytes of one process. Passing ones are not there at the same time: only the largest counts for the peak."""
+
+    key: str
+    what: str
+    bytes: int
+    passing: bool = False
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """Everything there is to tell; ``trained`` holds what learns, by part."""
+
+    parameters: dict[str, int]
+    work: list[WorkRow]
+    memory: list[MemoryRow]
+    trained: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> int:
+        """Most bytes of one process at once."""
+        passing = [row.bytes for row in self.memory if row.passing]
+        return sum(row.bytes for row in self.memory if not row.passing) + max(passing, default=0)
+
+    def fits(self, accelerator: Accelerator) -> bool | None:
+        """Whether the peak is below the accelerator's memory; None where that is not known."""
+        return None if accelerator.memory_gib is None else self.peak <= accelerator.memory_gib * GIB
+
+    def as_json(self, accelerator: Accelerator) -> dict[str, Any]:
+        """For machines: numbers in FLOP, seconds and bytes."""
+        return {
+            "accelerator": asdict(accelerator),
+            "parameters": {**self.parameters, "total": sum(self.parameters.values())},
+            "trained": {**self.trained, "total": sum(self.trained.values())},
+            "work": {
+                row.key: {
+                    "what": row.what.strip(),
+                    "flops": row.flops,
+                    "processes": row.processes,
+                    "floor_s": row.floor(accelerator),
+                }
+                for row in self.work
+            },
+            "memory": {row.key: {"what": row.what, "bytes": row.bytes, "passing": row.passing} for row in self.memory},
+            "peak_bytes": self.peak,
+            "fits": self.fits(accelerator),
+            "counted": ["parameters", "trained", "work.*.flops"],
+            "estimated": ["memory"],
+            "notes": list(NOTES),
+        }
+
+
+def interaction_rows(cost: InteractionCost, settings: Settings) -> list[WorkRow]:
+    """The network once, and an interaction step of one rollout, here and as the reference computes them."""
+    sampling = settings.sampling
+    seconds = (settings.model.num_frames - 1) / settings.world.rate_hz
+    guided = ", twice each for guidance" if sampling.guidance != 1.0 else ""
+    steps = f"{sampling.steps} {sampling.sampler} step{'s' if sampling.steps > 1 else ''}{guided}"
+    reference = "  as the reference computes it (cross-attention at every pixel)"
+    return [
+        WorkRow("network", "the network, one clip", cost.network),
+        WorkRow("network_reference", reference, cost.network_reference),
+        WorkRow("interaction", f"interaction step, {seconds:g} s of the world: {steps}, decoding", cost.flops),
+        WorkRow("interaction_reference", reference, cost.flops_reference),
+        WorkRow("decoding", "  decoding alone", cost.decoding),
+        WorkRow("encoding", "encoding one frame of all cameras", cost.encoding),
+    ]
+
+
+def interaction_report(settings: Settings, rollouts: int) -> CostReport:
+    """Cost of an interaction step of ``rollouts`` rollouts advanced together, adapters merged."""
+    model = meta_model(settings.model, settings.world).cast_for_sampling(settings.sampling)
+    cost = count_interaction(model, settings.sampling, rollouts)
+    rows, held = interaction_rows(cost, settings), str(sampling_dtype(settings.sampling)).removeprefix("torch.")
+    if rollouts > 1:
+        rows.append(WorkRow("batch", f"interaction step of {rollouts} rollouts together", rollouts * cost.flops))
+    return CostReport(
+        parameters=part_sizes(model),
+        work=rows,
+        memory=[
+            MemoryRow("weights", f"weights, {held}", weight_bytes(model)),
+            MemoryRow("sampling", f"sampling {clips(rollouts)} at once", cost.sampling_bytes, passing=True),
+            MemoryRow("decoding", "decoding", cost.decoding_bytes, passing=True),
+        ],
+    )
+
+
+def clips(count: int) -> str:
+    """``1 clip``, ``8 clips``."""
+    return "1 clip" if count == 1 else f"{count} clips"

@@ -1,0 +1,299 @@
+"""Latent files read frame by frame: .npy, and torch's .pt in place, without torch.load and without unpickling objects.
+
+Positioned reads rather than memory maps: a map drags in the kernel's read-ahead around every frame (from a cold disk
+some nine times the bytes of a clip; without read-ahead it waits for single pages), and a file that is cut short while
+mapped kills the process by a signal, where a read gives an error. `python -m benchmarks.loader` measures both. Frames
+that are not in the cache are all announced to the kernel before the first is read: the disk serves them together. No
+file stays open.
+
+Legend: T frames of a file, C latent channels, V cameras, h1 latent height of one camera, h = V * h1, w latent width,
+N frames asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from persistworld_cli.data.metadata.annotations import REDO
+from persistworld_cli.data.metadata.latent_header import read_header
+from persistworld_cli.errors import PersistWorldError
+
+_SHORTER = "run persistworld build-meta again to leave the episode out, or delete its annotation and extract it again"
+_REMEMBERED = 200_000  # episodes whose layout is kept: about 350 bytes each
+_OPEN = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+_NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # read only what is in the cache (Linux)
+_THREAD = threading.local()
+_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+class Layout(NamedTuple):
+    """Where the numbers of a latent file lie: frame t at ``offset + t * frame_bytes``, frames one after another."""
+
+    suffix: str
+    offset: int
+    length: int
+    frame: tuple[int, int, int]
+    dtype: str
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one frame."""
+        return math.prod(self.frame) * _DTYPES[self.dtype].itemsize
+
+
+class _Episode(NamedTuple):
+    """The layouts of an episode's files in camera order, and what the files looked like when they were read."""
+
+    layouts: tuple[Layout, ...]
+    stamp: int
+
+
+class LatentReader:
+    """Reads frames of an episode's latent files, and remembers how the files are laid out (bounded).
+
+    A file that was replaced since is noticed by its size, time or inode, and its header read again.
+
+    Args:
+        root: the folder that holds ``<split>/<episode>/{0,1,...}.{npy,pt}``.
+        find: (split, episode) -> the files in camera order; it raises PersistWorldError where one is missing.
+    """
+
+    def __init__(self, root: Path, find: Callable[[str, str], list[Path]]) -> None:
+        self._root, self._find = str(root), find
+        self._known: OrderedDict[str, _Episode] = OrderedDict()
+        self._shared: dict[tuple[Layout, ...], tuple[Layout, ...]] = {}  # most episodes differ in length alone
+
+    def layouts(self, split: str, episode: str) -> tuple[Layout, ...]:
+        """The layout of each camera's file, read anew.
+
+        Raises:
+            PersistWorldError: missing or unreadable files.
+        """
+        paths = self._find(split, episode)
+        layouts = tuple(read_layout(path) for path in paths)
+        layouts = self._shared.setdefault(layouts, layouts)
+        try:
+            stamp = _stamp([os.stat(path) for path in paths])
+        except OSError as error:
+            raise _unreadable(paths[0], error) from error
+        self._known[f"{split}/{episode}"] = _Episode(layouts, stamp)
+        if len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        return layouts
+
+    def read(self, split: str, episode: str, frames: Sequence[int], out: Tensor | None = None) -> Tensor:
+        """Frames of an episode: float32 (N, C, h, w), cameras stacked, into ``out`` if given.
+
+        Raises:
+            PersistWorldError: missing, unreadable or cut files, a frame beyond the end, another shape than ``out``'s.
+        """
+        opened: list[int] = []
+        try:
+            layouts = self._open(split, episode, opened)
+            return self._read(split, episode, list(zip(opened, layouts, strict=True)), frames, out)
+        finally:
+            for file in opened:
+                os.close(file)
+
+    def _read(
+        self, split: str, episode: str, files: Sequence[tuple[int, Layout]], frames: Sequence[int], out: Tensor | None
+    ) -> Tensor:
+        """`read` from open files."""
+        low, high = (min(frames), max(frames)) if frames else (0, 0)
+        out = self._target(split, episode, [layout for _, layout in files], len(frames), out)
+        runs = _runs(frames)
+        waiting, top = not _NOWAIT, 0
+        for camera, (file, layout) in enumerate(files):
+            path = self._path(split, episode, camera, layout)
+            if low < 0 or high >= layout.length:
+                raise _too_short(path, layout, low if low < 0 else high)
+            direct, size = layout.dtype == "float32" and out.is_contiguous(), layout.frame_bytes
+            block = out if direct else _scratch(len(frames) * size)
+            places = _in_place(out, top, layout) if direct else [[part] for part in _frames(block, size)]
+            if waiting or not _fill(path, file, layout, runs, places, _NOWAIT):
+                if not waiting:
+                    _announce(files[camera:], runs)
+                waiting = _fill(path, file, layout, runs, places, 0)
+            if not direct:
+                frame = block.view(_DTYPES[layout.dtype]).view(-1, *layout.frame)
+                out[:, :, top : top + layout.frame[1]] = frame
+            top += layout.frame[1]
+        return out
+
+    def _target(self, split: str, episode: str, layouts: Sequence[Layout], count: int, out: Tensor | None) -> Tensor:
+        """The tensor (N, C, h, w) to read into: ``out``, if an episode of these layouts fits in."""
+        channels, _, width = layouts[0].frame
+        shape = (count, channels, sum(layout.frame[1] for layout in layouts), width)
+        odd = any((layout.frame[0], layout.frame[2]) != (channels, width) for layout in layouts)
+        if odd or (out is not None and out.shape != shape):
+            known = "those of another camera" if odd or out is None else f"{tuple(out.shape[1:])} elsewhere"
+            raise PersistWorldError(
+                f"latents of a frame have shape {shape[1:]}, unlike {known}",
+                where=f"{self._root}/{split}/{episode}",
+                fix=REDO,
+            )
+        return torch.empty(shape) if out is None else out
+
+    def _open(self, split: str, episode: str, opened: list[int]) -> tuple[Layout, ...]:
+        """Open an episode's files; their layouts, from memory if nothing changed since."""
+        key = f"{split}/{episode}"
+        for known in (self._known.get(key), None):
+            layouts = known.layouts if known else self.layouts(split, episode)
+            for camera, layout in enumerate(layouts):
+                path = self._path(split, episode, camera, layout)
+                try:
+                    opened.append(os.open(path, _OPEN))
+                except FileNotFoundError:
+                    break  # replaced by the other kind, or gone: looked for again, and then named by `find`
+                except OSError as error:
+                    raise _unreadable(path, error) from error
+            else:
+                if _stamp([os.fstat(file) for file in opened]) == self._known[key].stamp:
+                    return layouts
+            del self._known[key]
+            while opened:
+                os.close(opened.pop())
+        raise PersistWorldError(
+            "latents are being replaced while they are read",
+            where=f"{self._root}/{split}/{episode}",
+            fix="let extract-latents finish, then run this again",
+        )
+
+    def _path(self, split: str, episode: str, camera: int, layout: Layout) -> str:
+        return f"{self._root}/{split}/{episode}/{camera}{layout.suffix}"
+
+
+def read_layout(path: Path) -> Layout:
+    """How a latent file is laid out, from its header alone.
+
+    Raises:
+        PersistWorldError: no such file, damaged, cut short, or not float16 / float32 frames (T, C, h1, w).
+    """
+    try:
+        header = read_header(path)
+    except Exception as error:  # a damaged header raises many kinds
+        raise _unreadable(path, error) from error
+    if header is None:
+        raise PersistWorldError(
+            "latents are in torch's format from before version 1.6, which cannot be read in place",
+            where=str(path),
+            fix="load the file with torch.load and write it again with torch.save",
+        )
+    if len(header.shape) != 4 or min(header.shape) < 1:
+        raise PersistWorldError(f"latents are not of shape (T, C, h, w) but {header.shape}", where=str(path), fix=REDO)
+    if header.dtype not in _DTYPES:
+        raise PersistWorldError(
+            f"latents are {header.dtype}, not float32 or float16", where=str(path), fix="save them as float32"
+        )
+    length, channels, height, width = header.shape
+    return Layout(path.suffix, header.offset, length, (channels, height, width), header.dtype)
+
+
+def _stamp(stats: Sequence[os.stat_result]) -> int:
+    return hash(tuple((s.st_size, s.st_mtime_ns, s.st_ino) for s in stats))
+
+
+def _unreadable(path: Path | str, error: Exception) -> PersistWorldError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
+    return PersistWorldError(f"unreadable latents: {reason}", where=str(path), fix=REDO)
+
+
+def _too_short(path: str, layout: Layout, frame: int) -> PersistWorldError:
+    return PersistWorldError(
+        f"frame {frame} asked of a file with {layout.length} latents: it is shorter than the index says",
+        where=path,
+        fix=_SHORTER,
+    )
+
+
+def _scratch(size: int) -> Tensor:
+    """So many bytes that this thread reads into, over and over: fresh ones would be zeroed page by page."""
+    kept: Tensor | None = getattr(_THREAD, "scratch", None)
+    if kept is None or len(kept) < size:
+        kept = _THREAD.scratch = torch.empty(size, dtype=torch.uint8)
+    return kept[:size]
+
+
+def _frames(scratch: Tensor, size: int) -> list[memoryview]:
+    """A tensor of bytes cut into frames."""
+    memory = scratch.numpy().data
+    return [memory[begin : begin + size] for begin in range(0, len(scratch), size)]
+
+
+def _runs(frames: Sequence[int]) -> list[tuple[int, int]]:
+    """Frames in their order as runs of neighbours: (first frame, how many)."""
+    runs: list[tuple[int, int]] = []
+    for frame in frames:
+        if runs and frame == sum(runs[-1]):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((frame, 1))
+    return runs
+
+
+def _announce(files: Sequence[tuple[int, Layout]], runs: Sequence[tuple[int, int]]) -> None:
+    """Tell the kernel what will be read, and to read nothing around it (Linux)."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file, layout in files:
+        size = layout.frame_bytes
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+        for first, count in runs:
+            os.posix_fadvise(file, layout.offset + first * size, count * size, os.POSIX_FADV_WILLNEED)
+
+
+def _in_place(out: Tensor, top: int, layout: Layout) -> list[list[memoryview]]:
+    """Where a camera's frames lie in a contiguous (N, C, h, w) of the file's own type: for each frame, its channels."""
+    memory = out.numpy().data.cast("B")
+    size = math.prod(layout.frame[1:]) * 4
+    channel, begin = out.shape[2] * out.shape[3] * 4, top * out.shape[3] * 4
+    starts = range(begin, len(memory), channel)
+    channels = layout.frame[0]
+    return [[memory[at : at + size] for at in starts[k : k + channels]] for k in range(0, len(starts), channels)]
+
+
+def _fill(
+    path: str,
+    file: int,
+    layout: Layout,
+    runs: Sequence[tuple[int, int]],
+    places: Sequence[list[memoryview]],
+    flags: int,
+) -> bool:
+    """Read runs of frames into the places of each frame, in order; False if it has to wait and ``flags`` forbid it."""
+    done, size = 0, layout.frame_bytes
+    for first, count in runs:
+        buffers = places[done] if count == 1 else [part for frame in places[done : done + count] for part in frame]
+        done, offset, left = done + count, layout.offset + first * size, count * size
+        while left:
+            try:
+                got = os.preadv(file, buffers, offset, flags)
+            except OSError as error:
+                if flags:  # not in the cache, or a file system that cannot tell
+                    return False
+                raise _unreadable(path, error) from error
+            if not got:
+                raise PersistWorldError("latents are cut short", where=path, fix=f"the file is damaged; {REDO}")
+            offset, left = offset + got, left - got
+            if left:
+                buffers = _behind(buffers, got)
+    return True
+
+
+def _behind(buffers: Sequence[memoryview], read: int) -> list[memoryview]:
+    """What is left of some buffers when ``read`` bytes have gone in."""
+    rest: list[memoryview] = []
+    for buffer in buffers:
+        if read < len(buffer):
+            rest.append(buffer[read:])
+        read = max(0, read - len(buffer))
+    return rest

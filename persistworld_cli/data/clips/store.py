@@ -1,0 +1,227 @@
+"""A processed dataset on disk (Ctrl-World's layout) and its metadata.
+
+    <root>/annotation/{split}/<id>.json
+    <root>/videos/{split}/<id>/{0,1,2}.mp4
+    <root>/latent_videos/{split}/<id>/{0,1,2}.npy     float16 (T, C, h1, w): the native form
+                                          {0,1,2}.pt      float32 (T, C, h1, w): Ctrl-World's, read in place
+    <root>/meta/{index.safetensors, stat.json, adapter.json}  from `persistworld build-meta`
+
+Legend: T frames at the model rate, D state numbers, C latent channels, V cameras, h1 latent height of one camera,
+h = V * h1 (cameras stacked along height in their order), w latent width, N frames asked for, H, W picture pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.config.settings import Settings
+from persistworld_cli.data.clips.latent_files import LatentReader
+from persistworld_cli.data.metadata.index import INDEX_FILE, ActionStat, EpisodeIndex, IndexFile
+from persistworld_cli.data.raw import video
+from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.files import natural_key, write_json
+
+__all__ = ["ActionStat", "Annotation", "EpisodeIndex", "EpisodeStore", "natural_key", "open_store", "write_json"]
+
+_LOG = logging.getLogger(__name__)
+_REDO = "delete the episode's annotation and run persistworld extract-latents again"
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One episode: what was asked, and the states (T, D) and joints (T, 8) or None at the model rate, float64."""
+
+    episode_id: str
+    text: str
+    states: NDArray[np.float64]
+    joints: NDArray[np.float64] | None
+    success: bool | None
+    num_frames: int
+    raw: dict[str, Any]
+
+
+class EpisodeStore:
+    """A processed dataset.
+
+    Args:
+        root: its folder.
+        meta: folder of its metadata; ``<root>/meta`` by default (give another for a read-only dataset).
+        stat: file of the percentiles that actions are scaled by; ``<meta>/stat.json`` by default. Weights expect those
+            of the data that they were trained on, whatever they are shown later.
+
+    Raises:
+        PersistWorldError: the folder holds no processed dataset.
+    """
+
+    def __init__(self, root: Path | str, meta: Path | str | None = None, stat: Path | None = None) -> None:
+        self.root = Path(root)
+        self.meta = Path(meta) if meta else self.root / "meta"
+        self._stat = stat or self.meta / "stat.json"
+        if not (self.root / "annotation").is_dir():
+            raise PersistWorldError(
+                "no processed dataset here (folder annotation/ is missing)",
+                where=str(self.root),
+                fix="run persistworld extract-latents, or give the folder that holds annotation/ and videos/",
+            )
+        self._reader = LatentReader(self.root / "latent_videos", self.latent_files)
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits that have a folder."""
+        return sorted(p.name for p in (self.root / "annotation").iterdir() if p.is_dir())
+
+    def episodes(self, split: str) -> list[str]:
+        """Ids of a split in natural order ('2' before '10'); empty if the split has none."""
+        folder = self.root / "annotation" / split
+        if not folder.is_dir():
+            return []
+        return sorted((p.stem for p in folder.iterdir() if p.suffix == ".json" and p.name[0] != "."), key=natural_key)
+
+    def annotation(self, split: str, episode: str) -> Annotation:
+        """Read an episode's annotation; only ``texts`` and ``states`` must be there.
+
+        Raises:
+            PersistWorldError: no such episode, or unreadable.
+        """
+        path = self.root / "annotation" / split / f"{episode}.json"
+        if not path.is_file():
+            raise PersistWorldError(
+                f"no episode '{episode}' in split '{split}'",
+                where=str(path.parent),
+                fix=f"take one of: {', '.join(self.episodes(split)[:12]) or 'none there'}",
+            )
+        try:
+            raw = json.loads(path.read_text())
+            states = np.asarray(raw["states"], dtype=np.float64)
+            joints = np.asarray(raw["joints"], dtype=np.float64) if raw.get("joints") else None
+            texts = raw.get("texts") or [""]
+            length = int(raw.get("video_length", len(states)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise PersistWorldError(f"unreadable annotation: {error!r}", where=str(path), fix=_REDO) from error
+        if states.ndim != 2 or not len(states):
+            raise PersistWorldError(f"states have shape {states.shape}", where=str(path), fix=_REDO)
+        success = raw.get("success")
+        return Annotation(
+            episode_id=episode,
+            text=str(texts[0]),
+            states=states,
+            joints=joints,
+            success=None if success is None else bool(success),
+            num_frames=min(length, len(states)),
+            raw=raw,
+        )
+
+    def num_cameras(self, split: str, episode: str) -> int:
+        """Number of cameras V, from the episode's video folder (latent folder if there are no videos)."""
+        for folder in (self._video_dir(split, episode), self._latent_dir(split, episode)):
+            stems = {p.stem for p in folder.glob("[0-9]*.*")} if folder.is_dir() else set()
+            if stems:
+                missing = {str(i) for i in range(len(stems))} - stems
+                if missing:
+                    raise PersistWorldError(f"camera {min(missing)} is missing", where=str(folder), fix=_REDO)
+                return len(stems)
+        raise PersistWorldError("episode has no videos", where=str(self._video_dir(split, episode)), fix=_REDO)
+
+    def latent_files(self, split: str, episode: str) -> list[Path]:
+        """The latent files of an episode in camera order (.npy preferred to .pt).
+
+        Raises:
+            PersistWorldError: there are none, or one camera is missing.
+        """
+        folder = self._latent_dir(split, episode)
+        out: list[Path] = []
+        for camera in range(self.num_cameras(split, episode)):
+            found = [p for p in (folder / f"{camera}.npy", folder / f"{camera}.pt") if p.is_file()]
+            if not found:
+                raise PersistWorldError(
+                    f"latents of camera {camera} of episode '{episode}' are missing",
+                    where=str(folder),
+                    fix="run persistworld extract-latents on the raw recordings",
+                )
+            out.append(found[0])
+        return out
+
+    def latents(
+        self,
+        split: str,
+        episode: str,
+        frame_ids: Sequence[int] | NDArray[np.int64],
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Latents of the frames asked for: float32 (N, C, h, w), cameras stacked; only those frames are read.
+
+        They are written into ``out`` if given, which must have that shape.
+
+        Raises:
+            PersistWorldError: missing or unreadable files, a frame beyond the episode, another shape than ``out``'s.
+        """
+        return self._reader.read(split, episode, [int(i) for i in frame_ids], out)
+
+    def latent_shape(self, split: str, episode: str) -> tuple[int, int, int]:
+        """Shape (C, h, w) of an episode's latents of one frame, cameras stacked."""
+        frames = [layout.frame for layout in self._reader.layouts(split, episode)]
+        return frames[0][0], sum(height for _, height, _ in frames), frames[0][2]
+
+    def num_latents(self, split: str, episode: str) -> list[int]:
+        """Number of latent frames T of each camera."""
+        return [layout.length for layout in self._reader.layouts(split, episode)]
+
+    def frames(self, split: str, episode: str, frame_ids: Sequence[int]) -> NDArray[np.uint8]:
+        """Pictures decoded from the mp4s: uint8 (N, V, H, W, 3)."""
+        folder = self._video_dir(split, episode)
+        cameras = range(self.num_cameras(split, episode))
+        return np.stack([video.read_frames(folder / f"{c}.mp4", frame_ids) for c in cameras], axis=1)
+
+    def stat(self) -> ActionStat:
+        """Percentiles of the training states: build-meta's, or Ctrl-World's own where the dataset has only those."""
+        path = self._stat
+        theirs = sorted((self.root / "meta_info").glob("*/stat.json"))
+        if path != self.meta / "stat.json" or path.is_file() or len(theirs) != 1:
+            return ActionStat.load(path)
+        _LOG.info("no %s: taking Ctrl-World's percentiles from %s", path, theirs[0])
+        return ActionStat.load(theirs[0])
+
+    def index(self, split: str) -> EpisodeIndex:
+        """The index of a split, from build-meta.
+
+        Raises:
+            PersistWorldError: metadata missing, or the split has no episodes.
+        """
+        path = self.meta / INDEX_FILE
+        lists = sorted((self.root / "meta_info").glob("*/train_sample.json"))
+        if not path.is_file() and lists:
+            raise PersistWorldError(
+                "dataset has Ctrl-World's lists but no index",
+                where=str(path),
+                fix=f"persistworld build-meta {self.root} --import {lists[0].parent}",
+            )
+        return IndexFile(path).split(split)
+
+    def _video_dir(self, split: str, episode: str) -> Path:
+        return self.root / "videos" / split / episode
+
+    def _latent_dir(self, split: str, episode: str) -> Path:
+        return self.root / "latent_videos" / split / episode
+
+
+def open_store(settings: Settings) -> EpisodeStore:
+    """The dataset that the settings name, with the percentiles that they name.
+
+    Raises:
+        UsageError: they name none.
+        PersistWorldError: it is not there.
+    """
+    if not settings.world.dataset:
+        raise UsageError("no dataset named", where="world.dataset", fix="give --dataset, or a preset that names one")
+    stat = resolve_path(settings.model.stat) if settings.model.stat else None
+    return EpisodeStore(resolve_path(settings.world.dataset), stat=stat)

@@ -1,0 +1,268 @@
+"""`build-meta --check`: is a dataset fit for training, and what must be mended, in plain words.
+
+Every annotation is parsed, every folder and every latent file's header looked at; videos and the latents' numbers are
+looked at for a sample of episodes, spread evenly. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from persistworld_cli.data.metadata.check_episode import Expected, Seen, inspect
+from persistworld_cli.data.metadata.health import state_names
+from persistworld_cli.data.metadata.index import INDEX_FILE, ActionStat, IndexFile
+from persistworld_cli.data.metadata.known import signatures
+from persistworld_cli.data.metadata.pool import in_order
+from persistworld_cli.data.metadata.scan import Listed, extraction_notes, list_annotations
+from persistworld_cli.errors import PersistWorldError
+
+_REDO = "delete these annotations and run persistworld extract-latents again: it does only what is missing"
+_META = "run persistworld build-meta DATASET"
+_NAMED = 5
+# kind -> (must be mended, what is wrong, what to do)
+KINDS: dict[str, tuple[bool, str, str]] = {
+    "no-annotation": (True, "folder annotation/ is missing", "give the folder that holds annotation/ and videos/"),
+    "no-train": (True, "split train is empty", "extract more, or with another --split-rule"),
+    "no-val": (False, "split val is empty", "evaluation needs one: extract more, or with another --split-rule"),
+    "no-videos": (False, "folder videos/ is missing", "rewards, evaluation and replay compare with it"),
+    "no-latents": (False, "folder latent_videos/ is missing", "training needs it: run persistworld extract-latents"),
+    "nothing": (True, "neither videos/ nor latent_videos/ is there", "copy the rest of the dataset here"),
+    "two-splits": (True, "episode is in two splits", "delete it from one: training would see what is tested on"),
+    "unreadable": (True, "annotation is no readable JSON", _REDO),
+    "other-id": (False, "annotation names another episode", "the file's name counts; was it copied or renamed?"),
+    "states": (True, "states cannot be used", _REDO),
+    "state-width": (
+        True,
+        "states differ in width from most episodes",
+        "keep other robots' episodes in another dataset",
+    ),
+    "raw-lists": (False, "lists at the raw rate differ in length", "the action adapter is not fitted on them"),
+    "no-instruction": (False, "no instruction", "the model is told nothing there; that may be meant"),
+    "video-missing": (True, "video of a camera is missing", _REDO),
+    "video-unreadable": (True, "video cannot be decoded", _REDO),
+    "video-length": (True, "video is shorter than the states", _REDO),
+    "video-longer": (False, "video is longer than the states", "what is beyond the states is not used"),
+    "latent-missing": (True, "latents of a camera are missing", _REDO),
+    "latent-unreadable": (True, "latent file is damaged", _REDO),
+    "latent-old": (True, "latents in torch's format from before 1.6", "torch.load and torch.save each of them again"),
+    "latent-shape": (True, "latents are not of shape (T, C, h, w)", _REDO),
+    "latent-type": (True, "latents are neither float16 nor float32", "save them as float32, or extract again"),
+    "latent-length": (True, "latents are fewer than the states", _REDO),
+    "latent-longer": (False, "latents are more than the states", "what is beyond the states is not used"),
+    "latent-cameras": (True, "cameras of an episode have latents of different size", _REDO),
+    "latent-size": (True, "latents differ in size from most episodes", "one dataset, one encoder and picture size"),
+    "latent-values": (True, "latents hold values that are no numbers", f"was the encoder in fp16? {_REDO}"),
+    "latent-constant": (False, "latents are the same everywhere", "look at the video: is it black?"),
+    "cameras": (True, "number of cameras differs from most episodes", _REDO),
+    "preset-cameras": (True, "not the preset's cameras", "name the preset it was extracted with: --preset"),
+    "preset-numbers": (True, "not the preset's action_dim", "name the preset it was extracted with: --preset"),
+    "preset-latent": (True, "not the preset's latent size", "name the preset it was extracted with: --preset"),
+    "preset-picture": (True, "not the preset's picture size", "name the preset it was extracted with: --preset"),
+    "preset-rate": (True, "not the preset's rate", "name the preset it was extracted with: --preset"),
+    "no-preset": (False, "not compared with a preset", "add --preset NAME (its cameras, sizes, rate, action_dim)"),
+    "no-index": (False, "no metadata yet", _META),
+    "bad-index": (True, "metadata cannot be read", _META),
+    "stale-index": (True, "metadata is older than the episodes", _META),
+    "stat-width": (True, "percentiles are not of the states' width", _META),
+    "stat-order": (True, "percentiles are no numbers, or out of order", _META),
+    "stat-constant": (False, "1st and 99th percentile are the same", "this number never changes: is it recorded?"),
+}
+
+
+@dataclass
+class Report:
+    """Findings by kind as (episode or part, detail), and what was looked at."""
+
+    found: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    checked: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, kind: str, name: str, detail: str = "") -> None:
+        """Something found: where, and what it looks like."""
+        self.found.setdefault(kind, []).append((name, detail))
+
+    @property
+    def errors(self) -> int:
+        """Kinds of findings that must be mended."""
+        return sum(KINDS[kind][0] for kind in self.found)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a kind, those that must be mended first."""
+        order = sorted(self.found, key=lambda kind: (not KINDS[kind][0], list(KINDS).index(kind)))
+        return [self._row(kind) for kind in order]
+
+    def _row(self, kind: str) -> dict[str, Any]:
+        must, what, fix = KINDS[kind]
+        entries = self.found[kind]
+        first = [f"{name} ({detail})" if detail else name for name, detail in entries[:_NAMED]]
+        return {
+            "level": "error" if must else "warning",
+            "finding": what,
+            "count": len(entries),
+            "first": first,
+            "to do": fix,
+            "kind": kind,
+        }
+
+
+def check_dataset(
+    root: Path,
+    expected: Expected | None = None,
+    *,
+    sample: int = 100,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Look at a whole dataset.
+
+    Args:
+        root: its folder.
+        expected: what the preset takes; None: not compared.
+        sample: episodes whose videos are opened and whose latents are read whole; 0: all.
+        workers: processes; one a core by default.
+        progress: called with (episodes looked at, episodes in all).
+    """
+    report = Report()
+    if not (root / "annotation").is_dir():
+        report.add("no-annotation", str(root))
+        return report
+    listed = list_annotations(root)
+    there = ((root / "videos").is_dir(), (root / "latent_videos").is_dir())
+    _folders(report, listed, there)
+    chosen = _spread(len(listed), sample)
+    seen: list[Seen] = []
+    requests = [(item, number in chosen) for number, item in enumerate(listed)]
+    look = functools.partial(inspect, root, there)
+    items: Any = in_order(look, requests, workers)
+    with closing(items):
+        for item, one in zip(listed, items, strict=True):
+            seen.append(one)
+            for kind, detail in one.troubles:
+                report.add(kind, item.name, detail)
+            if progress:
+                progress(len(seen), len(listed))
+    usual = _compare(report, listed, seen)
+    _preset(report, root, usual, expected)
+    _metadata(report, root, listed, usual.numbers)
+    report.checked = {
+        "annotations parsed": len(listed),
+        "latent headers read": sum(one.cameras for one in seen) if there[1] else 0,
+        "episodes whose videos were opened and whose latents were read whole": len(chosen),
+    }
+    return report
+
+
+def _spread(count: int, sample: int) -> set[int]:
+    """``sample`` of ``count`` rows, evenly spread; all for 0."""
+    wanted = count if not sample else min(sample, count)
+    return {int(i) for i in np.linspace(0, count - 1, wanted).round()} if wanted else set()
+
+
+def _folders(report: Report, listed: Sequence[Listed], there: tuple[bool, bool]) -> None:
+    """Splits and folders."""
+    splits = Counter(item.split for item in listed)
+    for split in ("train", "val"):
+        if not splits[split]:
+            report.add(f"no-{split}", f"annotation/{split}", f"found: {dict(splits) or 'no annotation'}")
+    if not any(there):
+        report.add("nothing", "videos/, latent_videos/")
+    elif not there[0]:
+        report.add("no-videos", "videos/")
+    elif not there[1]:
+        report.add("no-latents", "latent_videos/")
+    homes: dict[str, str] = {}
+    for item in listed:
+        if homes.setdefault(item.episode, item.split) != item.split:
+            report.add("two-splits", item.episode, f"{homes[item.episode]} and {item.split}")
+
+
+def _compare(report: Report, listed: Sequence[Listed], seen: Sequence[Seen]) -> Seen:
+    """Name the episodes that are unlike most; returns what most are like."""
+    usual = Seen()
+    for name, kind in (
+        ("cameras", "cameras"),
+        ("numbers", "state-width"),
+        ("latent", "latent-size"),
+        ("pictures", "picture"),
+    ):
+        values = [getattr(one, name) for one in seen]
+        known = Counter(value for value in values if value and value != (0, 0))
+        if not known:
+            continue
+        common = known.most_common(1)[0][0]
+        setattr(usual, name, common)
+        for item, value in zip(listed, values, strict=True):
+            if value and value not in (common, (0, 0)) and kind in KINDS:
+                report.add(kind, item.name, f"{value}, most have {common}")
+    return usual
+
+
+def _preset(report: Report, root: Path, usual: Seen, expected: Expected | None) -> None:
+    """Compare what most episodes are like, and what extract-latents noted, with the preset."""
+    if expected is None:
+        report.add("no-preset", "")
+        return
+    noted = extraction_notes(root)
+    wanted = f"preset {expected.preset}"
+    cameras = len(expected.cameras)
+    if usual.cameras not in (0, cameras):
+        names = ", ".join(expected.cameras)
+        report.add("preset-cameras", wanted, f"the dataset has {usual.cameras} cameras, the preset {cameras}: {names}")
+    elif list(noted.get("cameras", expected.cameras)) != list(expected.cameras):
+        report.add("preset-cameras", wanted, f"{', '.join(noted['cameras'])} against {', '.join(expected.cameras)}")
+    if usual.numbers not in (0, expected.numbers):
+        report.add("preset-numbers", wanted, f"states of {usual.numbers} numbers, the preset takes {expected.numbers}")
+    if usual.latent not in ((), expected.latent):
+        report.add("preset-latent", wanted, f"{usual.latent} a camera, the preset takes {expected.latent}")
+    size = (noted["height"], noted["width"]) if {"height", "width"} <= set(noted) else usual.pictures
+    if size not in ((0, 0), (expected.height, expected.width)):
+        report.add(
+            "preset-picture", wanted, f"{size[0]}x{size[1]}, the preset takes {expected.height}x{expected.width}"
+        )
+    if noted.get("rate_hz", expected.rate_hz) != expected.rate_hz:
+        report.add("preset-rate", wanted, f"{noted['rate_hz']:g} Hz, the preset's is {expected.rate_hz:g}")
+
+
+def _metadata(report: Report, root: Path, listed: Sequence[Listed], numbers: int) -> None:
+    """Index and percentiles."""
+    path = root / "meta" / INDEX_FILE
+    if not path.is_file():
+        report.add("no-index", str(path))
+        return
+    try:
+        index = IndexFile(path)
+        known = signatures(index)
+        stat = ActionStat.load(root / "meta" / "stat.json")
+    except PersistWorldError as error:
+        report.add("bad-index", error.where or "", error.what)
+        return
+    now = {(item.split, item.episode): item for item in listed}
+    before = {(item.split, item.episode): item for item in known}
+    imported = bool(index.info.get("imported"))
+    for label, names in (
+        ("new", [] if imported else [n for n in now if n not in before]),  # imported lists leave episodes out
+        ("changed", [n for n, item in now.items() if n in before and before[n] != item]),
+        ("deleted", [n for n in before if n not in now]),
+    ):
+        for split, episode in names:
+            report.add("stale-index", f"{split}/{episode}", label)
+    _percentiles(report, stat, numbers)
+
+
+def _percentiles(report: Report, stat: ActionStat, numbers: int) -> None:
+    if numbers and len(stat.p01) != numbers:
+        report.add("stat-width", "stat.json", f"{len(stat.p01)} numbers, the states have {numbers}")
+        return
+    for number, name in enumerate(state_names(len(stat.p01))):
+        low, high = stat.p01[number], stat.p99[number]
+        if not (np.isfinite(low) and np.isfinite(high) and low <= high):
+            report.add("stat-order", name, f"{low:g} .. {high:g}")
+        elif low == high:
+            report.add("stat-constant", name, f"{low:g}")

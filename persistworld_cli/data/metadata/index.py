@@ -1,0 +1,299 @@
+"""The episode index: one file that opens in milliseconds, its states memory-mapped.
+
+``<dataset>/meta/index.safetensors``: safetensors' container (a JSON header, then plain arrays), so that any reader of
+it will do. One row an annotation, splits one after another, episodes in natural order. Legend: E annotations, N frames
+of all usable ones, D numbers of a state, U different instructions.
+
+    states (N, D) float32, or float64 where float32 would lose something;  lengths (E,)  0: not usable
+    ids, texts, problems        bytes of JSON lists: E ids, U instructions, reasons ("" = usable)
+    text_of, problem_of (E,)    rows of these;  splits: bytes of a JSON list, split_of (E,) its rows
+    size, mtime, videos, latents (E,)   by which a changed episode is known;  success (E,) 1, 0 or -1 (unknown)
+    facts (E, 6)                `scan.Facts`
+    motion (R, 2, J), motion_of (K,), motion_length (K,)   raw joints and velocities that the adapter is fitted on
+    starts, starts_of (K,)      only with Ctrl-World's own lists: start frames and their rows
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.files import whole_file
+
+INDEX_FILE = "index.safetensors"
+FORMAT = "persistworld-index-1"
+REBUILD = "run persistworld build-meta again"
+_BLOCK = 1 << 18  # rows of states read at once
+_CODES = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U8": "|u1"}
+_NAMES = {np.dtype(code): name for name, code in _CODES.items()}
+
+
+@dataclass(frozen=True)
+class ActionStat:
+    """1st and 99th percentile (D,) of the training states, by which poses are scaled to [-1, 1]."""
+
+    p01: NDArray[np.float64]
+    p99: NDArray[np.float64]
+
+    def normalise(self, pose: ArrayLike) -> NDArray[np.float32]:
+        """``clip(2 (a - p01) / (p99 - p01 + 1e-8) - 1, -1, 1)`` of (..., D), computed in float64 (method.md 1).
+
+        Raises:
+            PersistWorldError: poses of another width.
+        """
+        value = np.asarray(pose, dtype=np.float64)
+        if value.shape[-1:] != self.p01.shape:
+            raise PersistWorldError(
+                f"states have {value.shape[-1]} numbers, the percentiles {len(self.p01)}",
+                where="model.stat, or the dataset's stat.json",
+                fix="those of another robot: leave model.stat empty, and run persistworld build-meta on the dataset",
+            )
+        scaled = 2 * (value - self.p01) / (self.p99 - self.p01 + 1e-8) - 1
+        return np.clip(scaled, -1, 1).astype(np.float32)
+
+    @classmethod
+    def load(cls, path: Path) -> ActionStat:
+        """Read a stat.json with ``state_01`` and ``state_99``.
+
+        Raises:
+            PersistWorldError: missing or unreadable file.
+        """
+        if not path.is_file():
+            raise PersistWorldError(
+                "percentiles of the states are missing", where=str(path), fix="run persistworld build-meta on it"
+            )
+        try:
+            data = json.loads(path.read_text())
+            p01, p99 = (np.asarray(data[key], dtype=np.float64) for key in ("state_01", "state_99"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise PersistWorldError(f"unreadable percentiles: {error!r}", where=str(path), fix=REBUILD) from error
+        if p01.shape != p99.shape or p01.ndim != 1:
+            raise PersistWorldError("state_01 and state_99 differ in shape", where=str(path), fix=REBUILD)
+        return cls(p01, p99)
+
+
+@dataclass(frozen=True)
+class EpisodeIndex:
+    """What clip drawing needs of every episode of one split. Episode e owns rows offsets[e]:offsets[e+1] of states.
+
+    ``states`` is memory-mapped: reading a row reads its page. ``starts`` are the start frames to draw from where
+    Ctrl-World's own lists were imported: ``starts[start_offsets[e]:start_offsets[e+1]]``, ascending; None: every one
+    that leaves the predicted frames behind it.
+    """
+
+    ids: tuple[str, ...]
+    texts: tuple[str, ...]
+    lengths: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    states: NDArray[np.floating[Any]]
+    starts: NDArray[np.int32] | None = None
+    start_offsets: NDArray[np.int64] | None = None
+
+
+class IndexFile:
+    """An index on disk; arrays are memory-mapped, and what the operating system must read is read when it is touched.
+
+    Raises:
+        PersistWorldError: absent, damaged, or of another version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise PersistWorldError("dataset has no index", where=str(path), fix="run persistworld build-meta on it")
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header: dict[str, Any] = json.loads(file.read(length) if length < 1 << 24 else b"")
+            self.info: dict[str, str] = header.pop("__metadata__")
+            self._begin, self._entries = 8 + length, header
+            whole = self._begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (struct.error, ValueError, KeyError, TypeError, OSError) as error:
+            raise PersistWorldError(f"the index is damaged ({error!r})", where=str(path), fix=REBUILD) from error
+        if self.info.get("format") != FORMAT or whole != path.stat().st_size:
+            what = "the index is cut off" if self.info.get("format") == FORMAT else "the index is of another version"
+            raise PersistWorldError(what, where=str(path), fix=REBUILD)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """An array, memory-mapped."""
+        entry = self._entries[name]
+        dtype, shape = np.dtype(_CODES[entry["dtype"]]), tuple(entry["shape"])
+        if not int(np.prod(shape)):
+            return np.empty(shape, dtype)
+        return np.memmap(self.path, dtype, "r", self._begin + entry["data_offsets"][0], shape)
+
+    def has(self, name: str) -> bool:
+        """Whether the index holds an array."""
+        return name in self._entries
+
+    def names(self, name: str) -> list[str]:
+        """A list of texts."""
+        return list(json.loads(self.array(name).tobytes()))
+
+    def states(self) -> StateRows:
+        """The states, to be read block by block without being mapped."""
+        entry = self._entries["states"]
+        return StateRows(
+            self.path, np.dtype(_CODES[entry["dtype"]]), tuple(entry["shape"]), self._begin + entry["data_offsets"][0]
+        )
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        """(E + 1,) where each row's states begin."""
+        return running(self.array("lengths"))
+
+    def split(self, name: str) -> EpisodeIndex:
+        """The usable episodes of a split.
+
+        Raises:
+            PersistWorldError: it has none.
+        """
+        splits, lengths = self.names("splits"), np.asarray(self.array("lengths"))
+        usable = lengths > 0
+        mine = (self.array("split_of") == splits.index(name)) if name in splits else np.zeros(len(lengths), bool)
+        rows = np.flatnonzero(mine & usable)
+        if not len(rows):
+            known = sorted({splits[code] for code in np.unique(self.array("split_of")[usable])})
+            raise PersistWorldError(
+                f"split '{name}' has no episodes", where=str(self.path), fix=f"take one of: {', '.join(known)}"
+            )
+        first, last = int(self.offsets[rows[0]]), int(self.offsets[rows[-1] + 1])
+        ids, texts, text_of = self.names("ids"), self.names("texts"), self.array("text_of")[rows].tolist()
+        starts, start_offsets = self._starts(rows)
+        return EpisodeIndex(
+            ids=tuple(ids[row] for row in rows.tolist()),
+            texts=tuple(texts[code] for code in text_of),
+            lengths=lengths[rows],
+            offsets=running(lengths[rows]),
+            states=self.array("states")[first:last],
+            starts=starts,
+            start_offsets=start_offsets,
+        )
+
+    def _starts(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int32] | None, NDArray[np.int64] | None]:
+        """Imported start frames of some rows, if there are any."""
+        if not self.has("starts"):
+            return None, None
+        of = self.array("starts_of")
+        low, high = (np.searchsorted(of, [rows[0], rows[-1]], side=side) for side in ("left", "right"))
+        begin, end = int(low[0]), int(high[1])
+        return self.array("starts")[begin:end], np.append(np.searchsorted(of[begin:end], rows), end - begin)
+
+
+@dataclass(frozen=True)
+class StateRows:
+    """States (N, D) in a file, read by blocks: a mapping of ten million rows would count as this process's memory."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int = 0
+
+    def read(self, begin: int, end: int) -> NDArray[np.floating[Any]]:
+        """Rows begin:end."""
+        width = self.shape[1]
+        at = self.offset + begin * width * self.dtype.itemsize
+        return np.fromfile(self.path, self.dtype, (end - begin) * width, offset=at).reshape(-1, width)
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """(begin, end) of blocks that cover all rows."""
+        return [(at, min(at + _BLOCK, self.shape[0])) for at in range(0, self.shape[0], _BLOCK)]
+
+
+class StateWriter:
+    """States appended to a file beside the index: float32 as long as that loses nothing, float64 from then on.
+
+    Raises:
+        PersistWorldError: it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.width, self.count = path, 0, 0
+        self.dtype: np.dtype[Any] = np.dtype("<f4")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = path.open("wb")
+        except OSError as error:
+            raise PersistWorldError(
+                f"the metadata cannot be written: {error.strerror}",
+                where=str(path.parent),
+                fix="of a dataset that is not yours to write, make a folder with links to its folders annotation/, "
+                "videos/ and latent_videos/, and use that",
+            ) from error
+
+    def append(self, states: NDArray[np.floating[Any]]) -> None:
+        """(T, D) more; D is the same every time."""
+        if self.dtype.itemsize == 4 and states.dtype.itemsize > 4 and not np.array_equal(states.astype("<f4"), states):
+            self._widen()
+        self.width, self.count = states.shape[1], self.count + len(states)
+        self._file.write(np.ascontiguousarray(states, self.dtype).data)
+
+    def rows(self) -> StateRows:
+        """What was written."""
+        self._file.flush()
+        return StateRows(self.path, self.dtype, (self.count, self.width))
+
+    def close(self) -> None:
+        """Close and remove the file, and its folder if nothing else is in it."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that nothing was written to
+            self.path.parent.rmdir()
+
+    def _widen(self) -> None:
+        """Write again what there is, as float64."""
+        before, wider = self.rows(), self.path.with_name(self.path.name + ".wide")
+        self._file.close()
+        self._file = wider.open("wb")
+        for begin, end in before.blocks():
+            self._file.write(before.read(begin, end).astype("<f8").data)
+        wider.replace(self.path)
+        self.dtype = np.dtype("<f8")
+
+
+def write_index(path: Path, columns: Mapping[str, NDArray[Any]], states: StateRows, info: Mapping[str, str]) -> None:
+    """Write an index, whole or not at all; the wider types first, so that every array lies aligned."""
+    sizes = {name: (array.dtype, array.shape) for name, array in columns.items()}
+    sizes["states"] = (states.dtype, states.shape)
+    ordered = sorted(sizes, key=lambda name: (-sizes[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, **info}}
+    at = 0
+    for name in ordered:
+        dtype, shape = sizes[name]
+        end = at + int(np.prod(shape)) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with whole_file(path) as partial, partial.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for name in ordered:
+            if name != "states":
+                out.write(np.ascontiguousarray(columns[name]).data)
+                continue
+            for begin, end in states.blocks():
+                out.write(states.read(begin, end).data)
+
+
+def as_bytes(names: list[str]) -> NDArray[np.uint8]:
+    """Texts as the bytes of a JSON list: numpy's own text arrays take the longest one's room for each."""
+    return np.frombuffer(json.dumps(names).encode(), dtype=np.uint8)
+
+
+def running(lengths: NDArray[Any]) -> NDArray[np.int64]:
+    """0, then the running sums: where each of these lengths begins, and the end."""
+    out = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=out[1:])
+    return out

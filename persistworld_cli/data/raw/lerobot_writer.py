@@ -1,0 +1,226 @@
+"""Writer of LeRobot v3.0 datasets: what was imagined, in the form in which recordings come.
+
+Every episode gets a file of its own under `data/` and, for each camera, under `videos/`, which the format allows.
+
+Shape legend: T frames, D numbers, H, W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from persistworld_cli.data.raw.video import write_mp4
+from persistworld_cli.errors import PersistWorldError
+
+_DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+_VIDEOS = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+_CHUNK = 1000  # files of a folder
+_ALWAYS = {
+    "timestamp": "float32",
+    "frame_index": "int64",
+    "episode_index": "int64",
+    "index": "int64",
+    "task_index": "int64",
+}
+_PANDAS_INDEX = "__index_level_0__"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewEpisode:
+    """An episode to write.
+
+    Attributes:
+        task: the instruction.
+        columns: name -> (T, D) numbers, written as float32.
+        pictures: camera -> uint8 (T, H, W, 3), written as ``observation.images.<camera>``.
+    """
+
+    task: str
+    columns: Mapping[str, NDArray[np.floating[Any]]]
+    pictures: Mapping[str, NDArray[np.uint8]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.pictures.values())))
+
+
+def write_lerobot(root: Path, episodes: Sequence[NewEpisode], fps: float, robot: str) -> None:
+    """Write a dataset.
+
+    Args:
+        root: its folder, new or empty.
+        episodes: all with the same columns and cameras.
+        fps: frames a second.
+        robot: ``robot_type``.
+
+    Raises:
+        PersistWorldError: there is something in the folder, or no episode.
+    """
+    if not episodes or (root.exists() and any(root.iterdir())):
+        what = "the folder is not empty" if episodes else "there is no episode to write"
+        raise PersistWorldError(what, where=str(root), fix="name a new folder" if episodes else None)
+    tasks = list(dict.fromkeys(episode.task for episode in episodes))
+    rows, stats, first = [], [], 0
+    for index, episode in enumerate(episodes):
+        table = _table(episode, index, first, tasks.index(episode.task), fps)
+        path = root / _DATA.format(**_place(index))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(_arrow(table), path)
+        for key, frames in _videos(episode).items():
+            write_mp4(root / _VIDEOS.format(video_key=key, **_place(index)), frames, fps)
+        stats.append(_stats(table, episode))
+        rows.append(_row(episode, index, first, fps, stats[-1]))
+        first += len(episode)
+    _write_meta(root, episodes, tasks, rows, fps, robot)
+    whole = {name: _pooled([one[name] for one in stats]) for name in stats[0]}
+    (root / "meta" / "stats.json").write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def _place(index: int) -> dict[str, int]:
+    """Which file an episode lies in."""
+    return {"chunk_index": index // _CHUNK, "file_index": index % _CHUNK}
+
+
+def _videos(episode: NewEpisode) -> dict[str, NDArray[np.uint8]]:
+    return {f"observation.images.{camera}": frames for camera, frames in episode.pictures.items()}
+
+
+def _table(episode: NewEpisode, index: int, first: int, task: int, fps: float) -> dict[str, NDArray[Any]]:
+    """Columns of an episode: (T, D) float32, and those that LeRobot wants in every table, (T,)."""
+    count = np.arange(len(episode))
+    own = {name: np.asarray(values, dtype=np.float32) for name, values in episode.columns.items()}
+    always = {
+        "timestamp": count / fps,
+        "frame_index": count,
+        "episode_index": np.full(len(count), index),
+        "index": first + count,
+        "task_index": np.full(len(count), task),
+    }
+    return own | {name: values.astype(_ALWAYS[name]) for name, values in always.items()}
+
+
+def _arrow(table: Mapping[str, NDArray[Any]]) -> pa.Table:
+    """Lists of fixed length; one number a row stands alone."""
+    arrays = {}
+    for name, values in table.items():
+        flat = pa.array(values.reshape(-1))
+        wide = values.shape[1] if values.ndim > 1 else 1
+        arrays[name] = flat if wide == 1 else pa.FixedSizeListArray.from_arrays(flat, wide)
+    return pa.table(arrays)
+
+
+def _stats(table: Mapping[str, NDArray[Any]], episode: NewEpisode) -> dict[str, dict[str, Any]]:
+    """Least, largest, mean and spread of every feature; of pictures by colour, in [0, 1], shaped (3, 1, 1)."""
+    numbers = {name: _moments(values.reshape(len(values), -1).astype(np.float64)) for name, values in table.items()}
+    colours = {key: _moments(frames.reshape(-1, 3) / 255.0) for key, frames in _videos(episode).items()}
+    shaped = {
+        key: {
+            name: [[[value]] for value in values] if name != "count" else [len(episode)] for name, values in one.items()
+        }
+        for key, one in colours.items()
+    }
+    return numbers | shaped
+
+
+def _moments(values: NDArray[np.float64]) -> dict[str, list[Any]]:
+    """Over the rows of (N, D)."""
+    found = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
+    return {name: value.tolist() for name, value in found.items()} | {"count": [len(values)]}
+
+
+def _pooled(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several episodes' statistics of a feature as one."""
+    count = np.array([part["count"][0] for part in parts], dtype=np.float64)
+    low, high, mean, std = (np.array([part[name] for part in parts]) for name in ("min", "max", "mean", "std"))
+    whole = np.average(mean, axis=0, weights=count)
+    spread = np.sqrt(np.average(std**2 + (mean - whole) ** 2, axis=0, weights=count))
+    found = {"min": low.min(0), "max": high.max(0), "mean": whole, "std": spread}
+    return {name: value.tolist() for name, value in found.items()} | {"count": [int(count.sum())]}
+
+
+def _row(episode: NewEpisode, index: int, first: int, fps: float, stats: Mapping[str, Any]) -> dict[str, Any]:
+    """An episode's row in ``meta/episodes``: where it lies, and its statistics."""
+    place = _place(index)
+    row: dict[str, Any] = {"episode_index": index, "tasks": [episode.task], "length": len(episode)}
+    row |= {f"data/{name}": number for name, number in place.items()}
+    row |= {"dataset_from_index": first, "dataset_to_index": first + len(episode)}
+    for key in _videos(episode):
+        row |= {f"videos/{key}/{name}": number for name, number in place.items()}
+        row |= {f"videos/{key}/from_timestamp": 0.0, f"videos/{key}/to_timestamp": len(episode) / fps}
+    for feature, one in stats.items():
+        row |= {f"stats/{feature}/{name}": value for name, value in one.items()}
+    return row | {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
+
+
+def _write_meta(
+    root: Path, episodes: Sequence[NewEpisode], tasks: list[str], rows: list[dict[str, Any]], fps: float, robot: str
+) -> None:
+    """``meta/``: info.json, the episodes and the tasks."""
+    listed = root / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    listed.parent.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), listed)
+    pq.write_table(_tasks(tasks), root / "meta" / "tasks.parquet")
+    info = {
+        "codebase_version": "v3.0",
+        "robot_type": robot,
+        "total_episodes": len(episodes),
+        "total_frames": sum(map(len, episodes)),
+        "total_tasks": len(tasks),
+        "chunks_size": _CHUNK,
+        "data_files_size_in_mb": 100,
+        "video_files_size_in_mb": 200,
+        "fps": int(fps) if float(fps).is_integer() else fps,
+        "splits": {"train": f"0:{len(episodes)}"},
+        "data_path": _DATA,
+        "video_path": _VIDEOS,
+        "features": _features(episodes[0], fps),
+    }
+    (root / "meta" / "info.json").write_text(json.dumps(info, indent=1) + "\n")
+
+
+def _tasks(tasks: list[str]) -> pa.Table:
+    """Tasks as LeRobot reads them: the index of a pandas table (written without pandas)."""
+    table = pa.table({"task_index": np.arange(len(tasks), dtype=np.int64), _PANDAS_INDEX: tasks})
+    columns: list[dict[str, Any]] = [
+        {"name": "task_index", "field_name": "task_index", "pandas_type": "int64", "numpy_type": "int64"},
+        {"name": None, "field_name": _PANDAS_INDEX, "pandas_type": "unicode", "numpy_type": "object"},
+    ]
+    described = {
+        "index_columns": [_PANDAS_INDEX],
+        "column_indexes": [],
+        "columns": [{**column, "metadata": None} for column in columns],
+        "pandas_version": "2.0.0",
+    }
+    return table.replace_schema_metadata({b"pandas": json.dumps(described).encode()})
+
+
+def _features(episode: NewEpisode, fps: float) -> dict[str, Any]:
+    """info.json's description of columns and cameras."""
+    features: dict[str, Any] = {}
+    for key, frames in _videos(episode).items():
+        high, wide = (side + side % 2 for side in frames.shape[1:3])  # as the video's writer pads them
+        told = {
+            "height": high,
+            "width": wide,
+            "codec": "h264",
+            "pix_fmt": "yuv420p",
+            "is_depth_map": False,
+            "channels": 3,
+        }
+        features[key] = {
+            "dtype": "video",
+            "shape": [high, wide, 3],
+            "names": ["height", "width", "channels"],
+            "info": {f"video.{name}": value for name, value in told.items()} | {"video.fps": fps, "has_audio": False},
+        }
+    for name, values in episode.columns.items():
+        features[name] = {"dtype": "float32", "shape": [int(np.shape(values)[1])], "names": None}
+    return features | {name: {"dtype": kind, "shape": [1], "names": None} for name, kind in _ALWAYS.items()}

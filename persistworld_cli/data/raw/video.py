@@ -1,0 +1,238 @@
+"""Reading and writing of video files; without torch, which a decoding process need not load.
+
+Shapes: frames are uint8 RGB arrays (N, H, W, 3). Reading goes through PyAV (FFmpeg), so h264, AV1 and others work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+
+import av
+import numpy as np
+from av.error import FFmpegError
+from av.video.reformatter import Interpolation
+from numpy.typing import NDArray
+
+from persistworld_cli.data.raw.resize import resize as resize
+from persistworld_cli.errors import PersistWorldError
+
+Frames = NDArray[np.uint8]
+
+# swscale's defaults round YUV <-> RGB down: a smooth picture comes back darker by 1 of 255 (42 dB). With these flags
+# (PyAV 18 is the first to take them) its mean is right to 0.02 (52 dB).
+_EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+
+# Below this many skipped frames decoding through is cheaper and safer than seeking.
+_SEEK_THRESHOLD = 60
+
+
+def count_frames(path: Path) -> int:
+    """Number of frames the container of ``path`` declares (decoded and counted where it declares none).
+
+    Raises:
+        PersistWorldError: the file is missing or is no readable video.
+    """
+    try:
+        with av.open(str(path)) as container:
+            stream = _video_stream(container, path)
+            return stream.frames or sum(1 for _ in container.decode(stream))
+    except (FFmpegError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def iter_frames(path: Path, indices: Sequence[int], *, threads: int = 0, whole: int = 0) -> Iterator[Frames]:
+    """Yield the frames of strictly increasing ``indices`` as uint8 (H, W, 3), decoding forward once.
+
+    A far first index (an episode inside a long LeRobot v3.0 file) is reached by a seek to the key frame before it.
+
+    Args:
+        path: the video.
+        indices: frame numbers.
+        threads: of the decoder; 0: as FFmpeg chooses.
+        whole: read on to the end after the last index, and expect this many frames in all. A decoder may drop a damaged
+            frame without a word; all after it would then stand one place too early.
+
+    Raises:
+        PersistWorldError: unreadable file, a damaged frame before the last index, or the file ends before it.
+    """
+    if not len(indices):
+        return
+    wanted = iter(indices)
+    target: int | None = next(wanted)
+    seen, sound = -1, False
+    try:
+        with av.open(str(path)) as container:
+            stream = _video_stream(container, path)
+            stream.thread_type = "AUTO" if threads != 1 else "NONE"
+            if threads:
+                stream.codec_context.thread_count = threads
+            for seen, frame in _numbered(container, stream, int(indices[0])):
+                sound = sound or frame.key_frame  # after a seek, frames before the key frame lack what they build on
+                if frame.is_corrupt and (sound or seen == target):  # the decoder filled a damaged frame with guesses
+                    raise _unreadable(path, ValueError(f"frame {seen} is damaged"))
+                if target is None or seen < target:
+                    continue
+                if seen > target:  # the key frame after the target: timestamps of this file cannot be trusted
+                    raise _unreadable(path, ValueError(f"frame {target} has no place in its timestamps"))
+                yield np.asarray(frame.to_ndarray(format="rgb24", interpolation=_EXACT), dtype=np.uint8)
+                target = next(wanted, None)
+                if target is None and not whole:
+                    return
+    except (FFmpegError, OSError) as error:
+        raise _unreadable(path, error) from error
+    if target is not None or seen + 1 != whole:
+        expected = f"frame {target} is wanted" if target is not None else f"{whole} are declared"
+        raise PersistWorldError(
+            f"video ends after {seen + 1} frames, {expected}",
+            where=str(path),
+            fix="the file is cut short or damaged: download or record it again",
+        )
+
+
+def read_frames(path: Path, indices: Sequence[int]) -> Frames:
+    """Frames of ``path`` at ``indices`` (any order, repeats allowed): uint8 (N, H, W, 3).
+
+    Raises:
+        PersistWorldError: as `iter_frames`; also for a negative index or no index at all.
+    """
+    if not len(indices) or min(indices) < 0:
+        raise PersistWorldError(f"no frames {list(indices)[:8]}", where=str(path), fix="ask for frames from 0 on")
+    unique = sorted({int(i) for i in indices})
+    frames = np.stack(list(iter_frames(path, unique)))
+    return frames[np.searchsorted(np.asarray(unique), np.asarray(indices, dtype=np.int64))]
+
+
+class CannotWrite(PersistWorldError):
+    """A video cannot be written: the disk is full or closed to us, whatever was to be written."""
+
+
+class Mp4Writer:
+    """Writes frames (H, W, 3) uint8 as h264. Written beside and renamed in the end: whole or absent.
+
+    An odd height or width is padded by repeating the last row or column (yuv420p has half-size colour planes).
+    Use as a context manager; leaving it by an error leaves no file.
+
+    Args:
+        path: the file.
+        fps: frames a second.
+        crf: quality of x264, lower is better.
+        reproducible: the same pictures become the same bytes. One thread, since what x264 writes depends on how many,
+            and no macroblock tree: its assembly reads memory that earlier videos left (measured with x264 165: 12 small
+            videos in random order, encoded again and again, came out in 2 to 3 forms each with it, in one without).
+
+    Raises:
+        CannotWrite: the file cannot be written.
+        PersistWorldError: no frames were given.
+    """
+
+    def __init__(self, path: Path, fps: float, *, crf: int = 18, reproducible: bool = False) -> None:
+        self.path, self.written = path, 0
+        self._fps, self._options, self._reproducible = fps, {"crf": str(crf), "preset": "medium"}, reproducible
+        self._partial = path.with_name(f".{path.stem}.{os.getpid()}.mp4")
+        self._stream: av.VideoStream | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._container = av.open(str(self._partial), "w")
+        except (FFmpegError, OSError) as error:
+            raise self._failed(error) from error
+
+    def __enter__(self) -> Mp4Writer:
+        return self
+
+    def add(self, picture: Frames) -> None:
+        """Write one more frame."""
+        try:
+            picture = np.ascontiguousarray(_even(picture))
+            if self._stream is None:
+                self._stream = self._begin(*picture.shape[:2])
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            self._container.mux(self._stream.encode(frame.reformat(format="yuv420p", interpolation=_EXACT)))
+        except (FFmpegError, OSError) as error:
+            raise self._failed(error) from error
+        self.written += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and self._stream is not None:
+                self._container.mux(self._stream.encode())
+            self._container.close()
+            if kind is None and self.written:
+                self._partial.replace(self.path)
+        except (FFmpegError, OSError) as broken:
+            raise self._failed(broken) from broken
+        finally:
+            self._partial.unlink(missing_ok=True)
+        if kind is None and not self.written:
+            raise PersistWorldError("no frames to write", where=str(self.path), fix="give at least one frame")
+
+    def _begin(self, height: int, width: int) -> av.VideoStream:
+        """The video stream, once the size is known."""
+        stream = self._container.add_stream("libx264", rate=Fraction(self._fps).limit_denominator(1001))
+        stream.height, stream.width = height, width
+        stream.pix_fmt = "yuv420p"
+        stream.options = {**self._options}
+        if self._reproducible:
+            stream.options = {**self._options, "mbtree": "0"}
+            stream.codec_context.thread_count = 1
+        return stream
+
+    def _failed(self, error: Exception) -> CannotWrite:
+        return CannotWrite(f"cannot write video: {error}", where=str(self.path), fix="check disk and rights")
+
+
+def write_mp4(path: Path, frames: Iterable[Frames], fps: float, *, crf: int = 18) -> int:
+    """Write all ``frames`` by an `Mp4Writer`; returns how many."""
+    with Mp4Writer(path, fps, crf=crf) as writer:
+        for picture in frames:
+            writer.add(picture)
+    return writer.written
+
+
+def _numbered(
+    container: av.container.InputContainer, stream: av.VideoStream, first: int
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Decoded frames with their numbers, starting at or before frame ``first``.
+
+    From the file's start frames are counted (right for any timestamps); after a seek their number comes from the time.
+    """
+    rate, base = stream.average_rate, stream.time_base
+    if first < _SEEK_THRESHOLD or rate is None or base is None:
+        yield from enumerate(container.decode(stream))
+        return
+    origin = stream.start_time or 0
+    container.seek(origin + int(first / rate / base), stream=stream, backward=True)
+    for frame in container.decode(stream):
+        if frame.pts is not None:
+            yield round((frame.pts - origin) * base * rate), frame
+
+
+def _even(picture: Frames) -> Frames:
+    """Pad an odd picture (H, W, 3) to even sides by repeating its edge."""
+    height, width = picture.shape[:2]
+    if height % 2 == 0 and width % 2 == 0:
+        return picture
+    return np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+
+def _video_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:
+    """The first video stream, or an error naming the file."""
+    if not container.streams.video:
+        raise PersistWorldError("file has no video stream", where=str(path), fix="replace the file")
+    return container.streams.video[0]
+
+
+def _unreadable(path: Path, error: Exception) -> PersistWorldError:
+    """The one error for a video that cannot be decoded."""
+    if not path.is_file():
+        reason = "file is missing"
+    elif not path.stat().st_size:
+        reason = "file is empty"
+    else:  # FFmpeg's errors repeat their number and the path
+        reason = f"cannot decode video: {getattr(error, 'strerror', None) or error}"
+    return PersistWorldError(reason, where=str(path), fix="the file is absent, cut short or damaged: fetch it again")

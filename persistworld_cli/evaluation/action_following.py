@@ -1,0 +1,114 @@
+"""Does a model do what it is told? Rolled out under wrong actions, it should come out worse against the record.
+
+A model that ignores its actions, or draws the likeliest motion, scores the same under any of them. The margin is the
+score under the recorded actions less the score under wrong ones, from the same frame with the same noise:
+
+- ``swapped``: the poses of the benchmark's next episode, from the same frame number on;
+- ``null``: the pose of the start, held.
+
+The first pose is the episode's own in all cases. Shape legend: as in `recording`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persistworld_cli.data.clips.store import EpisodeStore
+from persistworld_cli.evaluation.results import EvalData
+from persistworld_cli.rollout.closed_loop import Commands
+from persistworld_cli.rollout.recording import Item, Recording
+from persistworld_cli.statistics.paired import compare, mean
+
+NULL, SWAPPED = "null", "swapped"
+HEADLINE = "psnr_moving"  # where actions show; over the whole picture the table they leave alone would count most
+
+
+def partners(items: Sequence[Item]) -> dict[str, str]:
+    """Episode -> the one whose actions it is given: the next in the benchmark's order; {} for a single episode."""
+    episodes = list(dict.fromkeys(item.episode for item in items))
+    if len(episodes) < 2:
+        return {}
+    return dict(zip(episodes, [*episodes[1:], episodes[0]], strict=True))
+
+
+def wrong_kinds(kinds: Sequence[str], items: Sequence[Item]) -> list[str]:
+    """Those of ``eval.following`` that can be done: actions cannot be swapped with a single episode."""
+    return [kind for kind in kinds if kind != SWAPPED or partners(items)]
+
+
+def commands_of(kind: str, store: EpisodeStore, split: str, items: Sequence[Item], steps: int, rows: int) -> Commands:
+    """Wrong poses (F + 1, D) for a recording: ``swapped`` or ``null``."""
+    others = partners(items)
+    length = steps * (rows - 1) + 1
+
+    def commands(recording: Recording) -> NDArray[np.float64]:
+        own = recording.poses(0, rows)[:1]
+        if kind == NULL:
+            return np.repeat(own, length, axis=0)
+        other = store.annotation(split, others[recording.item.episode])
+        ids = np.minimum(recording.item.start + 1 + np.arange(length - 1), other.num_frames - 1)
+        return np.concatenate([own, other.states[ids]])
+
+    return commands
+
+
+def following_result(data: EvalData) -> dict[str, Any]:
+    """Margins of every model, wrong action, camera group and metric, with intervals over episodes.
+
+    Returns:
+        ``{"steps", "kinds", "metric", "words", "rows": [{model, actions, cameras, metric, ...}]}``; ``kinds`` is empty
+        where nothing was rolled out, and ``words`` says why.
+    """
+    asked = data.settings.eval.following
+    kinds = list(next(iter(data.wrong.values()), {}))
+    if not kinds:
+        words = "actions cannot be swapped with a single episode" if asked else "not asked for (eval.following)"
+        return {"steps": 0, "kinds": [], "metric": "", "words": words, "rows": []}
+    steps = min(data.settings.eval.steps, data.settings.eval.following_steps)
+    frames = slice(0, steps * (data.settings.model.num_frames - 1))
+    episodes = [item.episode for item in data.items]
+    rows = []
+    for model, by_kind in data.wrong.items():
+        for kind, rollouts in by_kind.items():
+            for group, cameras in data.groups.items():
+                for name, info in data.metrics.items():
+                    own = mean(data.frames(model, name, cameras)[:, frames], 1)
+                    stacked = np.stack([rollout.scores[name] for rollout in rollouts]).astype(np.float64)
+                    wrong = mean(mean(stacked[..., list(cameras)], -1)[:, frames], 1)
+                    pair = compare(
+                        wrong,
+                        own,
+                        episodes,
+                        higher_is_better=info.higher_is_better,
+                        samples=data.settings.eval.bootstrap,
+                    )
+                    rows.append(
+                        {"model": model, "actions": kind, "cameras": group, "metric": info.label, **_margin(pair)}
+                    )
+    headline = data.metrics[HEADLINE].label
+    return {"steps": steps, "kinds": kinds, "metric": headline, "words": _words(asked, kinds), "rows": rows}
+
+
+def _margin(pair: Any) -> dict[str, Any]:
+    """`compare`'s words for a model against itself: the margin is the change."""
+    verdicts = {"better": "follows", "worse": "better under wrong actions", "undecided": "not shown"}
+    return {
+        "margin": pair.change,
+        "low": pair.change_low,
+        "high": pair.change_high,
+        "won": pair.wins,
+        "rollouts": pair.rollouts,
+        "episodes": pair.episodes,
+        "sign_p": pair.sign_p,
+        "wilcoxon_p_episodes": pair.wilcoxon_p_episodes,
+        "verdict": verdicts.get(pair.verdict, pair.verdict),
+    }
+
+
+def _words(asked: Sequence[str], kinds: Sequence[str]) -> str:
+    left = [kind for kind in asked if kind not in kinds]
+    return f"{', '.join(left)}: needs a second episode" if left else ""

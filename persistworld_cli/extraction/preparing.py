@@ -1,0 +1,192 @@
+"""One raw episode made ready for the encoder: its annotation, its small videos, its pictures in chunks.
+
+Everything that needs no torch: this is what decoding processes do, and they import nothing else.
+
+Legend: T frames at the model rate, n of them in a chunk, V cameras, H, W picture pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persistworld_cli.config.settings import WorldSettings
+from persistworld_cli.data.raw import video
+from persistworld_cli.data.raw.lerobot import RawDataset
+from persistworld_cli.data.raw.resize import resize
+from persistworld_cli.errors import PersistWorldError
+
+CHUNK = 16  # frames (of all cameras) that are decoded, resized and handed on at once
+ANNOTATION = "annotation.json"  # in the staging folder, beside videos/
+_LISTED = ("observation.state.", "action.", "sim.")  # columns copied at the raw rate; sim.: the bundled world's
+_FETCH = "fetch the episode again, or leave it out"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the preparation of all episodes shares."""
+
+    raw: Path
+    world: WorldSettings
+    rule: str  # see `split_of`
+    suffix: str  # of the latent files
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Comes first: what is known of an episode once its table was read and its annotation staged."""
+
+    split: str
+    frames: int  # T
+    told: bool  # whether an instruction is recorded
+
+
+def resample_ids(length: int, raw_fps: float, rate_hz: float) -> NDArray[np.int64]:
+    """Raw frame numbers of the model's frames: every k-th for a whole ratio (15 -> 5 Hz: 0, 3, ...), else the nearest.
+
+    Frame i stands at raw frame ``i * raw_fps / rate_hz``; there are as many as have a nearest raw frame.
+    """
+    ratio = raw_fps / rate_hz
+    ids = np.floor(np.arange(int(length / ratio) + 2) * ratio + 0.5 + 1e-9).astype(np.int64)
+    return ids[ids < length]
+
+
+def split_of(index: int, rule: str, splits: dict[str, tuple[int, int]]) -> str:
+    """Split of an episode: 'id-ends-99' (DROID), 'info-splits' (ranges of info.json), 'every-N' (each N-th is val).
+
+    Raises:
+        PersistWorldError: unknown rule, or (info-splits) the episode lies in no range.
+    """
+    if rule == "id-ends-99":
+        return "val" if str(index).endswith("99") else "train"
+    if rule == "info-splits":
+        for name, (first, last) in splits.items():
+            if first <= index < last:
+                return "val" if name in ("val", "validation", "valid") else name
+        raise PersistWorldError(
+            f"episode {index} is in no split of info.json ({splits})",
+            where="--split-rule",
+            fix="use another rule (world.val_rule)",
+        )
+    every = rule.removeprefix("every-")
+    if rule.startswith("every-") and every.isdigit() and int(every) > 1:
+        return "val" if index % int(every) == int(every) - 1 else "train"
+    raise PersistWorldError(
+        f"unknown split rule '{rule}'",
+        where="--split-rule",
+        fix="use id-ends-99, info-splits or every-N (N > 1), as flag or in world.val_rule",
+    )
+
+
+def prepare(recipe: Recipe, dataset: RawDataset, index: int, stage: Path) -> Iterator[Begun | NDArray[np.uint8]]:
+    """Read, check and decode one episode: first `Begun`, then its pictures, uint8 (n, V, H, W, 3), n = `CHUNK` or less.
+
+    Annotation and videos lie in ``stage`` when this is done. Memory does not depend on the episode's length.
+
+    Raises:
+        CannotWrite: the staging folder cannot be written.
+        PersistWorldError: something is wrong with the episode.
+    """
+    world = recipe.world
+    split = split_of(index, recipe.rule, dataset.splits)
+    annotation, ids = _annotation(recipe, dataset, index, split)
+    views = [_pictures(dataset, index, camera, ids) for camera in world.cameras]
+    try:
+        stage.mkdir(parents=True)
+        (stage / ANNOTATION).write_text(json.dumps(annotation))
+    except OSError as error:
+        raise video.CannotWrite(f"cannot write: {error}", where=str(stage), fix="check disk and rights") from error
+    yield Begun(split, len(ids), bool(annotation["texts"][0].strip()))
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(video.Mp4Writer(stage / "videos" / f"{c}.mp4", world.rate_hz, reproducible=True))
+            for c in range(len(views))
+        ]
+        for begin in range(0, len(ids), CHUNK):
+            count = min(CHUNK, len(ids) - begin)
+            chunk = np.empty((count, len(views), world.height, world.width, 3), np.uint8)
+            for number, (view, writer) in enumerate(zip(views, writers, strict=True)):
+                pictures = np.stack(list(islice(view, count)))
+                chunk[:, number] = resize(pictures, world.height, world.width)
+                for picture in chunk[:, number]:
+                    writer.add(picture)
+            yield chunk
+        for view in views:
+            next(view, None)  # lets the reader count what is left of the file
+
+
+def _pictures(dataset: RawDataset, index: int, camera: str, ids: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+    """One camera's pictures at raw frames ``ids``, at the recorded size; the file is checked at once."""
+    path, first, length = dataset.video(index, camera)
+    declared = video.count_frames(path)
+    alone = not dataset.version.startswith("v3")  # a version 3 file holds other episodes too
+    if declared < first + length or (alone and declared != length):
+        raise PersistWorldError(
+            f"camera '{camera}' has {max(0, declared - first)} frames, the table {length} rows",
+            where=str(path),
+            fix=_FETCH,
+        )
+    return video.iter_frames(path, [first + int(i) for i in ids], threads=1, whole=length if alone else 0)
+
+
+def _annotation(
+    recipe: Recipe, dataset: RawDataset, index: int, split: str
+) -> tuple[dict[str, Any], NDArray[np.int64]]:
+    """The annotation with Ctrl-World's keys, and the raw frames it keeps."""
+    world = recipe.world
+    data, success = _columns(world, dataset, index)
+    length = len(next(iter(data.values())))
+    ids = resample_ids(length, dataset.fps, world.rate_hz)
+    states = np.concatenate([data[n].reshape(length, -1) for n in world.state_fields], axis=1)[ids]
+    joints = [data[n].reshape(length, -1) for n in world.joint_fields]
+    cameras = range(len(world.cameras))
+    return {
+        "texts": [dataset.instruction(index)],
+        "episode_id": index,
+        "success": success,
+        "video_length": len(ids),
+        "state_length": len(ids),
+        "raw_length": length,
+        "raw_fps": dataset.fps,
+        "rate_hz": world.rate_hz,
+        "videos": [{"video_path": f"videos/{split}/{index}/{c}.mp4"} for c in cameras],
+        "latent_videos": [{"latent_video_path": f"latent_videos/{split}/{index}/{c}{recipe.suffix}"} for c in cameras],
+        "states": states.tolist(),
+        # a robot may have none on record
+        **({"joints": np.concatenate(joints, axis=1)[ids].tolist()} if joints else {}),
+        **{name: values.tolist() for name, values in data.items()},
+    }, ids
+
+
+def _columns(
+    world: WorldSettings, dataset: RawDataset, index: int
+) -> tuple[dict[str, NDArray[np.float64]], int | None]:
+    """The columns that an annotation copies, checked, and whether the episode succeeded (None: not recorded)."""
+    listed = [
+        name
+        for name, spec in dataset.features.items()
+        if name.startswith(_LISTED) and str(spec.get("dtype", "")).startswith("float")
+    ]
+    required = {*world.state_fields, *world.joint_fields}
+    there = dataset.columns(index)
+    names = dict.fromkeys([*listed, *world.state_fields, *world.joint_fields])
+    data = dataset.read(index, [name for name in names if name in there or name in required])
+    length, expected = len(next(iter(data.values()))), dataset.episode(index).length
+    where = str(dataset.episode(index).table)
+    if length != expected:
+        raise PersistWorldError(f"{length} rows, the metadata says {expected}", where=where, fix=_FETCH)
+    for name, values in data.items():
+        if values.dtype.kind != "f" or not np.isfinite(values).all():
+            raise PersistWorldError(f"column '{name}' holds values that are no numbers", where=where, fix=_FETCH)
+    success = None
+    if "is_episode_successful" in there:
+        success = int(bool(dataset.read(index, ["is_episode_successful"])["is_episode_successful"].reshape(-1)[-1]))
+    return data, success

@@ -1,0 +1,178 @@
+"""`persistworld extract-latents`, the work of one process: its share of the episodes through the VAE.
+
+It stands among the trainings because it needs what they need: processes, weights and progress.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from persistworld_cli.checkpoints.loading import load_vae
+from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.config.settings import Settings
+from persistworld_cli.console import note
+from persistworld_cli.data.raw.lerobot import RawDataset
+from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.extraction.pipeline import Told, extract_latents
+from persistworld_cli.extraction.report import ExtractReport, Progress, merge_reports, path_of
+from persistworld_cli.models import vae as vae_room
+from persistworld_cli.reports.progress import Meter
+from persistworld_cli.training.run import Run
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_POLL_S = 0.5
+
+
+def parse_episodes(text: str | None, present: list[int]) -> set[int] | None:
+    """`0:100,199` as a set: of a range, what is on disk; single numbers as they are. None for all.
+
+    Raises:
+        UsageError: something else is written, or nothing on disk is meant by it.
+    """
+    if not text:
+        return None
+    chosen: set[int] = set()
+    for part in text.split(","):
+        try:
+            if ":" in part:
+                first, end = part.split(":")
+                chosen |= {e for e in present if int(first or 0) <= e and (not end.strip() or e < int(end))}
+            else:
+                chosen.add(int(part))
+        except ValueError as error:
+            raise UsageError(f"cannot read episodes '{part}'", where="--episodes", fix="write 0:100,199") from error
+    if not chosen:
+        there = f"{present[0]} to {present[-1]}" if present else "none"
+        raise UsageError(
+            f"no episode on disk is meant by '{text}'", where="--episodes", fix=f"on disk are {there}; 0:100 ends at 99"
+        )
+    return chosen
+
+
+class Encoder:
+    """The VAE, loaded when it is asked to be: meanwhile episodes are decoded.
+
+    Args:
+        settings: whose `model.vae` it is.
+        source: its weights.
+        dtype: fp32 | bf16 | fp16.
+        device: where it runs.
+    """
+
+    def __init__(self, settings: Settings, source: str, dtype: str, device: torch.device) -> None:
+        self._settings, self._source, self._dtype, self._device = settings, source, DTYPES[dtype], device
+        self._vae: Any = None
+
+    def load(self) -> None:
+        """Read the weights."""
+        vae = load_vae(self._settings.model, self._source)
+        torch.nn.Module.to(vae, self._device, self._dtype)  # diffusers' own warns of layers that this VAE does not have
+        self._vae = vae
+
+    def __call__(self, frames_u8: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, V, H, W, 3) to latents (N, C, h, w), float32, on the encoder's device."""
+        return vae_room.encode_pictures(self._vae, frames_u8, self._device, self._settings.model.posterior)
+
+
+def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
+    """Extract `settings.world.raw` into `settings.world.dataset`; continues where an earlier run stopped.
+
+    Returns counts of done, skipped, failed and absent episodes over all processes, the failures with reasons, and the
+    share of the time in which the encoder stood still.
+    """
+    work = Run(Path(job["output"]), cpu=settings.launch.device == "cpu")
+    raw, out = resolve_path(settings.world.raw), Path(resolve_path(settings.world.dataset))
+    dtype, source = job.get("dtype", "fp32"), str(job.get("vae") or settings.model.ckpt)
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype '{dtype}'", where="--dtype", fix=f"use one of {', '.join(DTYPES)}")
+    present = RawDataset(raw).episodes
+    chosen = parse_episodes(job.get("episodes"), present)
+    path_of(out, work.rank, work.world).unlink(missing_ok=True)  # of an earlier run
+    work.accelerator.wait_for_everyone()
+    try:
+        _extract(settings, job, work, Encoder(settings, source, dtype, work.device), chosen)
+    except KeyboardInterrupt:
+        if work.main:
+            note("stopped; finished episodes stay, and the same command goes on with the others")
+        raise
+    report = _joined(out, work)
+    if not report.done and not report.skipped:
+        raise PersistWorldError(
+            "not one episode could be read",
+            where=report.failed[0]["reason"] if report.failed else str(raw),
+            fix=f"all reasons are in {path_of(out)}",
+        )
+    return {
+        "dataset": str(out),
+        "done": len(report.done),
+        "already there": len(report.skipped),
+        "failed": report.failed,
+        "without instruction": len(report.untold),
+        "not on disk": report.absent,
+        "seconds": round(report.wall_s, 2),
+        "frames": report.frames,
+        "encoder waited": round(report.waited_s / report.wall_s, 4) if report.wall_s else 0.0,
+        "report": str(path_of(out)),
+        "exit_code": 1 if report.failed else 0,
+    }
+
+
+def _extract(
+    settings: Settings, job: dict[str, Any], work: Run, encoder: Encoder, chosen: set[int] | None
+) -> ExtractReport:
+    """This process's share."""
+    source = str(job.get("vae") or settings.model.ckpt)
+    posterior = settings.model.posterior
+    label = "extract-latents" if work.world == 1 else f"extract-latents, process 1 of {work.world}"
+    with Meter(label, 0, quiet=not work.main) as meter:
+
+        def progress(at: Progress) -> None:
+            meter.total = at.total
+            meter.advance(at.settled - meter.done, **{"encoder waited (%)": round(100 * at.waited)})
+
+        return extract_latents(
+            settings.world,
+            resolve_path(settings.world.raw),
+            Path(resolve_path(settings.world.dataset)),
+            encoder,
+            episodes=chosen,
+            layout=job.get("layout", "native"),
+            rank=work.rank,
+            world_size=work.world,
+            workers=_workers(settings, job),
+            batch_frames=max(1, int(job.get("batch", 32)) // len(settings.world.cameras)),
+            told=Told(
+                ready=encoder.load, progress=progress, stop=work.should_stop_here, strict=bool(job.get("strict"))
+            ),
+            encoder_id=source if posterior == "mode" else f"{source}, posterior {posterior}",
+            dtype=job.get("dtype", "fp32"),
+        )
+
+
+def _workers(settings: Settings, job: dict[str, Any]) -> int:
+    """Decoding processes beside this one: as asked, or this machine's cores shared among its processes."""
+    if (asked := job.get("workers")) is not None:
+        return int(asked)
+    local = max(1, settings.launch.num_processes // settings.launch.num_machines)
+    return max(1, int(job.get("cores", 1)) // local)
+
+
+def _joined(out: Path, work: Run) -> ExtractReport:
+    """The report over all processes, on each of them.
+
+    They are waited for by their reports and not by a collective: one process may have hours more to do than another,
+    and collectives give up after minutes.
+    """
+    while not all(path_of(out, rank, work.world).exists() for rank in range(work.world)):
+        if work.should_stop_here():
+            raise KeyboardInterrupt
+        time.sleep(_POLL_S)
+    work.accelerator.wait_for_everyone()
+    if work.main:
+        merge_reports(out, work.world)
+    work.accelerator.wait_for_everyone()
+    return ExtractReport.read(out)

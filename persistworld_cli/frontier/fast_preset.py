@@ -1,0 +1,64 @@
+"""The chosen setting as a small preset that extends the one it was measured with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from persistworld_cli.config.presets import load_settings, to_json
+from persistworld_cli.config.settings import SamplingSettings, Settings
+from persistworld_cli.errors import UsageError
+from persistworld_cli.files import whole_file
+
+_MARK = "# Written by persistworld frontier"
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a path that cannot be a preset, or is a file that somebody else wrote. Raises UsageError."""
+    if path.suffix != ".toml":
+        raise UsageError(f"'{path.name}' is no TOML file", where="--write-preset", fix="write --write-preset fast.toml")
+    if path.is_dir() or (path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(_MARK)):
+        raise UsageError("this file is there, and not by this command", where=str(path), fix="take another name")
+
+
+def write_preset(path: Path, extends: str, sampling: SamplingSettings, result: Mapping[str, Any]) -> Path:
+    """Write the preset: everything of ``sampling`` that the extended preset has otherwise, and where it comes from.
+
+    Args:
+        path: the file.
+        extends: name or path of the preset that the measurement was made with.
+        sampling: the chosen one.
+        result: `judge.build_frontier`'s, for the comment.
+    """
+    parent = load_settings(extends, env={}).settings
+    before, after = (to_json(Settings(sampling=one))["sampling"] for one in (parent.sampling, sampling))
+    values = {key: value for key, value in after.items() if key in ("sampler", "steps") or value != before[key]}
+    if extends.endswith(".toml"):
+        extends = os.path.relpath(Path(extends).absolute(), path.parent)
+    n, chosen = result["n"], next(row for row in result["settings"] if row["name"] == result["chosen"])
+    lines = [
+        f"{_MARK} (frontier.json has the numbers).",
+        f"# {chosen['name']}: {chosen['calls']} network calls a clip, {result['reference']['calls']} with "
+        f"{result['reference']['name']}.",
+        f"# Within {result['percent']:g}% of it: by 95% intervals over {n['episodes']} episodes of {n['steps']} steps, "
+        f"its worst figure is at most {chosen['worst_loss_high']:+.2f}% off (above 0: worse).",
+        f"# Weights: {result['model']['ckpt']} {result['model']['adapter']}".rstrip(),
+        "# persistworld eval: a benchmark pins its own sampler, so add --benchmark none there.",
+        f"extends = {_toml(extends)}",
+        "",
+        "[sampling]",
+        *(f"{key} = {_toml(value)}" for key, value in values.items()),
+    ]
+    with whole_file(path) as file:
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    load_settings(str(path), env={})  # what is written is what loads
+    return path
+
+
+def _toml(value: Any) -> str:
+    """A sampling setting's value as TOML."""
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return "[" + ", ".join(map(_toml, value)) + "]" if isinstance(value, list) else repr(value)

@@ -1,0 +1,123 @@
+"""Which sampling settings are tried: samplers x numbers of calls x whatever else is varied, against one reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
+from typing import Any
+
+from persistworld_cli.config.check import check
+from persistworld_cli.config.settings import SamplingSettings, Settings
+from persistworld_cli.config.values import coerce, field_types, parse_text
+from persistworld_cli.cost.interaction import sampler_calls
+from persistworld_cli.errors import UsageError, nearest
+from persistworld_cli.models.diffusion import karras_sigmas
+from persistworld_cli.models.samplers import find_sampler
+
+VARIED = ("guidance", "sigma_min", "sigma_max", "rho")  # what --vary may name: read anew for every clip drawn
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to draw a clip.
+
+    Attributes:
+        name: short, for tables: ``dpmpp-2m 6, sigma_min 0.05``.
+        sampling: the whole of it.
+        calls: clips that go through the network for one clip drawn; guidance counts twice.
+    """
+
+    name: str
+    sampling: SamplingSettings
+    calls: int
+
+
+def make_grid(settings: Settings, job: Mapping[str, Any]) -> tuple[Setting, list[Setting]]:
+    """The reference, and what is compared with it, by calls; settings that draw the same clips stand there once.
+
+    Args:
+        settings: whose ``sampling`` says all that is not varied; it is itself one of the settings tried.
+        job: ``reference`` ("euler:50"), ``samplers``, ``calls`` (of the denoiser a clip), ``vary``
+            ("sigma_min=0.002,0.05", each); optional ``baseline``: the reference has other weights, so that its own
+            sampling may be tried too.
+
+    Raises:
+        UsageError: an unknown sampler, a reference that is not NAME:STEPS, something that cannot be varied, a value out
+            of range, or nothing to compare.
+    """
+    own, varied = settings.sampling, [_varied(text) for text in job["vary"]]
+    name, mark, steps = str(job["reference"]).partition(":")
+    if not mark or not steps.isdecimal() or int(steps) < 1:
+        raise UsageError(f"'{job['reference']}' is not SAMPLER:STEPS", where="--reference", fix="write euler:50")
+    reference = _setting(own, replace(own, sampler=_known(name, "--reference"), steps=int(steps)))
+    tried = [own]
+    for sampler, calls in product(job["samplers"], job["calls"]):
+        steps_taken = _steps_for(replace(own, sampler=_known(sampler, "--sampler"), guidance=1.0), calls)
+        if steps_taken is None:  # heun cannot make an even number of calls
+            continue
+        for values in product(*(choices for _, choices in varied)):
+            changes = dict(zip((key for key, _ in varied), values, strict=True))
+            tried.append(replace(own, sampler=sampler, steps=steps_taken, **changes))
+    for sampling in tried:
+        check(replace(settings, sampling=sampling), dict.fromkeys(_keys(), "--vary, --calls"))
+    seen = set() if job.get("baseline") else {_identity(reference.sampling)}
+    grid = []
+    for setting in sorted((_setting(own, sampling) for sampling in tried), key=lambda s: s.calls):
+        if (same := _identity(setting.sampling)) not in seen:
+            seen.add(same)
+            grid.append(setting)
+    if not grid:
+        raise UsageError(
+            "nothing but the reference itself would be tried", where="--calls", fix="write --calls 1,2,4,8"
+        )
+    return reference, grid
+
+
+def _keys() -> list[str]:
+    return [f"sampling.{field.name}" for field in fields(SamplingSettings)]
+
+
+def _known(sampler: str, where: str) -> str:
+    """A sampler's name. Raises UsageError naming the flag."""
+    try:
+        find_sampler(sampler)
+    except UsageError as error:
+        raise UsageError(error.what, where=where, fix=error.fix) from None
+    return sampler
+
+
+def _steps_for(sampling: SamplingSettings, calls: int) -> int | None:
+    """The steps with which a sampler makes exactly so many calls, or None."""
+    counted = ((steps, sampler_calls(replace(sampling, steps=steps))) for steps in range(calls, 0, -1))
+    return next((steps for steps, made in counted if made == calls), None)
+
+
+def _varied(text: str) -> tuple[str, list[Any]]:
+    """``sigma_min=0.002,0.05`` (``sampling.`` may stand before it) as the key and its values."""
+    key, mark, listed = text.partition("=")
+    key = key.strip().removeprefix("sampling.")
+    if not mark or not listed.strip():
+        raise UsageError(f"'{text}' is not KEY=VALUE,VALUE", where="--vary", fix="write --vary sigma_min=0.002,0.05")
+    if key not in VARIED:
+        raise UsageError(f"'{key}' cannot be varied", where="--vary", fix=nearest(key, VARIED))
+    hint = field_types()[f"sampling.{key}"]
+    parts = [part.strip() for part in listed.split(",") if part.strip()]
+    return key, [coerce(parse_text(part, hint), hint, key=f"sampling.{key}", where="--vary") for part in parts]
+
+
+def _setting(own: SamplingSettings, sampling: SamplingSettings) -> Setting:
+    """A setting and its name: sampler and steps, then what else differs from the settings' own."""
+    others = [
+        f"{key} {value:g}"
+        for key, value in asdict(sampling).items()
+        if key in VARIED and value != getattr(own, key)
+    ]  # fmt: skip
+    return Setting(", ".join([f"{sampling.sampler} {sampling.steps}", *others]), sampling, sampler_calls(sampling))
+
+
+def _identity(sampling: SamplingSettings) -> tuple[Any, ...]:
+    """Equal for settings that draw the same clip: with one step, every sampler gives the first prediction."""
+    sigmas = karras_sigmas(sampling.steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
+    method = sampling.sampler if sampling.steps > 1 else ""
+    return method, sampling.guidance, tuple(sigmas.tolist())

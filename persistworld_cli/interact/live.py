@@ -1,0 +1,158 @@
+"""`drive --live`: the keys of a terminal, one step each; views, pose and time on its screen.
+
+Shape legend: F new frames of a step, V cameras, H, W pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+import numpy as np
+
+from persistworld_cli.config.keys import ACTIONS, SESSION_KEYS
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.interact.session import DriveSession, Step
+from persistworld_cli.interact.terminal import Terminal
+from persistworld_cli.interact.terminal_images import draw, find_protocol, fit
+from persistworld_cli.rollout.interactive import Pictures
+
+_GAP = 2  # pixels between views
+_TEXT_LINES = 11  # of the screen, beside the picture
+_BETWEEN_FRAMES_S = 0.06
+_CLEAR_LINE = "\x1b[K"
+
+
+def drive_live(session: DriveSession) -> None:
+    """Drive until the user quits (``q``, Ctrl-C, Ctrl-D, the terminal's end); the terminal is then as before."""
+    with suppress(KeyboardInterrupt), Terminal() as terminal:
+        screen = _Screen(session, terminal)
+        screen.show("press a key")
+        while True:
+            key = terminal.key()
+            if key is None or key == "q":
+                return
+            if key in session.settings.drive.keys or key == "x":
+                screen.status(f"computing {key} ...")
+            before = session.head
+            note = _act(session, key)
+            if session.head is not before and key != "z":
+                screen.play(session.head)
+            screen.show(note)
+
+
+def _act(session: DriveSession, key: str) -> str:
+    """Do what a key means; what to tell about it."""
+    try:
+        if key == "z":
+            session.undo()
+            return "undone"
+        if key == "x":
+            return f"the same step with other noise (branch {session.branch().branch})"
+        if key in session.settings.drive.keys:
+            session.press(key)
+            return session.keymap.meaning(key)
+    except PersistWorldError as error:
+        return error.what
+    return "" if key.isspace() else f"key {key!r} does nothing here"
+
+
+class _Screen:
+    """The whole screen, drawn from its first line each time."""
+
+    def __init__(self, session: DriveSession, terminal: Terminal) -> None:
+        self._session, self._terminal = session, terminal
+        self._protocol = find_protocol(session.settings.drive.picture, os.environ)
+        self._size, self._last = terminal.size, terminal.size.lines
+
+    def show(self, note: str) -> None:
+        """Where the session stands, and a note."""
+        self._draw(self._session.head.pictures[-1], note)
+
+    def play(self, step: Step) -> None:
+        """The frames of a step one after the other; keys typed ahead are not made to wait for them."""
+        for pictures in step.pictures[:-1]:
+            if self._terminal.peek():
+                return
+            self._draw(pictures, "")
+            time.sleep(_BETWEEN_FRAMES_S)
+
+    def status(self, note: str) -> None:
+        """The line under everything else alone."""
+        waiting = self._terminal.peek()
+        more = f"   ({len(waiting)} more waiting)" if waiting else ""
+        self._terminal.write(f"\x1b[{self._last};1H{(note + more)[: self._size.columns - 1]}{_CLEAR_LINE}")
+
+    def _draw(self, pictures: Pictures, note: str) -> None:
+        """Views (V, H, W, 3) and texts."""
+        if self._terminal.size != self._size:
+            self._size = self._terminal.size
+            self._terminal.write("\x1b[2J")
+        columns, lines = self._size
+        whole, high, wide = arrange(pictures, max(2, lines - _TEXT_LINES), columns - 1)
+        above = [_title(self._session), self._session.start.text or ""]
+        texts = [f"\x1b[1m{text[: columns - 1]}\x1b[0m{_CLEAR_LINE}" for text in above]
+        picture = draw(self._protocol, whole, high, wide)
+        below = [line[: columns - 1] for line in _status(self._session, columns)]
+        place = 4 + high if picture else 4
+        out = ["\x1b[H", "\r\n".join(texts), "\x1b[3;1H", picture, f"\x1b[{place};1H"]
+        out += [f"{line}{_CLEAR_LINE}\r\n" for line in below]
+        self._terminal.write("".join(out))
+        self._last = min(lines, place + len(below) + 1)
+        self.status(note)
+
+
+def arrange(pictures: Pictures, lines: int, columns: int) -> tuple[Pictures, int, int]:
+    """Views (V, H, W, 3) as one picture, laid out so that they are largest; with the lines and columns it takes."""
+
+    def size(count: int) -> tuple[int, int, int]:
+        whole = mosaic(pictures, count)
+        high, wide = fit(whole.shape[0], whole.shape[1], lines, columns)
+        return wide // count, high, wide
+
+    best = max(range(len(pictures), 0, -1), key=size)
+    return mosaic(pictures, best), *size(best)[1:]
+
+
+def mosaic(pictures: Pictures, count: int) -> Pictures:
+    """Views (V, H, W, 3) in rows of ``count``, with black between them and where one is missing."""
+    rows = -(-len(pictures) // count)
+    high, wide = pictures.shape[1] + _GAP, pictures.shape[2] + _GAP
+    whole = np.zeros((rows * high - _GAP, count * wide - _GAP, 3), np.uint8)
+    for view, picture in enumerate(pictures):
+        top, left = view // count * high, view % count * wide
+        whole[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return whole
+
+
+def _title(session: DriveSession) -> str:
+    item = session.start.item
+    return f"persistworld drive: episode {item.episode}, frame {item.start}, seed {item.seed}"
+
+
+def _status(session: DriveSession, columns: int) -> list[str]:
+    """What was driven, the pose, the time a step takes, and the keys."""
+    head, path, pose = session.head, session.path, session.pose
+    keys = "".join(step.key for step in path) or "-"
+    taken = [step.seconds for step in session.steps[1:]]
+    seconds = f"{head.seconds:.2f} s (median {np.median(taken):.2f} s)" if head.depth else "-"
+    branch = f"   branch {head.branch}" if head.branch else ""
+    return [
+        f"step {head.depth}{branch}   time of the step {seconds}   keys {keys[-max(8, columns - 60) :]}",
+        f"x {pose[0]:+.3f}  y {pose[1]:+.3f}  z {pose[2]:+.3f} m   "
+        f"rpy {pose[3]:+.2f} {pose[4]:+.2f} {pose[5]:+.2f} rad   gripper {pose[6]:.2f}",
+        "",
+        *_wrapped([f"{key} {ACTIONS[action]}" for key, action in session.settings.drive.keys.items()], columns),
+        "   ".join(f"{key} {what}" for key, what in SESSION_KEYS.items()),
+    ]
+
+
+def _wrapped(words: Sequence[str], columns: int) -> list[str]:
+    """Texts in as few lines as they fit in, at most two."""
+    line = "   ".join(words)
+    if len(line) < columns:
+        return [line]
+    half = (len(words) + 1) // 2
+    return ["   ".join(words[:half]), "   ".join(words[half:])]

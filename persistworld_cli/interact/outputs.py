@@ -1,0 +1,101 @@
+"""What a drive leaves behind: video, contact sheet, JSON; the same however it was driven."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from persistworld_cli.data.raw.lerobot_writer import NewEpisode, write_lerobot
+from persistworld_cli.files import whole_file
+from persistworld_cli.interact.session import DriveSession
+from persistworld_cli.reports.film import write_film, write_film_sheet, write_json
+from persistworld_cli.rollout.interactive import Float
+
+
+def title(session: DriveSession) -> str:
+    """What was driven, in a line."""
+    item = session.start.item
+    return f"drive {_keys(session) or '(nothing)'}: episode {item.episode}, frame {item.start}, seed {item.seed}"
+
+
+def summary(session: DriveSession) -> dict[str, Any]:
+    """What is told of the way to where the session stands."""
+    start, path = session.start, session.path
+    shown = {
+        "keys": _keys(session),
+        "episode": start.item.episode,
+        "split": start.split,
+        "start": start.item.start,
+        "seed": start.item.seed,
+        "instruction": start.text,
+        "frames": sum(len(step.pictures) for step in path) + 1,
+        "seconds_per_step": float(np.median([step.seconds for step in path])) if path else None,
+    }
+    if any(step.branch for step in path):
+        shown["branches"] = [step.branch for step in path]
+    return shown
+
+
+def record(session: DriveSession) -> dict[str, Any]:
+    """`summary` and, for each step, its noise's number (branch), poses and seconds."""
+    path = session.path
+    return {
+        **summary(session),
+        "branches": [step.branch for step in path],
+        "start_pose": session.start.pose.tolist(),
+        "poses": [step.poses.tolist() for step in path],
+        "seconds": [round(step.seconds, 4) for step in path],
+    }
+
+
+def write_video(session: DriveSession, path: Path) -> None:
+    """An mp4 of the way to where the session stands."""
+    titles = [f"{step.key}: {session.keymap.meaning(step.key)}" for step in session.path]
+    settings = session.settings
+    write_film(path, title(session), settings, session.frames(), titles, settings.world.rate_hz)
+
+
+def write_record(session: DriveSession, path: Path) -> None:
+    """`record` as a JSON file."""
+    write_json(path, record(session))
+
+
+def write_lerobot_zip(session: DriveSession, path: Path) -> None:
+    """The way to where the session stands as a LeRobot v3.0 dataset of one episode, in a zip file.
+
+    The state of a frame is the pose that was commanded at it, the action the pose of the next one (the last: its own).
+    Columns are named as DROID's, so that `extract-latents` reads them too.
+    """
+    poses = np.concatenate([session.steps[0].poses, *(step.poses[1:] for step in session.path)])
+    columns: dict[str, Float] = {}
+    for name, rows in (("observation.state", poses), ("action", np.concatenate([poses[1:], poses[-1:]]))):
+        columns |= {name: rows, f"{name}.cartesian_position": rows[:, :6], f"{name}.gripper_position": rows[:, 6:]}
+    world, frames = session.settings.world, session.frames()
+    pictures = {camera: frames[:, view] for view, camera in enumerate(world.cameras)}
+    episode = NewEpisode(task=session.start.text, columns=columns, pictures=pictures)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder, whole_file(path) as partial:
+        root = Path(folder) / path.stem
+        write_lerobot(root, [episode], world.rate_hz, "Franka")
+        with zipfile.ZipFile(partial, "w") as packed:
+            for file in sorted(root.rglob("*")):
+                packed.write(file, file.relative_to(folder))
+
+
+def write_all(session: DriveSession, output: Path) -> Mapping[str, Any]:
+    """Write video, contact sheet and JSON; returns `summary` with their paths ``video``, ``sheet`` and ``json``."""
+    video, sheet, file = output / "drive.mp4", output / "drive.png", output / "drive.json"
+    write_video(session, video)
+    columns = [f"{step.depth} {step.key}" for step in session.path]
+    write_film_sheet(sheet, title(session), session.settings, session.frames(), columns)
+    write_record(session, file)
+    return {**summary(session), "video": str(video), "sheet": str(sheet), "json": str(file)}
+
+
+def _keys(session: DriveSession) -> str:
+    return "".join(step.key for step in session.path)

@@ -1,0 +1,184 @@
+"""Subcommand replay: recorded actions, replayed in the world model from one real frame, shown against the recording."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from numpy.typing import NDArray
+
+from persistworld_cli.checkpoints.loading import load_for_sampling
+from persistworld_cli.checkpoints.references import ModelRef, refs_of_replay
+from persistworld_cli.config.settings import Settings
+from persistworld_cli.data.clips.store import EpisodeStore, open_store
+from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.files import jsonable
+from persistworld_cli.metrics.score import Scorer
+from persistworld_cli.reports.progress import Meter
+from persistworld_cli.reports.rollout_pictures import write_rollout_sheet, write_rollout_video
+from persistworld_cli.reports.tables import plain, steps_table
+from persistworld_cli.rollout.closed_loop import Rollout, draw_frames, iter_closed_loop
+from persistworld_cli.rollout.engine import RolloutEngine
+from persistworld_cli.rollout.recording import Item, check_item, load_recording
+from persistworld_cli.rollout.scoring import SHOWN, metric_infos
+from persistworld_cli.statistics.paired import mean
+
+
+def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Replay episodes and write what was seen.
+
+    Args:
+        settings: ``world.dataset``, ``model``, ``sampling``, ``rewards`` and ``eval.split``, ``eval.batch`` are read.
+        job: ``output`` (folder); optional ``episodes`` (the first of the split), ``start`` (0), ``steps``
+            (``eval.steps``), ``seeds`` ([0]), ``ckpts`` and ``adapters`` (see `weights.refs_of_replay`).
+
+    Returns:
+        A summary for the terminal; all of it is in ``<output>/replay.json``.
+
+    Raises:
+        PersistWorldError: absent episodes, a start beyond the end, unreadable weights.
+    """
+    output = Path(job["output"])
+    if not settings.world.dataset:
+        raise UsageError("no dataset to replay from", where="world.dataset", fix="give --dataset, or take a preset")
+    store = open_store(settings)
+    split = settings.eval.split
+    items = replay_items(store, split, job)
+    steps = int(job.get("steps") or settings.eval.steps)
+    refs = refs_of_replay(settings.model, job)
+    device = PartialState(cpu=settings.launch.device == "cpu").device
+    scorer = Scorer(settings.rewards, settings.world, device, names=SHOWN)
+    seen: dict[Item, dict[str, Rollout]] = {item: {} for item in items}
+    drawn: dict[Item, dict[str, NDArray[np.uint8]]] = {item: {} for item in items}
+    for ref in refs:
+        _roll_out(settings, store, ref, items, steps, scorer, device, seen, drawn)
+    return _write(settings, store, items, steps, refs, scorer, seen, drawn, output)
+
+
+def replay_items(store: EpisodeStore, split: str, job: Mapping[str, Any]) -> list[Item]:
+    """The rollouts that a job names; the first episode of the split where it names none.
+
+    Raises:
+        PersistWorldError: an empty split, an absent episode, a start beyond its end.
+    """
+    episodes = [str(episode) for episode in job.get("episodes") or store.episodes(split)[:1]]
+    if not episodes:
+        raise PersistWorldError(
+            f"split '{split}' has no episodes",
+            where=str(store.root),
+            fix=f"set eval.split to one of: {', '.join(store.splits)}",
+        )
+    seeds = [int(seed) for seed in job.get("seeds") or [0]]
+    items = [Item(episode, int(job.get("start") or 0), seed) for episode in episodes for seed in seeds]
+    for item in items:
+        check_item(store, split, item)
+    return items
+
+
+def _roll_out(
+    settings: Settings,
+    store: EpisodeStore,
+    ref: ModelRef,
+    items: list[Item],
+    steps: int,
+    scorer: Scorer,
+    device: torch.device,
+    seen: dict[Item, dict[str, Rollout]],
+    drawn: dict[Item, dict[str, NDArray[np.uint8]]],
+) -> None:
+    """One model's rollouts into ``seen`` (scores) and ``drawn`` (frames)."""
+    model = load_for_sampling(settings, ckpt=ref.ckpt, adapter=ref.adapter, device=device)
+    engine = RolloutEngine(model, settings.sampling, store.stat())
+    batches = -(-len(items) // settings.eval.batch)
+    split = settings.eval.split
+    with Meter(f"replay: {ref.label}", batches * steps) as meter:
+        for rollout in iter_closed_loop(
+            model,
+            engine,
+            store,
+            items,
+            split=split,
+            steps=steps,
+            batch=settings.eval.batch,
+            scorer=scorer,
+            keep_latents=True,
+            progress=lambda done, total: meter.advance(done - meter.done),
+        ):
+            assert rollout.latents is not None
+            high, wide = store.frames(split, rollout.item.episode, [rollout.item.start]).shape[2:4]
+            seen[rollout.item][ref.label] = rollout
+            drawn[rollout.item][ref.label] = draw_frames(model, rollout.latents, settings.sampling, high, wide)
+
+
+def _write(
+    settings: Settings,
+    store: EpisodeStore,
+    items: list[Item],
+    steps: int,
+    refs: list[ModelRef],
+    scorer: Scorer,
+    seen: Mapping[Item, Mapping[str, Rollout]],
+    drawn: Mapping[Item, Mapping[str, NDArray[np.uint8]]],
+    output: Path,
+) -> dict[str, Any]:
+    """Videos, sheets, table and JSON."""
+    output.mkdir(parents=True, exist_ok=True)
+    infos = metric_infos(scorer)
+    metrics = [{"name": name, **asdict(info)} for name, info in infos.items()]
+    entries, tables = [], []
+    for item in items:
+        recording = load_recording(store, settings.eval.split, item, steps, settings.model.num_frames)
+        length = int(recording.valid.sum())
+        frames = {label: pictures[:length] for label, pictures in drawn[item].items()}
+        title = f"episode {item.episode}, frame {item.start}, seed {item.seed}: {recording.annotation.text}"
+        stem = f"episode-{item.episode}_start-{item.start}_seed-{item.seed}"
+        video, sheet = output / f"{stem}.mp4", output / f"{stem}.png"
+        write_rollout_video(video, title, settings, recording, frames, seen[item])
+        write_rollout_sheet(sheet, title, settings, recording, frames, seen[item])
+        rows = step_rows(settings, seen[item], {name: info.label for name, info in infos.items()})
+        tables.append(plain(steps_table(title, metrics, rows)))
+        entries.append({**asdict(item), "video": str(video), "sheet": str(sheet), "frames": length, "rows": rows})
+    (output / "steps.txt").write_text("\n".join(tables), encoding="utf-8")
+    record = {
+        "kind": "replay",
+        "models": [asdict(ref) for ref in refs],
+        "metrics": metrics,
+        "steps": steps,
+        "replays": entries,
+    }
+    (output / "replay.json").write_text(
+        json.dumps(jsonable(record), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    shown: dict[str, Any] = {"output": str(output), "episodes": len({item.episode for item in items}), "steps": steps}
+    shown["rows"] = list(jsonable(entries[0]["rows"]))
+    return {
+        **shown,
+        "videos": [entry["video"] for entry in entries],
+        "sheets": [entry["sheet"] for entry in entries],
+        "json": str(output / "replay.json"),
+        "text": str(output / "steps.txt"),
+    }
+
+
+def step_rows(settings: Settings, scores: Mapping[str, Rollout], labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One row for each interaction and model: mean over its frames and all cameras, by label."""
+    fresh, rate = settings.model.num_frames - 1, settings.world.rate_hz
+    first = next(iter(scores.values()))
+    rows: list[dict[str, Any]] = []
+    for step in range(len(first.valid) // fresh):
+        part = slice(step * fresh, (step + 1) * fresh)
+        if not first.valid[part].any():
+            break
+        for model, rollout in scores.items():
+            values = {
+                label: float(mean(rollout.scores[name][part].astype(np.float64).reshape(-1), 0))
+                for name, label in labels.items()
+            }
+            rows.append({"step": step + 1, "time_s": round((step + 1) * fresh / rate, 6), "model": model, **values})
+    return rows

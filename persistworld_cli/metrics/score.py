@@ -1,0 +1,138 @@
+"""Metrics of predicted pictures, and the one reward of a rollout that they make.
+
+Shape legend: B rollouts, N frames, V cameras, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from persistworld_cli.config.settings import RewardSettings, WorldSettings
+from persistworld_cli.errors import PersistWorldError, UsageError, nearest
+from persistworld_cli.metrics.registry import REWARDS, Metric
+
+
+class _Pictures:
+    """Rollouts as the flat pictures that metrics take: a recording's first, then the rollouts that share it.
+
+    drawn (M, 3, H, W) and known (T, 3, H, W) in [0, 1], M a multiple of T, in the order that `Metric` asks for.
+    """
+
+    def __init__(self, pred: Tensor, target: Tensor) -> None:
+        if pred.shape[1:] != target.shape[1:] or pred.shape[0] % max(1, target.shape[0]):
+            raise PersistWorldError(
+                f"predicted {tuple(pred.shape)} and recorded {tuple(target.shape)} pictures do not fit together",
+                where="rewards",
+                fix="give the same frames, cameras and size; rollouts a multiple of recordings",
+            )
+        self.shape = pred.shape[:3]
+        self.groups = target.shape[0]
+        self.drawn = pred.clamp(0.0, 1.0).unflatten(0, (self.groups, -1)).movedim(1, 3).flatten(0, 3)
+        self.known = target.flatten(0, 2)
+
+    def by_rollout(self, value: Tensor, label: str) -> Tensor:
+        """A metric's values (M, ...) back in the rollouts' order: (B, N, V, ...)."""
+        if not bool(torch.isfinite(value).all()):
+            raise PersistWorldError(
+                f"{label} is not finite",
+                where="rewards",
+                fix="the predicted pictures hold NaN: check the weights, the learning rate, the number format",
+            )
+        batch, frames, views = self.shape
+        apart = value.unflatten(0, (self.groups, frames, views, batch // self.groups))
+        return apart.movedim(3, 1).flatten(0, 1)
+
+
+class Scorer:
+    """Scores rollouts against the recording.
+
+    Attributes:
+        names: the metrics that are computed, in the order of tables.
+        labels: name -> what to show for it (``lpips (untrained)`` where it is that).
+        registered: name -> the metric itself.
+        caveat: what anyone who reads the reward must know (``lpips (untrained)``), or "".
+    """
+
+    def __init__(
+        self,
+        rewards: RewardSettings,
+        world: WorldSettings,
+        device: torch.device | str,
+        names: Iterable[str] | None = None,
+    ) -> None:
+        """Build the metrics that have a weight, and those in ``names`` beside them (for reports).
+
+        Raises:
+            UsageError: a name that is not registered, or camera weights that do not fit the cameras.
+        """
+        self.device = torch.device(device)
+        self.weights = dict(rewards.weights)
+        wanted = list(dict.fromkeys([*(names or ()), *self.weights]))
+        for name in wanted:
+            if name not in REWARDS:
+                raise UsageError(f"unknown reward '{name}'", where="rewards.weights", fix=nearest(name, REWARDS))
+        cameras = len(world.cameras)
+        given = tuple(rewards.camera_weights) or (1.0,) * cameras
+        if len(given) != cameras or min(given) < 0 or sum(given) <= 0:
+            raise UsageError(
+                f"{len(given)} camera weights {list(given)} for {cameras} cameras",
+                where="rewards.camera_weights",
+                fix="give one weight >= 0 a camera, not all 0, or none at all for equal weights",
+            )
+        self.camera_weights = torch.tensor(given, dtype=torch.float32, device=self.device) / sum(given)
+        self.registered: dict[str, Metric] = {name: REWARDS[name](rewards, self.device) for name in wanted}
+        self.names = tuple(wanted)
+        self.labels = {name: metric.label for name, metric in self.registered.items()}
+        self.caveat = ", ".join(label for label in self.labels.values() if "untrained" in label)
+
+    @torch.no_grad()
+    def metrics(self, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Every metric of every picture.
+
+        Args:
+            pred: (B, N, V, 3, H, W) in [0, 1].
+            target: the same shape, or (B/k, N, V, 3, H, W): each recording then belongs to k rollouts in a row
+                (the candidates of a group), and what depends only on it is computed once.
+
+        Returns:
+            name -> (B, N, V) float32.
+
+        Raises:
+            PersistWorldError: shapes that do not fit, or a metric that is not finite.
+        """
+        pictures = _Pictures(pred.to(self.device), target.to(self.device))
+        return {
+            name: pictures.by_rollout(metric(pictures.drawn, pictures.known), metric.label)
+            for name, metric in self.registered.items()
+        }
+
+    @torch.no_grad()
+    def local(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The weighted sum of metrics in each cell of a grid of rows x columns of each picture: (B, N, V, *grid).
+
+        Args and errors as of `metrics`. Camera weights are not in it.
+        """
+        pictures = _Pictures(pred.to(self.device), target.to(self.device))
+        parts = []
+        for name, weight in self.weights.items():
+            metric = self.registered[name]
+            maps = metric.maps(pictures.drawn, pictures.known, grid)
+            parts.append(weight * pictures.by_rollout(maps, metric.label))
+        return torch.stack(parts).sum(dim=0)
+
+    def by_picture(self, metrics: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of metrics of every picture: (B, N, V)."""
+        if not self.weights:
+            raise UsageError("no reward has a weight", where="rewards.weights", fix="give at least one")
+        return torch.stack([weight * metrics[name] for name, weight in self.weights.items()]).sum(dim=0)
+
+    def reward(self, metrics: dict[str, Tensor]) -> Tensor:
+        """Mean over frames, weighted mean over cameras, of `by_picture`: (B,) (method.md section 4)."""
+        return (self.by_picture(metrics).mean(dim=1) * self.camera_weights).sum(dim=1)
+
+    def describe(self) -> dict[str, object]:
+        """The exact parameters of every metric, for result files."""
+        return {name: metric.describe() for name, metric in self.registered.items()}

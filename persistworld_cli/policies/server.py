@@ -1,0 +1,160 @@
+"""A policy server that speaks openpi's websocket protocol (method.md section 6), for the embedded policies.
+
+Every connection gets a policy of its own, so that the rollouts of a batch share no state. `GET /healthz` answers 200.
+Browsers are refused (they send an Origin), so no web page can talk to a policy on loopback.
+"""
+
+from __future__ import annotations
+
+import hmac
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+from websockets.sync.server import Server, ServerConnection
+from websockets.sync.server import serve as listen
+
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.policies.client import MAX_MESSAGE
+from persistworld_cli.policies.embedded import Policy, make_policy
+from persistworld_cli.policies.msgpack_numpy import pack, unpack
+from persistworld_cli.policies.observation import Layout
+
+_INTERNAL_ERROR = 1011
+API_KEY_VARIABLE = "PERSISTWORLD_POLICY_API_KEY"
+
+
+class PolicyServer:
+    """Serves a policy from threads of this process; use as a context manager, or `start`, `wait` and `close`.
+
+    Args:
+        make: makes the policy of a connection.
+        metadata: the first message of every connection.
+        host: address to listen on; loopback unless another is asked for.
+        port: 0 takes a free one; `port` tells which.
+        api_key: if given, connections must bring it as ``Authorization: Api-Key ...``.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Policy],
+        metadata: dict[str, Any] | None = None,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        api_key: str | None = None,
+    ) -> None:
+        self._make, self._metadata, self._api_key = make, dict(metadata or {}), api_key
+        self.host, self.port = host, port
+        self._server: Server | None = None
+        self._thread: threading.Thread | None = None
+        self._open: set[ServerConnection] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def uri(self) -> str:
+        """Where clients connect."""
+        return f"ws://{self.host}:{self.port}"
+
+    def start(self) -> PolicyServer:
+        """Listen. Raises PersistWorldError when the port cannot be had."""
+        try:
+            self._server = listen(
+                self._serve_connection,
+                self.host,
+                self.port,
+                process_request=self._answer_http,
+                compression=None,
+                max_size=MAX_MESSAGE,
+                origins=[None],
+                ping_interval=None,
+            )
+        except OSError as error:
+            what = f"cannot listen on {self.host}:{self.port} ({error.strerror})"
+            raise PersistWorldError(what, where="policy.port", fix="take another --port") from error
+        self.port = int(self._server.socket.getsockname()[1])
+        self._thread = threading.Thread(target=self._server.serve_forever, name="policy-server", daemon=True)
+        self._thread.start()
+        return self
+
+    def wait(self) -> None:
+        """Block until `close` is called, or the process is interrupted."""
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(timeout=0.5)  # in slices, so that Ctrl-C arrives
+
+    def close(self) -> None:
+        """Stop listening and end every connection."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        server.shutdown()
+        with self._lock:
+            connections = list(self._open)
+        for connection in connections:
+            connection.close()
+        if self._thread is not None:
+            self._thread.join(timeout=5.0)
+
+    def __enter__(self) -> PolicyServer:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Health checks and the key; None lets the websocket open."""
+        if request.path == "/healthz":
+            return connection.respond(HTTPStatus.OK, "OK\n")
+        sent = request.headers.get("Authorization", "")
+        if self._api_key and not hmac.compare_digest(sent.encode(), f"Api-Key {self._api_key}".encode()):
+            return connection.respond(HTTPStatus.UNAUTHORIZED, "wrong or missing API key\n")
+        return None
+
+    def _serve_connection(self, connection: ServerConnection) -> None:
+        """Metadata, then an answer to every request, until the client leaves or the policy fails."""
+        with self._lock:
+            self._open.add(connection)
+        try:
+            policy = self._make()
+            policy.reset()
+            connection.send(pack(self._metadata))
+            for message in connection:
+                connection.send(self._answer(policy, message))
+        except ConnectionClosed:
+            pass  # the client left
+        except Exception:
+            self._report(connection)
+        finally:
+            with self._lock:
+                self._open.discard(connection)
+
+    def _answer(self, policy: Policy, message: str | bytes) -> bytes:
+        """One request -> one packed answer, with the time it took."""
+        if isinstance(message, str):
+            raise PersistWorldError("a request must be a binary message (msgpack), not text")
+        began = time.perf_counter()
+        answer = dict(policy.infer(unpack(message)))
+        answer["server_timing"] = {"infer_ms": 1e3 * (time.perf_counter() - began)}
+        return pack(answer)
+
+    def _report(self, connection: ServerConnection) -> None:
+        """Send the traceback as text and end the connection, as openpi's server does."""
+        try:
+            connection.send(traceback.format_exc())
+            connection.close(_INTERNAL_ERROR, "the policy failed; its traceback came before")
+        except ConnectionClosed:
+            pass  # nobody is left to read it
+
+
+def serve_embedded(
+    name: str, layout: Layout, seed: int = 0, *, host: str = "127.0.0.1", port: int = 0, api_key: str | None = None
+) -> PolicyServer:
+    """A server (not started yet) of one of the embedded policies. Raises UsageError for an unknown name."""
+    make_policy(name, layout, seed)
+    metadata = {"policy": name, "layout": layout.name, "action_rows": layout.rows, "action_width": layout.width}
+    return PolicyServer(lambda: make_policy(name, layout, seed), metadata, host=host, port=port, api_key=api_key)

@@ -1,0 +1,76 @@
+"""Finished rollouts on disk: an interrupted run continues from them, and several processes meet in them."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.rollout.closed_loop import Rollout
+from persistworld_cli.rollout.recording import Item
+
+
+def batches(items: Sequence[Item], size: int) -> list[list[Item]]:
+    """Items cut into batches, whoever rolls them out.
+
+    Rounding depends on what is computed together, so a batch is the unit of work: of several processes, and of a run
+    that goes on. Then one process or many, in one go or interrupted, give the same numbers.
+    """
+    return [list(items[begin : begin + size]) for begin in range(0, len(items), size)]
+
+
+def pending(folder: Path, work: Sequence[Sequence[Item]]) -> list[Item]:
+    """The items of those batches that lack a finished file."""
+    return [item for batch in work if any(not _path(folder, item).is_file() for item in batch) for item in batch]
+
+
+def save_rollout(folder: Path, rollout: Rollout) -> None:
+    """One file, whole or absent (written beside, then renamed)."""
+    path = _path(folder, rollout.item)
+    beside = folder / f".{rollout.item.name}.{os.getpid()}.npz"
+    arrays: dict[str, Any] = {f"score.{name}": value for name, value in rollout.scores.items()}
+    if rollout.latents is not None:
+        arrays["latents"] = rollout.latents
+    np.savez(beside, valid=rollout.valid, seconds=rollout.seconds, **arrays)
+    beside.replace(path)
+
+
+def load_rollout(folder: Path, item: Item) -> Rollout:
+    """Read what `save_rollout` wrote, without the latents.
+
+    Raises:
+        PersistWorldError: a damaged file.
+    """
+    with _opened(folder, item) as data:
+        scores = {key.removeprefix("score."): data[key] for key in data.files if key.startswith("score.")}
+        return Rollout(item, data["valid"], scores, None, float(data["seconds"]))
+
+
+def load_latents(folder: Path, item: Item) -> NDArray[np.float16]:
+    """The predicted latents (S, L, C, h, w) of a finished rollout. Raises PersistWorldError for a damaged file."""
+    with _opened(folder, item) as data:
+        latents: NDArray[np.float16] = data["latents"]
+        return latents
+
+
+def _path(folder: Path, item: Item) -> Path:
+    return folder / f"{item.name}.npz"
+
+
+@contextmanager
+def _opened(folder: Path, item: Item) -> Iterator[Any]:
+    path = _path(folder, item)
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            yield data
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise PersistWorldError(
+            f"unreadable rollout: {error}", where=str(path), fix="delete the file and run again"
+        ) from error

@@ -1,0 +1,107 @@
+"""The page and the videos of a blind study: nothing in them says which model is which.
+
+A trial's video has three panes side by side in every frame: the recording, model "a", model "b". So they are in step by
+construction; the page (``study.html``) cuts them apart, and decides for each rater which of a and b stands left.
+
+Shape legend: F frames, V cameras, H, W pixels.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from persistworld_cli.data.raw.video import write_mp4
+from persistworld_cli.files import whole_file
+from persistworld_cli.reports.videos import Pictures, enlarge
+
+PANE = 320  # width that a camera's view is brought to; the page scales further, to the window
+GAP = 16  # between panes: a macroblock, so that compression carries nothing from one into another
+LINE = 4  # between the cameras of a pane
+CRF = 12  # finer than other videos: people judge the model, not the compression
+_TEMPLATE = Path(__file__).with_name("study.html")
+QUESTION = "Which of the two is closer to the recording?"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the page knows of a trial.
+
+    Attributes:
+        id: the trial's; its video is ``videos/<id>.mp4``.
+        cameras: names of the views shown.
+        text: the robot's instruction.
+        width, height: of a pane in the video, in pixels.
+        seconds: length of the video.
+    """
+
+    id: str
+    cameras: str
+    text: str
+    width: int
+    height: int
+    seconds: float
+
+
+def pane(frames: Pictures) -> Pictures:
+    """Views under each other, enlarged: (F, V, H, W, 3) -> (F, H', W', 3) with even sides."""
+    views = enlarge(frames, PANE)
+    line = np.zeros((len(views), LINE, *views.shape[3:]), np.uint8)
+    rows = [part for view in range(views.shape[1]) for part in (views[:, view], line)][:-1]
+    whole = np.concatenate(rows, axis=1)
+    high, wide = whole.shape[1:3]
+    return np.pad(whole, ((0, 0), (0, high % 2), (0, wide % 2), (0, 0)), mode="edge")
+
+
+def write_question(
+    folder: Path, name: str, panes: Sequence[Pictures], cameras: str, text: str, rate: float
+) -> Question:
+    """Write a trial's video, unless it is there.
+
+    Args:
+        folder: of the study.
+        name: the trial's id.
+        panes: recording, a, b: each (F, V, H, W, 3).
+        cameras, text: see `Question`.
+        rate: frames a second.
+
+    Raises:
+        PersistWorldError: it cannot be written.
+    """
+    shown = [pane(frames) for frames in panes]
+    count, high, wide = shown[0].shape[:3]
+    path = folder / "videos" / f"{name}.mp4"
+    if not path.is_file():
+        gap = np.zeros((count, high, GAP, 3), np.uint8)
+        write_mp4(path, np.concatenate([shown[0], gap, shown[1], gap, shown[2]], axis=2), rate, crf=CRF)
+    return Question(name, cameras, text, wide, high, round(count / rate, 3))
+
+
+def write_study_page(folder: Path, study: str, questions: Sequence[Question], rate: float) -> Path:
+    """Write ``index.html``, which needs the videos beside it and nothing else; returns its path.
+
+    Args:
+        folder: of the study.
+        study: its id.
+        questions: all of them; the page puts them into an order of each rater's own.
+        rate: frames a second.
+    """
+    data = {
+        "study": study,
+        "gap": GAP,
+        "frame_s": 1 / rate,
+        "trials": [asdict(question) for question in sorted(questions, key=lambda question: question.id)],
+    }
+    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # an instruction may hold </script>
+    page = _TEMPLATE.read_text(encoding="utf-8")
+    path = folder / "index.html"
+    with whole_file(path) as partial:
+        partial.write_text(
+            page.replace("{{question}}", html.escape(QUESTION)).replace("{{data}}", text), encoding="utf-8"
+        )
+    return path

@@ -1,0 +1,132 @@
+"""Three policies in one network: trained (theta), sampling (old) and reference, by switching adapters (peft).
+
+The frozen weights exist once. theta and old each own a LoRA adapter on the UNet and a copy of the action encoder; the
+reference is the network with adapters off and the action encoder as loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from persistworld_cli.checkpoints.adapters import write_adapter
+from persistworld_cli.models.cpu.hook import speed_up_adapters
+from persistworld_cli.models.world_model import WorldModel
+
+POLICIES = ("theta", "old", "reference")
+
+
+class PolicySwitch:
+    """Puts adapters on a model and says which policy its calls use.
+
+    Args:
+        model: the world model; its UNet gets LoRA layers in place, its weights are frozen.
+        rank, alpha, targets: of the LoRA adapters.
+        train_action_encoder: whether theta's action encoder learns.
+        seed: of the adapters' initial weights (B starts at 0, so theta = old = reference).
+    """
+
+    def __init__(
+        self,
+        model: WorldModel,
+        *,
+        rank: int,
+        alpha: int,
+        targets: tuple[str, ...],
+        train_action_encoder: bool,
+        seed: int,
+    ) -> None:
+        self.model = model
+        model.requires_grad_(False)
+        self.config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none")
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
+            torch.manual_seed(seed)
+            for name in ("theta", "old"):
+                inject_adapter_in_model(self.config, model.unet, adapter_name=name)
+        speed_up_adapters(model.unet)
+        self.layers: list[Any] = [m for m in model.unet.modules() if isinstance(m, BaseTunerLayer)]
+        reference = model.action_encoder
+        self.encoders = {"reference": reference, "theta": copy.deepcopy(reference), "old": copy.deepcopy(reference)}
+        self.encoders["theta"].requires_grad_(train_action_encoder)
+        for name, learns in (("theta", True), ("old", False)):
+            for _, parameter in self._lora(name):
+                parameter.requires_grad_(learns)
+        self.copy_theta(0.0)
+        self.activate("theta")
+
+    def activate(self, policy: str, *, sampling: bool = False) -> None:
+        """Make every later call of the model this policy's; see `use`."""
+        for layer in self.layers:
+            # what peft's enable_adapters and set_adapter do, less the walk over parameters, whose flags never change
+            layer._disable_adapters = policy == "reference"
+            if policy != "reference":
+                layer._active_adapter = [policy]
+            layer.merging = sampling
+        self.model.action_encoder = self.encoders[policy]
+
+    @contextmanager
+    def use(self, policy: str, *, sampling: bool = False) -> Iterator[None]:
+        """`activate` for a block, then theta again.
+
+        Args:
+            policy: theta, old or reference.
+            sampling: nothing learns: adapters are merged into each layer's weight for its call (a second copy of one
+                layer at a time), which spares their passes over the activations. Equal to rounding, and in bfloat16
+                to the rounding of the merged weights: not there where policies' predictions are compared.
+        """
+        self.activate(policy, sampling=sampling)
+        try:
+            yield
+        finally:
+            self.activate("theta")
+
+    def _lora(self, policy: str) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self.model.unet.named_parameters() if "lora_" in n and f".{policy}." in n]
+
+    def parameters(self, policy: str = "theta") -> list[nn.Parameter]:
+        """A policy's own parameters, in a fixed order: LoRA, then action encoder."""
+        return [p for _, p in self._lora(policy)] + list(self.encoders[policy].parameters())
+
+    def trainable(self) -> list[nn.Parameter]:
+        """theta's parameters that learn."""
+        return [p for p in self.parameters("theta") if p.requires_grad]
+
+    @torch.no_grad()
+    def copy_theta(self, decay: float) -> None:
+        """old <- decay old + (1 - decay) theta (method.md section 4.5)."""
+        for old, theta in zip(self.parameters("old"), self.parameters("theta"), strict=True):
+            old.copy_(old * decay + theta.detach() * (1 - decay))
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Both policies' own weights, to resume from."""
+        return {
+            name: {
+                **{f"unet.{k}": v for k, v in get_peft_model_state_dict(self.model.unet, adapter_name=name).items()},
+                **{f"action_encoder.{k}": v for k, v in self.encoders[name].state_dict().items()},
+            }
+            for name in ("theta", "old")
+        }
+
+    def load_state(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+        """What `state` gave."""
+        for name, tensors in state.items():
+            lora = {k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")}
+            set_peft_model_state_dict(self.model.unet, lora, adapter_name=name)
+            encoder = {k.removeprefix("action_encoder."): v for k, v in tensors.items() if k.startswith("action_enc")}
+            self.encoders[name].load_state_dict(encoder)
+
+    def save_adapter(self, folder: Path, policy: str = "old") -> None:
+        """Write a policy as a PEFT folder with `action_encoder.safetensors` beside, whole or not at all."""
+        lora = get_peft_model_state_dict(self.model.unet, adapter_name=policy)
+        named = {f"base_model.model.{name}": tensor for name, tensor in lora.items()}
+        write_adapter(folder, self.config, named, self.encoders[policy].state_dict(), force=True)
