@@ -1,18 +1,48 @@
-"""Where people are spoken to: standard error. Data alone goes to standard output, from the commands."""
+"""The one place that writes to the terminal: messages to standard error, data to standard output.
+
+Text may come from others: an instruction of a dataset, a tensor's name, the traceback of a policy server. Control
+characters in it could clear the screen, set the window's title or hide a line, so every text passes `escaped` here.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
-from typing import TYPE_CHECKING
+import traceback
+from collections.abc import Iterable
+from functools import cache
+from typing import IO, TYPE_CHECKING, Any
 
 from persistworld_cli.errors import PersistWorldError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+    from rich.text import Text
 
+# Control characters but tab and newline, marks that reorder or break lines, and lone surrogates (no encoding has them).
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _PLAIN_WIDTH = 140  # where nobody watches, lines need not fit a window
+
+
+def escaped(text: str) -> str:
+    """`text` with what a terminal would obey written out: ``\\u001b[2J``. A JSON document keeps its value."""
+    if text.isprintable():  # the usual case
+        return text
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text.replace("\r\n", "\n"))
+
+
+def write_out(text: str) -> None:
+    """Data on standard output, as it is but for what `escaped` writes out."""
+    sys.stdout.write(escaped(text))
+
+
+def show_traceback() -> None:
+    """The traceback of the error that is being handled, on standard error."""
+    sys.stderr.write(escaped(traceback.format_exc()))
+    sys.stderr.flush()
 
 
 def stderr_console() -> Console:
@@ -25,12 +55,34 @@ def stdout_console() -> Console:
     return _console(stderr=False)
 
 
-def _console(*, stderr: bool) -> Console:
-    from rich.console import Console
+def file_console(file: IO[str], width: int) -> Console:
+    """A Rich console that writes plain text of some width into `file`."""
+    return _console_class()(file=file, width=width, color_system=None, highlight=False, emoji=False)
 
+
+def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else _PLAIN_WIDTH
-    return Console(stderr=stderr, width=width, highlight=False)
+    return _console_class()(stderr=stderr, width=width, highlight=False, emoji=False)
+
+
+@cache
+def _console_class() -> type[Console]:
+    """Rich's console with `escaped` in it. Made on first use: most of `--help` needs no Rich."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class EscapingConsole(Console):
+        """Escapes strings before they are measured (tables stay aligned), ready-made texts when they are drawn."""
+
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(escaped(text), **options)
+
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(escaped(segment.text), segment.style)
+
+    return EscapingConsole
 
 
 def show_error(error: PersistWorldError) -> None:
@@ -51,7 +103,7 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """One line."""
-        print(self.format(record), file=sys.stderr, flush=True)
+        print(escaped(self.format(record)), file=sys.stderr, flush=True)
 
 
 def listen_to_library(rank: int = 0) -> None:

@@ -11,14 +11,15 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+from persistworld_cli.console import stderr_console, stdout_console
 
 OUT = Path("outputs/demo")
 DATASET = str(OUT / "world")
 ADAPTER = str(OUT / "post-train" / "weights" / "adapter")
 SHIPPED = "bundled:presets/tiny/adapter"
-console = Console(stderr=True)
+console = stderr_console()
 
 
 def stages() -> list[tuple[str, str, list[str]]]:
@@ -75,7 +76,7 @@ def summary(spent: dict[str, float], total: float) -> None:
     for folder, seconds in spent.items():
         table.add_row(folder, f"{seconds:.0f}", str(DATASET if folder in ("extract", "meta") else OUT / folder))
     table.add_row("all", f"{total:.0f}", "")
-    Console().print(table)
+    stdout_console().print(table)
     (OUT / "demo.json").write_text(json.dumps({"seconds": spent, "total": total}, indent=1) + "\n")
     pictures = sorted(p for p in OUT.rglob("*") if p.suffix in (".png", ".mp4", ".html") and "world" not in p.parts)
     console.print("pictures, videos and pages:")

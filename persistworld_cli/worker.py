@@ -14,7 +14,6 @@ import math
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -22,7 +21,7 @@ from typing import Any, NoReturn
 
 from persistworld_cli.compat import end_with_parent, free_main_thread
 from persistworld_cli.config.presets import from_json
-from persistworld_cli.console import debug_wanted, listen_to_library, note, show_error
+from persistworld_cli.console import debug_wanted, listen_to_library, note, show_error, show_traceback
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.run_files import FAILURE, RESULT
 
@@ -66,7 +65,7 @@ def main(argv: list[str]) -> int:
     except PersistWorldError as error:
         _ignore_signals()
         if debug_wanted():
-            traceback.print_exc()
+            show_traceback()
         code = 2 if isinstance(error, UsageError) else 1
         if _first_to_fail(output, code, error.what):
             show_error(error)
@@ -133,12 +132,12 @@ def _crashed(error: Exception, output: Path) -> int:
     if _world_size() > 1 and _lost_contact(error):
         note(f"rank {_rank()} lost contact with another rank: {error}")
     elif _first_to_fail(output, 1, repr(error)):
-        traceback.print_exc()
+        show_traceback()
         return 1
     else:
         note(f"rank {_rank()} failed after another one: {error!r}")
     if debug_wanted():
-        traceback.print_exc()
+        show_traceback()
     return 1
 
 

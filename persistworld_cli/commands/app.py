@@ -25,6 +25,7 @@ from persistworld_cli.commands import (
     replay,
     study_report,
 )
+from persistworld_cli.console import write_out
 
 app = typer.Typer(
     name="persistworld",
@@ -59,7 +60,7 @@ for _name, _module in COMMANDS.items():
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"persistworld {__version__}")
+        write_out(f"persistworld {__version__}\n")
         raise typer.Exit
 
 

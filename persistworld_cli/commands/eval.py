@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 from persistworld_cli.commands.benchmark_options import BENCHMARK_NAMES, BenchmarkRollouts
 from persistworld_cli.commands.options import Accelerator, Common, with_common
 from persistworld_cli.commands.run import execute, write_json
+from persistworld_cli.console import write_out
 from persistworld_cli.errors import UsageError
 
 EXAMPLES = (
@@ -103,4 +103,4 @@ def compare_finished(common: Common, paths: Sequence[str]) -> None:
     if common.as_json:
         write_json(against)
     else:
-        sys.stdout.write(plain(eval_table(against)))
+        write_out(plain(eval_table(against)))

@@ -59,6 +59,7 @@ def _inspect(ckpt: str, compare: Settings | None) -> dict[str, Any]:
 
 def _show(told: dict[str, Any]) -> None:
     """For people: what it is first, then its parts and files."""
+    from rich.markup import escape
     from rich.table import Table
 
     console, types = stdout_console(), ", ".join(told["dtypes"])
@@ -75,12 +76,12 @@ def _show(told: dict[str, Any]) -> None:
         parts.add_column(name, justify="right")
     parts.add_column("type")
     for row in told["parts"]:
-        parts.add_row(row["part"], f"{row['tensors']:,}", f"{row['parameters']:,}", row["dtype"])
+        parts.add_row(escape(row["part"]), f"{row['tensors']:,}", f"{row['parameters']:,}", row["dtype"])
     files = Table("file", box=None, header_style="bold", pad_edge=False)
     files.add_column("size", justify="right")
     files.add_column("SHA-256", no_wrap=True, overflow="fold")
     for row in told["files"]:
-        files.add_row(row["file"], amount(row["bytes"], BYTES), row["sha256"])
+        files.add_row(escape(row["file"]), amount(row["bytes"], BYTES), row["sha256"])
     for table in (parts, files):
         console.print()
         console.print(table)

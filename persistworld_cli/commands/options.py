@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import traceback
 import typing
 from collections.abc import Callable
 from dataclasses import Field, dataclass, fields, is_dataclass
@@ -19,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from persistworld_cli.console import debug_wanted, listen_to_library, show_error
+from persistworld_cli.console import debug_wanted, listen_to_library, show_error, show_traceback
 from persistworld_cli.errors import PersistWorldError, UsageError
 
 SETTINGS_PANEL = "Settings and output"
@@ -224,7 +223,7 @@ def _guard(call: Callable[[], None], *, debug: bool) -> None:
         call()
     except PersistWorldError as error:
         if debug_wanted():
-            traceback.print_exc()
+            show_traceback()
         show_error(error)
         raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
     except KeyboardInterrupt:

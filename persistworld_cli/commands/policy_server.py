@@ -20,6 +20,9 @@ def command(
     policy: Annotated[str, typer.Option(help="scripted, hold or random.")] = "scripted",
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    no_key: Annotated[
+        bool, typer.Option("--no-key", help="Listen beyond this machine without a key: anyone there may ask.")
+    ] = False,
     seed: Seed = None,
 ) -> None:
     """Serve a policy that needs no network and no GPU, as openpi's policy server does, until it is interrupted."""
@@ -30,9 +33,16 @@ def command(
         return
     from persistworld_cli.policies.observation import find_layout
     from persistworld_cli.policies.source import API_KEY_VARIABLE, serve_embedded
+    from persistworld_cli.serving import is_loopback
 
     own = resolved.settings.policy
     key = os.environ.get(API_KEY_VARIABLE)
-    with serve_embedded(policy, find_layout(own.layout), own.seed, host=own.host, port=own.port, api_key=key) as server:
+    server = serve_embedded(
+        policy, find_layout(own.layout), own.seed, host=own.host, port=own.port, api_key=key, keyless=no_key
+    )
+    with server:
         note(f"policy '{policy}' on {server.uri}; Ctrl-C ends it")
+        if not is_loopback(own.host):
+            who = "whoever has the key" if key else "every machine that reaches this port"
+            note(f"{who} can use the policy, and nothing is encrypted: an ssh tunnel is safer")
         server.wait()

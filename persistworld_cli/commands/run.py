@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from persistworld_cli.commands.cost import cost_report, pick_accelerator, show_c
 from persistworld_cli.commands.options import Common
 from persistworld_cli.config.presets import Pinned, Resolved, flatten, load_settings, to_json
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.console import note, stdout_console
+from persistworld_cli.console import note, stdout_console, write_out
 from persistworld_cli.errors import PersistWorldError
 
 _SHOWN_ROWS = 40  # of a table in a result; the file has all
@@ -167,7 +166,7 @@ def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     console = stdout_console()
     rendered = Path(str(result.get("text") or ""))
     if rendered.is_file():
-        sys.stdout.write(rendered.read_text(encoding="utf-8") + "\n")
+        write_out(rendered.read_text(encoding="utf-8") + "\n")
         result = {key: value for key, value in result.items() if key != "text" and _are_files(value)}
     lines = Table(box=None, show_header=False, pad_edge=False)
     for name, value in _flat(result):
@@ -196,8 +195,7 @@ def _are_files(value: Any) -> bool:
 
 def write_json(data: Mapping[str, Any]) -> None:
     """One JSON document on standard output."""
-    json.dump(data, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write("\n")
+    write_out(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def episode_list(text: str | None) -> tuple[str, ...] | None:

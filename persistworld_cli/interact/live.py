@@ -13,6 +13,7 @@ from contextlib import suppress
 import numpy as np
 
 from persistworld_cli.config.keys import ACTIONS, SESSION_KEYS
+from persistworld_cli.console import escaped
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.interact.session import DriveSession, Step
 from persistworld_cli.interact.terminal import Terminal
@@ -83,7 +84,7 @@ class _Screen:
         """The line under everything else alone."""
         waiting = self._terminal.peek()
         more = f"   ({len(waiting)} more waiting)" if waiting else ""
-        self._terminal.write(f"\x1b[{self._last};1H{(note + more)[: self._size.columns - 1]}{_CLEAR_LINE}")
+        self._terminal.write(f"\x1b[{self._last};1H{_line(note + more, self._size.columns)}{_CLEAR_LINE}")
 
     def _draw(self, pictures: Pictures, note: str) -> None:
         """Views (V, H, W, 3) and texts."""
@@ -93,15 +94,20 @@ class _Screen:
         columns, lines = self._size
         whole, high, wide = arrange(pictures, max(2, lines - _TEXT_LINES), columns - 1)
         above = [_title(self._session), self._session.start.text or ""]
-        texts = [f"\x1b[1m{text[: columns - 1]}\x1b[0m{_CLEAR_LINE}" for text in above]
+        texts = [f"\x1b[1m{_line(text, columns)}\x1b[0m{_CLEAR_LINE}" for text in above]
         picture = draw(self._protocol, whole, high, wide)
-        below = [line[: columns - 1] for line in _status(self._session, columns)]
+        below = [_line(line, columns) for line in _status(self._session, columns)]
         place = 4 + high if picture else 4
         out = ["\x1b[H", "\r\n".join(texts), "\x1b[3;1H", picture, f"\x1b[{place};1H"]
         out += [f"{line}{_CLEAR_LINE}\r\n" for line in below]
         self._terminal.write("".join(out))
         self._last = min(lines, place + len(below) + 1)
         self.status(note)
+
+
+def _line(text: str, columns: int) -> str:
+    """A text of anyone's as one line of the screen: the screen's own control sequences are added around it."""
+    return " ".join(escaped(text).split("\n"))[: columns - 1]
 
 
 def arrange(pictures: Pictures, lines: int, columns: int) -> tuple[Pictures, int, int]:

@@ -67,7 +67,7 @@ def _read(text: str) -> dict[str, Any]:
     """A page's message as a map; what is none becomes one that means nothing."""
     try:
         message = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # RecursionError: nested deep
         message = None
     return message if isinstance(message, dict) else {"do": "nothing"}
 

@@ -7,8 +7,6 @@ another one is told so, and may take over.
 
 from __future__ import annotations
 
-import hmac
-import ipaddress
 import os
 import secrets
 import threading
@@ -23,11 +21,11 @@ from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.sync.server import ServerConnection
-from websockets.sync.server import serve as listen
 
 from persistworld_cli.config.keys import TOKEN_VARIABLE
 from persistworld_cli.console import note
-from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.errors import UsageError
+from persistworld_cli.serving import is_loopback, listen, same_secret
 
 _PAGE = Path(__file__).with_name("page.html")
 _MAX_MESSAGE = 4096  # bytes that a page may send at once
@@ -36,14 +34,6 @@ _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens there."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def open_server(host: str, port: int, open: bool = False) -> DriveServer:
@@ -81,19 +71,16 @@ class DriveServer:
         self._hear: Callable[[str | None], None] = lambda message: None
         self._tab: ServerConnection | None = None
         self._lock = threading.Lock()
-        try:
-            self._server = listen(
-                self._serve_tab,
-                host,
-                port,
-                process_request=self._answer,
-                max_size=_MAX_MESSAGE,
-                compression=None,
-                server_header=None,
-            )
-        except (OSError, OverflowError) as error:
-            what = f"cannot listen on {host}:{port} ({getattr(error, 'strerror', None) or error})"
-            raise PersistWorldError(what, where="--web", fix="take another --port, or none for a free one") from error
+        self._server = listen(
+            self._serve_tab,
+            host,
+            port,
+            answer=self._answer,
+            where="--web",
+            fix="take another --port, or none for a free one",
+            max_size=_MAX_MESSAGE,
+            server_header=None,
+        )
         self.port = int(self._server.socket.getsockname()[1])
         self._thread = threading.Thread(target=self._server.serve_forever, name="drive-server", daemon=True)
 
@@ -161,7 +148,7 @@ class DriveServer:
         origin = request.headers.get("Origin")
         if origin is not None and origin != f"http://{host}":
             return HTTPStatus.FORBIDDEN, b"pages of other origins may not drive\n"
-        if self._token and not hmac.compare_digest(token.encode(), self._token.encode()):
+        if self._token and not same_secret(token, self._token):
             return HTTPStatus.UNAUTHORIZED, b"wrong or missing token: open the address that was printed\n"
         return None
 

@@ -20,6 +20,7 @@ from persistworld_cli.policies.msgpack_numpy import pack, unpack
 MAX_MESSAGE = 256 * 2**20  # bytes; a chunk of actions is a kilobyte
 _RETRY_S = 0.5
 _SEE_LOG = "see the server's log"
+_LONGEST_TOLD = 20_000  # characters of what a server says that are shown
 _START_ONE = (
     "start a server: persistworld policy-server --policy scripted, or openpi's scripts/serve_policy.py; "
     "or take the embedded one: --policy scripted"
@@ -68,16 +69,18 @@ class PolicyClient:
         self.metadata: dict[str, Any] = metadata
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
-        """One request, one answer.
+        """One request, one answer. A surplus message is an error: it would be taken for the next request's answer.
 
         Args:
             obs: a map of numbers, text and numpy arrays.
 
         Raises:
-            PersistWorldError: the server failed (its traceback is shown), is gone, or took too long.
+            PersistWorldError: the server failed (its traceback is shown), is gone, took too long, or sent more answers
+                than it was asked for.
         """
         if self._connection is None:
             raise PersistWorldError("the connection to the policy server is closed", where=self.uri)
+        self._require_silence()
         try:
             self._connection.send(pack(obs))
         except ConnectionClosed as error:
@@ -156,6 +159,31 @@ class PolicyClient:
         reason = str(error) or type(error).__name__
         return PersistWorldError(f"the policy server closed the connection ({reason})", where=self.uri, fix=_SEE_LOG)
 
+    def _require_silence(self) -> None:
+        """Raise where a message waits that answers no request."""
+        assert self._connection is not None
+        try:
+            surplus = self._connection.recv(timeout=0)
+        except TimeoutError:
+            return
+        except (ConnectionClosed, OSError) as error:
+            raise self._gone(error) from error
+        self.close()
+        if isinstance(surplus, str):
+            raise self._failed(surplus)
+        raise PersistWorldError(
+            "the policy server sent more answers than it was asked for",
+            where=self.uri,
+            fix="serve a policy that sends one message per request",
+        )
+
+    def _failed(self, message: str) -> PersistWorldError:
+        """The error for a text message, which is a traceback."""
+        told = message.rstrip()
+        if len(told) > _LONGEST_TOLD:
+            told = f"... {told[-_LONGEST_TOLD:]}"
+        return PersistWorldError(f"the policy server failed:\n{told}", where=self.uri, fix=_SEE_LOG)
+
     def _receive(self, what: str) -> dict[str, Any]:
         """The next message as a map."""
         assert self._connection is not None
@@ -173,8 +201,12 @@ class PolicyClient:
             raise self._gone(error) from error
         if isinstance(message, str):
             self.close()
-            raise PersistWorldError(f"the policy server failed:\n{message.rstrip()}", where=self.uri, fix=_SEE_LOG)
-        answer = unpack(message)
+            raise self._failed(message)
+        try:
+            answer = unpack(message)
+        except PersistWorldError as error:
+            self.close()
+            raise PersistWorldError(error.what, where=self.uri, fix=error.fix or _SEE_LOG) from error
         if not isinstance(answer, dict):
             kind = type(answer).__name__
             raise PersistWorldError(f"the policy server sent {kind} as {what}, not a map", where=self.uri)

@@ -23,6 +23,7 @@ JOINTS = "observation/joint_position"
 GRIPPER = "observation/gripper_position"
 PROMPT = "prompt"
 ACTIONS = "actions"
+MOST = 100.0  # no command is larger: 1 is full speed, and full grip
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,21 @@ def check_actions(answer: Any, layout: Layout, source: str) -> Float:
         (R, 8) float64: 7 joint velocities and the gripper position of each row.
 
     Raises:
-        PersistWorldError: no ``actions``, not numbers, a wrong shape, or a NaN or infinity; the field is named.
+        PersistWorldError: no ``actions``, not numbers, a wrong shape, a NaN, or one beyond `MOST`; says which.
     """
     if not isinstance(answer, Mapping):
         raise PersistWorldError(f"the policy answered with {type(answer).__name__}, not a map", where=source)
     if ACTIONS not in answer:
         got = ", ".join(sorted(str(key) for key in answer)) or "nothing"
         raise PersistWorldError(f"the policy's answer has no field 'actions' (it has: {got})", where=source)
-    actions = np.asarray(answer[ACTIONS])
+    try:
+        actions = np.asarray(answer[ACTIONS])
+    except (ValueError, OverflowError) as error:  # rows of different lengths
+        raise PersistWorldError(
+            "field 'actions' is no array: its rows differ in length or kind",
+            where=source,
+            fix=f"answer with {layout.rows} rows of {layout.width} numbers",
+        ) from error
     if actions.dtype.kind not in "iuf":
         raise PersistWorldError(f"field 'actions' holds {actions.dtype}, not numbers", where=source)
     if actions.shape != (layout.rows, layout.width):
@@ -126,11 +134,14 @@ def check_actions(answer: Any, layout: Layout, source: str) -> Float:
             if fitting
             else "serve a policy with DROID's joint-velocity actions",
         )
-    bad = np.argwhere(~np.isfinite(actions))
+    actions = actions.astype(np.float64)
+    bad = np.argwhere(~(np.abs(actions) <= MOST))  # so put, NaN is bad
     if len(bad):
         row, column = (int(i) for i in bad[0])
         part = f"velocity of joint {column + 1}" if column < 7 else "gripper position"
         raise PersistWorldError(
-            f"field 'actions' is {actions[row, column]} at [{row}, {column}] ({part} in row {row})", where=source
+            f"field 'actions' is {actions[row, column]} at [{row}, {column}] ({part} in row {row})",
+            where=source,
+            fix=f"answer with finite numbers between -{MOST:g} and {MOST:g}",
         )
-    return actions.astype(np.float64)
+    return actions

@@ -6,7 +6,6 @@ Browsers are refused (they send an Origin), so no web page can talk to a policy 
 
 from __future__ import annotations
 
-import hmac
 import threading
 import time
 import traceback
@@ -17,13 +16,13 @@ from typing import Any
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.sync.server import Server, ServerConnection
-from websockets.sync.server import serve as listen
 
-from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.policies.client import MAX_MESSAGE
 from persistworld_cli.policies.embedded import Policy, make_policy
 from persistworld_cli.policies.msgpack_numpy import pack, unpack
 from persistworld_cli.policies.observation import Layout
+from persistworld_cli.serving import is_loopback, listen, same_secret
 
 _INTERNAL_ERROR = 1011
 API_KEY_VARIABLE = "PERSISTWORLD_POLICY_API_KEY"
@@ -38,6 +37,10 @@ class PolicyServer:
         host: address to listen on; loopback unless another is asked for.
         port: 0 takes a free one; `port` tells which.
         api_key: if given, connections must bring it as ``Authorization: Api-Key ...``.
+        keyless: listen beyond loopback without a key all the same.
+
+    Raises:
+        UsageError: others could reach it, and it asks for no key.
     """
 
     def __init__(
@@ -48,7 +51,14 @@ class PolicyServer:
         host: str = "127.0.0.1",
         port: int = 0,
         api_key: str | None = None,
+        keyless: bool = False,
     ) -> None:
+        if not api_key and not keyless and not is_loopback(host):
+            raise UsageError(
+                f"listening on {host} needs a key: every machine that reaches the port could use the policy",
+                where="policy.host",
+                fix=f"set {API_KEY_VARIABLE} here and where pi-rollout runs, or serve without a key: --no-key",
+            )
         self._make, self._metadata, self._api_key = make, dict(metadata or {}), api_key
         self.host, self.port = host, port
         self._server: Server | None = None
@@ -63,20 +73,17 @@ class PolicyServer:
 
     def start(self) -> PolicyServer:
         """Listen. Raises PersistWorldError when the port cannot be had."""
-        try:
-            self._server = listen(
-                self._serve_connection,
-                self.host,
-                self.port,
-                process_request=self._answer_http,
-                compression=None,
-                max_size=MAX_MESSAGE,
-                origins=[None],
-                ping_interval=None,
-            )
-        except OSError as error:
-            what = f"cannot listen on {self.host}:{self.port} ({error.strerror})"
-            raise PersistWorldError(what, where="policy.port", fix="take another --port") from error
+        self._server = listen(
+            self._serve_connection,
+            self.host,
+            self.port,
+            answer=self._answer_http,
+            where="policy.port",
+            fix="take another --port",
+            max_size=MAX_MESSAGE,
+            origins=[None],
+            ping_interval=None,
+        )
         self.port = int(self._server.socket.getsockname()[1])
         self._thread = threading.Thread(target=self._server.serve_forever, name="policy-server", daemon=True)
         self._thread.start()
@@ -111,7 +118,7 @@ class PolicyServer:
         if request.path == "/healthz":
             return connection.respond(HTTPStatus.OK, "OK\n")
         sent = request.headers.get("Authorization", "")
-        if self._api_key and not hmac.compare_digest(sent.encode(), f"Api-Key {self._api_key}".encode()):
+        if self._api_key and not same_secret(sent, f"Api-Key {self._api_key}"):
             return connection.respond(HTTPStatus.UNAUTHORIZED, "wrong or missing API key\n")
         return None
 
@@ -152,9 +159,22 @@ class PolicyServer:
 
 
 def serve_embedded(
-    name: str, layout: Layout, seed: int = 0, *, host: str = "127.0.0.1", port: int = 0, api_key: str | None = None
+    name: str,
+    layout: Layout,
+    seed: int = 0,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    api_key: str | None = None,
+    keyless: bool = False,
 ) -> PolicyServer:
-    """A server (not started yet) of one of the embedded policies. Raises UsageError for an unknown name."""
+    """A server (not started yet) of one of the embedded policies; the rest as for `PolicyServer`.
+
+    Raises:
+        UsageError: an unknown name, or others could reach it without a key.
+    """
     make_policy(name, layout, seed)
     metadata = {"policy": name, "layout": layout.name, "action_rows": layout.rows, "action_width": layout.width}
-    return PolicyServer(lambda: make_policy(name, layout, seed), metadata, host=host, port=port, api_key=api_key)
+    return PolicyServer(
+        lambda: make_policy(name, layout, seed), metadata, host=host, port=port, api_key=api_key, keyless=keyless
+    )

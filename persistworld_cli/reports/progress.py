@@ -6,8 +6,9 @@ import sys
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from persistworld_cli.console import note, stderr_console
 
 PLAIN_EVERY_S = 20.0
 
@@ -26,20 +27,19 @@ class Meter:
         self.label, self.total, self.done, self.quiet = label, total, done, quiet
         self._first = done
         self._begun = self._printed = time.monotonic()
-        self._console = Console(stderr=True)
         self._bar: Progress | None = None
 
     def __enter__(self) -> Meter:
         if not self.quiet and sys.stderr.isatty():
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=28),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
-                console=self._console,
+                console=stderr_console(),
             )
             self._bar.start()
             self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, note="")
@@ -56,19 +56,15 @@ class Meter:
     def advance(self, amount: int = 1, **numbers: float) -> None:
         """`amount` more is done; `numbers` are shown with 4 digits."""
         self.done += amount
-        note = " ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        shown = " ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, note=note)
+            self._bar.update(self._task, completed=self.done, note=shown)
         elif not self.quiet and time.monotonic() - self._printed > PLAIN_EVERY_S:
-            self._line(note)
+            self._line(shown)
 
-    def _line(self, note: str) -> None:
+    def _line(self, shown: str) -> None:
         self._printed = now = time.monotonic()
         elapsed = now - self._begun
         rate = (self.done - self._first) / elapsed if elapsed else 0.0
         left = f"{(self.total - self.done) / rate:.0f} s left" if rate else "time left unknown"
-        print(
-            f"{self.label}: {self.done}/{self.total}, {elapsed:.0f} s, {rate:.3g}/s, {left} {note}".rstrip(),
-            file=sys.stderr,
-            flush=True,
-        )
+        note(f"{self.label}: {self.done}/{self.total}, {elapsed:.0f} s, {rate:.3g}/s, {left} {shown}".rstrip())

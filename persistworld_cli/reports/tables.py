@@ -9,9 +9,12 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from persistworld_cli.console import file_console
 
 BARELY = 0.05  # dB: less is no use to anyone, whatever its interval
 COLOURS = {"better": "green", "worse": "red"}
@@ -54,7 +57,9 @@ def eval_table(result: Mapping[str, Any]) -> Table:
         for index, row in enumerate(rows):
             reference = row["model"] in (result["floor"], result["ceiling"])
             cells = [number(row[metric["label"]], metric["label"]) for metric in metrics]
-            table.add_row(group if index == 0 else "", row["model"], *cells, style="dim" if reference else None)
+            table.add_row(
+                escape(group) if index == 0 else "", escape(row["model"]), *cells, style="dim" if reference else None
+            )
         for name, texts in _paired_rows(result, group):
             table.add_row("", name, *texts)
         table.add_section()
@@ -116,7 +121,7 @@ def conduct_table(result: Mapping[str, Any]) -> Table:
                 Text(number(r["value"], "psnr")) for r in fvd["rows"] if (r["model"], r["cameras"]) == (model, group)
             ]
             cells += [Text(_trust(row)) for row in trust["rows"] if row["model"] == model and row["cameras"] == group]
-            table.add_row(group if index == 0 else "", model, *cells)
+            table.add_row(escape(group) if index == 0 else "", escape(model), *cells)
         table.add_section()
     return table
 
@@ -187,7 +192,7 @@ def _caption(result: Mapping[str, Any]) -> str:
     """What the brackets are, and in words what the reward says."""
     lines = []
     if result["paired"]:
-        names = " against ".join(model["label"] for model in reversed(result["models"]))
+        names = " against ".join(escape(model["label"]) for model in reversed(result["models"]))
         lines.append(f"{names}: same episodes, same noise.")
         lines.append("change: 95% bootstrap interval over episodes; win rate: share of rollouts, 95% Wilson interval;")
         lines.append("verdict: from the first interval and Wilcoxon's test over episodes (p < 0.05).")
@@ -212,13 +217,12 @@ def steps_table(title: str, metrics: Sequence[Mapping[str, Any]], rows: Sequence
         table.add_column(heading(metric), justify="right")
     for row in rows:
         cells = [number(row[metric["label"]], metric["label"]) for metric in metrics]
-        table.add_row(str(row["step"]), f"{row['time_s']:.1f} s", row["model"], *cells)
+        table.add_row(str(row["step"]), f"{row['time_s']:.1f} s", escape(row["model"]), *cells)
     return table
 
 
 def plain(table: RenderableType, width: int = 140) -> str:
     """A table (or several) as plain text, for files and pages."""
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(table)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return text
+    text = io.StringIO()
+    file_console(text, width).print(table)
+    return text.getvalue()
