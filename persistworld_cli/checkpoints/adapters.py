@@ -5,11 +5,12 @@ An adapter is compared with the model it is meant for before anything of the mod
 
 from __future__ import annotations
 
-import json
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -31,8 +32,10 @@ from persistworld_cli.files import written_beside
 from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.unet import FrameLevelUNet
 from persistworld_cli.models.world_model import WorldModel
+from persistworld_cli.read_files import as_object, parse_json, positive_number, read_json, reading, whole_number
 
 _ENCODER, _LORA_PREFIX = "action_encoder.", "base_model.model."
+_MOST_RANK = 2**20
 _NO_FIT = (ValueError, RuntimeError, KeyError, TypeError, AttributeError)  # what peft raises for another model's layers
 
 
@@ -74,14 +77,27 @@ def read_adapter(source: WeightSource) -> Adapter:
 
 def _peft_config(folder: Path) -> PeftConfig:
     """``adapter_config.json``. Raises PersistWorldError where it is damaged or of another kind."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # of a newer peft
-            return PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise PersistWorldError(
-            f"not an adapter's settings: {str(error).splitlines()[0]}", where=str(folder / ADAPTER_CONFIG)
-        ) from error
+    path, what = folder / ADAPTER_CONFIG, "not an adapter's settings"
+    with reading(what, path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # of a newer peft
+        _check_config(read_json(path, what))
+        return PeftConfig.from_pretrained(str(folder))
+
+
+def _check_config(told: dict[str, Any]) -> None:
+    """Raise ValueError for settings that peft takes and fails on later: it compiles names, and counts with ranks."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        for name, value in as_object(told.get(key) or {}).items():
+            re.compile(name)
+            whole_number(value, f"{key} of '{name}'", 1, _MOST_RANK)
+    whole_number(told.get("r", 8), "r", 1, _MOST_RANK)
+    positive_number(told.get("lora_alpha", 8), "lora_alpha")
+    for key in ("target_modules", "modules_to_save", "exclude_modules"):
+        names = told.get(key) or []
+        if isinstance(names, str):
+            re.compile(names)
+        elif not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{key} is no list of names")
 
 
 def _state_config(root: Path) -> PeftConfig:
@@ -89,8 +105,10 @@ def _state_config(root: Path) -> PeftConfig:
     step = root if root.is_dir() else root.parent
     path = step.parent.parent / "config.json"
     try:
-        options = from_json(json.loads(path.read_text(encoding="utf-8"))["settings"], where=str(path)).post_train
-    except (OSError, ValueError, KeyError) as error:
+        options = from_json(
+            as_object(parse_json(path.read_text(encoding="utf-8"))["settings"]), where=str(path)
+        ).post_train
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PersistWorldError(
             "a saved state without its run's config.json", where=str(path), fix="leave the state in its run's folder"
         ) from error

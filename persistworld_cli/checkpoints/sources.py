@@ -6,7 +6,6 @@ fetched. HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT are honoured, since the hub's o
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.read_files import parse_json
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 PARTS = ("unet", "vae", "image_encoder", "text_encoder", "action_encoder")
@@ -197,8 +197,11 @@ def _families(listing: _Listing, names: set[str]) -> dict[str, list[str]]:
 def _shards_of(listing: _Listing, index: str) -> list[str]:
     """The files that an index names, whether they are there or not."""
     try:
-        shards = sorted(set(json.loads(listing.fetch(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        shards = sorted(set(parse_json(listing.fetch(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        strays = [name for name in shards if PurePosixPath(name).name != name]
+        if strays or not shards:
+            raise ValueError(f"it names {strays[0]!r}, not a file beside it" if strays else "it names no file")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise listing.says(f"the index '{index}' is damaged: {error}", "fetch it again") from error
     return [(PurePosixPath(index).parent / shard).as_posix() for shard in shards]
 

@@ -11,17 +11,18 @@ import functools
 import mmap
 import pickle
 import sys
-import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from persistworld_cli.checkpoints.sources import WeightSource
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.read_files import reading
+from persistworld_cli.torch_files import load_torch, require_stored
 
 # A mapped file's pages count as this process's memory until they are let go of: so much of it may be mapped at once.
 WINDOW = 16 << 20  # bytes
@@ -153,9 +154,8 @@ class _Torch:
 
     def __init__(self, path: Path, *, mapped: bool) -> None:
         self.mapped = mapped
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        self.path = path
+        content = load_torch(path, mapped=mapped)
         self.tensors: dict[str, torch.Tensor] = _state_dict(content, path)
         self.info = {name: Info(tuple(t.shape), t.dtype) for name, t in self.tensors.items()}
 
@@ -164,6 +164,8 @@ class _Torch:
         wanted = set(names)
         for name, tensor in self.tensors.items():
             if name in wanted:
+                with reading("the file is damaged", self.path, "fetch it again"):
+                    require_stored(name, tensor)
                 yield name, tensor
                 if self.mapped:
                     _let_go(tensor)
@@ -192,6 +194,11 @@ def _state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
         return _policy(content, path)
     if not isinstance(content, dict) or not content:
         raise PersistWorldError("the file holds no state dict", where=str(path), fix="give a file of named tensors")
+    _require_tensors(content, path)
+    return content
+
+
+def _require_tensors(content: dict[Any, Any], path: Path) -> None:
     other = [name for name, value in content.items() if not (isinstance(name, str) and torch.is_tensor(value))]
     if other:
         raise PersistWorldError(
@@ -199,7 +206,6 @@ def _state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
             where=str(path),
             fix="give a file of named tensors",
         )
-    return content
 
 
 def _policy(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
@@ -212,6 +218,7 @@ def _policy(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
                 fix="its weights lie in the run's folder under weights/",
             )
         content = content[key]
+    _require_tensors(content, path)
     names = {name: name.replace("unet.", "base_model.model.", 1) for name in content if name.startswith("unet.")}
     return {names.get(name, name): tensor for name, tensor in content.items()}
 
@@ -233,7 +240,7 @@ def _open(path: Path) -> _File:
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
-        raise PersistWorldError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        raise PersistWorldError(f"cannot be read: {error.strerror}", where=str(path), fix="fetch it again") from error
     try:
         if head.startswith(b"PK"):
             if not zipfile.is_zipfile(path):  # its table of contents stands at the end
@@ -249,7 +256,9 @@ def _open(path: Path) -> _File:
             where=str(path),
             fix="get a plain state dict, or safetensors",
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except PersistWorldError:
+        raise
+    except Exception as error:  # safetensors, torch, zipfile and pickle share no base class
         raise PersistWorldError(
             f"the file is damaged: {_damage(error)}", where=str(path), fix="fetch it again"
         ) from error

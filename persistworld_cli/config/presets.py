@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli
-
 from persistworld_cli.config.bundled import bundled_root, resolve_path
 from persistworld_cli.config.check import check
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.config.values import coerce, field_types, parse_text
-from persistworld_cli.errors import PersistWorldError, UsageError, nearest
+from persistworld_cli.errors import UsageError, nearest
+from persistworld_cli.read_files import read_toml
 
 __all__ = [
     "DEFAULT_PRESET",
@@ -221,13 +220,7 @@ def _read_preset(name: str, layers: dict[str, _Value], chain: tuple[Path, ...]) 
         raise UsageError(
             f"presets extend one another in a circle: {circle}", where=str(path), fix="remove one 'extends'"
         )
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = tomli.loads(text)
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"not TOML: {error}", where=str(path), fix="mend the file at the place named above") from error
-    except OSError as error:
-        raise PersistWorldError(f"cannot read the preset: {error.strerror}", where=str(path)) from error
+    text, data = read_toml(path)
     for key in _META_KEYS:
         if key in data and not isinstance(data[key], str):
             raise UsageError(f"'{key}' must be a string, not {data[key]!r}", where=_place(path, text, "", key))

@@ -84,7 +84,7 @@ def _toml(text: str) -> Any:
     """The TOML value, or None where it is none (TOML has no null)."""
     try:
         data = tomli.loads(f"value = {text}")
-    except tomli.TOMLDecodeError:
+    except (ValueError, RecursionError):  # TOMLDecodeError is a ValueError
         return None
     return data["value"] if data.keys() == {"value"} else None
 

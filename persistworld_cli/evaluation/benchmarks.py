@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli
-
 from persistworld_cli.config.bundled import bundled_root, resolve_path
 from persistworld_cli.config.presets import Pinned, flatten
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.errors import PersistWorldError, UsageError, nearest
+from persistworld_cli.errors import UsageError, nearest
+from persistworld_cli.read_files import read_toml
 
 NONE = "none"
 FOLDER = "presets/benchmarks"
@@ -83,14 +82,7 @@ def load_benchmark(name: str) -> Benchmark | None:
     if name in ("", NONE):
         return None
     path = _path(name)
-    try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8")
-        data = tomli.loads(text)
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"not TOML: {error}", where=str(path), fix="mend the file at the place named above") from error
-    except OSError as error:
-        raise PersistWorldError(f"cannot read the benchmark: {error.strerror}", where=str(path)) from error
+    text, data = read_toml(path)
     version, metrics = data.get("version"), data.get("metrics", {})
     if type(version) is not int or version < 1:
         raise UsageError(
@@ -104,7 +96,7 @@ def load_benchmark(name: str) -> Benchmark | None:
     values = tuple((f"{table}.{key}", value) for table, entries in tables.items() for key, value in entries.items())
     _check_keys([key for key, _ in values], path)
     pinned = Pinned(values, f"benchmark {path.stem}", path, text)
-    return Benchmark(path.stem, version, hashlib.sha256(raw).hexdigest(), pinned, metrics, path)
+    return Benchmark(path.stem, version, hashlib.sha256(text.encode()).hexdigest(), pinned, metrics, path)
 
 
 def _path(name: str) -> Path:

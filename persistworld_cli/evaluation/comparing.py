@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.evaluation.protocol import require_same
 from persistworld_cli.files import jsonable
+from persistworld_cli.read_files import read_json, reading
 from persistworld_cli.statistics.paired import FloatArray, compare
 
 NEEDED = ("protocol", "models", "rollouts", "metrics", "groups", "n")
@@ -25,15 +24,12 @@ def load_result(path: str) -> dict[str, Any]:
     """
     file = Path(path).expanduser()
     file = file / "eval.json" if file.is_dir() else file
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+    what, fix = "cannot read the result", "give the eval.json of a finished evaluation"
+    with reading(what, file, fix):
+        result = read_json(file, what, fix)
         lacking = [key for key in NEEDED if key not in result]
-        if not isinstance(result, dict) or result.get("kind") != "eval" or lacking:
+        if result.get("kind") != "eval" or lacking:
             raise ValueError("no result of persistworld eval" + (f" (no '{lacking[0]}')" if lacking else ""))
-    except (OSError, ValueError, TypeError) as error:
-        raise PersistWorldError(
-            f"cannot read the result: {error}", where=str(file), fix="give the eval.json of a finished evaluation"
-        ) from error
     return result
 
 

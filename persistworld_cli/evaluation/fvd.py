@@ -27,6 +27,7 @@ from persistworld_cli.errors import PersistWorldError, UsageError, nearest
 from persistworld_cli.evaluation.results import EvalData
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.reports.progress import Meter
+from persistworld_cli.torch_files import load_torch
 
 NETS = ("r3d_18", "mc3_18", "r2plus1d_18")
 CLIP, SIDE = 16, 112  # frames and pixels a side: what these networks were trained on
@@ -89,7 +90,7 @@ def load_feature_network(path: str, net: str, device: torch.device) -> FeatureNe
 
     model: nn.Module = getattr(video, net)(weights=None)
     try:
-        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        model.load_state_dict(load_torch(file))
     except Exception as error:  # torch.load raises half a dozen types for a broken or foreign file
         reason = str(error).splitlines()[0]
         raise PersistWorldError(

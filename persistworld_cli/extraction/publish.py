@@ -8,7 +8,6 @@ Legend: T frames, V cameras, C latent channels, h1 latent height of one camera, 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from persistworld_cli.data.clips.store import write_json
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.extraction.locks import Claims
 from persistworld_cli.extraction.preparing import ANNOTATION
+from persistworld_cli.read_files import DAMAGED_NOTES, read_json
 
 SUFFIX = {"native": ".npy", "ctrl-world": ".pt"}  # latent layout -> suffix of its files
 _SHARED = "extract.json"  # what all episodes of a dataset have in common
@@ -145,7 +145,7 @@ class Output:
 
 def _compare(path: Path, shared: dict[str, Any]) -> None:
     """Refuse to go on with other settings than the ones on record."""
-    before = _DEFAULTS | json.loads(path.read_text())
+    before = _DEFAULTS | read_json(path, "unreadable notes of the extraction", DAMAGED_NOTES)
     changed = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in shared.items() if before.get(k) != v]
     if changed:
         raise PersistWorldError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from persistworld_cli.data.clips.store import write_json
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.read_files import read_json, reading
 
 _NAME = "extract_report.json"
 
@@ -34,8 +34,10 @@ class ExtractReport:
 
     @classmethod
     def read(cls, out: Path, rank: int = 0, world_size: int = 1) -> ExtractReport:
-        """What `write` wrote."""
-        return cls(**json.loads(path_of(out, rank, world_size).read_text()))
+        """What `write` wrote. Raises PersistWorldError where it is damaged."""
+        path, what = path_of(out, rank, world_size), "unreadable report of an extraction"
+        with reading(what, path):
+            return cls(**read_json(path, what))
 
     def write(self, out: Path, rank: int = 0, world_size: int = 1) -> None:
         """As ``<out>/extract_report.json``; of several processes, each writes one of its own."""

@@ -24,6 +24,7 @@ from torch.nn import functional
 from persistworld_cli.compat import ensure_torchvision
 from persistworld_cli.config.settings import RewardSettings
 from persistworld_cli.errors import PersistWorldError, UsageError, nearest
+from persistworld_cli.torch_files import load_torch
 
 logger = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parent / "alexnet" / "features_fp16.safetensors"
@@ -97,10 +98,7 @@ def _torchvision_file(url: str, net: str) -> Path:
 def _load_backbone(backbone: nn.Module, path: Path) -> None:
     """Fill the lpips package's slices (``slice2.3.weight``) from torchvision's names (``features.3.weight``)."""
     try:
-        if path.suffix == ".safetensors":
-            stored = safetensors.torch.load_file(path)
-        else:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else load_torch(path)
         wanted = {key: stored["features." + key.split(".", 1)[1]] for key in backbone.state_dict()}
         backbone.load_state_dict(wanted)
     except Exception as error:  # torch.load raises half a dozen types for a broken or foreign file

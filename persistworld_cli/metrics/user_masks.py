@@ -11,7 +11,6 @@ has masks of is left out.
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.read_files import reading
 
 LAYOUT = "DIR/<episode>/<camera>/<frame>.png (or DIR/<episode>/<camera>.npz), see docs/evaluation.md"
 
@@ -154,37 +154,24 @@ def _check(own: Mapping[int, Path], frames: Sequence[int], where: Path, size: tu
 
 def _size(path: Path) -> tuple[int, int]:
     """Height and width of a picture, from its header."""
-    try:
-        with Image.open(path) as picture:
-            return picture.height, picture.width
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    with reading("unreadable mask", path, "write it again"), Image.open(path) as picture:
+        return picture.height, picture.width
 
 
 def _picture(path: Path) -> NDArray[np.bool_]:
     """What a PNG marks: (H, W); of coloured ones every pixel that is not black, of palettes every index but 0."""
-    try:
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB") if picture.mode not in ("1", "L", "P", "I;16", "I") else picture)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    with reading("unreadable mask", path, "write it again"), Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB") if picture.mode not in ("1", "L", "P", "I;16", "I") else picture)
     return (pixels.any(axis=-1) if pixels.ndim == 3 else pixels) != 0
 
 
 def _array(path: Path) -> NDArray[np.generic]:
     """The one array of an npz file."""
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            if len(data.files) != 1:
-                raise ValueError(f"{len(data.files)} arrays instead of one")
-            array: NDArray[np.generic] = data[data.files[0]]
-            return array
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> PersistWorldError:
-    return PersistWorldError(f"unreadable mask: {error}", where=str(path), fix="write it again")
+    with reading("unreadable mask", path, "write it again"), np.load(path, allow_pickle=False) as data:
+        if len(data.files) != 1:
+            raise ValueError(f"{len(data.files)} arrays instead of one")
+        array: NDArray[np.generic] = data[data.files[0]]
+        return array
 
 
 def _some(names: Sequence[str]) -> str:

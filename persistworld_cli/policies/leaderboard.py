@@ -7,7 +7,6 @@ tasks that both sides have count, so that the scores compare the same.
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from persistworld_cli.errors import PersistWorldError, nearest
+from persistworld_cli.read_files import read_json, reading
 from persistworld_cli.statistics.paired import wilson
 from persistworld_cli.statistics.ranking import mmrv, pearson
 
@@ -87,13 +87,28 @@ def _named(run: str) -> tuple[str, Path]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(told["rollouts"], list) and "policy" in told and "task" in told:
-            return dict(told)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise PersistWorldError(f"not a run's rollouts.json: {error!r}", where=str(path)) from error
-    raise PersistWorldError("not a run's rollouts.json: no policy, task or rollouts", where=str(path))
+    what, fix = "not a run's rollouts.json", "give the output folder of persistworld pi-rollout"
+    with reading(what, path, fix):
+        told = read_json(path, what, fix)
+        rollouts = told.get("rollouts")
+        if not isinstance(rollouts, list) or not isinstance(told.get("policy"), str):
+            raise ValueError("no policy, task or rollouts")
+        if not isinstance(told.get("task"), str) or not all(isinstance(entry, dict) for entry in rollouts):
+            raise ValueError("no policy, task or rollouts")
+        for entry in rollouts:
+            _check(entry)
+        return told
+
+
+def _check(entry: Mapping[str, Any]) -> None:
+    """Raise ValueError where a rollout does not say how it ended as it should."""
+    success, progress = entry.get("success"), entry.get("progress")
+    if success is not None and not isinstance(success, bool):
+        raise ValueError(f"success is {success!r}: write true, false or null")
+    if progress is not None and (isinstance(progress, bool) or not isinstance(progress, int | float)):
+        raise ValueError(f"progress is {progress!r}, not a number")
+    if progress is not None and not 0 <= progress <= 1:
+        raise ValueError(f"progress is {progress!r}, not from 0 to 1")
 
 
 def _own(path: Path, entry: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -101,12 +116,9 @@ def _own(path: Path, entry: Mapping[str, Any]) -> Mapping[str, Any]:
     own = path.parent / Path(str(entry.get("json") or "?")).name
     if not own.is_file():
         return entry
-    try:
-        told: dict[str, Any] = json.loads(own.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise PersistWorldError(f"unreadable JSON: {error}", where=str(own)) from error
-    if told.get("success") not in (True, False, None):
-        raise PersistWorldError(f"success is {told['success']!r}", where=str(own), fix="write true, false or null")
+    with reading("unreadable rollout", own):
+        told = read_json(own, "unreadable rollout")
+        _check(told)
     return {**entry, "success": told.get("success"), "progress": told.get("progress")}
 
 
@@ -128,10 +140,8 @@ def read_real(path: Path) -> Results:
     Raises:
         PersistWorldError: naming the line and what is wrong in it.
     """
-    try:
+    with reading("unreadable", path, "give a CSV file, or sim"):
         rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(), skipinitialspace=True))
-    except (OSError, UnicodeDecodeError) as error:
-        raise PersistWorldError(f"unreadable: {error}", where=str(path), fix="give a CSV file, or sim") from error
     header = list(rows[0]) if rows else []
     missing = [name for name in _COLUMNS if name not in header]
     if missing:

@@ -9,10 +9,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import tomli
-
 from persistworld_cli.config.bundled import bundled_root
 from persistworld_cli.errors import UsageError, nearest
+from persistworld_cli.read_files import read_toml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +51,7 @@ def load_task(name: str) -> Task:
         if name.endswith(".toml"):
             raise UsageError(f"no task file '{name}'", where=str(path.absolute()), fix="give the path of a TOML file")
         raise UsageError(f"unknown task '{name}'", where="policy.task", fix=nearest(name, task_names()))
-    try:
-        data = tomli.loads(path.read_text(encoding="utf-8"))
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"not TOML: {error}", where=str(path)) from error
+    _, data = read_toml(path)
     starts = data.pop("starts", [{}])
     if not isinstance(starts, list) or not starts or not all(isinstance(entry, dict) for entry in starts):
         raise UsageError("'starts' must be one or more tables [[starts]]", where=str(path))

@@ -8,7 +8,6 @@ Shapes: velocities (R, 7), R = 15 rows at 15 Hz; joints (7,) rad now -> (R, 7) r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +17,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.read_files import read_json, reading
+from persistworld_cli.torch_files import load_torch
 
 Float = NDArray[np.float64]
 
@@ -125,11 +126,9 @@ def _read_gain(path: Path | None) -> Float:
         raise PersistWorldError(
             "the dataset has no fitted action adapter", where=str(path or "policy.adapter"), fix=fix
         )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+    with reading("not an action adapter", path, fix):
+        data = read_json(path, "not an action adapter", fix)
         gain = np.broadcast_to(np.asarray(data["gain"], dtype=np.float64), (NUM_JOINTS,))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PersistWorldError(f"not an action adapter: {error!r}", where=str(path), fix=fix) from error
     if not np.isfinite(gain).all():
         raise PersistWorldError("the fitted gains are not finite", where=str(path), fix=fix)
     return gain
@@ -167,16 +166,12 @@ def _find(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a file, by name; a torch file may hold them one level down (a checkpoint with other entries)."""
-    try:
+    with reading("cannot read the action adapter", path, "give safetensors, or a plain state dict"):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or pickled file raises many types; all mean the same to the user
-        raise PersistWorldError(
-            f"cannot read the action adapter: {error}", where=str(path), fix="give safetensors, or a plain state dict"
-        ) from error
+        data = load_torch(path)
     flat: dict[str, torch.Tensor] = {}
     for key, value in data.items() if isinstance(data, Mapping) else ():
         if isinstance(value, torch.Tensor):

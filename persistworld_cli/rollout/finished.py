@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.read_files import reading
 from persistworld_cli.rollout.closed_loop import Rollout
 from persistworld_cli.rollout.recording import Item
 
@@ -67,10 +66,6 @@ def _path(folder: Path, item: Item) -> Path:
 @contextmanager
 def _opened(folder: Path, item: Item) -> Iterator[Any]:
     path = _path(folder, item)
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            yield data
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise PersistWorldError(
-            f"unreadable rollout: {error}", where=str(path), fix="delete the file and run again"
-        ) from error
+    fix = "delete the file and run again"
+    with reading("unreadable rollout", path, fix), np.load(path, allow_pickle=False) as data:
+        yield data

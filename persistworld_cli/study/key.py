@@ -16,6 +16,7 @@ from typing import Any
 
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import hash_of, whole_file
+from persistworld_cli.read_files import parse_json
 
 KIND = "persistworld study key"
 
@@ -113,12 +114,12 @@ def load_key(path: Path) -> StudyKey:
     """
     fix = "name the .key.json that `persistworld eval --study` wrote beside the study's folder"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
         if data.pop("kind") != KIND:
             raise ValueError("another kind of file")
         trials = tuple(Trial(**trial) for trial in data.pop("trials"))
         return StudyKey(trials=trials, models=tuple(data.pop("models")), **data)
     except OSError as error:
         raise PersistWorldError(f"the key cannot be read: {error.strerror}", where=str(path), fix=fix) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PersistWorldError("this file is no study's key", where=str(path), fix=fix) from error

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.read_files import parse_json, reason
 from persistworld_cli.statistics.paired import FloatArray
 from persistworld_cli.statistics.preference import (
     elo,
@@ -102,11 +103,11 @@ def _load_answers(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise UsageError("this is a folder", where=str(path), fix=f"name the files in it: {path}/*.json")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PersistWorldError(f"cannot be read: {error.strerror}", where=str(path), fix=fix) from error
-    except ValueError as error:
-        raise PersistWorldError(f"this is no JSON file: {error}", where=str(path), fix=fix) from error
+    except (ValueError, RecursionError) as error:
+        raise PersistWorldError(f"this is no JSON file: {reason(error)}", where=str(path), fix=fix) from error
     if isinstance(data, dict) and data.get("kind") == KEY_KIND:
         raise UsageError("this is a study's key, not answers", where=str(path), fix=f"give it as --key {path}")
     if not (isinstance(data, dict) and data.get("kind") == KIND and isinstance(data.get("answers"), list)):

@@ -12,7 +12,6 @@ h = V * h1 (cameras stacked along height in their order), w latent width, N fram
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,10 +25,12 @@ from torch import Tensor
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.latent_files import LatentReader
+from persistworld_cli.data.metadata.annotations import read_success, read_text
 from persistworld_cli.data.metadata.index import INDEX_FILE, ActionStat, EpisodeIndex, IndexFile
 from persistworld_cli.data.raw import video
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import natural_key, write_json
+from persistworld_cli.read_files import read_json, reading, whole_number
 
 __all__ = ["ActionStat", "Annotation", "EpisodeIndex", "EpisodeStore", "natural_key", "open_store", "write_json"]
 
@@ -100,23 +101,24 @@ class EpisodeStore:
                 where=str(path.parent),
                 fix=f"take one of: {', '.join(self.episodes(split)[:12]) or 'none there'}",
             )
-        try:
-            raw = json.loads(path.read_text())
+        what = "unreadable annotation"
+        with reading(what, path, _REDO):
+            raw = read_json(path, what, _REDO)
             states = np.asarray(raw["states"], dtype=np.float64)
             joints = np.asarray(raw["joints"], dtype=np.float64) if raw.get("joints") else None
-            texts = raw.get("texts") or [""]
-            length = int(raw.get("video_length", len(states)))
-        except (ValueError, KeyError, TypeError) as error:
-            raise PersistWorldError(f"unreadable annotation: {error!r}", where=str(path), fix=_REDO) from error
+            length = whole_number(raw.get("video_length", len(states)), "video_length")
+            if joints is not None and (joints.ndim != 2 or not np.isfinite(joints).all()):
+                raise ValueError("joints are not rows of finite numbers")
+            if states.ndim == 2 and not np.isfinite(states).all():
+                raise ValueError("states are not rows of finite numbers")
         if states.ndim != 2 or not len(states):
             raise PersistWorldError(f"states have shape {states.shape}", where=str(path), fix=_REDO)
-        success = raw.get("success")
         return Annotation(
             episode_id=episode,
-            text=str(texts[0]),
+            text=read_text(raw),
             states=states,
             joints=joints,
-            success=None if success is None else bool(success),
+            success=read_success(raw),
             num_frames=min(length, len(states)),
             raw=raw,
         )

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.read_files import parse_json
 
 REDO = "delete the episode's annotation and run persistworld extract-latents again"
 _DECODER = json.JSONDecoder()
@@ -85,7 +86,7 @@ def load_annotation(path: Path, wanted: Collection[str] | None = None) -> dict[s
     """
     try:
         text = path.read_bytes().decode()
-        raw = json.loads(text) if wanted is None else read_keys(text, wanted)
+        raw = parse_json(text) if wanted is None else read_keys(text, wanted)
     except FileNotFoundError as error:
         raise Unreadable("the annotation is gone", where=str(path), fix="run persistworld build-meta again") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -109,7 +110,7 @@ def read_states(raw: Mapping[str, Any], path: Path) -> NDArray[np.float64]:
         raise bad("states are missing")
     try:
         states = np.asarray(raw["states"], dtype=np.float64)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise bad("states are not rows of numbers of one width") from error
     if states.ndim != 2 or not states.size:
         raise bad("states are empty" if not states.size else "states are not rows of numbers of one width")

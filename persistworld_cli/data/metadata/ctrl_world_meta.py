@@ -19,6 +19,7 @@ from persistworld_cli.data.metadata.health import count_starts
 from persistworld_cli.data.metadata.index import ActionStat, EpisodeIndex, IndexFile, running
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import whole_file, write_json
+from persistworld_cli.read_files import reading
 
 SUFFIX = "_sample.json"
 _READ = 1 << 20  # characters
@@ -135,16 +136,10 @@ class _List:
     def __init__(self, path: Path) -> None:
         self.code: dict[str, int] = {}
         keys = array("q")
-        try:
+        with reading("unreadable list of samples", path, 'it should read [{"episode_id": 17, "frame_ids": [3]}, ...]'):
             for entry in _stream(path):
                 episode = self.code.setdefault(str(entry["episode_id"]), len(self.code))
                 keys.extend(episode << _BITS | int(start) for start in entry["frame_ids"][:1] if 0 <= start <= _START)
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise PersistWorldError(
-                f"unreadable list of samples: {error!r}",
-                where=str(path),
-                fix='it should read [{"episode_id": 17, "frame_ids": [3]}, ...]',
-            ) from error
         self.keys: NDArray[np.int64] = np.frombuffer(keys, np.int64) if keys else np.empty(0, np.int64)
 
 

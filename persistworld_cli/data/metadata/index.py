@@ -18,6 +18,7 @@ Needs no torch.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from contextlib import suppress
@@ -31,6 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import whole_file
+from persistworld_cli.read_files import as_object, parse_json, read_json, reading, whole_number
 
 INDEX_FILE = "index.safetensors"
 FORMAT = "persistworld-index-1"
@@ -74,13 +76,14 @@ class ActionStat:
             raise PersistWorldError(
                 "percentiles of the states are missing", where=str(path), fix="run persistworld build-meta on it"
             )
-        try:
-            data = json.loads(path.read_text())
+        what = "unreadable percentiles"
+        with reading(what, path, REBUILD):
+            data = read_json(path, what, REBUILD)
             p01, p99 = (np.asarray(data[key], dtype=np.float64) for key in ("state_01", "state_99"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise PersistWorldError(f"unreadable percentiles: {error!r}", where=str(path), fix=REBUILD) from error
-        if p01.shape != p99.shape or p01.ndim != 1:
+        if p01.shape != p99.shape or p01.ndim != 1 or not p01.size:
             raise PersistWorldError("state_01 and state_99 differ in shape", where=str(path), fix=REBUILD)
+        if not np.isfinite([p01, p99]).all():
+            raise PersistWorldError("the percentiles hold values that are no numbers", where=str(path), fix=REBUILD)
         return cls(p01, p99)
 
 
@@ -113,22 +116,21 @@ class IndexFile:
         if not path.is_file():
             raise PersistWorldError("dataset has no index", where=str(path), fix="run persistworld build-meta on it")
         self.path = path
-        try:
+        with reading("the index is damaged", path, REBUILD):
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
-                header: dict[str, Any] = json.loads(file.read(length) if length < 1 << 24 else b"")
-            self.info: dict[str, str] = header.pop("__metadata__")
+                text = file.read(length).decode() if length < 1 << 24 else ""
+            header = as_object(parse_json(text))
+            self.info: dict[str, str] = as_object(header.pop("__metadata__"))
             self._begin, self._entries = 8 + length, header
-            whole = self._begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (struct.error, ValueError, KeyError, TypeError, OSError) as error:
-            raise PersistWorldError(f"the index is damaged ({error!r})", where=str(path), fix=REBUILD) from error
+            whole = self._begin + max((_checked(name, entry) for name, entry in header.items()), default=0)
         if self.info.get("format") != FORMAT or whole != path.stat().st_size:
             what = "the index is cut off" if self.info.get("format") == FORMAT else "the index is of another version"
             raise PersistWorldError(what, where=str(path), fix=REBUILD)
 
     def array(self, name: str) -> NDArray[Any]:
-        """An array, memory-mapped."""
-        entry = self._entries[name]
+        """An array, memory-mapped. Raises PersistWorldError where the index does not hold it."""
+        entry = self._entry(name)
         dtype, shape = np.dtype(_CODES[entry["dtype"]]), tuple(entry["shape"])
         if not int(np.prod(shape)):
             return np.empty(shape, dtype)
@@ -139,12 +141,22 @@ class IndexFile:
         return name in self._entries
 
     def names(self, name: str) -> list[str]:
-        """A list of texts."""
-        return list(json.loads(self.array(name).tobytes()))
+        """A list of texts. Raises PersistWorldError where it is none."""
+        with reading("the index is damaged", self.path, REBUILD):
+            texts = parse_json(self.array(name).tobytes().decode())
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise TypeError(f"'{name}' is no list of texts")
+        return texts
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        if name not in self._entries:
+            raise PersistWorldError(f"the index is damaged: no array '{name}'", where=str(self.path), fix=REBUILD)
+        entry: dict[str, Any] = self._entries[name]
+        return entry
 
     def states(self) -> StateRows:
         """The states, to be read block by block without being mapped."""
-        entry = self._entries["states"]
+        entry = self._entry("states")
         return StateRows(
             self.path, np.dtype(_CODES[entry["dtype"]]), tuple(entry["shape"]), self._begin + entry["data_offsets"][0]
         )
@@ -158,8 +170,26 @@ class IndexFile:
         """The usable episodes of a split.
 
         Raises:
-            PersistWorldError: it has none.
+            PersistWorldError: it has none, or the index is damaged.
         """
+        with reading("the index is damaged", self.path, REBUILD):
+            self._check_rows()
+            return self._split(name)
+
+    def _check_rows(self) -> None:
+        """Raise where arrays that belong together do not fit: numpy would wrap or cut them without a word."""
+        lengths, ids = np.asarray(self.array("lengths")), self.names("ids")
+        codes = {"split_of": len(self.names("splits")), "text_of": len(self.names("texts"))}
+        if lengths.ndim != 1 or len(ids) != len(lengths) or (lengths < 0).any():
+            raise ValueError("ids and lengths do not fit")
+        if int(lengths.sum()) != self._entry("states")["shape"][0]:
+            raise ValueError("lengths and states do not fit")
+        for name, count in codes.items():
+            rows = np.asarray(self.array(name))
+            if rows.shape != lengths.shape or ((rows < 0) | (rows >= max(1, count))).any():
+                raise ValueError(f"'{name}' does not fit")
+
+    def _split(self, name: str) -> EpisodeIndex:
         splits, lengths = self.names("splits"), np.asarray(self.array("lengths"))
         usable = lengths > 0
         mine = (self.array("split_of") == splits.index(name)) if name in splits else np.zeros(len(lengths), bool)
@@ -190,6 +220,15 @@ class IndexFile:
         low, high = (np.searchsorted(of, [rows[0], rows[-1]], side=side) for side in ("left", "right"))
         begin, end = int(low[0]), int(high[1])
         return self.array("starts")[begin:end], np.append(np.searchsorted(of[begin:end], rows), end - begin)
+
+
+def _checked(name: str, entry: Any) -> int:
+    """Where an array of the header ends. Raises where type, shape and place do not agree."""
+    begin, end = (whole_number(at, "data_offsets") for at in entry["data_offsets"])
+    shape = [whole_number(size, "shape") for size in entry["shape"]]
+    if end - begin != math.prod(shape) * np.dtype(_CODES[entry["dtype"]]).itemsize:
+        raise ValueError(f"'{name}' is not as long as its shape says")
+    return end
 
 
 @dataclass(frozen=True)

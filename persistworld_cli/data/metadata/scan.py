@@ -5,7 +5,6 @@ Legend: T frames at the model rate, R raw frames, D numbers of a state, J joints
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from persistworld_cli.data.metadata.annotations import Unreadable, load_annotati
 from persistworld_cli.data.metadata.latent_header import read_header
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import natural_key
+from persistworld_cli.read_files import DAMAGED_NOTES, read_json
 
 VELOCITY = "action.joint_velocity"
 JOINTS = "observation.state.joint_position"
@@ -84,13 +84,13 @@ def _changed(folder: Path) -> dict[str, int]:
 
 
 def extraction_notes(root: Path) -> dict[str, Any]:
-    """What extract-latents noted of the dataset (extract.json); empty for datasets of other origin."""
+    """What extract-latents noted of the dataset (extract.json); empty for datasets of other origin.
+
+    Raises:
+        PersistWorldError: it is damaged.
+    """
     path = root / "extract.json"
-    try:
-        noted = json.loads(path.read_text()) if path.is_file() else {}
-    except (OSError, ValueError):
-        return {}
-    return noted if isinstance(noted, dict) else {}
+    return read_json(path, "unreadable notes of the extraction", DAMAGED_NOTES) if path.is_file() else {}
 
 
 def read_episode(root: Path, check_latents: bool, request: tuple[Listed, bool]) -> Episode:

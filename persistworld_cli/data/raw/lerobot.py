@@ -6,7 +6,6 @@ video is there is simply not listed (the tables of all episodes are small, and u
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +20,23 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from persistworld_cli.errors import PersistWorldError, nearest
+from persistworld_cli.read_files import (
+    as_object,
+    fill_template,
+    positive_number,
+    read_json,
+    read_json_lines,
+    reading,
+    whole_number,
+)
 
 # LeRobot's v3.0 converter writes this where a v2.1 dataset had an empty task.
 _NO_TASK = "no instruction"
 _IMAGES = "observation.images."
 _FETCH = "fetch the file (again), or leave the episode out"
+_REPAIR = "repair or fetch the file"
+_PLACE = ("chunk_index", "file_index")  # of a version 3 file
+_MOST = 2**40  # frames, episodes, numbers of files: more is damage
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class RawDataset:
                 where=str(self.path),
                 fix="give the folder that holds meta/, data/ and videos/",
             )
-        self.info: dict[str, Any] = _read_json(info_file)
+        self.info: dict[str, Any] = read_json(info_file, "unreadable JSON", _REPAIR)
         self.version = str(self.info.get("codebase_version", ""))
         if not self.version.startswith(("v2", "v3")):
             raise PersistWorldError(
@@ -67,9 +78,26 @@ class RawDataset:
         missing = [key for key in ("fps", "data_path", "features") if key not in self.info]
         if missing:
             raise PersistWorldError(f"{', '.join(missing)} missing", where=str(info_file), fix="repair the file")
+        with reading("unreadable dataset description", info_file, _REPAIR):
+            self._check_info()
         self._known: dict[int, RawEpisode] = {}
         self._file: tuple[Path, pq.ParquetFile] | None = None
         self._table: tuple[Path, tuple[int, ...], pa.Table] | None = None
+
+    def _check_info(self) -> None:
+        """Raise where info.json holds values of another kind than it should."""
+        positive_number(self.info["fps"], "fps")
+        whole_number(self.info.get("chunks_size", 1000), "chunks_size", 1, _MOST)
+        as_object(self.info.get("splits") or {})
+        for name, feature in as_object(self.info["features"]).items():
+            if not isinstance(feature, dict):
+                raise ValueError(f"feature '{name}' is no table")
+        names: dict[str, int | str] = dict.fromkeys(("episode_chunk", "episode_index"), 0)
+        if self.version.startswith("v3"):
+            names = dict.fromkeys(("chunk_index", "file_index"), 0)
+        fill_template(self.info["data_path"], names)
+        if self.cameras:
+            fill_template(self.info.get("video_path"), {"video_key": "", **names})
 
     @property
     def fps(self) -> float:
@@ -90,7 +118,7 @@ class RawDataset:
     def splits(self) -> dict[str, tuple[int, int]]:
         """Split name -> half-open range of episode indices, from info.json (``"train": "0:60"``)."""
         out: dict[str, tuple[int, int]] = {}
-        for name, text in dict(self.info.get("splits", {})).items():
+        for name, text in dict(self.info.get("splits") or {}).items():
             first, _, last = str(text).partition(":")
             try:
                 out[name] = (int(first or 0), int(last) if last else 2**62)
@@ -147,7 +175,8 @@ class RawDataset:
                 where=str(episode.table),
                 fix=nearest(unknown[0], table.column_names),
             )
-        return {name: _column(table, name, episode.table) for name in fields}
+        with reading("unreadable table", episode.table, _FETCH):
+            return {name: _column(table, name, episode.table) for name in fields}
 
     def columns(self, index: int) -> list[str]:
         """Names of the columns in the table of an episode."""
@@ -179,7 +208,8 @@ class RawDataset:
         text = self._first(episode, "language_instruction") or next(iter(episode.tasks), None)
         if text is None:
             task = self._first(episode, "task_index")
-            text = "" if task is None else self._tasks.get(int(task), "")
+            with reading("unreadable table", episode.table, _FETCH):
+                text = "" if task is None else self._tasks.get(whole_number(task, "task_index"), "")
         return "" if text == _NO_TASK else str(text)
 
     @cached_property
@@ -207,19 +237,15 @@ class RawDataset:
     def _tasks(self) -> dict[int, str]:
         """Task number -> instruction, from ``meta/tasks.jsonl`` (v2) or ``meta/tasks.parquet`` (v3); {} without."""
         lines, table = self.path / "meta" / "tasks.jsonl", self.path / "meta" / "tasks.parquet"
-        try:
-            if lines.is_file():
-                rows = [json.loads(line) for line in lines.read_text().splitlines() if line.strip()]
-            elif table.is_file():
-                # pandas wrote the tasks as its index, under a name of its own
+        if not lines.is_file() and not table.is_file():
+            return {}
+        what, path = "unreadable list of tasks", lines if lines.is_file() else table
+        with reading(what, path, _FETCH):
+            if path == lines:
+                rows = read_json_lines(lines, what, _FETCH)
+            else:  # pandas wrote the tasks as its index, under a name of its own
                 rows = [{"task": row.get("__index_level_0__"), **row} for row in pq.read_table(table).to_pylist()]
-            else:
-                rows = []
-            return {int(row["task_index"]): str(row["task"] or "") for row in rows}
-        except (ValueError, KeyError, TypeError, pa.ArrowException, OSError) as error:
-            raise PersistWorldError(
-                f"unreadable list of tasks: {error!r}", where=str(lines if lines.is_file() else table), fix=_FETCH
-            ) from error
+            return {whole_number(row["task_index"], "task_index"): str(row["task"] or "") for row in rows}
 
     def _episodes_v2(self) -> dict[int, RawEpisode]:
         """Version 2: ``meta/episodes.jsonl`` and one file an episode."""
@@ -228,24 +254,17 @@ class RawDataset:
             raise PersistWorldError("list of episodes is missing", where=str(path), fix=_FETCH)
         chunk = int(self.info.get("chunks_size", 1000))
         out: dict[int, RawEpisode] = {}
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                index = int(row["episode_index"])
+        for number, row in enumerate(read_json_lines(path, "unreadable list of episodes", _FETCH), 1):
+            with reading(f"entry {number} is unreadable", path, _FETCH):
+                index = whole_number(row["episode_index"], "episode_index", 0, _MOST)
                 names = {"episode_chunk": index // chunk, "episode_index": index}
                 out[index] = RawEpisode(
                     index=index,
-                    length=int(row["length"]),
-                    tasks=tuple(str(t) for t in row.get("tasks", [])),
-                    table=self.path / self.info["data_path"].format(**names),
+                    length=whole_number(row["length"], "length", 0, _MOST),
+                    tasks=_texts(row.get("tasks")),
+                    table=self.path / fill_template(self.info["data_path"], names),
                     videos={c: (self._video_file(c, names), 0) for c in self.cameras},
                 )
-            except (ValueError, KeyError, TypeError) as error:
-                raise PersistWorldError(
-                    f"line {number} is unreadable: {error!r}", where=str(path), fix=_FETCH
-                ) from error
         return out
 
     def _episodes_v3(self) -> dict[int, RawEpisode]:
@@ -255,16 +274,12 @@ class RawDataset:
             raise PersistWorldError("list of episodes is missing", where=str(self.path / "meta/episodes"), fix=_FETCH)
         out: dict[int, RawEpisode] = {}
         for path in files:
-            try:
+            with reading("unreadable list of episodes", path, _FETCH):
                 # the statistics columns are most of the file: leave them
                 names = [n for n in pq.read_schema(path).names if not n.startswith("stats/")]
-                rows = pq.read_table(path, columns=names).to_pylist()
-                for row in rows:
-                    out[int(row["episode_index"])] = self._row_v3(row)
-            except (KeyError, TypeError, pa.ArrowException, OSError) as error:
-                raise PersistWorldError(
-                    f"unreadable list of episodes: {error!r}", where=str(path), fix=_FETCH
-                ) from error
+                for row in pq.read_table(path, columns=names).to_pylist():
+                    episode = self._row_v3(row)
+                    out[episode.index] = episode
         return out
 
     def _row_v3(self, row: dict[str, Any]) -> RawEpisode:
@@ -274,20 +289,21 @@ class RawDataset:
             head = f"videos/{self._video_key(camera)}/"
             if row.get(head + "chunk_index") is None:
                 continue
-            names = {"chunk_index": int(row[head + "chunk_index"]), "file_index": int(row[head + "file_index"])}
-            videos[camera] = (self._video_file(camera, names), round(float(row[head + "from_timestamp"]) * self.fps))
-        names = {"chunk_index": int(row["data/chunk_index"]), "file_index": int(row["data/file_index"])}
+            names = {name: whole_number(row[head + name], head + name, 0, _MOST) for name in _PLACE}
+            first = round(float(row[head + "from_timestamp"]) * self.fps)
+            videos[camera] = (self._video_file(camera, names), whole_number(first, "from_timestamp * fps", 0, _MOST))
+        names = {name: whole_number(row[f"data/{name}"], f"data/{name}", 0, _MOST) for name in _PLACE}
         return RawEpisode(
-            index=int(row["episode_index"]),
-            length=int(row["length"]),
-            tasks=tuple(str(t) for t in row.get("tasks") or []),
-            table=self.path / self.info["data_path"].format(**names),
+            index=whole_number(row["episode_index"], "episode_index", 0, _MOST),
+            length=whole_number(row["length"], "length", 0, _MOST),
+            tasks=_texts(row.get("tasks")),
+            table=self.path / fill_template(self.info["data_path"], names),
             videos=videos,
         )
 
     def _video_file(self, camera: str, names: dict[str, int]) -> Path:
         """Path of a camera's video from info.json's template."""
-        return self.path / str(self.info["video_path"]).format(video_key=self._video_key(camera), **names)
+        return self.path / fill_template(self.info["video_path"], {"video_key": self._video_key(camera), **names})
 
     def _video_key(self, camera: str) -> str:
         """The feature of a camera; some datasets name it without the usual ``observation.images.``."""
@@ -300,20 +316,19 @@ class RawDataset:
 
     def _rows(self, episode: RawEpisode) -> pa.Table:
         """The rows of one episode, by frame. The last row groups stay in memory: a v3 file serves many episodes."""
-        try:
+        if not episode.table.is_file():
+            raise PersistWorldError("table is missing", where=str(episode.table), fix=_FETCH)
+        with reading("unreadable table", episode.table, _FETCH):
             table = self._groups(episode)
-        except (pa.ArrowException, OSError) as error:
-            reason = "table is missing" if not episode.table.is_file() else f"unreadable table: {error}"
-            raise PersistWorldError(reason, where=str(episode.table), fix=_FETCH) from error
-        if "episode_index" in table.column_names:
-            table = table.filter(pc.equal(table.column("episode_index"), episode.index))
-        if table.num_rows == 0:
-            raise PersistWorldError(f"no rows of episode {episode.index}", where=str(episode.table), fix=_FETCH)
-        if "frame_index" in table.column_names:
-            table = table.sort_by("frame_index")
-            frames = table.column("frame_index").to_numpy()
-            if not np.array_equal(frames - frames[0], np.arange(len(frames))):
-                raise PersistWorldError("frame_index leaves frames out", where=str(episode.table), fix=_FETCH)
+            if "episode_index" in table.column_names:
+                table = table.filter(pc.equal(table.column("episode_index"), episode.index))
+            if table.num_rows == 0:
+                raise PersistWorldError(f"no rows of episode {episode.index}", where=str(episode.table), fix=_FETCH)
+            if "frame_index" in table.column_names:
+                table = table.sort_by("frame_index")
+                frames = table.column("frame_index").to_numpy()
+                if not np.array_equal(frames - frames[0], np.arange(len(frames))):
+                    raise PersistWorldError("frame_index leaves frames out", where=str(episode.table), fix=_FETCH)
         return table
 
     def _groups(self, episode: RawEpisode) -> pa.Table:
@@ -352,9 +367,8 @@ def _column(table: pa.Table, name: str, path: Path) -> NDArray[Any]:
     return array.astype(np.float64) if array.dtype.kind == "f" else array
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, OSError) as error:
-        raise PersistWorldError(f"unreadable JSON: {error}", where=str(path), fix="repair or fetch the file") from error
+def _texts(value: Any) -> tuple[str, ...]:
+    """A list of texts; None is an empty one. Raises TypeError."""
+    if value is not None and not isinstance(value, list):
+        raise TypeError("tasks are no list")
+    return tuple(str(text) for text in value or [])

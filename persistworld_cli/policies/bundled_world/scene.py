@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +17,7 @@ from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.policies.judge import Float, SceneObject
+from persistworld_cli.read_files import read_json_lines, reading
 from persistworld_cli.rollout.interactive import Start
 
 OBJECT_POSE = "sim.object_pose"
@@ -106,8 +106,7 @@ def _described(root: Path) -> dict[int, list[dict[str, Any]]]:
     path = root / "meta" / "episodes.jsonl"
     if not path.is_file():
         return {}
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    what = "unreadable list of episodes"
+    rows = read_json_lines(path, what, _FIX)
+    with reading(what, path, _FIX):
         return {int(row["episode_index"]): row["objects"] for row in rows if row.get("objects")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise PersistWorldError(f"unreadable list of episodes: {error!r}", where=str(path), fix=_FIX) from error

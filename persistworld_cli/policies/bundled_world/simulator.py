@@ -8,7 +8,6 @@ Shape legend: F frames, V cameras, H, W pixels, N objects, L rows of an interact
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from persistworld_cli.policies.bundled_world.success import (
 from persistworld_cli.policies.controller import ActingPolicy, PolicyTrace, PolicyView, ask_policy
 from persistworld_cli.policies.judge import SceneObject
 from persistworld_cli.policies.outputs import POLICY_HZ, Rollout
+from persistworld_cli.read_files import parse_json, reading, whole_number
 from persistworld_cli.rollout.interactive import Float, Start
 
 _INSTALL = "in a checkout of the repository: pip install -e '.[sim]'"
@@ -82,14 +82,9 @@ def _recorder() -> Any:
 def recorded_seed(recorded: RecordedStart) -> int:
     """The seed that an episode was recorded with. Raises PersistWorldError: it does not tell."""
     table = recorded.raw.episode(recorded.index).table
-    try:
-        return int(json.loads(pq.read_schema(table).metadata[_SEED_KEY])["seed"])
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise PersistWorldError(
-            "the recording does not tell the seed that its scene comes from",
-            where=str(table),
-            fix="record it with python -m dataset_example.recorder",
-        ) from error
+    what = "the recording does not tell the seed that its scene comes from"
+    with reading(what, table, "record it with python -m dataset_example.recorder"):
+        return whole_number(parse_json(pq.read_schema(table).metadata[_SEED_KEY].decode())["seed"], "seed")
 
 
 @contextmanager

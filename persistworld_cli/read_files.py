@@ -1,0 +1,187 @@
+"""Files that others wrote, read so that whatever is wrong with them is one error: what, which file, what to do.
+
+A file may be cut, overwritten, of another kind, or hold values of another type than expected, and the libraries raise
+dozens of types for that. `reading` turns all of them into a PersistWorldError; keep in its block what parses and checks
+the file, and nothing else. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import string
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from persistworld_cli.errors import PersistWorldError, UsageError
+
+AGAIN = "fetch the file again, or repair it"
+DAMAGED_NOTES = "put the file back, or extract into another folder"
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+_FIELD = re.compile(r"0?\d{0,2}d?")  # of a template: plain whole numbers, at most 99 wide
+
+
+@contextmanager
+def reading(
+    what: str, path: Path | str, fix: str = AGAIN, error: type[PersistWorldError] = PersistWorldError
+) -> Iterator[None]:
+    """Whatever parsing a file raises becomes one error.
+
+    Args:
+        what: how the message begins: ``unreadable list of tasks``.
+        path: the file.
+        fix: what to do about it.
+        error: the class to raise.
+
+    Raises:
+        PersistWorldError: the block failed; one that it raises itself passes.
+    """
+    try:
+        yield
+    except PersistWorldError:
+        raise
+    except Exception as raised:  # json, pyarrow, zipfile, pickle, numpy and torch share no base class
+        raise error(f"{what}: {reason(raised)}", where=str(path), fix=fix) from raised
+
+
+def reason(error: BaseException) -> str:
+    """Why a file cannot be read, in one line."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    if isinstance(error, MemoryError):
+        return "it declares more than fits into memory"
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: not JSON, or a text in it is no Unicode (half a surrogate pair), which nothing could write again.
+        RecursionError: nested too deep.
+    """
+    value = json.loads(text)
+    if _HALF_PAIR.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("a text in it holds half a surrogate pair") from error
+    return value
+
+
+def read_json(
+    path: Path, what: str, fix: str = AGAIN, error: type[PersistWorldError] = PersistWorldError
+) -> dict[str, Any]:
+    """The object in a JSON file; arguments as for `reading`.
+
+    Raises:
+        PersistWorldError: absent, not UTF-8, not JSON, nested too deep, or no object at the top.
+    """
+    with reading(what, path, fix, error):
+        return as_object(parse_json(path.read_text(encoding="utf-8")))
+
+
+def read_json_lines(path: Path, what: str, fix: str = AGAIN) -> list[dict[str, Any]]:
+    """The objects of a file with one JSON object per line; empty lines are left out.
+
+    Raises:
+        PersistWorldError: as `read_json`; it names the line.
+    """
+    rows = []
+    with reading(what, path, fix):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            with reading(f"{what}: line {number} is unreadable", path, fix):
+                rows.append(as_object(parse_json(line)))
+    return rows
+
+
+def read_toml(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a TOML file, as its bytes have it, and its tables.
+
+    Raises:
+        UsageError: not UTF-8, not TOML, or nested too deep. PersistWorldError: it cannot be read.
+    """
+    with reading("cannot be read", path):
+        raw = path.read_bytes()
+    with reading("not TOML", path, "fix the file at the place that is named", UsageError):
+        text = raw.decode("utf-8")
+        return text, tomli.loads(text)
+
+
+def as_object(value: Any) -> dict[str, Any]:
+    """`value`, which must be a map. Raises TypeError."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"it holds {_kind(value)} where a table of names and values belongs")
+    return dict(value)
+
+
+def whole_number(value: Any, name: str, low: int = 0, high: int = 2**62) -> int:
+    """`value`, which must be a whole number from `low` to `high`; 3.0 counts as one. Raises ValueError."""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if number is None or not math.isfinite(number) or int(number) != number or not low <= number <= high:
+        raise ValueError(f"{name} is {_shown(value)}, not a whole number from {low} to {high}")
+    return int(number)
+
+
+def positive_number(value: Any, name: str) -> float:
+    """`value`, which must be a finite number above 0. Raises ValueError."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e300:
+        raise ValueError(f"{name} is {_shown(value)}, not a number above 0")
+    return float(value)
+
+
+def fill_template(template: Any, names: Mapping[str, str | int]) -> str:
+    """A path out of a template such as ``data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet``.
+
+    Python's own formatting would let a file reach into objects (``{a.b}``) or ask for gigabytes (``{a:2000000000d}``).
+
+    Args:
+        template: text with the fields of `names`, each with at most a width.
+        names: field -> value.
+
+    Raises:
+        ValueError: no text, or a field that is unknown or formatted in another way.
+    """
+    if not isinstance(template, str):
+        raise ValueError(f"a path template is {_shown(template)}, not text")
+    parts: list[str] = []
+    for text, field, spec, conversion in string.Formatter().parse(template):
+        parts.append(text)
+        if field is None:
+            continue
+        if field not in names or conversion or not _FIELD.fullmatch(spec or ""):
+            known = ", ".join(f"{{{name}}}" for name in names)
+            raise ValueError(f"path template {_shown(template)}: a field other than {known} with a width up to 99")
+        value = names[field]
+        parts.append(format(value, spec or "") if isinstance(value, int) else value)
+    path = "".join(parts)
+    if "\0" in path:
+        raise ValueError(f"path template {_shown(template)} holds a NUL")
+    return path
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is called."""
+    names = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list"}
+    return "nothing (null)" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _shown(value: Any) -> str:
+    """A value, not longer than a message should be."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
