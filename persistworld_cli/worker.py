@@ -1,8 +1,9 @@
 """``python -m persistworld_cli.worker config.json``: one process of a run. It parses no flags: all is resolved.
 
-A task is a function ``run(settings, job) -> dict``; rank 0 writes what it returns to ``<output>/result.json``. A
-mistake the user can mend is raised as PersistWorldError; `training.run.Interrupted` says that all ranks agreed to stop
-and saved, KeyboardInterrupt that this rank was interrupted where it stood.
+A task is a function ``run(settings, job) -> dict``. The folder of config.json is this run's alone: rank 0 writes what
+the task returns to ``result.json`` in it, the first rank that fails writes ``failure.json``. A user's mistake is raised
+as PersistWorldError; `training.run.Interrupted` says that all ranks agreed to stop and saved, KeyboardInterrupt
+that this rank was interrupted where it stood.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ TASKS = {
     "selfcheck": "persistworld_cli.launch.selfcheck:run",
 }
 INTERRUPTED = 130
+_OF_ONE_MACHINE = ("machine_rank", "cores", "output", "threads")  # may differ between the machines of a run
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -48,36 +50,36 @@ def main(argv: list[str]) -> int:
     listen_to_library(_rank())
     config = Path(argv[1])
     whole = json.loads(config.read_text(encoding="utf-8"))
-    output = Path(whole["job"]["output"])
+    folder = config.parent
     try:
         free_main_thread()
         result = _run(whole, config)
         if _rank() == 0:
-            _write_json(output / RESULT, _plain(result))
+            _write_json(folder / RESULT, _plain(result))
         _leave_group()
         return 0
     except (KeyboardInterrupt, SystemExit) as stop:
         _ignore_signals()
         code = stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else INTERRUPTED
         if code:
-            _first_to_fail(output, code, "interrupted")
+            _first_to_fail(folder, code, "interrupted")
         return code
     except PersistWorldError as error:
         _ignore_signals()
         if debug_wanted():
             show_traceback()
         code = 2 if isinstance(error, UsageError) else 1
-        if _first_to_fail(output, code, error.what):
+        if _first_to_fail(folder, code, error.what):
             show_error(error)
         return code
     except Exception as error:
         _ignore_signals()
         if _saved_and_stopped(error):
-            _first_to_fail(output, INTERRUPTED, "interrupted")
+            _first_to_fail(folder, INTERRUPTED, "interrupted")
             # All ranks agreed to stop. With another code than 0 the first one to end would have the others ended, while
             # rank 0 may still be writing; the launcher takes the code from the file.
             return 0 if _world_size() > 1 else INTERRUPTED
-        return _crashed(error, output)
+        return _crashed(error, folder)
 
 
 def _run(whole: Mapping[str, Any], config: Path) -> dict[str, Any]:
@@ -85,6 +87,8 @@ def _run(whole: Mapping[str, Any], config: Path) -> dict[str, Any]:
     if whole["task"] not in TASKS:
         raise UsageError(f"unknown task '{whole['task']}'", where=str(config), fix=f"known: {', '.join(sorted(TASKS))}")
     settings = from_json(whole["settings"], where=str(config))
+    if settings.launch.num_machines > 1:
+        _require_one_command(whole)
     module, _, name = TASKS[whole["task"]].partition(":")
     task, job = getattr(importlib.import_module(module), name), dict(whole["job"])
     if not job.pop("profile", False) or _rank():
@@ -95,6 +99,31 @@ def _run(whole: Mapping[str, Any], config: Path) -> dict[str, Any]:
     with profiling(folder := Path(job["output"]) / FOLDER):
         result = task(settings, job)
     return {**result, "profile": folder / "table.txt"}
+
+
+def _require_one_command(whole: Mapping[str, Any]) -> None:
+    """Refuse machines that were given different commands: each launcher resolved its own settings.
+
+    Raises:
+        UsageError: on every rank, naming what differs.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    PartialState(cpu=whole["settings"]["launch"]["device"] == "cpu")
+    own = {"task": whole["task"], "version": whole.get("version")}
+    for table, entries in {**whole["settings"], "job": whole["job"]}.items():
+        own |= {f"{table}.{name}": value for name, value in entries.items() if name not in _OF_ONE_MACHINE}
+    first, *others = gather_object([own])
+    for other in others:
+        for key in dict.fromkeys([*first, *other]):
+            if first.get(key) != other.get(key):
+                raise UsageError(
+                    f"machines were given different commands: {key} = {first.get(key)!r} on machine 0, "
+                    f"{other.get(key)!r} on another",
+                    where="--machine-rank",
+                    fix="give every machine the same command but for --machine-rank",
+                )
 
 
 def _leave_group() -> None:
@@ -127,11 +156,11 @@ def _saved_and_stopped(error: Exception) -> bool:
     return module is not None and isinstance(error, module.Interrupted)
 
 
-def _crashed(error: Exception, output: Path) -> int:
+def _crashed(error: Exception, folder: Path) -> int:
     """Tell of an error that nobody foresaw: the traceback of the rank that had it, less of those it took along."""
     if _world_size() > 1 and _lost_contact(error):
         note(f"rank {_rank()} lost contact with another rank: {error}")
-    elif _first_to_fail(output, 1, repr(error)):
+    elif _first_to_fail(folder, 1, repr(error)):
         show_traceback()
         return 1
     else:
@@ -148,10 +177,10 @@ def _lost_contact(error: Exception) -> bool:
     return known or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
-def _first_to_fail(output: Path, code: int, what: str) -> bool:
-    """Leave the exit code for the launcher; True for the first rank that comes here, which tells the reason."""
+def _first_to_fail(folder: Path, code: int, what: str) -> bool:
+    """Leave the exit code for this machine's launcher; True for its first rank that comes here, which tells why."""
     try:
-        with (output / FAILURE).open("x", encoding="utf-8") as file:
+        with (folder / FAILURE).open("x", encoding="utf-8") as file:
             json.dump({"code": code, "rank": _rank(), "what": what}, file)
     except FileExistsError:
         return False

@@ -17,7 +17,7 @@ import pytest
 
 from persistworld_cli import worker
 from persistworld_cli.config.presets import from_json, load_settings
-from persistworld_cli.config.settings import LaunchSettings, Settings
+from persistworld_cli.config.settings import LaunchSettings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.launch import environment, launcher
 from persistworld_cli.launch.launcher import run_task
@@ -109,7 +109,7 @@ def test_a_rank_that_fails_ends_the_run_within_a_minute_with_its_reason(tmp_path
         assert code == 1 and err.count("error: selfcheck was asked to fail") == 1 and "Traceback" not in err
     else:
         assert code == 137 and "rank 1 was killed by SIGKILL" in err and "Traceback" not in err
-    assert not alive(str(tmp_path / "config.json"))
+    assert not alive(f"{tmp_path}/.run-node0-")
     assert not (tmp_path / "result.json").exists()
 
 
@@ -138,14 +138,14 @@ def test_an_interrupted_run_ends_in_good_order(tmp_path: Path, processes: int) -
     assert process.returncode == 130, err
     assert f"{number.name}: stopping in good order" in err
     assert "Traceback" not in err
-    assert not alive(str(tmp_path / "config.json"))
+    assert not alive(f"{tmp_path}/.run-node0-")
 
 
 def test_a_killed_launcher_leaves_no_workers(tmp_path: Path) -> None:
     with started(2, {"seconds": 900}, tmp_path):  # killed on leaving
         wait_for_workers(tmp_path, 2)
     end = time.monotonic() + PATIENCE
-    while alive(str(tmp_path / "config.json")):
+    while alive(f"{tmp_path}/.run-node0-"):
         assert time.monotonic() < end
         time.sleep(0.2)
 
@@ -214,12 +214,11 @@ def test_results_become_plain_json() -> None:
     assert worker._plain(given) == {"a": 1.5, "b": None, "c": "/x", "d": [[0, 1], {"e": True}], "3": None}
 
 
-def test_an_unknown_task_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = launcher._write_config("evaluate", Settings(), {}, tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "persistworld_cli.worker", str(config)], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2 and "unknown task 'evaluate'" in done.stderr
+def test_an_unknown_task_is_told(tmp_path: Path) -> None:
+    code, _ = run_task("evaluate", load_settings("tiny", ["launch.device=cpu"], env={}).settings, {}, tmp_path)
+    assert code == 2
+    failure = json.loads((tmp_path / "failure.json").read_text())
+    assert (failure["code"], failure["what"]) == (2, "unknown task 'evaluate'")
 
 
 def test_torchvision_imports_and_a_second_time_costs_nothing() -> None:

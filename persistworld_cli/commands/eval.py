@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from persistworld_cli.commands.benchmark_options import BENCHMARK_NAMES, BenchmarkRollouts
-from persistworld_cli.commands.options import Accelerator, Common, with_common
+from persistworld_cli.commands.options import Accelerator, Common, WithChanges, with_common
 from persistworld_cli.commands.run import execute, write_json
 from persistworld_cli.console import write_out
 from persistworld_cli.errors import UsageError
@@ -70,6 +70,7 @@ def command(
             metavar="DIR",
         ),
     ] = None,
+    with_changes: WithChanges = False,
     accelerator: Accelerator = None,
 ) -> None:
     """Roll out held-out episodes in closed loop and measure them against the record, paired with a baseline."""
@@ -90,6 +91,7 @@ def command(
         job={"ckpt": ckpt, "baseline": baseline, "study": study, "compare": next(iter(others), None)},
         accelerator=accelerator,
         pinned=rollouts.pinned(common),
+        with_changes=with_changes,
     )
 
 

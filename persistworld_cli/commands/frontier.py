@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from persistworld_cli.commands.benchmark_options import BENCHMARK_NAMES, BenchmarkRollouts
-from persistworld_cli.commands.options import Ckpt, Common, with_common
+from persistworld_cli.commands.options import Ckpt, Common, WithChanges, with_common
 from persistworld_cli.commands.run import execute
 from persistworld_cli.config.presets import DEFAULT_PRESET
 from persistworld_cli.errors import UsageError
@@ -59,6 +59,7 @@ def command(
     ] = None,
     *,
     rollouts: BenchmarkRollouts,
+    with_changes: WithChanges = False,
 ) -> None:
     """Quality against network calls: samplers and steps on held-out rollouts, paired with a slow reference."""
     execute(
@@ -78,6 +79,7 @@ def command(
             "preset": common.preset or DEFAULT_PRESET,
         },
         pinned=rollouts.pinned(common),
+        with_changes=with_changes,
     )
 
 

@@ -55,7 +55,12 @@ ResumeFrom = Annotated[
     str | None,
     typer.Option(help="Go on from this state: a run's folder (its newest) or its state/step-N.", metavar="PATH"),
 ]
-
+WithChanges = Annotated[
+    bool,
+    typer.Option(
+        "--continue-with-changes", help="Go on with finished work although settings changed that change the result."
+    ),
+]
 Tracker = Annotated[
     list[str] | None,
     typer.Option(help="Where numbers also go; may be repeated: tensorboard (default), wandb, trackio, none."),
@@ -131,6 +136,14 @@ class Common:
     ] = None
     threads: Annotated[int | None, option("--threads", help="CPU threads a process.", panel=LAUNCH_PANEL)] = None
     device: Annotated[str | None, option("--device", help="auto, cpu or cuda.", panel=LAUNCH_PANEL)] = None
+    take_over: Annotated[
+        bool,
+        option(
+            "--take-over",
+            help="Take the output folder from a run on another host that ended without a word.",
+            panel=LAUNCH_PANEL,
+        ),
+    ] = False
 
     def launch_flags(self) -> dict[str, Any]:
         """Settings of the ``launch`` table that were given as flags, or in accelerate's file."""
@@ -145,8 +158,8 @@ _SETTINGS = (
     *("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port"),
     *("threads", "device"),
 )
-_LAUNCH = (*_SETTINGS, "accelerate_config")
-_OFFERED: dict[str, tuple[str, ...]] = {"full": _LAUNCH, "single": ("threads", "device"), "none": ()}
+_LAUNCH = (*_SETTINGS, "accelerate_config", "take_over")
+_OFFERED: dict[str, tuple[str, ...]] = {"full": _LAUNCH, "single": ("threads", "device", "take_over"), "none": ()}
 
 
 def with_common(

@@ -16,6 +16,7 @@ from persistworld_cli.commands.options import (
     ResumeFrom,
     Seed,
     Tracker,
+    WithChanges,
     resuming,
     tracker_names,
     with_common,
@@ -49,6 +50,7 @@ def command(
     tracker: Tracker = None,
     resume: Resume = True,
     resume_from: ResumeFrom = None,
+    with_changes: WithChanges = False,
     accelerator: Accelerator = None,
 ) -> None:
     """Train the world model on recorded clips (teacher forcing), or its VAE on recorded pictures."""
@@ -70,4 +72,5 @@ def command(
         names=TRACKER_FLAG,
         job={**resuming(resume, resume_from), "scratch": scratch, "vae": vae},
         accelerator=accelerator,
+        with_changes=with_changes,
     )

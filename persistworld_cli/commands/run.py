@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def execute(
     pinned: Pinned | None = None,
     check: Callable[[Settings], None] | None = None,
     terminal: bool = False,
+    with_changes: bool = False,
 ) -> None:
     """A whole command whose work is done by a worker: resolve, show or launch, print.
 
@@ -66,6 +68,7 @@ def execute(
         pinned: as for `resolve`.
         check: looks at the resolved settings before anything starts; raises UsageError.
         terminal: the worker reads keys from the terminal.
+        with_changes: go on with finished work although settings changed.
     """
     device = pick_accelerator(accelerator, dry_run=common.dry_run)
     resolved = resolve(common, flags, names, pinned)
@@ -80,7 +83,9 @@ def execute(
         if report and not common.as_json:
             show_cost(task, report, device)
         return
-    result = launch_worker(task, resolved, job, output, terminal=terminal)
+    result = launch_worker(
+        task, resolved, job, output, terminal=terminal, take_over=common.take_over, with_changes=with_changes
+    )
     code = int(result.pop("exit_code", 0))  # work that finished, but not all of it as asked (an unreadable episode)
     show_result(result, as_json=common.as_json)
     if code:
@@ -93,23 +98,44 @@ def output_folder(common: Common, resolved: Resolved, name: str) -> Path:
 
 
 def launch_worker(
-    task: str, resolved: Resolved, job: dict[str, Any], output: Path, *, terminal: bool = False
+    task: str,
+    resolved: Resolved,
+    job: dict[str, Any],
+    output: Path,
+    *,
+    terminal: bool = False,
+    take_over: bool = False,
+    with_changes: bool = False,
 ) -> dict[str, Any]:
-    """Hand the work to worker processes and wait for them; with ``terminal``, standard input too.
+    """Hand the work to worker processes and wait for them; the options are those of `launcher.run_task`.
 
     Returns:
         What the task returned (``<output>/result.json``).
 
     Raises:
         typer.Exit: the worker failed and has said why; its exit code is passed on.
-        PersistWorldError: the output folder cannot be written.
+        PersistWorldError: the output folder cannot be written, or is another run's.
     """
     from persistworld_cli.launch.launcher import run_task
 
-    code, result = run_task(task, resolved.settings, job, output, terminal=terminal)
+    code, result = run_task(
+        task,
+        resolved.settings,
+        job,
+        output,
+        terminal=terminal,
+        take_over=take_over,
+        with_changes=with_changes,
+        command=command_line(),
+    )
     if code:
         raise typer.Exit(code)
     return result
+
+
+def command_line() -> list[str]:
+    """This command as it was typed."""
+    return ["persistworld", *sys.argv[1:]]
 
 
 def show_settings(

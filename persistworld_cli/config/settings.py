@@ -2,12 +2,22 @@
 
 Nothing here imports torch: presets are validated, printed and handed to workers without it.
 Defaults are Ctrl-World's / PersistWorld's values (arXiv 2510.10125, 2603.25685) unless a comment says otherwise.
+
+A run that is resumed keeps its settings: one that differs from the saved run's is refused, for it would change the
+result (config/resume.py). `free` and `FREE` mark those that may change all the same: what was done so far stays valid.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+FREE = {"resume": "free"}  # metadata of a setting, or of a whole table
+
+
+def free(default: Any) -> Any:
+    """A setting that a resumed run may change, with its default."""
+    return field(default=default, metadata=FREE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +95,8 @@ class ClipSettings:
     zero_history_prob: float = 0.15  # history spacing 0 (all history = current frame)
     rollout_history_prob: float = 0.0  # ours: history laid out as a rollout shows it (SamplingSettings.history)
     datasets: dict[str, float] = field(default_factory=dict)  # processed dataset = weight; empty: world.dataset alone
-    workers: int = 2  # processes that read ahead, for each training process; 0: it reads itself
-    ahead: int = 2  # batches that each of them holds ready
+    workers: int = free(2)  # processes that read ahead, for each training process; 0: it reads itself
+    ahead: int = free(2)  # batches that each of them holds ready
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +104,7 @@ class PretrainSettings:
     """Teacher-forced training (EDM denoising loss on the predicted frames)."""
 
     parts: tuple[str, ...] = ("unet", "action_encoder")
-    updates: int = 100_000
+    updates: int = free(100_000)
     batch: int = 64
     optimizer: str = "adamw"  # adamw | muon (matrices and kernels; AdamW for the rest)
     lr: float = 1e-5
@@ -111,25 +121,27 @@ class PretrainSettings:
     noise_aug: float = 0.0
     token_drop: float = 0.05
     mixed_precision: str = "no"  # no | bf16 (fp16 would need loss scaling, which is not done)
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = free(False)
     accumulate: int = 1
     seed: int = 0
-    save_every: int = 500
-    keep: int = 2
-    log_every: int = 10
-    validate_every: int = 500  # updates between held-out losses; 0: none
-    check_every: int = 0  # updates between closed-loop checks on held-out starts, the first weights beside; 0: none
+    save_every: int = free(500)
+    keep: int = free(2)
+    log_every: int = free(10)
+    validate_every: int = free(500)  # updates between held-out losses; 0: none
+    check_every: int = free(
+        0
+    )  # updates between closed-loop checks on held-out starts, the first weights beside; 0: none
     check_rollouts: int = 8
     check_steps: int = 14  # interactions of a check's rollout, and of a video's
-    video_every: int = 0  # updates between videos of held-out rollouts beside the record; 0: none
-    video_rollouts: int = 2
+    video_every: int = free(0)  # updates between videos of held-out rollouts beside the record; 0: none
+    video_rollouts: int = free(2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VaeSettings:
     """Training of a small VAE from scratch (only for small worlds; the full-size one is SVD's)."""
 
-    updates: int = 4000
+    updates: int = free(4000)
     batch: int = 8
     clip: int = 5  # frames of a training clip: as many as are decoded as one clip later, since padding differs
     optimizer: str = "muon"  # muon | adamw
@@ -139,8 +151,8 @@ class VaeSettings:
     colour_weight: float = 4.0  # extra weight on saturated pixels: small coloured objects must survive
     edge_weight: float = 0.5  # weight of the gradient-difference loss
     seed: int = 0
-    save_every: int = 200
-    keep: int = 2
+    save_every: int = free(200)
+    keep: int = free(2)
     mixed_precision: str = "no"
 
 
@@ -160,9 +172,9 @@ class RewardSettings:
 class PostTrainSettings:
     """PersistWorld's post-training (arXiv 2603.25685; objective from DiffusionNFT, arXiv 2509.16117)."""
 
-    updates: int = 6000
+    updates: int = free(6000)
     groups: int = 4  # start states an update, over all processes
-    split_groups: bool = False  # fewer groups than processes: several share the candidates of one
+    split_groups: bool = free(False)  # fewer groups than processes: several share the candidates of one
     candidates: int = 16  # K
     keep_best: int = 5
     keep_worst: int = 5
@@ -193,19 +205,19 @@ class PostTrainSettings:
     weight_decay: float = 0.0
     warmup: int = 0
     max_grad_norm: float = 1.0
-    micro_batch: int = 8
+    micro_batch: int = free(8)
     mixed_precision: str = "no"
-    gradient_checkpointing: bool = False
-    validate_every: int = 0  # updates between closed-loop checks on held-out starts, the base beside; 0: none
+    gradient_checkpointing: bool = free(False)
+    validate_every: int = free(0)  # updates between closed-loop checks on held-out starts, the base beside; 0: none
     validate_rollouts: int = 8
     validate_steps: int = 14  # interactions of a check's rollout, and of a video's
-    video_every: int = 0  # updates between videos of held-out rollouts, record and base beside; 0: none
-    video_rollouts: int = 2
+    video_every: int = free(0)  # updates between videos of held-out rollouts, record and base beside; 0: none
+    video_rollouts: int = free(2)
     collapse_checks: int = 3  # falls in a row that count as collapse, once below the base; 0: never
     on_collapse: str = "stop"  # stop | rollback (go on from the best check with half the learning rate)
     seed: int = 0
-    save_every: int = 50
-    keep: int = 2
+    save_every: int = free(50)
+    keep: int = free(2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,23 +226,25 @@ class EvalSettings:
 
     benchmark: str = ""  # name or path of a benchmark file (presets/benchmarks); empty: none, these settings alone
     split: str = "val"
-    episodes: tuple[str, ...] = ()  # empty: all of the split
-    starts: tuple[int, ...] = (0,)
+    episodes: tuple[str, ...] = free(())  # empty: all of the split
+    starts: tuple[int, ...] = free((0,))
     steps: int = 14
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = free((0,))
     crop: tuple[int, ...] = (0, 0, 0, 0)  # pixels left out of every metric: top, bottom, left, right
     colour_range: str = "unit"  # what metrics see: unit (in [0, 1], as drawn) | 8bit (rounded by world.pixel_rounding)
     moving_threshold: float = 0.08  # of the full range: a pixel that differs by more from the start has moved
     masks: tuple[str, ...] = ()  # DIR or NAME=DIR: psnr and ssim on pixels that the user marked
-    following: tuple[str, ...] = ()  # swapped, null: also roll out under these wrong actions
+    following: tuple[str, ...] = free(())  # swapped, null: also roll out under these wrong actions
     following_steps: int = 4  # interactions of those rollouts
-    fvd: str = ""  # file of a video network's weights: also the Fréchet video distance by its features; empty: without
-    fvd_net: str = "r3d_18"  # which of torchvision's: r3d_18 | mc3_18 | r2plus1d_18
-    batch: int = 8
-    sheets: int = 3
-    bootstrap: int = 2000
-    study_trials: int = 0  # questions of a blind study (--study), drawn at random; 0: all
-    study_cameras: str = "groups"  # a question shows: groups (exterior or wrist cameras) | all (of them at once)
+    fvd: str = free(
+        ""
+    )  # file of a video network's weights: also the Fréchet video distance by its features; empty: without
+    fvd_net: str = free("r3d_18")  # which of torchvision's: r3d_18 | mc3_18 | r2plus1d_18
+    batch: int = free(8)
+    sheets: int = free(3)
+    bootstrap: int = free(2000)
+    study_trials: int = free(0)  # questions of a blind study (--study), drawn at random; 0: all
+    study_cameras: str = free("groups")  # a question shows: groups (exterior or wrist cameras) | all (of them at once)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +325,6 @@ class Settings:
     rewards: RewardSettings = field(default_factory=RewardSettings)
     post_train: PostTrainSettings = field(default_factory=PostTrainSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
-    drive: DriveSettings = field(default_factory=DriveSettings)
-    policy: PolicySettings = field(default_factory=PolicySettings)
-    launch: LaunchSettings = field(default_factory=LaunchSettings)
+    drive: DriveSettings = field(default_factory=DriveSettings, metadata=FREE)
+    policy: PolicySettings = field(default_factory=PolicySettings, metadata=FREE)
+    launch: LaunchSettings = field(default_factory=LaunchSettings, metadata=FREE)

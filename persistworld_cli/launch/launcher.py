@@ -1,16 +1,21 @@
-"""From resolved settings to worker processes and back: config.json, one child or accelerate, signals, result."""
+"""From resolved settings to worker processes and back: config.json, one child or accelerate, signals, result.
+
+The launcher holds the run's folder (`run_lock`) and refuses to mix runs in it (`continuing`) before it writes anything.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +25,10 @@ from persistworld_cli.config.presets import to_json
 from persistworld_cli.config.settings import LaunchSettings, Settings
 from persistworld_cli.console import note, show_error
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.launch.continuing import keep_history, look_back
 from persistworld_cli.launch.environment import gpu_count, torch_has_cuda, use_gpu, worker_environment
+from persistworld_cli.launch.inputs import describe_inputs
+from persistworld_cli.launch.run_lock import SHARED_TASKS, RunFolder, own_folder
 from persistworld_cli.launch.terminal import keep_terminal
 from persistworld_cli.run_files import CONFIG, FAILURE, RESULT
 
@@ -29,7 +37,15 @@ _PATIENCE = 3  # this many signals, and the worker is killed
 
 
 def run_task(
-    task: str, settings: Settings, job: Mapping[str, Any], output: Path, *, terminal: bool = False
+    task: str,
+    settings: Settings,
+    job: Mapping[str, Any],
+    output: Path,
+    *,
+    terminal: bool = False,
+    take_over: bool = False,
+    with_changes: bool = False,
+    command: Sequence[str] = (),
 ) -> tuple[int, dict[str, Any]]:
     """Run a task of the worker's table in worker processes and wait for it.
 
@@ -39,35 +55,85 @@ def run_task(
         job: what is asked for beside the settings (JSON values); ``output`` is added.
         output: the run's folder; made where it is absent.
         terminal: the worker gets standard input, a terminal, which is afterwards as it was before.
+        take_over: take the folder from a run on another host that ended without a word.
+        with_changes: go on with finished work although settings have changed that change the result.
+        command: as it was typed, for messages.
 
     Returns:
         The exit code (0 done; the worker has said why otherwise), and what the task returned ({} on other machines than
         the first, which has it).
 
     Raises:
-        PersistWorldError: the folder cannot be written, or GPUs were asked for that are not there.
+        PersistWorldError: the folder cannot be written, or belongs to another run; GPUs were asked for that are not
+            there.
+        UsageError: the folder holds work that was done with other settings.
     """
     launch = _settle_device(settings.launch)
     settings = dataclasses.replace(settings, launch=launch)
-    config = _write_config(task, settings, job, output)
-    (output / FAILURE).unlink(missing_ok=True)
-    with keep_terminal() if terminal else nullcontext():
-        code = _wait(
-            _command(launch, config), worker_environment(launch), stdin=None if terminal else subprocess.DEVNULL
-        )
+    output = output.absolute()
+    with ExitStack() as holding:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            folder = holding.enter_context(own_folder(output, task, launch, take_over=take_over, command=command))
+            record = _record(task, settings, {**job, "output": str(output)}, folder.run)
+            past = look_back(record, output, with_changes=with_changes, command=command)
+            if folder.first:
+                keep_history(past, record, output)
+                write_json(output / CONFIG, record)
+                if task not in SHARED_TASKS:
+                    (output / FAILURE).unlink(missing_ok=True)
+            write_json(folder.private / CONFIG, record)
+        except OSError as error:
+            raise PersistWorldError(
+                f"the output folder cannot be written: {error.strerror}", where=str(output), fix="take another --output"
+            ) from error
+        with keep_terminal() if terminal else nullcontext():
+            code = _work(launch, folder, terminal)
+        return _outcome(code, folder)
+
+
+def _record(task: str, settings: Settings, job: Mapping[str, Any], run: str) -> dict[str, Any]:
+    """``config.json``: all that a worker is told, and what a later run in the folder is compared with."""
+    tables = to_json(settings)
+    return {
+        "task": task,
+        "run": run,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "settings": tables,
+        "job": dict(job),
+        "inputs": describe_inputs(task, tables, job),
+        "version": __version__,
+    }
+
+
+def _work(launch: LaunchSettings, folder: RunFolder, terminal: bool) -> int:
+    """Start the workers, and wait for their exit code."""
+    command = _command(launch, folder.private / CONFIG)
+    held = () if folder.fd is None else (folder.fd,)
+    code = _wait(command, worker_environment(launch), stdin=None if terminal else subprocess.DEVNULL, pass_fds=held)
     if code < 0:
-        show_error(_killed(-code, output))
+        show_error(_killed(-code, folder.output))
         code = 128 - code
-    if code == 0 and (failure := _read(output / FAILURE)) is not None:
+    return code
+
+
+def _outcome(code: int, folder: RunFolder) -> tuple[int, dict[str, Any]]:
+    """What this run's workers left, its code and its result; and both in the folder, for people."""
+    failure = _read(folder.private / FAILURE)
+    if failure is not None:
         # Ranks that stopped in good order exit with 0, so that accelerate waits for all of them: the file has the code.
-        code = int(failure["code"])
-    if code or launch.machine_rank:
+        code = code or int(failure["code"])
+        if folder.first:
+            write_json(folder.output / FAILURE, failure | {"run": folder.run})
+    if code or not folder.first:
         return code, {}
-    result = _read(output / RESULT)
+    result = _read(folder.private / RESULT)
     if result is None:
         raise PersistWorldError(
-            "the worker ended without a result", where=str(output / RESULT), fix="run it again with --debug"
+            "the worker ended without a result", where=str(folder.output), fix="run it again with --debug"
         )
+    shutil.move(folder.private / RESULT, folder.output / RESULT)
+    (folder.output / FAILURE).unlink(missing_ok=True)
     return 0, result
 
 
@@ -83,26 +149,6 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-
-
-def _write_config(task: str, settings: Settings, job: Mapping[str, Any], output: Path) -> Path:
-    """``<output>/config.json``, all that a worker is told."""
-    output = output.absolute()
-    config = output / CONFIG
-    whole = {
-        "task": task,
-        "settings": to_json(settings),
-        "job": {**job, "output": str(output)},
-        "version": __version__,
-    }
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(config, whole)
-    except OSError as error:
-        raise PersistWorldError(
-            f"the output folder cannot be written: {error.strerror}", where=str(output), fix="take another --output"
-        ) from error
-    return config
 
 
 def _settle_device(launch: LaunchSettings) -> LaunchSettings:
@@ -149,13 +195,18 @@ def _command(launch: LaunchSettings, config: Path) -> list[str]:
     return [sys.executable, "-m", "persistworld_cli.launch.elastic", "--multi_gpu", *spelled, *module]
 
 
-def _wait(command: Sequence[str], env: Mapping[str, str], stdin: int | None = subprocess.DEVNULL) -> int:
-    """Start the child, pass signals on to it, and wait for its exit code.
+def _wait(
+    command: Sequence[str],
+    env: Mapping[str, str],
+    stdin: int | None = subprocess.DEVNULL,
+    pass_fds: Sequence[int] = (),
+) -> int:
+    """Start the child, pass signals on to it, and wait for its exit code; it inherits the files of ``pass_fds``.
 
     The child gets a session of its own: a Ctrl-C in the terminal then reaches it once, from here, and not a second time
     from the terminal. Its standard output goes to standard error, so that ours carries data alone.
     """
-    options: dict[str, Any] = {"stdout": 2, "stdin": stdin, "start_new_session": True}
+    options: dict[str, Any] = {"stdout": 2, "stdin": stdin, "start_new_session": True, "pass_fds": pass_fds}
     with subprocess.Popen(command, env=dict(env), **options) as child, _forwarding(child):
         return child.wait()
 

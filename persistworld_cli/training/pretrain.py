@@ -191,5 +191,4 @@ def restore(
     optimizers.load_state(saved["optimizers"])
     average.load_state(saved, parameters)
     checks.load_state(saved)
-    logger.info("resumed at update %d", saved["step"])
     return int(saved["step"])

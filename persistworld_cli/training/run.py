@@ -7,9 +7,11 @@ copies), `state/step-N/` (to resume), `weights/` (to publish), `tensorboard/`, `
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,7 @@ from persistworld_cli.models.precision import product_type
 from persistworld_cli.training.resuming import LOG, STATE, adopt_state, find_state, newest_step, read_log, states_of
 from persistworld_cli.training.tracking import Trackers, forget_trackers
 
+_log = logging.getLogger(__name__)
 _GO_ON = "free some disk and run the same command again: it resumes from the last whole state"
 
 
@@ -46,6 +49,7 @@ class Run:
         resume: go on from what the folder holds; otherwise it is forgotten.
         resume_from: go on from this state instead: a ``step-N`` folder, or a run's folder (its newest); of any run.
         settings: name the trackers, and are noted with them; None: no trackers.
+        updates: of the whole run; to say how far a saved state is.
 
     Raises:
         PersistWorldError: a tracker is not installed, or does not start; there is no state to go on from.
@@ -61,8 +65,9 @@ class Run:
         resume: bool = True,
         resume_from: str | Path | None = None,
         settings: Settings | None = None,
+        updates: int = 0,
     ) -> None:
-        self.output, self.keep = Path(output), keep
+        self.output, self.keep, self.updates = Path(output), keep, updates
         names = wanted_trackers(settings.launch.trackers) if settings else ()
         project = ProjectConfiguration(logging_dir=str(self.output / "tensorboard"))
         if mixed_precision == "bf16" and product_type(PartialState(cpu).device, torch.bfloat16) is torch.float32:
@@ -112,6 +117,7 @@ class Run:
             resume=job.get("resume", True),
             resume_from=job.get("resume_from"),
             settings=settings,
+            updates=options.updates,
         )
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -200,6 +206,8 @@ class Run:
             return None
         state: dict[str, Any] = torch.load(states[-1] / STATE, map_location="cpu", weights_only=True)
         self._trim_log(int(state["step"]))
+        if self.main:
+            _log.info(_resuming(int(state["step"]), self.updates, states[-1] / STATE))
         return state
 
     # -- logs -----------------------------------------------------------------------------------------------------
@@ -243,3 +251,12 @@ class Run:
     def history(self) -> list[dict[str, float]]:
         """Everything logged so far, less a last line that was cut off (a full disk)."""
         return read_log(self._log)
+
+
+def _resuming(step: int, updates: int, state: Path) -> str:
+    """What becomes of a saved state: it is gone on from, or there is nothing left to do."""
+    saved = f"saved at {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(state.stat().st_mtime))}"
+    if step < updates:
+        return f"resuming from update {step} of {updates}, {saved}"
+    more = f", of which {updates} were asked for" if step > updates else ""
+    return f"finished; nothing was trained: the run is at update {step}{more}, {saved}"

@@ -139,7 +139,7 @@ def _train(settings: Settings, work: Run) -> dict[str, Any]:
             meter.advance(loss=loss.item(), psnr=psnr)
             if (step + 1) % 20 == 0:
                 work.log(step + 1, {"loss": loss.item(), "psnr": psnr, "kl": kl.item()})
-            if (step + 1) % options.save_every == 0:
+            if (step + 1) % options.save_every == 0 or step + 1 == options.updates:
                 save(step + 1)
             if work.should_stop():
                 save(step + 1)

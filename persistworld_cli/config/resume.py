@@ -1,0 +1,202 @@
+"""Which settings of a saved run may change when it is resumed, task by task, and how two sets of settings differ.
+
+Whether a setting may change is a property of the setting (``metadata`` in config/settings.py). Here: which settings a
+task uses, since no other counts for it, and which options of its job.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from persistworld_cli.config.settings import FREE, Settings
+
+_EXTRACTION = ("world.raw", "world.state_fields", "world.joint_fields", "world.val_rule")
+_STARTS = ("eval.split", "eval.starts", "eval.seeds")  # of the held-out rollouts of a training
+_LAUNCH = ("launch.num_processes", "launch.device", "launch.compile", "launch.trackers")
+_POLICY = ("sampling.history_policy",)
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What a task that keeps finished work uses.
+
+    Attributes:
+        tables: whole tables of settings.
+        keys: single settings of other tables; they may not change, whatever they are for the task they belong to.
+        unused: settings of those tables that the task does not read.
+        job: options of the job that change the result.
+        follows_weights: results are kept by the content of the weights, so weights may change in their place.
+    """
+
+    tables: tuple[str, ...]
+    keys: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    job: tuple[str, ...] = ()
+    follows_weights: bool = False
+
+
+_ROLLOUTS = Uses(
+    tables=("world", "model", "sampling", "rewards", "eval"),
+    unused=(*_EXTRACTION, *_POLICY),
+    job=("ckpt", "baseline", "baseline_adapter"),
+    follows_weights=True,
+)
+USES: dict[str, Uses] = {
+    "pretrain": Uses(
+        tables=("world", "model", "sampling", "rewards", "clips", "pretrain"),
+        keys=_STARTS,
+        unused=(*_EXTRACTION, *_POLICY),
+        job=("ckpt", "scratch", "vae"),
+    ),
+    "pretrain-vae": Uses(
+        tables=("vae",),
+        keys=(
+            *("world.raw", "world.cameras", "world.height", "world.width", "world.rate_hz"),
+            *("model.vae", "model.norm_groups", "model.ckpt"),
+        ),
+    ),
+    "post-train": Uses(
+        tables=("world", "model", "sampling", "rewards", "post_train"),
+        keys=_STARTS,
+        unused=(*_EXTRACTION, *_POLICY, "model.adapter"),
+        job=("ckpt",),
+    ),
+    "eval": _ROLLOUTS,
+    "frontier": dataclasses.replace(_ROLLOUTS, job=(*_ROLLOUTS.job, "reference")),
+}
+# What names a file or folder: compared by where it is and what it holds, not by how it is written.
+PATHS = (
+    *("world.dataset", "world.raw", "model.ckpt", "model.adapter", "model.stat", "model.tokenizer"),
+    *("rewards.lpips_backbone", "job.ckpt", "job.baseline", "job.baseline_adapter", "job.vae"),
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference between a saved run and the one that is asked for."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_text(self.old)} -> {_text(self.new)}"
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How what is asked for differs from a saved run.
+
+    Attributes:
+        refused: what would change the result.
+        free: what may change.
+        unknown: settings that only one of the two knows (another version of the program).
+    """
+
+    refused: list[Change]
+    free: list[Change]
+    unknown: list[Change]
+
+    def __bool__(self) -> bool:
+        return bool(self.refused or self.free or self.unknown)
+
+
+def used_keys(task: str) -> list[str]:
+    """Dotted names of the settings that count for a task, and ``job.NAME`` for its options."""
+    uses = USES[task]
+    own = [
+        f"{table.name}.{field.name}"
+        for table in dataclasses.fields(Settings)
+        for field in dataclasses.fields(table.default_factory)  # type: ignore[arg-type]
+        if table.name in uses.tables
+    ]
+    counted = [key for key in own if key not in uses.unused] + [*uses.keys, *_LAUNCH]
+    return counted + [f"job.{name}" for name in uses.job]
+
+
+def is_free(task: str, key: str) -> bool:
+    """Whether a run of the task may be resumed with another value of the setting."""
+    table, _, name = key.partition(".")
+    if table == "job" or key in USES[task].keys:
+        return False
+    whole = next(field for field in dataclasses.fields(Settings) if field.name == table)
+    fields = {field.name: field for field in dataclasses.fields(whole.default_factory)}  # type: ignore[arg-type]
+    return FREE in (dict(whole.metadata), dict(fields[name].metadata))
+
+
+def find_changes(task: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+    """What differs between two records of runs of one task.
+
+    Args:
+        task: a key of `USES`.
+        before, now: as config.json holds a run: ``settings``, ``job``, ``inputs`` (see launch.inputs; older runs have
+            none).
+    """
+    changes = Changes([], [], [])
+    for key in used_keys(task):
+        old, new = _value(before, key), _value(now, key)
+        known = not key.startswith("job.")
+        if known and old is _ABSENT:
+            changes.unknown.append(Change(key, None, new))
+            continue
+        change = _difference(key, old, new, before.get("inputs"), now.get("inputs"))
+        if change is None:
+            continue
+        same_place = change.key != key  # only what the file holds has changed
+        allowed = is_free(task, key) or (same_place and USES[task].follows_weights)
+        (changes.free if allowed else changes.refused).append(change)
+    known_keys = set(_flat(now.get("settings", {})))
+    for key in _flat(before.get("settings", {})):
+        if key not in known_keys and key.partition(".")[0] in USES[task].tables:
+            changes.unknown.append(Change(key, _value(before, key), None))
+    return changes
+
+
+_ABSENT = object()
+
+
+def _value(record: Mapping[str, Any], key: str) -> Any:
+    table, _, name = key.partition(".")
+    if table == "job":
+        return record.get("job", {}).get(name)
+    return record.get("settings", {}).get(table, {}).get(name, _ABSENT)
+
+
+def _flat(tables: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [f"{table}.{name}" for table, entries in tables.items() for name in entries]
+
+
+def _difference(
+    key: str, old: Any, new: Any, before: Mapping[str, Any] | None, now: Mapping[str, Any] | None
+) -> Change | None:
+    """A change of one setting; of a file, by what is known of it."""
+    then, here = (before or {}).get(key), (now or {}).get(key)
+    if then is None or here is None:
+        same = old == new or (key.startswith("job.") and not old and not new)
+        return None if same else Change(key, old, new)
+    digests = [side.get("sha256") for side in (then, here)]
+    if all(digests):
+        same = digests[0] == digests[1]
+    else:
+        same = all(then.get(name) == here.get(name) for name in ("path", "bytes", "modified"))
+    if same:
+        return None
+    if then["path"] != here["path"]:
+        return Change(key, then["path"], here["path"])
+    what = [
+        digest[:12] if digest else f"{side.get('bytes')} bytes of {side.get('modified')}"
+        for digest, side in zip(digests, (then, here), strict=True)
+    ]
+    return Change(f"{key}, what {here['path']} holds", *what)
+
+
+def _text(value: Any) -> str:
+    """A value in a message."""
+    if value is None or value == "" or value == []:
+        return "none"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = ", ".join(map(str, value))
+    return str(value)

@@ -1,0 +1,69 @@
+"""The files that a run begins from, as its config.json remembers them: where they are, and what they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.config.resume import PATHS, USES
+from persistworld_cli.errors import PersistWorldError
+
+_READ_WHOLE = 64 * 2**20  # bytes; of larger files, size and time of change are kept, since the parent must not wait
+_BLOCK = 1 << 20
+
+
+def describe_inputs(task: str, settings: Mapping[str, Mapping[str, Any]], job: Mapping[str, Any]) -> dict[str, Any]:
+    """``setting -> {path, sha256 | bytes and modified}`` of every file or folder that is there; {} for tasks without.
+
+    A hub's repository, and what does not exist, has no entry: its name alone is compared.
+    """
+    if task not in USES:
+        return {}
+    found = {}
+    for key in PATHS:
+        table, _, name = key.partition(".")
+        value = job.get(name) if table == "job" else settings[table][name]
+        if value and isinstance(value, str) and (entry := _describe(key, value, settings)):
+            found[key] = entry
+    return found
+
+
+def _describe(key: str, value: str, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """One of them; None where it is no file or folder here."""
+    try:
+        path = resolve_path(value)
+    except PersistWorldError:
+        return None  # said by whoever reads it
+    if not path.exists():
+        return None
+    path = path.absolute()
+    entry: dict[str, Any] = {"path": value if value.startswith("bundled:") else str(path)}
+    if key == "world.raw":
+        return entry
+    if key == "world.dataset":  # may grow; what a model is shown of it hangs on the scale of its actions
+        stat = path / "meta" / "stat.json"
+        own = not settings["model"]["stat"] and stat.is_file()
+        return entry | ({"sha256": _digest([stat], path)} if own else {})
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    stats = [file.stat() for file in files]
+    size = sum(one.st_size for one in stats)
+    if size <= _READ_WHOLE:
+        return entry | {"sha256": _digest(files, path)}
+    newest = max(one.st_mtime for one in stats)
+    return entry | {"bytes": size, "modified": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(newest))}
+
+
+def _digest(files: list[Path], root: Path) -> str:
+    """SHA-256 of files and, in a folder, their names."""
+    whole = hashlib.sha256()
+    for file in files:
+        if file != root:
+            whole.update(f"{file.relative_to(root)}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as handle:
+            while block := handle.read(_BLOCK):
+                whole.update(block)
+    return whole.hexdigest()

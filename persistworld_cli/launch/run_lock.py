@@ -1,0 +1,323 @@
+"""A folder belongs to one run: the lock that a launcher holds on it, and the run's own files while it lasts.
+
+``run.lock`` (of other machines than the first: ``run-node1.lock``, ...) says who works in the folder. The launcher
+holds it by ``flock``, and its child holds the same lock, so that it lasts until the workers of a killed launcher have
+ended too. Where the file system has no locks, and between machines, the file's content decides: a launcher that is gone
+from this host frees the folder, one on another host needs ``--take-over``.
+
+Config, result and failure pass between launcher and workers through ``.run-node0-<id>/``, which is this run's alone;
+what remains for people (config.json, result.json, failure.json) is put in the folder by the launcher.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from persistworld_cli.config.settings import LaunchSettings
+from persistworld_cli.console import note
+from persistworld_cli.errors import PersistWorldError
+
+TAKE_OVER = "--take-over"
+SHARED_TASKS = ("extract",)  # several runs may share the folder: episodes are claimed one by one (extraction.locks)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+_SECONDS_TO_END = 120.0  # for the workers of a launcher that was killed: they save their state first
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a folder, as its lock file says.
+
+    Attributes:
+        run: id of the run.
+        task: name in the worker's table.
+        command: as it was typed.
+        host, pid: of the launcher.
+        born: when that process started, seconds since the epoch: ids of processes are given again.
+        since: when the run began, local time.
+        machines: of the run.
+        rendezvous: address and port at which its machines meet; "" for one machine.
+    """
+
+    run: str
+    task: str
+    command: str
+    host: str
+    pid: int
+    born: float
+    since: str
+    machines: int
+    rendezvous: str
+
+    def words(self) -> str:
+        """For messages."""
+        return f"{self.command or self.task} (process {self.pid} on {self.host}, since {self.since})"
+
+    @property
+    def here(self) -> bool:
+        """Whether it is on this host."""
+        return self.host == socket.gethostname()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the launcher still runs; only for one on this host."""
+        born = _born(self.pid)
+        return born is not None and abs(born - self.born) < 2.0
+
+    def is_of(self, other: Holder) -> bool:
+        """Whether both are launchers of one run of several machines."""
+        own, its = ((h.task, h.machines, h.rendezvous) for h in (self, other))
+        return self.machines > 1 and own == its
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What a run has of its output folder.
+
+    Attributes:
+        run: its id.
+        output: the folder.
+        private: of launcher and workers of this machine alone; gone at the end.
+        fd: the lock, for the child to hold too; None where the file system has none.
+        first: whether this is machine 0, which writes what remains.
+    """
+
+    run: str
+    output: Path
+    private: Path
+    fd: int | None
+    first: bool
+
+
+@contextmanager
+def own_folder(
+    output: Path, task: str, launch: LaunchSettings, *, take_over: bool = False, command: Sequence[str] = ()
+) -> Iterator[RunFolder]:
+    """Hold a run's folder while the block runs.
+
+    Args:
+        output: the folder; must be there.
+        task: what the run does; the tasks of `SHARED_TASKS` exclude all others, but not each other.
+        launch: machines of the run, and which of them this is.
+        take_over: take the folder from a run on another host that ended without a word.
+        command: as it was typed, for others' messages.
+
+    Raises:
+        PersistWorldError: another run has the folder, or had it on another host and did not say that it ended; another
+            run took it over meanwhile.
+        OSError: the folder cannot be written.
+    """
+    rank = launch.machine_rank
+    own = _describe(task, launch, command)
+    path = output / (f"run-node{rank}.lock" if rank else "run.lock")
+    shared = task in SHARED_TASKS
+    if rank:
+        _require_same_run(output / "run.lock", own)
+    fd, locked = _take(path, own, shared=shared, take_over=take_over)
+    private = output / f".run-node{rank}-{own.run}"
+    try:
+        if not shared:  # left behind by runs that were killed
+            for left in output.glob(f".run-node{rank}-*"):
+                shutil.rmtree(left, ignore_errors=True)
+        private.mkdir()
+        yield RunFolder(own.run, output, private, fd if locked else None, first=not rank)
+        if not shared and (now := _read(path)) is not None and now.run != own.run:
+            raise PersistWorldError(
+                f"the folder was taken over meanwhile: {now.words()}",
+                where=str(output),
+                fix="what lies there may be of both runs: begin again with another --output",
+            )
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+        _release(fd, path, own, shared=shared, locked=locked)
+
+
+def _describe(task: str, launch: LaunchSettings, command: Sequence[str]) -> Holder:
+    """This process as the holder of a new run."""
+    several = launch.num_machines > 1
+    return Holder(
+        run=f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}",
+        task=task,
+        command=" ".join(command),
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        born=_born(os.getpid()) or 0.0,
+        since=time.strftime("%Y-%m-%d %H:%M:%S"),
+        machines=launch.num_machines,
+        rendezvous=f"{launch.main_process_ip}:{launch.main_process_port}" if several else "",
+    )
+
+
+def _born(pid: int) -> float | None:
+    """When a process of this host started; None where there is none (a zombie is none)."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.Error:
+        return None
+
+
+def _require_same_run(path: Path, own: Holder) -> None:
+    """Another machine than the first joins its run: refuse at once where the folder belongs to another.
+
+    Machine 0 may not have come yet, or its lock may be one that a killed run left: then it decides.
+    """
+    holder = _read(path)
+    if holder is None or holder.is_of(own) or (holder.here and not holder.alive):
+        return
+    raise _taken(path, holder)
+
+
+def _take(path: Path, own: Holder, *, shared: bool, take_over: bool) -> tuple[int, bool]:
+    """Open and lock the file, and write who holds it; the descriptor, and whether the file system has locks.
+
+    The file may vanish between opening and locking, when its holder ends: then another one is opened.
+    """
+    end: float | None = None
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            granted = _flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            if granted is not False and _same_file(fd, path):
+                before = _parse(fd)
+                if before is not None and not (shared and before.task in SHARED_TASKS):
+                    _require_free(path, before, locked=granted is True, take_over=take_over)
+                _write(fd, own)
+                return fd, granted is True
+            before = _parse(fd)
+            if granted is False and _same_file(fd, path):
+                end = _wait_or_refuse(path, before, end)
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _wait_or_refuse(path: Path, holder: Holder | None, end: float | None) -> float:
+    """The lock is held: by a living run, which refuses; or by workers whose launcher was killed: they end soon."""
+    if holder is None or not holder.here or holder.alive:
+        raise _taken(path, holder)
+    if end is None:
+        note(f"waiting for the workers of a run whose launcher is gone: {holder.words()}")
+        end = time.monotonic() + _SECONDS_TO_END
+    elif time.monotonic() > end:
+        raise PersistWorldError(
+            f"the workers of a run whose launcher is gone still work in the folder: {holder.words()}",
+            where=str(path),
+            fix="end them (their command lines name persistworld_cli.worker and the folder), or take another --output",
+        )
+    time.sleep(_POLL_S)
+    return end
+
+
+def _require_free(path: Path, before: Holder, *, locked: bool, take_over: bool) -> None:
+    """What a lock file says that nobody holds: a run that ended without a word, or one where locks do not reach."""
+    if before.here:
+        if not locked and before.alive:
+            raise _taken(path, before)
+        note(f"a run ended here without a word; its lock is freed: {before.words()}")
+    elif take_over:
+        note(f"taken over from another host: {before.words()}")
+    else:
+        raise PersistWorldError(
+            f"the folder belongs to a run on another host, and it did not say that it ended: {before.words()}",
+            where=str(path),
+            fix=f"if it has ended there, run the same command with {TAKE_OVER}; else take another --output",
+        )
+
+
+def _taken(path: Path, holder: Holder | None) -> PersistWorldError:
+    """The refusal."""
+    if holder is None:
+        return PersistWorldError(
+            "another run is starting in this folder", where=str(path), fix="wait for it, or take another --output"
+        )
+    gone = "" if holder.here else f"; if {holder.host} is gone for good, remove {path}"
+    return PersistWorldError(
+        f"another run works in this folder: {holder.words()}",
+        where=str(path),
+        fix=f"wait for it, or take another --output{gone}",
+    )
+
+
+def _release(fd: int, path: Path, own: Holder, *, shared: bool, locked: bool) -> None:
+    """Let go. The file goes too, unless another run shares it or has taken it over."""
+    try:
+        mine = _same_file(fd, path) and (shared or _parse(fd) == own)
+        if mine and (not shared or (locked and _flock(fd, fcntl.LOCK_EX))):
+            if shared:
+                for left in path.parent.glob(".run-node*-*"):
+                    shutil.rmtree(left, ignore_errors=True)
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(fd)
+
+
+def _flock(fd: int, how: int) -> bool | None:
+    """Try to lock; None where the file system has no locks."""
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
+    return True
+
+
+def _same_file(fd: int, path: Path) -> bool:
+    """Whether the open file is still the one at ``path``."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    here = os.fstat(fd)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+
+def _write(fd: int, holder: Holder) -> None:
+    """In place: the lock is on this file, and a new one would be nobody's."""
+    text = json.dumps(asdict(holder), indent=1).encode()
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, text, 0)
+    os.fsync(fd)
+
+
+def _read(path: Path) -> Holder | None:
+    """The holder that a lock file names; None where there is no file."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        return _parse(fd)
+    finally:
+        os.close(fd)
+
+
+def _parse(fd: int) -> Holder | None:
+    """The holder that an open lock file names; None where it is empty, or was cut off by a kill."""
+    try:
+        data: Any = json.loads(os.pread(fd, 1 << 16, 0).decode())
+        holder = Holder(**data)
+    except (ValueError, TypeError):
+        return None
+    numbers = ("pid", "machines", "born")
+    kinds = {True: (int, float), False: (str,)}
+    right = all(isinstance(value, kinds[name in numbers]) for name, value in asdict(holder).items())
+    return holder if right else None
