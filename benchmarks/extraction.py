@@ -38,7 +38,7 @@ from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.extraction.pipeline import Told, extract_latents
 from persistworld_cli.extraction.report import Progress
-from persistworld_cli.extraction.run import DTYPES, Encoder, parse_episodes
+from persistworld_cli.extraction.run import DTYPES, Vae, parse_episodes
 from persistworld_cli.models import vae as vae_room
 
 _MIB = 2**20
@@ -53,7 +53,7 @@ def child(preset: str, episodes: str, workers: int, out: Path) -> dict[str, Any]
     """One extraction in this process."""
     settings = _settings(preset)
     raw = resolve_path(settings.world.raw)
-    encoder = Encoder(settings, settings.model.ckpt, "fp32", torch.device("cpu"))
+    encoder = Vae(settings, settings.model.ckpt, "fp32", torch.device("cpu"))
     chosen = parse_episodes(episodes, RawDataset(raw).episodes)
     largest = [0]
 

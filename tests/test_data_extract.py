@@ -10,9 +10,10 @@ from data_raw import CAMERAS, HEIGHT, TASK, WIDTH, columns, encode, video_path, 
 from persistworld_cli.config.settings import WorldSettings
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.data.raw import video
-from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.extraction.pipeline import Told, extract_latents
 from persistworld_cli.extraction.preparing import resample_ids, split_of
+from persistworld_cli.extraction.publish import Encoder
 from persistworld_cli.extraction.report import Progress, merge_reports
 
 WORLD = WorldSettings(height=HEIGHT, width=WIDTH)
@@ -130,9 +131,8 @@ def test_two_processes_never_share_an_episode(tmp_path: Path) -> None:
     raw, out = write_v21(tmp_path / "raw", dict.fromkeys(range(5), 7)), tmp_path / "out"
     parts = [extract_latents(WORLD, raw, out, encode, rank=r, world_size=2) for r in (1, 0)]
     assert [p.done for p in parts] == [["1", "3"], ["0", "2", "4"]]
-    merged = merge_reports(out, 2)
+    merged = merge_reports(out, 2, "")
     assert sorted(merged.done) == ["0", "1", "2", "3", "4"]
-    assert [p.name for p in out.glob("extract_report*")] == ["extract_report.json"]
 
 
 def test_chosen_episodes_and_absent_ones(tmp_path: Path) -> None:
@@ -149,11 +149,12 @@ def test_chosen_episodes_and_absent_ones(tmp_path: Path) -> None:
 
 def test_a_dataset_never_mixes_settings_or_encoders(tmp_path: Path) -> None:
     raw, out = write_v21(tmp_path / "raw", {0: 7}), tmp_path / "out"
-    extract_latents(WORLD, raw, out, encode, encoder_id="a")
-    with pytest.raises(PersistWorldError, match="encoder: 'a' -> 'b'"):
-        extract_latents(WORLD, raw, out, encode, encoder_id="b")
+    a, b = Encoder("a"), Encoder("b")
+    extract_latents(WORLD, raw, out, encode, encoder=a)
+    with pytest.raises(UsageError, match="encoder: a -> b"):
+        extract_latents(WORLD, raw, out, encode, encoder=b)
     with pytest.raises(PersistWorldError, match="layout"):
-        extract_latents(WORLD, raw, out, encode, encoder_id="a", layout="ctrl-world")
+        extract_latents(WORLD, raw, out, encode, encoder=a, layout="ctrl-world")
     with pytest.raises(PersistWorldError, match="unknown latent layout"):
         extract_latents(WORLD, raw, tmp_path / "c", encode, layout="zip")
     (out / "extract.json").unlink()

@@ -15,7 +15,7 @@ from persistworld_cli.config.settings import WorldSettings
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.extraction.pipeline import Told, extract_latents
-from persistworld_cli.extraction.report import ExtractReport
+from persistworld_cli.extraction.report import ExtractReport, path_of
 
 WORLD = WorldSettings(height=HEIGHT, width=WIDTH)
 NUMBER = {name: number for number, name in enumerate(BROKEN, 1)}  # episode that is broken so; 0 is whole
@@ -51,7 +51,7 @@ def test_each_is_named_with_its_reason(raw: Path, extracted: tuple[Path, int]) -
 def test_the_others_are_done_and_nothing_is_left_behind(extracted: tuple[Path, int]) -> None:
     out, _ = extracted
     whole = ["0", str(len(BROKEN) + 1)]
-    report = ExtractReport.read(out)
+    report = ExtractReport.read(path_of(out))
     assert report.done == whole and EpisodeStore(out).episodes("train") == whole
     assert report.untold == [whole[1]] and EpisodeStore(out).annotation("train", whole[1]).text == ""
     assert not any((out / ".staging").iterdir())

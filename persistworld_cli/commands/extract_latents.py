@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from persistworld_cli.commands.options import Common, with_common
-from persistworld_cli.commands.run import execute
+from persistworld_cli.commands.options import Common, WithChanges, with_common
+from persistworld_cli.commands.run import command_line, execute
 from persistworld_cli.launch.environment import cores
 
 EXAMPLES = (
@@ -43,6 +43,7 @@ def command(
         int | None,
         typer.Option(help="Decoding processes a process; cores / processes by default, 0: none of its own.", min=0),
     ] = None,
+    with_changes: WithChanges = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail at the first episode that cannot be read.")] = False,
 ) -> None:
     """Encode recordings: raw LeRobot episodes become latents, small videos and annotations.
@@ -65,6 +66,8 @@ def command(
             "workers": workers,
             "cores": cores(),
             "strict": strict,
+            "with_changes": with_changes,
+            "command": command_line(),
         },
         folder="extract-latents",
     )

@@ -132,7 +132,7 @@ def find_changes(task: str, before: Mapping[str, Any], now: Mapping[str, Any]) -
 
     Args:
         task: a key of `USES`.
-        before, now: as config.json holds a run: ``settings``, ``job``, ``inputs`` (see launch.inputs; older runs have
+        before, now: as config.json holds a run: ``settings``, ``job``, ``inputs`` (see config.inputs; older runs have
             none).
     """
     changes = Changes([], [], [])

@@ -26,9 +26,10 @@ from persistworld_cli.extraction.batching import Batcher, Encode
 from persistworld_cli.extraction.decoding import Decoders, Done, Event, Failed, Job, in_process
 from persistworld_cli.extraction.locks import Claims
 from persistworld_cli.extraction.preparing import CHUNK, Begun, Recipe, split_of
-from persistworld_cli.extraction.publish import SUFFIX, Output
-from persistworld_cli.extraction.report import ExtractReport, Progress, ranges
+from persistworld_cli.extraction.publish import SUFFIX, Changing, Encoder, Output
+from persistworld_cli.extraction.report import ExtractReport, Progress, path_of, ranges
 
+_UNNAMED, _REFUSED = Encoder(), Changing()
 _PUBLISHING = 2  # episodes that may wait to be put in place
 
 
@@ -63,8 +64,9 @@ def extract_latents(
     workers: int = 0,
     batch_frames: int = 32,
     told: Told = Told(),
-    encoder_id: str = "",
-    dtype: str = "fp32",
+    encoder: Encoder = _UNNAMED,
+    changes: Changing = _REFUSED,
+    run: str = "",
 ) -> ExtractReport:
     """Extract this process's share of the episodes of ``raw`` into ``out``; finished ones are skipped.
 
@@ -79,7 +81,9 @@ def extract_latents(
         workers: decoding processes; 0: this one decodes too.
         batch_frames: frames (of all cameras) encoded at once.
         told: who hears of it.
-        encoder_id, dtype: what made the latents (a checkpoint's name, fp32 | bf16 | fp16); a dataset never mixes two.
+        encoder: what makes the latents; a dataset never mixes two.
+        changes: what becomes of a dataset that was begun with other settings.
+        run: its name, where other processes or runs write to the same dataset: the report is then a part of one.
 
     Raises:
         PersistWorldError: bad raw dataset, unknown layout or rule, ``out`` was begun with other settings; strict: any.
@@ -92,14 +96,14 @@ def extract_latents(
     split_of(0, "every-2" if rule == "info-splits" else rule, {})  # an unknown rule is no fault of the episodes
     output, claims = Output(out, layout), Claims(out)
     try:
-        output.settle(claims, world, rule, encoder_id, dtype)
+        output.settle(claims, Recipe(raw, world, rule, SUFFIX[layout]), encoder, changes)
         output.clean(claims)
         shares = _Shares.of(dataset, episodes, rank, world_size, output)
         loop = _Loop(shares, dataset, output, claims, Batcher(encode, batch_frames), len(world.cameras), told)
         try:
             loop.run(Recipe(raw, world, rule, SUFFIX[layout]), workers)
         finally:
-            loop.report.write(out, rank, world_size)
+            loop.report.write(path_of(out, rank, run) if run or world_size > 1 else path_of(out))
         return loop.report
     finally:
         claims.close()

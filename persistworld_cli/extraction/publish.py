@@ -8,6 +8,7 @@ Legend: T frames, V cameras, C latent channels, h1 latent height of one camera, 
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -18,17 +19,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from persistworld_cli.config.settings import WorldSettings
+from persistworld_cli import again
 from persistworld_cli.data.clips.store import write_json
-from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.extraction.locks import Claims
-from persistworld_cli.extraction.preparing import ANNOTATION
+from persistworld_cli.extraction.preparing import ANNOTATION, Recipe
 from persistworld_cli.read_files import DAMAGED_NOTES, read_json
 
 SUFFIX = {"native": ".npy", "ctrl-world": ".pt"}  # latent layout -> suffix of its files
 _SHARED = "extract.json"  # what all episodes of a dataset have in common
 _STAGING = ".staging"
+_log = logging.getLogger(__name__)
 _DEFAULTS = {"dtype": "fp32"}  # of settings that older datasets do not name
+_MIXABLE = ("raw", "encoder", "encoder_sha256", "dtype")  # whoever reads the dataset reads such episodes side by side
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What makes the latents: a checkpoint's name, fp32 | bf16 | fp16, and the hash of its files ("": not known)."""
+
+    name: str = ""
+    dtype: str = "fp32"
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Changing:
+    """What becomes of a dataset that was begun with other settings.
+
+    Args:
+        wanted: go on all the same, where episodes of both kinds can be read side by side.
+        command: as it was typed, and the dataset as it is named there: for the refusal.
+    """
+
+    wanted: bool = False
+    command: tuple[str, ...] = ()
+    dataset: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,27 +136,33 @@ class Output:
             finally:
                 os.close(fd)
 
-    def settle(self, claims: Claims, world: WorldSettings, rule: str, encoder: str, dtype: str) -> None:
+    def settle(self, claims: Claims, recipe: Recipe, encoder: Encoder, changing: Changing) -> None:
         """Note what all episodes share, or refuse to add episodes made otherwise.
 
         Raises:
-            PersistWorldError: the folder's episodes were made with other settings, or nobody knows with which.
+            UsageError: the folder's episodes were made with other settings.
+            PersistWorldError: nobody knows with which.
         """
+        world = recipe.world
         shared = {
             "cameras": list(world.cameras),
             "height": world.height,
             "width": world.width,
             "rate_hz": world.rate_hz,
             "layout": self.layout,
-            "val_rule": rule,
-            "encoder": encoder,
-            "dtype": dtype,
+            "val_rule": recipe.rule,
+            "encoder": encoder.name,
+            "dtype": encoder.dtype,
+            "raw": str(recipe.raw.absolute()),
+            "state_fields": list(world.state_fields),
+            "joint_fields": list(world.joint_fields),
+            "encoder_sha256": encoder.sha256,
         }
         alone = claims.own_settings()
         if not alone:
             claims.share_settings()
-        path = self.root / _SHARED
-        if alone and not self.finished():
+        path, finished = self.root / _SHARED, len(self.finished())
+        if alone and not finished:
             write_json(path, shared)
         elif not path.is_file():
             raise PersistWorldError(
@@ -139,17 +171,36 @@ class Output:
                 fix="give another output folder",
             )
         else:
-            _compare(path, shared)
+            _log.info(f"resuming: {finished} episodes are there")
+            before = read_json(path, "unreadable notes of the extraction", DAMAGED_NOTES)
+            if changed := _compare(path, before, shared, changing, alone=alone):
+                past = [*before.get("changes", []), {"from_episodes": finished, **changed}]
+                write_json(path, shared | {"changes": past})
         claims.share_settings()
 
 
-def _compare(path: Path, shared: dict[str, Any]) -> None:
-    """Refuse to go on with other settings than the ones on record."""
-    before = _DEFAULTS | read_json(path, "unreadable notes of the extraction", DAMAGED_NOTES)
-    changed = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in shared.items() if before.get(k) != v]
+def _compare(
+    path: Path, before: dict[str, Any], shared: dict[str, Any], changing: Changing, *, alone: bool
+) -> dict[str, list[Any]]:
+    """What goes on with other settings than the ones on record, key -> [old, new]; refused where it was not asked for.
+
+    A key that the record does not have (an older version's) is told, not refused.
+    """
+    before = _DEFAULTS | before
+    if unknown := [key for key in shared if key not in before]:
+        _log.info(f"not known of the episodes that are there: {', '.join(f'{key} {shared[key]}' for key in unknown)}")
+    known = {key: value for key, value in shared.items() if key in before}
+    if known.get("encoder_sha256") and known["encoder_sha256"] == before["encoder_sha256"]:
+        known.pop("encoder")  # the same weights in another place
+    changed = {key: [before[key], value] for key, value in known.items() if before[key] != value}
+    lines = "".join(f"\n    {key}: {old} -> {new}" for key, (old, new) in changed.items())
+    mixable = alone and all(key in _MIXABLE for key in changed)
+    if changed and not (changing.wanted and mixable):
+        fresh = again.with_dataset(changing.command, changing.dataset, again.fresh_folder(path.parent))
+        ways = f"write another dataset:\n    {fresh}"
+        if mixable:
+            ways += f"\n  or go on with the new ones from here:\n    {again.with_changes(changing.command)}"
+        raise UsageError(f"this dataset was begun with other settings:{lines}", where=str(path), fix=ways)
     if changed:
-        raise PersistWorldError(
-            f"this dataset was begun with other settings ({'; '.join(changed)})",
-            where=str(path),
-            fix="give another output folder, or the settings it was begun with",
-        )
+        _log.info(f"changed on request:{lines}")
+    return changed

@@ -33,18 +33,18 @@ class ExtractReport:
         self.failed.append({"episode": str(index), "reason": f"{error.what}{where}"})
 
     @classmethod
-    def read(cls, out: Path, rank: int = 0, world_size: int = 1) -> ExtractReport:
+    def read(cls, path: Path) -> ExtractReport:
         """What `write` wrote. Raises PersistWorldError where it is damaged."""
-        path, what = path_of(out, rank, world_size), "unreadable report of an extraction"
+        what = "unreadable report of an extraction"
         with reading(what, path):
             return cls(**read_json(path, what))
 
-    def write(self, out: Path, rank: int = 0, world_size: int = 1) -> None:
-        """As ``<out>/extract_report.json``; of several processes, each writes one of its own."""
+    def write(self, path: Path) -> None:
+        """Write to a file of `path_of`."""
         for ids in (self.done, self.skipped, self.untold):
             ids.sort(key=int)
         self.failed.sort(key=lambda failure: int(failure["episode"]))
-        write_json(path_of(out, rank, world_size), asdict(self))
+        write_json(path, asdict(self))
 
 
 @dataclass(frozen=True)
@@ -58,25 +58,25 @@ class Progress:
     waited: float  # share of the time so far in which the encoder stood still
 
 
-def path_of(out: Path, rank: int = 0, world_size: int = 1) -> Path:
-    """Where a process writes its report."""
-    return out / (_NAME if world_size == 1 else f"extract_report.{rank}.json")
+def path_of(out: Path, rank: int | None = None, run: str = "") -> Path:
+    """``<out>/extract_report.json``; with a rank, where that process of a run writes its part.
+
+    Several runs may work on one dataset, so the parts bear the run's name.
+    """
+    return out / (_NAME if rank is None else f".extract_report.{run}.{rank}.json")
 
 
-def merge_reports(out: Path, world_size: int) -> ExtractReport:
-    """Join the reports of ``world_size`` finished processes into ``<out>/extract_report.json``; times are means."""
+def merge_reports(out: Path, world_size: int, run: str) -> ExtractReport:
+    """The reports of a run's ``world_size`` finished processes as one; times are means."""
     merged = ExtractReport()
     for rank in range(world_size):
-        part = ExtractReport.read(out, rank, world_size)
+        part = ExtractReport.read(path_of(out, rank, run))
         for name in ("done", "skipped", "failed", "untold"):
             getattr(merged, name).extend(getattr(part, name))
         merged.absent, merged.absent_ids = part.absent, part.absent_ids
         merged.wall_s += part.wall_s / world_size
         merged.waited_s += part.waited_s / world_size
         merged.frames += part.frames
-    merged.write(out)
-    for rank in range(world_size if world_size > 1 else 0):
-        path_of(out, rank, world_size).unlink()
     return merged
 
 

@@ -5,6 +5,7 @@ It stands among the trainings because it needs what they need: processes, weight
 
 from __future__ import annotations
 
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 
 from persistworld_cli.checkpoints.loading import load_vae
 from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.config.inputs import describe_content
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import note
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.extraction.pipeline import Told, extract_latents
+from persistworld_cli.extraction.publish import Changing, Encoder
 from persistworld_cli.extraction.report import ExtractReport, Progress, merge_reports, path_of
 from persistworld_cli.models import vae as vae_room
 from persistworld_cli.reports.progress import Meter
@@ -53,7 +56,7 @@ def parse_episodes(text: str | None, present: list[int]) -> set[int] | None:
     return chosen
 
 
-class Encoder:
+class Vae:
     """The VAE, loaded when it is asked to be: meanwhile episodes are decoded.
 
     Args:
@@ -91,15 +94,16 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(f"unknown dtype '{dtype}'", where="--dtype", fix=f"use one of {', '.join(DTYPES)}")
     present = RawDataset(raw).episodes
     chosen = parse_episodes(job.get("episodes"), present)
-    path_of(out, work.rank, work.world).unlink(missing_ok=True)  # of an earlier run
-    work.accelerator.wait_for_everyone()
+    run = work.gather([secrets.token_hex(4)])[0]  # several runs may write to this dataset
     try:
-        _extract(settings, job, work, Encoder(settings, source, dtype, work.device), chosen)
+        _extract(settings, job, work, Vae(settings, source, dtype, work.device), run, chosen)
     except KeyboardInterrupt:
         if work.main:
             note("stopped; finished episodes stay, and the same command goes on with the others")
         raise
-    report = _joined(out, work)
+    report = _joined(out, work, run)
+    if work.main and not report.done and not report.failed:
+        note(f"finished; nothing was extracted: all {len(report.skipped)} episodes are there")
     if not report.done and not report.skipped:
         raise PersistWorldError(
             "not one episode could be read",
@@ -122,7 +126,7 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _extract(
-    settings: Settings, job: dict[str, Any], work: Run, encoder: Encoder, chosen: set[int] | None
+    settings: Settings, job: dict[str, Any], work: Run, encoder: Vae, run: str, chosen: set[int] | None
 ) -> ExtractReport:
     """This process's share."""
     source = str(job.get("vae") or settings.model.ckpt)
@@ -148,9 +152,20 @@ def _extract(
             told=Told(
                 ready=encoder.load, progress=progress, stop=work.should_stop_here, strict=bool(job.get("strict"))
             ),
-            encoder_id=source if posterior == "mode" else f"{source}, posterior {posterior}",
-            dtype=job.get("dtype", "fp32"),
+            encoder=Encoder(
+                source if posterior == "mode" else f"{source}, posterior {posterior}",
+                job.get("dtype", "fp32"),
+                _content(source),
+            ),
+            changes=Changing(bool(job.get("with_changes")), tuple(job.get("command") or ()), settings.world.dataset),
+            run=run,
         )
+
+
+def _content(source: str) -> str:
+    """What the weights hold; "" for a hub's, which are known by name."""
+    path = resolve_path(source)
+    return str(describe_content(path).get("sha256", "")) if path.exists() else ""
 
 
 def _workers(settings: Settings, job: dict[str, Any]) -> int:
@@ -161,18 +176,20 @@ def _workers(settings: Settings, job: dict[str, Any]) -> int:
     return max(1, int(job.get("cores", 1)) // local)
 
 
-def _joined(out: Path, work: Run) -> ExtractReport:
+def _joined(out: Path, work: Run, run: str) -> ExtractReport:
     """The report over all processes, on each of them.
 
     They are waited for by their reports and not by a collective: one process may have hours more to do than another,
     and collectives give up after minutes.
     """
-    while not all(path_of(out, rank, work.world).exists() for rank in range(work.world)):
+    while not all(path_of(out, rank, run).exists() for rank in range(work.world)):
         if work.should_stop_here():
             raise KeyboardInterrupt
         time.sleep(_POLL_S)
     work.accelerator.wait_for_everyone()
-    if work.main:
-        merge_reports(out, work.world)
+    report = merge_reports(out, work.world, run)
     work.accelerator.wait_for_everyone()
-    return ExtractReport.read(out)
+    if work.main:
+        report.write(path_of(out))
+    path_of(out, work.rank, run).unlink()
+    return report

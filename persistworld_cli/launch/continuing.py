@@ -8,14 +8,13 @@ The folder's config.json is the record of its run. ``settings_history.json`` is 
 from __future__ import annotations
 
 import json
-import re
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from persistworld_cli import again
 from persistworld_cli.config.resume import USES, Change, Changes, find_changes
 from persistworld_cli.console import note
 from persistworld_cli.errors import PersistWorldError, UsageError
@@ -23,7 +22,6 @@ from persistworld_cli.files import write_json
 from persistworld_cli.run_files import CONFIG
 
 HISTORY = "settings_history.json"
-WITH_CHANGES = "--continue-with-changes"
 _TRAININGS = ("pretrain", "pretrain-vae", "post-train")
 _KEPT = ("settings", "job", "inputs")  # of a record, in the history
 
@@ -142,37 +140,13 @@ def keep_history(past: Past | None, record: Mapping[str, Any], output: Path) -> 
         write_json(path, history)
 
 
-def fresh_output(output: Path) -> Path:
-    """A folder of this name that does not exist yet: ``outputs/post-train-tiny-2``."""
-    base = re.sub(r"-\d+$", "", output.name)
-    if not output.with_name(base).exists():
-        base = output.name
-    number = 2
-    while (fresh := output.with_name(f"{base}-{number}")).exists():
-        number += 1
-    return fresh
-
-
-def with_output(command: Sequence[str], output: Path) -> str:
-    """The same command line with another ``--output``."""
-    words, skip = [], False
-    for word in command:
-        if skip or word == WITH_CHANGES:
-            skip = False
-        elif word in ("--output", "-o"):
-            skip = True
-        elif not word.startswith(("--output=", "-o=")):
-            words.append(word)
-    return shlex.join([*words, "--output", _shown(output)])
-
-
 def _require_no_work(other: str, task: str, output: Path, command: Sequence[str]) -> None:
     """Refuse the folder of another task that has finished work: its config.json is what it would go on with."""
     if (kept := kept_work(other, output)) is not None:
         raise UsageError(
             f"the folder holds the work of {other} ({kept.words}), this is {task}",
-            where=_shown(output),
-            fix=f"take a folder of its own:\n    {with_output(command, fresh_output(output))}",
+            where=again.shown(output),
+            fix=f"take a folder of its own:\n    {again.with_output(command, again.fresh_folder(output))}",
         )
 
 
@@ -187,15 +161,15 @@ def _refusal(
 ) -> UsageError:
     """What has changed, old and new, and the two ways on."""
     lines = "\n    ".join(str(change) for change in refused)
-    going_on = shlex.join([*command, WITH_CHANGES])
+    going_on = again.with_changes(command)
     if source == output:
-        anew = f"begin another run:\n    {with_output(command, fresh_output(output))}\n  or "
+        anew = f"begin another run:\n    {again.with_output(command, again.fresh_folder(output))}\n  or "
     else:
         anew = "leave --resume-from out to begin anew, or "
     kept_apart = "; those that are there stay, and are counted where they fit" if kept.unit == "rollouts" else ""
     return UsageError(
-        f"the run in '{_shown(source)}' ({kept.words}) has other settings:\n    {lines}",
-        where=_shown(source / CONFIG),
+        f"the run in '{again.shown(source)}' ({kept.words}) has other settings:\n    {lines}",
+        where=again.shown(source / CONFIG),
         fix=f"{anew}go on with the new ones from here{kept_apart}:\n    {going_on}",
     )
 
@@ -250,11 +224,3 @@ def _read_history(folder: Path) -> list[dict[str, Any]]:
     if not isinstance(data, list):
         raise _damaged(path, "not a list")
     return data
-
-
-def _shown(path: Path) -> str:
-    """A path as a person writes it: relative to the working folder where it lies in it."""
-    try:
-        return str(path.absolute().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

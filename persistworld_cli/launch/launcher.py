@@ -21,13 +21,13 @@ from types import FrameType
 from typing import Any
 
 from persistworld_cli import __version__
+from persistworld_cli.config.inputs import describe_inputs
 from persistworld_cli.config.presets import to_json
 from persistworld_cli.config.settings import LaunchSettings, Settings
 from persistworld_cli.console import note, show_error
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.launch.continuing import keep_history, look_back
 from persistworld_cli.launch.environment import gpu_count, torch_has_cuda, use_gpu, worker_environment
-from persistworld_cli.launch.inputs import describe_inputs
 from persistworld_cli.launch.run_lock import SHARED_TASKS, RunFolder, own_folder
 from persistworld_cli.launch.terminal import keep_terminal
 from persistworld_cli.run_files import CONFIG, FAILURE, RESULT

@@ -42,19 +42,24 @@ def _describe(key: str, value: str, settings: Mapping[str, Mapping[str, Any]]) -
         return None
     path = path.absolute()
     entry: dict[str, Any] = {"path": value if value.startswith("bundled:") else str(path)}
-    if key == "world.raw":
+    if key == "world.raw":  # may grow
         return entry
     if key == "world.dataset":  # may grow; what a model is shown of it hangs on the scale of its actions
         stat = path / "meta" / "stat.json"
         own = not settings["model"]["stat"] and stat.is_file()
         return entry | ({"sha256": _digest([stat], path)} if own else {})
+    return entry | describe_content(path)
+
+
+def describe_content(path: Path) -> dict[str, Any]:
+    """What a file or folder holds: ``{sha256}``, or ``{bytes, modified}`` where it is large."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     stats = [file.stat() for file in files]
     size = sum(one.st_size for one in stats)
     if size <= _READ_WHOLE:
-        return entry | {"sha256": _digest(files, path)}
+        return {"sha256": _digest(files, path)}
     newest = max(one.st_mtime for one in stats)
-    return entry | {"bytes": size, "modified": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(newest))}
+    return {"bytes": size, "modified": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(newest))}
 
 
 def _digest(files: list[Path], root: Path) -> str:
