@@ -99,7 +99,7 @@ def _folders(
     device: torch.device,
 ) -> tuple[dict[str, Path], dict[str, dict[str, Path]]]:
     """Where finished rollouts lie, by the hash of all that they hang on; made."""
-    same = rollout_identity(protocol, store)
+    same = rollout_identity(protocol, store, settings.model)
     names = {ref.label: hash_of([same, prints[ref.label], device.type]) for ref in models}
     folders = {
         FLOOR: root / f"floor-{hash_of(same)}",

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from persistworld_cli import __version__
-from persistworld_cli.config.settings import SamplingSettings, Settings
+from persistworld_cli.config.settings import ModelSettings, SamplingSettings, Settings
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import hash_of
@@ -25,6 +25,7 @@ from persistworld_cli.rollout.scoring import Judging
 
 PROTOCOL = 2  # raise it when the same settings would give other numbers
 _LIBRARIES = ("torch", "diffusers", "lpips", "scikit-image", "numpy", "scipy", "av")
+_BY_CONTENT = ("ckpt", "adapter", "stat")  # of the model's settings: hashes of what they name are kept beside
 _UNUSED = ("history_policy",)  # of the sampling settings: nothing here reads them
 
 
@@ -66,11 +67,12 @@ def describe_sampling(sampling: SamplingSettings) -> dict[str, Any]:
     return {key: value for key, value in asdict(sampling).items() if key not in _UNUSED}
 
 
-def rollout_identity(protocol: Mapping[str, Any], store: EpisodeStore) -> dict[str, Any]:
+def rollout_identity(protocol: Mapping[str, Any], store: EpisodeStore, model: ModelSettings) -> dict[str, Any]:
     """What a finished rollout hangs on beside the weights: more episodes later keep what is done."""
     stat = store.stat()
     same = {key: value for key, value in protocol.items() if key not in ("items", "record", "hash", "fvd")}
-    return same | {"dataset": str(store.root), "percentiles": [stat.p01, stat.p99]}
+    network = {key: value for key, value in asdict(model).items() if key not in _BY_CONTENT}
+    return same | {"dataset": str(store.root), "percentiles": [stat.p01, stat.p99], "model": network}
 
 
 def record_hash(store: EpisodeStore, split: str, items: Sequence[Item]) -> str:

@@ -26,7 +26,7 @@ from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.rollout.closed_loop import Commands, Rollout, check_cameras, iter_closed_loop
 from persistworld_cli.rollout.engine import RolloutEngine
-from persistworld_cli.rollout.finished import batches, load_latents, load_rollout, pending, save_rollout
+from persistworld_cli.rollout.finished import batches, load_latents, load_rollout, pending, save_rollout, tell_finished
 from persistworld_cli.rollout.recording import Item, load_recording
 from persistworld_cli.rollout.scoring import Scores, ceiling_scores, floor_scores
 from persistworld_cli.study.key import StudyKey
@@ -54,6 +54,7 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     plan = make_plan(settings, job, output, processes.device)
     study = _plan_study(settings, job, plan) if processes.is_main_process else None
     work = batches(plan.items, settings.eval.batch)[processes.process_index :: processes.num_processes]
+    tell_finished([*plan.folders.values(), *(f for own in plan.wrong.values() for f in own.values())], plan.items)
     for index, ref in enumerate(plan.models):
         todo = _todo(plan, ref, work)
         references = pending(plan.folders[CEILING], work) if index == 0 else []

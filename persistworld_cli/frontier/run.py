@@ -40,7 +40,7 @@ from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.tables import plain
 from persistworld_cli.rollout.closed_loop import Rollout, iter_closed_loop
 from persistworld_cli.rollout.engine import RolloutEngine
-from persistworld_cli.rollout.finished import batches, load_rollout, pending, save_rollout
+from persistworld_cli.rollout.finished import batches, load_rollout, pending, save_rollout, tell_finished
 from persistworld_cli.rollout.recording import Item
 from persistworld_cli.rollout.scoring import SHOWN, Judging
 
@@ -102,6 +102,7 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
         require_writable(target)
     plan = make_plan(settings, job, output, processes.device)
     work = batches(plan.items, settings.eval.batch)[processes.process_index :: processes.num_processes]
+    tell_finished([one.folder for one in (plan.reference, *plan.grid)], plan.items)
     _roll_out(settings, plan, work, processes.device, quiet=not processes.is_main_process)
     processes.wait_for_everyone()
     if not processes.is_main_process:
@@ -144,7 +145,8 @@ def make_plan(settings: Settings, job: Mapping[str, Any], output: Path, device: 
         reference = replace(reference, name=f"{reference.name} of {slow.label}")
 
     def tried(setting: Setting, ref: ModelRef, prints: dict[str, str]) -> Tried:
-        same = rollout_identity(protocol | {"sampling": describe_sampling(setting.sampling)}, store)
+        asked = protocol | {"sampling": describe_sampling(setting.sampling)}
+        same = rollout_identity(asked, store, settings.model)
         folder = output / "rollouts" / f"setting-{hash_of([same, prints, device.type])}"
         folder.mkdir(parents=True, exist_ok=True)
         return Tried(setting, ref, prints, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from persistworld_cli.read_files import reading
 from persistworld_cli.rollout.closed_loop import Rollout
 from persistworld_cli.rollout.recording import Item
+
+_log = logging.getLogger(__name__)
 
 
 def batches(items: Sequence[Item], size: int) -> list[list[Item]]:
@@ -28,6 +31,16 @@ def batches(items: Sequence[Item], size: int) -> list[list[Item]]:
 def pending(folder: Path, work: Sequence[Sequence[Item]]) -> list[Item]:
     """The items of those batches that lack a finished file."""
     return [item for batch in work if any(not _path(folder, item).is_file() for item in batch) for item in batch]
+
+
+def tell_finished(folders: Sequence[Path], items: Sequence[Item]) -> None:
+    """Say how many of the rollouts an earlier run finished; nothing where there are none."""
+    there = sum(_path(folder, item).is_file() for folder in folders for item in items)
+    whole = len(folders) * len(items)
+    if there == whole:
+        _log.info("finished; nothing was rolled out: all %d rollouts are there", whole)
+    elif there:
+        _log.info("resuming: %d of %d rollouts are there", there, whole)
 
 
 def save_rollout(folder: Path, rollout: Rollout) -> None:
