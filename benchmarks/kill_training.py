@@ -8,8 +8,8 @@ loads, draws, learns, saves) and started again, until the kills are used up; eve
 killed, else the worker alone. A run that finishes before its moment comes is compared and begun anew. metrics.jsonl
 (less the times) and the weights, or an evaluation's rollouts (less the times), must be the same, byte for byte. With
 `--processes 2`, every start after a kill takes two processes and one in turn; then numbers are compared to 1e-4. With
-`--stop`, a rank is stopped (SIGSTOP) for ten seconds before it is killed. Without --dataset, four episodes are extracted
-first.
+`--stop`, a rank is stopped (SIGSTOP) for ten seconds before it is killed. Without --dataset, four episodes are
+extracted first.
 """
 
 from __future__ import annotations
@@ -45,14 +45,8 @@ SMALL = {
     "validate_rollouts": 1,
     "validate_steps": 1,
 }
-SMALL_PRETRAINING = {
-    "batch": 2,
-    "log_every": 1,
-    "save_every": 1,
-    "check_every": 2,
-    "check_rollouts": 1,
-    "check_steps": 1,
-}
+SMALL_CHECKS = {"check_every": 2, "check_rollouts": 1, "check_steps": 1}
+SMALL_PRETRAINING = {"batch": 2, "log_every": 1, "save_every": 1, **SMALL_CHECKS}
 SMALL_EVALUATION = {"steps": 2, "batch": 1, "seeds": "0,1,2", "sheets": 0}
 SETS = {"post-train": SMALL, "pretrain": SMALL_PRETRAINING, "eval": SMALL_EVALUATION}
 EPISODES = "0,1,60,61"  # two to train on, two held out
@@ -100,7 +94,7 @@ def same_numbers(one: Any, two: Any, exact: bool) -> bool:
             return False
         # where a gradient is all but zero, rounding is blown up to whole steps by the optimisers
         return bool(np.array_equal(one, two, equal_nan=True) if exact else np.abs(one - two).mean() < 1e-4)
-    if exact or not isinstance(one, dict | list | float):
+    if not isinstance(one, dict | list | float) or (exact and isinstance(one, float)):
         return bool(one == two)
     if isinstance(one, float):
         return math.isclose(one, two, abs_tol=1e-3, rel_tol=1e-2)
@@ -168,9 +162,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         finished += 1
         same_log += same_numbers(found.pop("log"), whole["log"], exact)
         weights = {name: data for name, data in whole.items() if name != "log"}
-        same_weights += found.keys() == weights.keys() and all(
-            same_numbers(found[k], weights[k], exact) for k in weights
-        )
+        same_weights += found.keys() == weights.keys() and same_numbers(found, weights, exact)
         shutil.rmtree(out)
         if len(kills) == options.kills:
             break
