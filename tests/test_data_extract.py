@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from persistworld_cli.data.raw import video
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.extraction.pipeline import Told, extract_latents
 from persistworld_cli.extraction.preparing import resample_ids, split_of
-from persistworld_cli.extraction.publish import Encoder
+from persistworld_cli.extraction.publish import Changing, Encoder
 from persistworld_cli.extraction.report import Progress, merge_reports
 
 WORLD = WorldSettings(height=HEIGHT, width=WIDTH)
@@ -213,3 +216,49 @@ def test_real_droid_gives_the_processed_subset_back(
             frames = theirs.frames(their_split, episode, [i + shift for i in ids])[:, 2]
             error[shift] = np.abs(wrist - video.resize(frames, 48, 80)).mean()
         assert min(error, key=lambda shift: error[shift]) == 0, error
+
+
+def test_a_dataset_goes_on_with_changes_only_where_it_is_asked_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw, more, out = (tmp_path / name for name in ("raw", "more", "out"))
+    write_v21(raw, {0: 7})
+    write_v21(more, {0: 7, 1: 7})
+    weights = Encoder("a", "fp32", "1" * 64)
+    extract_latents(WORLD, raw, out, encode, encoder=weights)
+    with caplog.at_level(logging.INFO, "persistworld_cli"):
+        extract_latents(WORLD, raw, out, encode, encoder=replace(weights, name="b"))  # the same weights elsewhere
+    assert "resuming: 1 episodes are there" in caplog.text
+    typed = Changing(command=("persistworld", "extract-latents", str(more), str(out)), dataset=str(out))
+    before = (out / "extract.json").read_bytes()
+    with pytest.raises(UsageError, match=r"raw: .*raw -> .*more") as refusal:
+        extract_latents(WORLD, more, out, encode, encoder=weights, changes=typed)
+    assert f"persistworld extract-latents {more} {out}-2\n" in str(refusal.value)
+    assert f"persistworld extract-latents {more} {out} --continue-with-changes" in str(refusal.value)
+    assert (out / "extract.json").read_bytes() == before
+    wanted = replace(typed, wanted=True)
+    assert extract_latents(WORLD, more, out, encode, encoder=weights, changes=wanted).done == ["1"]
+    assert json.loads((out / "extract.json").read_text())["changes"] == [
+        {"from_episodes": 1, "raw": [str(raw), str(more)]}
+    ]
+    with pytest.raises(UsageError, match="state_fields: ") as never:  # nobody could read these side by side
+        other = replace(WORLD, state_fields=WORLD.state_fields[:1])
+        extract_latents(other, more, out, encode, encoder=weights, changes=wanted)
+    assert "--continue-with-changes" not in str(never.value)
+    known = {
+        key: value for key, value in json.loads(before).items() if key in ("cameras", "height", "width", "rate_hz")
+    }
+    (out / "extract.json").write_text(
+        json.dumps(known | {"layout": "native", "val_rule": "id-ends-99", "encoder": "a"})
+    )
+    with caplog.at_level(logging.INFO, "persistworld_cli"):
+        extract_latents(WORLD, raw, out, encode, encoder=weights)  # a dataset of an older version
+    assert f"not known of the episodes that are there: raw {raw}" in caplog.text
+
+
+def test_runs_that_share_a_dataset_tell_of_their_own_episodes(tmp_path: Path) -> None:
+    raw, out = write_v21(tmp_path / "raw", dict.fromkeys(range(3), 7)), tmp_path / "out"
+    for run, chosen in (("a", {0}), ("b", {1, 2})):
+        for rank in (0, 1):
+            extract_latents(WORLD, raw, out, encode, episodes=chosen, rank=rank, world_size=2, run=run)
+    assert merge_reports(out, 2, "a").done == ["0"] and sorted(merge_reports(out, 2, "b").done) == ["1", "2"]

@@ -124,7 +124,7 @@ def own_folder(
     path = output / (f"run-node{rank}.lock" if rank else "run.lock")
     shared = task in SHARED_TASKS
     if rank:
-        _require_same_run(output / "run.lock", own)
+        _require_same_run(output / "run.lock", own, take_over=take_over)
     fd, locked = _take(path, own, shared=shared, take_over=take_over)
     private = output / f".run-node{rank}-{own.run}"
     try:
@@ -171,13 +171,13 @@ def _born(pid: int) -> float | None:
         return None
 
 
-def _require_same_run(path: Path, own: Holder) -> None:
+def _require_same_run(path: Path, own: Holder, *, take_over: bool) -> None:
     """Another machine than the first joins its run: refuse at once where the folder belongs to another.
 
     Machine 0 may not have come yet, or its lock may be one that a killed run left: then it decides.
     """
     holder = _read(path)
-    if holder is None or holder.is_of(own) or (holder.here and not holder.alive):
+    if holder is None or holder.is_of(own) or (not holder.alive if holder.here else take_over):
         return
     raise _taken(path, holder)
 
