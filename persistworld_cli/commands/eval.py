@@ -97,12 +97,12 @@ def command(
 
 def compare_finished(common: Common, paths: Sequence[str]) -> None:
     """Print two finished results against each other, the first as the baseline."""
-    from persistworld_cli.evaluation.comparing import compare_results, load_result
-    from persistworld_cli.reports.tables import eval_table, plain
+    from persistworld_cli.evaluation.comparing import compare_files
+    from persistworld_cli.reports.tables import plain
 
-    first, second = (load_result(path) for path in paths)
-    against = compare_results(first, second, f"{paths[0]} and {paths[1]}")
+    first, second = paths
+    against, table = compare_files(first, second)
     if common.as_json:
         write_json(against)
     else:
-        write_out(plain(eval_table(against)))
+        write_out(plain(table))

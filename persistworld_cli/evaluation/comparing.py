@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from persistworld_cli.evaluation.protocol import require_same
 from persistworld_cli.files import jsonable
 from persistworld_cli.read_files import read_json, reading
+from persistworld_cli.reports.tables import eval_table
 from persistworld_cli.statistics.paired import FloatArray, compare
 
 NEEDED = ("protocol", "models", "rollouts", "metrics", "groups", "n")
@@ -44,8 +46,26 @@ def compare_results(first: Mapping[str, Any], second: Mapping[str, Any], where: 
         A result that `reports.tables.eval_table` shows.
 
     Raises:
-        PersistWorldError: the protocols differ.
+        PersistWorldError: the protocols differ, or a result is damaged.
     """
+    with reading("cannot compare the results", where, "give the eval.json of two finished evaluations"):
+        return _compared(first, second, where)
+
+
+def compare_files(first: str, second: str) -> tuple[dict[str, Any], Table]:
+    """Two finished results, by their paths, against each other: what `compare_results` gives, and its table.
+
+    Raises:
+        PersistWorldError: as `load_result` and `compare_results`.
+    """
+    where = f"{first} and {second}"
+    against = compare_results(load_result(first), load_result(second), where)
+    with reading("cannot compare the results", where, "give the eval.json of two finished evaluations"):
+        return against, eval_table(against)
+
+
+def _compared(first: Mapping[str, Any], second: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`compare_results`, which names the files of whatever is raised here."""
     require_same(first["protocol"], second["protocol"], where)
     models = [first["models"][-1], second["models"][-1]]
     labels = _labels([model["label"] for model in models])

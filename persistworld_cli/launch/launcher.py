@@ -30,6 +30,7 @@ from persistworld_cli.launch.continuing import keep_history, look_back
 from persistworld_cli.launch.environment import gpu_count, torch_has_cuda, use_gpu, worker_environment
 from persistworld_cli.launch.run_lock import SHARED_TASKS, RunFolder, own_folder
 from persistworld_cli.launch.terminal import keep_terminal
+from persistworld_cli.read_files import read_json
 from persistworld_cli.run_files import CONFIG, FAILURE, RESULT
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -248,8 +249,4 @@ def _killed(number: int, output: Path) -> PersistWorldError:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """A JSON file, or None where there is none."""
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    return data
+    return read_json(path, "unreadable result of the worker", "run it again with --debug") if path.exists() else None

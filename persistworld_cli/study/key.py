@@ -106,6 +106,23 @@ def make_key(
     return StudyKey(study, secret, kept, trials)
 
 
+def _sound(key: StudyKey) -> bool:
+    """Whether everything in a key is of the kind that it should be."""
+    texts = [
+        key.study,
+        key.secret,
+        *(text for trial in key.trials for text in (trial.id, trial.episode, trial.cameras)),
+    ]
+    numbers = [number for trial in key.trials for number in (trial.start, trial.seed, trial.first)]
+    texts += [text for model in key.models for text in (model["label"], *model.values())]
+    return (
+        len(key.models) == 2
+        and all(isinstance(text, str) for text in texts)
+        and all(type(number) is int for number in numbers)
+        and all(trial.first in (0, 1) for trial in key.trials)
+    )
+
+
 def load_key(path: Path) -> StudyKey:
     """Read a key file.
 
@@ -118,7 +135,10 @@ def load_key(path: Path) -> StudyKey:
         if data.pop("kind") != KIND:
             raise ValueError("another kind of file")
         trials = tuple(Trial(**trial) for trial in data.pop("trials"))
-        return StudyKey(trials=trials, models=tuple(data.pop("models")), **data)
+        key = StudyKey(trials=trials, models=tuple(data.pop("models")), **data)
+        if not _sound(key):
+            raise ValueError("values of another kind")
+        return key
     except OSError as error:
         raise PersistWorldError(f"the key cannot be read: {error.strerror}", where=str(path), fix=fix) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.read_files import parse_json, reason
+from persistworld_cli.read_files import parse_json, reading, reason
 from persistworld_cli.statistics.paired import FloatArray
 from persistworld_cli.statistics.preference import (
     elo,
@@ -92,7 +92,8 @@ def read_study(files: Sequence[Path], keys: Sequence[Path] = ()) -> tuple[dict[s
         key = known.get(str(data["study"]))
         if key is None:
             raise _without_key(path, str(data["study"]), known, bool(keys))
-        sheets.append(_sheet(path, data, key))
+        with reading("unreadable answers", path, "ask the rater to download the file again"):
+            sheets.append(_sheet(path, data, key))
     _check_raters(sheets)
     return {study: known[study] for study in sorted(wanted)}, sheets
 

@@ -21,6 +21,7 @@ from persistworld_cli.config.settings import Settings, VaeSettings, WorldSetting
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.data.raw.video import read_frames, resize
 from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae, pixels_to_unit
+from persistworld_cli.read_files import reading
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.training.optim import Optimizers, inputs_and_outputs
 from persistworld_cli.training.run import Interrupted, Run
@@ -33,7 +34,7 @@ def load_pictures(raw: Path, world: WorldSettings, cache: Path, quiet: bool) -> 
     Episodes are cut to the shortest one's length.
     """
     if cache.exists():
-        return np.load(cache, mmap_mode="r")
+        return read_pictures(cache)
     dataset = RawDataset(raw)
     every = max(1, round(dataset.fps / world.rate_hz))
     length = min(dataset.episode(e).length for e in dataset.episodes) // every
@@ -49,7 +50,16 @@ def load_pictures(raw: Path, world: WorldSettings, cache: Path, quiet: bool) -> 
             meter.advance()
     pictures.flush()
     beside.rename(cache)
-    return np.load(cache, mmap_mode="r")
+    return read_pictures(cache)
+
+
+def read_pictures(cache: Path) -> np.ndarray:
+    """The cached pictures, memory-mapped. Raises PersistWorldError where the file is damaged."""
+    with reading("unreadable cache of pictures", cache, "delete the file: it is made again"):
+        pictures = np.load(cache, mmap_mode="r", allow_pickle=False)
+        if pictures.dtype != np.uint8 or pictures.ndim != 5 or not pictures.size:
+            raise ValueError(f"{pictures.dtype} of shape {pictures.shape} instead of uint8 (M, N, H, W, 3)")
+        return pictures
 
 
 def reconstruction_loss(made: torch.Tensor, real: torch.Tensor, settings: VaeSettings) -> torch.Tensor:

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persistworld_cli.data.metadata.health import count_starts
-from persistworld_cli.data.metadata.index import ActionStat, EpisodeIndex, IndexFile, running
+from persistworld_cli.data.metadata.index import ActionStat, EpisodeIndex, IndexFile, NoEpisodes, running
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import whole_file, write_json
-from persistworld_cli.read_files import reading
+from persistworld_cli.read_files import parse_json, reading
 
 SUFFIX = "_sample.json"
 _READ = 1 << 20  # characters
@@ -32,7 +32,7 @@ def export_ctrl_world(index: IndexFile, stat: ActionStat, folder: Path, *, num_f
     for split in index.names("splits"):
         try:
             mine = index.split(split)
-        except PersistWorldError:  # none of its episodes is usable
+        except NoEpisodes:  # none of its episodes is usable
             continue
         row, start = _entries(mine, num_frames)
         order = np.random.default_rng(seed).permutation(len(row))
@@ -160,6 +160,6 @@ def _stream(path: Path) -> Iterator[dict[str, Any]]:
                 piece = piece[:-1]
             piece = piece.strip().strip(",")
             if piece:
-                yield from json.loads(f"[{piece}]")
+                yield from parse_json(f"[{piece}]")
             if not read:
                 return

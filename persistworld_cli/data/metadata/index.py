@@ -105,6 +105,10 @@ class EpisodeIndex:
     start_offsets: NDArray[np.int64] | None = None
 
 
+class NoEpisodes(PersistWorldError):
+    """A split without usable episodes, in an index that is whole."""
+
+
 class IndexFile:
     """An index on disk; arrays are memory-mapped, and what the operating system must read is read when it is touched.
 
@@ -170,13 +174,14 @@ class IndexFile:
         """The usable episodes of a split.
 
         Raises:
-            PersistWorldError: it has none, or the index is damaged.
+            NoEpisodes: it has none.
+            PersistWorldError: the index is damaged.
         """
         with reading("the index is damaged", self.path, REBUILD):
-            self._check_rows()
+            self.require_whole()
             return self._split(name)
 
-    def _check_rows(self) -> None:
+    def require_whole(self) -> None:
         """Raise where arrays that belong together do not fit: numpy would wrap or cut them without a word."""
         lengths, ids = np.asarray(self.array("lengths")), self.names("ids")
         codes = {"split_of": len(self.names("splits")), "text_of": len(self.names("texts"))}
@@ -196,7 +201,7 @@ class IndexFile:
         rows = np.flatnonzero(mine & usable)
         if not len(rows):
             known = sorted({splits[code] for code in np.unique(self.array("split_of")[usable])})
-            raise PersistWorldError(
+            raise NoEpisodes(
                 f"split '{name}' has no episodes", where=str(self.path), fix=f"take one of: {', '.join(known)}"
             )
         first, last = int(self.offsets[rows[0]]), int(self.offsets[rows[-1] + 1])

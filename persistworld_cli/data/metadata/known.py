@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from persistworld_cli.data.metadata.index import INDEX_FILE, IndexFile, StateWriter, as_bytes, running
 from persistworld_cli.data.metadata.scan import Episode, Facts, Listed
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.read_files import reading
 
 _SUCCESS = {True: 1, False: 0, None: -1}
 _UNKNOWN = {code: success for success, code in _SUCCESS.items()}
@@ -34,13 +35,16 @@ class Known:
     def __init__(self, meta: Path, made: str) -> None:
         """``meta``: its folder; ``made``: what the index must have been made with (`Table.columns`)."""
         self._rows: dict[Listed, int] = {}
+        path = meta / INDEX_FILE
         try:
-            self._file = IndexFile(meta / INDEX_FILE)
-        except PersistWorldError:
-            return
-        if self._file.info.get("made") != made:
-            return
-        self._read()
+            self._file = IndexFile(path)
+            if self._file.info.get("made") != made:
+                return
+            with reading("the index is damaged", path):
+                self._file.require_whole()
+                self._read()
+        except PersistWorldError:  # nothing is known then: every episode is read again
+            self._rows = {}
 
     def _read(self) -> None:
         file = self._file

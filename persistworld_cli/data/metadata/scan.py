@@ -18,7 +18,7 @@ from persistworld_cli.data.metadata.annotations import Unreadable, load_annotati
 from persistworld_cli.data.metadata.latent_header import read_header
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import natural_key
-from persistworld_cli.read_files import DAMAGED_NOTES, read_json
+from persistworld_cli.read_files import DAMAGED_NOTES, positive_number, read_json, reading
 
 VELOCITY = "action.joint_velocity"
 JOINTS = "observation.state.joint_position"
@@ -90,7 +90,13 @@ def extraction_notes(root: Path) -> dict[str, Any]:
         PersistWorldError: it is damaged.
     """
     path = root / "extract.json"
-    return read_json(path, "unreadable notes of the extraction", DAMAGED_NOTES) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    with reading("unreadable notes of the extraction", path, DAMAGED_NOTES):
+        noted = read_json(path, "unreadable notes of the extraction", DAMAGED_NOTES)
+        if "rate_hz" in noted:
+            positive_number(noted["rate_hz"], "rate_hz")
+        return noted
 
 
 def read_episode(root: Path, check_latents: bool, request: tuple[Listed, bool]) -> Episode:
@@ -132,7 +138,7 @@ def check_files(root: Path, split: str, episode: str, length: int, latents: bool
             raise Unreadable(f"latents of camera {camera} are missing", where=str(folder))
         try:
             header = read_header(files[camera])
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged header raises many kinds
             raise Unreadable("unreadable latents", where=f"{files[camera]} ({error})") from error
         if header is None:
             raise Unreadable("latents are in torch's format from before version 1.6", where=str(files[camera]))

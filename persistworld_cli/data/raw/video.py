@@ -40,7 +40,9 @@ def count_frames(path: Path) -> int:
         with av.open(str(path)) as container:
             stream = _video_stream(container, path)
             return stream.frames or sum(1 for _ in container.decode(stream))
-    except (FFmpegError, OSError) as error:
+    except PersistWorldError:
+        raise
+    except Exception as error:  # FFmpegError, and what PyAV raises for values that no video has
         raise _unreadable(path, error) from error
 
 
@@ -82,7 +84,9 @@ def iter_frames(path: Path, indices: Sequence[int], *, threads: int = 0, whole: 
                 target = next(wanted, None)
                 if target is None and not whole:
                     return
-    except (FFmpegError, OSError) as error:
+    except PersistWorldError:
+        raise
+    except Exception as error:  # as in `count_frames`
         raise _unreadable(path, error) from error
     if target is not None or seen + 1 != whole:
         expected = f"frame {target} is wanted" if target is not None else f"{whole} are declared"
