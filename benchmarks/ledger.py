@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from persistworld_cli.files import whole_file
+from persistworld_cli.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 LEDGER = ROOT / "benchmarks" / "ledger.json"
@@ -94,10 +94,8 @@ def append(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
         if new["value"] is not None:
             kept = [old for old in kept if old not in same or old["value"] is not None]
         kept.append(dict(new))
-    with whole_file(path) as file:
-        file.write_text(json.dumps(kept, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    with whole_file(path.with_suffix(".md")) as file:
-        file.write_text(render(kept), encoding="utf-8")
+    write_json(path, kept)
+    write_text(path.with_suffix(".md"), render(kept))
 
 
 def load(path: Path) -> list[dict[str, Any]]:

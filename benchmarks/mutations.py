@@ -3,8 +3,8 @@
 `python -m benchmarks.mutations [--seeds 20] [--rounds 60] [--only TEXT] [--output FILE.json]`
 
 Each mutation must end in an equal result, in one PersistWorldError that says what, where and what to do, or in a
-changed value that the format cannot check (`UNCHECKED` says why, by format). A traceback, a hang, a file that is lost or a
-changed value where the format has checks is BAD; a BAD one is printed with what repeats it, and the exit code is 1.
+changed value that the format cannot check (`UNCHECKED` says why, by format). A traceback, a hang, a lost file or
+a changed value where the format has checks is BAD; a BAD one is printed with what repeats it, and the exit code is 1.
 tests/test_mutations.py runs the same with one seed.
 """
 

@@ -45,7 +45,7 @@ from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import open_store
 from persistworld_cli.evaluation.benchmarks import load_benchmark
 from persistworld_cli.evaluation.plan import eval_items
-from persistworld_cli.files import whole_file, write_json
+from persistworld_cli.files import write_json, write_text
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.rollout.closed_loop import Rollout, iter_closed_loop, reward_of
@@ -300,8 +300,7 @@ def test(settings: Settings, output: Path, seeds: Sequence[int], ablated: Sequen
         },
     }
     write_json(output / "proof.json", result)
-    with whole_file(output / "proof.md") as partial:
-        partial.write_text(text)
+    write_text(output / "proof.md", text)
     print(text)
     return result
 

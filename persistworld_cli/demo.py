@@ -5,7 +5,6 @@ Every stage resumes or repeats cheaply, so a second run is faster. Stage times g
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from rich.table import Table
 
 from persistworld_cli.console import stderr_console, stdout_console
+from persistworld_cli.files import write_json
 
 OUT = Path("outputs/demo")
 DATASET = str(OUT / "world")
@@ -77,7 +77,7 @@ def summary(spent: dict[str, float], total: float) -> None:
         table.add_row(folder, f"{seconds:.0f}", str(DATASET if folder in ("extract", "meta") else OUT / folder))
     table.add_row("all", f"{total:.0f}", "")
     stdout_console().print(table)
-    (OUT / "demo.json").write_text(json.dumps({"seconds": spent, "total": total}, indent=1) + "\n")
+    write_json(OUT / "demo.json", {"seconds": spent, "total": total})
     pictures = sorted(p for p in OUT.rglob("*") if p.suffix in (".png", ".mp4", ".html") and "world" not in p.parts)
     console.print("pictures, videos and pages:")
     for path in pictures:

@@ -1,10 +1,13 @@
-"""Files and folders that are there whole or not at all: written beside their place, then renamed. No torch.
+"""Files and folders that are there whole or not at all; the one place that writes them. No torch.
 
-Also what goes into them: any value as JSON can hold it, a hash of one, and natural order of names.
+They are written beside their place under a hidden name, brought onto the disk, then renamed: a reader, a kill, a power
+cut and a full disk find the old one or the whole new one. New files have the rights that the umask leaves. What cannot
+be written is one `CannotWrite`. Also here: any value as JSON can hold it, a hash of one, and natural order of names.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -19,29 +22,178 @@ from typing import Any
 
 from persistworld_cli.errors import PersistWorldError, UsageError
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)  # folders of some network file systems
+_PARTIAL = re.compile(r"\.(?P<stem>.*)\.\d+\.(?P<kind>partial|parts|old)(?P<suffix>(\.[^.]*)?)")
+_ROOM = 1 << 16  # bytes; a library's own words for a full disk are replaced where less than this is free
+
+
+class CannotWrite(PersistWorldError):
+    """The disk is full or closed to us, whatever was to be written."""
+
+
+@contextmanager
+def writing(path: Path, fix: str = "", closed: str = "") -> Iterator[None]:
+    """Turn an OSError of the block, which does nothing but write `path`, into a CannotWrite.
+
+    Args:
+        path: file or folder.
+        fix: what to do about a full disk.
+        closed: what to do where rights are missing.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.errno in _NO_ROOM:
+            fix = fix or "free some disk, or give another --output"
+        elif error.errno in _NO_RIGHTS:
+            fix = closed or "check its rights and those of its folder, or give another --output"
+        else:
+            fix = "check the disk, or give another --output"
+        raise CannotWrite(f"cannot be written: {_reason(error, path)}", where=str(path), fix=fix) from error
+
+
+def _reason(error: OSError, path: Path) -> str:
+    """Why, in a few words: numpy, torch and safetensors tell of a full disk each in their own."""
+    if error.errno is not None:
+        return os.strerror(error.errno)
+    folder = next(folder for folder in path.absolute().parents if folder.is_dir())
+    if shutil.disk_usage(folder).free < _ROOM:
+        return os.strerror(errno.ENOSPC)
+    return (str(error).splitlines() or [repr(error)])[0]
+
+
+@contextmanager
+def whole_file(path: Path, fix: str = "") -> Iterator[Path]:
+    """An empty file beside `path` to write to; it takes `path`'s place when the block ends well, else it is removed.
+
+    The block does nothing but write. The name ends as `path`'s does, for libraries that go by that.
+
+    Args:
+        path: the file; folders above it are made.
+        fix: what to do about a full disk.
+
+    Raises:
+        CannotWrite: the disk is full or closed to us.
+    """
+    partial = _beside(path, "partial")
+    try:
+        with writing(path, fix):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.unlink(missing_ok=True)  # of a process of the same number that was killed
+            with partial.open("xb") as file:
+                rights = os.fstat(file.fileno()).st_mode & 0o777
+            yield partial
+            if partial.stat().st_mode & 0o777 != rights:  # safetensors leaves its files to their owner alone
+                partial.chmod(rights)
+            sync(partial)
+            partial.replace(path)
+            sync(path.parent)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+@contextmanager
+def whole_folder(path: Path, fix: str = "") -> Iterator[Path]:
+    """An empty folder beside `path` to write into, which takes its place when the block ends well; as `whole_file`."""
+    partial, old = _beside(path, "partial"), _beside(path, "old")
+    try:
+        with writing(path, fix):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in (partial, old):  # of a process of the same number that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            for place in [*partial.rglob("*"), partial]:
+                sync(place)
+            if path.exists():  # a folder cannot be renamed onto one that is not empty
+                path.rename(old)
+            try:
+                partial.rename(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
+            sync(path.parent)
+    except CannotWrite as error:  # of a file in it
+        raise CannotWrite(
+            error.what, where=str(error.where).replace(str(partial), str(path)), fix=error.fix
+        ) from error.__cause__
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` for what it is made from, removed in the end. Raises CannotWrite."""
+    scratch = _beside(path, "parts")
+    try:
+        with writing(path):
+            scratch.mkdir(parents=True)
+            yield scratch
+    except CannotWrite as error:
+        raise CannotWrite(error.what, where=str(path), fix=error.fix) from error.__cause__
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.stem}.{os.getpid()}.{kind}{path.suffix}")
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or a folder's names, onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in _NOT_SYNCED:
+            raise
+    finally:
+        os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left beside the files of a folder that nobody else writes to."""
+    for left in list(folder.iterdir()) if folder.is_dir() else ():
+        if not (found := _PARTIAL.fullmatch(left.name)):
+            continue
+        place = folder / (found["stem"] + found["suffix"])
+        if found["kind"] == "old" and not place.exists():  # killed between its two renames
+            left.rename(place)
+        else:
+            remove(left)
+
+
+def remove(path: Path) -> None:
+    """A file, link or whole folder, as far as it can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def write_text(path: Path, text: str, fix: str = "") -> None:
+    """A text in UTF-8, whole or not at all. Raises CannotWrite."""
+    with whole_file(path, fix) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Any, *, indent: int | None = 1, fix: str = "") -> None:
+    """Anything that `jsonable` takes as JSON, whole or not at all. Raises CannotWrite."""
+    text = json.dumps(jsonable(data), indent=indent, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n", fix)
+
 
 def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
     """Sort key under which digits count as numbers: '9' < '10', '0008' < '0011'; any two names compare."""
     parts = re.findall(r"\d+|\D+", name)
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts], name
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write beside ``path``, renamed onto it at the end: a reader finds the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON beside and rename."""
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(data))
 
 
 def require_free(path: Path, *, force: bool, marker: str = "") -> None:
@@ -70,57 +222,17 @@ def require_free(path: Path, *, force: bool, marker: str = "") -> None:
         raise UsageError("it is there already", where=str(path), fix="give another --output, or replace it: --force")
 
 
-@contextmanager
-def written_beside(path: Path, *, force: bool = False, marker: str = "") -> Iterator[Path]:
-    """A name beside `path` to write to; it takes `path`'s place when the block ends well, and is removed otherwise.
-
-    Args:
-        path, force, marker: as for `require_free`.
-
-    Raises:
-        UsageError, PersistWorldError: as `require_free`, and a full disk.
-    """
-    require_free(path, force=force, marker=marker)
-    beside, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("new", "old"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        _let_others_read(beside)
-        if path.is_dir():  # a folder cannot be renamed onto one that is not empty
-            path.rename(old)
-        beside.replace(path)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise PersistWorldError(
-            f"cannot be written: {str(error).splitlines()[0]}",
-            where=str(path),
-            fix="free some disk, or give another --output",
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        with suppress(OSError):
-            beside.unlink()
-
-
-def _let_others_read(path: Path) -> None:
-    """Give files the rights that new files have here: safetensors leaves its own to their owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in path.iterdir() if path.is_dir() else (path,):
-        file.chmod(0o666 & ~mask)
-
-
 def jsonable(value: Any) -> Any:
-    """Dataclasses, arrays, tuples and numpy numbers as plain JSON values; NaN and infinities as None."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
+    """Any value as plain JSON: arrays and numpy's numbers, dataclasses, sets, paths; NaN and infinities as None."""
     if isinstance(value, Mapping):
         return {str(key): jsonable(entry) for key, entry in value.items()}
-    if hasattr(value, "tolist"):
-        value = value.tolist()
     if isinstance(value, list | tuple):
         return [jsonable(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if hasattr(value, "tolist"):  # before float, which numpy's float64 is too
+        return jsonable(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else jsonable(_plain(value))
 
 
 def hash_of(value: Any) -> str:
@@ -129,7 +241,9 @@ def hash_of(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses and arrays for `hash_of`."""
-    if hasattr(value, "__dataclass_fields__"):
+    """What json itself cannot write as something that it can."""
+    if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
+    if isinstance(value, set | frozenset):  # in one order, whatever the process's hashes
+        return sorted(value, key=str)
     return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from persistworld_cli.console import note
-from persistworld_cli.files import whole_file, write_json
+from persistworld_cli.files import whole_file, write_json, write_text
 
 FOLDER = "profile"
 TRACED_S = 5.0
@@ -164,8 +164,8 @@ def calls_counted(folder: Path) -> Iterator[None]:
         yield
     finally:
         profile.disable()
-        folder.mkdir(parents=True, exist_ok=True)
-        profile.dump_stats(folder / "calls.pstats")
+        with whole_file(folder / "calls.pstats") as file:
+            profile.dump_stats(file)
         with whole_file(folder / "table.txt") as file, file.open("w", encoding="utf-8") as out:
             out.write(
                 "Python's functions by their own time, as cProfile counts it (which slows Python down): of this "
@@ -196,7 +196,6 @@ def _wrapped(clock: _Clock) -> Iterator[None]:
 
 def _write(folder: Path, stages: Mapping[str, Stage], trace: _Trace, total: float) -> None:
     """The three files, and where they are."""
-    folder.mkdir(parents=True, exist_ok=True)
     operations = _operations(trace)
     data = {
         "seconds": total,
@@ -206,11 +205,11 @@ def _write(folder: Path, stages: Mapping[str, Stage], trace: _Trace, total: floa
     }
     write_json(folder / "profile.json", data)
     files = [folder / "table.txt"]
-    with whole_file(files[0]) as file:
-        file.write_text(_table(stages, operations, trace.lasted, total), encoding="utf-8")
+    write_text(files[0], _table(stages, operations, trace.lasted, total))
     if trace.profile is not None:
         files.append(folder / "trace.json.gz")
-        trace.profile.export_chrome_trace(str(files[1]))  # compressed, by the name's end
+        with whole_file(files[1]) as file:
+            trace.profile.export_chrome_trace(str(file))  # compressed, by the name's end
     note(f"profile: {', '.join(map(str, files))}")
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import math
 import os
 import signal
 import sys
@@ -24,6 +23,7 @@ from persistworld_cli.compat import end_with_parent, free_main_thread
 from persistworld_cli.config.presets import from_json
 from persistworld_cli.console import debug_wanted, listen_to_library, note, show_error, show_traceback
 from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.files import write_json
 from persistworld_cli.run_files import FAILURE, RESULT
 
 TASKS = {
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         free_main_thread()
         result = _run(whole, config)
         if _rank() == 0:
-            _write_json(folder / RESULT, _plain(result))
+            write_json(folder / RESULT, result)
         _leave_group()
         return 0
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -195,26 +195,6 @@ def _rank() -> int:
 
 def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _plain(value: Any) -> Any:
-    """A result as JSON can hold it: paths as strings, numpy and torch scalars as numbers, NaN and infinity as null."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
-
-
-def _write_json(path: Path, data: Any) -> None:
-    """Write whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-    beside.replace(path)
 
 
 def _exit(code: int) -> NoReturn:

@@ -19,6 +19,7 @@ from persistworld_cli import worker
 from persistworld_cli.config.presets import from_json, load_settings
 from persistworld_cli.config.settings import LaunchSettings
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.files import jsonable
 from persistworld_cli.launch import environment, launcher
 from persistworld_cli.launch.launcher import run_task
 
@@ -211,7 +212,7 @@ def test_results_become_plain_json() -> None:
         "d": (np.arange(2), {"e": np.bool_(True)}),
         3: None,
     }
-    assert worker._plain(given) == {"a": 1.5, "b": None, "c": "/x", "d": [[0, 1], {"e": True}], "3": None}
+    assert jsonable(given) == {"a": 1.5, "b": None, "c": "/x", "d": [[0, 1], {"e": True}], "3": None}
 
 
 def test_an_unknown_task_is_told(tmp_path: Path) -> None:

@@ -80,3 +80,16 @@ def test_what_cannot_be_gone_on_from_is_refused(world: Settings, whole: Path, tm
     assert "lora_rank" in str(other.value.fix)
     told = CliRunner().invoke(app, ["post-train", "--no-resume", "--resume-from", str(whole)])
     assert told.exit_code == 2 and "contradict" in told.output
+
+
+def test_a_run_stopped_in_its_last_update_gets_its_adapter(world: Settings, whole: Path, tmp_path: Path) -> None:
+    """Its state is saved, but the adapter is of an earlier and shorter run in the folder."""
+    again = tmp_path / "again"
+    shutil.copytree(whole, again)
+    stale = again / ADAPTER
+    stale.write_bytes(stale.read_bytes()[:-4] + bytes(4))
+    assert not same(again, whole)
+    post_train.run(world, {"output": str(again)})
+    for file in ("adapter_model.safetensors", "action_encoder.safetensors", "adapter_config.json"):
+        ours, theirs = (folder / "weights" / "adapter" / file for folder in (again, whole))
+        assert ours.read_bytes() == theirs.read_bytes()

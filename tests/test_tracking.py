@@ -67,7 +67,7 @@ def test_a_line_and_a_state_that_were_cut_off_are_dropped(tmp_path: Path) -> Non
     broken_run(tmp_path, saved=2)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
-    (tmp_path / "state" / ".step-00000004.99").mkdir()
+    (tmp_path / "state" / ".step-00000004.99.partial").mkdir()
     with begin(tmp_path) as work:
         work.load()
         assert [entry["step"] for entry in work.history()] == [1, 2]

@@ -118,7 +118,7 @@ def test_a_full_disk_leaves_the_last_state_whole_and_says_so(world: Settings, tm
     command = worker("post-train", world, tmp_path)
     done = subprocess.run(command, env=ENV, preexec_fn=fill_disk, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "error: the training state of update 2 could not be written" in done.stderr
+    assert "error: cannot be written: File too large" in done.stderr
     assert "free some disk and run the same command again" in done.stderr
     assert state.read_bytes() == whole and [path.name for path in state.parent.parent.iterdir()] == ["step-00000001"]
     (tmp_path / "failure.json").unlink()

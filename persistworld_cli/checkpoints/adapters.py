@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import save_file
 
 from persistworld_cli.checkpoints.compatibility import Shapes, bundled_settings, misfit, preset_shapes, shapes_of
 from persistworld_cli.checkpoints.sources import (
@@ -25,10 +24,11 @@ from persistworld_cli.checkpoints.sources import (
     locate,
 )
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
+from persistworld_cli.checkpoints.tensor_writing import save_safetensors
 from persistworld_cli.config.presets import from_json, preset_names
 from persistworld_cli.config.settings import ModelSettings
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.files import written_beside
+from persistworld_cli.files import require_free, whole_folder, write_json
 from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.unet import FrameLevelUNet
 from persistworld_cli.models.world_model import WorldModel
@@ -228,11 +228,18 @@ def write_adapter(
     Raises:
         PersistWorldError: something is there already (without `force`), or it cannot be written.
     """
-    with written_beside(folder, force=force, marker=ADAPTER_CONFIG) as beside:
-        beside.mkdir()
-        plain = {name: t.detach().cpu().contiguous() for name, t in lora.items()}
-        save_file(plain, str(beside / f"{ADAPTER_WEIGHTS}.safetensors"), metadata={"format": "pt"})
-        config.save_pretrained(str(beside))
-        if encoder:
-            plain = {name: t.detach().cpu().contiguous() for name, t in encoder.items()}
-            save_file(plain, str(beside / ENCODER_WEIGHTS), metadata={"format": "pt"})
+    require_free(folder, force=force, marker=ADAPTER_CONFIG)
+    with whole_folder(folder) as partial:
+        for name, part in ((f"{ADAPTER_WEIGHTS}.safetensors", lora), (ENCODER_WEIGHTS, encoder)):
+            if part:
+                plain = {key: t.detach().cpu().contiguous() for key, t in part.items()}
+                save_safetensors(partial / name, plain, {"format": "pt"})
+        config.save_pretrained(str(partial))
+        _sort_sets(config, partial / ADAPTER_CONFIG)
+
+
+def _sort_sets(config: PeftConfig, path: Path) -> None:
+    """peft writes sets in the order of this process's hashes: sorted, the same adapter is the same file."""
+    written = read_json(path, "not an adapter's settings")
+    sets = {name for name, value in vars(config).items() if isinstance(value, set)}
+    write_json(path, {name: sorted(value) if name in sets else value for name, value in written.items()}, indent=2)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from persistworld_cli.checkpoints.adapters import adapter_misfit, adapter_presets, read_adapter, write_adapter
 from persistworld_cli.checkpoints.compatibility import (
@@ -20,9 +19,10 @@ from persistworld_cli.checkpoints.inspection import MERGED
 from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.checkpoints.sources import ADAPTER_CONFIG, locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
+from persistworld_cli.checkpoints.tensor_writing import save_safetensors, save_torch
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.files import require_free, written_beside
+from persistworld_cli.files import require_free
 from persistworld_cli.models.world_model import CARRIED
 
 # What is written -> how the file's name ends ("": a folder).
@@ -82,12 +82,11 @@ def export_model(
         )
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     _require_finite(tensors, dtype)
-    with written_beside(output, force=force) as beside:
-        if to == "safetensors":
-            notes = {"format": "pt"} | ({MERGED: adapter_sha256} if adapter_sha256 else {})
-            save_file(tensors, str(beside), metadata=notes)
-        else:
-            torch.save(tensors, beside)
+    require_free(output, force=force)
+    if to == "safetensors":
+        save_safetensors(output, tensors, {"format": "pt"} | ({MERGED: adapter_sha256} if adapter_sha256 else {}))
+    else:
+        save_torch(output, tensors)
     return {
         "output": str(output),
         "format": to,

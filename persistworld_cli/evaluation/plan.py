@@ -22,7 +22,7 @@ from persistworld_cli.evaluation.benchmarks import load_benchmark
 from persistworld_cli.evaluation.comparing import load_result
 from persistworld_cli.evaluation.fvd import FeatureNet, load_feature_network
 from persistworld_cli.evaluation.protocol import check_metrics, make_protocol, require_same, rollout_identity
-from persistworld_cli.files import hash_of, jsonable
+from persistworld_cli.files import hash_of, jsonable, writing
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.metrics.user_masks import open_masks
 from persistworld_cli.models.world_model import CARRIED, build_world_model
@@ -111,7 +111,8 @@ def _folders(
     kinds = wrong_kinds(ev.following, items)
     wrong = {label: {kind: root / f"{kind}-{name}-{driven}" for kind in kinds} for label, name in names.items()}
     for folder in [*folders.values(), *(folder for own in wrong.values() for folder in own.values())]:
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     return folders, wrong
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from persistworld_cli.evaluation.action_following import following_result
 from persistworld_cli.evaluation.fvd import FeatureNet, fvd_result
 from persistworld_cli.evaluation.results import EvalData, build_result
 from persistworld_cli.evaluation.uncertainty import trust_result
-from persistworld_cli.files import jsonable
+from persistworld_cli.files import jsonable, write_json, write_text
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.reports.csvs import write_csv
 from persistworld_cli.reports.curves import change_plot, horizon_curves, trust_plot
@@ -45,7 +44,6 @@ def write_report(
         films: whether to write mp4s.
         video_net: the network of the Fréchet video distance, if one was given.
     """
-    output.mkdir(parents=True, exist_ok=True)
     extra = {"following": following_result(data), "trust": trust_result(data)}
     result = build_result(data, extra | {"fvd": fvd_result(data, store, painter, video_net)})
     write_csv(output / "rollouts.csv", rollout_rows(data))
@@ -60,12 +58,9 @@ def write_report(
         trust_plot(pictures[-1], result)
     sheets, videos = draw_picks(data, store, output, painter, films)
     tables = [plain(eval_table(result)), plain(conduct_table(result))]
-    (output / "table.txt").write_text("\n".join(tables), encoding="utf-8")
+    write_text(output / "table.txt", "\n".join(tables))
     result["files"] = [str(file.relative_to(output)) for file in [*pictures, *sheets, *videos]]
-    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-    beside = output / ".eval.json"
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(output / "eval.json")
+    write_json(output / "eval.json", result)
     write_page(output / "report.html", result, [*pictures, *sheets], videos)
     return summary(result, output, sheets, videos)
 
@@ -109,10 +104,9 @@ def write_comparison(against: Mapping[str, Any], output: Path) -> dict[str, Any]
     Returns:
         What the summary says of it.
     """
-    (output / "compare.json").write_text(json.dumps(against, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(output / "compare.json", against)
     text = output / "table.txt"
-    both = text.read_text(encoding="utf-8") + "\n" + plain(eval_table(against))
-    text.write_text(both, encoding="utf-8")
+    write_text(text, text.read_text(encoding="utf-8") + "\n" + plain(eval_table(against)))
     return {"compared": against["paired"], "compare_json": str(output / "compare.json")}
 
 

@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 
 from persistworld_cli.compat import end_with_parent
 from persistworld_cli.data.raw.lerobot import RawDataset, RawEpisode
-from persistworld_cli.data.raw.video import CannotWrite
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.extraction.preparing import Begun, Recipe, prepare
+from persistworld_cli.files import CannotWrite
 
 _IGNORED = (
     signal.SIGINT,

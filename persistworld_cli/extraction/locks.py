@@ -13,6 +13,8 @@ import logging
 import os
 from pathlib import Path
 
+from persistworld_cli.files import writing
+
 _NAME = ".claims"
 _SETTINGS = 2**62  # byte that guards what all episodes share; episodes are numbered from 0
 _REFUSED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
@@ -26,8 +28,9 @@ class Claims:
     """
 
     def __init__(self, out: Path) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(out / _NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(out / _NAME, os.O_RDWR | os.O_CREAT, 0o666)
         self._works = True
 
     def close(self) -> None:

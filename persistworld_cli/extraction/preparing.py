@@ -23,6 +23,7 @@ from persistworld_cli.data.raw import video
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.data.raw.resize import resize
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.files import writing
 
 CHUNK = 16  # frames (of all cameras) that are decoded, resized and handed on at once
 ANNOTATION = "annotation.json"  # in the staging folder, beside videos/
@@ -99,11 +100,9 @@ def prepare(recipe: Recipe, dataset: RawDataset, index: int, stage: Path) -> Ite
     split = split_of(index, recipe.rule, dataset.splits)
     annotation, ids = _annotation(recipe, dataset, index, split)
     views = [_pictures(dataset, index, camera, ids) for camera in world.cameras]
-    try:
+    with writing(stage):
         stage.mkdir(parents=True)
-        (stage / ANNOTATION).write_text(json.dumps(annotation))
-    except OSError as error:
-        raise video.CannotWrite(f"cannot write: {error}", where=str(stage), fix="check disk and rights") from error
+        (stage / ANNOTATION).write_text(json.dumps(annotation))  # `Output.publish` brings all that is staged into place
     yield Begun(split, len(ids), bool(annotation["texts"][0].strip()))
     with ExitStack() as stack:
         writers = [

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from persistworld_cli import again
-from persistworld_cli.data.clips.store import write_json
+from persistworld_cli.checkpoints.tensor_writing import save_torch
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.extraction.locks import Claims
 from persistworld_cli.extraction.preparing import ANNOTATION, Recipe
+from persistworld_cli.files import sync, write_json, writing
 from persistworld_cli.read_files import DAMAGED_NOTES, read_json
 
 SUFFIX = {"native": ".npy", "ctrl-world": ".pt"}  # latent layout -> suffix of its files
@@ -99,9 +100,9 @@ class Output:
         """Put a staged episode in place, with its latents (T, C, V * h1, w), float32.
 
         Raises:
-            PersistWorldError: the disk is full or closed to us.
+            CannotWrite: the disk is full or closed to us.
         """
-        try:
+        with writing(self.root, f"free some disk and run the same command again: it goes on at episode {index}"):
             self._write(stage, latents, cameras)
             for name in ("videos", "latent_videos"):
                 target = self.root / name / split / str(index)
@@ -112,12 +113,6 @@ class Output:
             target.parent.mkdir(parents=True, exist_ok=True)
             (stage / ANNOTATION).replace(target)
             shutil.rmtree(stage)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            raise PersistWorldError(
-                f"episode {index} cannot be written: {error}",
-                where=str(self.root),
-                fix="free some disk and run the same command again: it goes on where it was",
-            ) from error
 
     def _write(self, stage: Path, latents: Tensor, cameras: int) -> None:
         """Latents beside the videos in the staging folder, and all of it onto the disk."""
@@ -128,13 +123,9 @@ class Output:
             if self.layout == "native":
                 np.save(path, view.to(torch.float16).numpy())
             else:
-                torch.save(view.clone(memory_format=torch.contiguous_format), path)
-        for path in (*folder.iterdir(), *(stage / "videos").iterdir(), stage / ANNOTATION):
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+                save_torch(path, view.clone(memory_format=torch.contiguous_format))
+        for path in stage.rglob("*"):
+            sync(path)
 
     def settle(self, claims: Claims, recipe: Recipe, encoder: Encoder, changing: Changing) -> None:
         """Note what all episodes share, or refuse to add episodes made otherwise.

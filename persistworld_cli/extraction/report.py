@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from persistworld_cli.data.clips.store import write_json
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.files import write_json
 from persistworld_cli.read_files import read_json, reading
 
 _NAME = "extract_report.json"
@@ -44,7 +44,7 @@ class ExtractReport:
         for ids in (self.done, self.skipped, self.untold):
             ids.sort(key=int)
         self.failed.sort(key=lambda failure: int(failure["episode"]))
-        write_json(path, asdict(self))
+        write_json(path, self)
 
 
 @dataclass(frozen=True)

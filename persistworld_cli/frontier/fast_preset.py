@@ -10,7 +10,7 @@ from typing import Any
 from persistworld_cli.config.presets import load_settings, to_json
 from persistworld_cli.config.settings import SamplingSettings, Settings
 from persistworld_cli.errors import UsageError
-from persistworld_cli.files import whole_file
+from persistworld_cli.files import write_text
 
 _MARK = "# Written by persistworld frontier"
 
@@ -51,8 +51,7 @@ def write_preset(path: Path, extends: str, sampling: SamplingSettings, result: M
         "[sampling]",
         *(f"{key} = {_toml(value)}" for key, value in values.items()),
     ]
-    with whole_file(path) as file:
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
     load_settings(str(path), env={})  # what is written is what loads
     return path
 

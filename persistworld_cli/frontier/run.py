@@ -6,7 +6,6 @@ a larger grid keeps what is done, and several processes meet there. Process 0 ma
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from persistworld_cli.evaluation.protocol import (
     provenance,
     rollout_identity,
 )
-from persistworld_cli.files import hash_of, whole_file
+from persistworld_cli.files import hash_of, write_json, write_text, writing
 from persistworld_cli.frontier.compare import Trial, build_frontier
 from persistworld_cli.frontier.fast_preset import require_writable, write_preset
 from persistworld_cli.frontier.grid import Setting, make_grid
@@ -111,9 +110,8 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     picture = output / "frontier.png"
     frontier_plot(picture, result)
     table = output / "table.txt"
-    table.write_text(plain(frontier_table(result)), encoding="utf-8")
-    with whole_file(output / "frontier.json") as file:
-        file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(table, plain(frontier_table(result)))
+    write_json(output / "frontier.json", result)
     keys = ("name", "calls", "fewer", "within", "seconds_per_interaction", "worst_loss_high")
     rows = [{key: row[key] for key in keys} for row in result["settings"]]
     summary = {"text": table, "json": output / "frontier.json", "plot": picture, "chosen": result["chosen"]}
@@ -148,7 +146,8 @@ def make_plan(settings: Settings, job: Mapping[str, Any], output: Path, device: 
         asked = protocol | {"sampling": describe_sampling(setting.sampling)}
         same = rollout_identity(asked, store, settings.model)
         folder = output / "rollouts" / f"setting-{hash_of([same, prints, device.type])}"
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         return Tried(setting, ref, prints, folder)
 
     first, prints = tried(reference, slow, slow.fingerprint()), judged.fingerprint()

@@ -5,15 +5,14 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from persistworld_cli.data.raw.lerobot_writer import NewEpisode, write_lerobot
-from persistworld_cli.files import whole_file
+from persistworld_cli.files import CannotWrite, scratch_folder, whole_file, write_json
 from persistworld_cli.interact.session import DriveSession
-from persistworld_cli.reports.film import write_film, write_film_sheet, write_json
+from persistworld_cli.reports.film import write_film, write_film_sheet
 from persistworld_cli.rollout.interactive import Float
 
 
@@ -78,9 +77,8 @@ def write_lerobot_zip(session: DriveSession, path: Path) -> None:
     world, frames = session.settings.world, session.frames()
     pictures = {camera: frames[:, view] for view, camera in enumerate(world.cameras)}
     episode = NewEpisode(task=session.start.text, columns=columns, pictures=pictures)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder, whole_file(path) as partial:
-        root = Path(folder) / path.stem
+    with scratch_folder(path) as folder, whole_file(path) as partial:
+        root = folder / path.stem
         write_lerobot(root, [episode], world.rate_hz, "Franka")
         with zipfile.ZipFile(partial, "w") as packed:
             for file in sorted(root.rglob("*")):
@@ -88,12 +86,20 @@ def write_lerobot_zip(session: DriveSession, path: Path) -> None:
 
 
 def write_all(session: DriveSession, output: Path) -> Mapping[str, Any]:
-    """Write video, contact sheet and JSON; returns `summary` with their paths ``video``, ``sheet`` and ``json``."""
+    """Write JSON, video and contact sheet; returns `summary` with their paths ``video``, ``sheet`` and ``json``.
+
+    Raises:
+        CannotWrite: it names the keys, which give the same frames again; the JSON, the smallest, is written first.
+    """
     video, sheet, file = output / "drive.mp4", output / "drive.png", output / "drive.json"
-    write_video(session, video)
     columns = [f"{step.depth} {step.key}" for step in session.path]
-    write_film_sheet(sheet, title(session), session.settings, session.frames(), columns)
-    write_record(session, file)
+    try:
+        write_record(session, file)
+        write_video(session, video)
+        write_film_sheet(sheet, title(session), session.settings, session.frames(), columns)
+    except CannotWrite as error:
+        driven = f"{error.what} (driven: --keys {_keys(session) or 'none'} --seed {session.start.item.seed})"
+        raise CannotWrite(driven, where=error.where, fix=error.fix) from error
     return {**summary(session), "video": str(video), "sheet": str(sheet), "json": str(file)}
 
 

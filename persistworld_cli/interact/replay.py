@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from persistworld_cli.checkpoints.references import ModelRef, refs_of_replay
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.files import jsonable
+from persistworld_cli.files import jsonable, write_json, write_text
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.rollout_pictures import write_rollout_sheet, write_rollout_video
@@ -128,7 +127,6 @@ def _write(
     output: Path,
 ) -> dict[str, Any]:
     """Videos, sheets, table and JSON."""
-    output.mkdir(parents=True, exist_ok=True)
     infos = metric_infos(scorer)
     metrics = [{"name": name, **asdict(info)} for name, info in infos.items()]
     entries, tables = [], []
@@ -144,7 +142,7 @@ def _write(
         rows = step_rows(settings, seen[item], {name: info.label for name, info in infos.items()})
         tables.append(plain(steps_table(title, metrics, rows)))
         entries.append({**asdict(item), "video": str(video), "sheet": str(sheet), "frames": length, "rows": rows})
-    (output / "steps.txt").write_text("\n".join(tables), encoding="utf-8")
+    write_text(output / "steps.txt", "\n".join(tables))
     record = {
         "kind": "replay",
         "models": [asdict(ref) for ref in refs],
@@ -152,9 +150,7 @@ def _write(
         "steps": steps,
         "replays": entries,
     }
-    (output / "replay.json").write_text(
-        json.dumps(jsonable(record), indent=1, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    write_json(output / "replay.json", record)
     shown: dict[str, Any] = {"output": str(output), "episodes": len({item.episode for item in items}), "steps": steps}
     shown["rows"] = list(jsonable(entries[0]["rows"]))
     return {

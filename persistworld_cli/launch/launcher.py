@@ -6,8 +6,6 @@ The launcher holds the run's folder (`run_lock`) and refuses to mix runs in it (
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import shutil
 import signal
 import subprocess
@@ -26,6 +24,7 @@ from persistworld_cli.config.presets import to_json
 from persistworld_cli.config.settings import LaunchSettings, Settings
 from persistworld_cli.console import note, show_error
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.files import write_json
 from persistworld_cli.launch.continuing import keep_history, look_back
 from persistworld_cli.launch.environment import gpu_count, torch_has_cuda, use_gpu, worker_environment
 from persistworld_cli.launch.run_lock import SHARED_TASKS, RunFolder, own_folder
@@ -136,20 +135,6 @@ def _outcome(code: int, folder: RunFolder) -> tuple[int, dict[str, Any]]:
     shutil.move(folder.private / RESULT, folder.output / RESULT)
     (folder.output / FAILURE).unlink(missing_ok=True)
     return 0, result
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1, ensure_ascii=False, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def _settle_device(launch: LaunchSettings) -> LaunchSettings:

@@ -6,7 +6,6 @@ R = S (L-1) skip rows of a policy's answers at 15 Hz.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from numpy.typing import NDArray
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.raw.lerobot_writer import NewEpisode, write_lerobot
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.files import remove, whole_folder, write_json
 from persistworld_cli.policies.controller import PolicyTrace
 from persistworld_cli.policies.judge import Evidence, SceneObject, Verdict
-from persistworld_cli.reports.film import write_film, write_film_sheet, write_json
+from persistworld_cli.reports.film import write_film, write_film_sheet
 from persistworld_cli.rollout.interactive import Float, Start
 
 POLICY_HZ = 15.0  # rows of a chunk a second (DROID)
@@ -144,11 +144,12 @@ def write_episodes(root: Path, settings: Settings, rollouts: Sequence[Rollout]) 
         Each rollout's number in the dataset; None for one that broke off, which is left out.
     """
     whole = [rollout for rollout in rollouts if rollout.error is None and len(rollout.poses)]
-    if root.exists():
-        shutil.rmtree(root)
     if whole:
         episodes = [_episode(settings, rollout) for rollout in whole]
-        write_lerobot(root, episodes, whole[0].fps, "Franka")
+        with whole_folder(root) as partial:
+            write_lerobot(partial, episodes, whole[0].fps, "Franka")
+    else:
+        remove(root)
     numbers = {id(rollout): number for number, rollout in enumerate(whole)}
     return [numbers.get(id(rollout)) for rollout in rollouts]
 

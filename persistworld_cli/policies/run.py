@@ -20,6 +20,7 @@ from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import PolicySettings, Settings
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.files import write_json, write_text
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.policies.bundled_world.compare import Simulated, compare, simulate
 from persistworld_cli.policies.bundled_world.scene import RecordedStart, find_recorded
@@ -31,7 +32,6 @@ from persistworld_cli.policies.observation import find_layout
 from persistworld_cli.policies.outputs import Rollout, save_rollout, write_episodes
 from persistworld_cli.policies.source import check_policy, open_policies
 from persistworld_cli.policies.tasks import Task, TaskStart, load_task
-from persistworld_cli.reports.film import write_json
 from persistworld_cli.reports.policy_tables import rollout_tables
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.tables import plain
@@ -105,7 +105,7 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     result = _summary(settings, plan, court, gathered, output)
     write_json(output / "rollouts.json", result)
     if court.judge is not None:
-        (output / "rollouts.txt").write_text(plain(rollout_tables(result)), encoding="utf-8")
+        write_text(output / "rollouts.txt", plain(rollout_tables(result)))
         result["text"] = str(output / "rollouts.txt")
     error = gathered.error
     if error is not None:

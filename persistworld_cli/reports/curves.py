@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from persistworld_cli.files import whole_file
 from persistworld_cli.reports.tables import heading
 
 MODEL_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377")  # told apart by colour-blind people (Paul Tol)
@@ -164,9 +165,9 @@ def _short(value: float | None) -> str:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write beside, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=130, format="png")
-    plt.close(figure)
-    beside.replace(path)
+    """Write it as a PNG and close it. Raises CannotWrite."""
+    try:
+        with whole_file(path) as partial:
+            figure.savefig(partial, dpi=130, format="png")
+    finally:
+        plt.close(figure)

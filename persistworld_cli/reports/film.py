@@ -5,11 +5,8 @@ Shape legend: S interactions, F = 1 + S (L-1) frames (the start and the new ones
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,14 +69,6 @@ def write_film_sheet(
         rows = [(name, ends[:, camera], ()) for camera, name in enumerate(_cameras(settings))]
         blocks.append(SheetBlock(block, rows))
     contact_sheet(path, title, columns, blocks)
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Written beside, then renamed: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    beside.replace(path)
 
 
 def _fresh(frames: NDArray[np.uint8], steps: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from persistworld_cli.files import whole_file
+from persistworld_cli.files import write_text
 from persistworld_cli.reports.html_table import flat, html_table
 from persistworld_cli.reports.tables import conduct_table, eval_table
 
@@ -59,12 +59,11 @@ def write_page(path: Path, result: Mapping[str, Any], pictures: Sequence[Path], 
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     )
     body = "\n".join(parts)
-    with whole_file(path) as partial:
-        partial.write_text(
-            f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head>"
-            f"<body>{body}<script>{_SCRIPT}</script></body></html>\n",
-            encoding="utf-8",
-        )
+    write_text(
+        path,
+        f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head>"
+        f"<body>{body}<script>{_SCRIPT}</script></body></html>\n",
+    )
 
 
 def _conduct(result: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from persistworld_cli.data.raw.video import write_mp4
+from persistworld_cli.files import whole_file
 
 Pictures = NDArray[np.uint8]
 INK, DIM, PAPER = (240, 240, 240), (165, 165, 172), (24, 24, 28)
@@ -94,10 +95,8 @@ def contact_sheet(
             for column, one in enumerate(cells):
                 sheet.paste(Image.fromarray(one), (LABEL + column * (wide + GAP), top))
             top += high + GAP
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    sheet.save(beside, format="PNG")
-    beside.replace(path)
+    with whole_file(path) as partial:
+        sheet.save(partial, format="PNG")
 
 
 @dataclass(frozen=True)

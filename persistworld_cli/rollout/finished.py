@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from persistworld_cli.files import whole_file
 from persistworld_cli.read_files import reading
 from persistworld_cli.rollout.closed_loop import Rollout
 from persistworld_cli.rollout.recording import Item
 
 _log = logging.getLogger(__name__)
+
+_GO_ON = "free some disk and run the same command again: finished rollouts stay"
 
 
 def batches(items: Sequence[Item], size: int) -> list[list[Item]]:
@@ -44,14 +46,12 @@ def tell_finished(folders: Sequence[Path], items: Sequence[Item]) -> None:
 
 
 def save_rollout(folder: Path, rollout: Rollout) -> None:
-    """One file, whole or absent (written beside, then renamed)."""
-    path = _path(folder, rollout.item)
-    beside = folder / f".{rollout.item.name}.{os.getpid()}.npz"
+    """One file, whole or absent. Raises CannotWrite."""
     arrays: dict[str, Any] = {f"score.{name}": value for name, value in rollout.scores.items()}
     if rollout.latents is not None:
         arrays["latents"] = rollout.latents
-    np.savez(beside, valid=rollout.valid, seconds=rollout.seconds, **arrays)
-    beside.replace(path)
+    with whole_file(_path(folder, rollout.item), _GO_ON) as partial:
+        np.savez(partial, valid=rollout.valid, seconds=rollout.seconds, **arrays)
 
 
 def load_rollout(folder: Path, item: Item) -> Rollout:

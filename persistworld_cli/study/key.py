@@ -6,7 +6,6 @@ a key that can be guessed.
 
 from __future__ import annotations
 
-import json
 import random
 import secrets
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.files import hash_of, whole_file
+from persistworld_cli.files import hash_of, write_json
 from persistworld_cli.read_files import parse_json
 
 KIND = "persistworld study key"
@@ -57,9 +56,8 @@ class StudyKey:
     trials: tuple[Trial, ...]
 
     def save(self, path: Path) -> None:
-        """Written beside, then renamed."""
-        with whole_file(path) as partial:
-            partial.write_text(json.dumps({"kind": KIND, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+        """As JSON. Raises CannotWrite."""
+        write_json(path, {"kind": KIND, **asdict(self)})
 
 
 def key_path(folder: Path) -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from persistworld_cli.data.raw.video import write_mp4
-from persistworld_cli.files import whole_file
+from persistworld_cli.files import write_text
 from persistworld_cli.reports.videos import Pictures, enlarge
 
 PANE = 320  # width that a camera's view is brought to; the page scales further, to the window
@@ -100,8 +100,5 @@ def write_study_page(folder: Path, study: str, questions: Sequence[Question], ra
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # an instruction may hold </script>
     page = _TEMPLATE.read_text(encoding="utf-8")
     path = folder / "index.html"
-    with whole_file(path) as partial:
-        partial.write_text(
-            page.replace("{{question}}", html.escape(QUESTION)).replace("{{data}}", text), encoding="utf-8"
-        )
+    write_text(path, page.replace("{{question}}", html.escape(QUESTION)).replace("{{data}}", text))
     return path

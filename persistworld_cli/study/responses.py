@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.files import jsonable
 from persistworld_cli.read_files import parse_json, reading, reason
 from persistworld_cli.statistics.paired import FloatArray
 from persistworld_cli.statistics.preference import (
@@ -268,23 +269,18 @@ def _preferences(
             "prefer_new": found.wins,
             "prefer_base": found.losses,
             "cannot_tell": found.ties,
-            "rate": _number(found.win_rate),
+            "rate": jsonable(found.win_rate),
             "low": found.win_low,
             "high": found.win_high,
-            "episodes_low": _number((1 + found.change_low) / 2),
-            "episodes_high": _number((1 + found.change_high) / 2),
+            "episodes_low": jsonable((1 + found.change_low) / 2),
+            "episodes_high": jsonable((1 + found.change_high) / 2),
             "binomial_p": found.sign_p,
             "episodes_p": found.wilcoxon_p_episodes,
-            "kappa": _number(kappa),
+            "kappa": jsonable(kappa),
             "kappa_words": kappa_words(kappa),
             "verdict": found.verdict,
             "words": found.words,
         }
-
-
-def _number(value: float) -> float | None:
-    """For JSON, which has no NaN."""
-    return None if math.isnan(value) else float(value)
 
 
 def vote_counts(votes: Sequence[Vote]) -> NDArray[np.int64]:
@@ -306,8 +302,8 @@ def _elo(keys: Mapping[str, StudyKey], sheets: Sequence[Sheet], names: Mapping[s
         {
             "model": names[own],
             "elo": float(ratings[index]),
-            "low": _number(low[index]),
-            "high": _number(high[index]),
+            "low": jsonable(low[index]),
+            "high": jsonable(high[index]),
             "games": float(total[index].sum() + total[:, index].sum()),
         }
         for index, own in enumerate(order)

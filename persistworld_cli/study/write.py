@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.files import writing
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.rollout.recording import Item, Recording
 from persistworld_cli.study.key import StudyKey, Trial, key_path, load_key, make_key, new_secret
@@ -114,13 +115,9 @@ def _place(item: Item) -> tuple[str, int, int]:
 
 def _save_key(key: StudyKey, folder: Path) -> None:
     """The key before anything else: a folder without one cannot be continued."""
-    try:
-        key.save(key_path(folder))
+    key.save(key_path(folder))
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PersistWorldError(
-            f"the study cannot be written: {error.strerror}", where=str(folder), fix="check disk and rights"
-        ) from error
 
 
 def _questions(

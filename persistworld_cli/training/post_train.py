@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from persistworld_cli.checkpoints.loading import load_world_model
+from persistworld_cli.checkpoints.tensor_writing import save_torch
 from persistworld_cli.config.settings import PostTrainSettings, Settings
 from persistworld_cli.data.clips.store import open_store
 from persistworld_cli.errors import PersistWorldError
@@ -149,7 +150,7 @@ class PostTrainer:
         norm = torch.nn.utils.clip_grad_norm_(trainable, options.max_grad_norm)
         if not torch.isfinite(norm):
             path = self.work.output / f"bad-batch-{step + 1}.pt"
-            torch.save({"x0": made.x0, "inputs": [i._asdict() for i in made.inputs], "reward": made.reward}, path)
+            save_torch(path, {"x0": made.x0, "inputs": [i._asdict() for i in made.inputs], "reward": made.reward})
             raise PersistWorldError(
                 f"the gradient of update {step + 1} is not finite; nothing was stepped",
                 where=f"batch saved in {path}",
@@ -280,8 +281,7 @@ def _train(options: PostTrainSettings, trainer: PostTrainer, work: Run) -> dict[
             if collapsed:
                 break
     adapter = work.output / "weights" / "adapter"
-    if work.main and (begun < options.updates or not adapter.exists()):  # a finished run's files keep their hash
-        adapter.parent.mkdir(exist_ok=True)
+    if work.main:  # of a finished run too, whose files keep their hash: one stopped in its last update has an old one
         trainer.switch.save_adapter(adapter, "old")
     if work.main:
         training_curves(work.output / "curves.png", title, work.history(), POST_TRAIN_PANELS)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from persistworld_cli.checkpoints.loading import FRESH, load_vae, load_world_model, open_carried
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
+from persistworld_cli.checkpoints.tensor_writing import save_safetensors
 from persistworld_cli.config.settings import PretrainSettings, Settings
 from persistworld_cli.data.clips.loader import ClipLoader
 from persistworld_cli.data.clips.mixture import ClipMixture, open_clips
@@ -27,7 +27,7 @@ from persistworld_cli.reports.training_curves import PRETRAIN_PANELS, training_c
 from persistworld_cli.training.optim import Optimizers, inputs_and_outputs
 from persistworld_cli.training.pretrain_checks import PretrainChecks
 from persistworld_cli.training.resuming import require_same_shapes
-from persistworld_cli.training.run import Interrupted, Run
+from persistworld_cli.training.run import GO_ON, Interrupted, Run
 from persistworld_cli.training.schedule import WeightAverage, lr_factor
 
 logger = logging.getLogger(__name__)
@@ -65,12 +65,13 @@ def save_weights(model: WorldModel, folder: Path, carried: WeightFiles | None = 
         model: what was trained.
         folder: where the file goes.
         carried: what the checkpoint it began from holds beside (an image encoder), taken over as it is.
+
+    Raises:
+        CannotWrite: the disk is full or closed to us.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path, beside = folder / "model.safetensors", folder / ".model.safetensors.new"
+    path = folder / "model.safetensors"
     own = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    save_file({**own, **(carried.load() if carried else {})}, str(beside))
-    beside.replace(path)
+    save_safetensors(path, {**own, **(carried.load() if carried else {})}, fix=GO_ON)
     return path
 
 

@@ -10,18 +10,10 @@ from pathlib import Path
 import torch
 
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.files import whole_file, whole_folder
+from persistworld_cli.training.whole_states import STATE, newest_whole, require_whole, states_of, step_of
 
-LOG, STATE = "metrics.jsonl", "state.pt"
-
-
-def states_of(output: Path) -> list[Path]:
-    """A run's whole saved states, oldest first."""
-    return sorted((output / "state").glob("step-*"))
-
-
-def step_of(state: Path) -> int:
-    """Updates that had been done when a state (``.../step-00000040``) was saved."""
-    return int(state.name.removeprefix("step-"))
+LOG = "metrics.jsonl"
 
 
 def newest_step(states: Sequence[Path]) -> int:
@@ -30,28 +22,39 @@ def newest_step(states: Sequence[Path]) -> int:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl, less a last one that was cut off (a full disk)."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    entries = []
-    for line in lines:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    return entries
+    """The lines of a metrics.jsonl, less those that are none: the last one cut off by a full disk, or damage."""
+    return [entry for _, entry in numbered_log(path) if entry is not None]
+
+
+def numbered_log(path: Path) -> list[tuple[int, dict[str, float] | None]]:
+    """(line number from 1, what it says; None for a damaged one) of a metrics.jsonl; [] where there is none."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(number, _entry(line)) for number, line in lines]
+
+
+def _entry(line: str) -> dict[str, float] | None:
+    """A line of the log; None for one that is damaged."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = entry.get("step") if isinstance(entry, dict) else None
+    return entry if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def find_state(path: Path) -> Path:
-    """The state that a path means: a ``step-N`` folder, the file in it, or a run's folder (its newest).
+    """The state that a path means: a ``step-N`` folder, the file in it, or a run's folder (its newest whole one).
 
     Raises:
-        PersistWorldError: there is none; those that lie near are named.
+        PersistWorldError: there is none (those that lie near are named), or it is damaged.
     """
     folder = path.parent if path.name == STATE else path
     if (folder / STATE).is_file() and folder.name.removeprefix("step-").isdigit():
+        require_whole(folder)
         return folder
     if states := states_of(folder):
-        return states[-1]
+        return newest_whole(states)
     near = sorted(folder.parent.glob("step-*"))
     known = f"there are: {', '.join(str(state) for state in near)}" if near else "name a run's folder or state/step-N"
     raise PersistWorldError(f"no training state at '{path}'", where="--resume-from", fix=known)
@@ -66,14 +69,12 @@ def adopt_state(output: Path, state: Path) -> None:
     """
     own = output / "state" / state.name
     if own.resolve() != state.resolve():
-        beside = own.with_name(f".{own.name}.adopted")
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(state, beside)
-        shutil.rmtree(own, ignore_errors=True)
-        beside.rename(own)
+        with whole_folder(own) as partial:
+            shutil.copytree(state, partial, dirs_exist_ok=True)
         log, past = output / LOG, state.parent.parent / LOG
         if not log.exists() and past.exists():
-            shutil.copyfile(past, log)  # what comes after the state is dropped when it is loaded
+            with whole_file(log) as file:
+                shutil.copyfile(past, file)  # what comes after the state is dropped when it is loaded
     for later in states_of(output):
         if step_of(later) > step_of(state):
             shutil.rmtree(later)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import signal
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -22,15 +20,24 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, gather_object
 
+from persistworld_cli.checkpoints.tensor_writing import save_torch
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings, VaeSettings
 from persistworld_cli.config.trackers import wanted_trackers
-from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.files import sweep, whole_folder, write_text, writing
 from persistworld_cli.models.precision import product_type
-from persistworld_cli.training.resuming import LOG, STATE, adopt_state, find_state, newest_step, read_log, states_of
+from persistworld_cli.training.resuming import (
+    LOG,
+    adopt_state,
+    find_state,
+    newest_step,
+    numbered_log,
+    read_log,
+)
 from persistworld_cli.training.tracking import Trackers, forget_trackers
+from persistworld_cli.training.whole_states import STATE, set_aside_damaged, states_of
 
-_log = logging.getLogger(__name__)
-_GO_ON = "free some disk and run the same command again: it resumes from the last whole state"
+logger = logging.getLogger(__name__)
+GO_ON = "free some disk and run the same command again: it resumes from the last whole state"
 
 
 class Interrupted(Exception):
@@ -80,7 +87,8 @@ class Run:
         self.main = self.accelerator.is_main_process
         self._stop = False
         self._trackers: Trackers | None = None
-        self.output.mkdir(parents=True, exist_ok=True)
+        with writing(self.output):
+            self.output.mkdir(parents=True, exist_ok=True)
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # SIGUSR1: SLURM's --signal before the time limit
             signal.signal(name, self._on_signal)
         if resume_from:
@@ -92,10 +100,12 @@ class Run:
             self.forget()
         if self.main:
             self._sweep()
-            if names:
-                begun = newest_step(self.states())
-                sent = max((int(entry["step"]) for entry in self.history()), default=0)
-                self._trackers = Trackers(self.accelerator, self.output, settings, begun=begun, sent=sent)
+            set_aside_damaged(self.output)
+        self.accelerator.wait_for_everyone()
+        if self.main and names:
+            begun = newest_step(self.states())
+            sent = max((int(entry["step"]) for entry in self.history()), default=0)
+            self._trackers = Trackers(self.accelerator, self.output, settings, begun=begun, sent=sent)
 
     def __enter__(self) -> Run:
         return self
@@ -157,23 +167,8 @@ class Run:
         if not self.main:
             return None
         folder = self.output / "state" / f"step-{step:08d}"
-        beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-        try:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            with open(beside / STATE, "wb") as file:
-                torch.save({"step": step, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            shutil.rmtree(folder, ignore_errors=True)
-            beside.rename(folder)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            shutil.rmtree(beside, ignore_errors=True)
-            raise PersistWorldError(
-                f"the training state of update {step} could not be written: {error}",
-                where=str(folder),
-                fix=_GO_ON,
-            ) from error
+        with whole_folder(folder, GO_ON) as partial:
+            save_torch(partial / STATE, {"step": step, **state}, GO_ON)
         for old in self.states()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
         return folder
@@ -188,9 +183,9 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _sweep(self) -> None:
-        """Remove states that a kill cut off while they were written."""
-        for folder in (self.output / "state").glob(".step-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        """Remove what a kill cut off while it was written."""
+        for folder in ("", "state", "weights"):
+            sweep(self.output / folder)
 
     def states(self) -> list[Path]:
         """Whole saved states, oldest first."""
@@ -207,7 +202,7 @@ class Run:
         state: dict[str, Any] = torch.load(states[-1] / STATE, map_location="cpu", weights_only=True)
         self._trim_log(int(state["step"]))
         if self.main:
-            _log.info(_resuming(int(state["step"]), self.updates, states[-1] / STATE))
+            logger.info(_resuming(int(state["step"]), self.updates, states[-1] / STATE))
         return state
 
     # -- logs -----------------------------------------------------------------------------------------------------
@@ -224,7 +219,7 @@ class Run:
         """
         if not self.main:
             return
-        with self._writing_log(), open(self._log, "a") as file:
+        with writing(self._log, GO_ON), open(self._log, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._trackers:
             self._trackers.log(step, values)
@@ -232,24 +227,14 @@ class Run:
     def _trim_log(self, step: int) -> None:
         """Drop logged lines after `step`."""
         if self.main and self._log.exists():
-            beside = self._log.with_suffix(".tmp")
-            with self._writing_log():
-                lines = [json.dumps(entry) + "\n" for entry in self.history() if entry["step"] <= step]
-                beside.write_text("".join(lines))
-                beside.replace(self._log)
-
-    @contextmanager
-    def _writing_log(self) -> Iterator[None]:
-        """A full disk as an error that says what to do."""
-        try:
-            yield
-        except OSError as error:
-            raise PersistWorldError(
-                f"the log could not be written: {error.strerror}", where=str(self._log), fix=_GO_ON
-            ) from error
+            entries = numbered_log(self._log)
+            if bad := [number for number, entry in entries if entry is None]:
+                logger.warning("%s: %d damaged lines are left out (line %d first)", self._log, len(bad), bad[0])
+            lines = [json.dumps(entry) + "\n" for _, entry in entries if entry and entry["step"] <= step]
+            write_text(self._log, "".join(lines), GO_ON)
 
     def history(self) -> list[dict[str, float]]:
-        """Everything logged so far, less a last line that was cut off (a full disk)."""
+        """Everything logged so far, less lines that are damaged."""
         return read_log(self._log)
 
 

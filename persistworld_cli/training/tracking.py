@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from persistworld_cli.config.presets import flatten
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.files import write_json
 
 PROJECT = "persistworld"
 _IDENTITY = "tracker.json"
@@ -82,7 +83,7 @@ def _identity(output: Path) -> dict[str, str]:
         return {"name": known["name"], "id": known["id"]}
     except (FileNotFoundError, ValueError, KeyError):  # the first time, or cut off by a kill
         new = {"name": output.absolute().name, "id": secrets.token_hex(4)}
-        path.write_text(json.dumps(new), encoding="utf-8")
+        write_json(path, new)
         return new
 
 

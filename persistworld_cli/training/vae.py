@@ -7,24 +7,24 @@ thing that a plain mean gives up), L1 on picture gradients, and a small KL.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from persistworld_cli.checkpoints.loading import load_vae
+from persistworld_cli.checkpoints.tensor_writing import save_safetensors
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import Settings, VaeSettings, WorldSettings
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.data.raw.video import read_frames, resize
+from persistworld_cli.files import whole_file, write_json
 from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae, pixels_to_unit
 from persistworld_cli.read_files import reading
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.training.optim import Optimizers, inputs_and_outputs
-from persistworld_cli.training.run import Interrupted, Run
+from persistworld_cli.training.run import GO_ON, Interrupted, Run
 from persistworld_cli.training.schedule import WeightAverage, lr_factor
 
 
@@ -39,17 +39,16 @@ def load_pictures(raw: Path, world: WorldSettings, cache: Path, quiet: bool) -> 
     every = max(1, round(dataset.fps / world.rate_hz))
     length = min(dataset.episode(e).length for e in dataset.episodes) // every
     shape = (len(dataset.episodes) * len(world.cameras), length, world.height, world.width, 3)
-    beside = cache.with_suffix(".tmp.npy")
-    pictures = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=shape)
-    with Meter("reading pictures", len(dataset.episodes), quiet=quiet) as meter:
-        for i, episode in enumerate(dataset.episodes):
-            for v, camera in enumerate(world.cameras):
-                path, first, _ = dataset.video(episode, camera)
-                frames = read_frames(path, [first + every * k for k in range(length)])
-                pictures[i * len(world.cameras) + v] = resize(frames, world.height, world.width)
-            meter.advance()
-    pictures.flush()
-    beside.rename(cache)
+    # by writes: a memory map that a full disk cannot hold kills the process
+    with whole_file(cache) as partial, partial.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        with Meter("reading pictures", len(dataset.episodes), quiet=quiet) as meter:
+            for episode in dataset.episodes:
+                for camera in world.cameras:
+                    path, first, _ = dataset.video(episode, camera)
+                    frames = read_frames(path, [first + every * k for k in range(length)])
+                    file.write(np.ascontiguousarray(resize(frames, world.height, world.width)).data)
+                meter.advance()
     return read_pictures(cache)
 
 
@@ -165,8 +164,8 @@ def finish(vae: AutoencoderKLTemporalDecoder, pictures: np.ndarray, work: Run, o
         latents = torch.cat([vae.encode(pixels_to_unit(p).to(work.device)).latent_dist.mode() for p in probe.split(16)])
     scaling = 1 / latents.std().item()
     folder = work.output / "weights"
-    folder.mkdir(exist_ok=True)
-    save_file({f"vae.{k}": v.contiguous().cpu() for k, v in vae.state_dict().items()}, str(folder / "vae.safetensors"))
+    tensors = {f"vae.{k}": v.contiguous().cpu() for k, v in vae.state_dict().items()}
+    save_safetensors(folder / "vae.safetensors", tensors, fix=GO_ON)
     result = {
         "scaling_factor": round(scaling, 5),
         "updates": options.updates,
@@ -174,5 +173,5 @@ def finish(vae: AutoencoderKLTemporalDecoder, pictures: np.ndarray, work: Run, o
         "parameters": sum(p.numel() for p in vae.parameters()),
         "weights": str(folder / "vae.safetensors"),
     }
-    (folder / "vae.json").write_text(json.dumps(result, indent=1))
+    write_json(folder / "vae.json", result, fix=GO_ON)
     return result

@@ -29,10 +29,10 @@ from persistworld_cli.data.metadata.annotations import read_success, read_text
 from persistworld_cli.data.metadata.index import INDEX_FILE, ActionStat, EpisodeIndex, IndexFile
 from persistworld_cli.data.raw import video
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.files import natural_key, write_json
+from persistworld_cli.files import natural_key
 from persistworld_cli.read_files import read_json, reading, whole_number
 
-__all__ = ["ActionStat", "Annotation", "EpisodeIndex", "EpisodeStore", "natural_key", "open_store", "write_json"]
+__all__ = ["ActionStat", "Annotation", "EpisodeIndex", "EpisodeStore", "natural_key", "open_store"]
 
 _LOG = logging.getLogger(__name__)
 _REDO = "delete the episode's annotation and run persistworld extract-latents again"

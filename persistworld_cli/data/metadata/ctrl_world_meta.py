@@ -45,7 +45,7 @@ def export_ctrl_world(index: IndexFile, stat: ActionStat, folder: Path, *, num_f
                 lines = [f'{{"episode_id": {names[e]}, "frame_ids": [{s}]}}' for e, s in entries]
                 out.write((", " if begin else "") + ", ".join(lines))
             out.write("]")
-    write_json(folder / "stat.json", {"state_01": stat.p01.tolist(), "state_99": stat.p99.tolist()})
+    write_json(folder / "stat.json", {"state_01": stat.p01, "state_99": stat.p99})
     return folder
 
 

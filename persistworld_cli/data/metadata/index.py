@@ -1,8 +1,9 @@
-"""The episode index: one file that opens in milliseconds, its states memory-mapped.
+"""The episode index: one file, its states memory-mapped.
 
 ``<dataset>/meta/index.safetensors``: safetensors' container (a JSON header, then plain arrays), so that any reader of
-it will do. One row an annotation, splits one after another, episodes in natural order. Legend: E annotations, N frames
-of all usable ones, D numbers of a state, U different instructions.
+it will do. The metadata in the header hold a checksum of each array, compared when it is first used, which reads it
+once. One row an annotation, splits one after another, episodes in natural order. Legend: E annotations, N frames of
+all usable ones, D numbers of a state, U different instructions.
 
     states (N, D) float32, or float64 where float32 would lose something;  lengths (E,)  0: not usable
     ids, texts, problems        bytes of JSON lists: E ids, U instructions, reasons ("" = usable)
@@ -20,6 +21,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,12 +33,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.files import whole_file
+from persistworld_cli.files import whole_file, writing
 from persistworld_cli.read_files import as_object, parse_json, read_json, reading, whole_number
 
 INDEX_FILE = "index.safetensors"
 FORMAT = "persistworld-index-1"
 REBUILD = "run persistworld build-meta again"
+_NO_ROOM = "free some disk and run persistworld build-meta again"
+_CLOSED = (
+    "of a dataset that is not yours to write, make a folder with links to its folders annotation/, videos/ and "
+    "latent_videos/, and use that"
+)
+_SUMS = "crc32"  # of the metadata: JSON, name of an array -> 8 hex digits
+_SUMMED = 1 << 22  # bytes read at once
 _BLOCK = 1 << 18  # rows of states read at once
 _CODES = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U8": "|u1"}
 _NAMES = {np.dtype(code): name for name, code in _CODES.items()}
@@ -128,17 +137,35 @@ class IndexFile:
             self.info: dict[str, str] = as_object(header.pop("__metadata__"))
             self._begin, self._entries = 8 + length, header
             whole = self._begin + max((_checked(name, entry) for name, entry in header.items()), default=0)
+        self._sound: set[str] = set()
         if self.info.get("format") != FORMAT or whole != path.stat().st_size:
             what = "the index is cut off" if self.info.get("format") == FORMAT else "the index is of another version"
             raise PersistWorldError(what, where=str(path), fix=REBUILD)
 
     def array(self, name: str) -> NDArray[Any]:
-        """An array, memory-mapped. Raises PersistWorldError where the index does not hold it."""
+        """An array, memory-mapped. Raises PersistWorldError where it is absent, or does not have its checksum."""
         entry = self._entry(name)
+        self._check(name)
         dtype, shape = np.dtype(_CODES[entry["dtype"]]), tuple(entry["shape"])
         if not int(np.prod(shape)):
             return np.empty(shape, dtype)
         return np.memmap(self.path, dtype, "r", self._begin + entry["data_offsets"][0], shape)
+
+    def check(self) -> None:
+        """Read everything. Raises PersistWorldError where an array does not have its checksum."""
+        for name in self._entries:
+            self._check(name)
+
+    def _check(self, name: str) -> None:
+        """Compare an array with its checksum, once; an index from before there were any has none."""
+        if name in self._sound or not (sums := json.loads(self.info.get(_SUMS, "{}"))):
+            return
+        begin, end = self._entries[name]["data_offsets"]
+        if _sum_of(self.path, self._begin + begin, end - begin) != sums.get(name):
+            raise PersistWorldError(
+                f"the index is damaged: '{name}' does not have its checksum", where=str(self.path), fix=REBUILD
+            )
+        self._sound.add(name)
 
     def has(self, name: str) -> bool:
         """Whether the index holds an array."""
@@ -159,8 +186,9 @@ class IndexFile:
         return entry
 
     def states(self) -> StateRows:
-        """The states, to be read block by block without being mapped."""
+        """The states, to be read block by block without being mapped. Raises PersistWorldError as `array`."""
         entry = self._entry("states")
+        self._check("states")
         return StateRows(
             self.path, np.dtype(_CODES[entry["dtype"]]), tuple(entry["shape"]), self._begin + entry["data_offsets"][0]
         )
@@ -265,45 +293,44 @@ class StateWriter:
 
     def __init__(self, path: Path) -> None:
         self.path, self.width, self.count = path, 0, 0
+        self._wider = path.with_name(path.name + ".wide")
         self.dtype: np.dtype[Any] = np.dtype("<f4")
-        try:
+        with writing(path.parent, _NO_ROOM, closed=_CLOSED):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = path.open("wb")
-        except OSError as error:
-            raise PersistWorldError(
-                f"the metadata cannot be written: {error.strerror}",
-                where=str(path.parent),
-                fix="of a dataset that is not yours to write, make a folder with links to its folders annotation/, "
-                "videos/ and latent_videos/, and use that",
-            ) from error
 
     def append(self, states: NDArray[np.floating[Any]]) -> None:
         """(T, D) more; D is the same every time."""
         if self.dtype.itemsize == 4 and states.dtype.itemsize > 4 and not np.array_equal(states.astype("<f4"), states):
             self._widen()
         self.width, self.count = states.shape[1], self.count + len(states)
-        self._file.write(np.ascontiguousarray(states, self.dtype).data)
+        with writing(self.path.parent, _NO_ROOM):
+            self._file.write(np.ascontiguousarray(states, self.dtype).data)
 
     def rows(self) -> StateRows:
         """What was written."""
-        self._file.flush()
+        with writing(self.path.parent, _NO_ROOM):
+            self._file.flush()
         return StateRows(self.path, self.dtype, (self.count, self.width))
 
     def close(self) -> None:
         """Close and remove the file, and its folder if nothing else is in it."""
-        self._file.close()
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # what is still to be written is not wanted any more
+            self._file.close()
+        for path in (self.path, self._wider):
+            path.unlink(missing_ok=True)
         with suppress(OSError):  # a folder that nothing was written to
             self.path.parent.rmdir()
 
     def _widen(self) -> None:
         """Write again what there is, as float64."""
-        before, wider = self.rows(), self.path.with_name(self.path.name + ".wide")
+        before = self.rows()
         self._file.close()
-        self._file = wider.open("wb")
-        for begin, end in before.blocks():
-            self._file.write(before.read(begin, end).astype("<f8").data)
-        wider.replace(self.path)
+        with writing(self.path.parent, _NO_ROOM):
+            self._file = self._wider.open("wb")
+            for begin, end in before.blocks():
+                self._file.write(before.read(begin, end).astype("<f8").data)
+            self._wider.replace(self.path)
         self.dtype = np.dtype("<f8")
 
 
@@ -311,8 +338,10 @@ def write_index(path: Path, columns: Mapping[str, NDArray[Any]], states: StateRo
     """Write an index, whole or not at all; the wider types first, so that every array lies aligned."""
     sizes = {name: (array.dtype, array.shape) for name, array in columns.items()}
     sizes["states"] = (states.dtype, states.shape)
+    sums = {name: f"{zlib.crc32(np.ascontiguousarray(array).data):08x}" for name, array in columns.items()}
+    sums["states"] = _sum_of(states.path, states.offset, int(np.prod(states.shape)) * states.dtype.itemsize)
     ordered = sorted(sizes, key=lambda name: (-sizes[name][0].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, **info}}
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, _SUMS: json.dumps(sums), **info}}
     at = 0
     for name in ordered:
         dtype, shape = sizes[name]
@@ -329,6 +358,16 @@ def write_index(path: Path, columns: Mapping[str, NDArray[Any]], states: StateRo
                 continue
             for begin, end in states.blocks():
                 out.write(states.read(begin, end).data)
+
+
+def _sum_of(path: Path, offset: int, size: int) -> str:
+    """CRC-32 of a part of a file, read by blocks."""
+    value = 0
+    with path.open("rb") as file:
+        file.seek(offset)
+        while size > 0 and (block := file.read(min(size, _SUMMED))):
+            value, size = zlib.crc32(block, value), size - len(block)
+    return f"{value:08x}"
 
 
 def as_bytes(names: list[str]) -> NDArray[np.uint8]:

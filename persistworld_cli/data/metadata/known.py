@@ -6,6 +6,7 @@ then taken over and nothing of the episode is opened. A table filled from known 
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from persistworld_cli.data.metadata.scan import Episode, Facts, Listed
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.read_files import reading
 
+_LOG = logging.getLogger(__name__)
 _SUCCESS = {True: 1, False: 0, None: -1}
 _UNKNOWN = {code: success for success, code in _SUCCESS.items()}
 _SIGNS = ("size", "mtime", "videos", "latents")
@@ -36,14 +38,18 @@ class Known:
         """``meta``: its folder; ``made``: what the index must have been made with (`Table.columns`)."""
         self._rows: dict[Listed, int] = {}
         path = meta / INDEX_FILE
+        if not made or not path.is_file():
+            return
         try:
             self._file = IndexFile(path)
             if self._file.info.get("made") != made:
                 return
             with reading("the index is damaged", path):
                 self._file.require_whole()
+                self._file.check()
                 self._read()
-        except PersistWorldError:  # nothing is known then: every episode is read again
+        except PersistWorldError as error:
+            _LOG.warning("%s: %s; every annotation is read again", path, error.what)
             self._rows = {}
 
     def _read(self) -> None:

@@ -178,7 +178,7 @@ def _write(made: _Made, how: str) -> MetaReport:
     info = {"made": how, "num_frames": str(made.num_frames), "imported": str(made.lists.folder) if made.lists else ""}
     write_index(made.meta / INDEX_FILE, columns, rows, info)
     source = {"from": str(made.lists.folder)} if made.lists else {}
-    write_json(made.meta / "stat.json", {"state_01": stat.p01.tolist(), "state_99": stat.p99.tolist(), **source})
+    write_json(made.meta / "stat.json", {"state_01": stat.p01, "state_99": stat.p99, **source})
     if adapter is not None:
         write_json(made.meta / "adapter.json", adapter)
     else:

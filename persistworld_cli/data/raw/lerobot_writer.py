@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from persistworld_cli.data.raw.video import write_mp4
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.files import write_json
 
 _DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEOS = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
@@ -81,7 +82,7 @@ def write_lerobot(root: Path, episodes: Sequence[NewEpisode], fps: float, robot:
         first += len(episode)
     _write_meta(root, episodes, tasks, rows, fps, robot)
     whole = {name: _pooled([one[name] for one in stats]) for name in stats[0]}
-    (root / "meta" / "stats.json").write_text(json.dumps(whole, indent=1) + "\n")
+    write_json(root / "meta" / "stats.json", whole)
 
 
 def _place(index: int) -> dict[str, int]:
@@ -183,7 +184,7 @@ def _write_meta(
         "video_path": _VIDEOS,
         "features": _features(episodes[0], fps),
     }
-    (root / "meta" / "info.json").write_text(json.dumps(info, indent=1) + "\n")
+    write_json(root / "meta" / "info.json", info)
 
 
 def _tasks(tasks: list[str]) -> pa.Table:

@@ -5,8 +5,8 @@ Shapes: frames are uint8 RGB arrays (N, H, W, 3). Reading goes through PyAV (FFm
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from persistworld_cli.data.raw.resize import resize as resize
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.files import whole_file, writing
 
 Frames = NDArray[np.uint8]
 
@@ -110,12 +111,8 @@ def read_frames(path: Path, indices: Sequence[int]) -> Frames:
     return frames[np.searchsorted(np.asarray(unique), np.asarray(indices, dtype=np.int64))]
 
 
-class CannotWrite(PersistWorldError):
-    """A video cannot be written: the disk is full or closed to us, whatever was to be written."""
-
-
 class Mp4Writer:
-    """Writes frames (H, W, 3) uint8 as h264. Written beside and renamed in the end: whole or absent.
+    """Writes frames (H, W, 3) uint8 as h264, whole or not at all.
 
     An odd height or width is padded by repeating the last row or column (yuv420p has half-size colour planes).
     Use as a context manager; leaving it by an error leaves no file.
@@ -136,44 +133,43 @@ class Mp4Writer:
     def __init__(self, path: Path, fps: float, *, crf: int = 18, reproducible: bool = False) -> None:
         self.path, self.written = path, 0
         self._fps, self._options, self._reproducible = fps, {"crf": str(crf), "preset": "medium"}, reproducible
-        self._partial = path.with_name(f".{path.stem}.{os.getpid()}.mp4")
         self._stream: av.VideoStream | None = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._container = av.open(str(self._partial), "w")
-        except (FFmpegError, OSError) as error:
-            raise self._failed(error) from error
+        self._whole = whole_file(path)
 
     def __enter__(self) -> Mp4Writer:
+        partial = self._whole.__enter__()
+        try:
+            with writing(self.path), _as_oserror():
+                self._container = av.open(str(partial), "w", format="mp4")
+        except BaseException as error:
+            self._whole.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def add(self, picture: Frames) -> None:
         """Write one more frame."""
-        try:
+        with writing(self.path), _as_oserror():
             picture = np.ascontiguousarray(_even(picture))
             if self._stream is None:
                 self._stream = self._begin(*picture.shape[:2])
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             self._container.mux(self._stream.encode(frame.reformat(format="yuv420p", interpolation=_EXACT)))
-        except (FFmpegError, OSError) as error:
-            raise self._failed(error) from error
         self.written += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None and self._stream is not None:
-                self._container.mux(self._stream.encode())
-            self._container.close()
-            if kind is None and self.written:
-                self._partial.replace(self.path)
-        except (FFmpegError, OSError) as broken:
-            raise self._failed(broken) from broken
-        finally:
-            self._partial.unlink(missing_ok=True)
-        if kind is None and not self.written:
-            raise PersistWorldError("no frames to write", where=str(self.path), fix="give at least one frame")
+            with writing(self.path), _as_oserror():
+                if kind is None and self._stream is not None:
+                    self._container.mux(self._stream.encode())
+                self._container.close()
+            if kind is None and not self.written:
+                raise PersistWorldError("no frames to write", where=str(self.path), fix="give at least one frame")
+        except BaseException as broken:
+            self._whole.__exit__(type(broken), broken, broken.__traceback__)
+            raise
+        self._whole.__exit__(kind, error, trace)
 
     def _begin(self, height: int, width: int) -> av.VideoStream:
         """The video stream, once the size is known."""
@@ -186,8 +182,16 @@ class Mp4Writer:
             stream.codec_context.thread_count = 1
         return stream
 
-    def _failed(self, error: Exception) -> CannotWrite:
-        return CannotWrite(f"cannot write video: {error}", where=str(self.path), fix="check disk and rights")
+
+@contextmanager
+def _as_oserror() -> Iterator[None]:
+    """FFmpeg's errors of the file as Python's; not all of them are."""
+    try:
+        yield
+    except FFmpegError as error:
+        if isinstance(error, OSError):
+            raise
+        raise OSError(str(error)) from error
 
 
 def write_mp4(path: Path, frames: Iterable[Frames], fps: float, *, crf: int = 18) -> int:

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from persistworld_cli.files import CannotWrite, whole_file
+
 SWITCH = "PERSISTWORLD_NATIVE"
 # No -ffast-math, which would change how the whole process rounds small numbers; nothing is fused but what says so
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
@@ -43,7 +45,7 @@ def library() -> ctypes.CDLL | None:
     except subprocess.CalledProcessError as error:
         said = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip()[:200])
         _log.warning("fast CPU kernels are left out, %s could not compile them: %s", compiler, said)
-    except OSError as error:
+    except (OSError, CannotWrite) as error:
         _log.warning("fast CPU kernels are left out: %s", error)
     return None
 
@@ -83,15 +85,9 @@ def _compiled(compiler: str, sources: list[Path]) -> Path:
     folder = _cache()
     target = folder / f"native-{name}.so"
     if not target.exists():
-        handle, fresh = tempfile.mkstemp(suffix=".so", dir=folder)
-        os.close(handle)
-        try:
-            subprocess.run(
-                [compiler, *flags, "-o", fresh, *map(str, sources)], capture_output=True, text=True, check=True
-            )
-            os.replace(fresh, target)
-        finally:
-            Path(fresh).unlink(missing_ok=True)
+        with whole_file(target) as fresh:
+            command = [compiler, *flags, "-o", str(fresh), *map(str, sources)]
+            subprocess.run(command, capture_output=True, text=True, check=True)
     return target
 
 
