@@ -22,7 +22,7 @@ from typing import Any
 
 from persistworld_cli.errors import PersistWorldError, UsageError
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)  # folders of some network file systems
 _PARTIAL = re.compile(r"\.(?P<stem>.*)\.\d+\.(?P<kind>partial|parts|old)(?P<suffix>(\.[^.]*)?)")
@@ -45,12 +45,12 @@ def writing(path: Path, fix: str = "", closed: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.errno in _NO_ROOM:
-            fix = fix or "free some disk, or give another --output"
+        if error.errno is None or error.errno in NO_ROOM:
+            fix = fix or "free some disk and try again"
         elif error.errno in _NO_RIGHTS:
-            fix = closed or "check its rights and those of its folder, or give another --output"
+            fix = closed or "check its rights and those of its folder"
         else:
-            fix = "check the disk, or give another --output"
+            fix = "check the disk and what lies there"
         raise CannotWrite(f"cannot be written: {_reason(error, path)}", where=str(path), fix=fix) from error
 
 

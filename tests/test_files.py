@@ -119,7 +119,7 @@ def test_missing_rights_are_the_same_error_with_other_advice(tmp_path: Path) -> 
     (tmp_path / "file").touch()
     with pytest.raises(CannotWrite, match="File exists") as other:
         write_text(tmp_path / "file" / "below.txt", "")
-    assert "another --output" in str(other.value.fix)
+    assert "what lies there" in str(other.value.fix)
 
 
 def test_whatever_ends_the_block_the_old_one_stays(tmp_path: Path) -> None:

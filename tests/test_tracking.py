@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import resource
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import LaunchSettings, Settings
 from persistworld_cli.config.trackers import wanted_trackers
 from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.files import CannotWrite
 from persistworld_cli.reports.training_curves import POST_TRAIN_PANELS, training_curves
 from persistworld_cli.training.run import Run
 
@@ -134,3 +136,15 @@ def test_curves_of_what_was_logged(tmp_path: Path, updates: int) -> None:
         assert picture.width > 1200
     training_curves(tmp_path / "none.png", "post-training", [{"step": 1, "lr": 0.1}], POST_TRAIN_PANELS)
     assert not (tmp_path / "none.png").exists()
+
+
+def test_a_full_disk_is_told_once_by_tensorboard_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(CannotWrite, match="File too large") as told, begin(tmp_path) as work:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (250, before[1]))  # of any file: as on a full disk
+        try:
+            for step in range(1, 9):
+                work.log(step, {"loss": float(step)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(told.value.where).endswith("tensorboard") and "Traceback" not in capfd.readouterr().err

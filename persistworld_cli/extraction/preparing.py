@@ -28,6 +28,7 @@ from persistworld_cli.files import writing
 CHUNK = 16  # frames (of all cameras) that are decoded, resized and handed on at once
 ANNOTATION = "annotation.json"  # in the staging folder, beside videos/
 _LISTED = ("observation.state.", "action.", "sim.")  # columns copied at the raw rate; sim.: the bundled world's
+GO_ON = "free some disk and run the same command again: it goes on where it was"
 _FETCH = "fetch the episode again, or leave it out"
 
 
@@ -100,7 +101,7 @@ def prepare(recipe: Recipe, dataset: RawDataset, index: int, stage: Path) -> Ite
     split = split_of(index, recipe.rule, dataset.splits)
     annotation, ids = _annotation(recipe, dataset, index, split)
     views = [_pictures(dataset, index, camera, ids) for camera in world.cameras]
-    with writing(stage):
+    with writing(stage, GO_ON):
         stage.mkdir(parents=True)
         (stage / ANNOTATION).write_text(json.dumps(annotation))  # `Output.publish` brings all that is staged into place
     yield Begun(split, len(ids), bool(annotation["texts"][0].strip()))

@@ -23,7 +23,7 @@ from persistworld_cli import again
 from persistworld_cli.checkpoints.tensor_writing import save_torch
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.extraction.locks import Claims
-from persistworld_cli.extraction.preparing import ANNOTATION, Recipe
+from persistworld_cli.extraction.preparing import ANNOTATION, GO_ON, Recipe
 from persistworld_cli.files import sync, write_json, writing
 from persistworld_cli.read_files import DAMAGED_NOTES, read_json
 
@@ -102,7 +102,7 @@ class Output:
         Raises:
             CannotWrite: the disk is full or closed to us.
         """
-        with writing(self.root, f"free some disk and run the same command again: it goes on at episode {index}"):
+        with writing(self.root, GO_ON):
             self._write(stage, latents, cameras)
             for name in ("videos", "latent_videos"):
                 target = self.root / name / split / str(index)

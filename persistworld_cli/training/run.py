@@ -23,7 +23,7 @@ from accelerate.utils import ProjectConfiguration, gather_object
 from persistworld_cli.checkpoints.tensor_writing import save_torch
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings, VaeSettings
 from persistworld_cli.config.trackers import wanted_trackers
-from persistworld_cli.files import sweep, whole_folder, write_text, writing
+from persistworld_cli.files import CannotWrite, sweep, whole_folder, write_text, writing
 from persistworld_cli.models.precision import product_type
 from persistworld_cli.training.resuming import (
     LOG,
@@ -112,7 +112,11 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._trackers:
-            self._trackers.close()
+            try:
+                self._trackers.close()
+            except CannotWrite:
+                if error is None:  # what ended the run is told, not what came of it
+                    raise
 
     @classmethod
     def of(

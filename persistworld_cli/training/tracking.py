@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import secrets
+import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from accelerate import Accelerator
 from persistworld_cli.config.presets import flatten
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.files import write_json
+from persistworld_cli.files import NO_ROOM, write_json, writing
 
 PROJECT = "persistworld"
 _IDENTITY = "tracker.json"
@@ -39,7 +41,8 @@ class Trackers:
     def __init__(
         self, accelerator: Accelerator, output: Path, settings: Settings | None, *, begun: int, sent: int
     ) -> None:
-        self._accelerator, self._sent = accelerator, sent
+        self._accelerator, self._sent, self._events = accelerator, sent, output / "tensorboard"
+        _quiet_writer_threads()
         run = {**_identity(output), "resume": "allow"}
         options: dict[str, dict[str, Any]] = {
             "tensorboard": {"purge_step": begun + 1},  # what a killed run wrote after its last state is written again
@@ -52,22 +55,40 @@ class Trackers:
                 if tracker.name != "tensorboard" and settings:  # there they would be a page of their own every time
                     tracker.store_init_configuration(_plain(settings))
         except Exception as error:  # each tracker has errors of its own
+            fix = "log in to it, stay offline (WANDB_MODE=offline), or leave it out: --tracker tensorboard"
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                fix = "free some disk and run the same command again"
             raise PersistWorldError(
                 f"a tracker does not start: {error}",
                 where=f"launch.trackers = {', '.join(map(str, accelerator.log_with))}",
-                fix="log in to it, stay offline (WANDB_MODE=offline), or leave it out: --tracker tensorboard",
+                fix=fix,
             ) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """The numbers of an update, to each tracker that has not had them."""
+        """The numbers of an update, to each tracker that has not had them. Raises CannotWrite for a full disk."""
         for tracker in self._accelerator.trackers:
-            if tracker.name == "tensorboard" or step > self._sent:
+            if tracker.name == "tensorboard":
+                with writing(self._events):
+                    tracker.log(dict(values), step=step)
+            elif step > self._sent:
                 tracker.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Send what is waiting."""
+        """Send what is waiting. Raises CannotWrite for a full disk."""
         for tracker in self._accelerator.trackers:
-            tracker.finish()
+            with writing(self._events) if tracker.name == "tensorboard" else nullcontext():
+                tracker.finish()
+
+
+def _quiet_writer_threads() -> None:
+    """TensorBoard's thread keeps an error for the next call, which raises it: it need not print a traceback too."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            before(args)
+
+    threading.excepthook = hook
 
 
 def forget_trackers(output: Path) -> None:
