@@ -19,7 +19,7 @@ from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import Settings, VaeSettings, WorldSettings
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.data.raw.video import read_frames, resize
-from persistworld_cli.files import whole_file, write_json
+from persistworld_cli.files import hash_of, whole_file, write_json
 from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae, pixels_to_unit
 from persistworld_cli.read_files import reading
 from persistworld_cli.reports.progress import Meter
@@ -100,9 +100,9 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
 def _train(settings: Settings, work: Run) -> dict[str, Any]:
     """The training loop."""
     options = settings.vae
-    pictures = load_pictures(
-        resolve_path(settings.world.raw), settings.world, work.output / "pictures.npy", not work.main
-    )
+    raw, world = resolve_path(settings.world.raw), settings.world
+    drawn = hash_of([str(raw.absolute()), world.cameras, world.height, world.width, world.rate_hz])
+    pictures = load_pictures(raw, world, work.output / f"pictures-{drawn}.npy", not work.main)
     torch.manual_seed(options.seed)
     vae = build_vae({**settings.model.vae, "scaling_factor": 1.0}, settings.model.norm_groups).to(work.device)
     if not options.train_encoder:
