@@ -44,7 +44,7 @@ def measure(dataset: str | None, episodes: int, steps: int, batch: int, repeats:
     settings = load_settings("tiny", flags=flags, pinned=benchmark.pinned if benchmark else None).settings
     store = open_store(settings)
     items = eval_items(store, settings)[:episodes]
-    model = load_for_sampling(settings, adapter="")
+    model = load_for_sampling(settings, ckpt=settings.model.ckpt, adapter="")
     engine = RolloutEngine(model, settings.sampling, store.stat())
     scorer = Scorer(settings.rewards, settings.world, "cpu", names=SHOWN)
 

@@ -148,7 +148,7 @@ def _updates(folder: Path) -> int:
     return json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() else 0
 
 
-def rollouts(settings: Settings, output: Path, name: str, weights: Mapping[str, str | None]) -> list[Rollout]:
+def rollouts(settings: Settings, output: Path, name: str, weights: Mapping[str, str]) -> list[Rollout]:
     """The test's rollouts of one model: read, or made now.
 
     Args:
@@ -245,7 +245,7 @@ def measured(settings: Settings, output: Path, chosen: Sequence[Arm], seeds: Seq
             folder = trained(output, arm, seed) / "weights"
             if not folder.is_dir():
                 continue
-            post = {"adapter": str(folder / "adapter")}
+            post = {"ckpt": settings.model.ckpt, "adapter": str(folder / "adapter")}
             whole = {"ckpt": str(folder / "model.safetensors"), "adapter": ""}
             made = rollouts(
                 settings, output, trained(output, arm, seed).name, post if arm.task == "post-train" else whole

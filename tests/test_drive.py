@@ -101,7 +101,7 @@ def test_mistakes_are_told_before_any_weights_are_read(root: Path, tmp_path: Pat
 
 def test_rollouts_do_not_depend_on_their_batch_and_follow_their_seed(root: Path) -> None:
     own = settings(root)
-    store, model = open_store(own), load_model(own, {})
+    store, model = open_store(own), load_model(own)
     starts = [make_start(store, Item(episode, 1, seed), "val") for episode, seed in (("7", 0), ("8", 0), ("7", 1))]
     steps = np.stack([KeyMap().chunk(start.pose, "f") for start in starts])
     batch = LivingWorld(model, store, starts, own)
@@ -120,7 +120,7 @@ def test_a_dataset_without_latents_is_encoded_from_its_videos(root: Path, tmp_pa
     for name in ("annotation", "videos", "meta"):
         (bare / name).symlink_to(root / "world" / name)
     own = settings(root)
-    model = load_model(own, {})
+    model = load_model(own)
     start = make_start(open_store(own), Item("7", 3, 0), "train")  # found in val
     store = open_store(replace(own, world=replace(own.world, dataset=str(bare))))
     fresh = first_latents(model, store, [start])

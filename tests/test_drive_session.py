@@ -34,7 +34,7 @@ def test_keys_give_what_the_world_gives_along_their_poses(root: Path) -> None:
     own, here = settings(root), session(root, seed=4)
     store = open_store(own)
     start = make_start(store, Item("7", 0, 4), "val")
-    world = LivingWorld(load_model(own, {}), store, [start], own)
+    world = LivingWorld(load_model(own), store, [start], own)
     frames = [world.pictures[0][None]]
     for key in "lcu":
         here.press(key)

@@ -99,8 +99,8 @@ def test_reward_of_scores_is_the_scorers(root: Path) -> None:
 
 def test_eval_end_to_end_continues_and_gives_the_same_numbers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     s = settings(root, seeds=(0, 1), episodes=("9", "29"), sheets=2, following=("swapped", "null"), following_steps=1)
-    weights = {"ckpt": str(root / "other.safetensors"), "baseline": str(root / "base.safetensors")}
-    job = {"output": str(root / "out"), **weights}
+    s = replace(s, model=replace(s.model, inference=str(root / "other.safetensors")))
+    job = {"output": str(root / "out"), "baseline": str(root / "base.safetensors")}
     loaded: list[str] = []
     real = eval_run.load_for_sampling
 

@@ -25,8 +25,8 @@ def test_eval_compares_the_adapter_with_its_base(adapter: str) -> None:
     want = [ModelRef("base", "a.pt"), ModelRef("post-trained", "a.pt", adapter)]
     assert refs_of_eval(model, {}) == want
     assert refs_of_eval(model, {"baseline": "base"}) == want
-    assert refs_of_eval(ModelSettings(ckpt="a.pt"), {"ckpt": adapter}) == want
-    assert refs_of_eval(ModelSettings(ckpt="a.pt"), {"ckpt": str(Path(adapter).parent)}) == want
+    assert refs_of_eval(ModelSettings(ckpt="a.pt", inference=adapter), {}) == want
+    assert refs_of_eval(ModelSettings(ckpt="a.pt", inference=str(Path(adapter).parent)), {}) == want
     assert refs_of_replay(ModelSettings(ckpt="a.pt"), {"ckpts": [adapter]}) == want[1:]
     assert refs_of_eval(ModelSettings(ckpt="a.pt"), {}) == [ModelRef("base", "a.pt")]
 
@@ -38,8 +38,14 @@ def test_eval_compares_checkpoints_and_adapters(adapter: str) -> None:
     assert two == [ModelRef("r2/adapter", "a.pt", "r2/adapter"), ModelRef("r1/adapter", "a.pt", "r1/adapter")]
     named = refs_of_eval(model, {"baseline": adapter, "labels": ["old", "new"]})
     assert named == [ModelRef("old", "x/a.pt", adapter), ModelRef("new", "x/a.pt")]
+    whole = refs_of_eval(ModelSettings(ckpt="x/a.pt", inference="x/b.pt"), {})
+    assert whole == [ModelRef("a.pt", "x/a.pt"), ModelRef("b.pt", "x/b.pt")]
     with pytest.raises(UsageError, match="itself"):
         refs_of_eval(model, {"baseline": "x/a.pt"})
+    with pytest.raises(UsageError, match="is another one"):
+        refs_of_eval(ModelSettings(ckpt="a.pt", inference=adapter, adapter="r1/adapter"), {})
+    with pytest.raises(UsageError, match="no weights are named that it belongs on"):
+        refs_of_eval(ModelSettings(inference=adapter), {})
     with pytest.raises(UsageError, match="no weights"):
         refs_of_eval(ModelSettings(), {})
 
@@ -49,11 +55,11 @@ def test_replay_pairs_weights_and_adapters() -> None:
     assert refs_of_replay(model, {}) == [ModelRef("post-trained", "a.pt", "ad")]
     both = refs_of_replay(model, {"adapters": ["base", "ad"]})
     assert both == [ModelRef("base", "a.pt"), ModelRef("post-trained", "a.pt", "ad")]
-    assert [ref.label for ref in refs_of_replay(model, {"ckpts": ["x/a", "y/a"], "adapters": ["base"]})] == [
-        "x/a",
-        "y/a",
+    assert [ref.label for ref in refs_of_replay(model, {"ckpts": ["x/a.pt", "y/a.pt"], "adapters": ["base"]})] == [
+        "x/a.pt",
+        "y/a.pt",
     ]
-    assert [ref.label for ref in refs_of_replay(model, {"ckpts": ["a", "a"], "adapters": ["none"]})] == ["a #1", "a #2"]
+    assert [ref.label for ref in refs_of_replay(model, {"ckpts": ["b", "b"], "adapters": ["none"]})] == ["b #1", "b #2"]
 
 
 def test_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,7 +180,8 @@ def test_the_reference_may_be_other_weights(root: Path) -> None:
     job = {**JOB, "reference": "euler:2", "samplers": ["euler"], "calls": [1, 2], "percent": 1000.0, "preset": "tiny"}
     alone = frontier.run(own, {**job, "output": str(root / "alone")})
     other = str(root / "other.safetensors")
-    frontier.run(own, {**job, "output": str(root / "both"), "ckpt": other, "baseline": own.model.ckpt})
+    others = replace(own, model=replace(own.model, inference=other))
+    frontier.run(others, {**job, "output": str(root / "both"), "baseline": own.model.ckpt})
     frontier.run(own, {**job, "output": str(root / "swapped"), "baseline": other})
     results = [json.loads((root / name / "frontier.json").read_text()) for name in ("alone", "both", "swapped")]
     assert [[row["name"] for row in result["settings"]] for result in results] == [

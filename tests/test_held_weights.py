@@ -113,7 +113,7 @@ def test_sampling_holds_weights_in_the_type_asked_for(
     dtype: str, cast: str, unet: torch.dtype, vae: torch.dtype
 ) -> None:
     settings = replace(TINY, sampling=replace(TINY.sampling, dtype=dtype, cast=cast))
-    model = load_for_sampling(settings)
+    model = load_for_sampling(settings, ckpt=BASE, adapter="")
     assert {p.dtype for p in model.unet.parameters()} == {p.dtype for p in model.action_encoder.parameters()} == {unet}
     assert {p.dtype for p in model.vae.parameters()} == {vae}
     held = {row.key: row.bytes for row in interaction_report(settings, 1).memory}["weights"]
@@ -125,7 +125,7 @@ def test_whole_model_in_bfloat16_draws_nearly_the_same() -> None:
     drawn = {}
     for dtype, cast in (("float32", "autocast"), ("bfloat16", "model"), ("bfloat16", "autocast")):
         sampling = SamplingSettings(steps=2, sigma_max=80.0, dtype=dtype, cast=cast)
-        model = load_for_sampling(replace(TINY, sampling=sampling))
+        model = load_for_sampling(replace(TINY, sampling=sampling), ckpt=BASE, adapter="")
         engine = RolloutEngine(model, sampling, ActionStat(-np.ones(7), np.ones(7)))
         first = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
         state = engine.start(first, np.zeros((1, 7)), ["push the red block"])

@@ -46,7 +46,9 @@ def test_checks_are_of_the_weights_as_they_are_and_are_kept_when_resumed(world: 
     base = logged(tmp_path, "val_base")
     assert base[0] == base[1] and logged(tmp_path, "val_reward")[0] != base[0]
     # instructions were embedded in the first check: with those kept, the second loss would be of two models
-    again = pretrain.run(replace(world, pretrain=replace(world.pretrain, updates=0)), resumed_from(result, tmp_path))
+    on = replace(world.model, ckpt=result["weights"], adapter="")  # begins from those weights and learns nothing
+    unchanged = replace(world, model=on, pretrain=replace(world.pretrain, updates=0))
+    again = pretrain.run(unchanged, {"output": str(tmp_path / "again")})
     assert again["val_loss"] == pytest.approx(result["val_loss"], abs=1e-6) == logged(tmp_path, "val_loss")[-1]
 
     longer = replace(world, pretrain=replace(world.pretrain, updates=3, video_every=3, video_rollouts=1))
@@ -54,11 +56,6 @@ def test_checks_are_of_the_weights_as_they_are_and_are_kept_when_resumed(world: 
     assert logged(tmp_path, "val_base") == [base[0]] * 3
     (video,) = (tmp_path / "videos" / "step-00000003").glob("*.mp4")
     assert len(read_frames(video, range(9))) == 9 and (tmp_path / "curves.png").exists()
-
-
-def resumed_from(result: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """The job of a run that begins from another's weights and learns nothing."""
-    return {"output": str(tmp_path / "again"), "ckpt": result["weights"]}
 
 
 def test_nothing_to_roll_out_is_told_before_anything_is_trained(world: Settings, tmp_path: Path) -> None:

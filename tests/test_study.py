@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from persistworld_cli.checkpoints.loading import load_for_sampling
 from persistworld_cli.commands.app import app
+from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.raw.video import read_frames
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation import run as eval_run
@@ -93,13 +94,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(root: Path, study: str = "study") -> dict[str, Any]:
-    """Two models compared, and a study of it."""
-    weights = {"ckpt": str(root / "other.safetensors"), "baseline": str(root / "base.safetensors")}
-    return {"output": str(root / "out"), "videos": False, "study": str(root / study), **weights}
+    """Two models compared (`compared`), and a study of it."""
+    return {"output": str(root / "out"), "videos": False, "study": str(root / study)}
+
+
+def compared(root: Path, **ev: Any) -> Settings:
+    """Settings under which ``other`` is compared with ``base``."""
+    own = settings(root, **ev)
+    return replace(own, model=replace(own.model, inference=str(root / "other.safetensors")))
 
 
 def test_eval_writes_a_study_whose_videos_are_the_key_s(world: Path) -> None:
-    s = settings(world, sheets=0)
+    s = compared(world, sheets=0)
     told = eval_run.run(s, job(world))["study"]
     folder, key = world / "study", load_key(world / "study.key.json")
     assert (
@@ -136,7 +142,7 @@ def test_eval_writes_a_study_whose_videos_are_the_key_s(world: Path) -> None:
 
 
 def test_a_study_shows_all_cameras_at_once_or_fewer_questions(world: Path) -> None:
-    s = settings(world, sheets=0, study_cameras="all", study_trials=1)
+    s = compared(world, sheets=0, study_cameras="all", study_trials=1)
     assert eval_run.run(s, job(world, "all"))["study"]["questions"] == 1
     key = load_key(world / "all.key.json")
     assert [trial.cameras for trial in key.trials] == ["all"]

@@ -16,17 +16,12 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from persistworld_cli.checkpoints.compatibility import Shapes, bundled_settings, misfit, preset_shapes, shapes_of
-from persistworld_cli.checkpoints.sources import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    ENCODER_WEIGHTS,
-    WeightSource,
-    locate,
-)
+from persistworld_cli.checkpoints.sources import ENCODER, WeightSource, locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
 from persistworld_cli.checkpoints.tensor_writing import save_safetensors
 from persistworld_cli.config.presets import from_json, preset_names
 from persistworld_cli.config.settings import ModelSettings
+from persistworld_cli.config.weight_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import require_free, whole_folder, write_json
 from persistworld_cli.models.tokens import ActionEncoder
@@ -34,7 +29,7 @@ from persistworld_cli.models.unet import FrameLevelUNet
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.read_files import as_object, parse_json, positive_number, read_json, reading, whole_number
 
-_ENCODER, _LORA_PREFIX = "action_encoder.", "base_model.model."
+_ENCODER, _LORA_PREFIX = f"{ENCODER}.", "base_model.model."
 _MOST_RANK = 2**20
 _NO_FIT = (ValueError, RuntimeError, KeyError, TypeError, AttributeError)  # what peft raises for another model's layers
 
@@ -230,7 +225,7 @@ def write_adapter(
     """
     require_free(folder, force=force, marker=ADAPTER_CONFIG)
     with whole_folder(folder) as partial:
-        for name, part in ((f"{ADAPTER_WEIGHTS}.safetensors", lora), (ENCODER_WEIGHTS, encoder)):
+        for name, part in ((f"{ADAPTER_WEIGHTS}.safetensors", lora), (f"{ENCODER}.safetensors", encoder)):
             if part:
                 plain = {key: t.detach().cpu().contiguous() for key, t in part.items()}
                 save_safetensors(partial / name, plain, {"format": "pt"})

@@ -17,10 +17,12 @@ from persistworld_cli.checkpoints.compatibility import (
 )
 from persistworld_cli.checkpoints.inspection import MERGED
 from persistworld_cli.checkpoints.loading import load_world_model
-from persistworld_cli.checkpoints.sources import ADAPTER_CONFIG, locate
+from persistworld_cli.checkpoints.references import weights_ref
+from persistworld_cli.checkpoints.sources import adapter_at, locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
 from persistworld_cli.checkpoints.tensor_writing import save_safetensors, save_torch
 from persistworld_cli.config.settings import Settings
+from persistworld_cli.config.weight_names import ADAPTER_CONFIG
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import require_free
 from persistworld_cli.models.world_model import CARRIED
@@ -51,7 +53,7 @@ def export_model(
     """Write a whole model, an adapter merged into it, as one file.
 
     Args:
-        ckpt: weights: file, folder or hub id.
+        ckpt: weights: file, folder or hub id; an adapter goes on the checkpoint of its preset.
         adapter: to be merged; "" for none.
         to: ``ctrl-world`` (what `torch.save` writes; Ctrl-World loads it with strict=True) or ``safetensors``.
         output: the file.
@@ -62,16 +64,11 @@ def export_model(
 
     Raises:
         PersistWorldError: weights that are absent, damaged or of another model; the file cannot be written.
-        UsageError: the file is there already, or CKPT is an adapter.
+        UsageError: the file is there already, or CKPT is an adapter and more than one preset's.
     """
     check_output(to, output, force=force)
-    source = locate(ckpt)
-    if source.kind in ("adapter", "state"):
-        raise UsageError(
-            f"'{ckpt}' is an adapter, not a whole model",
-            where="CKPT",
-            fix=f"name the weights it belongs on: persistworld export WEIGHTS --adapter {ckpt}",
-        )
+    if adapter_at(ckpt):
+        ckpt, adapter = _base_of(ckpt, adapter, settings)
     settings = settings or _settings_of(ckpt)
     model = load_world_model(settings.model, settings.world, ckpt=ckpt, adapter=adapter, dtype=dtype, carried=True)
     if to == "ctrl-world" and settings.model.image and not hasattr(model, CARRIED):
@@ -146,6 +143,23 @@ def export_adapter(
         "bytes": sum(file.stat().st_size for file in output.iterdir()),
         "merged": None,
     }
+
+
+def _base_of(ckpt: str, adapter: str, settings: Settings | None) -> tuple[str, str]:
+    """Weights and adapter where CKPT is an adapter: it goes on the checkpoint of the settings, or of what it fits."""
+    bases = (
+        [settings.model.ckpt]
+        if settings
+        else list(dict.fromkeys(bundled_settings(n).model.ckpt for n in adapter_presets(read_adapter(locate(ckpt)))))
+    )
+    if len(bases) != 1:
+        raise UsageError(
+            f"'{ckpt}' is an adapter, " + (f"on any of {', '.join(bases)}" if bases else "of no bundled preset"),
+            where="CKPT",
+            fix=f"name the weights it belongs on: persistworld export WEIGHTS --adapter {ckpt}, or its --preset",
+        )
+    ref = weights_ref(ckpt, bases[0], adapter)
+    return ref.ckpt, ref.adapter
 
 
 def _settings_of(ckpt: str) -> Settings:

@@ -7,6 +7,7 @@ model: loading takes the model's own memory and little more (`benchmarks/loading
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from persistworld_cli.models.compiling import compile_network
 from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae
 from persistworld_cli.models.world_model import CARRIED, WorldModel, build_world_model, sampling_dtype
 
+logger = logging.getLogger(__name__)
 FRESH = ("text_encoder", "action_encoder")  # what Stable Video Diffusion does not have
 _CLIP_PICTURES = tuple(f"text_encoder.{name}" for name in ("vision_model.", "visual_projection.", "logit_scale"))
 
@@ -71,6 +73,7 @@ def load_world_model(
     fill(targets, files)
     del files, targets  # what is mapped of it, and its names
     if "action_encoder" in absent:
+        logger.info("'%s' has no action encoder: it begins with random weights", source)
         for layer in model.action_encoder.modules():
             if isinstance(layer, torch.nn.Linear):
                 layer.reset_parameters()
@@ -81,10 +84,11 @@ def load_world_model(
     return model
 
 
-def load_for_sampling(
-    settings: Settings, *, ckpt: str | None = None, adapter: str | None = None, device: torch.device | str = "cpu"
-) -> WorldModel:
-    """`load_world_model` for rollouts: weights in the type that ``settings.sampling`` asks for, compiled if asked."""
+def load_for_sampling(settings: Settings, *, ckpt: str, adapter: str, device: torch.device | str = "cpu") -> WorldModel:
+    """`load_world_model` for rollouts: weights in the type that ``settings.sampling`` asks for, compiled if asked.
+
+    Which weights: `references.inference_ref` tells for a preset.
+    """
     model = load_world_model(
         settings.model,
         settings.world,
@@ -122,6 +126,7 @@ def _open(source: str, settings: ModelSettings, fresh: Sequence[str], carried: b
             where=f"{source}, model.tokenizer = {settings.tokenizer}",
             fix="let model.tokenizer name a CLIP model with its weights, e.g. openai/clip-vit-base-patch32",
         ) from error
+    logger.info("'%s' has no text encoder: CLIP's is taken from '%s'", source, settings.tokenizer)
     files = WeightFiles(located, replace(clip, files=tuple((path, "text_encoder.") for path, _ in clip.files)))
     files.rename({name: name for name in files.info if not name.startswith(_CLIP_PICTURES)})
     return files, [part for part in absent if part != "text_encoder"]

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from persistworld_cli.checkpoints.loading import load_for_sampling
-from persistworld_cli.checkpoints.sources import locate
+from persistworld_cli.checkpoints.sources import adapter_at, locate
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import ModelSettings, Settings
+from persistworld_cli.config.weight_names import NO_ADAPTER, adapter_name
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.models.world_model import WorldModel
 
@@ -39,53 +40,69 @@ class ModelRef:
         return {"ckpt": sha256_of(self.ckpt), "adapter": sha256_of(self.adapter)}
 
 
-def adapter_folder(path: str) -> str:
-    """The PEFT folder that a path means: itself, or ``adapter`` in a run's ``weights``; "" where neither is one."""
-    for folder in (path, f"{path.rstrip('/')}/adapter") if path and _on_disk(path) else ():
-        if _on_disk(f"{folder}/adapter_config.json"):
-            return folder
-    return ""
+def weights_ref(weights: str, ckpt: str, adapter: str = "", label: str = "") -> ModelRef:
+    """The one rule for a path or hub id that names what runs: an adapter goes on `ckpt`, anything else stands alone.
+
+    Args:
+        weights: what was named: a file, a folder, a hub id, ``bundled:NAME``.
+        ckpt: the settings' checkpoint.
+        adapter: named beside it; goes on `weights`.
+        label: of the model.
+
+    Raises:
+        UsageError: two adapters, or an adapter without weights below.
+        PersistWorldError: the hub cannot tell what a repository holds.
+    """
+    own = adapter_at(weights)
+    if not own:
+        return ModelRef(label, weights, adapter)
+    if adapter and adapter != own:
+        raise UsageError(
+            f"'{weights}' is an adapter, and '{adapter}' is another one",
+            where="--ckpt, --adapter",
+            fix="name one adapter, or whole weights with --ckpt",
+        )
+    if not ckpt:
+        raise UsageError(
+            f"'{weights}' is an adapter, and no weights are named that it belongs on",
+            where="model.ckpt",
+            fix="take the preset it was trained with, or set model.ckpt",
+        )
+    return ModelRef(label, ckpt, own)
 
 
-def _on_disk(path: str) -> bool:
-    """Whether a path, ``bundled:NAME`` among them, is there."""
-    try:
-        return resolve_path(path).exists()
-    except PersistWorldError:  # a bundled name that is not shipped
-        return False
+def inference_ref(model: ModelSettings, label: str = "") -> ModelRef:
+    """What the settings say that inference runs: ``model.inference``, or ``model.ckpt``; ``model.adapter`` on it.
 
-
-NO_ADAPTER = ("base", "none")  # words for "the checkpoint as it is" where an adapter or a baseline is named
-
-
-def model_ref(label: str, weights: str, model: ModelSettings) -> ModelRef:
-    """A model from one path: a PEFT folder goes on top of the settings' checkpoint, anything else replaces it."""
-    adapter = adapter_folder(weights)
-    return ModelRef(label, model.ckpt, adapter) if adapter else ModelRef(label, weights)
+    Raises as `weights_ref`, and UsageError where no weights are named.
+    """
+    adapter = adapter_name(model.adapter)
+    if model.inference:
+        return weights_ref(model.inference, model.ckpt, adapter, label)
+    if not model.ckpt:
+        raise UsageError("no weights are named", where="model.ckpt", fix="take a preset, or give --ckpt")
+    return ModelRef(label, model.ckpt, adapter)
 
 
 def refs_of_eval(model: ModelSettings, job: Mapping[str, Any]) -> list[ModelRef]:
     """The baseline, then the model that is judged; the latter alone where there is nothing to compare it with.
 
-    Judged: ``job["ckpt"]`` (weights, or a PEFT folder), else the settings' checkpoint and adapter. Baseline:
-    ``job["baseline"]`` ("base": the judged checkpoint without adapter; weights; a PEFT folder) and
-    ``job["baseline_adapter"]``; with neither, the judged checkpoint without its adapter.
+    Judged: what the settings say that inference runs (`inference_ref`). Baseline: ``job["baseline"]`` ("base": the
+    judged checkpoint without its adapter; ``model.ckpt`` where whole weights are judged; weights; a PEFT folder) and
+    ``job["baseline_adapter"]``; with neither, "base".
 
     Raises:
         UsageError: no weights at all, or a model compared with itself.
     """
-    adapter = "" if model.adapter in NO_ADAPTER else adapter_folder(model.adapter) or model.adapter
-    judged = model_ref("", job["ckpt"], model) if job.get("ckpt") else ModelRef("", model.ckpt, adapter)
-    if not judged.ckpt:
-        raise UsageError("no weights to evaluate", where="model.ckpt", fix="take a preset, or give --ckpt")
-    named, overlay = job.get("baseline") or "", job.get("baseline_adapter") or ""
-    overlay = adapter_folder(overlay) or overlay
+    judged = inference_ref(model)
+    base = ModelRef("", judged.ckpt if judged.adapter else model.ckpt or judged.ckpt)
+    named, overlay = job.get("baseline") or "", adapter_name(job.get("baseline_adapter") or "")
     if named and named not in NO_ADAPTER:
-        baseline = model_ref("", named, replace(model, ckpt=judged.ckpt))
-        if overlay:
-            baseline = replace(baseline, adapter=overlay)
-    elif named or overlay or judged.adapter:
-        baseline = ModelRef("", judged.ckpt, overlay)
+        baseline = weights_ref(named, judged.ckpt, overlay)
+    elif overlay:
+        baseline = replace(base, adapter=overlay)
+    elif named or judged != base:
+        baseline = base
     else:
         return [replace(judged, label=(job.get("labels") or ["base"])[0])]
     if baseline == judged:
@@ -99,16 +116,20 @@ def refs_of_eval(model: ModelSettings, job: Mapping[str, Any]) -> list[ModelRef]
 
 
 def refs_of_replay(model: ModelSettings, job: Mapping[str, Any]) -> list[ModelRef]:
-    """The models of a replay, one for each of ``job["ckpts"]`` and ``job["adapters"]``.
+    """The models of a replay, one for each of ``job["ckpts"]`` and ``job["adapters"]``; without, `inference_ref`.
 
-    Several of one go with the single one of the other (or the settings'); equal numbers pair up in order.
-    An adapter ``base`` is none. A ckpt may be a PEFT folder.
+    Several of one go with the single one of the other; equal numbers pair up in order. Adapters alone go on
+    ``model.ckpt``, weights alone (or an adapter among them, `weights_ref`) go without the settings' adapter.
+    An adapter ``base`` is none.
 
     Raises:
         UsageError: numbers that do not pair up, or no weights.
     """
-    ckpts = list(job.get("ckpts") or []) or [model.ckpt]
-    adapters = list(job.get("adapters") or [])
+    ckpts, adapters = list(job.get("ckpts") or []), list(job.get("adapters") or [])
+    if not ckpts and not adapters:
+        ref = inference_ref(model)
+        return [replace(ref, label=_kind(ref, model))]
+    ckpts = ckpts or [model.ckpt]
     count = max(len(ckpts), len(adapters))
     if len(ckpts) not in (1, count) or len(adapters) not in (0, 1, count):
         raise UsageError(
@@ -117,18 +138,21 @@ def refs_of_replay(model: ModelSettings, job: Mapping[str, Any]) -> list[ModelRe
             fix="give one of one kind, or as many of both",
         )
     ckpts = ckpts * count if len(ckpts) == 1 else ckpts
-    adapters = (adapters or [model.adapter]) * (count if len(adapters) <= 1 else 1)
-    refs = []
-    for ckpt, overlay in zip(ckpts, adapters, strict=True):
-        if not ckpt:
-            raise UsageError("no weights to replay in", where="model.ckpt", fix="take a preset, or give --ckpt")
-        ref = model_ref("", ckpt, model)
-        named = "" if overlay in NO_ADAPTER else adapter_folder(overlay) or overlay
-        refs.append(ref if ref.adapter else replace(ref, adapter=named))
-    kinds = ["post-trained" if ref.adapter else "base" for ref in refs]
-    if len(set(kinds)) < len(kinds):
+    adapters = (adapters or [""]) * (count if len(adapters) <= 1 else 1)
+    if not all(ckpts):
+        raise UsageError("no weights to replay in", where="model.ckpt", fix="take a preset, or give --ckpt")
+    refs = [weights_ref(ckpt, model.ckpt, adapter_name(own)) for ckpt, own in zip(ckpts, adapters, strict=True)]
+    kinds = [_kind(ref, model) for ref in refs]
+    if len(refs) > 1 and (len(set(kinds)) < len(kinds) or any(ref.ckpt != model.ckpt for ref in refs)):
         kinds = _names([ref.adapter or ref.ckpt for ref in refs])
     return [replace(ref, label=label) for ref, label in zip(refs, kinds, strict=True)]
+
+
+def _kind(ref: ModelRef, model: ModelSettings) -> str:
+    """``post-trained`` with an adapter, ``base`` for the settings' checkpoint, else the name of its weights."""
+    if ref.adapter:
+        return "post-trained"
+    return "base" if ref.ckpt == model.ckpt else _names([ref.ckpt])[0]
 
 
 def _labels(baseline: ModelRef, judged: ModelRef) -> list[str]:
@@ -180,23 +204,14 @@ def _digest(files: Sequence[tuple[Path, str]]) -> str:
     return whole.hexdigest()
 
 
-def load_model(settings: Settings, job: Mapping[str, Any]) -> WorldModel:
-    """The world model of a job, on the device of the settings.
-
-    Args:
-        settings: the default weights, and the device.
-        job: optional ``ckpt`` (weights, which then go without the settings' adapter, or a PEFT folder on the settings'
-            checkpoint) and ``adapter`` (a PEFT folder; "base" for none).
+def load_model(settings: Settings) -> WorldModel:
+    """The world model that the settings say inference runs (`inference_ref`), on their device.
 
     Raises:
         PersistWorldError: weights that are absent, damaged, or of another model; no such device.
     """
-    own = settings.model
-    ref = model_ref("", job["ckpt"], own) if job.get("ckpt") else ModelRef("", own.ckpt, own.adapter)
-    adapter = ref.adapter if job.get("adapter") is None else str(job["adapter"])
-    adapter = "" if adapter in NO_ADAPTER else adapter
-    device = pick_device(settings.launch.device)
-    return load_for_sampling(settings, ckpt=ref.ckpt, adapter=adapter, device=device)
+    ref = inference_ref(settings.model)
+    return load_for_sampling(settings, ckpt=ref.ckpt, adapter=ref.adapter, device=pick_device(settings.launch.device))
 
 
 def pick_device(name: str) -> torch.device:

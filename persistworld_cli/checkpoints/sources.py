@@ -16,13 +16,21 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.config.weight_names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    STATE,
+    SUFFIXES,
+    adapter_folder_in,
+    adapter_on_disk,
+    names_in,
+    on_disk,
+)
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.read_files import parse_json
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 PARTS = ("unet", "vae", "image_encoder", "text_encoder", "action_encoder")
-ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENCODER_WEIGHTS = "adapter_config.json", "adapter_model", "action_encoder.safetensors"
-STATE = "state.pt"
+ENCODER = "action_encoder"  # its file beside an adapter's weights
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
@@ -54,8 +62,8 @@ def locate(source: str | Path, parts: Iterable[str] = PARTS) -> WeightSource:
     """The files of a checkpoint.
 
     Args:
-        source: file, folder, ``bundled:PATH``, hub id ``owner/name``, or one file of a hub repository,
-            ``owner/name:FILE``.
+        source: file, folder, ``bundled:PATH``, hub id ``owner/name``, or one file or folder of a hub repository,
+            ``owner/name:PATH``.
         parts: of a diffusers folder, the parts that are wanted; others are neither fetched nor listed.
 
     Raises:
@@ -67,11 +75,38 @@ def locate(source: str | Path, parts: Iterable[str] = PARTS) -> WeightSource:
     if path.is_file():
         return _of_file(text, path)
     if path.is_dir():
-        return _of_listing(_Listing(text, "/", _names_in(path), path.joinpath), path, parts)
+        return _of_listing(_Listing(text, "/", names_in(path), path.joinpath), path, parts)
     repo, _, file = text.partition(":")
-    if not _HUB_ID.fullmatch(repo) or repo.endswith(SUFFIXES):
+    if not _is_hub_id(repo):
         raise PersistWorldError(f"no such file or folder: '{path}'", where="weights", fix="check the path")
     return _of_hub(text, repo, file, parts)
+
+
+def adapter_at(source: str) -> str:
+    """The adapter that a path or hub id means (`adapter_on_disk`; of a repository only file names are asked for).
+
+    Raises:
+        PersistWorldError: the hub cannot tell.
+    """
+    if not source or on_disk(source):
+        return adapter_on_disk(source)
+    repo, _, file = source.partition(":")
+    if not _is_hub_id(repo):
+        return ""  # whoever loads it says that nothing is there
+    names = _listing_of_hub(source, repo).names
+    inside = [name.removeprefix(f"{file}/") for name in names if name.startswith(f"{file}/")] if file else names
+    beside = PurePosixPath(file).parent / ADAPTER_CONFIG
+    if file in names:
+        return source if _is_adapter_file(file) and beside.as_posix() in names else ""
+    return "" if adapter_folder_in(frozenset(inside)) is None else source
+
+
+def _is_hub_id(text: str) -> bool:
+    return bool(_HUB_ID.fullmatch(text)) and not text.endswith(SUFFIXES)
+
+
+def _is_adapter_file(name: str) -> bool:
+    return PurePosixPath(name).name.startswith(ADAPTER_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -88,19 +123,13 @@ class _Listing:
         return PersistWorldError(what, where=self.name, fix=fix)
 
 
-def _names_in(folder: Path) -> frozenset[str]:
-    """Files of a folder, its subfolders and a run's adapter; not deeper: a run's folder holds a whole history."""
-    found = [*folder.glob("*"), *folder.glob("*/*"), *folder.glob("weights/adapter/*")]
-    return frozenset(path.relative_to(folder).as_posix() for path in found if path.is_file())
-
-
 def _of_file(name: str, path: Path) -> WeightSource:
     if path.name == STATE:
         return WeightSource(name, "state", path, ((path, ""),))
-    if path.name.startswith(ADAPTER_WEIGHTS) and (path.parent / ADAPTER_CONFIG).is_file():
+    if _is_adapter_file(path.name) and (path.parent / ADAPTER_CONFIG).is_file():
         return locate(path.parent)
     if _INDEX.fullmatch(path.name):
-        listing = _Listing(name, "/", _names_in(path.parent), path.parent.joinpath)
+        listing = _Listing(name, "/", names_in(path.parent), path.parent.joinpath)
         names = {path.name, *_shards_of(listing, path.name)}
         return WeightSource(name, "weights", path.parent, _with_prefix(listing, _pick(listing, names), ""))
     return WeightSource(name, "weights", path, ((path, ""),))
@@ -108,9 +137,9 @@ def _of_file(name: str, path: Path) -> WeightSource:
 
 def _of_listing(listing: _Listing, root: Path | None, parts: Iterable[str]) -> WeightSource:
     """What a folder or repository holds: an adapter, a diffusers folder, or one checkpoint."""
-    for folder in ("", "adapter/", "weights/adapter/"):  # an adapter, a post-training's `weights`, its run's folder
-        if folder + ADAPTER_CONFIG in listing.names:
-            return _of_adapter(listing, root, folder)
+    folder = adapter_folder_in(listing.names)
+    if folder is not None:
+        return _of_adapter(listing, root, folder)
     if STATE in listing.names:
         return WeightSource(listing.name, "state", listing.fetch(STATE), ((listing.fetch(STATE), ""),))
     weights = [name for name in listing.names if _is_weights(name)]
@@ -137,8 +166,8 @@ def _of_adapter(listing: _Listing, root: Path | None, folder: str) -> WeightSour
         raise listing.says("an adapter without its weights", f"expected {names[0]} beside {ADAPTER_CONFIG}")
     config = listing.fetch(folder + ADAPTER_CONFIG)
     files = list(_with_prefix(listing, found, ""))
-    if folder + ENCODER_WEIGHTS in listing.names:
-        files += _with_prefix(listing, [folder + ENCODER_WEIGHTS], "action_encoder.")
+    encoders = [name for name in (f"{folder}{ENCODER}{suffix}" for suffix in SUFFIXES) if name in listing.names][:1]
+    files += _with_prefix(listing, encoders, f"{ENCODER}.")
     return WeightSource(listing.name, "adapter", root / folder if root else config.parent, tuple(files))
 
 
@@ -218,7 +247,27 @@ def _model_of(family: str) -> str:
 
 
 def _of_hub(name: str, repo: str, file: str, parts: Iterable[str]) -> WeightSource:
-    """A repository's checkpoint, or one of its files: what is needed of it is fetched, or taken from the cache."""
+    """A repository's checkpoint, one of its files or folders: what is needed is fetched, or taken from the cache."""
+    listing = _listing_of_hub(name, repo)
+    if not file:
+        return _of_listing(listing, None, parts)
+    if file in listing.names:
+        folder = PurePosixPath(file).parent.as_posix()
+        if not (_is_adapter_file(file) and PurePosixPath(folder, ADAPTER_CONFIG).as_posix() in listing.names):
+            return WeightSource(name, "weights", listing.fetch(file), ((listing.fetch(file), ""),))
+        if folder == ".":
+            return _of_listing(listing, None, parts)
+        file = folder
+    inside = frozenset(n.removeprefix(f"{file}/") for n in listing.names if n.startswith(f"{file}/"))
+    if inside:
+        of_folder = _Listing(f"{repo}:{file}", "/", inside, lambda wanted: listing.fetch(f"{file}/{wanted}"))
+        return _of_listing(of_folder, None, parts)
+    shown = sorted(n for n in listing.names if _is_weights(n))
+    raise listing.says(f"no file '{file}' there", f"it holds: {', '.join(shown) or 'no weights'}")
+
+
+def _listing_of_hub(name: str, repo: str) -> _Listing:
+    """A repository's file names, as the hub tells them, or as they lie in the cache. Raises PersistWorldError."""
 
     def fetch(wanted: str) -> Path:
         try:
@@ -235,13 +284,7 @@ def _of_hub(name: str, repo: str, file: str, parts: Iterable[str]) -> WeightSour
             raise _hub_error(name, error) from error
         names = frozenset(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         get = folder.joinpath
-    listing = _Listing(repo, ":", names, get)
-    if not file:
-        return _of_listing(listing, None, parts)
-    if file not in names:
-        shown = sorted(n for n in names if _is_weights(n))
-        raise listing.says(f"no file '{file}' there", f"it holds: {', '.join(shown) or 'no weights'}")
-    return WeightSource(name, "weights", get(file), ((get(file), ""),))
+    return _Listing(repo, ":", names, get)
 
 
 def _cached(repo: str) -> Path | None:

@@ -20,6 +20,7 @@ from persistworld_cli.commands.options import (
     with_common,
 )
 from persistworld_cli.commands.run import execute
+from persistworld_cli.commands.weights import CKPT_FLAG
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.errors import UsageError
 
@@ -93,13 +94,14 @@ def command(
         common,
         flags={
             COMPILE: compiled or None,
-            "model.ckpt": ckpt,
+            "model.inference": ckpt,
             "model.adapter": adapter,
             "world.dataset": dataset,
             "drive.episode": episode,
             "drive.start": start,
             "drive.seed": seed,
         },
+        names=CKPT_FLAG,
         job=job,
         accelerator=accelerator,
         check=check,

@@ -10,6 +10,7 @@ import typer
 from persistworld_cli.commands.benchmark_options import BENCHMARK_NAMES, BenchmarkRollouts
 from persistworld_cli.commands.options import Accelerator, Common, WithChanges, with_common
 from persistworld_cli.commands.run import execute, write_json
+from persistworld_cli.commands.weights import CKPT_FLAG
 from persistworld_cli.console import write_out
 from persistworld_cli.errors import UsageError
 
@@ -86,9 +87,9 @@ def command(
     execute(
         "eval",
         common,
-        flags={**rollouts.flags(), "eval.masks": masks or None, "eval.fvd": fvd},
-        names=BENCHMARK_NAMES,
-        job={"ckpt": ckpt, "baseline": baseline, "study": study, "compare": next(iter(others), None)},
+        flags={**rollouts.flags(), "model.inference": ckpt, "eval.masks": masks or None, "eval.fvd": fvd},
+        names={**BENCHMARK_NAMES, **CKPT_FLAG},
+        job={"baseline": baseline, "study": study, "compare": next(iter(others), None)},
         accelerator=accelerator,
         pinned=rollouts.pinned(common),
         with_changes=with_changes,

@@ -12,6 +12,7 @@ from persistworld_cli.commands.options import Adapter, Common, with_common
 from persistworld_cli.commands.run import resolve, show_result
 from persistworld_cli.commands.weights_plan import show_plan
 from persistworld_cli.config.settings import Settings
+from persistworld_cli.config.weight_names import adapter_name, adapter_on_disk
 from persistworld_cli.errors import UsageError
 
 EXAMPLES = (
@@ -61,7 +62,7 @@ def _export(
     import torch
 
     from persistworld_cli.checkpoints.export import check_output, export_adapter, export_model
-    from persistworld_cli.checkpoints.references import adapter_folder, sha256_of
+    from persistworld_cli.checkpoints.references import sha256_of
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     check_output(to, output, force=force)
@@ -69,7 +70,7 @@ def _export(
     if to == "peft":
         result = export_adapter(ckpt, adapter=adapter, output=output, dtype=kind, force=force, settings=settings)
     else:
-        note = sha256_of(adapter_folder(adapter) or adapter)
+        note = sha256_of(adapter_name(adapter) or adapter_on_disk(ckpt))
         result = export_model(
             ckpt,
             adapter=adapter,

@@ -11,6 +11,7 @@ import typer
 from persistworld_cli.commands.benchmark_options import BENCHMARK_NAMES, BenchmarkRollouts
 from persistworld_cli.commands.options import Ckpt, Common, WithChanges, with_common
 from persistworld_cli.commands.run import execute
+from persistworld_cli.commands.weights import CKPT_FLAG
 from persistworld_cli.config.presets import DEFAULT_PRESET
 from persistworld_cli.errors import UsageError
 
@@ -65,10 +66,9 @@ def command(
     execute(
         "frontier",
         common,
-        flags=rollouts.flags(),
-        names=BENCHMARK_NAMES,
+        flags={**rollouts.flags(), "model.inference": ckpt},
+        names={**BENCHMARK_NAMES, **CKPT_FLAG},
         job={
-            "ckpt": ckpt,
             "baseline": baseline,
             "samplers": _words(samplers or _SAMPLERS),
             "calls": _calls(calls or _CALLS),

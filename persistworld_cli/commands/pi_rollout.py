@@ -18,6 +18,7 @@ from persistworld_cli.commands.options import (
     with_common,
 )
 from persistworld_cli.commands.run import execute
+from persistworld_cli.commands.weights import CKPT_FLAG
 
 EXAMPLES = (
     "persistworld pi-rollout",
@@ -68,13 +69,14 @@ def command(
         common,
         flags={
             COMPILE: compiled or None,
-            "model.ckpt": ckpt,
+            "model.inference": ckpt,
             "model.adapter": adapter,
             "world.dataset": dataset,
             "policy.task": task,
             "policy.steps": steps,
             "policy.seed": seed,
         },
+        names=CKPT_FLAG,
         job={
             "policy": policy,
             "limit": rollouts,

@@ -22,6 +22,7 @@ from persistworld_cli.commands.options import (
     with_common,
 )
 from persistworld_cli.commands.run import execute
+from persistworld_cli.commands.weights import start_flags
 
 EXAMPLES = (
     "persistworld post-train --updates 40",
@@ -54,11 +55,12 @@ def command(
     accelerator: Accelerator = None,
 ) -> None:
     """Post-train on own rollouts: draw continuations, score them against the record, learn from the best and worst."""
+    start, names = start_flags(ckpt, adapter_fits=False)
     execute(
         "post-train",
         common,
         flags={
-            "model.ckpt": ckpt,
+            **start,
             "world.dataset": dataset,
             "post_train.updates": updates,
             "post_train.groups": groups,
@@ -68,7 +70,7 @@ def command(
             "post_train.seed": seed,
             "launch.trackers": tracker_names(tracker),
         },
-        names=TRACKER_FLAG,
+        names={**TRACKER_FLAG, **names},
         job=resuming(resume, resume_from),
         accelerator=accelerator,
         with_changes=with_changes,

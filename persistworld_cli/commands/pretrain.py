@@ -22,6 +22,7 @@ from persistworld_cli.commands.options import (
     with_common,
 )
 from persistworld_cli.commands.run import execute
+from persistworld_cli.commands.weights import hint_at_other_start, start_flags
 from persistworld_cli.errors import UsageError
 
 EXAMPLES = (
@@ -57,11 +58,12 @@ def command(
     if part not in ("world", "vae"):
         raise UsageError(f"unknown part '{part}'", where="--part", fix="known: vae, world")
     table = "vae" if part == "vae" else "pretrain"
+    start, names = start_flags(ckpt, adapter_fits=True)
     execute(
         "pretrain-vae" if part == "vae" else "pretrain",
         common,
         flags={
-            "model.ckpt": ckpt,
+            **start,
             "world.dataset": dataset,
             f"{table}.updates": updates,
             f"{table}.batch": batch,
@@ -69,8 +71,9 @@ def command(
             f"{table}.seed": seed,
             "launch.trackers": tracker_names(tracker),
         },
-        names=TRACKER_FLAG,
+        names={**TRACKER_FLAG, **names},
         job={**resuming(resume, resume_from), "scratch": scratch, "vae": vae},
         accelerator=accelerator,
         with_changes=with_changes,
+        hint=None if scratch or part == "vae" else hint_at_other_start,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import typer
 
 from persistworld_cli.commands.cost import cost_report, pick_accelerator, show_cost
 from persistworld_cli.commands.options import Common
+from persistworld_cli.commands.weights import weights_lines, weights_rows
 from persistworld_cli.config.presets import Pinned, Resolved, flatten, load_settings, to_json
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import note, stdout_console, write_out
@@ -53,6 +54,7 @@ def execute(
     accelerator: str | None = None,
     pinned: Pinned | None = None,
     check: Callable[[Settings], None] | None = None,
+    hint: Callable[[Resolved], str] | None = None,
     terminal: bool = False,
     with_changes: bool = False,
 ) -> None:
@@ -67,6 +69,7 @@ def execute(
         accelerator: what a dry run's floors are for; None: the default.
         pinned: as for `resolve`.
         check: looks at the resolved settings before anything starts; raises UsageError.
+        hint: what to say of the weights it begins from, "" for nothing.
         terminal: the worker reads keys from the terminal.
         with_changes: go on with finished work although settings changed.
     """
@@ -76,13 +79,19 @@ def execute(
         check(resolved.settings)
     output = output_folder(common, resolved, folder or task)
     job = {**(job or {}), **({"profile": True} if common.profile else {})}
+    weights = weights_rows(task, resolved, job)
+    lines = weights_lines(weights)
+    if hint is not None and (text := hint(resolved)):
+        lines.append(text)
     if common.dry_run:
         report = cost_report(task, resolved.settings)
         cost = report.as_json(device) if report else None
-        show_settings(task, resolved, job, output, as_json=common.as_json, cost=cost)
+        show_settings(task, resolved, job, output, as_json=common.as_json, cost=cost, weights=weights, lines=lines)
         if report and not common.as_json:
             show_cost(task, report, device)
         return
+    for line in lines:
+        note(f"{task}: {line}")
     result = launch_worker(
         task, resolved, job, output, terminal=terminal, take_over=common.take_over, with_changes=with_changes
     )
@@ -146,8 +155,13 @@ def show_settings(
     *,
     as_json: bool,
     cost: Mapping[str, Any] | None = None,
+    weights: Sequence[Mapping[str, str]] = (),
+    lines: Sequence[str] = (),
 ) -> None:
-    """Every setting with its value and the layer it came from (``--dry-run``); ``cost`` stands beside them in JSON."""
+    """Every setting with its value and the layer it came from (``--dry-run``); ``cost`` stands beside them in JSON.
+
+    ``weights`` are those that the task takes, ``lines`` the same in words.
+    """
     values = flatten(resolved.settings)
     if as_json:
         plain = to_json(resolved.settings)
@@ -155,7 +169,8 @@ def show_settings(
             key: {"value": plain[key.partition(".")[0]][key.partition(".")[2]], "origin": resolved.origin[key]}
             for key in values
         }
-        data = {"task": task, "preset": resolved.preset, "output": str(output), "job": dict(job), "settings": settings}
+        data: dict[str, Any] = {"task": task, "preset": resolved.preset, "output": str(output), "job": dict(job)}
+        data |= {"settings": settings} | ({"weights": [dict(row) for row in weights]} if weights else {})
         write_json(data if cost is None else {**data, "cost": cost})
         return
     from rich.markup import escape
@@ -171,6 +186,8 @@ def show_settings(
         table.add_row(key, escape(_text(value)), escape(resolved.origin[key]), style="dim" if default else None)
     console = stdout_console()
     console.print(f"[bold]{task}[/bold] into {escape(str(output))} (dry run: nothing is done)")
+    for line in lines:
+        console.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
     for name, value in job.items():
         console.print(f"  {name}: {escape(_text(value))}")
     console.print(table)

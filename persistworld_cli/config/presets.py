@@ -111,16 +111,22 @@ def load_settings(
         layers = {
             key: dataclasses.replace(v, origin=f"{v.origin} (bundled world, no --preset)") for key, v in layers.items()
         }
+    below = dict(layers)
     if pinned:
         layers |= {k: _Value(_typed(k, v, pinned.where(k)), pinned.origin, pinned.where(k)) for k, v in pinned.values}
     _add_environment(layers, env)
+    _leave_out_weights(layers, below)
+    below = dict(layers)
     for item in sets:
         _add_set(layers, item)
+    _leave_out_weights(layers, below)
+    below = dict(layers)
     for key, value in (flags or {}).items():
         if value is None:
             continue
         spelling = (flag_names or {}).get(key) or "--" + key.rpartition(".")[2].replace("_", "-")
         layers[key] = _Value(_typed(key, value, spelling), spelling, spelling)
+    _leave_out_weights(layers, below)
     origin = dict.fromkeys(flatten(Settings()), "default") | {key: v.origin for key, v in layers.items()}
     settings = _build({key: v.value for key, v in layers.items()})
     check(settings, {key: v.where for key, v in layers.items()})
@@ -228,6 +234,7 @@ def _read_preset(name: str, layers: dict[str, _Value], chain: tuple[Path, ...]) 
         parent = data["extends"]
         beside = path.parent / parent
         _read_preset(str(beside) if beside.is_file() else parent, layers, (*chain, path))
+    below = dict(layers)
     label = f"preset {name}" if path.parent == (bundled_root() / "presets").resolve() else f"preset {path}"
     for table, entries in data.items():
         if table in _META_KEYS:
@@ -235,6 +242,29 @@ def _read_preset(name: str, layers: dict[str, _Value], chain: tuple[Path, ...]) 
         for key, value in _dotted(table, entries, _place(path, text, "", table)):
             where = _place(path, text, table, key.partition(".")[2])
             layers[key] = _Value(_typed(key, value, where), label, where)
+    _leave_out_weights(layers, below)
+
+
+# Weights that a later layer names take the place of these, where an earlier layer named them.
+_REPLACED = {"model.ckpt": ("model.inference",), "model.adapter": ("model.inference",)} | {
+    "model.inference": ("model.adapter",)
+}
+
+
+def _leave_out_weights(layers: dict[str, _Value], below: Mapping[str, _Value]) -> None:
+    """What a layer says of weights goes before what those below it say: ``--set model.ckpt`` before a preset's
+    ``model.inference``, ``--ckpt`` before its ``model.adapter``.
+
+    Args:
+        layers: with the layer.
+        below: without it.
+    """
+    written = [key for key in _REPLACED if key in layers and layers[key] is not below.get(key)]
+    for key in written:
+        for other in _REPLACED[key]:
+            if other not in written and other in layers and layers[other].value:
+                by = layers[key]
+                layers[other] = _Value("", f"left out: {key} is set later ({by.origin})", by.where)
 
 
 def _place(path: Path, text: str, table: str, key: str) -> str:

@@ -41,15 +41,15 @@ class Uses:
 _ROLLOUTS = Uses(
     tables=("world", "model", "sampling", "rewards", "eval"),
     unused=(*_EXTRACTION, *_POLICY),
-    job=("ckpt", "baseline", "baseline_adapter"),
+    job=("baseline", "baseline_adapter"),
     follows_weights=True,
 )
 USES: dict[str, Uses] = {
     "pretrain": Uses(
         tables=("world", "model", "sampling", "rewards", "clips", "pretrain"),
         keys=_STARTS,
-        unused=(*_EXTRACTION, *_POLICY),
-        job=("ckpt", "scratch", "vae"),
+        unused=(*_EXTRACTION, *_POLICY, "model.inference"),
+        job=("scratch", "vae"),
     ),
     "pretrain-vae": Uses(
         tables=("vae",),
@@ -61,16 +61,15 @@ USES: dict[str, Uses] = {
     "post-train": Uses(
         tables=("world", "model", "sampling", "rewards", "post_train"),
         keys=_STARTS,
-        unused=(*_EXTRACTION, *_POLICY, "model.adapter"),
-        job=("ckpt",),
+        unused=(*_EXTRACTION, *_POLICY, "model.adapter", "model.inference"),
     ),
     "eval": _ROLLOUTS,
     "frontier": dataclasses.replace(_ROLLOUTS, job=(*_ROLLOUTS.job, "reference")),
 }
 # What names a file or folder: compared by where it is and what it holds, not by how it is written.
 PATHS = (
-    *("world.dataset", "world.raw", "model.ckpt", "model.adapter", "model.stat", "model.tokenizer"),
-    *("rewards.lpips_backbone", "job.ckpt", "job.baseline", "job.baseline_adapter", "job.vae"),
+    *("world.dataset", "world.raw", "model.ckpt", "model.adapter", "model.inference", "model.stat", "model.tokenizer"),
+    *("rewards.lpips_backbone", "job.baseline", "job.baseline_adapter", "job.vae"),
 )
 
 

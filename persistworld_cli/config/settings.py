@@ -42,8 +42,9 @@ class WorldSettings:
 class ModelSettings:
     """The world model's parts. `unet`, `vae`, `text`, `image`: keywords of the diffusers / transformers classes."""
 
-    ckpt: str = ""  # weights: a file, a folder, a hub id, or "bundled:NAME"
-    adapter: str = ""  # PEFT folder on top (post-trained LoRA + action encoder)
+    ckpt: str = ""  # weights: a file, a folder, a hub id, or "bundled:NAME"; training begins from them
+    adapter: str = ""  # PEFT folder on top (post-trained LoRA + action encoder); "base" or "none": none
+    inference: str = ""  # what inference runs: whole weights, or an adapter on ckpt; empty: ckpt, adapter
     stat: str = ""  # stat.json of the data that the weights were trained on; empty: the dataset's own
     num_history: int = 6
     num_frames: int = 5

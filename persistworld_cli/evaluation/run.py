@@ -38,7 +38,7 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         settings: ``world.dataset``, ``model``, ``sampling``, ``eval`` and ``rewards`` are read.
-        job: ``output`` (folder); optional ``ckpt``, ``baseline``, ``baseline_adapter``, ``labels`` (see
+        job: ``output`` (folder); optional ``baseline``, ``baseline_adapter``, ``labels`` (see
             `weights.refs_of_eval`), ``videos`` (False: no mp4s), ``study`` (folder of a blind study to write),
             ``compare`` (another result's eval.json).
 

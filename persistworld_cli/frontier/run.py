@@ -84,8 +84,8 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         settings: ``world.dataset``, ``model``, ``sampling``, ``eval`` and ``rewards`` are read.
         job: ``output``; ``reference``, ``samplers``, ``calls``, ``vary`` (see `grid.make_grid`); ``percent``: by how
-            much of the reference's figure a setting may be worse; optional ``ckpt``; ``write_preset`` (a file, or None)
-            and ``preset`` (what it extends).
+            much of the reference's figure a setting may be worse; optional ``baseline``; ``write_preset`` (a file, or
+            None) and ``preset`` (what it extends).
 
     Returns:
         A summary for the terminal; all of it is in ``<output>/frontier.json``. {} on ranks other than 0.
@@ -136,7 +136,7 @@ def make_plan(settings: Settings, job: Mapping[str, Any], output: Path, device: 
     benchmark = load_benchmark(settings.eval.benchmark)
     if benchmark:
         check_metrics(benchmark.metrics, protocol["metrics"], str(benchmark.path))
-    refs = refs_of_eval(settings.model, {"ckpt": job.get("ckpt"), "baseline": job.get("baseline")})
+    refs = refs_of_eval(settings.model, {"baseline": job.get("baseline")})
     slow, judged = refs[0] if job.get("baseline") else refs[-1], refs[-1]
     require_weights(settings, store, items, list(dict.fromkeys((slow, judged))))
     if slow != judged:

@@ -27,7 +27,7 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
         settings: resolved settings.
         job: ``output`` (folder) and one of ``keys`` ("lllrrr"), ``live`` (true: keys come from the terminal that is
             standard input) and ``web`` (``host``, ``port``, ``open``); optional ``episode``, ``start``, ``seed`` (else
-            `settings.drive`; no episode: the first of ``eval.split``), ``ckpt``, ``adapter`` (see `load_model`).
+            `settings.drive`; no episode: the first of ``eval.split``).
 
     Returns:
         A summary for the terminal with the paths ``video``, ``sheet`` and ``json``; poses and times are in the JSON.
@@ -56,7 +56,7 @@ def open_session(settings: Settings, job: dict[str, Any]) -> DriveSession:
     store = open_store(settings)
     start = _find_start(settings, job, store)
     store.stat()  # missing metadata should be told before the weights are read
-    return DriveSession(LivingWorld(load_model(settings, job), store, [start], settings), start, settings)
+    return DriveSession(LivingWorld(load_model(settings), store, [start], settings), start, settings)
 
 
 def _drive_keys(session: DriveSession, keys: list[str]) -> None:

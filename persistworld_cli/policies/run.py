@@ -129,7 +129,7 @@ def _roll_all(
             try:
                 # A connection is a new episode. It is opened before the weights are read: no server, no minutes lost.
                 with open_policies(plan.policy, settings.policy, len(starts)) as policies:
-                    model = load_model(settings, job) if model is None else model
+                    model = load_model(settings) if model is None else model
                     rollouts = _roll(model, store, settings, plan, starts, list(policies), meter)
             except PersistWorldError as failed:
                 if not gathered.entries:

@@ -47,7 +47,7 @@ class PostTrainer:
 
     Args:
         settings: the whole preset.
-        job: `ckpt` (base weights; default the preset's).
+        job: what `Run` and `--resume-from` take.
         work: processes, state and logs.
     """
 
@@ -56,7 +56,7 @@ class PostTrainer:
         options = self.options
         self.share = Share.of(options, work.rank, work.world)
         self.model = load_world_model(
-            settings.model, settings.world, ckpt=job.get("ckpt"), adapter="", device=work.device
+            settings.model, settings.world, ckpt=settings.model.ckpt, adapter="", device=work.device
         )
         if options.gradient_checkpointing:
             self.model.unet.enable_gradient_checkpointing()

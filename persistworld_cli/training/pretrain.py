@@ -16,6 +16,7 @@ from persistworld_cli.checkpoints.loading import FRESH, load_vae, load_world_mod
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
 from persistworld_cli.checkpoints.tensor_writing import save_safetensors
 from persistworld_cli.config.settings import PretrainSettings, Settings
+from persistworld_cli.config.weight_names import adapter_name
 from persistworld_cli.data.clips.loader import ClipLoader
 from persistworld_cli.data.clips.mixture import ClipMixture, open_clips
 from persistworld_cli.data.clips.store import open_store
@@ -34,13 +35,16 @@ logger = logging.getLogger(__name__)
 
 
 def initial_model(settings: Settings, job: dict[str, Any], device: torch.device) -> WorldModel:
-    """From `job["ckpt"]` or the preset's weights; with `job["scratch"]` fresh, but for the VAE from `job["vae"]`.
+    """From the settings' weights; with `job["scratch"]` fresh, but for the VAE from `job["vae"]`.
 
     Stable Video Diffusion's weights lack two parts: the text encoder then comes from CLIP, the action encoder is fresh.
     """
     torch.manual_seed(settings.pretrain.seed)
     if not job.get("scratch"):
-        return load_world_model(settings.model, settings.world, ckpt=job.get("ckpt"), device=device, fresh=FRESH)
+        own = settings.model
+        return load_world_model(
+            own, settings.world, ckpt=own.ckpt, adapter=adapter_name(own.adapter), device=device, fresh=FRESH
+        )
     model = build_world_model(settings.model, settings.world)
     model.vae = load_vae(settings.model, job.get("vae") or settings.model.ckpt)
     return model.to(device)
@@ -99,7 +103,7 @@ def _train(
     """The training loop."""
     options = settings.pretrain
     model = initial_model(settings, job, work.device)
-    carried = None if job.get("scratch") else open_carried(job.get("ckpt") or settings.model.ckpt)
+    carried = None if job.get("scratch") else open_carried(settings.model.ckpt)
     parameters = trained_parameters(model, options)
     if options.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()

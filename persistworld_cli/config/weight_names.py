@@ -1,0 +1,63 @@
+"""Names of weights as settings and options write them, and adapters on disk; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
+
+from persistworld_cli.config.bundled import resolve_path
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATE = "adapter_config.json", "adapter_model", "state.pt"
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # of files with weights
+_ADAPTER_FOLDERS = ("", "adapter/", "weights/adapter/")  # an adapter, a post-training's `weights`, its run's folder
+NO_ADAPTER = ("base", "none")  # words for "the checkpoint as it is" where an adapter or a baseline is named
+
+
+def adapter_name(name: str) -> str:
+    """What ``model.adapter`` or ``--adapter`` names: "" for none, the PEFT folder where a run's folder was named."""
+    return "" if name in NO_ADAPTER else adapter_on_disk(name) or name
+
+
+def adapter_on_disk(name: str) -> str:
+    """The adapter that a path means, spelled as it was given; "" where nothing is there or it is something else.
+
+    An adapter is a PEFT folder, a file of one, a run's folder or its ``weights``, or a saved state of post-training.
+
+    Raises:
+        PersistWorldError: ``bundled:NAME`` that is not shipped.
+    """
+    if not name:
+        return ""
+    path = resolve_path(name)
+    if path.is_file():
+        if path.name.startswith(ADAPTER_WEIGHTS) and (path.parent / ADAPTER_CONFIG).is_file():
+            return name.removesuffix(f"/{path.name}") if "/" in name else "."
+        return name if path.name == STATE else ""
+    folder = adapter_folder_in(names_in(path))
+    if folder is not None:
+        return f"{name.rstrip('/')}/{folder}".rstrip("/") if folder else name
+    return name if (path / STATE).is_file() else ""
+
+
+def adapter_folder_in(names: Collection[str]) -> str | None:
+    """Of a folder's or repository's files, the folder (``"adapter/"``; "" for the top) of its adapter; None without.
+
+    Beside the usual folders, any other one counts if all weights lie in it.
+    """
+    for folder in _ADAPTER_FOLDERS:
+        if folder + ADAPTER_CONFIG in names:
+            return folder
+    homes = {PurePosixPath(name).parent.as_posix() for name in names if name.endswith(SUFFIXES)}
+    only = homes.pop() if len(homes) == 1 else ""
+    return f"{only}/" if only and f"{only}/{ADAPTER_CONFIG}" in names else None
+
+
+def names_in(folder: Path) -> frozenset[str]:
+    """Files of a folder, its subfolders and a run's adapter; not deeper: a run's folder holds a whole history."""
+    found = [*folder.glob("*"), *folder.glob("*/*"), *folder.glob("weights/adapter/*")]
+    return frozenset(path.relative_to(folder).as_posix() for path in found if path.is_file())
+
+
+def on_disk(name: str) -> bool:
+    """Whether a path is there, ``bundled:NAME`` among them. Raises as `adapter_on_disk`."""
+    return Path(resolve_path(name)).exists()
