@@ -2,6 +2,9 @@
 
 Measured on two cores (architecture notes of this project): unpinned threads and glibc's default malloc cost a factor of
 ten in convolutions, because every large buffer is mapped, zeroed page by page and unmapped again.
+
+OpenMP's threads wait for each other after every loop, thousands of times per second. Alone, they should spin: to sleep
+and be woken takes longer than the wait. Beside other work a spinning thread keeps a core from the thread it waits for.
 """
 
 from __future__ import annotations
@@ -9,10 +12,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from persistworld_cli.config.settings import LaunchSettings
+from persistworld_cli.launch.cgroups import cpu_limit
+from persistworld_cli.launch.core_lock import claim_cores
 
 _KEPT_BYTES = 16 * 2**30  # freed memory stays with the process up to this much
 _STEP_BYTES = 256 * 2**20  # the heap grows in steps of this size
@@ -23,6 +29,11 @@ _MALLOC = {
 }
 ALL_CPUS = "PERSISTWORLD_CPUS"  # tells the worker to free its main thread again: compat.free_main_thread
 _BINDING = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+_BOUND_BY_USER = (*_BINDING, "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+_WAITING = {"OMP_WAIT_POLICY": "passive"}
+_WAITING_BY_USER = (*_WAITING, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_BUSY = 0.25  # share of the CPUs' time that other processes take, from which this machine is not ours alone
+_LOOK_S = 0.2
 
 
 def cpus() -> list[int]:
@@ -32,13 +43,24 @@ def cpus() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def cores() -> int:
-    """Physical cores that this process may use: hyperthreads share one, and a container's quota may allow fewer."""
+def cores(env: Mapping[str, str] = os.environ) -> int:
+    """Physical cores that this process may use: hyperthreads share one; a container, a control group or SLURM may
+    allow fewer.
+    """
     allowed = cpus()
+    count = physical_cores(allowed)
+    limits = [float(count)]
+    if (quota := cpu_limit()) is not None:
+        limits.append(int(quota + 0.5))
+    if (granted := env.get("SLURM_CPUS_PER_TASK", "")).isdecimal():
+        limits.append(int(granted) * count / len(allowed))  # SLURM counts hyperthreads
+    return max(1, int(min(limits)))
+
+
+def physical_cores(allowed: Sequence[int]) -> int:
+    """How many cores some logical CPUs belong to."""
     distinct = {_siblings(cpu) for cpu in allowed}
-    count = len(distinct) if "" not in distinct else len(allowed)
-    quota = _quota()
-    return max(1, min(count, int(quota + 0.5)) if quota else count)
+    return len(distinct) if "" not in distinct else len(allowed)
 
 
 def _siblings(cpu: int) -> str:
@@ -49,19 +71,27 @@ def _siblings(cpu: int) -> str:
         return ""
 
 
-def _quota() -> float | None:
-    """CPUs that the control group grants, None where it sets no limit."""
-    try:
-        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return None if limit == "max" else int(limit) / int(period)
-    except (OSError, ValueError):
-        pass
-    try:
-        limit = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text()
-        period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text()
-        return int(limit) / int(period) if int(limit) > 0 else None
-    except (OSError, ValueError):
-        return None
+@contextmanager
+def cores_alone(launch: LaunchSettings) -> Iterator[bool]:
+    """For as long as a run lasts: whether, when it began, nothing else worked on the CPUs that it may use.
+
+    Other runs of this user are known by a lock (`core_lock`), which a run holds until its end; other programs by the
+    CPUs' load. A run whose workers compute on GPUs claims nothing.
+    """
+    if use_gpu(launch):
+        yield True
+        return
+    with claim_cores(cpus()) as first:
+        yield first and not _others_work()
+
+
+def _others_work() -> bool:
+    """Whether other processes keep the CPUs busy, looked at for a moment."""
+    import psutil
+
+    shares = psutil.cpu_percent(_LOOK_S, percpu=True)
+    own = [shares[cpu] for cpu in cpus() if cpu < len(shares)]
+    return bool(own) and sum(own) / len(own) > 100 * _BUSY
 
 
 def torch_has_cuda() -> bool:
@@ -93,14 +123,22 @@ def use_gpu(launch: LaunchSettings, env: Mapping[str, str] = os.environ) -> bool
     return launch.device == "cuda" or (launch.device == "auto" and gpu_count(env) > 0)
 
 
-def worker_environment(launch: LaunchSettings, env: Mapping[str, str] = os.environ) -> dict[str, str]:
+def worker_environment(
+    launch: LaunchSettings, env: Mapping[str, str] = os.environ, *, alone: bool = True
+) -> dict[str, str]:
     """``env`` with what the workers need; nothing that the user set is overruled, but by ``launch.threads``.
 
     Threads are bound to cores only for a single CPU process: two processes would be bound to the same cores (measured
     on two cores: half the speed), and beside a GPU nothing is won.
+
+    Args:
+        launch: processes, device, threads.
+        env: what the user set.
+        alone: nothing else works on these cores (`cores_alone`). Otherwise threads sleep while they wait, and are bound
+            only if they fill all cores: bound to some, they would share them with another run while others are idle.
     """
     local = max(1, launch.num_processes // launch.num_machines)
-    child = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(max(1, cores() // local)), **env}
+    child = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(max(1, cores(env) // local)), **env}
     if launch.threads:
         child["OMP_NUM_THREADS"] = str(launch.threads)
     if use_gpu(launch, env):
@@ -108,7 +146,10 @@ def worker_environment(launch: LaunchSettings, env: Mapping[str, str] = os.envir
     child["ACCELERATE_USE_CPU"] = "true"
     for name, value in _MALLOC.items():
         child.setdefault(name, value)
-    if local == 1 and not any(name in child for name in (*_BINDING, "GOMP_CPU_AFFINITY", "KMP_AFFINITY")):
+    if not alone and not any(name in child for name in _WAITING_BY_USER):
+        child |= _WAITING
+    fills = child["OMP_NUM_THREADS"] == str(physical_cores(cpus()))
+    if local == 1 and (alone or fills) and not any(name in child for name in _BOUND_BY_USER):
         child |= _BINDING
         child[ALL_CPUS] = ",".join(map(str, cpus()))
     return child

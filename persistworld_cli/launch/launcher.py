@@ -26,7 +26,7 @@ from persistworld_cli.console import note, show_error
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import write_json
 from persistworld_cli.launch.continuing import keep_history, look_back
-from persistworld_cli.launch.environment import gpu_count, torch_has_cuda, use_gpu, worker_environment
+from persistworld_cli.launch.environment import cores_alone, gpu_count, torch_has_cuda, use_gpu, worker_environment
 from persistworld_cli.launch.run_lock import SHARED_TASKS, RunFolder, own_folder
 from persistworld_cli.launch.terminal import keep_terminal
 from persistworld_cli.read_files import read_json
@@ -110,7 +110,11 @@ def _work(launch: LaunchSettings, folder: RunFolder, terminal: bool) -> int:
     """Start the workers, and wait for their exit code."""
     command = _command(launch, folder.private / CONFIG)
     held = () if folder.fd is None else (folder.fd,)
-    code = _wait(command, worker_environment(launch), stdin=None if terminal else subprocess.DEVNULL, pass_fds=held)
+    with cores_alone(launch) as alone:
+        if not alone:
+            note("other work runs on these CPU cores: this run's threads sleep while they wait, to share the cores")
+        environment = worker_environment(launch, alone=alone)
+        code = _wait(command, environment, stdin=None if terminal else subprocess.DEVNULL, pass_fds=held)
     if code < 0:
         show_error(_killed(-code, folder.output))
         code = 128 - code
