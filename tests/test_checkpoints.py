@@ -75,7 +75,9 @@ def test_a_vae_alone_loads_under_either_name(base: Tensors, tmp_path: Path) -> N
     assert re.fullmatch(r"it fits preset .*tiny: --preset \S+", str(error.value.fix))
 
 
-def test_pretraining_starts_from_a_folder_without_text_and_action_encoder(base: Tensors, tmp_path: Path) -> None:
+def test_pretraining_starts_from_a_folder_without_text_and_action_encoder(
+    base: Tensors, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     svd, clip = tmp_path / "svd", tmp_path / "clip"
     svd.mkdir()
     clip.mkdir()
@@ -86,7 +88,10 @@ def test_pretraining_starts_from_a_folder_without_text_and_action_encoder(base: 
     assert told["kind"] == "diffusers folder" and told["lacks"] == ["text_encoder", "action_encoder"]
     model = replace(TINY.model, tokenizer=str(clip))
     torch.manual_seed(0)
-    loaded = load_world_model(model, TINY.world, ckpt=str(svd), fresh=FRESH).state_dict()
+    with caplog.at_level("INFO", logger="persistworld_cli"):
+        loaded = load_world_model(model, TINY.world, ckpt=str(svd), fresh=FRESH).state_dict()
+    assert "has no action encoder: it begins with random weights" in caplog.text
+    assert "has no text encoder: CLIP's is taken from" in caplog.text
     fresh = [k for k, v in base.items() if not torch.equal(loaded[k], v)]
     assert fresh and all(k.startswith("action_encoder.") for k in fresh)
     assert all(v.isfinite().all() and v.abs().max() < 1 for v in part(loaded, "action_encoder").values())
@@ -138,7 +143,7 @@ def test_a_checkpoint_of_another_preset_is_told_in_one_message(tmp_path: Path) -
         r"\d+ of another shape \(first: unet\.conv_in\.weight \(320, 8, 3, 3\), not \(32, 8, 3, 3\)", said.what
     )
     assert said.where == str(full_size)
-    assert said.fix == "it fits preset ctrl-world or persistworld: --preset ctrl-world"
+    assert said.fix == "it fits preset ctrl-world or ctrl-world-svd or persistworld: --preset ctrl-world"
 
 
 def test_a_missing_key_and_a_foreign_one_are_named(base: Tensors, tmp_path: Path) -> None:

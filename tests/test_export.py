@@ -89,7 +89,7 @@ def test_inspect_tells_of_layers_that_are_not_merged(adapter: Path, tmp_path: Pa
 
 def test_inspect_knows_the_full_size_model(tmp_path: Path) -> None:
     told = cli("inspect", write_full_size(tmp_path / "checkpoint-10000.pt"))
-    assert told["kind"] == "world model" and told["fits"] == ["ctrl-world", "persistworld"]
+    assert told["kind"] == "world model" and told["fits"] == ["ctrl-world", "ctrl-world-svd", "persistworld"]
     assert told["tensors"] == 2525 and told["parameters"] == 2_319_978_217 and told["dtypes"] == {"float32": 2525}
     assert [row["part"] for row in told["parts"]] == ["unet", "vae", "image_encoder", "text_encoder", "action_encoder"]
 
@@ -217,7 +217,7 @@ def test_export_refuses_what_cannot_be_meant(adapter: Path, tmp_path: Path) -> N
         ((BASE, "--to", "ctrl-world", "-o", tmp_path / "x.safetensors"), "writes a file ending in .pt"),
         ((BASE, "--to", "ctrl-world", "-o", there), "--force"),
         ((BASE, "--to", "peft", "-o", tmp_path / "a"), "cannot be taken out again"),
-        ((adapter, "--to", "safetensors", "-o", tmp_path / "a.safetensors"), "export WEIGHTS --adapter"),
+        ((adapter, "--adapter", ADAPTER, "--to", "safetensors", "-o", tmp_path / "a.safetensors"), "another one"),
         ((adapter, "--to", "peft", "-o", precious, "--force"), "a folder of another kind"),
     ]:
         assert message in cli("export", *arguments, code=2)

@@ -32,6 +32,12 @@ REPOSITORIES = {
         "vae/diffusion_pytorch_model.safetensors",
     ],
     "acme/shards": ["model.safetensors.index.json", "part-a.safetensors", "part-b.safetensors", "other.safetensors"],
+    "acme/nested": [
+        "README.md",
+        "lora/adapter_config.json",
+        "lora/adapter_model.safetensors",
+        "lora/action_encoder.pt",
+    ],
     "acme/adapter": ["adapter_config.json", "adapter_model.safetensors", "README.md"],
 }
 LOCATE = """
@@ -39,11 +45,12 @@ import json, sys
 import persistworld_cli.compat
 persistworld_cli.compat.ensure_torchvision = lambda: None  # no tensor is read here
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.checkpoints.sources import locate
+from persistworld_cli.checkpoints.sources import adapter_at, locate
 told = []
 for source, parts in json.loads(sys.argv[1]):
     try:
         found = locate(source, parts) if parts else locate(source)
+        assert bool(adapter_at(source)) == (found.kind == "adapter")
         assert all(path.is_file() for path, _ in found.files)
         names = ["/".join(path.parts[path.parts.index("snapshots") + 2:]) for path, _ in found.files]
         told.append([found.kind, list(zip(names, [prefix for _, prefix in found.files]))])
@@ -124,7 +131,7 @@ def locate(home: Path, *sources: tuple[str, list[str] | None], **env: str) -> li
 
 def test_of_a_repository_only_what_is_needed_is_fetched(hub: tuple[str, list[str]], tmp_path: Path) -> None:
     address, fetched = hub
-    one, two, named, wrong, vae, svd, shards, adapter, nobody = locate(
+    one, two, named, wrong, vae, svd, shards, adapter, *nested, nobody = locate(
         tmp_path,
         ("acme/one", None),
         ("acme/two", None),
@@ -134,6 +141,9 @@ def test_of_a_repository_only_what_is_needed_is_fetched(hub: tuple[str, list[str
         ("acme/svd", None),
         ("acme/shards", None),
         ("acme/adapter", None),
+        ("acme/nested", None),
+        ("acme/nested:lora", None),
+        ("acme/nested:lora/adapter_model.safetensors", None),
         ("acme/nobody", None),
         HF_ENDPOINT=address,
     )
@@ -145,10 +155,15 @@ def test_of_a_repository_only_what_is_needed_is_fetched(hub: tuple[str, list[str
     assert [prefix for _, prefix in svd[1]] == ["unet.", "vae."]
     assert "2 checkpoints there" in shards  # the shards, and a file that the index does not name
     assert adapter == ["adapter", [["adapter_model.safetensors", ""]]]
+    files = ["adapter_model.safetensors", "action_encoder.pt"]
+    assert nested == [["adapter", [[f"lora/{files[0]}", ""], [f"lora/{files[1]}", "action_encoder."]]]] * 3
     assert "neither on disk nor to be had from the hub" in nobody and "hf auth login" in nobody
     assert sorted(fetched) == [
         "acme/adapter/adapter_config.json",
         "acme/adapter/adapter_model.safetensors",
+        "acme/nested/lora/action_encoder.pt",
+        "acme/nested/lora/adapter_config.json",
+        "acme/nested/lora/adapter_model.safetensors",
         "acme/one/checkpoint-10000.pt",
         "acme/shards/model.safetensors.index.json",
         "acme/svd/unet/diffusion_pytorch_model.safetensors",

@@ -6,12 +6,14 @@ Shapes alone are compared. Presets are built on the meta device, which takes no 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 
 from persistworld_cli.checkpoints.sources import PARTS
-from persistworld_cli.config.presets import load_settings, preset_names
+from persistworld_cli.config.presets import from_json, load_settings, preset_names, to_json
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.world_model import CARRIED, build_world_model
@@ -120,8 +122,15 @@ def bundled_settings(name: str) -> Settings:
 
 @functools.cache
 def preset_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a bundled preset's state dict."""
-    return settings_shapes(bundled_settings(name))
+    """Names and shapes of a bundled preset's state dict; one dict for presets of the same architecture."""
+    settings = bundled_settings(name)
+    model = replace(settings.model, ckpt="", adapter="", inference="", stat="")
+    return _architecture_shapes(json.dumps(to_json(replace(settings, model=model)), sort_keys=True))
+
+
+@functools.cache
+def _architecture_shapes(settings: str) -> dict[str, tuple[int, ...]]:
+    return settings_shapes(from_json(json.loads(settings)))
 
 
 def settings_shapes(settings: Settings) -> dict[str, tuple[int, ...]]:

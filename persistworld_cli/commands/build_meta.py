@@ -13,6 +13,7 @@ from persistworld_cli.commands.options import Common, with_common
 from persistworld_cli.commands.run import output_folder, resolve, show_result, show_settings
 from persistworld_cli.config.presets import Resolved, resolve_path
 from persistworld_cli.config.settings import Settings
+from persistworld_cli.config.sizes import latent_size
 from persistworld_cli.console import note
 from persistworld_cli.errors import UsageError
 
@@ -253,12 +254,10 @@ def _check(resolved: Resolved, named: bool, sample: int, workers: int | None, *,
 
 
 def _expected(resolved: Resolved) -> Expected:
-    """What the preset takes; the VAE's factor as its class has it, without loading torch."""
+    """What the preset takes."""
     from persistworld_cli.data.metadata.check_episode import Expected
 
     world, model = resolved.settings.world, resolved.settings.model
-    factor = 2 ** (len(model.vae.get("block_out_channels", (64,))) - 1)
-    latent = (int(model.vae.get("latent_channels", 4)), -(-world.height // factor), -(-world.width // factor))
     return Expected(
         preset=resolved.label,
         cameras=world.cameras,
@@ -266,5 +265,5 @@ def _expected(resolved: Resolved) -> Expected:
         width=world.width,
         rate_hz=world.rate_hz,
         numbers=model.action_dim,
-        latent=latent,
+        latent=latent_size(model.vae, world.height, world.width),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from persistworld_cli.config.keys import check_drive
 from persistworld_cli.config.settings import Settings
+from persistworld_cli.config.sizes import check_image_size
 from persistworld_cli.config.trackers import NO_TRACKER, TRACKERS
 from persistworld_cli.errors import UsageError, nearest
 
@@ -195,6 +196,7 @@ def check(settings: Settings, where: Mapping[str, str] | None = None) -> None:
     _check_choices(settings, place)
     _check_bounds(settings, place)
     _check_world(settings, place)
+    check_image_size(settings, place)
     check_drive(settings.drive, place)
     _check_sampling(settings, place)
     _check_post_train(settings, place)

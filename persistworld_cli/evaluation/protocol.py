@@ -83,7 +83,7 @@ def record_hash(store: EpisodeStore, split: str, items: Sequence[Item]) -> str:
     whole = hashlib.sha256()
     for episode in dict.fromkeys(item.episode for item in items):
         annotation = store.annotation(split, episode)
-        states = np.ascontiguousarray(annotation.states[: annotation.num_frames])
+        states = np.ascontiguousarray(annotation.states)
         whole.update(f"{episode}\0{annotation.text}\0{annotation.num_frames}\0".encode() + states.tobytes())
     return whole.hexdigest()
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
 
+from persistworld_cli.config.sizes import latent_size
 from persistworld_cli.models.cpu.hook import speed_up_vae
 from persistworld_cli.models.norms import set_norm_groups
 from persistworld_cli.seeding import generator
@@ -73,10 +74,9 @@ def encode_pictures(
 
 def _picture_noise(vae: AutoencoderKLTemporalDecoder, frames_u8: torch.Tensor) -> torch.Tensor:
     """Unit noise (N * V, C, h1, w) for pictures (N, V, H, W, 3), seeded by camera and picture."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    size = [-(-side // factor) for side in frames_u8.shape[2:4]]
+    size = latent_size(vae.config, *frames_u8.shape[2:4])
     draws = [
-        torch.randn(vae.config.latent_channels, *size, generator=generator("posterior", camera, _hash(picture)))
+        torch.randn(size, generator=generator("posterior", camera, _hash(picture)))
         for frame in frames_u8
         for camera, picture in enumerate(frame)
     ]

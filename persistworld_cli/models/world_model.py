@@ -6,7 +6,6 @@ T token width, D action numbers. Latents are scaled (unit variance, roughly).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from persistworld_cli.config.settings import ModelSettings, SamplingSettings, WorldSettings
+from persistworld_cli.config.sizes import latent_size
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models import text as text_room
 from persistworld_cli.models import vae as vae_room
@@ -92,10 +92,8 @@ class WorldModel(nn.Module):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of one frame, cameras stacked."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        cameras, world = len(self.world.cameras), self.world
-        rows, columns = math.ceil(world.height / factor), math.ceil(world.width / factor)
-        return self.vae.config.latent_channels, cameras * rows, columns
+        channels, rows, columns = latent_size(self.vae.config, self.world.height, self.world.width)
+        return channels, len(self.world.cameras) * rows, columns
 
     @property
     def decode_rows(self) -> int:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from persistworld_cli.config.settings import SamplingSettings
 from persistworld_cli.data.clips.store import ActionStat
@@ -158,7 +159,11 @@ class RolloutEngine:
         return small_products(self.model.device, getattr(torch, self.sampling.dtype), self.model.dtype)
 
 
-def recorded_poses(states: np.ndarray, start: int, interaction: int, rows: int) -> np.ndarray:
-    """Poses (rows, D) of interaction i along a recording (T, D): row k is frame start + (rows - 1) i + k, clipped."""
-    ids = start + (rows - 1) * interaction + np.arange(rows)
-    return states[np.clip(ids, 0, len(states) - 1)]
+def row_ids(length: int, start: int, interaction: int, rows: int) -> NDArray[np.int64]:
+    """Recorded frames (rows,) of interaction i: row k is frame start + (rows - 1) i + k, clipped to the last one."""
+    return np.clip(start + (rows - 1) * interaction + np.arange(rows), 0, length - 1)
+
+
+def recorded_poses(states: NDArray[np.float64], start: int, interaction: int, rows: int) -> NDArray[np.float64]:
+    """Poses (rows, D) of interaction i along a recording (T, D), at `row_ids`."""
+    return states[row_ids(len(states), start, interaction, rows)]

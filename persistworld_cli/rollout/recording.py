@@ -16,6 +16,7 @@ from torch import Tensor
 
 from persistworld_cli.data.clips.store import Annotation, EpisodeStore
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.rollout.engine import recorded_poses, row_ids
 
 
 @dataclass(frozen=True, order=True)
@@ -61,22 +62,21 @@ class Recording:
         if self.commanded is not None:
             begin = (rows - 1) * interaction
             return self.commanded[begin : begin + rows]
-        states = self.annotation.states[: self.annotation.num_frames]
-        return states[self.row_ids(interaction, rows)]
+        return recorded_poses(self.annotation.states, self.item.start, interaction, rows)
 
     def row_ids(self, interaction: int, rows: int) -> NDArray[np.int64]:
         """Recorded frame ids (L,) of an interaction's rows, clipped to the recording's last."""
-        ids = self.item.start + (rows - 1) * interaction + np.arange(rows)
-        return np.minimum(ids, self.annotation.num_frames - 1)
+        return row_ids(self.annotation.num_frames, self.item.start, interaction, rows)
 
 
 def check_item(store: EpisodeStore, split: str, item: Item) -> Annotation:
     """The annotation of an item's episode.
 
     Raises:
-        PersistWorldError: no such episode, or nothing recorded after the start.
+        PersistWorldError: no such episode, lengths in it that disagree, or nothing recorded after the start.
     """
     annotation = store.annotation(split, item.episode)
+    store.require_latents(split, annotation)
     if not 0 <= item.start < annotation.num_frames - 1:
         raise PersistWorldError(
             f"a rollout cannot start at frame {item.start} of the {annotation.num_frames} of episode '{item.episode}'",

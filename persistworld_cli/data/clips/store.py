@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,30 +23,15 @@ from torch import Tensor
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.latent_files import LatentReader
-from persistworld_cli.data.metadata.annotations import read_success, read_text
+from persistworld_cli.data.metadata.annotations import REDO, Annotation, read_annotation
 from persistworld_cli.data.metadata.index import INDEX_FILE, ActionStat, EpisodeIndex, IndexFile
 from persistworld_cli.data.raw import video
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import natural_key
-from persistworld_cli.read_files import read_json, reading, whole_number
 
 __all__ = ["ActionStat", "Annotation", "EpisodeIndex", "EpisodeStore", "natural_key", "open_store"]
 
 _LOG = logging.getLogger(__name__)
-_REDO = "delete the episode's annotation and run persistworld extract-latents again"
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """One episode: what was asked, and the states (T, D) and joints (T, 8) or None at the model rate, float64."""
-
-    episode_id: str
-    text: str
-    states: NDArray[np.float64]
-    joints: NDArray[np.float64] | None
-    success: bool | None
-    num_frames: int
-    raw: dict[str, Any]
 
 
 class EpisodeStore:
@@ -89,10 +72,10 @@ class EpisodeStore:
         return sorted((p.stem for p in folder.iterdir() if p.suffix == ".json" and p.name[0] != "."), key=natural_key)
 
     def annotation(self, split: str, episode: str) -> Annotation:
-        """Read an episode's annotation; only ``texts`` and ``states`` must be there.
+        """Read an episode's annotation (`annotations.read_annotation`).
 
         Raises:
-            PersistWorldError: no such episode, or unreadable.
+            PersistWorldError: no such episode, unreadable, or lengths in it that disagree.
         """
         path = self.root / "annotation" / split / f"{episode}.json"
         if not path.is_file():
@@ -101,27 +84,7 @@ class EpisodeStore:
                 where=str(path.parent),
                 fix=f"take one of: {', '.join(self.episodes(split)[:12]) or 'none there'}",
             )
-        what = "unreadable annotation"
-        with reading(what, path, _REDO):
-            raw = read_json(path, what, _REDO)
-            states = np.asarray(raw["states"], dtype=np.float64)
-            joints = np.asarray(raw["joints"], dtype=np.float64) if raw.get("joints") else None
-            length = whole_number(raw.get("video_length", len(states)), "video_length")
-            if joints is not None and (joints.ndim != 2 or not np.isfinite(joints).all()):
-                raise ValueError("joints are not rows of finite numbers")
-            if states.ndim == 2 and not np.isfinite(states).all():
-                raise ValueError("states are not rows of finite numbers")
-        if states.ndim != 2 or not len(states):
-            raise PersistWorldError(f"states have shape {states.shape}", where=str(path), fix=_REDO)
-        return Annotation(
-            episode_id=episode,
-            text=read_text(raw),
-            states=states,
-            joints=joints,
-            success=read_success(raw),
-            num_frames=min(length, len(states)),
-            raw=raw,
-        )
+        return read_annotation(path)
 
     def num_cameras(self, split: str, episode: str) -> int:
         """Number of cameras V, from the episode's video folder (latent folder if there are no videos)."""
@@ -130,9 +93,9 @@ class EpisodeStore:
             if stems:
                 missing = {str(i) for i in range(len(stems))} - stems
                 if missing:
-                    raise PersistWorldError(f"camera {min(missing)} is missing", where=str(folder), fix=_REDO)
+                    raise PersistWorldError(f"camera {min(missing)} is missing", where=str(folder), fix=REDO)
                 return len(stems)
-        raise PersistWorldError("episode has no videos", where=str(self._video_dir(split, episode)), fix=_REDO)
+        raise PersistWorldError("episode has no videos", where=str(self._video_dir(split, episode)), fix=REDO)
 
     def latent_files(self, split: str, episode: str) -> list[Path]:
         """The latent files of an episode in camera order (.npy preferred to .pt).
@@ -174,9 +137,21 @@ class EpisodeStore:
         frames = [layout.frame for layout in self._reader.layouts(split, episode)]
         return frames[0][0], sum(height for _, height, _ in frames), frames[0][2]
 
-    def num_latents(self, split: str, episode: str) -> list[int]:
-        """Number of latent frames T of each camera."""
-        return [layout.length for layout in self._reader.layouts(split, episode)]
+    def require_latents(self, split: str, annotation: Annotation) -> None:
+        """Refuse an episode with fewer latents than states, as build-meta does; nothing where a dataset has no latents.
+
+        Raises:
+            PersistWorldError: too few, or files that are missing or unreadable.
+        """
+        if not (self.root / "latent_videos").is_dir():
+            return
+        lengths = [layout.length for layout in self._reader.layouts(split, annotation.episode_id)]
+        if min(lengths) < annotation.num_frames:
+            raise PersistWorldError(
+                f"latents are shorter than the states: {min(lengths)} for {annotation.num_frames}",
+                where=str(self._latent_dir(split, annotation.episode_id)),
+                fix=REDO,
+            )
 
     def frames(self, split: str, episode: str, frame_ids: Sequence[int]) -> NDArray[np.uint8]:
         """Pictures decoded from the mp4s: uint8 (N, V, H, W, 3)."""

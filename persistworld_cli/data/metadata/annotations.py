@@ -1,6 +1,10 @@
-"""Annotations read fast: of an episode's 300 kB JSON, metadata needs the tenth that holds texts and states.
+"""Annotations: the one reader of an episode's JSON, and the one rule for its length.
 
-Needs no torch: worker processes import it.
+An episode is as long as its states (T): ``video_length`` and ``joints``, where they are there, must have T frames, and
+latents at least T (`scan.check_files`, `EpisodeStore.require_latents`). What disagrees is refused, by build-meta as by
+everything that reads an episode later.
+
+Read fast: of 300 kB, the tenth that holds texts and states is needed. Needs no torch: worker processes import it.
 """
 
 from __future__ import annotations
@@ -8,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ from numpy.typing import NDArray
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.read_files import parse_json
 
+KEYS = ("texts", "states", "joints", "video_length", "success")  # what is read of an annotation
 REDO = "delete the episode's annotation and run persistworld extract-latents again"
 _DECODER = json.JSONDecoder()
 _SPACE = " \t\r\n"
@@ -96,6 +102,47 @@ def load_annotation(path: Path, wanted: Collection[str] | None = None) -> dict[s
     return dict(raw)
 
 
+@dataclass(frozen=True)
+class Annotation:
+    """One episode: what was asked, and the states (T, D) and joints (T, J) or None at the model rate, float64."""
+
+    episode_id: str
+    text: str
+    states: NDArray[np.float64]
+    joints: NDArray[np.float64] | None
+    success: bool | None
+
+    @property
+    def num_frames(self) -> int:
+        """T."""
+        return len(self.states)
+
+
+def read_annotation(path: Path) -> Annotation:
+    """An episode's annotation; only ``states`` must be there.
+
+    Raises:
+        Unreadable: absent, no JSON, or states, joints and ``video_length`` that disagree.
+    """
+    raw = load_annotation(path, KEYS)
+    states = read_states(raw, path)
+    return Annotation(path.stem, read_text(raw), states, read_joints(raw, path, len(states)), read_success(raw))
+
+
+def read_joints(raw: Mapping[str, Any], path: Path, length: int) -> NDArray[np.float64] | None:
+    """The joints (T, J) of an annotation, None where it has none.
+
+    Raises:
+        Unreadable: of unequal width, no numbers, or not `length` of them.
+    """
+    if not raw.get("joints"):
+        return None
+    joints = _rows(raw["joints"], "joints", path)
+    if len(joints) != length:
+        raise Unreadable("there are not as many joints as states", where=str(path), fix=REDO)
+    return joints
+
+
 def read_states(raw: Mapping[str, Any], path: Path) -> NDArray[np.float64]:
     """The states (T, D) of an annotation, all of its ``video_length``.
 
@@ -103,23 +150,30 @@ def read_states(raw: Mapping[str, Any], path: Path) -> NDArray[np.float64]:
         Unreadable: missing, empty, of unequal or no width, no numbers, or not as many as ``video_length``.
     """
 
-    def bad(what: str) -> Unreadable:
-        return Unreadable(what, where=str(path), fix=REDO)
-
     if raw.get("states") is None:
-        raise bad("states are missing")
-    try:
-        states = np.asarray(raw["states"], dtype=np.float64)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise bad("states are not rows of numbers of one width") from error
-    if states.ndim != 2 or not states.size:
-        raise bad("states are empty" if not states.size else "states are not rows of numbers of one width")
-    if not np.isfinite(states).all():
-        raise bad("states hold values that are no numbers")
+        raise Unreadable("states are missing", where=str(path), fix=REDO)
+    states = _rows(raw["states"], "states", path)
     length = raw.get("video_length", len(states))
     if not isinstance(length, int) or length != len(states):
-        raise bad("video_length is not the number of states")
+        raise Unreadable("video_length is not the number of states", where=str(path), fix=REDO)
     return states
+
+
+def _rows(value: Any, name: str, path: Path) -> NDArray[np.float64]:
+    """Rows of numbers (T, D) under a key. Raises Unreadable."""
+
+    def bad(what: str) -> Unreadable:
+        return Unreadable(f"{name} {what}", where=str(path), fix=REDO)
+
+    try:
+        rows = np.asarray(value, dtype=np.float64)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise bad("are not rows of numbers of one width") from error
+    if rows.ndim != 2 or not rows.size:
+        raise bad("are empty" if not rows.size else "are not rows of numbers of one width")
+    if not np.isfinite(rows).all():
+        raise bad("hold values that are no numbers")
+    return rows
 
 
 def read_text(raw: Mapping[str, Any]) -> str:

@@ -13,7 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from persistworld_cli.data.metadata.annotations import Unreadable, load_annotation, read_states, read_text
+from persistworld_cli.data.metadata.annotations import (
+    Unreadable,
+    load_annotation,
+    read_joints,
+    read_states,
+    read_text,
+)
 from persistworld_cli.data.metadata.latent_header import read_header
 from persistworld_cli.data.metadata.scan import Listed, camera_files
 from persistworld_cli.errors import PersistWorldError
@@ -87,6 +93,7 @@ def _annotation(seen: Seen, root: Path, item: Listed) -> int:
     _raw_lists(seen, raw)
     try:
         states = read_states(raw, path)
+        read_joints(raw, path, len(states))
     except Unreadable as error:
         seen.troubles.append(("states", _why(error.what, raw)))
         return 0
@@ -98,6 +105,8 @@ def _why(what: str, raw: Mapping[str, Any]) -> str:
     """The reason with the numbers that belong to it."""
     if what.startswith("video_length"):
         return f"video_length is {raw.get('video_length')!r}, there are {len(raw['states'])} states"
+    if what.startswith("there are not as many joints"):
+        return f"there are {len(raw['joints'])} joints and {len(raw['states'])} states"
     return what.removeprefix("states ")
 
 

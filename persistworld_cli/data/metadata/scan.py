@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from persistworld_cli.data.metadata.annotations import Unreadable, load_annotation, read_states, read_success, read_text
+from persistworld_cli.data.metadata.annotations import (
+    KEYS,
+    Unreadable,
+    load_annotation,
+    read_joints,
+    read_states,
+    read_success,
+    read_text,
+)
 from persistworld_cli.data.metadata.latent_header import read_header
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import natural_key
@@ -22,7 +30,6 @@ from persistworld_cli.read_files import DAMAGED_NOTES, positive_number, read_jso
 
 VELOCITY = "action.joint_velocity"
 JOINTS = "observation.state.joint_position"
-_KEYS = ("texts", "states", "video_length", "success")
 POSE = 7  # x y z, roll pitch yaw, gripper: the only state whose numbers have a meaning here
 
 
@@ -105,9 +112,10 @@ def read_episode(root: Path, check_latents: bool, request: tuple[Listed, bool]) 
     path = root / "annotation" / item.split / f"{item.episode}.json"
     text, success = "", None
     try:
-        raw = load_annotation(path, (*_KEYS, VELOCITY, JOINTS) if wanted else _KEYS)
+        raw = load_annotation(path, (*KEYS, VELOCITY, JOINTS) if wanted else KEYS)
         text, success = read_text(raw), read_success(raw)
         states = read_states(raw, path)
+        read_joints(raw, path, len(states))
         check_files(root, item.split, item.episode, len(states), check_latents)
     except PersistWorldError as error:
         return Episode(text, success, error.what, np.empty((0, 0)), _NO_FACTS, None)
