@@ -35,7 +35,8 @@ def test_shipped_benchmarks_pin_what_this_version_computes(name: str) -> None:
     resolved = load_settings(preset, pinned=benchmark.pinned)
     assert load_settings(preset).settings.eval.benchmark == name
     assert (
-        resolved.origin["sampling.steps"] == f"benchmark {name}" and not benchmark.stamp(resolved.settings)["changed"]
+        resolved.origin["sampling.steps"] == f"benchmark {name}"
+        and not benchmark.stamp(resolved.settings, resolved.settings.eval.episodes)["changed"]
     )
     settings = resolved.settings
     scorer = Scorer(settings.rewards, settings.world, "cpu", names=("ssim", "psnr", "lpips"))
@@ -51,7 +52,7 @@ def test_benchmark_lies_between_preset_and_flags() -> None:
     assert benchmark is not None and load_benchmark("none") is None and load_benchmark("") is None
     env = {"PERSISTWORLD_SAMPLING__STEPS": "9"}
     resolved = load_settings("ctrl-world", ["eval.steps=3"], {"eval.seeds": (1,)}, env, pinned=benchmark.pinned)
-    changed = benchmark.stamp(resolved.settings)["changed"]
+    changed = benchmark.stamp(resolved.settings, resolved.settings.eval.episodes)["changed"]
     pinned = dict(benchmark.pinned.values)["sampling.steps"]
     assert changed == {"sampling.steps": [pinned, 9], "eval.steps": [14, 3], "eval.seeds": [[0], [1]]}
     assert resolved.settings.world.height == 48

@@ -8,6 +8,7 @@ between preset and environment; a flag that changes it makes another benchmark, 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ REQUIRED = (
 )
 OPTIONAL = ("world.pixel_rounding", "rewards.camera_weights", "eval.following", "eval.following_steps")
 METRICS = ("ssim", "psnr", "lpips", "psnr_moving")
-_META = ("version", "description", "metrics")
+_META = ("version", "description", "source", "metrics")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Benchmark:
         pinned: the settings that it sets, as `load_settings` takes them.
         metrics: metric -> its parameters.
         path: the file.
+        source: hub id of the raw LeRobot dataset (v2.x) that its episodes are of; "" where it says none.
     """
 
     name: str
@@ -53,9 +55,34 @@ class Benchmark:
     pinned: Pinned
     metrics: dict[str, dict[str, Any]]
     path: Path
+    source: str = ""
 
-    def stamp(self, settings: Settings) -> dict[str, Any]:
-        """What a result says of it: name, version, hash, and what was changed (key -> [pinned, used])."""
+    def subset(self, settings: Settings, there: Collection[str]) -> dict[str, Any] | None:
+        """What a run of only a part of the benchmark's episodes says of it; None for the whole, or for other episodes.
+
+        Args:
+            settings: as they are used; episodes of the user's own are no part of the benchmark's.
+            there: episodes that can be run.
+
+        Returns:
+            ``episodes`` and ``of`` (numbers), ``absent`` (ids) and ``fetch``: the command for the rest ("" unknown).
+        """
+        own = dict(self.pinned.values)["eval.episodes"]
+        absent = [episode for episode in own if episode not in there]
+        if not absent or list(settings.eval.episodes) != own:
+            return None
+        return {"episodes": len(own) - len(absent), "of": len(own), "absent": absent, "fetch": self.fetch(absent)}
+
+    def fetch(self, episodes: Sequence[str]) -> str:
+        """The one command that downloads the raw recordings of these episodes; "" where `source` is not known."""
+        if not self.source or not all(episode.isdecimal() for episode in episodes):
+            return ""
+        files = " ".join(f"--include '*/episode_{int(episode):06d}.*'" for episode in episodes)
+        folder = self.source.rpartition("/")[2]
+        return f"hf download {self.source} --repo-type dataset --local-dir data/{folder} --include 'meta/*' {files}"
+
+    def stamp(self, settings: Settings, there: Collection[str]) -> dict[str, Any]:
+        """What a result says of it: name, version, hash, what was changed (key -> [pinned, used]), and the `subset`."""
         used = flatten(settings)
         changed = {
             key: [value, _plain(used[key])] for key, value in self.pinned.values if not _same(value, _plain(used[key]))
@@ -65,6 +92,7 @@ class Benchmark:
             "version": self.version,
             "sha256": self.sha256,
             "changed": changed,
+            "subset": self.subset(settings, there),
         }
 
 
@@ -88,6 +116,9 @@ def load_benchmark(name: str) -> Benchmark | None:
         raise UsageError(
             f"version = {version!r} is no whole number from 1", where=str(path), fix="write version = 1 at the top"
         )
+    source = data.get("source", "")
+    if not isinstance(source, str):
+        raise UsageError(f"source = {source!r} is no hub id", where=str(path), fix="write source = 'owner/name'")
     _check_metrics(metrics, path)
     tables = {key: value for key, value in data.items() if key not in _META}
     strays = [key for key, value in tables.items() if not isinstance(value, dict)]
@@ -96,7 +127,7 @@ def load_benchmark(name: str) -> Benchmark | None:
     values = tuple((f"{table}.{key}", value) for table, entries in tables.items() for key, value in entries.items())
     _check_keys([key for key, _ in values], path)
     pinned = Pinned(values, f"benchmark {path.stem}", path, text)
-    return Benchmark(path.stem, version, hashlib.sha256(text.encode()).hexdigest(), pinned, metrics, path)
+    return Benchmark(path.stem, version, hashlib.sha256(text.encode()).hexdigest(), pinned, metrics, path, source)
 
 
 def _path(name: str) -> Path:

@@ -18,7 +18,7 @@ from persistworld_cli.config.settings import EvalSettings, Settings
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.evaluation.action_following import partners, wrong_kinds
-from persistworld_cli.evaluation.benchmarks import load_benchmark
+from persistworld_cli.evaluation.benchmarks import Benchmark, load_benchmark
 from persistworld_cli.evaluation.comparing import load_result
 from persistworld_cli.evaluation.fvd import FeatureNet, load_feature_network
 from persistworld_cli.evaluation.protocol import check_metrics, make_protocol, require_same, rollout_identity
@@ -26,6 +26,7 @@ from persistworld_cli.files import hash_of, jsonable, writing
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.metrics.user_masks import open_masks
 from persistworld_cli.models.world_model import CARRIED, build_world_model
+from persistworld_cli.reports.tables import benchmark_name
 from persistworld_cli.rollout.recording import Item, check_item, require_same_shape
 from persistworld_cli.rollout.scoring import SHOWN, Judging
 
@@ -69,14 +70,16 @@ def make_plan(settings: Settings, job: Mapping[str, Any], output: Path, device: 
         PersistWorldError: whatever of these is wrong.
     """
     store = open_store(settings)
-    items = eval_items(store, settings)
+    items = eval_items(store, settings, partly=True)
     models = refs_of_eval(settings.model, job)
     judging = make_judging(settings, store, items)
     scorer = Scorer(settings.rewards, settings.world, device, names=SHOWN)
     ev = settings.eval
     video_net = load_feature_network(ev.fvd, ev.fvd_net, device) if ev.fvd else None
-    protocol = make_protocol(settings, store, items, scorer, judging, video_net.describe() if video_net else None)
     benchmark = load_benchmark(settings.eval.benchmark)
+    stamp = benchmark.stamp(settings, {item.episode for item in items}) if benchmark else None
+    fvd = video_net.describe() if video_net else None
+    protocol = make_protocol(settings, store, items, scorer, judging, fvd, stamp)
     if benchmark:
         check_metrics(benchmark.metrics, protocol["metrics"], str(benchmark.path))
     if other := job.get("compare"):
@@ -84,7 +87,6 @@ def make_plan(settings: Settings, job: Mapping[str, Any], output: Path, device: 
     require_weights(settings, store, items, models)
     prints = {ref.label: ref.fingerprint() for ref in models}
     folders, wrong = _folders(settings, store, protocol, items, models, prints, output / "rollouts", device)
-    stamp = benchmark.stamp(settings) if benchmark else None
     return Plan(store, items, models, scorer, judging, video_net, protocol, stamp, folders, wrong, prints)
 
 
@@ -135,8 +137,8 @@ def make_judging(settings: Settings, store: EpisodeStore, items: list[Item]) -> 
     return Judging(tuple(ev.crop), levels, ev.moving_threshold, masks)
 
 
-def eval_items(store: EpisodeStore, settings: Settings) -> list[Item]:
-    """Every (episode, start, seed) of the benchmark.
+def eval_items(store: EpisodeStore, settings: Settings, *, partly: bool = False) -> list[Item]:
+    """Every (episode, start, seed); with `partly`, of a benchmark's episodes those that are there (`subset_note`).
 
     Raises:
         PersistWorldError: an empty split, absent episodes, a start beyond an episode's end.
@@ -151,8 +153,10 @@ def eval_items(store: EpisodeStore, settings: Settings) -> list[Item]:
             fix=f"set eval.split to one of: {', '.join(store.splits)}",
         )
     absent = sorted(set(episodes) - set(there), key=episodes.index)
-    if absent:
-        raise _absent(ev.benchmark if _named_by_benchmark(ev) else "", absent, len(episodes), ev.split, there, store)
+    benchmark = _named_by_benchmark(ev) if absent else None
+    if absent and not (partly and benchmark and len(absent) < len(episodes)):
+        raise _absent(benchmark, absent, len(episodes), ev.split, there, store)
+    episodes = [episode for episode in episodes if episode not in absent]
     seeds, starts = dict.fromkeys(ev.seeds), dict.fromkeys(ev.starts)
     items = [Item(episode, start, seed) for episode in episodes for start in starts for seed in seeds]
     if not items:
@@ -162,24 +166,36 @@ def eval_items(store: EpisodeStore, settings: Settings) -> list[Item]:
     return items
 
 
-def _named_by_benchmark(ev: EvalSettings) -> bool:
-    """Whether the episodes are the benchmark's, and not the user's own."""
+def _named_by_benchmark(ev: EvalSettings) -> Benchmark | None:
+    """The benchmark whose episodes these are; None for the user's own."""
     benchmark = load_benchmark(ev.benchmark)
-    return benchmark is not None and dict(benchmark.pinned.values)["eval.episodes"] == list(ev.episodes)
+    own = benchmark is not None and dict(benchmark.pinned.values)["eval.episodes"] == list(ev.episodes)
+    return benchmark if own else None
+
+
+def subset_note(stamp: Mapping[str, Any] | None) -> str:
+    """What a run says that has only a part of its benchmark's episodes, and the command for the rest; "" otherwise."""
+    part = stamp.get("subset") if stamp else None
+    if not part:
+        return ""
+    rest = f"; the rest: {part['fetch']}" if part["fetch"] else f"; absent: {', '.join(part['absent'])}"
+    return f"benchmark {benchmark_name(stamp or {})}: a subset is not comparable with the whole{rest}"
 
 
 def _absent(
-    benchmark: str, absent: list[str], count: int, split: str, there: list[str], store: EpisodeStore
+    benchmark: Benchmark | None, absent: list[str], count: int, split: str, there: list[str], store: EpisodeStore
 ) -> PersistWorldError:
     """The message for episodes that the dataset does not have."""
     some = ", ".join(f"'{name}'" for name in absent[:6]) + (" ..." if len(absent) > 6 else "")
     kind = "episode" if len(absent) == 1 else "episodes"
-    by = f", of {count} that benchmark '{benchmark}' names" if benchmark else ""
+    by = f", of {count} that benchmark '{benchmark.name}' names" if benchmark else ""
     known = ", ".join(there[:12]) + (" ..." if len(there) > 12 else "") or "none there"
     fix = f"take one of: {known}"
     if benchmark:
         own = f", or name your own: --episodes {','.join(there[:3])}" if there else ""
         fix = f"take --benchmark none (all {len(there)} of the split){own}"
+        if fetch := benchmark.fetch(absent):
+            fix += f"; or fetch them (some are enough), then extract-latents and build-meta: {fetch}"
     return PersistWorldError(
         f"no {kind} {some} in split '{split}'{by}", where=str(store.root / "annotation" / split), fix=fix
     )

@@ -25,7 +25,13 @@ from persistworld_cli.rollout.scoring import Judging
 
 PROTOCOL = 2  # raise it when the same settings would give other numbers
 _LIBRARIES = ("torch", "diffusers", "lpips", "scikit-image", "numpy", "scipy", "av")
-_BY_CONTENT = ("ckpt", "adapter", "stat")  # of the model's settings: hashes of what they name are kept beside
+_BY_CONTENT = (
+    "ckpt",
+    "adapter",
+    "inference",
+    "stat",
+)  # of the model's settings: hashes of what they name are kept beside
+_OF_ALL = ("items", "record", "hash", "fvd", "subset")  # what no single rollout hangs on
 _UNUSED = ("history_policy",)  # of the sampling settings: nothing here reads them
 
 
@@ -36,8 +42,12 @@ def make_protocol(
     scorer: Scorer,
     judging: Judging,
     fvd: Mapping[str, Any] | None = None,
+    stamp: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that the numbers hang on but the weights and the machine; ``hash`` is of all of it."""
+    """Everything that the numbers hang on but the weights and the machine; ``hash`` is of all of it.
+
+    A `stamp` of a part of a benchmark (`Benchmark.subset`) makes another protocol than the whole.
+    """
     ev, world, model = settings.eval, settings.world, settings.model
     protocol = {
         "protocol": PROTOCOL,
@@ -59,6 +69,8 @@ def make_protocol(
     }
     if fvd:
         protocol["fvd"] = dict(fvd)
+    if stamp and (part := stamp["subset"]):
+        protocol["subset"] = f"{part['episodes']} of the {part['of']} episodes of benchmark {stamp['name']}"
     return {**protocol, "hash": hash_of(protocol)}
 
 
@@ -70,7 +82,7 @@ def describe_sampling(sampling: SamplingSettings) -> dict[str, Any]:
 def rollout_identity(protocol: Mapping[str, Any], store: EpisodeStore, model: ModelSettings) -> dict[str, Any]:
     """What a finished rollout hangs on beside the weights: more episodes later keep what is done."""
     stat = store.stat()
-    same = {key: value for key, value in protocol.items() if key not in ("items", "record", "hash", "fvd")}
+    same = {key: value for key, value in protocol.items() if key not in _OF_ALL}
     network = {key: value for key, value in asdict(model).items() if key not in _BY_CONTENT}
     return same | {"dataset": str(store.root), "percentiles": [stat.p01, stat.p99], "model": network}
 

@@ -17,9 +17,10 @@ from accelerate import PartialState
 from persistworld_cli.checkpoints.loading import load_for_sampling
 from persistworld_cli.checkpoints.references import ModelRef
 from persistworld_cli.config.settings import Settings
+from persistworld_cli.console import note
 from persistworld_cli.evaluation.action_following import commands_of
 from persistworld_cli.evaluation.comparing import compare_results, load_result
-from persistworld_cli.evaluation.plan import CEILING, FLOOR, Plan, make_plan
+from persistworld_cli.evaluation.plan import CEILING, FLOOR, Plan, make_plan, subset_note
 from persistworld_cli.evaluation.protocol import provenance
 from persistworld_cli.evaluation.report import EvalData, write_comparison, write_report
 from persistworld_cli.models.world_model import WorldModel
@@ -52,6 +53,8 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     processes = PartialState(cpu=settings.launch.device == "cpu")
     output = Path(job["output"])
     plan = make_plan(settings, job, output, processes.device)
+    if processes.is_main_process and (text := subset_note(plan.benchmark)):
+        note(text)
     study = _plan_study(settings, job, plan) if processes.is_main_process else None
     work = batches(plan.items, settings.eval.batch)[processes.process_index :: processes.num_processes]
     tell_finished([*plan.folders.values(), *(f for own in plan.wrong.values() for f in own.values())], plan.items)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from persistworld_cli.reports.curves import MODEL_COLOURS, plt, save_figure
-from persistworld_cli.reports.tables import UNTRAINED_NOTE, heading, number
+from persistworld_cli.reports.tables import UNTRAINED_NOTE, benchmark_name, heading, number
 
 _STYLES = {"yes": "green", "no": "red"}
 _SEEN = 4.0  # times what is close enough (or a quarter of the gains) is how deep a plot shows losses
@@ -21,10 +21,11 @@ _SEEN = 4.0  # times what is close enough (or a quarter of the gains) is how dee
 
 def frontier_table(result: Mapping[str, Any]) -> Table:
     """Each setting with its change against the reference and the 95% interval, by camera group."""
-    n, reference = result["n"], result["reference"]
+    n, reference, stamp = result["n"], result["reference"], result.get("benchmark")
+    of = f" of benchmark {benchmark_name(stamp)}" if stamp and stamp.get("subset") else ""
     table = Table(
         title=f"Sampling settings against {reference['name']} ({reference['calls']} network calls a clip): "
-        f"{n['rollouts']} rollouts of {n['episodes']} episodes, {n['steps']} steps, the same noise",
+        f"{n['rollouts']} rollouts of {n['episodes']} episodes{of}, {n['steps']} steps, the same noise",
         caption=_caption(result),
         title_justify="left",
         caption_justify="left",

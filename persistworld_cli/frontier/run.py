@@ -21,7 +21,7 @@ from persistworld_cli.console import note
 from persistworld_cli.cost.interaction import count_interaction, meta_model
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.evaluation.benchmarks import load_benchmark
-from persistworld_cli.evaluation.plan import eval_items, make_judging, require_weights
+from persistworld_cli.evaluation.plan import eval_items, make_judging, require_weights, subset_note
 from persistworld_cli.evaluation.protocol import (
     check_metrics,
     describe_sampling,
@@ -100,6 +100,8 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     if target:
         require_writable(target)
     plan = make_plan(settings, job, output, processes.device)
+    if processes.is_main_process and (text := subset_note(plan.benchmark)):
+        note(text)
     work = batches(plan.items, settings.eval.batch)[processes.process_index :: processes.num_processes]
     tell_finished([one.folder for one in (plan.reference, *plan.grid)], plan.items)
     _roll_out(settings, plan, work, processes.device, quiet=not processes.is_main_process)
@@ -129,11 +131,12 @@ def make_plan(settings: Settings, job: Mapping[str, Any], output: Path, device: 
     """Resolve and check everything before anything is computed; raises as `run`."""
     reference, grid = make_grid(settings, job)
     store = open_store(settings)
-    items = eval_items(store, settings)
+    items = eval_items(store, settings, partly=True)
     judging = make_judging(settings, store, items)
     scorer = Scorer(settings.rewards, settings.world, device, names=SHOWN)
-    protocol = make_protocol(settings, store, items, scorer, judging)
     benchmark = load_benchmark(settings.eval.benchmark)
+    stamp = benchmark.stamp(settings, {item.episode for item in items}) if benchmark else None
+    protocol = make_protocol(settings, store, items, scorer, judging, stamp=stamp)
     if benchmark:
         check_metrics(benchmark.metrics, protocol["metrics"], str(benchmark.path))
     refs = refs_of_eval(settings.model, {"baseline": job.get("baseline")})
@@ -151,7 +154,6 @@ def make_plan(settings: Settings, job: Mapping[str, Any], output: Path, device: 
         return Tried(setting, ref, prints, folder)
 
     first, prints = tried(reference, slow, slow.fingerprint()), judged.fingerprint()
-    stamp = benchmark.stamp(settings) if benchmark else None
     each = [tried(setting, judged, prints) for setting in grid]
     return Plan(store, items, scorer, judging, first, each, protocol, stamp)
 

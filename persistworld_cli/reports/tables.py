@@ -175,13 +175,20 @@ def _conduct_caption(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def benchmark_name(stamp: Mapping[str, Any]) -> str:
+    """``bundled v2``, with what is not the benchmark's own: ``droid v2 (SUBSET: 3 of 50 episodes), changed in ...``."""
+    part, changed = stamp.get("subset"), stamp["changed"]
+    name = f"{stamp['name']} v{stamp['version']}"
+    if part:
+        name += f" (SUBSET: {part['episodes']} of {part['of']} episodes)"
+    return name + (f", changed in {', '.join(changed)}" if changed else "")
+
+
 def _title(result: Mapping[str, Any]) -> str:
     n = result["n"]
     seconds = n["steps"] * n["frames_per_step"] / n["rate_hz"]
     stamp = result.get("benchmark")
-    name = f"Benchmark {stamp['name']} v{stamp['version']}: " if stamp else "No benchmark: "
-    if stamp and stamp["changed"]:
-        name = f"Benchmark {stamp['name']} v{stamp['version']}, changed in {', '.join(stamp['changed'])}: "
+    name = f"Benchmark {benchmark_name(stamp)}: " if stamp else "No benchmark: "
     return (
         f"{name}{n['rollouts']} rollouts of {n['episodes']} episodes, {n['steps']} steps = {seconds:.1f} s, "
         f"{n['sampler']} {n['sampling_steps']} steps"
