@@ -82,3 +82,15 @@ def test_groups_keep_the_difference_between_channels() -> None:
     assert not torch.allclose(norm(red), norm(blue), atol=0.1)
     with pytest.raises(ValueError, match="8 channels in 3 groups"):
         set_norm_groups(norm, 3)
+
+
+def test_the_scale_of_muon_s_step_is_as_named() -> None:
+    """LoRA A (64, 1280): the original step, orthogonal, and AdamW's size, 0.2 sqrt(1280) = 7.2 times as large."""
+    gradient = torch.randn(64, 1280, generator=torch.Generator().manual_seed(0))
+    steps = {}
+    for scale in ("original", "match_rms_adamw"):
+        a = torch.nn.Parameter(torch.zeros(64, 1280))
+        a.grad = gradient.clone()
+        Optimizers([a], "muon", lr=1.0, weight_decay=0.0, scale=scale).step()
+        steps[scale] = a.detach().norm().item()
+    assert steps["match_rms_adamw"] / steps["original"] == pytest.approx(0.2 * 1280**0.5, rel=1e-3)

@@ -19,7 +19,7 @@ EXAMPLES = (
     "persistworld eval --ckpt outputs/post-train-tiny/weights",
     "persistworld eval --ckpt bundled:presets/tiny/adapter --study outputs/study",
     "persistworld eval --benchmark bundled --seed 0 --seed 1",
-    "persistworld eval --preset persistworld --ckpt jaibrdhn/persistworld --num-processes 8",
+    "persistworld eval --preset persistworld --num-processes 8",
 )
 
 

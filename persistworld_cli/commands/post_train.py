@@ -55,7 +55,7 @@ def command(
     accelerator: Accelerator = None,
 ) -> None:
     """Post-train on own rollouts: draw continuations, score them against the record, learn from the best and worst."""
-    start, names = start_flags(ckpt, adapter_fits=False)
+    start, names = start_flags(ckpt, dry_run=common.dry_run, adapter_fits=False)
     execute(
         "post-train",
         common,

@@ -28,7 +28,8 @@ from persistworld_cli.errors import UsageError
 EXAMPLES = (
     "persistworld pretrain --updates 2000",
     "persistworld pretrain --part vae --updates 4000",
-    "persistworld pretrain --preset ctrl-world --ckpt stabilityai/stable-video-diffusion-img2vid --num-processes 8",
+    "persistworld pretrain --preset ctrl-world --num-processes 8",
+    "persistworld pretrain --preset ctrl-world-svd --num-processes 8",
 )
 
 
@@ -58,7 +59,7 @@ def command(
     if part not in ("world", "vae"):
         raise UsageError(f"unknown part '{part}'", where="--part", fix="known: vae, world")
     table = "vae" if part == "vae" else "pretrain"
-    start, names = start_flags(ckpt, adapter_fits=True)
+    start, names = start_flags(ckpt, dry_run=common.dry_run, adapter_fits=True)
     execute(
         "pretrain-vae" if part == "vae" else "pretrain",
         common,

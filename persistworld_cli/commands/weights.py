@@ -14,7 +14,7 @@ TRAINING = ("pretrain", "post-train")
 CKPT_FLAG = {"model.ckpt": "--ckpt", "model.inference": "--ckpt"}
 
 
-def start_flags(ckpt: str | None, adapter_fits: bool) -> tuple[dict[str, Any], dict[str, str]]:
+def start_flags(ckpt: str | None, *, adapter_fits: bool, dry_run: bool) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings that a training's ``--ckpt`` stands for, and their spellings.
 
     Whole weights take the place of ``model.ckpt`` and stand alone; an adapter goes on ``model.ckpt``, as in inference.
@@ -22,13 +22,14 @@ def start_flags(ckpt: str | None, adapter_fits: bool) -> tuple[dict[str, Any], d
     Args:
         ckpt: what was given, or None.
         adapter_fits: whether the training can begin from weights with an adapter merged into them.
+        dry_run: the hub is not asked what a repository holds; it is then taken for whole weights.
 
     Raises:
         UsageError: an adapter where `adapter_fits` is false.
     """
     if ckpt is None:
         return {}, {}
-    if not _is_adapter(ckpt):
+    if not (adapter_on_disk(ckpt) if dry_run or on_disk(ckpt) else _on_hub(ckpt)):
         return {"model.ckpt": ckpt, "model.adapter": ""}, {"model.ckpt": "--ckpt", "model.adapter": "--ckpt"}
     if not adapter_fits:
         raise UsageError(
@@ -41,12 +42,8 @@ def start_flags(ckpt: str | None, adapter_fits: bool) -> tuple[dict[str, Any], d
     return {"model.adapter": ckpt}, {"model.adapter": "--ckpt"}
 
 
-def _is_adapter(ckpt: str) -> bool:
-    """On disk, or on the hub, which is asked for file names."""
-    if adapter_on_disk(ckpt):
-        return True
-    if on_disk(ckpt):
-        return False
+def _on_hub(ckpt: str) -> bool:
+    """Whether a repository holds an adapter, by its file names."""
     from persistworld_cli.checkpoints.sources import adapter_at
 
     return bool(adapter_at(ckpt))

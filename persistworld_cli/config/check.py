@@ -32,6 +32,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "post_train.credit": ("rollout", "frame", "patch"),
     "post_train.ema": ("ramp", "constant", "late-ramp"),
     "post_train.optimizer": ("muon", "adamw"),
+    "post_train.muon_scale": ("match_rms_adamw", "original"),
     "pretrain.optimizer": ("muon", "adamw"),
     "vae.optimizer": ("muon", "adamw"),
     "eval.study_cameras": ("groups", "all"),

@@ -23,10 +23,12 @@ class Optimizers:
     Args:
         parameters: everything that learns; matrices, and convolution kernels as (out, rest), go to Muon.
         kind: "muon" or "adamw".
-        lr: learning rate of both; Muon's update has AdamW's size (Liu et al., arXiv 2502.16982).
+        lr: learning rate of both; by default Muon's update has AdamW's size (Liu et al., arXiv 2502.16982).
         weight_decay: decoupled, of both.
         betas: of AdamW.
         by_adamw: parameters that AdamW takes whatever their shape.
+        scale: of Muon's step on a matrix (rows, columns): "match_rms_adamw" 0.2 sqrt(max), "original"
+            sqrt(max(1, rows / columns)).
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Optimizers:
         weight_decay: float,
         betas: tuple[float, float] = (0.9, 0.95),
         by_adamw: Iterable[nn.Parameter] = (),
+        scale: str = "match_rms_adamw",
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"unknown optimizer '{kind}'")
@@ -53,7 +56,7 @@ class Optimizers:
         self.parameters = parameters
         self.all: list[torch.optim.Optimizer] = []
         if flat:
-            self.all.append(torch.optim.Muon(flat, adjust_lr_fn="match_rms_adamw", **shared))
+            self.all.append(torch.optim.Muon(flat, adjust_lr_fn=scale, **shared))
         if rest:
             self.all.append(torch.optim.AdamW(rest, betas=betas, **shared))
 

@@ -220,7 +220,13 @@ class PostTrainer:
 
     def _optimizers(self) -> Optimizers:
         options = self.options
-        return Optimizers(self.switch.trainable(), options.optimizer, lr=options.lr, weight_decay=options.weight_decay)
+        return Optimizers(
+            self.switch.trainable(),
+            options.optimizer,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            scale=options.muon_scale,
+        )
 
     def state(self) -> dict[str, Any]:
         """To resume from."""
