@@ -71,7 +71,7 @@ def test_only_a_run_that_labels_it_takes_a_subset(root: Path) -> None:
     with pytest.raises(PersistWorldError, match="no episodes '3899', '5799' in split 'val', of 4 that benchmark"):
         eval_items(planned(root, "whole").store, own)
     named = replace(own, eval=replace(own.eval, episodes=("99", "7")))
-    with pytest.raises(PersistWorldError, match="no episode '7' in split 'val'$"):
+    with pytest.raises(PersistWorldError, match=r"no episode '7' in split 'val'$"):
         make_plan(named, {}, root / "out", torch.device("cpu"))
     with pytest.raises(PersistWorldError, match="no episode '7'") as error:
         planned(root, "none")

@@ -202,9 +202,7 @@ class PostTrainSettings:
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     train_action_encoder: bool = True
     optimizer: str = "muon"  # muon (matrices; AdamW for the rest) | adamw
-    muon_scale: str = (
-        "match_rms_adamw"  # size of Muon's step: match_rms_adamw (AdamW's) | original (sqrt(rows/columns))
-    )
+    muon_scale: str = "match_rms_adamw"  # its step: match_rms_adamw (AdamW's size) | original (sqrt(rows / columns))
     lr: float = 1e-4
     weight_decay: float = 0.0
     warmup: int = 0
