@@ -30,7 +30,7 @@ _BY_CONTENT = (
     "adapter",
     "inference",
     "stat",
-)  # of the model's settings: hashes of what they name are kept beside
+)  # their hashes are kept beside
 _OF_ALL = ("items", "record", "hash", "fvd", "subset")  # what no single rollout hangs on
 _UNUSED = ("history_policy",)  # of the sampling settings: nothing here reads them
 
