@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
+from persistworld_cli.checkpoints.action_scale import scale_note
 from persistworld_cli.checkpoints.compatibility import Shapes, bundled_settings, misfit, preset_shapes, shapes_of
 from persistworld_cli.checkpoints.sources import ENCODER, WeightSource, locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
@@ -22,6 +23,7 @@ from persistworld_cli.checkpoints.tensor_writing import save_safetensors
 from persistworld_cli.config.presets import from_json, preset_names
 from persistworld_cli.config.settings import ModelSettings
 from persistworld_cli.config.weight_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from persistworld_cli.data.metadata.index import ActionStat
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import require_free, whole_folder, write_json
 from persistworld_cli.models.tokens import ActionEncoder
@@ -217,8 +219,11 @@ def write_adapter(
     encoder: Mapping[str, torch.Tensor],
     *,
     force: bool = False,
+    stat: ActionStat | None = None,
 ) -> None:
     """Write a PEFT folder, and the action encoder beside it if there is one, whole or not at all.
+
+    ``stat``, the percentiles that actions are scaled by, goes into every file of it.
 
     Raises:
         PersistWorldError: something is there already (without `force`), or it cannot be written.
@@ -228,7 +233,7 @@ def write_adapter(
         for name, part in ((f"{ADAPTER_WEIGHTS}.safetensors", lora), (f"{ENCODER}.safetensors", encoder)):
             if part:
                 plain = {key: t.detach().cpu().contiguous() for key, t in part.items()}
-                save_safetensors(partial / name, plain, {"format": "pt"})
+                save_safetensors(partial / name, plain, scale_note(stat))
         config.save_pretrained(str(partial))
         _sort_sets(config, partial / ADAPTER_CONFIG)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from persistworld_cli.checkpoints.action_scale import carried_scale, scale_note
 from persistworld_cli.checkpoints.adapters import adapter_misfit, adapter_presets, read_adapter, write_adapter
 from persistworld_cli.checkpoints.compatibility import (
     bundled_settings,
@@ -21,11 +23,16 @@ from persistworld_cli.checkpoints.references import weights_ref
 from persistworld_cli.checkpoints.sources import adapter_at, locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
 from persistworld_cli.checkpoints.tensor_writing import save_safetensors, save_torch
+from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.config.presets import preset_names
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.config.weight_names import ADAPTER_CONFIG
+from persistworld_cli.data.metadata.index import ActionStat
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import require_free
 from persistworld_cli.models.world_model import CARRIED
+
+logger = logging.getLogger(__name__)
 
 # What is written -> how the file's name ends ("": a folder).
 FORMATS = {"ctrl-world": (".pt", ".pth"), "safetensors": (".safetensors",), "peft": ("",)}
@@ -60,7 +67,7 @@ def export_model(
         dtype: of all weights in it; an adapter is merged in float32 first.
         force: whether a file there may be replaced.
         settings: of the model; None: those of the bundled preset that it fits.
-        adapter_sha256: noted in a safetensors file.
+        adapter_sha256: noted in the file, as the scale of actions is (`export_scale`).
 
     Raises:
         PersistWorldError: weights that are absent, damaged or of another model; the file cannot be written.
@@ -69,6 +76,7 @@ def export_model(
     check_output(to, output, force=force)
     if adapter_at(ckpt):
         ckpt, adapter = _base_of(ckpt, adapter, settings)
+    stat = export_scale(settings, ckpt, adapter)
     settings = settings or _settings_of(ckpt)
     model = load_world_model(settings.model, settings.world, ckpt=ckpt, adapter=adapter, dtype=dtype, carried=True)
     if to == "ctrl-world" and settings.model.image and not hasattr(model, CARRIED):
@@ -80,10 +88,8 @@ def export_model(
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     _require_finite(tensors, dtype)
     require_free(output, force=force)
-    if to == "safetensors":
-        save_safetensors(output, tensors, {"format": "pt"} | ({MERGED: adapter_sha256} if adapter_sha256 else {}))
-    else:
-        save_torch(output, tensors)
+    notes = scale_note(stat) | ({MERGED: adapter_sha256} if adapter_sha256 else {})
+    (save_safetensors if to == "safetensors" else save_torch)(output, tensors, notes)
     return {
         "output": str(output),
         "format": to,
@@ -92,7 +98,42 @@ def export_model(
         "dtype": str(dtype).removeprefix("torch."),
         "bytes": output.stat().st_size,
         "merged": adapter or None,
+        "action_scale": _shown(stat),
     }
+
+
+def export_scale(settings: Settings | None, ckpt: str, adapter: str) -> ActionStat | None:
+    """The scale of actions that exported weights carry: what the adapter or the weights carry, else ``model.stat`` of
+    the preset that the user names or whose own weights these are. Weights of which nobody says their scale get none.
+
+    Args:
+        settings: of the preset that the user named; None: none.
+        ckpt: the weights, or an adapter alone.
+        adapter: on top of them, or "".
+
+    Raises:
+        PersistWorldError: absent weights, damaged or missing percentiles.
+    """
+    if settings is not None and settings.model.stat_given:
+        return ActionStat.load(resolve_path(settings.model.stat))
+    for source in filter(None, (adapter, ckpt)):
+        if (stat := carried_scale(source)) is not None:
+            return stat
+    if settings is None and not adapter:
+        shipped = (bundled_settings(name) for name in preset_names())
+        known = (own for own in shipped if own.model.stat and ckpt in (own.model.ckpt, own.model.inference))
+        settings = next(known, None)
+    if settings is None or not settings.model.stat:
+        logger.warning(
+            "%s carries no scale of actions, nor does what is written: name it with --preset, or --set model.stat=FILE",
+            adapter or ckpt,
+        )
+        return None
+    return ActionStat.load(resolve_path(settings.model.stat))
+
+
+def _shown(stat: ActionStat | None) -> dict[str, list[float]] | None:
+    return None if stat is None else {"p01": stat.p01.tolist(), "p99": stat.p99.tolist()}
 
 
 def export_adapter(
@@ -121,6 +162,7 @@ def export_adapter(
             fix="name the adapter itself (a run's weights/adapter), or write --to safetensors",
         )
     found = read_adapter(source)
+    stat = export_scale(settings, *((ckpt, adapter) if adapter else ("", ckpt)))
     if adapter and settings is None:
         settings = _settings_of(ckpt)
     why = adapter_misfit(found, settings.model) if settings else ""
@@ -133,7 +175,7 @@ def export_adapter(
     lora = {name: tensor.to(dtype) for name, tensor in found.lora.items()}
     encoder = {name: tensor.to(dtype) for name, tensor in found.encoder.items()}
     _require_finite({**lora, **encoder}, dtype)
-    write_adapter(output, found.config, lora, encoder, force=force)
+    write_adapter(output, found.config, lora, encoder, force=force, stat=stat)
     return {
         "output": str(output),
         "format": "peft",
@@ -142,6 +184,7 @@ def export_adapter(
         "dtype": str(dtype).removeprefix("torch."),
         "bytes": sum(file.stat().st_size for file in output.iterdir()),
         "merged": None,
+        "action_scale": _shown(stat),
     }
 
 

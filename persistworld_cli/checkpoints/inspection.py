@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from persistworld_cli.checkpoints.action_scale import NOTE, noted_scale
 from persistworld_cli.checkpoints.adapters import Adapter, adapter_misfit, adapter_presets, nearest_misfit, read_adapter
 from persistworld_cli.checkpoints.compatibility import (
     fitting_presets,
@@ -25,7 +27,7 @@ from persistworld_cli.checkpoints.sources import WeightSource, locate
 from persistworld_cli.checkpoints.tensor_files import Info, WeightFiles
 from persistworld_cli.config.settings import Settings
 
-MERGED = "merged_adapter"  # in a safetensors file's own notes: SHA-256 of the adapter that was merged into it
+MERGED = "merged_adapter"  # in a weights file's own notes: SHA-256 of the adapter that was merged into it
 _LAYERS = {
     "adapter": "LoRA layers, to be merged into a model",
     "unmerged world model": "LoRA layers beside the weights, not merged",
@@ -42,8 +44,9 @@ def describe(name: str, compare: Settings | None = None) -> dict[str, Any]:
     Returns:
         JSON values: ``kind``, ``path``, ``layers``, ``tensors``, ``parameters``, ``dtypes`` (type -> tensors), ``fits``
         (bundled presets), ``nearest`` (where it fits none: the ``preset`` with most in common, ``misfit``), ``lacks``
-        (parts of those presets that are not in it), ``adapter`` (rank, alpha, targets), ``merged_adapter``, ``parts``
-        and ``files`` (one row each); with `compare`, ``own_preset``: "fits", or why not.
+        (parts of those presets that are not in it), ``adapter`` (rank, alpha, targets), ``merged_adapter``,
+        ``action_scale`` (percentiles that it carries), ``parts`` and ``files`` (one row each); with `compare`,
+        ``own_preset``: "fits", or why not.
 
     Raises:
         PersistWorldError: nothing there, damaged, or tensors of something else.
@@ -63,6 +66,7 @@ def describe(name: str, compare: Settings | None = None) -> dict[str, Any]:
         **(_fit_of_adapter(adapter, compare) if adapter else _fit_of_weights(files, compare)),
         "adapter": _settings_of(adapter),
         "merged_adapter": files.metadata.get(MERGED),
+        "action_scale": json.loads(files.metadata[NOTE]) if noted_scale(files.metadata, name) else None,
         "parts": _parts(files),
         "files": _file_rows(source),
     }

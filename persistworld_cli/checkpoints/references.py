@@ -35,6 +35,11 @@ class ModelRef:
     ckpt: str
     adapter: str = ""
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What the model is made of, the part trained last first, as `action_scale.scale_of` wants it."""
+        return tuple(part for part in (self.adapter, self.ckpt) if part)
+
     def fingerprint(self) -> dict[str, str]:
         """``{"ckpt": sha256, "adapter": sha256}`` of the files that are loaded; "" for none."""
         return {"ckpt": sha256_of(self.ckpt), "adapter": sha256_of(self.adapter)}
@@ -89,12 +94,14 @@ def refs_of_eval(model: ModelSettings, job: Mapping[str, Any]) -> list[ModelRef]
 
     Judged: what the settings say that inference runs (`inference_ref`). Baseline: ``job["baseline"]`` ("base": the
     judged checkpoint without its adapter; ``model.ckpt`` where whole weights are judged; weights; a PEFT folder) and
-    ``job["baseline_adapter"]``; with neither, "base".
+    ``job["baseline_adapter"]``; with neither, "base"; with ``job["alone"]`` none.
 
     Raises:
         UsageError: no weights at all, or a model compared with itself.
     """
     judged = inference_ref(model)
+    if job.get("alone"):
+        return [replace(judged, label=_kind(judged, model))]
     base = ModelRef("", judged.ckpt if judged.adapter else model.ckpt or judged.ckpt)
     named, overlay = job.get("baseline") or "", adapter_name(job.get("baseline_adapter") or "")
     if named and named not in NO_ADAPTER:

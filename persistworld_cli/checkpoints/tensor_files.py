@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from safetensors import safe_open
 
+from persistworld_cli.checkpoints.notes import read_notes
 from persistworld_cli.checkpoints.sources import WeightSource
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.read_files import reading
@@ -69,7 +70,7 @@ class WeightFiles:
 
     Attributes:
         info: name -> shape and type.
-        metadata: what the files say of themselves (safetensors alone can).
+        metadata: what the files say of themselves (`notes`).
 
     Raises:
         PersistWorldError: a damaged file, one that holds no state dict, or a pickle with code in it.
@@ -82,7 +83,7 @@ class WeightFiles:
         self._files: list[_File] = []
         for path, prefix in (entry for source in sources for entry in source.files):
             file = _open(path)
-            self.metadata |= getattr(file, "metadata", {})
+            self.metadata |= read_notes(path)
             for name, info in file.info.items():
                 if not name.endswith(DROPPED):
                     self.info[prefix + name] = info
@@ -124,7 +125,6 @@ class _Safetensors:
     def __init__(self, path: Path) -> None:
         self.path = path
         with safe_open(str(path), "pt") as file:
-            self.metadata: dict[str, str] = file.metadata() or {}
             self.order: list[str] = list(file.offset_keys())
             self.info = {name: self._info(file, name) for name in self.order}
 

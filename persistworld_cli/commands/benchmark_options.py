@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from persistworld_cli.commands.options import COMPILE, Adapter, Common, Compile, Dataset
+from persistworld_cli.commands.options import COMPILE, STRICT, Adapter, Common, Compile, Dataset, StrictActions
 from persistworld_cli.commands.run import episode_list
 from persistworld_cli.config.presets import Pinned, load_settings
 from persistworld_cli.evaluation.benchmarks import load_benchmark
@@ -35,6 +35,7 @@ class BenchmarkRollouts:
     split: Annotated[str | None, typer.Option(help="train or val.")] = None
     batch: Annotated[int | None, typer.Option(help="Rollouts at once.")] = None
     compiled: Compile = False
+    strict_actions: StrictActions = False
 
     def flags(self) -> dict[str, Any]:
         """The settings that the options stand for; `BENCHMARK_NAMES` has their spellings."""
@@ -49,6 +50,7 @@ class BenchmarkRollouts:
             "eval.batch": self.batch,
             "eval.benchmark": self.benchmark,
             COMPILE: self.compiled or None,
+            STRICT: self.strict_actions or None,
         }
 
     def pinned(self, common: Common) -> Pinned | None:

@@ -10,6 +10,7 @@ import typer
 
 from persistworld_cli.commands.options import (
     COMPILE,
+    STRICT,
     Accelerator,
     Adapter,
     Ckpt,
@@ -17,6 +18,7 @@ from persistworld_cli.commands.options import (
     Compile,
     Dataset,
     Seed,
+    StrictActions,
     with_common,
 )
 from persistworld_cli.commands.run import execute
@@ -60,6 +62,7 @@ def command(
     adapter: Adapter = None,
     dataset: Dataset = None,
     compiled: Compile = False,
+    strict_actions: StrictActions = False,
     accelerator: Accelerator = None,
 ) -> None:
     """Drive by keys: each key is one interaction step of 0.8 s; the world model shows what the cameras would see."""
@@ -94,6 +97,7 @@ def command(
         common,
         flags={
             COMPILE: compiled or None,
+            STRICT: strict_actions or None,
             "model.inference": ckpt,
             "model.adapter": adapter,
             "world.dataset": dataset,

@@ -39,6 +39,13 @@ Compile = Annotated[
     ),
 ]
 COMPILE = "launch.compile"  # its setting; `True or None`, so that a preset's stays where the flag is not given
+StrictActions = Annotated[
+    bool,
+    typer.Option(
+        "--strict-actions", help="Refuse a dataset whose poses do not look like those the weights were trained on."
+    ),
+]
+STRICT = "model.strict_actions"  # its setting; `True or None`, as above
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")]
 Accelerator = Annotated[
     str | None,

@@ -8,6 +8,7 @@ import typer
 
 from persistworld_cli.commands.options import (
     COMPILE,
+    STRICT,
     Accelerator,
     Adapter,
     Ckpt,
@@ -15,6 +16,7 @@ from persistworld_cli.commands.options import (
     Compile,
     Dataset,
     Seed,
+    StrictActions,
     with_common,
 )
 from persistworld_cli.commands.run import execute
@@ -61,6 +63,7 @@ def command(
     adapter: Adapter = None,
     dataset: Dataset = None,
     compiled: Compile = False,
+    strict_actions: StrictActions = False,
     accelerator: Accelerator = None,
 ) -> None:
     """Let a policy act in the world model: it sees the predicted cameras and answers with joint velocities."""
@@ -69,6 +72,7 @@ def command(
         common,
         flags={
             COMPILE: compiled or None,
+            STRICT: strict_actions or None,
             "model.inference": ckpt,
             "model.adapter": adapter,
             "world.dataset": dataset,

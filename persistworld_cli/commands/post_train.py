@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from persistworld_cli.commands.options import (
+    STRICT,
     TRACKER_FLAG,
     Accelerator,
     Ckpt,
@@ -15,6 +16,7 @@ from persistworld_cli.commands.options import (
     Resume,
     ResumeFrom,
     Seed,
+    StrictActions,
     Tracker,
     WithChanges,
     resuming,
@@ -52,6 +54,7 @@ def command(
     resume: Resume = True,
     resume_from: ResumeFrom = None,
     with_changes: WithChanges = False,
+    strict_actions: StrictActions = False,
     accelerator: Accelerator = None,
 ) -> None:
     """Post-train on own rollouts: draw continuations, score them against the record, learn from the best and worst."""
@@ -60,6 +63,7 @@ def command(
         "post-train",
         common,
         flags={
+            STRICT: strict_actions or None,
             **start,
             "world.dataset": dataset,
             "post_train.updates": updates,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from persistworld_cli.commands.options import (
+    STRICT,
     TRACKER_FLAG,
     Accelerator,
     Ckpt,
@@ -15,6 +16,7 @@ from persistworld_cli.commands.options import (
     Resume,
     ResumeFrom,
     Seed,
+    StrictActions,
     Tracker,
     WithChanges,
     resuming,
@@ -53,6 +55,7 @@ def command(
     resume: Resume = True,
     resume_from: ResumeFrom = None,
     with_changes: WithChanges = False,
+    strict_actions: StrictActions = False,
     accelerator: Accelerator = None,
 ) -> None:
     """Train the world model on recorded clips (teacher forcing), or its VAE on recorded pictures."""
@@ -64,6 +67,7 @@ def command(
         "pretrain-vae" if part == "vae" else "pretrain",
         common,
         flags={
+            STRICT: strict_actions or None,
             **start,
             "world.dataset": dataset,
             f"{table}.updates": updates,

@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from persistworld_cli.commands.options import COMPILE, Accelerator, Common, Compile, Dataset, with_common
+from persistworld_cli.commands.options import (
+    COMPILE,
+    STRICT,
+    Accelerator,
+    Common,
+    Compile,
+    Dataset,
+    StrictActions,
+    with_common,
+)
 from persistworld_cli.commands.run import execute
 
 EXAMPLES = (
@@ -36,6 +45,7 @@ def command(
     dataset: Dataset = None,
     split: Annotated[str | None, typer.Option(help="Split to look for the episode in: train or val.")] = None,
     compiled: Compile = False,
+    strict_actions: StrictActions = False,
     accelerator: Accelerator = None,
 ) -> None:
     """Replay recorded actions: prediction over record as mp4, contact sheet and numbers for every step."""
@@ -44,6 +54,7 @@ def command(
         common,
         flags={
             COMPILE: compiled or None,
+            STRICT: strict_actions or None,
             "world.dataset": dataset,
             "eval.split": split,
             "eval.steps": steps,

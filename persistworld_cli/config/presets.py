@@ -71,11 +71,12 @@ class Pinned:
 
 @dataclass(frozen=True)
 class _Value:
-    """A value on its way into the settings: where it was written, for messages, and the layer's name."""
+    """A value on its way into the settings: the layer's name, and where it was written, for messages."""
 
     value: Any
     origin: str
     where: str
+    shipped: bool = False  # by a preset of this program
 
 
 def preset_names() -> list[str]:
@@ -127,10 +128,19 @@ def load_settings(
         spelling = (flag_names or {}).get(key) or "--" + key.rpartition(".")[2].replace("_", "-")
         layers[key] = _Value(_typed(key, value, spelling), spelling, spelling)
     _leave_out_weights(layers, below)
+    _note_given_stat(layers)
     origin = dict.fromkeys(flatten(Settings()), "default") | {key: v.origin for key, v in layers.items()}
     settings = _build({key: v.value for key, v in layers.items()})
     check(settings, {key: v.where for key, v in layers.items()})
     return Resolved(settings=settings, origin=origin, preset=name, implied=preset is None)
+
+
+def _note_given_stat(layers: dict[str, _Value]) -> None:
+    """Remember whether the user named the percentiles: weights that carry their own go before a shipped preset's."""
+    stat = layers.get("model.stat")
+    said = layers.get("model.stat_given")  # a file with every setting says both
+    if stat is not None and stat.value and not stat.shipped and (said is None or said.origin != stat.origin):
+        layers["model.stat_given"] = _Value(True, f"model.stat, {stat.origin}", stat.where)
 
 
 def flatten(settings: Settings) -> dict[str, Any]:
@@ -235,13 +245,14 @@ def _read_preset(name: str, layers: dict[str, _Value], chain: tuple[Path, ...]) 
         beside = path.parent / parent
         _read_preset(str(beside) if beside.is_file() else parent, layers, (*chain, path))
     below = dict(layers)
-    label = f"preset {name}" if path.parent == (bundled_root() / "presets").resolve() else f"preset {path}"
+    shipped = path.parent == (bundled_root() / "presets").resolve()
+    label = f"preset {name}" if shipped else f"preset {path}"
     for table, entries in data.items():
         if table in _META_KEYS:
             continue
         for key, value in _dotted(table, entries, _place(path, text, "", table)):
             where = _place(path, text, table, key.partition(".")[2])
-            layers[key] = _Value(_typed(key, value, where), label, where)
+            layers[key] = _Value(_typed(key, value, where), label, where, shipped)
     _leave_out_weights(layers, below)
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from persistworld_cli.checkpoints.action_scale import weights_stores
 from persistworld_cli.checkpoints.adapters import require_adapter
 from persistworld_cli.checkpoints.compatibility import parts_of, require_fit, shapes_of
 from persistworld_cli.checkpoints.references import ModelRef, refs_of_eval
 from persistworld_cli.checkpoints.sources import PARTS, locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
 from persistworld_cli.config.settings import EvalSettings, Settings
-from persistworld_cli.data.clips.store import EpisodeStore, open_store
+from persistworld_cli.data.clips.store import ActionStat, EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.evaluation.action_following import partners, wrong_kinds
 from persistworld_cli.evaluation.benchmarks import Benchmark, load_benchmark
@@ -39,6 +40,7 @@ class Plan:
 
     Attributes:
         store: the dataset.
+        scales: model -> the percentiles that its poses are scaled by.
         items: the rollouts, episodes first.
         models: the baseline, and what is compared with it.
         scorer, judging: metrics, on the device.
@@ -51,6 +53,7 @@ class Plan:
     """
 
     store: EpisodeStore
+    scales: dict[str, ActionStat]
     items: list[Item]
     models: list[ModelRef]
     scorer: Scorer
@@ -63,8 +66,12 @@ class Plan:
     fingerprints: dict[str, dict[str, str]]
 
 
-def make_plan(settings: Settings, job: Mapping[str, Any], output: Path, device: torch.device) -> Plan:
+def make_plan(
+    settings: Settings, job: Mapping[str, Any], output: Path, device: torch.device, *, quiet: bool = False
+) -> Plan:
     """Resolve and check everything: dataset, episodes, starts, masks, metrics, weights, a result to compare with.
+
+    ``quiet`` says nothing about actions (ranks other than 0).
 
     Raises:
         PersistWorldError: whatever of these is wrong.
@@ -85,14 +92,25 @@ def make_plan(settings: Settings, job: Mapping[str, Any], output: Path, device: 
     if other := job.get("compare"):
         require_same(load_result(other)["protocol"], jsonable(protocol), f"this run and {other}")
     require_weights(settings, store, items, models)
+    stores = stores_of_models(settings, store, items, models, quiet=quiet)
     prints = {ref.label: ref.fingerprint() for ref in models}
-    folders, wrong = _folders(settings, store, protocol, items, models, prints, output / "rollouts", device)
-    return Plan(store, items, models, scorer, judging, video_net, protocol, stamp, folders, wrong, prints)
+    folders, wrong = _folders(settings, stores, protocol, items, models, prints, output / "rollouts", device)
+    scales = {label: own.stat() for label, own in stores.items()}
+    return Plan(store, scales, items, models, scorer, judging, video_net, protocol, stamp, folders, wrong, prints)
+
+
+def stores_of_models(
+    settings: Settings, store: EpisodeStore, items: Sequence[Item], models: Sequence[ModelRef], *, quiet: bool = False
+) -> dict[str, EpisodeStore]:
+    """Label -> the dataset with the percentiles of that model (`weights_stores`); raises as that."""
+    own, episodes = [ref.parts for ref in models], [item.episode for item in items]
+    stores = weights_stores(settings, store, own, split=settings.eval.split, episodes=episodes, quiet=quiet)
+    return {ref.label: one for ref, one in zip(models, stores, strict=True)}
 
 
 def _folders(
     settings: Settings,
-    store: EpisodeStore,
+    stores: Mapping[str, EpisodeStore],
     protocol: Mapping[str, Any],
     items: list[Item],
     models: list[ModelRef],
@@ -101,8 +119,9 @@ def _folders(
     device: torch.device,
 ) -> tuple[dict[str, Path], dict[str, dict[str, Path]]]:
     """Where finished rollouts lie, by the hash of all that they hang on; made."""
-    same = rollout_identity(protocol, store, settings.model)
-    names = {ref.label: hash_of([same, prints[ref.label], device.type]) for ref in models}
+    of_model = {ref.label: rollout_identity(protocol, stores[ref.label], settings.model) for ref in models}
+    same = of_model[models[0].label]
+    names = {ref.label: hash_of([of_model[ref.label], prints[ref.label], device.type]) for ref in models}
     folders = {
         FLOOR: root / f"floor-{hash_of(same)}",
         **{label: root / f"model-{name}" for label, name in names.items()},

@@ -80,7 +80,10 @@ def describe_sampling(sampling: SamplingSettings) -> dict[str, Any]:
 
 
 def rollout_identity(protocol: Mapping[str, Any], store: EpisodeStore, model: ModelSettings) -> dict[str, Any]:
-    """What a finished rollout hangs on beside the weights: more episodes later keep what is done."""
+    """What a finished rollout hangs on beside the weights: more episodes later keep what is done.
+
+    ``store`` has the percentiles of the weights (`action_scale.weights_stores`).
+    """
     stat = store.stat()
     same = {key: value for key, value in protocol.items() if key not in _OF_ALL}
     network = {key: value for key, value in asdict(model).items() if key not in _BY_CONTENT}

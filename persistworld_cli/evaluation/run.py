@@ -52,26 +52,13 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     """
     processes = PartialState(cpu=settings.launch.device == "cpu")
     output = Path(job["output"])
-    plan = make_plan(settings, job, output, processes.device)
+    plan = make_plan(settings, job, output, processes.device, quiet=not processes.is_main_process)
     if processes.is_main_process and (text := subset_note(plan.benchmark)):
         note(text)
     study = _plan_study(settings, job, plan) if processes.is_main_process else None
-    work = batches(plan.items, settings.eval.batch)[processes.process_index :: processes.num_processes]
-    tell_finished([*plan.folders.values(), *(f for own in plan.wrong.values() for f in own.values())], plan.items)
-    for index, ref in enumerate(plan.models):
-        todo = _todo(plan, ref, work)
-        references = pending(plan.folders[CEILING], work) if index == 0 else []
-        if not any(todo.values()) and not references:
-            continue
-        model = _load(settings, ref, processes.device)
-        _score_references(settings, plan, model, references, not processes.is_main_process)
-        for kind, items in todo.items():
-            _score_model(settings, plan, model, ref, kind, items, not processes.is_main_process)
-        del model
-    processes.wait_for_everyone()
-    if not processes.is_main_process:
+    data = measure(settings, plan, processes)
+    if data is None:
         return {}
-    data = _collect(settings, plan, processes.device)
     sources = {ref.label: ref.ckpt for ref in plan.models}
     bare = cache(lambda ckpt: _load(settings, ModelRef("", ckpt), processes.device))  # an adapter leaves the VAE alone
 
@@ -94,6 +81,25 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
             lambda item: data.draw(item, plan.store, painter),
         )
     return summary
+
+
+def measure(settings: Settings, plan: Plan, processes: PartialState) -> EvalData | None:
+    """Roll out and score what is not there yet, this process's share of it; all of it on rank 0, None on the others."""
+    work = batches(plan.items, settings.eval.batch)[processes.process_index :: processes.num_processes]
+    tell_finished([*plan.folders.values(), *(f for own in plan.wrong.values() for f in own.values())], plan.items)
+    quiet = not processes.is_main_process
+    for index, ref in enumerate(plan.models):
+        todo = _todo(plan, ref, work)
+        references = pending(plan.folders[CEILING], work) if index == 0 else []
+        if not any(todo.values()) and not references:
+            continue
+        model = _load(settings, ref, processes.device)
+        _score_references(settings, plan, model, references, quiet)
+        for kind, items in todo.items():
+            _score_model(settings, plan, model, ref, kind, items, quiet)
+        del model
+    processes.wait_for_everyone()
+    return _collect(settings, plan, processes.device) if processes.is_main_process else None
 
 
 def _todo(plan: Plan, ref: ModelRef, work: Sequence[Sequence[Item]]) -> dict[str, list[Item]]:
@@ -128,10 +134,15 @@ def _collect(settings: Settings, plan: Plan, device: torch.device) -> EvalData:
 
 def _models(plan: Plan) -> list[dict[str, Any]]:
     """Labels, paths and hashes of what is compared, and the percentiles that actions were scaled by."""
-    stat = plan.store.stat()
-    scale = [stat.p01.tolist(), stat.p99.tolist()]
+    scales = {label: [stat.p01.tolist(), stat.p99.tolist()] for label, stat in plan.scales.items()}
     return [
-        {"label": ref.label, "ckpt": ref.ckpt, "adapter": ref.adapter, **_sha(plan, ref), "state_percentiles": scale}
+        {
+            "label": ref.label,
+            "ckpt": ref.ckpt,
+            "adapter": ref.adapter,
+            **_sha(plan, ref),
+            "state_percentiles": scales[ref.label],
+        }
         for ref in plan.models
     ]
 
@@ -163,7 +174,7 @@ def _score_model(
     if kind:
         commands = commands_of(kind, plan.store, ev.split, plan.items, steps, settings.model.num_frames)
     folder = plan.wrong[ref.label][kind] if kind else plan.folders[ref.label]
-    engine = RolloutEngine(model, settings.sampling, plan.store.stat())
+    engine = RolloutEngine(model, settings.sampling, plan.scales[ref.label])
     what = f"eval: {ref.label}" + (f", {kind} actions" if kind else "")
     with Meter(what, -(-len(todo) // ev.batch) * steps, quiet=quiet) as meter:
         for rollout in iter_closed_loop(

@@ -19,9 +19,9 @@ from persistworld_cli.checkpoints.references import ModelRef, refs_of_eval
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import note
 from persistworld_cli.cost.interaction import count_interaction, meta_model
-from persistworld_cli.data.clips.store import EpisodeStore, open_store
+from persistworld_cli.data.clips.store import ActionStat, EpisodeStore, open_store
 from persistworld_cli.evaluation.benchmarks import load_benchmark
-from persistworld_cli.evaluation.plan import eval_items, make_judging, require_weights, subset_note
+from persistworld_cli.evaluation.plan import eval_items, make_judging, require_weights, stores_of_models, subset_note
 from persistworld_cli.evaluation.protocol import (
     check_metrics,
     describe_sampling,
@@ -46,11 +46,12 @@ from persistworld_cli.rollout.scoring import SHOWN, Judging
 
 @dataclass(frozen=True)
 class Tried:
-    """A setting, the weights that are sampled with it, their hashes, and the folder of its finished rollouts."""
+    """A setting, the weights that are sampled with it, their hashes and percentiles, the folder of its rollouts."""
 
     setting: Setting
     ref: ModelRef
     prints: dict[str, str] = field(hash=False)
+    stat: ActionStat = field(hash=False, compare=False)
     folder: Path
 
 
@@ -99,7 +100,7 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     target = Path(job["write_preset"]) if job.get("write_preset") else None
     if target:
         require_writable(target)
-    plan = make_plan(settings, job, output, processes.device)
+    plan = make_plan(settings, job, output, processes.device, quiet=not processes.is_main_process)
     if processes.is_main_process and (text := subset_note(plan.benchmark)):
         note(text)
     work = batches(plan.items, settings.eval.batch)[processes.process_index :: processes.num_processes]
@@ -127,8 +128,10 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def make_plan(settings: Settings, job: Mapping[str, Any], output: Path, device: torch.device) -> Plan:
-    """Resolve and check everything before anything is computed; raises as `run`."""
+def make_plan(
+    settings: Settings, job: Mapping[str, Any], output: Path, device: torch.device, *, quiet: bool = False
+) -> Plan:
+    """Resolve and check everything before anything is computed; raises as `run`. ``quiet``: as for an evaluation."""
     reference, grid = make_grid(settings, job)
     store = open_store(settings)
     items = eval_items(store, settings, partly=True)
@@ -141,17 +144,20 @@ def make_plan(settings: Settings, job: Mapping[str, Any], output: Path, device: 
         check_metrics(benchmark.metrics, protocol["metrics"], str(benchmark.path))
     refs = refs_of_eval(settings.model, {"baseline": job.get("baseline")})
     slow, judged = refs[0] if job.get("baseline") else refs[-1], refs[-1]
-    require_weights(settings, store, items, list(dict.fromkeys((slow, judged))))
+    weights = list(dict.fromkeys((slow, judged)))
+    require_weights(settings, store, items, weights)
+    stores = stores_of_models(settings, store, items, weights, quiet=quiet)
     if slow != judged:
         reference = replace(reference, name=f"{reference.name} of {slow.label}")
 
     def tried(setting: Setting, ref: ModelRef, prints: dict[str, str]) -> Tried:
+        own = stores[ref.label]
         asked = protocol | {"sampling": describe_sampling(setting.sampling)}
-        same = rollout_identity(asked, store, settings.model)
+        same = rollout_identity(asked, own, settings.model)
         folder = output / "rollouts" / f"setting-{hash_of([same, prints, device.type])}"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        return Tried(setting, ref, prints, folder)
+        return Tried(setting, ref, prints, own.stat(), folder)
 
     first, prints = tried(reference, slow, slow.fingerprint()), judged.fingerprint()
     each = [tried(setting, judged, prints) for setting in grid]
@@ -176,7 +182,7 @@ def _roll_out(
             begun = meter.done
             for rollout in iter_closed_loop(
                 model,
-                RolloutEngine(model, one.setting.sampling, plan.store.stat()),
+                RolloutEngine(model, one.setting.sampling, one.stat),
                 plan.store,
                 items,
                 split=ev.split,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from persistworld_cli.checkpoints.references import load_model
+from persistworld_cli.checkpoints.action_scale import weights_stores
+from persistworld_cli.checkpoints.references import inference_ref, load_model
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError
@@ -55,7 +56,9 @@ def open_session(settings: Settings, job: dict[str, Any]) -> DriveSession:
     """The drive that job and settings name, at its start. Raises as `run`."""
     store = open_store(settings)
     start = _find_start(settings, job, store)
-    store.stat()  # missing metadata should be told before the weights are read
+    # missing percentiles should be told before the weights are read
+    parts = inference_ref(settings.model).parts
+    (store,) = weights_stores(settings, store, [parts], split=start.split, episodes=[start.item.episode])
     return DriveSession(LivingWorld(load_model(settings), store, [start], settings), start, settings)
 
 

@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from numpy.typing import NDArray
 
+from persistworld_cli.checkpoints.action_scale import weights_stores
 from persistworld_cli.checkpoints.loading import load_for_sampling
 from persistworld_cli.checkpoints.references import ModelRef, refs_of_replay
 from persistworld_cli.config.settings import Settings
@@ -55,8 +56,11 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     scorer = Scorer(settings.rewards, settings.world, device, names=SHOWN)
     seen: dict[Item, dict[str, Rollout]] = {item: {} for item in items}
     drawn: dict[Item, dict[str, NDArray[np.uint8]]] = {item: {} for item in items}
-    for ref in refs:
-        _roll_out(settings, store, ref, items, steps, scorer, device, seen, drawn)
+    episodes = [item.episode for item in items]
+    models = [ref.parts for ref in refs]
+    stores = weights_stores(settings, store, models, split=split, episodes=episodes)
+    for ref, own in zip(refs, stores, strict=True):
+        _roll_out(settings, own, ref, items, steps, scorer, device, seen, drawn)
     return _write(settings, store, items, steps, refs, scorer, seen, drawn, output)
 
 
@@ -93,7 +97,7 @@ def _roll_out(
 ) -> None:
     """One model's rollouts into ``seen`` (scores) and ``drawn`` (frames)."""
     model = load_for_sampling(settings, ckpt=ref.ckpt, adapter=ref.adapter, device=device)
-    engine = RolloutEngine(model, settings.sampling, store.stat())
+    engine = RolloutEngine(model, settings.sampling, store.stat())  # of this model: `weights_stores`
     batches = -(-len(items) // settings.eval.batch)
     split = settings.eval.split
     with Meter(f"replay: {ref.label}", batches * steps) as meter:

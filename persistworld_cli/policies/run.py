@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from persistworld_cli.checkpoints.references import load_model
+from persistworld_cli.checkpoints.action_scale import weights_stores
+from persistworld_cli.checkpoints.references import inference_ref, load_model
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import PolicySettings, Settings
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
@@ -99,7 +100,11 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     store = open_store(settings)
     plan = make_plan(settings, job, store)
     court = _court(settings, job, plan)
-    store.stat()  # missing metadata should be told before the weights are read
+    # missing percentiles should be told before the weights are read
+    parts = inference_ref(settings.model).parts
+    first = plan.starts[0].split
+    episodes = [start.item.episode for start in plan.starts if start.split == first]
+    (store,) = weights_stores(settings, store, [parts], split=first, episodes=episodes)
     output = Path(job["output"])
     gathered = _roll_all(settings, job, store, plan, court, output)
     result = _summary(settings, plan, court, gathered, output)

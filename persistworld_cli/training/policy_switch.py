@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from persistworld_cli.checkpoints.adapters import write_adapter
+from persistworld_cli.data.metadata.index import ActionStat
 from persistworld_cli.models.cpu.hook import speed_up_adapters
 from persistworld_cli.models.world_model import WorldModel
 
@@ -125,8 +126,10 @@ class PolicySwitch:
             encoder = {k.removeprefix("action_encoder."): v for k, v in tensors.items() if k.startswith("action_enc")}
             self.encoders[name].load_state_dict(encoder)
 
-    def save_adapter(self, folder: Path, policy: str = "old") -> None:
-        """Write a policy as a PEFT folder with `action_encoder.safetensors` beside, whole or not at all."""
+    def save_adapter(self, folder: Path, policy: str = "old", stat: ActionStat | None = None) -> None:
+        """Write a policy as a PEFT folder with `action_encoder.safetensors` beside, whole or not at all; see
+        `write_adapter`.
+        """
         lora = get_peft_model_state_dict(self.model.unet, adapter_name=policy)
         named = {f"base_model.model.{name}": tensor for name, tensor in lora.items()}
-        write_adapter(folder, self.config, named, self.encoders[policy].state_dict(), force=True)
+        write_adapter(folder, self.config, named, self.encoders[policy].state_dict(), force=True, stat=stat)

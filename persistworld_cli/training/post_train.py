@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from persistworld_cli.checkpoints.action_scale import scale_note, weights_stores
 from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.checkpoints.tensor_writing import save_torch
 from persistworld_cli.config.settings import PostTrainSettings, Settings
@@ -55,6 +56,9 @@ class PostTrainer:
         self.settings, self.options, self.work = settings, settings.post_train, work
         options = self.options
         self.share = Share.of(options, work.rank, work.world)
+        weights = [*work.resumed_from, settings.model.ckpt]
+        (store,) = weights_stores(settings, open_store(settings), [weights], split="train", quiet=not work.main)
+        work.notes |= scale_note(store.stat())
         self.model = load_world_model(
             settings.model, settings.world, ckpt=settings.model.ckpt, adapter="", device=work.device
         )
@@ -70,8 +74,8 @@ class PostTrainer:
         )
         # in float32 a merged adapter changes less than 1e-6; in bfloat16 policies that are compared are computed alike
         self.exact = work.device.type == "cpu" and work.accelerator.mixed_precision == "no"
-        store = open_store(settings)
-        self.engine = RolloutEngine(self.model, settings.sampling, store.stat())
+        self.stat = store.stat()
+        self.engine = RolloutEngine(self.model, settings.sampling, self.stat)
         self.scorer = Scorer(settings.rewards, settings.world, work.device)
         self.maker = CandidateMaker(self.engine, store, self.scorer, options)
         held = partial(HeldOut, settings, self.engine, store, work, batch=options.micro_batch * 4)
@@ -288,7 +292,7 @@ def _train(options: PostTrainSettings, trainer: PostTrainer, work: Run) -> dict[
                 break
     adapter = work.output / "weights" / "adapter"
     if work.main:  # of a finished run too, whose files keep their hash: one stopped in its last update has an old one
-        trainer.switch.save_adapter(adapter, "old")
+        trainer.switch.save_adapter(adapter, "old", trainer.stat)
     if work.main:
         training_curves(work.output / "curves.png", title, work.history(), POST_TRAIN_PANELS)
     if collapsed:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from persistworld_cli.checkpoints.action_scale import check_poses, scale_note, scale_of
 from persistworld_cli.checkpoints.loading import FRESH, load_vae, load_world_model, open_carried
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
 from persistworld_cli.checkpoints.tensor_writing import save_safetensors
@@ -19,7 +20,7 @@ from persistworld_cli.config.settings import PretrainSettings, Settings
 from persistworld_cli.config.weight_names import adapter_name
 from persistworld_cli.data.clips.loader import ClipLoader
 from persistworld_cli.data.clips.mixture import ClipMixture, open_clips
-from persistworld_cli.data.clips.store import open_store
+from persistworld_cli.data.clips.store import ActionStat, EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.world_model import WorldModel, build_world_model
 from persistworld_cli.objective.denoising import batch_loss
@@ -62,20 +63,23 @@ def trained_parameters(model: WorldModel, options: PretrainSettings) -> list[tor
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def save_weights(model: WorldModel, folder: Path, carried: WeightFiles | None = None) -> Path:
+def save_weights(
+    model: WorldModel, folder: Path, carried: WeightFiles | None = None, stat: ActionStat | None = None
+) -> Path:
     """All parts as one safetensors file under Ctrl-World's names, whole or not at all.
 
     Args:
         model: what was trained.
         folder: where the file goes.
         carried: what the checkpoint it began from holds beside (an image encoder), taken over as it is.
+        stat: the percentiles that actions are scaled by, which the file then carries.
 
     Raises:
         CannotWrite: the disk is full or closed to us.
     """
     path = folder / "model.safetensors"
     own = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    save_safetensors(path, {**own, **(carried.load() if carried else {})}, fix=GO_ON)
+    save_safetensors(path, {**own, **(carried.load() if carried else {})}, scale_note(stat), GO_ON)
     return path
 
 
@@ -86,19 +90,26 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     """
     clips = settings.clips
     with Run.of(settings, settings.pretrain, job) as work:
-        train = open_clips(settings)
-        val = open_clips(settings, "val") if open_store(settings).episodes("val") else None
+        own = settings.model
+        begun_from = [] if job.get("scratch") else [adapter_name(own.adapter), own.ckpt]
+        store = open_store(settings)
+        scale = scale_of(settings, store, [*work.resumed_from, *begun_from], quiet=not work.main)
+        store = store.scaled_by(scale.stat)
+        train = open_clips(settings, stat=scale.stat)
+        for source in train.sources:
+            check_poses(settings, source.store, scale, split=source.split, quiet=not work.main)
+        val = open_clips(settings, "val", scale.stat) if store.episodes("val") else None
+        work.notes |= scale_note(scale.stat)
         if work.main:
-            scale = settings.model.stat or settings.world.dataset
-            logger.info("clips: %s; actions scaled by the percentiles of %s", train.describe(), scale)
+            logger.info("clips: %s; scale of actions: %s", train.describe(), scale.origin)
         share = settings.pretrain.batch // work.world
         # before the model is here: its workers are copies of this process
         with ClipLoader(train, share, workers=clips.workers, ahead=clips.ahead) as loader:
-            return _train(settings, job, work, loader, val)
+            return _train(settings, job, work, loader, val, store)
 
 
 def _train(
-    settings: Settings, job: dict[str, Any], work: Run, loader: ClipLoader, val: ClipMixture | None
+    settings: Settings, job: dict[str, Any], work: Run, loader: ClipLoader, val: ClipMixture | None, store: EpisodeStore
 ) -> dict[str, Any]:
     """The training loop."""
     options = settings.pretrain
@@ -116,7 +127,7 @@ def _train(
         by_adamw=inputs_and_outputs(model),
     )
     average = WeightAverage(parameters, options.ema)
-    checks = PretrainChecks(settings, model, val, parameters, average, work)
+    checks = PretrainChecks(settings, model, val, parameters, average, work, store)
     begun = restore(work, parameters, optimizers, average, checks)
     checks.begin()
     batches = loader.batches(options.seed, begun * options.accumulate, work.rank, work.world)
@@ -161,7 +172,7 @@ def _train(
     average.copy_to(parameters)
     weights = work.output / "weights" / "model.safetensors"
     if work.main:
-        save_weights(model, weights.parent, carried)
+        save_weights(model, weights.parent, carried, store.stat())
         training_curves(work.output / "curves.png", title, work.history(), PRETRAIN_PANELS)
     return {"updates": options.updates, "loss": loss.item(), "val_loss": final, "weights": str(weights)}
 

@@ -11,7 +11,7 @@ import torch
 
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.mixture import ClipMixture
-from persistworld_cli.data.clips.store import open_store
+from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.objective.denoising import batch_loss
@@ -35,6 +35,7 @@ class PretrainChecks:
         parameters: those that learn.
         average: their average.
         work: the run.
+        store: the dataset, with the percentiles that actions are scaled by.
 
     Raises:
         PersistWorldError: rollouts are asked for, and the split has no episodes.
@@ -48,6 +49,7 @@ class PretrainChecks:
         parameters: list[torch.nn.Parameter],
         average: WeightAverage,
         work: Run,
+        store: EpisodeStore,
     ) -> None:
         self.settings, self.options, self.work = settings, settings.pretrain, work
         self.model, self.val, self.parameters, self.average = model, val, parameters, average
@@ -55,7 +57,6 @@ class PretrainChecks:
         self.videos: SampleVideos | None = None
         options = self.options
         if options.check_every or options.video_every:
-            store = open_store(settings)
             engine = RolloutEngine(model, settings.sampling, store.stat())
             held = partial(HeldOut, settings, engine, store, work, steps=options.check_steps, batch=TOGETHER)
             if options.check_every:

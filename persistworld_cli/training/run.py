@@ -86,6 +86,7 @@ class Run:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         self._stop = False
+        self.notes: dict[str, str] = {}  # for every saved state, as other weights files have them
         self._trackers: Trackers | None = None
         with writing(self.output):
             self.output.mkdir(parents=True, exist_ok=True)
@@ -172,7 +173,7 @@ class Run:
             return None
         folder = self.output / "state" / f"step-{step:08d}"
         with whole_folder(folder, GO_ON) as partial:
-            save_torch(partial / STATE, {"step": step, **state}, GO_ON)
+            save_torch(partial / STATE, {"step": step, **state}, self.notes, GO_ON)
         for old in self.states()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
         return folder
@@ -194,6 +195,11 @@ class Run:
     def states(self) -> list[Path]:
         """Whole saved states, oldest first."""
         return states_of(self.output)
+
+    @property
+    def resumed_from(self) -> list[str]:
+        """The state that `load` will read, if there is one: the first of what the weights are made of."""
+        return [str(state / STATE) for state in self.states()[-1:]]
 
     def load(self) -> dict[str, Any] | None:
         """The latest saved state; None where there is none yet.

@@ -10,7 +10,10 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from persistworld_cli.checkpoints.notes import read_notes
+from persistworld_cli.checkpoints.tensor_writing import save_safetensors
 
 
 def main(source: Path, folder: Path, vae: Path | None = None) -> None:
@@ -24,7 +27,7 @@ def main(source: Path, folder: Path, vae: Path | None = None) -> None:
         raise SystemExit(f"not finite in float16: {bad[:3]}")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.safetensors"
-    save_file(tensors, str(path))
+    save_safetensors(path, tensors, read_notes(source))  # the scale of actions among them
     parts: Counter[str] = Counter()
     for name, tensor in tensors.items():
         parts[name.split(".")[0]] += tensor.numel()

@@ -20,7 +20,7 @@ from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.batch_memory import BatchMemory
 from persistworld_cli.data.clips.clips import ClipSource
 from persistworld_cli.data.clips.order import Order
-from persistworld_cli.data.clips.store import EpisodeStore, open_store
+from persistworld_cli.data.clips.store import ActionStat, EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError, UsageError
 
 _STREAM = 0xC11B  # keeps these random numbers apart from others drawn with the same seed
@@ -135,18 +135,18 @@ class ClipMixture:
                     )
 
 
-def open_clips(settings: Settings, split: str = "train") -> ClipMixture:
+def open_clips(settings: Settings, split: str = "train", stat: ActionStat | None = None) -> ClipMixture:
     """The clips that settings name: for training ``clips.datasets`` with their weights; else ``world.dataset`` alone.
 
-    All are normalised by the percentiles of ``world.dataset`` (or of ``model.stat``), whatever the mixture:
-    evaluation, replay, driving and post-training normalise by the same.
+    All are normalised by the same percentiles, whatever the mixture: ``stat``, else those of ``model.stat`` or of
+    ``world.dataset``. Evaluation, replay, driving and post-training normalise by the same.
 
     Raises:
         PersistWorldError: a dataset is missing, has no metadata or does not fit to the others.
     """
     own = settings.world.dataset
     shares = training_shares(settings) if split == "train" else {own: 1.0}
-    stat = open_store(settings).stat()
+    stat = stat or open_store(settings).stat()
     model = settings.model
     sources = [
         ClipSource(

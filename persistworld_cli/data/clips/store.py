@@ -12,6 +12,7 @@ h = V * h1 (cameras stacked along height in their order), w latent width, N fram
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ class EpisodeStore:
         self.root = Path(root)
         self.meta = Path(meta) if meta else self.root / "meta"
         self._stat = stat or self.meta / "stat.json"
+        self._scale: ActionStat | None = None
         if not (self.root / "annotation").is_dir():
             raise PersistWorldError(
                 "no processed dataset here (folder annotation/ is missing)",
@@ -160,13 +162,23 @@ class EpisodeStore:
         return np.stack([video.read_frames(folder / f"{c}.mp4", frame_ids) for c in cameras], axis=1)
 
     def stat(self) -> ActionStat:
-        """Percentiles of the training states: build-meta's, or Ctrl-World's own where the dataset has only those."""
+        """Percentiles that actions are scaled by: those of `scaled_by`, of the constructor's file, of build-meta, or
+        Ctrl-World's own where the dataset has only those.
+        """
+        if self._scale is not None:
+            return self._scale
         path = self._stat
         theirs = sorted((self.root / "meta_info").glob("*/stat.json"))
         if path != self.meta / "stat.json" or path.is_file() or len(theirs) != 1:
             return ActionStat.load(path)
         _LOG.info("no %s: taking Ctrl-World's percentiles from %s", path, theirs[0])
         return ActionStat.load(theirs[0])
+
+    def scaled_by(self, stat: ActionStat) -> EpisodeStore:
+        """The same dataset with the percentiles of some weights."""
+        other = copy.copy(self)
+        other._scale = stat
+        return other
 
     def index(self, split: str) -> EpisodeIndex:
         """The index of a split, from build-meta.
@@ -192,7 +204,7 @@ class EpisodeStore:
 
 
 def open_store(settings: Settings) -> EpisodeStore:
-    """The dataset that the settings name, with the percentiles that they name.
+    """The dataset that the settings name, with the percentiles that they name; for weights, see `weights_stores`.
 
     Raises:
         UsageError: they name none.

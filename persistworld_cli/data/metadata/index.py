@@ -87,12 +87,16 @@ class ActionStat:
             )
         what = "unreadable percentiles"
         with reading(what, path, REBUILD):
-            data = read_json(path, what, REBUILD)
-            p01, p99 = (np.asarray(data[key], dtype=np.float64) for key in ("state_01", "state_99"))
+            return cls.of(read_json(path, what, REBUILD))
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> ActionStat:
+        """From the content of a stat.json. Raises ValueError, KeyError or TypeError where that is another."""
+        p01, p99 = (np.asarray(data[key], dtype=np.float64) for key in ("state_01", "state_99"))
         if p01.shape != p99.shape or p01.ndim != 1 or not p01.size:
-            raise PersistWorldError("state_01 and state_99 differ in shape", where=str(path), fix=REBUILD)
+            raise ValueError("state_01 and state_99 differ in shape")
         if not np.isfinite([p01, p99]).all():
-            raise PersistWorldError("the percentiles hold values that are no numbers", where=str(path), fix=REBUILD)
+            raise ValueError("the percentiles hold values that are no numbers")
         return cls(p01, p99)
 
 

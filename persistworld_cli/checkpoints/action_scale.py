@@ -1,0 +1,301 @@
+"""The scale of actions belongs to the weights: written into every weights file, read with it, held against the data.
+
+Weights expect poses scaled by the 1st and 99th percentiles of the states that they were trained on (method.md 1). Which
+percentiles a command uses is decided here, and nowhere else (`scale_of`):
+
+1. ``model.stat``, where the user names it (environment, ``--set``, a preset of their own);
+2. what the weights carry: a post-training's saved state before its adapter, an adapter before the weights below it;
+3. ``model.stat`` of a shipped preset;
+4. the dataset's own percentiles.
+
+Legend: N states, D numbers of a state.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from persistworld_cli.checkpoints.notes import read_notes
+from persistworld_cli.checkpoints.sources import PARTS, locate
+from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.config.settings import Settings
+from persistworld_cli.data.clips.store import EpisodeStore
+from persistworld_cli.data.metadata.health import state_names
+from persistworld_cli.data.metadata.index import INDEX_FILE, ActionStat, IndexFile
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.models.world_model import CARRIED
+
+NOTE = "action_scale"  # in a weights file's notes: the JSON of a stat.json
+CLIPPED = 0.05  # share of a dimension's values that may lie outside the weights' percentiles
+NARROW, WIDE = 0.3, 1.5  # a dimension's p01..p99 range in the data, as a share of the weights'
+# A few episodes seldom cover the range of a whole dataset: each of nine real DROID episodes has a dimension below
+# 0.3, and a tail of the dataset may be much of them. Of so few, a narrow range is told only of the position, and only
+# where that hardly moves; a value counts as clipped that lies outside by more than a tenth of the weights' range.
+FEW, STILL, OUTSIDE = 10, 0.05, 0.1
+_ANGLES = ("roll", "pitch", "yaw")
+_POSITION = ("x", "y", "z")
+_TURN = 2 * math.pi
+_WHOLE_TURN = 0.95 * _TURN  # percentiles of an angle that jumps between -pi and +pi
+_SLACK = 1e-3  # rad: recorded angles reach pi to rounding
+_BLOCKS, _BLOCK = 256, 64  # states of an index that are looked at: so many runs of so many rows, evenly spread
+_EPISODES = 200  # annotations that are read where there is no index
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Percentiles that actions are scaled by, where they come from, for people, and whether they are the dataset's."""
+
+    stat: ActionStat
+    origin: str
+    of_data: bool = False
+
+
+@dataclass(frozen=True)
+class Poses:
+    """States (N, D) of a dataset, of how many episodes, and where they were found."""
+
+    states: NDArray[np.float64]
+    episodes: int
+    where: str
+
+
+# -- written and read ---------------------------------------------------------------------------------------------
+
+
+def scale_note(stat: ActionStat | None) -> dict[str, str]:
+    """Percentiles as a weights file's note; {} for none."""
+    if stat is None:
+        return {}
+    return {NOTE: json.dumps({"state_01": stat.p01.tolist(), "state_99": stat.p99.tolist()})}
+
+
+def noted_scale(notes: Mapping[str, str], where: str) -> ActionStat | None:
+    """The percentiles in a weights file's notes; None where there are none. Raises PersistWorldError where damaged."""
+    text = notes.get(NOTE)
+    if text is None:
+        return None
+    try:
+        return ActionStat.of(json.loads(text))
+    except (ValueError, KeyError, TypeError) as error:
+        raise PersistWorldError(
+            f"the weights carry a damaged scale of actions: {error!r}", where=where, fix="write or fetch them again"
+        ) from error
+
+
+def carried_scale(source: str | Path) -> ActionStat | None:
+    """The percentiles that weights or an adapter carry; None where they carry none. No tensor is read.
+
+    Raises:
+        PersistWorldError: nothing there, or damaged.
+    """
+    notes: dict[str, str] = {}
+    for path, _ in locate(source, [part for part in PARTS if part != CARRIED]).files:
+        notes |= read_notes(path)
+    return noted_scale(notes, str(source))
+
+
+# -- which one ----------------------------------------------------------------------------------------------------
+
+
+def scale_of(settings: Settings, store: EpisodeStore, weights: Sequence[str | Path], *, quiet: bool = False) -> Scale:
+    """The percentiles that poses are scaled by for these weights. Where those that the weights carry and those of the
+    settings differ, a warning says so by dimension.
+
+    Args:
+        settings: ``model.stat`` and whose word it is.
+        store: the dataset, with the settings' percentiles (`open_store`).
+        weights: what the model is made of, the part trained last first: a saved state, an adapter, the weights below.
+        quiet: say nothing (ranks other than 0).
+
+    Raises:
+        PersistWorldError: absent weights, damaged or missing percentiles.
+    """
+    named = settings.model.stat
+    origin = f"model.stat = {named}" if named else f"the dataset's own ({store.root})"
+    of_data = not named or resolve_path(named).absolute() == (store.meta / "stat.json").absolute()
+    found = ((source, carried_scale(source)) for source in weights if str(source))
+    source, carried = next(((source, stat) for source, stat in found if stat is not None), ("", None))
+    if carried is None:
+        return Scale(store.stat(), origin, of_data)
+    own = Scale(carried, f"carried by {source}")
+    if not named:
+        return own
+    stat = store.stat()
+    used = Scale(stat, origin, of_data) if settings.model.stat_given else own
+    rows = scale_differences(stat, carried)
+    if rows and not quiet:
+        lines = [f"  {name:8}{named_range}, the weights' {carried_range}" for name, named_range, carried_range in rows]
+        logger.warning(
+            "warning: the weights carry another scale of actions than %s; used: %s\n%s",
+            origin,
+            used.origin,
+            "\n".join(lines),
+        )
+    return used
+
+
+def scale_differences(one: ActionStat, other: ActionStat) -> list[tuple[str, str, str]]:
+    """(dimension, range, other range) wherever two scales differ by more than rounding."""
+    if one.p01.shape != other.p01.shape:
+        return [("numbers", str(len(one.p01)), str(len(other.p01)))]
+    span = np.maximum(np.abs(one.p99 - one.p01), 1e-8)
+    apart = np.maximum(np.abs(one.p01 - other.p01), np.abs(one.p99 - other.p99)) > 1e-5 * span
+    names = state_names(len(apart))
+    return [(names[i], _range(one, i), _range(other, i)) for i in np.flatnonzero(apart).tolist()]
+
+
+def _range(stat: ActionStat, i: int) -> str:
+    return f"{stat.p01[i]:.4g} .. {stat.p99[i]:.4g}"
+
+
+# -- held against the data ----------------------------------------------------------------------------------------
+
+
+def weights_stores(
+    settings: Settings,
+    store: EpisodeStore,
+    models: Sequence[Sequence[str | Path]],
+    *,
+    split: str = "",
+    episodes: Iterable[str] = (),
+    quiet: bool = False,
+) -> list[EpisodeStore]:
+    """The dataset as each of some models wants it: with its percentiles, the poses held against each scale once. Every
+    command that feeds poses to weights opens its data with this.
+
+    Args:
+        settings, quiet: as for `scale_of`.
+        store: the dataset.
+        models: what each is made of, as for `scale_of`.
+        split, episodes: what will be read, looked at where the dataset has no index.
+
+    Raises:
+        PersistWorldError: as `scale_of`; with ``model.strict_actions``, poses that do not look like the weights'.
+    """
+    names, stores, checked = list(episodes), [], list[ActionStat]()
+    for weights in models:
+        scale = scale_of(settings, store, weights, quiet=quiet)
+        if all(scale_differences(scale.stat, other) for other in checked):
+            check_poses(settings, store, scale, split=split, episodes=names, quiet=quiet)
+            checked.append(scale.stat)
+        stores.append(store.scaled_by(scale.stat))
+    return stores
+
+
+def check_poses(
+    settings: Settings,
+    store: EpisodeStore,
+    scale: Scale,
+    *,
+    split: str = "",
+    episodes: Iterable[str] = (),
+    quiet: bool = False,
+) -> list[str]:
+    """Say by dimension where a dataset's poses do not look like those that the weights were trained on.
+
+    Returns:
+        One line a dimension (`pose_findings`); [] where the scale is the dataset's own, which tells nothing of weights.
+
+    Raises:
+        PersistWorldError: there are such lines, and ``model.strict_actions`` is set.
+    """
+    if scale.of_data:
+        return []
+    poses = sample_poses(store, split or settings.eval.split, episodes)
+    lines = pose_findings(scale.stat, poses) if poses else []
+    if not (lines and poses):
+        return lines
+    what = "the poses do not look like those that the weights were trained on:\n" + "\n".join(lines)
+    where = f"poses: {poses.where}; scale: {scale.origin}"
+    fix = (
+        "check unit (m, rad) and order of the states; weights that shall learn this data from scratch take its own "
+        f"percentiles: --set model.stat={store.meta / 'stat.json'}"
+    )
+    if settings.model.strict_actions:
+        raise PersistWorldError(what, where=where, fix=fix)
+    if not quiet:
+        logger.warning("warning: %s\n  %s\n  to do: %s; --strict-actions refuses this", what, where, fix)
+    return lines
+
+
+def sample_poses(store: EpisodeStore, split: str, episodes: Iterable[str]) -> Poses | None:
+    """Some thousand states of a dataset: spread over its index; without one, of the named episodes (or of the split).
+
+    Raises:
+        PersistWorldError: a damaged index or annotation.
+    """
+    path = store.meta / INDEX_FILE
+    if path.is_file():
+        index = IndexFile(path)
+        rows, count = index.states(), int((np.asarray(index.array("lengths")) > 0).sum())
+        if rows.shape[0]:
+            begins = np.unique(np.linspace(0, max(0, rows.shape[0] - _BLOCK), _BLOCKS).astype(int)).tolist()
+            parts = [rows.read(begin, min(begin + _BLOCK, rows.shape[0])) for begin in begins]
+            return Poses(np.concatenate(parts).astype(np.float64), count, f"{path} ({count} episodes)")
+    names = list(dict.fromkeys(episodes)) or store.episodes(split)
+    names = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, min(len(names), _EPISODES)).astype(int))]
+    states = [store.annotation(split, name) for name in names]
+    if not states:
+        return None
+    return Poses(
+        np.concatenate([note.states[: note.num_frames] for note in states]),
+        len(names),
+        f"{store.root}, {len(names)} episode{'s' if len(names) > 1 else ''} of split {split}",
+    )
+
+
+def pose_findings(stat: ActionStat, poses: Poses) -> list[str]:
+    """One line for each dimension that clips too often or whose range is another one; [] where all is well.
+
+    An angle that jumps at +-pi has percentiles of a whole turn: nothing between -pi and +pi then counts as clipped, and
+    its range tells nothing. Data that jump there are measured around the circle.
+    """
+    states, width = poses.states, poses.states.shape[1]
+    if width != len(stat.p01):
+        return [f"  states have {width} numbers, the scale {len(stat.p01)}"]
+    names = state_names(width)
+    ranges = np.array([_spread(states[:, i], name in _ANGLES) for i, name in enumerate(names)])
+    spans = np.maximum(stat.p99 - stat.p01, 1e-8)
+    ratios = ranges / spans
+    position = [i for i, name in enumerate(names) if name in _POSITION] or list(range(width))
+    margin = OUTSIDE * spans if poses.episodes < FEW else np.zeros(width)
+    still = poses.episodes < FEW and float(ratios[position].max()) < STILL
+    lines = []
+    for i, name in enumerate(names):
+        turning = name in _ANGLES and spans[i] >= _WHOLE_TURN
+        low, high = stat.p01[i] - margin[i], stat.p99[i] + margin[i]
+        if turning:
+            low, high = -math.pi - _SLACK, math.pi + _SLACK
+        clipped = float(((states[:, i] < low) | (states[:, i] > high)).mean())
+        narrow = ratios[i] < NARROW if poses.episodes >= FEW else still and i in position
+        faults = []
+        if clipped > CLIPPED:
+            faults.append(f"{clipped:.0%} of the values are clipped")
+        if not turning and (narrow or ratios[i] > WIDE):
+            faults.append(f"the range is {ratios[i]:.2g} times the weights'")
+        if faults:
+            p01, p99 = np.percentile(states[:, i], [1, 99])
+            lines.append(f"  {name:8}data {p01:.4g} .. {p99:.4g}, weights {_range(stat, i)}: {'; '.join(faults)}")
+    return lines
+
+
+def _spread(values: NDArray[np.float64], angle: bool) -> float:
+    """p99 - p01; of an angle, the smaller of that along the line and around the circle (cut at its widest gap)."""
+    low, high = np.percentile(values, [1, 99])
+    if not angle:
+        return float(high - low)
+    around = np.sort(np.mod(values, _TURN))
+    gaps = np.diff(np.append(around, around[0] + _TURN))
+    cut = around[(int(gaps.argmax()) + 1) % len(around)]
+    low2, high2 = np.percentile(np.mod(values - cut, _TURN), [1, 99])
+    return float(min(high - low, high2 - low2))
