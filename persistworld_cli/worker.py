@@ -32,6 +32,7 @@ TASKS = {
     "pretrain-vae": "persistworld_cli.training.vae:run",
     "post-train": "persistworld_cli.training.post_train:run",
     "eval": "persistworld_cli.evaluation.run:run",
+    "verify": "persistworld_cli.evaluation.verify:run",
     "frontier": "persistworld_cli.frontier.run:run",
     "replay": "persistworld_cli.interact.replay:run",
     "drive": "persistworld_cli.interact.drive:run",

@@ -159,7 +159,6 @@ def test_export_carries_the_scale_in_every_form(tmp_path: Path, adapter: Path) -
     cli("export", adapter, "--to", "peft", "--set", f"model.stat={own}", "--output", tmp_path / "own")
     merged = cli("export", BASE, "--adapter", tmp_path / "own", "--to", "safetensors", "-o", tmp_path / "m.safetensors")
     assert merged["action_scale"] == {"p01": OWN["state_01"], "p99": OWN["state_99"]}
-    assert cli("inspect", tmp_path / "m.safetensors")["merged_adapter"]
 
 
 def warned(caplog: pytest.LogCaptureFixture) -> str:

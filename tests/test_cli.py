@@ -25,6 +25,7 @@ NAMES = [
     "post-train",
     "eval",
     "study-report",
+    "verify",
     "frontier",
     "replay",
     "drive",

@@ -24,6 +24,7 @@ from persistworld_cli.commands import (
     pretrain,
     replay,
     study_report,
+    verify,
 )
 from persistworld_cli.console import write_out
 
@@ -45,6 +46,7 @@ COMMANDS: dict[str, ModuleType] = {
     "post-train": post_train,
     "eval": eval,
     "study-report": study_report,
+    "verify": verify,
     "frontier": frontier,
     "replay": replay,
     "drive": drive,

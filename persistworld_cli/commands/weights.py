@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from persistworld_cli.config.presets import Resolved, load_settings
 from persistworld_cli.config.weight_names import NO_ADAPTER, adapter_name, adapter_on_disk, on_disk
 from persistworld_cli.errors import UsageError
 
-INFERENCE = ("eval", "frontier", "replay", "drive", "pi-rollout")
+INFERENCE = ("eval", "verify", "frontier", "replay", "drive", "pi-rollout")
 TRAINING = ("pretrain", "post-train")
 # Spellings of the settings that ``--ckpt`` stands for.
 CKPT_FLAG = {"model.ckpt": "--ckpt", "model.inference": "--ckpt"}
@@ -91,9 +92,16 @@ def weights_rows(task: str, resolved: Resolved, job: dict[str, Any]) -> list[dic
     alone = rows[0]["weights"] == model.ckpt and not rows[0]["adapter"]
     if task == "eval" and job.get("baseline"):
         rows.append({"use": "compared with", "weights": str(job["baseline"]), "adapter": "", "why": "--baseline"})
-    elif task == "eval" and not alone:
+    elif not alone and (task == "eval" or (task == "verify" and _verifies_gain(resolved, job))):
         rows.append({"use": "compared with", "weights": model.ckpt, "adapter": "", "why": why("model.ckpt")})
     return rows
+
+
+def _verifies_gain(resolved: Resolved, job: Mapping[str, Any]) -> bool:
+    """Whether ``verify`` rolls the base out too."""
+    from persistworld_cli.evaluation.published import has_gain
+
+    return not job.get("alone") and bool(job.get("write") or has_gain(resolved.settings.eval.published))
 
 
 def _row(weights: str, ckpt: str) -> dict[str, str]:

@@ -231,6 +231,7 @@ class EvalSettings:
     """The closed-loop benchmark (method.md section 5)."""
 
     benchmark: str = ""  # name or path of a benchmark file (presets/benchmarks); empty: none, these settings alone
+    published: str = ""  # figures that persistworld verify compares with (presets/published)
     split: str = "val"
     episodes: tuple[str, ...] = free(())  # empty: all of the split
     starts: tuple[int, ...] = free((0,))

@@ -1,0 +1,160 @@
+"""Figures measured elsewhere, with which `persistworld verify` compares (presets/published/*.toml).
+
+A file holds ``description``; tables ``[exterior]`` and ``[wrist]`` with means over episodes of ``ssim``, ``psnr`` and
+``lpips``; ``[tolerance.GROUP]``, by which a published figure may lie outside the measured interval; ``[widest.GROUP]``,
+the half width beyond which an interval decides nothing. Optional:
+
+- ``stat`` (percentiles that actions are scaled by), ``dtype`` (of the weights in their file), ``lpips_backbone``
+  (``trained``, the default, or ``untrained``);
+- ``[gain.GROUP]``, over the base, rollout by rollout;
+- where the same rollouts can be made again: ``protocol`` (hash), ``items`` (episode, start, seed), ``[rollouts.GROUP]``
+  (lists, one a metric) and ``[same.GROUP]``, the mean difference of a rollout that is still the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.errors import PersistWorldError, UsageError, nearest
+from persistworld_cli.files import whole_file
+
+METRICS = ("ssim", "psnr", "lpips")
+GROUPS = ("exterior", "wrist")
+TRAINED, UNTRAINED = "trained", "untrained"
+Figures = dict[str, dict[str, float]]  # group -> metric -> value
+Item = tuple[str, int, int]  # episode, start, seed
+_TABLES = ("tolerance", "widest", "gain", "same", "rollouts")
+_KEYS = ("description", "stat", "dtype", "lpips_backbone", "protocol", "items", *GROUPS, *_TABLES)
+# What a file of our own is written with: other hardware and other releases round differently.
+_SAME = {"ssim": 0.002, "psnr": 0.05, "lpips": 0.002}
+_TOLERANCE = {"ssim": 0.01, "psnr": 0.25, "lpips": 0.01}
+_WIDEST = {"ssim": 0.1, "psnr": 3.0, "lpips": 0.1}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file of figures; the module tells what each attribute means."""
+
+    path: Path
+    description: str
+    figures: Figures
+    tolerance: Figures
+    widest: Figures
+    gain: Figures = field(default_factory=dict)
+    stat: str = ""
+    dtype: str = ""
+    lpips: str = TRAINED
+    protocol: str = ""
+    items: tuple[Item, ...] = ()
+    rollouts: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    same: Figures = field(default_factory=dict)
+
+
+def load_published(name: str) -> Published:
+    """Read a file of figures.
+
+    Raises:
+        UsageError: none named, no such file, or no such file of figures.
+    """
+    if not name:
+        raise UsageError(
+            "no figures to compare with",
+            where="eval.published",
+            fix="--published FILE.toml, or write one from weights that you trust: --write-published FILE.toml",
+        )
+    path = resolve_path(name)
+    try:
+        data = tomli.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the figures: {error}", where=str(path), fix="give a TOML file") from error
+    for key in data:
+        if key not in _KEYS:
+            raise UsageError(f"unknown key '{key}'", where=str(path), fix=nearest(key, _KEYS))
+    figures = _groups({group: data[group] for group in GROUPS if group in data}, path, "")
+    if not figures:
+        raise UsageError("neither [exterior] nor [wrist]", where=str(path), fix="state the figures of a camera group")
+    tables = {name: _groups(data.get(name, {}), path, name) for name in _TABLES if name != "rollouts"}
+    for name in ("tolerance", "widest"):
+        for group, own in figures.items():
+            if lacking := [metric for metric in own if metric not in tables[name].get(group, {})]:
+                raise UsageError(f"[{name}.{group}] does not say {', '.join(lacking)}", where=str(path))
+    return Published(
+        path=path,
+        description=str(data.get("description", path.stem)),
+        figures=figures,
+        tolerance=tables["tolerance"],
+        widest=tables["widest"],
+        gain=tables["gain"],
+        same=tables["same"],
+        stat=str(data.get("stat", "")),
+        dtype=str(data.get("dtype", "")),
+        lpips=str(data.get("lpips_backbone", TRAINED)),
+        protocol=str(data.get("protocol", "")),
+        items=tuple((str(episode), int(start), int(seed)) for episode, start, seed in data.get("items", ())),
+        rollouts=data.get("rollouts", {}),
+    )
+
+
+def has_gain(name: str) -> bool:
+    """Whether a file of figures has a gain over the base, which is then rolled out too; False where it is not there."""
+    try:
+        return bool(load_published(name).gain)
+    except PersistWorldError:  # told when it is read to be compared with
+        return False
+
+
+def _groups(tables: Any, path: Path, name: str) -> Figures:
+    """Tables of numbers, checked. Raises UsageError."""
+    out: Figures = {}
+    for group, entries in tables.items() if isinstance(tables, Mapping) else ():
+        where = f"[{name}.{group}]" if name else f"[{group}]"
+        if group not in GROUPS or not isinstance(entries, Mapping):
+            raise UsageError(f"unknown table {where}", where=str(path), fix=nearest(group, GROUPS))
+        for metric, value in entries.items():
+            if metric not in METRICS or not isinstance(value, int | float):
+                raise UsageError(f"{where} {metric} = {value!r}", where=str(path), fix=f"numbers: {', '.join(METRICS)}")
+        out[group] = {metric: float(value) for metric, value in entries.items()}
+    return out
+
+
+def write_published(
+    path: Path,
+    *,
+    description: str,
+    figures: Figures,
+    gain: Figures,
+    rollouts: Mapping[str, Mapping[str, list[float]]],
+    items: list[Item],
+    protocol: str,
+    dtype: str,
+    lpips: str,
+    stat: Path,
+) -> None:
+    """Write what was measured as a file of figures, whole or not at all.
+
+    Raises:
+        PersistWorldError: it cannot be written.
+    """
+    lines = [f"{key} = {json.dumps(value)}" for key, value in (("description", description), ("dtype", dtype))]
+    lines.append(f"lpips_backbone = {json.dumps(lpips)}")
+    lines += [f"stat = {json.dumps(str(stat))}", f"protocol = {json.dumps(protocol)}"]
+    lines.append(f"items = {json.dumps([list(item) for item in items])}")
+    tables: dict[str, Mapping[str, Any]] = dict(figures)
+    for name, values in (("tolerance", _TOLERANCE), ("widest", _WIDEST), ("same", _SAME)):
+        tables |= {f"{name}.{group}": {metric: values[metric] for metric in own} for group, own in figures.items()}
+    tables |= {f"gain.{group}": own for group, own in gain.items()}
+    tables |= {f"rollouts.{group}": own for group, own in rollouts.items()}
+    for name, entries in tables.items():
+        lines += ["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in entries.items())]
+    try:
+        with whole_file(path) as partial:
+            partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise PersistWorldError(f"cannot be written: {error.strerror}", where=str(path)) from error
