@@ -46,9 +46,7 @@ class ModelSettings:
     adapter: str = ""  # PEFT folder on top (post-trained LoRA + action encoder); "base" or "none": none
     inference: str = ""  # what inference runs: whole weights, or an adapter on ckpt; empty: ckpt, adapter
     stat: str = ""  # stat.json of what the weights were trained on; empty: what they carry, else the dataset's own
-    stat_given: bool = free(
-        False
-    )  # model.stat is the user's word, not a shipped preset's: it goes before the weights' own
+    stat_given: bool = free(False)  # model.stat is the user's own word: it goes before the weights'
     strict_actions: bool = free(False)  # refuse poses that do not look like those that the weights were trained on
     num_history: int = 6
     num_frames: int = 5
