@@ -14,6 +14,7 @@ from persistworld_cli.errors import UsageError, nearest
 
 _PRECISIONS = ("no", "bf16")
 FOLLOWING = ("swapped", "null")  # wrong actions that a model is also rolled out under
+REFEREES = ("sharpness_gap", "st_lpips")  # metrics.referees has them
 _CHOICES: dict[str, Sequence[str]] = {
     "world.pixel_rounding": ("nearest", "down"),
     "model.temporal_token": ("first", "all"),
@@ -111,6 +112,7 @@ _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
             "vae.colour_weight",
             "vae.edge_weight",
             "post_train.steps",
+            "post_train.margin_every",
             "post_train.validate_every",
             "post_train.video_every",
             "post_train.collapse_checks",
@@ -324,6 +326,10 @@ def _check_post_train(settings: Settings, place: _Place) -> None:
             where=place("post_train.credit_grid"),
             fix="write post_train.credit_grid = [3, 5]",
         )
+    for name in post.referees:
+        if ":" not in name and name not in REFEREES:
+            fix = f"{nearest(name, REFEREES)} (or module:Class for your own)"
+            raise UsageError(f"unknown referee '{name}'", where=place("post_train.referees"), fix=fix)
     kept = post.keep_best + post.keep_worst
     if not 2 <= kept <= post.candidates:
         raise UsageError(

@@ -212,6 +212,8 @@ class PostTrainSettings:
     micro_batch: int = free(8)
     mixed_precision: str = "no"
     gradient_checkpointing: bool = free(False)
+    margin_every: int = free(50)  # updates between measurements of whether actions are used, the base beside; 0: none
+    referees: tuple[str, ...] = free(("sharpness_gap", "st_lpips"))  # watched in closed-loop checks; also module:Class
     validate_every: int = free(0)  # updates between closed-loop checks on held-out starts, the base beside; 0: none
     validate_rollouts: int = 8
     validate_steps: int = 14  # interactions of a check's rollout, and of a video's

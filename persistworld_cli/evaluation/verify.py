@@ -31,7 +31,7 @@ from persistworld_cli.checkpoints.sources import PARTS, locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.clips.store import ActionStat, EpisodeStore, open_store, write_json
+from persistworld_cli.data.clips.store import ActionStat, EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation.benchmarks import load_benchmark
 from persistworld_cli.evaluation.plan import make_plan
@@ -45,7 +45,7 @@ from persistworld_cli.evaluation.published import (
 )
 from persistworld_cli.evaluation.results import build_result
 from persistworld_cli.evaluation.run import measure
-from persistworld_cli.files import hash_of, jsonable
+from persistworld_cli.files import hash_of, write_json
 from persistworld_cli.models.world_model import CARRIED
 from persistworld_cli.statistics.paired import episode_means
 
@@ -153,7 +153,7 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
         "rollouts": result["rollouts"],
         "items": result["protocol"]["items"],
     }
-    write_json(output / "verify.json", jsonable(summary))
+    write_json(output / "verify.json", summary)
     for name in ("rollouts", "items"):  # of use in the file alone
         del summary[name]
     written = {"text": str(output / "verify.txt"), "json": str(output / "verify.json")}

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import safetensors.torch
@@ -168,6 +168,7 @@ class Lpips:
             if os.environ.get("RANK", "0") == "0":
                 logger.warning(UNTRAINED_WARNING)
         self.model.requires_grad_(False).eval().to(device)
+        self.weights: list[Callable[[Tensor], Tensor]] = list(self.model.lins)
         self.device = torch.device(device)
 
     @classmethod
@@ -209,7 +210,7 @@ class Lpips:
             drawn = self._features(pred[begin * share : (begin + per) * share])
             yield [
                 weight((b.unflatten(0, (a.shape[0], share)) - a.unsqueeze(1)).square().flatten(0, 1))
-                for weight, a, b in zip(self.model.lins, known, drawn, strict=True)
+                for weight, a, b in zip(self.weights, known, drawn, strict=True)
             ]
 
     def describe(self) -> dict[str, object]:

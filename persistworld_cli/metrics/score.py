@@ -5,13 +5,15 @@ Shape legend: B rollouts, N frames, V cameras, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from persistworld_cli.config.settings import RewardSettings, WorldSettings
 from persistworld_cli.errors import PersistWorldError, UsageError, nearest
+from persistworld_cli.metrics.referees import Referee
 from persistworld_cli.metrics.registry import REWARDS, Metric
 
 
@@ -53,6 +55,7 @@ class Scorer:
         names: the metrics that are computed, in the order of tables.
         labels: name -> what to show for it (``lpips (untrained)`` where it is that).
         registered: name -> the metric itself.
+        referees: name -> a metric that is computed with the others and is no part of the reward (`beside`).
         caveat: what anyone who reads the reward must know (``lpips (untrained)``), or "".
     """
 
@@ -86,7 +89,15 @@ class Scorer:
         self.registered: dict[str, Metric] = {name: REWARDS[name](rewards, self.device) for name in wanted}
         self.names = tuple(wanted)
         self.labels = {name: metric.label for name, metric in self.registered.items()}
+        self.referees: dict[str, Referee] = {}
         self.caveat = ", ".join(label for label in self.labels.values() if "untrained" in label)
+
+    def beside(self, referees: Mapping[str, Referee]) -> Scorer:
+        """The same metrics and reward, with referees computed beside them."""
+        scorer = copy.copy(self)
+        scorer.referees = dict(referees)
+        scorer.names = (*self.names, *referees)
+        return scorer
 
     @torch.no_grad()
     def metrics(self, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -106,7 +117,7 @@ class Scorer:
         pictures = _Pictures(pred.to(self.device), target.to(self.device))
         return {
             name: pictures.by_rollout(metric(pictures.drawn, pictures.known), metric.label)
-            for name, metric in self.registered.items()
+            for name, metric in [*self.registered.items(), *self.referees.items()]
         }
 
     @torch.no_grad()

@@ -102,11 +102,32 @@ def denoising_loss(
     return loss_weight(sigma) * error.flatten(1).mean(dim=1)
 
 
-def batch_loss(model: WorldModel, batch: ClipBatch, options: PretrainSettings, seed: int, first: int) -> torch.Tensor:
-    """Mean denoising loss of a batch whose first clip is number ``first`` of the run; see `Draws.by_clip`."""
+def clip_losses(
+    model: WorldModel,
+    batch: ClipBatch,
+    options: PretrainSettings,
+    seed: int,
+    first: int,
+    actions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Denoising loss (B,) of a batch's clips, of which the first is number ``first`` of the run (`Draws.by_clip`).
+
+    Args:
+        model: on its device.
+        batch: clips.
+        options: noise levels; whether the text encoder learns.
+        seed: of the draws.
+        first: number of the first clip.
+        actions: (B, N, D) given in place of the batch's own.
+    """
     device = model.device
-    latents, actions = batch.latents.to(device), batch.actions.to(device)
+    latents, actions = batch.latents.to(device), (batch.actions if actions is None else actions).to(device)
     draws = Draws.by_clip(latents.shape, model.settings.num_history, seed, first, device)
     learns_text = "text_encoder" in options.parts and torch.is_grad_enabled()
     text = model.text_embeds(list(batch.texts), grad=learns_text) if model.settings.text_cond else None
-    return denoising_loss(model, latents, actions, text, draws, options).mean()
+    return denoising_loss(model, latents, actions, text, draws, options)
+
+
+def batch_loss(model: WorldModel, batch: ClipBatch, options: PretrainSettings, seed: int, first: int) -> torch.Tensor:
+    """Mean of `clip_losses`."""
+    return clip_losses(model, batch, options, seed, first).mean()

@@ -32,10 +32,16 @@ POST_TRAIN_PANELS = (
     Panel("trained against reference", {"theta_reference": "|D_theta - D_ref|"}),
     Panel("held-out closed loop", {"val_reward": "sampling policy", "val_base": "base"}),
     Panel("candidates / record", {"sharpness": "sharpness", "motion": "motion"}),
+    Panel("use of actions: ln(wrong / right)", {"action_margin": "sampling policy", "action_margin_base": "base"}),
+    Panel(
+        "referees outside the reward",
+        {"val_sharpness_gap": "sharpness gap", "val_st_lpips": "st_lpips", "val_objects_kept": "objects kept"},
+    ),
 )
 PRETRAIN_PANELS = (
     Panel("denoising loss", {"loss": "training", "val_loss": "held out, averaged weights"}, log=True),
     Panel("gradient norm", {"grad_norm": "before clipping"}, log=True),
+    Panel("use of actions: ln(wrong / right)", {"action_margin": "averaged weights"}),
     Panel("held-out closed loop", {"val_reward": "averaged weights", "val_base": "first weights"}),
 )
 

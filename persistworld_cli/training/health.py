@@ -1,7 +1,7 @@
 """What to look at while post-training runs: does the reward move, for the right reason, does the held-out loop agree.
 
 Users of such methods see reward that stands still (no spread, a sampling policy that is never behind) or that moves for
-the wrong reason (blur, standing still): each has its number here. Shapes as in `candidates`.
+the wrong reason (blur, standing still): each has its number here; `warnings` watches them. Shapes as in `candidates`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from persistworld_cli.training.candidates import Candidates
-
-RESTING = 1e-6  # mean |D_theta - D_old| below which the two policies are one: rounding alone gives some 1e-7
 
 
 def candidate_health(
@@ -55,16 +53,6 @@ def candidate_health(
 def _gradient(pictures: Tensor, dim: int) -> float:
     """Mean absolute difference of neighbours: along the width it is sharpness, along the frames motion."""
     return pictures.diff(dim=dim).abs().mean().item()
-
-
-def resting_words(step: int, numbers: dict[str, float]) -> str:
-    """A warning where the trained and the sampling policy are one after the first update, else ""."""
-    if step < 1 or numbers["theta_old"] > RESTING:
-        return ""
-    return (
-        f"update {step + 1}: the trained and the sampling policy do not differ, so candidates are not contrasted; "
-        "raise post_train.ema_max (the sampling policy then stays behind) or post_train.lr"
-    )
 
 
 @dataclass

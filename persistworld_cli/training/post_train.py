@@ -10,16 +10,20 @@ import logging
 import time
 from collections.abc import Sequence
 from functools import partial
+from operator import neg, pos
 from typing import Any
 
+import numpy as np
 import torch
 
 from persistworld_cli.checkpoints.action_scale import scale_note, weights_stores
 from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.checkpoints.tensor_writing import save_torch
 from persistworld_cli.config.settings import PostTrainSettings, Settings
+from persistworld_cli.data.clips.mixture import open_clips
 from persistworld_cli.data.clips.store import open_store
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.metrics.referees import load_referees
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.objective.advantage import keep_extremes
 from persistworld_cli.objective.nft import kl_to_reference, nft_loss, sampling_decay
@@ -27,9 +31,10 @@ from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.training_curves import POST_TRAIN_PANELS, training_curves
 from persistworld_cli.rollout.engine import Inputs, RolloutEngine
 from persistworld_cli.seeding import generator
+from persistworld_cli.training.action_margin import HeldOutLosses, against_base, held_out_losses
 from persistworld_cli.training.candidates import CandidateMaker, Candidates, GroupPlan
 from persistworld_cli.training.credit import credit
-from persistworld_cli.training.health import CollapseGuard, candidate_health, resting_words
+from persistworld_cli.training.health import CollapseGuard, candidate_health
 from persistworld_cli.training.optim import Optimizers
 from persistworld_cli.training.policy_switch import PolicySwitch
 from persistworld_cli.training.resuming import require_same_shapes
@@ -38,8 +43,20 @@ from persistworld_cli.training.samples import SampleVideos
 from persistworld_cli.training.schedule import lr_factor
 from persistworld_cli.training.sharing import Share
 from persistworld_cli.training.validation import Active, ClosedLoopCheck, HeldOut
+from persistworld_cli.training.warnings import (
+    CHECKS,
+    FallingReferee,
+    GroupsWithoutSpread,
+    IgnoredActions,
+    RestingPolicies,
+    Warnings,
+    Watcher,
+    apart_from_record,
+)
 
 logger = logging.getLogger(__name__)
+_KEEP_ACTIONS = "Take an earlier state, raise post_train.kl or lower post_train.lr"
+_TREND = 20  # updates at least over which the candidates' trends are read; a twentieth of a long run
 LEARNING = ("loss", "kl", "theta_old", "theta_reference")  # numbers of `PostTrainer.loss`
 
 
@@ -81,15 +98,44 @@ class PostTrainer:
         held = partial(HeldOut, settings, self.engine, store, work, batch=options.micro_batch * 4)
         checked = held(count=options.validate_rollouts, steps=options.validate_steps)
         shown = held(count=options.video_rollouts, steps=options.validate_steps)
-        self.check = ClosedLoopCheck(checked, self.scorer) if options.validate_every else None
+        self.check: ClosedLoopCheck | None = None
+        if options.validate_every:
+            referees = load_referees(options.referees, work.device)
+            self.check = ClosedLoopCheck(checked, self.scorer.beside(referees))
+        elif options.referees:
+            logger.info(
+                "post_train.validate_every = 0: no closed-loop check, so these are not computed: %s",
+                ", ".join(options.referees),
+            )
         self.videos = SampleVideos(shown, {"base": self.policy("reference")}) if options.video_every else None
         self.guard = CollapseGuard(options.collapse_checks)
+        held_out = options.margin_every and store.episodes("val")
+        self.clips = open_clips(settings, "val") if held_out else None
+        if options.margin_every and not held_out and work.main:
+            logger.warning("no held-out episodes: whether actions are used is not measured")
+        self.margin_base: list[float] | None = None
+        self.warnings = Warnings(self._watchers(), work)
         self.lr_scale = 1.0
         self.optimizers = self._optimizers()
 
     def policy(self, name: str) -> Active:
         """A policy as weights that can be put in place to be sampled."""
         return partial(self.switch.use, name, sampling=True)
+
+    def _watchers(self) -> list[Watcher]:
+        """What this run warns of."""
+        window = max(_TREND, self.options.updates // 20)
+        referees = self.check.scorer.referees if self.check else {}
+        return [
+            RestingPolicies(),
+            GroupsWithoutSpread(),
+            IgnoredActions(_KEEP_ACTIONS),
+            *(FallingReferee(name, "reward", window, apart_from_record) for name in ("sharpness", "motion")),
+            *(
+                FallingReferee(f"val_{name}", "val_reward", CHECKS, neg if referee.higher_is_better else pos)
+                for name, referee in referees.items()
+            ),
+        ]
 
     def update(self, step: int) -> dict[str, float]:
         """One update; the numbers worth logging (means over ranks)."""
@@ -199,8 +245,21 @@ class PostTrainer:
             real = torch.stack([self.maker.recorded_latents(plan, chunk) for plan in plans])
             made.x0[chunk] = real.repeat_interleave(len(x0) // len(plans), 0).to(x0)
 
-    def validate(self) -> tuple[dict[str, float], bool]:
-        """Numbers of the closed-loop check on held-out starts, and whether the run has collapsed and is to end.
+    def action_margin(self) -> dict[str, float]:
+        """Whether the sampling policy uses its actions, beside the base."""
+        assert self.clips is not None
+        if self.margin_base is None:
+            self.margin_base = self._held_out("reference").margins.tolist()
+        now = self._held_out("old")
+        return {**now.numbers(), **against_base(now, np.asarray(self.margin_base))}
+
+    def _held_out(self, policy: str) -> HeldOutLosses:
+        assert self.clips is not None
+        with self.switch.use(policy, sampling=True):
+            return held_out_losses(self.model, self.clips, self.settings.pretrain, self.work.accelerator.autocast)
+
+    def validate(self, done: int) -> tuple[dict[str, float], bool]:
+        """The closed-loop check after an update: its numbers, and whether the run has collapsed and is to end.
 
         Rolling back puts the best check's policies in place, forgets the optimisers' memory and halves the step.
         """
@@ -215,10 +274,12 @@ class PostTrainer:
             self.guard.rolled_back()
             self.lr_scale /= 2
             self.optimizers = self._optimizers()
-        logger.warning(
-            "closed-loop validation fell %d times in a row and is below the base; the best policy so far is put back%s",
-            self.options.collapse_checks,
-            f", the learning rate is now {self.lr_scale:g} times post_train.lr" if back else "",
+        slower = f", the learning rate is now {self.lr_scale:g} times post_train.lr" if back else ""
+        self.work.warn(
+            done,
+            "collapse",
+            f"closed-loop validation fell {self.options.collapse_checks} times in a row and is below the base; the "
+            f"best policy so far is put back{slower}",
         )
         return numbers, not back
 
@@ -240,6 +301,8 @@ class PostTrainer:
             "guard": self.guard.snapshot(),
             "lr_scale": self.lr_scale,
             "val_base": self.check.base if self.check else None,
+            "margin_base": self.margin_base,
+            "warnings": self.warnings.state(),
         }
 
     def load_state(self, saved: dict[str, Any]) -> None:
@@ -251,8 +314,10 @@ class PostTrainer:
         self.optimizers.load_state(saved["optimizers"])
         self.guard.load(saved["guard"])
         self.lr_scale = saved["lr_scale"]
+        self.margin_base = saved.get("margin_base")
+        self.warnings.load_state(saved.get("warnings", {}))
         if self.check:
-            self.check.base = saved["val_base"]
+            self.check.load_base(saved["val_base"])
 
 
 def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
@@ -274,12 +339,13 @@ def _train(options: PostTrainSettings, trainer: PostTrainer, work: Run) -> dict[
         for step in range(begun, options.updates):
             last = trainer.update(step)
             done = step + 1
-            if words := resting_words(step, last):
-                logger.warning(words)
+            if trainer.clips and done % options.margin_every == 0:
+                last |= trainer.action_margin()
             if options.validate_every and done % options.validate_every == 0:
-                checked, collapsed = trainer.validate()
+                checked, collapsed = trainer.validate(done)
                 last |= checked
             work.log(done, last)
+            trainer.warnings.see(done, last)
             if trainer.videos and done % options.video_every == 0:
                 trainer.videos.write(done, {"post-trained": trainer.policy("old")})
             meter.advance(reward=last["reward"], spread=last["group_spread"], theta_old=last["theta_old"])
@@ -295,6 +361,7 @@ def _train(options: PostTrainSettings, trainer: PostTrainer, work: Run) -> dict[
         trainer.switch.save_adapter(adapter, "old", trainer.stat)
     if work.main:
         training_curves(work.output / "curves.png", title, work.history(), POST_TRAIN_PANELS)
+    told = trainer.warnings.tell_again()
     if collapsed:
         raise PersistWorldError(
             f"post-training collapsed: the held-out closed loop fell {options.collapse_checks} checks in a row",
@@ -311,6 +378,7 @@ def _train(options: PostTrainSettings, trainer: PostTrainer, work: Run) -> dict[
         "trainable": sum(p.numel() for p in trainer.switch.trainable()),
         "lpips": trainer.scorer.labels.get("lpips", ""),
         "adapter": str(adapter),
+        "warnings": told,
     }
 
 

@@ -174,7 +174,13 @@ def _train(
     if work.main:
         save_weights(model, weights.parent, carried, store.stat())
         training_curves(work.output / "curves.png", title, work.history(), PRETRAIN_PANELS)
-    return {"updates": options.updates, "loss": loss.item(), "val_loss": final, "weights": str(weights)}
+    return {
+        "updates": options.updates,
+        "loss": loss.item(),
+        "val_loss": final,
+        "weights": str(weights),
+        "warnings": checks.warnings.tell_again(),
+    }
 
 
 def snapshot(

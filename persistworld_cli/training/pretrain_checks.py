@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -14,15 +15,20 @@ from persistworld_cli.data.clips.mixture import ClipMixture
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.models.world_model import WorldModel
-from persistworld_cli.objective.denoising import batch_loss
 from persistworld_cli.rollout.engine import RolloutEngine
+from persistworld_cli.training.action_margin import HeldOutLosses, clip_by_clip, held_out_losses
 from persistworld_cli.training.run import Run
 from persistworld_cli.training.samples import SampleVideos
 from persistworld_cli.training.schedule import WeightAverage
 from persistworld_cli.training.validation import ClosedLoopCheck, HeldOut
+from persistworld_cli.training.warnings import IgnoredActions, Warnings
 
-VALIDATION_CLIPS = 32
-TOGETHER = 8  # clips of a validation batch, rollouts of a check
+logger = logging.getLogger(__name__)
+TOGETHER = 8  # rollouts of a check
+_USE_ACTIONS = (
+    "Check that actions and frames are of the same time, and that action_encoder is in pretrain.parts (build-meta "
+    "--check tells of actions that never change); lower pretrain.token_drop, or train longer"
+)
 
 
 class PretrainChecks:
@@ -55,7 +61,10 @@ class PretrainChecks:
         self.model, self.val, self.parameters, self.average = model, val, parameters, average
         self.loop: ClosedLoopCheck | None = None
         self.videos: SampleVideos | None = None
+        self.warnings = Warnings([IgnoredActions(_USE_ACTIONS)], work)
         options = self.options
+        if val is None and options.validate_every and work.main:
+            logger.warning("no held-out episodes: neither their loss nor whether actions are used is measured")
         if options.check_every or options.video_every:
             engine = RolloutEngine(model, settings.sampling, store.stat())
             held = partial(HeldOut, settings, engine, store, work, steps=options.check_steps, batch=TOGETHER)
@@ -74,27 +83,30 @@ class PretrainChecks:
         """Roll out the weights that training begins from, if rollouts will be compared with theirs."""
         if self.loop and self.loop.base is None:
             with self.averaged():
-                self.loop.base = self.loop.rewards()
+                self.loop.base = self.loop.scores()
 
     def look(self, done: int) -> dict[str, float]:
-        """The numbers due after an update; videos are written."""
+        """The numbers due after an update; videos are written, and warnings told."""
         numbers: dict[str, float] = {}
         if self.val is not None and _due(done, self.options.validate_every):
-            numbers["val_loss"] = self.loss(self.val)
+            losses = self.losses(self.val)
+            numbers |= {"val_loss": float(losses.right.mean()), **losses.numbers()}
         if self.loop and _due(done, self.options.check_every):
             numbers |= self.loop.check(nullcontext, self.averaged)
         if self.videos and _due(done, self.options.video_every):
             self.videos.write(done, {"averaged weights": self.averaged})
+        self.warnings.see(done, numbers)
         return numbers
 
+    def losses(self, source: ClipMixture) -> HeldOutLosses:
+        """Losses of the averaged weights over fixed validation clips and fixed draws, with right and wrong actions."""
+        with self.averaged():
+            return held_out_losses(self.model, source, self.options, self.work.accelerator.autocast)
+
     def loss(self, source: ClipMixture) -> float:
-        """Mean loss of the averaged weights over fixed validation clips and fixed draws."""
-        losses = []
-        with self.averaged(), torch.no_grad(), self.work.accelerator.autocast():
-            for k in range(VALIDATION_CLIPS // TOGETHER):
-                batch = source.batch(123, k, TOGETHER)
-                losses.append(batch_loss(self.model, batch, self.options, 123, k * TOGETHER).item())
-        return sum(losses) / len(losses)
+        """Mean loss of the averaged weights over the same clips."""
+        with self.averaged(), self.work.accelerator.autocast():
+            return float(clip_by_clip(self.model, source, self.options).mean())
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -110,12 +122,13 @@ class PretrainChecks:
 
     def state(self) -> dict[str, Any]:
         """To resume from."""
-        return {"val_base": self.loop.base if self.loop else None}
+        return {"val_base": self.loop.base if self.loop else None, "warnings": self.warnings.state()}
 
     def load_state(self, saved: dict[str, Any]) -> None:
         """What `state` gave."""
+        self.warnings.load_state(saved.get("warnings", {}))
         if self.loop:
-            self.loop.base = saved.get("val_base")
+            self.loop.load_base(saved.get("val_base"))
 
 
 def _due(done: int, every: int) -> bool:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import whole_file, whole_folder
 from persistworld_cli.training.whole_states import STATE, newest_whole, require_whole, states_of, step_of
 
-LOG = "metrics.jsonl"
+LOG, WARNINGS = "metrics.jsonl", "warnings.jsonl"
 
 
 def newest_step(states: Sequence[Path]) -> int:
@@ -21,19 +22,19 @@ def newest_step(states: Sequence[Path]) -> int:
     return step_of(states[-1]) if states else 0
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl, less those that are none: the last one cut off by a full disk, or damage."""
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl or warnings.jsonl, less those that are damaged or cut off."""
     return [entry for _, entry in numbered_log(path) if entry is not None]
 
 
-def numbered_log(path: Path) -> list[tuple[int, dict[str, float] | None]]:
+def numbered_log(path: Path) -> list[tuple[int, dict[str, Any] | None]]:
     """(line number from 1, what it says; None for a damaged one) of a metrics.jsonl; [] where there is none."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     return [(number, _entry(line)) for number, line in lines]
 
 
-def _entry(line: str) -> dict[str, float] | None:
+def _entry(line: str) -> dict[str, Any] | None:
     """A line of the log; None for one that is damaged."""
     try:
         entry = json.loads(line)
@@ -71,10 +72,11 @@ def adopt_state(output: Path, state: Path) -> None:
     if own.resolve() != state.resolve():
         with whole_folder(own) as partial:
             shutil.copytree(state, partial, dirs_exist_ok=True)
-        log, past = output / LOG, state.parent.parent / LOG
-        if not log.exists() and past.exists():
-            with whole_file(log) as file:
-                shutil.copyfile(past, file)  # what comes after the state is dropped when it is loaded
+        for name in (LOG, WARNINGS):
+            log, past = output / name, state.parent.parent / name
+            if not log.exists() and past.exists():
+                with whole_file(log) as file:
+                    shutil.copyfile(past, file)  # what comes after the state is dropped when it is loaded
     for later in states_of(output):
         if step_of(later) > step_of(state):
             shutil.rmtree(later)

@@ -1,7 +1,8 @@
 """What every training run has around its loop: processes, saved state, logs, interruption.
 
 A run's folder: `config.json` (settings), `metrics.jsonl` (one line a logged update; the truth, of which trackers have
-copies), `state/step-N/` (to resume), `weights/` (to publish), `tensorboard/`, `videos/step-N/`, `curves.png`.
+copies), `warnings.jsonl` (one line a warning), `state/step-N/` (to resume), `weights/` (to publish), `tensorboard/`,
+`videos/step-N/`, `curves.png`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from persistworld_cli.files import CannotWrite, sweep, whole_folder, write_text,
 from persistworld_cli.models.precision import product_type
 from persistworld_cli.training.resuming import (
     LOG,
+    WARNINGS,
     adopt_state,
     find_state,
     newest_step,
@@ -183,7 +185,8 @@ class Run:
         if self.main:
             for folder in ("state", "tensorboard", "videos"):
                 shutil.rmtree(self.output / folder, ignore_errors=True)
-            self._log.unlink(missing_ok=True)
+            for name in (LOG, WARNINGS):
+                (self.output / name).unlink(missing_ok=True)
             forget_trackers(self.output)
         self.accelerator.wait_for_everyone()
 
@@ -207,10 +210,10 @@ class Run:
         Lines that were logged after it are dropped: they will be written again.
         """
         if not (states := self.states()):
-            self._trim_log(0)
+            self._trim_logs(0)
             return None
         state: dict[str, Any] = torch.load(states[-1] / STATE, map_location="cpu", weights_only=True)
-        self._trim_log(int(state["step"]))
+        self._trim_logs(int(state["step"]))
         if self.main:
             logger.info(_resuming(int(state["step"]), self.updates, states[-1] / STATE))
         return state
@@ -229,19 +232,39 @@ class Run:
         """
         if not self.main:
             return
-        with writing(self._log, GO_ON), open(self._log, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._append(self._log, {"step": step, **values})
         if self._trackers:
             self._trackers.log(step, values)
 
-    def _trim_log(self, step: int) -> None:
+    def warn(self, step: int, name: str, words: str) -> None:
+        """A warning on standard error, and as one line in warnings.jsonl (rank 0).
+
+        Raises:
+            PersistWorldError: the line cannot be written.
+        """
+        if not self.main:
+            return
+        logger.warning("warning: update %d: %s", step, words)
+        self._append(self.output / WARNINGS, {"step": step, "warning": name, "words": words})
+
+    def warnings(self) -> list[dict[str, Any]]:
+        """Every warning of the run so far."""
+        return read_log(self.output / WARNINGS)
+
+    def _append(self, path: Path, entry: dict[str, Any]) -> None:
+        with writing(path, GO_ON), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _trim_logs(self, step: int) -> None:
         """Drop logged lines after `step`."""
-        if self.main and self._log.exists():
-            entries = numbered_log(self._log)
+        for path in (self._log, self.output / WARNINGS):
+            if not self.main or not path.exists():
+                continue
+            entries = numbered_log(path)
             if bad := [number for number, entry in entries if entry is None]:
-                logger.warning("%s: %d damaged lines are left out (line %d first)", self._log, len(bad), bad[0])
+                logger.warning("%s: %d damaged lines are left out (line %d first)", path, len(bad), bad[0])
             lines = [json.dumps(entry) + "\n" for _, entry in entries if entry and entry["step"] <= step]
-            write_text(self._log, "".join(lines), GO_ON)
+            write_text(path, "".join(lines), GO_ON)
 
     def history(self) -> list[dict[str, float]]:
         """Everything logged so far, less lines that are damaged."""

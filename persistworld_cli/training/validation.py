@@ -84,11 +84,19 @@ class HeldOut:
         )
 
 
+Checked = dict[str, list[float]]  # REWARD and each referee's name -> (I,) one number a rollout
+REWARD = "reward"
+
+
 class ClosedLoopCheck:
     """Scores weights on the same few held-out rollouts each time.
 
+    Args:
+        held: which rollouts.
+        scorer: metrics, reward, referees.
+
     Attributes:
-        base: (I,) reward of the weights that training began from, once it was needed.
+        base: of the weights that training began from, once it was needed.
 
     Raises:
         PersistWorldError: the split has no episodes.
@@ -96,30 +104,46 @@ class ClosedLoopCheck:
 
     def __init__(self, held: HeldOut, scorer: Scorer) -> None:
         self.held, self.scorer = held, scorer
-        self.base: list[float] | None = None
+        self.base: Checked | None = None
         held.items()  # told before anything is trained
 
-    def rewards(self) -> list[float]:
-        """Reward (I,) of the rollouts of the weights in place, on every rank."""
+    def scores(self) -> Checked:
+        """Reward and referees of the rollouts of the weights in place, on every rank."""
         work = self.held.work
         found = [
-            (work.rank + work.world * row, self._reward(rollout))
+            (work.rank + work.world * row, self._numbers(rollout))
             for row, rollout in enumerate(self.held.roll(self.scorer))
         ]
-        return [reward for _, reward in sorted(work.gather(found))]
+        ordered = [numbers for _, numbers in sorted(work.gather(found), key=lambda pair: pair[0])]
+        return {name: [numbers[name] for numbers in ordered] for name in (REWARD, *self.scorer.referees)}
 
     def check(self, base: Active, now: Active) -> dict[str, float]:
-        """Numbers to log: the mean reward of the weights ``now``, that of ``base``, the share of rollouts won."""
+        """Numbers to log: the mean reward of the weights ``now``, that of ``base``, the share of rollouts won, and the
+        means of each referee.
+        """
         if self.base is None:
             with base():
-                self.base = self.rewards()
+                self.base = self.scores()
         with now():
-            rewards = self.rewards()
-        return {
-            "val_reward": float(np.mean(rewards)),
-            "val_base": float(np.mean(self.base)),
-            "val_won": float(np.mean(np.asarray(rewards) > np.asarray(self.base))),
+            scores = self.scores()
+        numbers = {
+            "val_reward": float(np.mean(scores[REWARD])),
+            "val_base": float(np.mean(self.base[REWARD])),
+            "val_won": float(np.mean(np.asarray(scores[REWARD]) > np.asarray(self.base[REWARD]))),
         }
+        for name in self.scorer.referees:
+            numbers[f"val_{name}"] = float(np.mean(scores[name]))
+            numbers[f"val_base_{name}"] = float(np.mean(self.base[name]))
+        return numbers
+
+    def load_base(self, saved: Checked | list[float] | None) -> None:
+        """What was saved of `base`; rolled out again where it lacks a referee of now (or is an older run's list)."""
+        saved = {REWARD: saved} if isinstance(saved, list) else saved
+        self.base = saved if saved and {REWARD, *self.scorer.referees} <= saved.keys() else None
+
+    def _numbers(self, rollout: Rollout) -> dict[str, float]:
+        means = {name: float(np.nanmean(rollout.scores[name])) for name in self.scorer.referees}
+        return {REWARD: self._reward(rollout), **means}
 
     def _reward(self, rollout: Rollout) -> float:
         return float(reward_of(self.scorer, {name: value[None] for name, value in rollout.scores.items()})[0])
