@@ -24,8 +24,9 @@ from persistworld_cli.config.resume import USES, is_free, used_keys
 from persistworld_cli.config.settings import FREE, PostTrainSettings, Settings
 from persistworld_cli.errors import UsageError
 from persistworld_cli.evaluation import run as evaluation
+from persistworld_cli.files import write_json
 from persistworld_cli.launch.continuing import HISTORY, kept_work, look_back
-from persistworld_cli.launch.launcher import _record, run_task, write_json
+from persistworld_cli.launch.launcher import _record, run_task
 from persistworld_cli.training import post_train
 
 COMMAND = ["persistworld", "post-train", "--set", "post_train.beta=0.1", "--output", "runs/first"]
