@@ -15,6 +15,7 @@ from typing import Any
 
 import eval_world
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from persistworld_cli import again
@@ -24,9 +25,12 @@ from persistworld_cli.config.resume import USES, is_free, used_keys
 from persistworld_cli.config.settings import FREE, PostTrainSettings, Settings
 from persistworld_cli.errors import UsageError
 from persistworld_cli.evaluation import run as evaluation
+from persistworld_cli.evaluation.plan import make_plan
 from persistworld_cli.files import write_json
 from persistworld_cli.launch.continuing import HISTORY, kept_work, look_back
 from persistworld_cli.launch.launcher import _record, run_task
+from persistworld_cli.rollout.finished import tell_finished
+from persistworld_cli.rollout.recording import Item
 from persistworld_cli.training import post_train
 
 COMMAND = ["persistworld", "post-train", "--set", "post_train.beta=0.1", "--output", "runs/first"]
@@ -201,29 +205,30 @@ def test_an_evaluation_says_what_is_there_and_refuses_another_question(
     world: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = replace(world, eval=replace(world.eval, steps=1, sheets=0))
-    job = {"ckpt": str(tmp_path / "own.safetensors"), "videos": False}
+    job = {"ckpt": str(tmp_path / "own.safetensors"), "baseline": world.model.ckpt, "videos": False}
     shutil.copyfile(Path(world.model.ckpt).with_name("other.safetensors"), job["ckpt"])
     output = tmp_path / "out"
-    with caplog.at_level(logging.INFO, "persistworld_cli"):
-        with only_what_counts("eval"):
-            evaluation.run(asked, {"output": str(output), **job})
-        assert "rollouts are there" not in caplog.text
-        write_json(output / "config.json", record(asked, output, "eval", **job))
+    with only_what_counts("eval"):
         evaluation.run(asked, {"output": str(output), **job})
-        assert "finished; nothing was rolled out: all 3 rollouts are there" in caplog.text
-        other = replace(asked, model=replace(asked.model, motion_bucket_id=9))
-        with pytest.raises(UsageError, match=r"model\.motion_bucket_id: 127 -> 9"):
-            look_back(record(other, output, "eval", **job), output)
-        with pytest.raises(UsageError, match=r"job\.ckpt: .*own\.safetensors -> none"):
-            look_back(record(asked, output, "eval"), output)
-        more = replace(asked, eval=replace(asked.eval, seeds=(0, 1), bootstrap=7))
-        shutil.copyfile(world.model.ckpt, job["ckpt"])  # the training that is evaluated has gone on
-        past = look_back(record(more, output, "eval", **job), output)
-        assert past is not None and len(past.changes.free) == 3 and "eval.seeds: 0 -> 0, 1" in capsys.readouterr().err
-        before = sorted(path.name for path in (output / "rollouts").iterdir())
-        evaluation.run(other, {"output": str(output), "videos": False})  # with --continue-with-changes: kept apart
-    after = sorted(path.name for path in (output / "rollouts").iterdir())
-    assert len(after) == len(before) + 3 and set(before) < set(after)
+    write_json(output / "config.json", record(asked, output, "eval", **job))
+    device = torch.device("cpu")
+    plan = make_plan(asked, job, output, device)
+    with caplog.at_level(logging.INFO, "persistworld_cli"):
+        tell_finished(list(plan.folders.values()), plan.items)
+        tell_finished(list(plan.folders.values()), [*plan.items, Item("9", 0, 1)])
+    assert caplog.messages[0] == "finished; nothing was rolled out: all 4 rollouts are there"
+    assert caplog.messages[1] == "resuming: 4 of 8 rollouts are there"
+    other = replace(asked, model=replace(asked.model, motion_bucket_id=9))
+    with pytest.raises(UsageError, match=r"model\.motion_bucket_id: 127 -> 9"):
+        look_back(record(other, output, "eval", **job), output)
+    apart = make_plan(other, job, output, device)  # with --continue-with-changes: not one rollout is taken for another
+    assert not set(plan.folders.values()) & set(apart.folders.values())
+    with pytest.raises(UsageError, match=r"job\.ckpt: .*own\.safetensors -> none"):
+        look_back(record(asked, output, "eval"), output)
+    more = replace(asked, eval=replace(asked.eval, seeds=(0, 1), bootstrap=7))
+    shutil.copyfile(world.model.ckpt, job["ckpt"])  # the training that is evaluated has gone on
+    past = look_back(record(more, output, "eval", **job), output)
+    assert past is not None and len(past.changes.free) == 3 and "eval.seeds: 0 -> 0, 1" in capsys.readouterr().err
 
 
 def test_the_command_refuses_and_prints_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,10 @@ def _describe(key: str, value: str, settings: Mapping[str, Mapping[str, Any]]) -
         stat = path / "meta" / "stat.json"
         own = not settings["model"]["stat"] and stat.is_file()
         return entry | ({"sha256": _digest([stat], path)} if own else {})
-    return entry | describe_content(path)
+    try:
+        return entry | describe_content(path)
+    except OSError:  # a running training just replaced a file; what cannot be read is said by who reads it
+        return entry
 
 
 def describe_content(path: Path) -> dict[str, Any]:
