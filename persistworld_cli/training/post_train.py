@@ -371,7 +371,7 @@ def _train(options: PostTrainSettings, trainer: PostTrainer, work: Run) -> dict[
     rewards = [entry["reward"] for entry in work.history() if "reward" in entry]
     few = max(1, len(rewards) // 4)
     return {
-        "updates": options.updates,
+        "updates": max(begun, options.updates),  # a finished run may have more than are asked for
         "processes": work.world,
         "reward_first": sum(rewards[:few]) / few if rewards else None,
         "reward_last": sum(rewards[-few:]) / few if rewards else None,

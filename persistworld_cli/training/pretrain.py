@@ -175,7 +175,7 @@ def _train(
         save_weights(model, weights.parent, carried, store.stat())
         training_curves(work.output / "curves.png", title, work.history(), PRETRAIN_PANELS)
     return {
-        "updates": options.updates,
+        "updates": max(begun, options.updates),
         "loss": loss.item(),
         "val_loss": final,
         "weights": str(weights),

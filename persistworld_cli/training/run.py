@@ -276,5 +276,5 @@ def _resuming(step: int, updates: int, state: Path) -> str:
     saved = f"saved at {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(state.stat().st_mtime))}"
     if step < updates:
         return f"resuming from update {step} of {updates}, {saved}"
-    more = f", of which {updates} were asked for" if step > updates else ""
+    more = f" ({updates} were asked for)" if step > updates else ""
     return f"finished; nothing was trained: the run is at update {step}{more}, {saved}"
