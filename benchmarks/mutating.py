@@ -369,6 +369,7 @@ def _torch_archive(data: bytes, draw: random.Random) -> bytes:
 
 def _odd_array(draw: random.Random, array: Any) -> Any:
     """An array of another type or shape."""
+    array = np.atleast_1d(array)
     odd: tuple[Any, ...] = (
         *(np.array(7.0), np.zeros(0), array.astype(">f8"), np.asfortranarray(array), array.astype("<U3"), array[:1]),
         *(

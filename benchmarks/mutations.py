@@ -3,8 +3,8 @@
 `python -m benchmarks.mutations [--seeds 20] [--rounds 60] [--only TEXT] [--output FILE.json]`
 
 Each mutation must end in an equal result, in one PersistWorldError that says what, where and what to do, or in a
-changed value that the format cannot check (`UNCHECKED` says why, by format). A traceback, a hang, a lost file or
-a changed value where the format has checks is BAD; a BAD one is printed with what repeats it, and the exit code is 1.
+changed value that the format cannot check (`UNCHECKED` says why, by format). A traceback, a hang, or a file that is
+lost is BAD; a BAD one is printed with what repeats it, and the exit code is 1.
 tests/test_mutations.py runs the same with one seed.
 """
 
@@ -49,14 +49,15 @@ from persistworld_cli.data.raw.video import count_frames, read_frames, write_mp4
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.evaluation.benchmarks import load_benchmark
 from persistworld_cli.evaluation.comparing import compare_files, load_result
-from persistworld_cli.extraction.publish import _compare
-from persistworld_cli.extraction.report import ExtractReport
+from persistworld_cli.extraction.publish import Changing, _compare
+from persistworld_cli.extraction.report import ExtractReport, path_of
 from persistworld_cli.launch.accelerate_config import read_accelerate_config
 from persistworld_cli.launch.launcher import _read as read_result
 from persistworld_cli.metrics.user_masks import _array, _picture, _size
 from persistworld_cli.policies.bundled_world.scene import _described
 from persistworld_cli.policies.leaderboard import build_leaderboard, read_real, read_runs
 from persistworld_cli.policies.tasks import load_task
+from persistworld_cli.read_files import DAMAGED_NOTES, read_json
 from persistworld_cli.reports.policy_tables import leaderboard_tables
 from persistworld_cli.reports.tables import plain
 from persistworld_cli.robot.adapter import MlpAdapter, load_adapter
@@ -285,7 +286,7 @@ def _dataset(folder: Path) -> list[Case]:
         (folder / "annotation" / "train" / f"{episode}.json").write_text(json.dumps(note))
     shared = {"rate_hz": 5.0, "height": HIGH}
     (folder / "extract.json").write_text(json.dumps(shared))
-    ExtractReport(done=["0", "1"], failed=[{"episode": "2", "reason": "no rows"}]).write(folder)
+    ExtractReport(done=["0", "1"], failed=[{"episode": "2", "reason": "no rows"}]).write(path_of(folder))
     build_meta(folder, workers=1)
     meta = folder / "meta"
     index = IndexFile(meta / "index.safetensors")
@@ -326,11 +327,12 @@ def _gain(path: Path) -> Any:
 
 
 def _same(path: Path, shared: dict[str, Any]) -> None:
-    _compare(path, shared)
+    before = read_json(path, "unreadable notes of the extraction", DAMAGED_NOTES)
+    _compare(path, before, shared, Changing(), alone=False)
 
 
 def _report(folder: Path) -> Any:
-    report = ExtractReport.read(folder)
+    report = ExtractReport.read(path_of(folder))
     return dataclasses.asdict(report)
 
 
@@ -403,21 +405,16 @@ def _adapters(folder: Path) -> list[Case]:
     settings = to_json(load_settings("tiny", (), {}, env={}).settings)
     (folder / "run" / "config.json").write_text(json.dumps({"task": "post-train", "settings": settings}))
 
-    def read(path: Path) -> Callable[[], Any]:
-        def load() -> Any:
-            adapter = read_adapter(locate(path))
-            told = {key: value for key, value in adapter.config.to_dict().items() if not isinstance(value, set)}
-            return [
-                adapter.lora,
-                adapter.encoder,
-                told,
-                sorted(adapter.config.target_modules),
-                adapter_presets(adapter),
-            ]
+    def peft() -> Any:
+        adapter = read_adapter(locate(folder / "adapter"))
+        config = adapter.config.to_dict()
+        told = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        return [adapter.lora, adapter.encoder, told, adapter_presets(adapter)]
 
-        return load
+    def state() -> Any:
+        adapter = read_adapter(locate(step / "state.pt"))
+        return [adapter.lora, adapter.encoder, adapter.config.r, adapter.config.lora_alpha]
 
-    peft, state = read(folder / "adapter"), read(step / "state.pt")
     return [
         Case("JSON", "adapter_config.json", folder / "adapter" / "adapter_config.json", folder, peft, by.JSON),
         Case(

@@ -78,7 +78,10 @@ def _peft_config(folder: Path) -> PeftConfig:
     with reading(what, path), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # of a newer peft
         _check_config(read_json(path, what))
-        return PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
+        if not getattr(config, "target_modules", None):
+            raise ValueError("no target_modules: it names no layers of the network")
+        return config
 
 
 def _check_config(told: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "policy.layout": ("pi05", "pi0", "pi0-fast"),
     "launch.device": ("auto", "cpu", "cuda"),
 }
+_CHANGE = "write another value there, or leave it out for the default"
 # (relation, bound, keys): every number whose bound depends on nothing else.
 _BOUNDS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
     (
@@ -235,10 +236,12 @@ def _check_bounds(settings: Settings, place: _Place) -> None:
         holds, words = _RELATIONS[sign]
         for key in keys:
             if not holds(_value(settings, key), bound):
-                raise UsageError(f"{key} = {_value(settings, key)} must be {words} {bound:g}", where=place(key))
+                raise UsageError(
+                    f"{key} = {_value(settings, key)} must be {words} {bound:g}", where=place(key), fix=_CHANGE
+                )
     for key in _SHARES:
         if not 0.0 <= _value(settings, key) <= 1.0:
-            raise UsageError(f"{key} = {_value(settings, key)} must lie between 0 and 1", where=place(key))
+            raise UsageError(f"{key} = {_value(settings, key)} must lie between 0 and 1", where=place(key), fix=_CHANGE)
 
 
 def _check_world(settings: Settings, place: _Place) -> None:
@@ -247,7 +250,9 @@ def _check_world(settings: Settings, place: _Place) -> None:
         raise UsageError("world.cameras is empty", where=place("world.cameras"), fix="name at least one camera")
     if len(set(world.cameras)) != count:
         raise UsageError(
-            f"world.cameras names a camera twice: {', '.join(world.cameras)}", where=place("world.cameras")
+            f"world.cameras names a camera twice: {', '.join(world.cameras)}",
+            where=place("world.cameras"),
+            fix="name each camera once",
         )
     for key, ids in (("world.exterior", world.exterior), ("world.wrist", world.wrist)):
         outside = [i for i in ids if not 0 <= i < count]
@@ -287,28 +292,33 @@ def _check_sampling(settings: Settings, place: _Place) -> None:
         raise UsageError(
             f"sampling.sigma_max = {sampling.sigma_max:g} must be more than sigma_min = {sampling.sigma_min:g}",
             where=place("sampling.sigma_max", "sampling.sigma_min"),
+            fix="raise sigma_max, or lower sigma_min",
         )
     for key, entries in (("sampling.history", sampling.history), ("sampling.history_policy", sampling.history_policy)):
         if len(entries) != model.num_history:
             raise UsageError(
                 f"{key} has {len(entries)} entries, but model.num_history = {model.num_history}",
                 where=place(key, "model.num_history"),
+                fix=f"write {model.num_history} entries",
             )
         if any(not -sampling.buffer_fill <= entry < sampling.buffer_fill for entry in entries):
             raise UsageError(
                 f"{key} = {list(entries)} reaches beyond the buffer's first {sampling.buffer_fill} entries",
                 where=place(key, "sampling.buffer_fill"),
+                fix="write entries that the buffer has at the start",
             )
     if settings.clips.zero_history_prob + settings.clips.rollout_history_prob > 1.0:
         raise UsageError(
             "clips.zero_history_prob and clips.rollout_history_prob add up to more than 1",
             where=place("clips.zero_history_prob", "clips.rollout_history_prob"),
+            fix="lower one of them",
         )
     weights = settings.clips.datasets
     if weights and (min(weights.values()) < 0 or max(weights.values()) == 0):
         raise UsageError(
             f"clips.datasets = {weights}: weights must be at least 0, and one of them more",
             where=place("clips.datasets"),
+            fix="write a weight above 0 for one dataset at least",
         )
 
 
@@ -357,6 +367,7 @@ def _check_eval(settings: Settings, place: _Place) -> None:
         raise UsageError(
             f"eval.moving_threshold = {options.moving_threshold:g} must lie between 0 and 1",
             where=place("eval.moving_threshold"),
+            fix=_CHANGE,
         )
 
 
@@ -368,7 +379,9 @@ def _check_launch(settings: Settings, place: _Place) -> None:
             raise UsageError(f"unknown tracker '{name}'", where=place("launch.trackers"), fix=nearest(name, known))
     if NO_TRACKER in launch.trackers and len(set(launch.trackers)) > 1:
         raise UsageError(
-            f"launch.trackers = {', '.join(launch.trackers)}: 'none' stands alone", where=place("launch.trackers")
+            f"launch.trackers = {', '.join(launch.trackers)}: 'none' stands alone",
+            where=place("launch.trackers"),
+            fix="leave 'none' out, or the others",
         )
     if launch.machine_rank >= launch.num_machines:
         raise UsageError(

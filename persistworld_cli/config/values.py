@@ -60,7 +60,9 @@ def coerce(value: Any, hint: Any, *, key: str, where: str) -> Any:
         return float(value)
     if hint in (bool, int, str) and type(value) is hint:
         return value
-    raise UsageError(f"{key} = {value!r} has the wrong type: expected {expected(hint)}", where=where)
+    raise UsageError(
+        f"{key} = {value!r} has the wrong type: expected {expected(hint)}", where=where, fix=f"write {expected(hint)}"
+    )
 
 
 def parse_text(text: str, hint: Any) -> Any:
@@ -100,4 +102,5 @@ def _plain(value: Any, *, key: str, where: str) -> None:
     elif isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{key} = {value} is not finite", where=where, fix="write a finite number")
     elif not isinstance(value, str | int | float | bool):
-        raise UsageError(f"{key} = {value!r} has the wrong type: expected a string, number, list or table", where=where)
+        kinds = "a string, number, list or table"
+        raise UsageError(f"{key} = {value!r} has the wrong type: expected {kinds}", where=where, fix=f"write {kinds}")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from persistworld_cli.errors import PersistWorldError, nearest
-from persistworld_cli.read_files import read_json, reading
+from persistworld_cli.read_files import read_json, reading, reason
 from persistworld_cli.statistics.paired import wilson
 from persistworld_cli.statistics.ranking import mmrv, pearson
 
@@ -154,7 +154,9 @@ def read_real(path: Path) -> Results:
         policy, task = (str(row[name] or "").strip() for name in ("policy", "task"))
         tasks = real.setdefault(policy, {})
         if task in tasks:
-            raise PersistWorldError(f"policy '{policy}', task '{task}' a second time", where=f"{path}, line {number}")
+            raise PersistWorldError(
+                f"policy '{policy}', task '{task}' a second time", where=f"{path}, line {number}", fix="keep one"
+            )
         tasks[task] = _real(row, f"{path}, line {number}")
     return real
 
@@ -164,7 +166,8 @@ def _real(row: Mapping[str, Any], where: str) -> Real:
         success, count = float(row["success"]), str(row.get("n") or "").strip()
         trials = int(count) if count else None
     except (TypeError, ValueError) as error:
-        raise PersistWorldError(f"not a number: {error}", where=where) from error
+        fix = "write success from 0 to 1, and how many trials under n, or nothing"
+        raise PersistWorldError(f"not a number: {reason(error)}", where=where, fix=fix) from error
     if not (math.isfinite(success) and 0 <= success <= 1) or (trials is not None and trials < 1):
         raise PersistWorldError(
             f"success {row['success']}, n {count or '-'}", where=where, fix="success from 0 to 1, n from 1"

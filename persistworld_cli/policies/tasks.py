@@ -13,6 +13,8 @@ from persistworld_cli.config.bundled import bundled_root
 from persistworld_cli.errors import UsageError, nearest
 from persistworld_cli.read_files import read_toml
 
+_CHANGE = "write another value there"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskStart:
@@ -54,14 +56,18 @@ def load_task(name: str) -> Task:
     _, data = read_toml(path)
     starts = data.pop("starts", [{}])
     if not isinstance(starts, list) or not starts or not all(isinstance(entry, dict) for entry in starts):
-        raise UsageError("'starts' must be one or more tables [[starts]]", where=str(path))
+        raise UsageError("'starts' must be one or more tables", where=str(path), fix="write [[starts]]")
     task = Task(
         name=path.stem,
         starts=tuple(TaskStart(**_checked(TaskStart, entry, path)) for entry in starts),
         **_checked(Task, data, path),
     )
     if task.skip < 1 or task.steps < 1 or not 0 < task.gripper_cap <= 1 or any(s.start < 0 for s in task.starts):
-        raise UsageError("skip and steps from 1, gripper_cap in (0, 1], start from 0", where=str(path))
+        raise UsageError(
+            "skip and steps from 1, gripper_cap in (0, 1], start from 0",
+            where=str(path),
+            fix=_CHANGE,
+        )
     return task
 
 
@@ -75,7 +81,7 @@ def _checked(cls: type[Any], data: dict[str, Any], path: Path) -> dict[str, Any]
         kind = type(known[key])
         fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
         if not fits or isinstance(value, bool):
-            raise UsageError(f"{key} = {value!r} must be of type {kind.__name__}", where=str(path))
+            raise UsageError(f"{key} = {value!r} must be of type {kind.__name__}", where=str(path), fix=_CHANGE)
         out[key] = kind(value)
     return out
 

@@ -81,7 +81,7 @@ class RawDataset:
         with reading("unreadable dataset description", info_file, _REPAIR):
             self._check_info()
         self._known: dict[int, RawEpisode] = {}
-        self._file: tuple[Path, pq.ParquetFile] | None = None
+        self._file: tuple[Path, pq.ParquetFile, list[set[int] | None]] | None = None
         self._table: tuple[Path, tuple[int, ...], pa.Table] | None = None
 
     def _check_info(self) -> None:
@@ -334,22 +334,24 @@ class RawDataset:
     def _groups(self, episode: RawEpisode) -> pa.Table:
         """Of the episode's file, the row groups that may hold it: a v3 file is larger than one wants in memory."""
         if self._file is None or self._file[0] != episode.table:
-            self._file, self._table = (episode.table, pq.ParquetFile(episode.table)), None
-        file = self._file[1]
-        groups = tuple(g for g in range(file.num_row_groups) if _may_hold(file.metadata.row_group(g), episode.index))
+            opened = pq.ParquetFile(episode.table)
+            self._file, self._table = (episode.table, opened, _episodes_of(opened)), None
+        _, file, held = self._file
+        groups = tuple(group for group, episodes in enumerate(held) if episodes is None or episode.index in episodes)
         if self._table is None or self._table[1] != groups:
             self._table = (episode.table, groups, file.read_row_groups(list(groups)))
         return self._table[2]
 
 
-def _may_hold(group: pq.RowGroupMetaData, episode: int) -> bool:
-    """Whether the statistics of a row group allow rows of an episode; True where it has none."""
-    for number in range(group.num_columns):
-        column = group.column(number)
-        if column.path_in_schema == "episode_index":
-            stats = column.statistics
-            return stats is None or not stats.has_min_max or bool(stats.min <= episode <= stats.max)
-    return True
+def _episodes_of(file: pq.ParquetFile) -> list[set[int] | None]:
+    """The episodes in each row group; None where the table does not tell.
+
+    From the column itself: asking a damaged file for a column's statistics ends the whole process (pyarrow 26).
+    """
+    if "episode_index" not in file.schema_arrow.names:
+        return [None] * file.num_row_groups
+    columns = (file.read_row_group(group, columns=["episode_index"]) for group in range(file.num_row_groups))
+    return [set(pc.unique(column.column(0)).to_pylist()) for column in columns]
 
 
 def _column(table: pa.Table, name: str, path: Path) -> NDArray[Any]:
