@@ -1,6 +1,6 @@
 """Gates that a shipped base model must pass, measured on held-out episodes (printed as JSON).
 
-`python -m benchmarks.gates --dataset outputs/world [--ckpt PATH] [--clips 48] [--steps 1,2,3,5,8,12,25]`
+`python -m benchmarks.gates --dataset outputs/world [--raw DIR] [--ckpt PATH] [--clips 48] [--steps 1,2,3,5,8,12,25]`
 
 1. vae: share of coloured object pixels that survive encoding and decoding, by camera (gate: 0.80 in every view).
 2. clip: PSNR of the fourth new frame of one clip from real history, against copying the current frame
@@ -153,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--dataset", required=True)
+    parser.add_argument("--raw", default="", help="the recording that the dataset was made from, for its colours")
     parser.add_argument("--ckpt")
     parser.add_argument("--adapter", default="")
     parser.add_argument("--clips", type=int, default=48)
@@ -161,8 +162,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     settings = load_settings(options.preset, [], {}).settings
-    dataset = str(options.dataset)
-    store = open_store(replace(settings, world=replace(settings.world, dataset=dataset)))
+    world = replace(settings.world, dataset=str(options.dataset), raw=options.raw or settings.world.raw)
+    settings = replace(settings, world=world)
+    store = open_store(settings)
     model = load_world_model(settings.model, settings.world, ckpt=options.ckpt, adapter=options.adapter)
     result: dict[str, Any] = {}
     chosen = options.gates.split(",")

@@ -91,7 +91,8 @@ def test_a_simulator_that_does_not_repeat_is_put_right(drawing: None, bundled: S
     from dataset_example.recorder.live import restore
 
     joints = recorded.raw.read(PICK, [COLUMNS[1]])[COLUMNS[1]][recorded.row]
-    world, off = restore(0, PICK, 0, joints=joints, gripper=0.2, objects=poses, render=False)  # the start of the motion
+    there = {"joints": joints, "gripper": 0.2, "objects": poses}
+    world, off = restore(0, PICK, 0, design="varied", **there, render=False)  # the start of the motion
     now = world.observe()
     assert off > 0.01
     assert np.abs(now["sim.object_pose"].reshape(3, 7)[:, :3] - poses[:, :3]).max() < 1e-6

@@ -125,11 +125,15 @@ def _states(places: np.ndarray, pads: np.ndarray) -> list[tuple[np.ndarray, np.n
 
 
 def test_cameras_are_the_recorders() -> None:
+    """In every design of the world."""
     pytest.importorskip("mujoco", reason="the recorder needs mujoco (pip install persistworld[sim])")
     scene = pytest.importorskip("dataset_example.recorder.scene", reason="runs in a checkout only")
-    for name, (azimuth, elevation, distance) in seeing.VIEWS.items():
-        assert np.allclose(scene.EXTERIOR_VIEWS[name], [*np.radians([azimuth, elevation]), distance, 23.5])
-    assert np.allclose(scene.LOOK_AT, seeing.LOOK_AT)
+    from dataset_example.recorder.design import DESIGNS
+
+    for design in DESIGNS.values():
+        for name, (azimuth, elevation, distance) in seeing.VIEWS.items():
+            assert np.allclose(design.views.exterior[name], [*np.radians([azimuth, elevation]), distance, 23.5])
+        assert np.allclose(design.views.look_at, seeing.LOOK_AT)
     assert pytest.approx(seeing.ASPECT) == scene.IMAGE_WIDTH / scene.IMAGE_HEIGHT
 
 

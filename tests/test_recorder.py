@@ -175,6 +175,96 @@ def test_recording_on_disk(rendering, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(arguments) == 0 and first.stat().st_mtime_ns == before
     assert main([*arguments, "--seed", "3"]) == 1
     assert "2 are there" in (said := capsys.readouterr().err) and "--seed" in said
+    assert main([*arguments, "--design", "steady"]) == 1 and "--design" in capsys.readouterr().err
+
+
+# Designs of the world -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def steady(recorder):
+    """Two whole episodes of the world that is easier to learn, without pictures."""
+    from dataset_example.recorder.design import STEADY
+
+    return [recorder.record_episode(5, index, render=False, design=STEADY) for index in range(2)]
+
+
+def test_default_design_is_that_of_the_shipped_recordings(recorder, info: dict) -> None:
+    """Objects, instruction and first pose of every shipped episode, drawn again: no draw was added or moved."""
+    from dataset_example.recorder.design import DEFAULT
+
+    for line in read_jsonl(WORLD / "meta/episodes.jsonl"):
+        index = line["episode_index"]
+        world, director = recorder.build_world(0, index, DEFAULT)
+        drawn = [(item.name, *(round(v, 4) for v in item.rgb)) for item in director.objects]
+        assert drawn == [(item["name"], *item["rgb"]) for item in line["objects"]]
+        sizes = [[2 * v for v in item.half] for item in director.objects]
+        np.testing.assert_allclose(sizes, [item["size"] for item in line["objects"]], atol=1e-4)
+        columns = ["observation.state.joint_position", "sim.object_pose"]
+        first = pq.read_table(WORLD / f"data/chunk-000/episode_{index:06d}.parquet", columns=columns).slice(0, 1)
+        for name, value in world.observe().items():
+            if name in columns:
+                np.testing.assert_allclose(first[name][0].as_py(), value, atol=1e-5)
+        director.next_script(world.snapshot())
+        assert [director.instruction] == line["tasks"]
+
+
+def test_most_steady_scenes_share_cameras_and_light(recorder) -> None:
+    from dataset_example.recorder.design import DESIGNS
+    from dataset_example.recorder.scene import sample_scene
+
+    for design in DESIGNS.values():
+        scenes = [sample_scene(np.random.default_rng([0, index]), design) for index in range(100)]
+        for find in (
+            lambda scene: tuple(np.concatenate([camera.position for camera in scene.cameras.values()])),
+            lambda scene: (*scene.light_position, scene.light_strength, scene.ambient),
+        ):
+            found = [find(scene) for scene in scenes]
+            most = max(found.count(value) for value in set(found))
+            assert most == 1 if design.steady == 0 else abs(most / 100 - design.steady) < 0.1
+        for item in (item for scene in scenes for item in scene.objects):
+            size = design.objects.sizes[item.shape]
+            assert size.across[0] <= item.half[0] == item.half[1] <= size.across[1]
+            assert 2 * max(item.half[:2]) < 2 * design.motion.finger_stroke or not item.graspable
+        assert len({scene.mat_pixels.tobytes() for scene in scenes}) > 50
+
+
+def test_steady_episodes_are_good_recordings(steady) -> None:
+    test_recorded_pose_is_the_kinematics_of_recorded_joints(steady)
+    test_velocities_are_droids(steady)
+    test_objects_stay_on_the_table(steady)
+    test_instructions_have_an_index(steady)
+
+
+def test_an_episode_is_restored_in_its_own_design(steady) -> None:
+    from dataset_example.recorder.live import restore
+
+    columns, row = {name: values[60] for name, values in steady[1].columns.items()}, 60
+    there = {
+        "joints": columns["observation.state.joint_position"],
+        "gripper": float(columns["observation.state.gripper_position"]),
+        "objects": columns["sim.object_pose"].reshape(3, 7),
+    }
+    assert restore(5, 1, row, design="steady", **there, render=False)[1] < 1e-5
+    assert restore(5, 1, row, design="varied", **there, render=False)[1] > 1e-2
+
+
+def test_statistics_of_a_world(rendering, recorder) -> None:
+    """Two seconds of an episode measured; spells; and a camera that stands still sees what it saw."""
+    from benchmarks import world_statistics as statistics
+    from dataset_example.recorder.design import STEADY
+
+    touching = np.array([0, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0, 1], bool)
+    assert statistics.spells(touching) == [(1, 6), (11, 11)]
+    told = statistics.measure(STEADY, 900, 1, 2.0, None)
+    result = statistics.compare(told, told)
+    assert all(row["ratio"][0] == pytest.approx(1) for row in result["rows"].values() if row["new"][0])
+    assert not result["too_rare"] and not result["too_small"]
+    u, v = statistics._pixels()
+    place, axes = np.array([0.5, 0.1, 0.4]), np.eye(3)  # looks straight down
+    table = statistics._on_table(place, axes, 70.0, u, v)
+    np.testing.assert_allclose(statistics._project(place, axes, 70.0, table), (u, v), atol=1e-9)
+    assert table[0, 40, 1] > place[1] > table[-1, 40, 1] and table[24, -1, 0] > place[0]  # up is y, right is x
 
 
 # The shipped recordings -----------------------------------------------------------------------------------------------

@@ -11,12 +11,17 @@ import signal
 import sys
 from pathlib import Path
 
+from .design import DEFAULT, DESIGNS
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dataset_example.recorder", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the LeRobot v2.1 dataset")
     parser.add_argument("--episodes", type=int, default=80, help="how many (default: %(default)s)")
     parser.add_argument("--val", type=int, default=20, help="how many of them, the last, are validation (default: 20)")
+    parser.add_argument(
+        "--design", choices=list(DESIGNS), default=DEFAULT.name, help="which world's design (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="which world (default: %(default)s)")
     parser.add_argument("--first-id", type=int, default=0, help="id of the first episode (default: %(default)s)")
     parser.add_argument("--fps", type=int, default=15, choices=(15, 5, 3, 1), help="frames a second (default: 15)")
@@ -37,7 +42,16 @@ def main(arguments: list[str] | None = None) -> int:
 
     wanted = range(options.first_id, options.first_id + options.episodes)
     try:
-        record(options.out, wanted, options.seed, options.fps, options.seconds, options.workers, options.val)
+        record(
+            options.out,
+            wanted,
+            options.seed,
+            options.fps,
+            options.seconds,
+            options.workers,
+            options.val,
+            options.design,
+        )
     except OtherWorldError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

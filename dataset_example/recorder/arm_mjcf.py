@@ -7,7 +7,6 @@ two parallel fingers that open along the flange's x axis; the wrist camera sits 
 from __future__ import annotations
 
 SHELL, JOINT, HAND, PAD = "0.86 0.86 0.88 1", "0.42 0.44 0.49 1", "0.20 0.21 0.24 1", "0.08 0.08 0.09 1"
-FINGER_STROKE = 0.046  # m, each finger; the gripper opens to twice that
 _GHOST = 'contype="0" conaffinity="0"'
 _FINGER = (
     '<geom type="box" size=".007 .0125 .021" pos=".007 0 .146" rgba="{pad}" contype="2" conaffinity="0" condim="6"'
@@ -28,10 +27,10 @@ def _joint(index: int, low: float, high: float, damping: float) -> str:
     return f'<joint name="joint{index}" axis="0 0 1" range="{low} {high}" damping="{damping}"/>'
 
 
-def _gripper(wrist_camera: str) -> str:
+def _gripper(wrist_camera: str, stroke: float) -> str:
     """Palm, two fingers that mirror each other, the camera and its case; the frame is the flange's."""
     finger = _FINGER.format(pad=PAD, hand=HAND)
-    slide = f'type="slide" axis="1 0 0" range="0 {FINGER_STROKE}" damping="4"'
+    slide = f'type="slide" axis="1 0 0" range="0 {stroke}" damping="4"'
     return f"""<body name="flange" pos="0 0 .107" gravcomp="1">{_inertia("0 0 .05", 0.8, 0.002)}
   <site name="flange"/>{wrist_camera}
   <geom type="cylinder" size=".038 .018" pos="0 0 .016" rgba="{JOINT}" {_GHOST}/>
@@ -43,8 +42,11 @@ def _gripper(wrist_camera: str) -> str:
 </body>"""
 
 
-def arm_body(wrist_camera: str) -> str:
-    """MJCF of base, seven links and gripper; `wrist_camera` is a camera element in the flange frame."""
+def arm_body(wrist_camera: str, stroke: float) -> str:
+    """MJCF of base, seven links and gripper; `wrist_camera` is a camera element in the flange frame.
+
+    `stroke` is how far each finger moves (m): the gripper opens to twice that.
+    """
     links = [
         (
             'pos="0 0 .333"', 3, "0 0 -.1", 0.05, _joint(1, -2.8973, 2.8973, 2),
@@ -75,7 +77,7 @@ def arm_body(wrist_camera: str) -> str:
             _capsule("0 0 0", "0 0 .07", 0.044, SHELL),
         ),
     ]  # fmt: skip
-    body = _gripper(wrist_camera)
+    body = _gripper(wrist_camera, stroke)
     for number, (place, mass, centre, moment, joint, shapes) in reversed(list(enumerate(links, start=1))):
         inertia = _inertia(centre, mass, moment)
         body = f'<body name="link{number}" {place} gravcomp="1">{inertia}{joint}{shapes}\n{body}</body>'

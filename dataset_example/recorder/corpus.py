@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from .design import DEFAULT, DESIGNS
 from .episode import record_episode
 from .lerobot import recorded, write_episode, write_meta
 
@@ -17,11 +18,18 @@ EPISODES_A_WORKER = 40
 
 
 class OtherWorldError(Exception):
-    """The output folder holds episodes of another seed, rate or length."""
+    """The output folder holds episodes of another design, seed, rate or length."""
 
 
 def record(
-    root: Path, wanted: Sequence[int], seed: int, fps: int, seconds: float, workers: int, validation: int
+    root: Path,
+    wanted: Sequence[int],
+    seed: int,
+    fps: int,
+    seconds: float,
+    workers: int,
+    validation: int,
+    design: str = DEFAULT.name,
 ) -> None:
     """Records the episodes of `wanted` that are not on disk yet, then writes `meta/`, also when interrupted.
 
@@ -30,12 +38,12 @@ def record(
     done = recorded(root)
     length = round(seconds * fps)
     for episode_id, entry in done.items():
-        if (entry["seed"], entry["fps"], entry["line"]["length"]) != (seed, fps, length):
+        if (entry["design"], entry["seed"], entry["fps"], entry["line"]["length"]) != (design, seed, fps, length):
             raise OtherWorldError(
-                f"episode {episode_id} in {root} was recorded with another --seed, --fps or --seconds; "
+                f"episode {episode_id} in {root} was recorded with another --design, --seed, --fps or --seconds; "
                 "choose an empty folder, or the same options"
             )
-    jobs = [(root, seed, episode_id, fps, seconds) for episode_id in wanted if episode_id not in done]
+    jobs = [(root, design, seed, episode_id, fps, seconds) for episode_id in wanted if episode_id not in done]
     print(f"{len(jobs)} episodes to record, {len(wanted) - len(jobs)} are there", file=sys.stderr, flush=True)
     started = time.monotonic()
     try:
@@ -56,8 +64,8 @@ def _leave_interrupts_to_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _record_one(job: tuple[Path, int, int, int, float]) -> tuple[int, str, bool]:
-    root, seed, episode_id, fps, seconds = job
-    episode = record_episode(seed, episode_id, fps=fps, seconds=seconds)
-    write_episode(root, episode, seed)
+def _record_one(job: tuple[Path, str, int, int, int, float]) -> tuple[int, str, bool]:
+    root, design, seed, episode_id, fps, seconds = job
+    episode = record_episode(seed, episode_id, fps=fps, seconds=seconds, design=DESIGNS[design])
+    write_episode(root, episode, seed, design)
     return episode_id, episode.instruction, episode.success

@@ -11,7 +11,7 @@ import dataclasses
 import mujoco
 import numpy as np
 
-from .arm_mjcf import FINGER_STROKE
+from .design import DEFAULT, Design
 from .robot import CONTROL_HZ, FRAME_HZ, TCP_OFFSET, VELOCITY_GAIN, ArmController, Waypoint, flange_pose, pose_vector
 from .scene import CAMERAS, IMAGE_HEIGHT, IMAGE_WIDTH, ObjectSpec, build_model, sample_scene
 from .tasks import Director, Snapshot, start_waypoint
@@ -37,11 +37,19 @@ class Episode:
         return len(self.columns["observation.state.gripper_position"])
 
 
-def record_episode(seed: int, episode_id: int, *, fps: int = 15, seconds: float = 14.0, render: bool = True) -> Episode:
+def record_episode(
+    seed: int,
+    episode_id: int,
+    *,
+    fps: int = 15,
+    seconds: float = 14.0,
+    render: bool = True,
+    design: Design = DEFAULT,
+) -> Episode:
     """Simulates episode `episode_id` of the world `seed`. Raises ValueError if fps does not divide 15."""
     if FRAME_HZ % fps:
         raise ValueError(f"fps {fps} does not divide {FRAME_HZ}")
-    world, director = build_world(seed, episode_id)
+    world, director = build_world(seed, episode_id, design)
     ticks = round(seconds * FRAME_HZ)
     stride = FRAME_HZ // fps
     renderer = Cameras(world, ticks // stride) if render else None
@@ -69,12 +77,12 @@ def record_episode(seed: int, episode_id: int, *, fps: int = 15, seconds: float 
     )
 
 
-def build_world(seed: int, episode_id: int) -> tuple[World, Director]:
+def build_world(seed: int, episode_id: int, design: Design) -> tuple[World, Director]:
     """An episode's world as it begins, and who will say what happens in it."""
     rng = np.random.default_rng([seed, episode_id])
-    scene = sample_scene(rng)
-    start = start_waypoint(rng)
-    return World(build_model(scene), start), Director(scene.objects, rng)
+    scene = sample_scene(rng, design)
+    start = start_waypoint(rng, design)
+    return World(build_model(scene), start, design), Director(scene.objects, rng, design)
 
 
 def _columns(observed: list[dict[str, np.ndarray]], targets: np.ndarray, stride: int) -> dict[str, np.ndarray]:
@@ -97,30 +105,31 @@ def _columns(observed: list[dict[str, np.ndarray]], targets: np.ndarray, stride:
 
 
 class World:
-    """MuJoCo's model and state, with the arm's controller."""
+    """MuJoCo's model and state, with the arm's controller; `stroke` (m) is how far a finger opens."""
 
-    def __init__(self, model: mujoco.MjModel, start: Waypoint) -> None:
+    def __init__(self, model: mujoco.MjModel, start: Waypoint, design: Design) -> None:
         self.model, self.data = model, mujoco.MjData(model)
-        self.arm = ArmController(start)
+        self.stroke = design.motion.finger_stroke
+        self.arm = ArmController(start, design.motion.turn_rate)
         self._joints = [model.joint(f"joint{i}").qposadr[0] for i in range(1, 8)]
         self._fingers = [model.joint(f"finger{i}").qposadr[0] for i in (1, 2)]
         self._bodies = [model.body(f"object{i}").id for i in range(3)]
         self._flange = model.site("flange").id
         self.data.qpos[self._joints] = self.arm.joints
-        self.data.qpos[self._fingers] = FINGER_STROKE * (1 - self.arm.gripper)
+        self.data.qpos[self._fingers] = self.stroke * (1 - self.arm.gripper)
         self._apply()
         mujoco.mj_forward(model, self.data)
 
     def place(self, joints: np.ndarray, gripper: float, objects: np.ndarray) -> None:
         """Puts everything somewhere, at rest: (7,) rad, 0 open .. 1 closed, (3, 7) positions and quaternions."""
         self.data.qpos[self._joints] = joints
-        self.data.qpos[self._fingers] = FINGER_STROKE * (1 - gripper)
+        self.data.qpos[self._fingers] = self.stroke * (1 - gripper)
         for body, pose in zip(self._bodies, objects, strict=True):
             first = self.model.jnt_qposadr[self.model.body_jntadr[body]]
             self.data.qpos[first : first + 7] = pose
         self.data.qvel[:] = 0
         self.data.ctrl[:7] = joints
-        self.data.ctrl[7] = FINGER_STROKE * (1 - gripper)
+        self.data.ctrl[7] = self.stroke * (1 - gripper)
         mujoco.mj_forward(self.model, self.data)
 
     def step(self) -> None:
@@ -130,7 +139,7 @@ class World:
 
     def _apply(self) -> None:
         self.data.ctrl[:7] = self.arm.joints
-        self.data.ctrl[7] = FINGER_STROKE * (1 - self.arm.gripper)
+        self.data.ctrl[7] = self.stroke * (1 - self.arm.gripper)
 
     def command(self) -> np.ndarray:
         return np.array([*self.arm.joints, self.arm.gripper])
@@ -152,7 +161,7 @@ class World:
         # Kinematics of the state that mj_step has just reached, so that pose, joints and pictures belong together.
         mujoco.mj_kinematics(self.model, self.data)
         mujoco.mj_camlight(self.model, self.data)
-        opening = self.data.qpos[self._fingers].mean() / FINGER_STROKE
+        opening = self.data.qpos[self._fingers].mean() / self.stroke
         objects = np.column_stack([self.data.xpos[self._bodies], self.data.xquat[self._bodies]])
         return {
             "observation.state.joint_position": self.data.qpos[self._joints].copy(),

@@ -1,7 +1,8 @@
 """The world, driven from outside: a recorded episode's scene at one of its frames, moved by joint targets.
 
-`restore` builds the scene of (seed, episode id) again, cameras, colours and textures included, with arm, gripper and
-objects where the recording has them. Targets are then what the arm follows, as the dataset's actions define them.
+`restore` builds the scene of (design, seed, episode id) again, cameras, colours and textures included, with arm,
+gripper and objects where the recording has them. Targets are then what the arm follows, as the dataset's actions define
+them.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import mujoco
 import numpy as np
 
-from .arm_mjcf import FINGER_STROKE
+from .design import DESIGNS, VARIED
 from .episode import PHYSICS_STEPS, Actor, Cameras, World, build_world
 from .robot import CONTROL_HZ, FRAME_HZ, JOINT_HIGH, JOINT_LOW, VELOCITY_GAIN
 from .scene import ObjectSpec
 from .tasks import Snapshot, holds, read_task
+
+__all__ = ["DESIGNS", "VARIED", "LiveWorld", "restore", "success_rule"]
 
 REPEATED = 1e-3  # m, rad: closer than this to the record, a repetition is the recorded motion
 
@@ -49,7 +52,7 @@ class LiveWorld:
     def tick(self, joints: np.ndarray, gripper: float) -> None:
         """One tick: the arm's targets go evenly to `joints` (7,), the gripper's to `gripper` (0 open .. 1 closed)."""
         begun = self._target.copy()
-        self._target = np.append(joints, FINGER_STROKE * (1 - gripper))
+        self._target = np.append(joints, self._world.stroke * (1 - gripper))
         data, parts = self._world.data, CONTROL_HZ // FRAME_HZ
         for part in range(1, parts + 1):
             data.ctrl[:] = begun + (self._target - begun) * part / parts
@@ -65,6 +68,7 @@ def restore(
     episode_id: int,
     ticks: int,
     *,
+    design: str,
     joints: np.ndarray,
     gripper: float,
     objects: np.ndarray,
@@ -78,10 +82,11 @@ def restore(
     Args:
         seed, episode_id: of the recording.
         ticks: frames from its beginning.
+        design: name of the recording's world, one of `DESIGNS`.
         joints, gripper, objects: as recorded there: (7,) rad, 0 open .. 1 closed, (3, 7) position and quaternion.
         render: whether pictures will be asked for.
     """
-    world, director = build_world(seed, episode_id)
+    world, director = build_world(seed, episode_id, DESIGNS[design])
     actor = Actor(world, director)
     for _ in range(ticks):
         actor.tick()

@@ -38,7 +38,6 @@ FRAME_HZ = 15  # DROID's rate: actions are defined between its frames
 # target that moves by dq in a frame is a velocity of dq / 0.054; the controller never asks for more than 1.
 VELOCITY_GAIN = 0.054
 MAX_STEP = VELOCITY_GAIN * FRAME_HZ / CONTROL_HZ
-TURN_RATE = 0.8  # rad/s, at most, of a planned rotation
 PASS_PART = 0.72
 GRIP_TIME = 0.28  # s, to open or close
 
@@ -106,10 +105,14 @@ def solve(tcp: np.ndarray, euler: np.ndarray, steps: int = 80) -> np.ndarray:
 
 
 class ArmController:
-    """Turns waypoints into joint and gripper targets at `CONTROL_HZ`, within DROID's velocity limit."""
+    """Turns waypoints into joint and gripper targets at `CONTROL_HZ`, within DROID's velocity limit.
 
-    def __init__(self, start: Waypoint) -> None:
+    `turn_rate` is the most of a planned rotation, rad/s.
+    """
+
+    def __init__(self, start: Waypoint, turn_rate: float) -> None:
         self.here = start
+        self.turn_rate = turn_rate
         self.joints = solve(start.position, start.euler)
         self.gripper = start.gripper
         self._goal: Waypoint | None = None
@@ -122,7 +125,7 @@ class ArmController:
     def go(self, goal: Waypoint) -> None:
         self._goal, self._elapsed = goal, 0.0
         move = np.linalg.norm(goal.position - self.here.position) / goal.speed
-        turn = np.abs(goal.euler - self.here.euler).max() / TURN_RATE
+        turn = np.abs(goal.euler - self.here.euler).max() / self.turn_rate
         grip = GRIP_TIME if goal.gripper != self.here.gripper else 0.0
         self._duration = max(move, turn, grip, 0.1)
 

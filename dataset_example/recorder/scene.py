@@ -7,11 +7,14 @@ z = 0. Everything a rollout can only know from its history varies here: colours,
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import mujoco
 import numpy as np
 
 from .arm_mjcf import ARM_ACTUATORS, arm_body
+from .design import EXTERIOR_CAMERAS, LARGE_SHAPES, SMALL_SHAPES, Design, SizeRange, Surfaces, Views
 
 # Saturated object colours, far from each other, from every table and from the robot.
 OBJECT_COLOURS: dict[str, tuple[float, float, float]] = {
@@ -22,36 +25,14 @@ OBJECT_COLOURS: dict[str, tuple[float, float, float]] = {
     "magenta": (0.90, 0.10, 0.68),
     "cyan": (0.05, 0.78, 0.85),
 }
-SMALL_SHAPES = ("cube", "cylinder")
-LARGE_SHAPES = ("box", "drum")
-
-# (table, mat, mat pattern's second tone): muted, so that objects stand out.
-TABLE_PALETTE: tuple[tuple[tuple[float, float, float], ...], ...] = (
-    ((0.66, 0.50, 0.34), (0.70, 0.62, 0.50), (0.52, 0.44, 0.35)),  # wood, linen mat
-    ((0.66, 0.66, 0.64), (0.42, 0.44, 0.48), (0.58, 0.60, 0.64)),  # white, slate mat
-    ((0.36, 0.28, 0.24), (0.64, 0.60, 0.56), (0.46, 0.46, 0.44)),  # dark wood, stone mat
-    ((0.46, 0.52, 0.48), (0.68, 0.70, 0.64), (0.50, 0.64, 0.58)),  # sage, pale mat
-    ((0.30, 0.34, 0.42), (0.60, 0.56, 0.66), (0.42, 0.40, 0.50)),  # navy grey, lilac mat
-)
-FLOORS = ((0.50, 0.48, 0.46), (0.34, 0.36, 0.40), (0.62, 0.58, 0.50), (0.40, 0.46, 0.44))
-MAT_PATTERNS = ("plain", "checker", "stripes", "dots", "border")
-
-# Object centres stay inside this rectangle (x, y); the tray's rim around it stops what rolls.
-WORK_LOW = np.array([0.40, -0.19])
-WORK_HIGH = np.array([0.62, 0.19])
+# The tray's rim around the work area stops what rolls.
 TRAY_CENTRE = (0.51, 0.0)
 TRAY_HALF = (0.195, 0.275)
 TEXTURE_SIDE = 128
 
-CAMERAS = ("exterior_1_left", "exterior_2_left", "wrist_left")
+WRIST_CAMERA = "wrist_left"
+CAMERAS = (*EXTERIOR_CAMERAS, WRIST_CAMERA)
 IMAGE_HEIGHT, IMAGE_WIDTH = 180, 320
-# Exterior cameras: (azimuth, elevation, distance, vertical field of view), seen from the look-at point.
-LOOK_AT = np.array([0.51, 0.0, 0.07])
-EXTERIOR_VIEWS = {
-    "exterior_1_left": (np.radians(-42.0), np.radians(30.0), 1.0, 23.5),
-    "exterior_2_left": (np.radians(58.0), np.radians(33.0), 1.02, 23.5),
-}
-WRIST_VIEW = (np.array([0.0, -0.095, 0.045]), np.array([0.0, 0.0, 0.215]), 68.0)  # in the flange frame: from, to, fovy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +74,7 @@ class CameraSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SceneSpec:
+    design: Design
     objects: tuple[ObjectSpec, ...]
     table_rgb: np.ndarray
     floor_rgb: np.ndarray
@@ -103,34 +85,46 @@ class SceneSpec:
     cameras: dict[str, CameraSpec]
 
 
-def sample_scene(rng: np.random.Generator) -> SceneSpec:
+def sample_scene(rng: np.random.Generator, design: Design) -> SceneSpec:
     """Draws everything that is fixed during an episode."""
-    objects = _sample_objects(rng)
-    palette = TABLE_PALETTE[rng.integers(len(TABLE_PALETTE))]
-    tint = rng.uniform(0.93, 1.07, size=3)
-    table, mat, tone = (np.clip(np.array(c) * tint * rng.uniform(0.92, 1.08), 0, 1) for c in palette)
-    angle, height = rng.uniform(0, 2 * np.pi), rng.uniform(1.3, 1.9)
-    reach = rng.uniform(0.25, 0.75)
+    objects = _sample_objects(rng, design)
+    surfaces = design.surfaces
+    palette = surfaces.palettes[rng.integers(len(surfaces.palettes))]
+    tint = rng.uniform(*surfaces.tint, size=3)
+    table, mat, tone = (np.clip(np.array(c) * tint * rng.uniform(*surfaces.shade), 0, 1) for c in palette)
+    varies = design.steady == 0 or rng.random() >= design.steady
+    draw = rng.uniform if varies else _middle
+    light = design.light
+    angle, height = draw(*light.angle), draw(*light.height)
+    reach = draw(*light.reach)
     return SceneSpec(
+        design=design,
         objects=objects,
         table_rgb=table,
-        floor_rgb=np.array(FLOORS[rng.integers(len(FLOORS))]) * rng.uniform(0.9, 1.1),
-        mat_pixels=_paint_mat(rng, mat, tone),
+        floor_rgb=np.array(surfaces.floors[rng.integers(len(surfaces.floors))]) * rng.uniform(*surfaces.floor_shade),
+        mat_pixels=_paint_mat(rng, surfaces, mat, tone),
         light_position=np.array([0.5 + reach * np.cos(angle), reach * np.sin(angle), height]),
-        light_strength=rng.uniform(0.40, 0.62),
-        ambient=rng.uniform(0.40, 0.50),
-        cameras=_sample_cameras(rng),
+        light_strength=draw(*light.strength),
+        ambient=draw(*light.ambient),
+        cameras=_sample_cameras(draw, design.views),
     )
 
 
-def _sample_objects(rng: np.random.Generator) -> tuple[ObjectSpec, ...]:
+def _middle(low: float, high: float, size: int | None = None) -> float | np.ndarray:
+    """What an even draw gives on average."""
+    middle = (low + high) / 2
+    return middle if size is None else np.full(size, middle)
+
+
+def _sample_objects(rng: np.random.Generator, design: Design) -> tuple[ObjectSpec, ...]:
     """Two graspable objects and a large one, apart from each other, all of different colours."""
-    colours = rng.permutation(list(OBJECT_COLOURS))[:3]
-    sizes = [_sample_size(rng, shape) for shape in (*rng.choice(SMALL_SHAPES, size=2), rng.choice(LARGE_SHAPES))]
+    colours, rules = rng.permutation(list(OBJECT_COLOURS))[:3], design.objects
+    shapes = (*rng.choice(SMALL_SHAPES, size=2), rng.choice(LARGE_SHAPES))
+    sizes = [_sample_size(rng, str(shape), rules.sizes[str(shape)]) for shape in shapes]
     while True:
-        spots = rng.uniform(WORK_LOW, WORK_HIGH, size=(3, 2))
+        spots = rng.uniform(design.work_low, design.work_high, size=(3, 2))
         gaps = [np.linalg.norm(spots[i] - spots[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
-        if gaps[0] > 0.115 and min(gaps[1:]) > 0.13:
+        if gaps[0] > rules.apart[0] and min(gaps[1:]) > rules.apart[1]:
             break
     return tuple(
         ObjectSpec(
@@ -139,48 +133,44 @@ def _sample_objects(rng: np.random.Generator) -> tuple[ObjectSpec, ...]:
             rgb=tuple(float(v) for v in np.clip(np.array(OBJECT_COLOURS[colour]) + rng.uniform(-0.04, 0.04, 3), 0, 1)),
             half=half,
             position=(float(spot[0]), float(spot[1])),
-            yaw=float(rng.uniform(-np.pi / 4, np.pi / 4)),
+            yaw=float(rng.uniform(-rules.yaw, rules.yaw)),
         )
         for colour, (shape, half), spot in zip(colours, sizes, spots, strict=True)
     )
 
 
-def _sample_size(rng: np.random.Generator, shape: str) -> tuple[str, tuple[float, float, float]]:
-    if shape == "cube":
-        half = rng.uniform(0.030, 0.035)
-        return str(shape), (half, half, half)
-    if shape == "cylinder":
-        radius = rng.uniform(0.031, 0.035)
-        return str(shape), (radius, radius, rng.uniform(0.032, 0.040))
-    radius = rng.uniform(0.052, 0.064) if shape == "drum" else rng.uniform(0.049, 0.060)
-    return str(shape), (radius, radius, rng.uniform(0.054, 0.064))
+def _sample_size(rng: np.random.Generator, shape: str, size: SizeRange) -> tuple[str, tuple[float, float, float]]:
+    across = rng.uniform(*size.across)
+    return shape, (across, across, across if size.up is None else rng.uniform(*size.up))
 
 
-def _sample_cameras(rng: np.random.Generator) -> dict[str, CameraSpec]:
+def _sample_cameras(draw: Callable[..., Any], views: Views) -> dict[str, CameraSpec]:
+    def off(most: float, size: int | None = None) -> Any:
+        return draw(-most, most, size)
+
     cameras = {}
-    for name, (azimuth, elevation, distance, fovy) in EXTERIOR_VIEWS.items():
-        azimuth, elevation = np.array([azimuth, elevation]) + rng.uniform(-0.03, 0.03, 2)
+    for name, (azimuth, elevation, distance, fovy) in views.exterior.items():
+        azimuth, elevation = np.array([azimuth, elevation]) + off(views.angle_off, 2)
         away = np.array([np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)])
-        target = LOOK_AT + rng.uniform(-0.012, 0.012, 3)
-        distance += rng.uniform(-0.02, 0.02)
+        target = np.array(views.look_at) + off(views.target_off, 3)
+        distance += off(views.distance_off)
         cameras[name] = CameraSpec(
             position=target + distance * away, target=target, up=np.array([0.0, 0.0, 1.0]), fovy=fovy
         )
-    position, target, fovy = WRIST_VIEW
-    cameras["wrist_left"] = CameraSpec(
-        position=position + rng.uniform(-0.004, 0.004, 3),
-        target=target + rng.uniform(-0.004, 0.004, 3),
+    cameras[WRIST_CAMERA] = CameraSpec(
+        position=np.array(views.wrist_from) + off(views.wrist_off, 3),
+        target=np.array(views.wrist_to) + off(views.wrist_off, 3),
         up=np.array([0.0, 1.0, 0.0]),
-        fovy=fovy,
+        fovy=views.wrist_fovy,
     )
     return cameras
 
 
-def _paint_mat(rng: np.random.Generator, base: np.ndarray, tone: np.ndarray) -> np.ndarray:
-    """Pixels of the mat: uint8 (side, side, 3), one of `MAT_PATTERNS` with a random period, phase and direction."""
+def _paint_mat(rng: np.random.Generator, surfaces: Surfaces, base: np.ndarray, tone: np.ndarray) -> np.ndarray:
+    """Pixels of the mat: uint8 (side, side, 3), one of the patterns with a random period, phase and direction."""
     row, column = np.mgrid[0:TEXTURE_SIDE, 0:TEXTURE_SIDE] / TEXTURE_SIDE
-    pattern = MAT_PATTERNS[rng.integers(len(MAT_PATTERNS))]
-    count, phase = rng.integers(4, 8), rng.uniform(0, 1)
+    pattern = surfaces.patterns[rng.integers(len(surfaces.patterns))]
+    count, phase = rng.integers(*surfaces.periods), rng.uniform(0, 1)
     along = row if rng.random() < 0.5 else column
     if pattern == "checker":
         mask = (np.floor(row * count + phase) + np.floor(column * count)) % 2 == 0
@@ -189,7 +179,7 @@ def _paint_mat(rng: np.random.Generator, base: np.ndarray, tone: np.ndarray) -> 
     elif pattern == "dots":
         mask = np.hypot((row * count + phase) % 1 - 0.5, (column * count) % 1 - 0.5) < 0.25
     elif pattern == "border":
-        mask = np.maximum(np.abs(row - 0.5), np.abs(column - 0.5)) > 0.36
+        mask = np.maximum(np.abs(row - 0.5), np.abs(column - 0.5)) > surfaces.border
     else:
         mask = np.zeros_like(row, bool)
     return np.round(255 * np.where(mask[..., None], tone, base)).astype(np.uint8)
@@ -209,9 +199,10 @@ def build_mjcf(scene: SceneSpec) -> str:
 
     Contacts: objects (1) meet everything; hand (2) and table (4) meet objects only, so the hand cannot jam.
     """
-    exterior = "".join(_camera(name, scene.cameras[name]) for name in CAMERAS[:2])
+    exterior = "".join(_camera(name, scene.cameras[name]) for name in EXTERIOR_CAMERAS)
     objects = "".join(_object_body(index, item) for index, item in enumerate(scene.objects))
     light, strength = scene.light_position, scene.light_strength
+    beam = np.array(scene.design.views.look_at) - light
     return f"""<mujoco model="persistworld-example">
 <compiler angle="radian"/>
 <option timestep="{1 / 300!r}" integrator="implicitfast" cone="elliptic" impratio="10"/>
@@ -229,10 +220,10 @@ def build_mjcf(scene: SceneSpec) -> str:
 </asset>
 <default><geom solref="0.01 1"/></default>
 <worldbody>
-  <light pos="{_vec(light)}" dir="{_vec(LOOK_AT - light)}" diffuse="{_vec([strength] * 3)}" specular=".1 .1 .1"
+  <light pos="{_vec(light)}" dir="{_vec(beam)}" diffuse="{_vec([strength] * 3)}" specular=".1 .1 .1"
     cutoff="40" exponent="1" castshadow="true"/>
   {_table(scene)}{exterior}{objects}
-  {arm_body(_camera("wrist_left", scene.cameras["wrist_left"]))}
+  {arm_body(_camera(WRIST_CAMERA, scene.cameras[WRIST_CAMERA]), scene.design.motion.finger_stroke)}
 </worldbody>
 {ARM_ACTUATORS}
 </mujoco>"""

@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .design import LARGE_SHAPES, SMALL_SHAPES, Design
 from .robot import Waypoint
-from .scene import EXTERIOR_VIEWS, LARGE_SHAPES, OBJECT_COLOURS, SMALL_SHAPES, WORK_HIGH, WORK_LOW, ObjectSpec
+from .scene import OBJECT_COLOURS, ObjectSpec
 
 DIRECTIONS = {
     "to the left": np.array([0.0, 1.0]),
@@ -26,7 +27,6 @@ YAW = np.pi / 2
 UP = np.array([0.0, 0.0, 1.0])
 PUSH_HEIGHT = 0.035
 FINGER_BELOW = 0.03  # m that must stay free under the finger point while travelling
-PUSH_LOW, PUSH_HIGH = np.array([0.36, -0.28]), np.array([0.67, 0.28])  # where a pushing finger may be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +105,13 @@ class Director:
     ended.
     """
 
-    def __init__(self, objects: tuple[ObjectSpec, ...], rng: np.random.Generator) -> None:
+    def __init__(self, objects: tuple[ObjectSpec, ...], rng: np.random.Generator, design: Design) -> None:
         self.objects = objects
         self.rng = rng
+        self.motion = design.motion
+        self._azimuths = [view[0] for view in design.views.exterior.values()]
+        self._low, self._high = np.array(design.work_low), np.array(design.work_high)
+        self._push_low, self._push_high = np.array(design.push_low), np.array(design.push_high)
         self.task: Task | None = None
         self.success = False
         self._tries = 0
@@ -151,14 +155,14 @@ class Director:
 
     def _choose_task(self) -> Task:
         small = int(self.rng.integers(2))
-        kind = self.rng.choice(["pick", "push", "stack", "reach"], p=[0.5, 0.27, 0.15, 0.08])
+        kind = self.rng.choice(["pick", "push", "stack", "reach"], p=self.motion.tasks)
         if kind == "stack":
             return Task("stack", small, onto=2)
         if kind == "reach":
             return Task("reach", int(self.rng.integers(3)))
         target = small if kind == "pick" or self.rng.random() < 0.3 else 2
         place = np.array(self.objects[target].position)
-        room = {name: _room(place, way) for name, way in DIRECTIONS.items()}
+        room = {name: self._room(place, way) for name, way in DIRECTIONS.items()}
         names = [name for name, space in room.items() if space > 0.09] or [max(room, key=room.get)]
         return Task(str(kind), target, str(self.rng.choice(names)))
 
@@ -179,7 +183,7 @@ class Director:
             target = int(self.rng.integers(3))
             if target == self._last and self.rng.random() < 0.6:
                 continue
-            kind = self.rng.choice(["pick", "hide", "push", "stack", "reach"], p=[0.31, 0.30, 0.26, 0.09, 0.04])
+            kind = self.rng.choice(["pick", "hide", "push", "stack", "reach"], p=self.motion.fillers)
             script = self._filler_script(str(kind), target, self.objects[target].graspable, now)
             if script:
                 self._last = target
@@ -207,25 +211,25 @@ class Director:
     def _free_spot(self, now: Snapshot, target: int, wanted: Callable[[np.ndarray], bool]) -> np.ndarray | None:
         """A point of the work area that `wanted` accepts, clear of other objects; None if there seems to be none."""
         for _ in range(60):
-            spot = self.rng.uniform(WORK_LOW, WORK_HIGH)
+            spot = self.rng.uniform(self._low, self._high)
             if wanted(spot) and self._clearance(now, target, spot) > 0.03:
                 return spot
         return None
 
     def _hidden_spot(self, now: Snapshot, target: int) -> np.ndarray | None:
         """A point right behind the large object, as one of the exterior cameras sees it."""
-        for azimuth in self.rng.permutation([view[0] for view in EXTERIOR_VIEWS.values()]):
+        for azimuth in self.rng.permutation(self._azimuths):
             away = -np.array([np.cos(azimuth), np.sin(azimuth)])
             gap = self.objects[2].radius + self.objects[target].radius + 0.018
             spot = now.positions[2][:2] + gap * away
-            inside = np.all(spot > WORK_LOW - 0.02) and np.all(spot < WORK_HIGH + 0.02)
+            inside = np.all(spot > self._low - 0.02) and np.all(spot < self._high + 0.02)
             if inside and self._clearance(now, target, spot) > 0.01:
                 return spot
         return None
 
     def _screen(self, now: Snapshot, hidden: int) -> list[Waypoint]:
         """Push the large object to where it stands between an exterior camera and the object `hidden`."""
-        for azimuth in self.rng.permutation([view[0] for view in EXTERIOR_VIEWS.values()]):
+        for azimuth in self.rng.permutation(self._azimuths):
             gap = self.objects[2].radius + self.objects[hidden].radius + 0.02
             way = now.positions[hidden][:2] + gap * np.array([np.cos(azimuth), np.sin(azimuth)]) - now.positions[2][:2]
             length = float(np.linalg.norm(way))
@@ -239,13 +243,25 @@ class Director:
         gaps = [np.linalg.norm(now.positions[i][:2] - spot) - self.objects[i].radius for i in others]
         return float(min(gaps) - self.objects[target].radius)
 
+    def _room(self, place: np.ndarray, way: np.ndarray) -> float:
+        """How far an object at `place` can go towards `way` inside the work area."""
+        space = np.where(way > 0, self._high - place, np.where(way < 0, place - self._low, np.inf))
+        return float(np.min(space))
+
+    def _reachable(self, place: np.ndarray) -> bool:
+        return bool(np.all(place > self._low - 0.05) and np.all(place < self._high + 0.05))
+
     # How ------------------------------------------------------------------------------------------------------------
 
     def _euler(self, yaw: float) -> np.ndarray:
         return np.array([LEAN + self.rng.uniform(-0.06, 0.06), self.rng.uniform(-0.08, 0.08), yaw])
 
     def _speed(self) -> float:
-        return float(self.rng.uniform(0.26, 0.38))
+        return float(self.rng.uniform(*self.motion.speed))
+
+    def _yaw_off(self, most: float | None = None) -> float:
+        most = self.motion.yaw if most is None else most
+        return self.rng.uniform(-most, most)
 
     def _grasp_yaw(self, now: Snapshot, target: int) -> float | None:
         """Yaw at which the fingers meet two faces of the object; None if the arm cannot turn there."""
@@ -253,7 +269,7 @@ class Director:
         if item.round:
             upright = abs(axes[2, 2]) > 0.8
             if upright:
-                return YAW + self.rng.uniform(-0.5, 0.5)
+                return YAW + self._yaw_off()
             yaw = np.arctan2(axes[1, 2], axes[0, 2]) + np.pi / 2
             yaw = (yaw - YAW + np.pi / 2) % np.pi - np.pi / 2 + YAW
             return float(yaw) if abs(yaw - YAW) < 0.9 else None
@@ -265,13 +281,13 @@ class Director:
         """Grasp, carry and put down at `spot` (x, y), on something `height` m above the table."""
         place, item = now.positions[target], self.objects[target]
         yaw = self._grasp_yaw(now, target)
-        if spot is None or yaw is None or not _reachable(place[:2]):
+        if spot is None or yaw is None or not self._reachable(place[:2]):
             return []
         speed, euler = self._speed(), self._euler(yaw)
         down = np.array([*place[:2], max(place[2], 0.03)])
         above = down + UP * 0.06
         lift = np.array([*place[:2], max(place[2] + 0.08, height + 0.10, 0.13)])
-        turned = self._euler(YAW + self.rng.uniform(-0.5, 0.5))
+        turned = self._euler(YAW + self._yaw_off())
         carry = np.array([*spot, max(height + 0.10, 0.13)])
         put = np.array([*spot, height + max(item.half[2], 0.03) + 0.004])
         goal = Waypoint(carry, turned, 1.0, speed, target, passing=True)
@@ -306,21 +322,21 @@ class Director:
     def _stack(self, now: Snapshot, target: int, below: int) -> list[Waypoint]:
         flat = np.abs(now.rotations[below][2, 2]) > 0.95 and now.positions[target][2] < 0.07
         spot = now.positions[below][:2]
-        return self._pick(now, target, spot, 2 * self.objects[below].half[2]) if flat and _reachable(spot) else []
+        return self._pick(now, target, spot, 2 * self.objects[below].half[2]) if flat and self._reachable(spot) else []
 
     def _push(self, now: Snapshot, target: int, way: np.ndarray, length: float) -> list[Waypoint]:
         """Slide with closed fingers, towards `way` but never out of the work area."""
         place, item = now.positions[target][:2], self.objects[target]
-        end = np.clip(place + way * length, WORK_LOW, WORK_HIGH)
+        end = np.clip(place + way * length, self._low, self._high)
         shift = np.linalg.norm(end - place)
         if shift < 0.05 or now.positions[target][2] > 0.075:
             return []
         way = (end - place) / shift
         start, stop = place - way * (item.radius + 0.035), end - way * (item.radius + 0.008)
-        inside = all(np.all(p > PUSH_LOW) and np.all(p < PUSH_HIGH) for p in (start, stop))
+        inside = all(np.all(p > self._push_low) and np.all(p < self._push_high) for p in (start, stop))
         if not inside or self._clearance_of_finger(now, target, start) < 0.03:
             return []
-        speed, euler = self._speed(), self._euler(YAW + self.rng.uniform(-0.5, 0.5))
+        speed, euler = self._speed(), self._euler(YAW + self._yaw_off())
         return [
             Waypoint(np.array([*start, 0.11]), euler, 0.9, speed, passing=True),
             Waypoint(np.array([*start, PUSH_HEIGHT]), euler, 0.9, speed),
@@ -333,23 +349,15 @@ class Director:
         return float(min(np.linalg.norm(now.positions[i][:2] - spot) - self.objects[i].radius for i in others))
 
     def _reach(self, now: Snapshot, target: int) -> list[Waypoint]:
-        place = np.clip(now.positions[target][:2], WORK_LOW - 0.03, WORK_HIGH + 0.03)
+        place = np.clip(now.positions[target][:2], self._low - 0.03, self._high + 0.03)
         point = np.array([*place, max(now.positions[target][2], 0.05) + self.rng.uniform(0.08, 0.12)])
         gripper = float(self.rng.choice([0.0, 0.9]))
-        return [Waypoint(point, self._euler(YAW + self.rng.uniform(-0.6, 0.6)), gripper, self._speed())]
+        return [Waypoint(point, self._euler(YAW + self._yaw_off(self.motion.reach_yaw)), gripper, self._speed())]
 
 
-def start_waypoint(rng: np.random.Generator) -> Waypoint:
+def start_waypoint(rng: np.random.Generator, design: Design) -> Waypoint:
     """Where an episode begins: above the work area, in a varied pose."""
-    spot = rng.uniform(WORK_LOW - np.array([0.02, 0.04]), WORK_HIGH + np.array([0.0, 0.04]))
-    euler = np.array([LEAN + rng.uniform(-0.06, 0.06), rng.uniform(-0.1, 0.1), YAW + rng.uniform(-0.6, 0.6)])
+    low, high, most = np.array(design.work_low), np.array(design.work_high), design.motion.reach_yaw
+    spot = rng.uniform(low - np.array([0.02, 0.04]), high + np.array([0.0, 0.04]))
+    euler = np.array([LEAN + rng.uniform(-0.06, 0.06), rng.uniform(-0.1, 0.1), YAW + rng.uniform(-most, most)])
     return Waypoint(np.array([*spot, rng.uniform(0.15, 0.23)]), euler, float(rng.choice([0.0, 0.9])), 0.3)
-
-
-def _room(place: np.ndarray, way: np.ndarray) -> float:
-    """How far an object at `place` can go towards `way` inside the work area."""
-    return float(np.min(np.where(way > 0, WORK_HIGH - place, np.where(way < 0, place - WORK_LOW, np.inf))))
-
-
-def _reachable(place: np.ndarray) -> bool:
-    return bool(np.all(place > WORK_LOW - 0.05) and np.all(place < WORK_HIGH + 0.05))

@@ -33,13 +33,13 @@ from persistworld_cli.policies.bundled_world.success import (
 from persistworld_cli.policies.controller import ActingPolicy, PolicyTrace, PolicyView, ask_policy
 from persistworld_cli.policies.judge import SceneObject
 from persistworld_cli.policies.outputs import POLICY_HZ, Rollout
-from persistworld_cli.read_files import parse_json, reading, whole_number
+from persistworld_cli.read_files import as_object, parse_json, reading, whole_number
 from persistworld_cli.rollout.interactive import Float, Start
 
 _INSTALL = "in a checkout of the repository: pip install -e '.[sim]'"
 _DRAWING = "apt install libegl1 libegl-mesa0 libgl1-mesa-dri (drawing without a screen)"
 _STATE = ("observation.state.joint_position", "observation.state.gripper_position", "sim.object_pose")
-_SEED_KEY = b"persistworld_example"
+_ORIGIN_KEY = b"persistworld_example"
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,26 @@ def _recorder() -> Any:
         raise PersistWorldError(f"MuJoCo cannot draw here: {error!r}", where="--against sim", fix=_DRAWING) from error
 
 
-def recorded_seed(recorded: RecordedStart) -> int:
-    """The seed that an episode was recorded with. Raises PersistWorldError: it does not tell."""
-    table = recorded.raw.episode(recorded.index).table
+def recorded_origin(recorded: RecordedStart) -> tuple[int, str]:
+    """The seed that an episode was recorded with, and the name of its world's design.
+
+    Recordings made before there were designs name none: they are of the recorder's `VARIED`.
+
+    Raises:
+        PersistWorldError: it does not tell, or this checkout does not know the design.
+    """
+    table, recorder = recorded.raw.episode(recorded.index).table, _recorder()
     what = "the recording does not tell the seed that its scene comes from"
     with reading(what, table, "record it with python -m dataset_example.recorder"):
-        return whole_number(parse_json(pq.read_schema(table).metadata[_SEED_KEY].decode())["seed"], "seed")
+        entry = as_object(parse_json(pq.read_schema(table).metadata[_ORIGIN_KEY].decode()))
+        seed, design = whole_number(entry["seed"], "seed"), str(entry.get("design", recorder.VARIED.name))
+    if design not in recorder.DESIGNS:
+        raise PersistWorldError(
+            f"the recording is of the design '{design}', unknown here ({', '.join(recorder.DESIGNS)})",
+            where=str(table),
+            fix="use the version of the repository that recorded it",
+        )
+    return seed, design
 
 
 @contextmanager
@@ -93,10 +107,12 @@ def restored(recorded: RecordedStart, *, render: bool = True) -> Iterator[tuple[
     ticks = round(recorded.row * POLICY_HZ / recorded.raw.fps)
     state = {name: values[recorded.row] for name, values in recorded.raw.read(recorded.index, _STATE).items()}
     joints, gripper, objects = (state[name] for name in _STATE)
+    seed, design = recorded_origin(recorded)
     world, off = _recorder().restore(
-        recorded_seed(recorded),
+        seed,
         recorded.index,
         ticks,
+        design=design,
         joints=joints,
         gripper=float(np.ravel(gripper)[0]),
         objects=objects.reshape(-1, 7),
