@@ -193,8 +193,8 @@ def events(episode: Recorded) -> dict[str, float]:
     contacts: spells of the gripper with an object. pushes: those in which the object moves at least 3 cm over the
     table and never rises by 1 cm. lifts: those in which it rises by at least 3 cm. object contacts: spells of two
     objects. occlusions: how often, in an exterior view at 5 Hz, the visible part of an object's silhouette falls from
-    half or more to less (another object or the arm comes in front of it). steady seconds are not counted: `still` is
-    the share of whole seconds in which no object moves faster than 2 cm/s.
+    half or more to less (another object or the arm comes in front of it). still: the share of whole seconds in which no
+    object moves faster than 2 cm/s. success: whether the instruction held.
     """
     found = {"contacts": 0, "pushes": 0, "lifts": 0}
     for index in range(episode.touched.shape[1]):
@@ -267,27 +267,36 @@ def _colours(codes: NDArray[np.int64]) -> int:
 
 
 def overlap(episode: Recorded, frames: torch.Tensor) -> dict[str, float]:
-    """How much of a wrist image the one before it, 0.2 s earlier, holds; `frames` is (F, 3, 48, 80) in [0, 1].
+    """How much of a wrist image an earlier one holds, of 0.2 s and of 0.8 s (a clip) before; `frames` is (F, 3, 48, 80).
 
-    The homography between two successive images is the table plane's, from the simulator's camera poses: exact for the
-    table, wrong for what stands on it and for the gripper, which moves along. wrist overlap: share of pixels whose
-    point of the table lies within the image before. wrist shift: how far that point moved, pixels, median over pixels
-    and mean over frames. wrist explained: share of pixels within 0.08 of the image before after the homography.
-    wrist copied: the same without it.
+    The homography between two images is the table plane's, from the simulator's camera poses: exact for the table,
+    wrong for what stands on it and for the gripper, which moves along. wrist overlap: share of pixels whose point of
+    the table lies within the earlier image. wrist shift: how far that point moved, pixels, median over pixels and mean
+    over frames. wrist explained: share of pixels within 0.08 of the earlier image after the homography. wrist copied:
+    the same without it.
     """
+    return {
+        f"{name}, {lag / RATE_HZ} s": value
+        for lag in (1, AHEAD)
+        for name, value in _overlap(episode, frames, lag).items()
+    }
+
+
+def _overlap(episode: Recorded, frames: torch.Tensor, lag: int) -> dict[str, float]:
+    """`overlap` with the image of `lag` frames before."""
     rows = []
-    for index in range(1, len(frames)):
-        before, u, v = episode.wrist[index - 1], *_pixels()
+    for index in range(lag, len(frames)):
+        before, u, v = episode.wrist[index - lag], *_pixels()
         table = _on_table(*episode.wrist[index], episode.wrist_fovy, u, v)
         old_u, old_v = _project(*before, episode.wrist_fovy, table)
         inside = np.isfinite(old_u) & (np.abs(old_u) <= WIDTH / 2) & (np.abs(old_v) <= HEIGHT / 2)
         grid = torch.from_numpy(np.stack([old_u / (WIDTH / 2), old_v / (HEIGHT / 2)], axis=-1)).float()
         grid = torch.nan_to_num(grid, nan=9.0)
         moved = torch.nn.functional.grid_sample(
-            frames[index - 1][None], grid[None], padding_mode="border", align_corners=False
+            frames[index - lag][None], grid[None], padding_mode="border", align_corners=False
         )[0]
         close = ((moved - frames[index]).abs().amax(dim=0) <= MOTION).numpy()
-        still = ((frames[index - 1] - frames[index]).abs().amax(dim=0) <= MOTION).double().mean()
+        still = ((frames[index - lag] - frames[index]).abs().amax(dim=0) <= MOTION).double().mean()
         shift = np.nanmedian(np.hypot(old_u - u, old_v - v))
         rows.append((inside.mean(), shift, (close & inside).mean(), float(still)))
     names = ("wrist overlap", "wrist shift", "wrist explained", "wrist copied")

@@ -27,7 +27,7 @@ def _joint(index: int, low: float, high: float, damping: float) -> str:
     return f'<joint name="joint{index}" axis="0 0 1" range="{low} {high}" damping="{damping}"/>'
 
 
-def _gripper(wrist_camera: str, stroke: float) -> str:
+def _gripper(wrist_camera: str, case: str, stroke: float) -> str:
     """Palm, two fingers that mirror each other, the camera and its case; the frame is the flange's."""
     finger = _FINGER.format(pad=PAD, hand=HAND)
     slide = f'type="slide" axis="1 0 0" range="0 {stroke}" damping="4"'
@@ -35,17 +35,20 @@ def _gripper(wrist_camera: str, stroke: float) -> str:
   <site name="flange"/>{wrist_camera}
   <geom type="cylinder" size=".038 .018" pos="0 0 .016" rgba="{JOINT}" {_GHOST}/>
   <geom type="box" size=".050 .026 .026" pos="0 0 .056" rgba="{HAND}" contype="2" conaffinity="0"/>
-  <geom type="box" size=".022 .009 .012" pos="0 -.085 .018" rgba="{PAD}" {_GHOST}/>
+  <geom type="box" size=".022 .009 .012" pos="{case}" rgba="{PAD}" {_GHOST}/>
   <body name="finger1" gravcomp="1">{_inertia("0 0 .13", 0.05, 1e-4)}<joint name="finger1" {slide}/>{finger}</body>
   <body name="finger2" quat="0 0 0 1" gravcomp="1">{_inertia("0 0 .13", 0.05, 1e-4)}
     <joint name="finger2" {slide}/>{finger}</body>
 </body>"""
 
 
-def arm_body(wrist_camera: str, stroke: float) -> str:
-    """MJCF of base, seven links and gripper; `wrist_camera` is a camera element in the flange frame.
+def arm_body(wrist_camera: str, case: str, stroke: float) -> str:
+    """MJCF of base, seven links and gripper.
 
-    `stroke` is how far each finger moves (m): the gripper opens to twice that.
+    Args:
+        wrist_camera: a camera element in the flange frame.
+        case: where that camera's case is, in the same frame.
+        stroke: m that each finger moves; the gripper opens to twice that.
     """
     links = [
         (
@@ -77,7 +80,7 @@ def arm_body(wrist_camera: str, stroke: float) -> str:
             _capsule("0 0 0", "0 0 .07", 0.044, SHELL),
         ),
     ]  # fmt: skip
-    body = _gripper(wrist_camera, stroke)
+    body = _gripper(wrist_camera, case, stroke)
     for number, (place, mass, centre, moment, joint, shapes) in reversed(list(enumerate(links, start=1))):
         inertia = _inertia(centre, mass, moment)
         body = f'<body name="link{number}" {place} gravcomp="1">{inertia}{joint}{shapes}\n{body}</body>'

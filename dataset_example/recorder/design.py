@@ -66,21 +66,26 @@ class Surfaces:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Light:
-    """A lamp over the table, seen from (0.5, 0) at `angle` and `reach`, and the light from everywhere."""
+    """A lamp over the table, seen from (0.5, 0) at `angle` and `reach`, and the light from everywhere.
+
+    `shadow_map` is the side of the image that shadows are drawn with, pixels.
+    """
 
     angle: Pair
     height: Pair
     reach: Pair
     strength: Pair
     ambient: Pair
+    shadow_map: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Views:
     """Cameras. An exterior one is (azimuth, elevation, distance, vertical field of view), seen from `look_at`.
 
-    The wrist camera is given in the flange's frame: `wrist_from`, `wrist_to`, `wrist_fovy`. The last four numbers say
-    how far an episode's cameras may stand from these places.
+    The wrist camera is given in the flange's frame: `wrist_from`, `wrist_to`, `wrist_fovy`; `wrist_case` is the middle
+    of the case that the exterior cameras see. The last four numbers say how far an episode's cameras may stand from
+    these places.
     """
 
     look_at: Triple
@@ -88,6 +93,7 @@ class Views:
     wrist_from: Triple
     wrist_to: Triple
     wrist_fovy: float
+    wrist_case: Triple
     angle_off: float
     target_off: float
     distance_off: float
@@ -178,6 +184,7 @@ VARIED = Design(
         reach=(0.25, 0.75),
         strength=(0.40, 0.62),
         ambient=(0.40, 0.50),
+        shadow_map=512,
     ),
     views=Views(
         look_at=_LOOK_AT,
@@ -185,6 +192,7 @@ VARIED = Design(
         wrist_from=(0.0, -0.095, 0.045),
         wrist_to=(0.0, 0.0, 0.215),
         wrist_fovy=68.0,
+        wrist_case=(0.0, -0.085, 0.018),
         angle_off=0.03,
         target_off=0.012,
         distance_off=0.02,
@@ -209,8 +217,8 @@ STEADY = Design(
             {
                 "cube": SizeRange(across=(0.037, 0.041)),
                 "cylinder": SizeRange(across=(0.037, 0.041), up=(0.039, 0.044)),
-                "box": SizeRange(across=(0.055, 0.063), up=(0.058, 0.066)),
-                "drum": SizeRange(across=(0.058, 0.066), up=(0.058, 0.066)),
+                "box": SizeRange(across=(0.056, 0.064), up=(0.051, 0.058)),
+                "drum": SizeRange(across=(0.058, 0.066), up=(0.051, 0.058)),
             }
         ),
         apart=(0.125, 0.14),
@@ -218,44 +226,46 @@ STEADY = Design(
     ),
     surfaces=Surfaces(
         palettes=(
-            ((0.66, 0.50, 0.34), (0.72, 0.66, 0.56), (0.52, 0.42, 0.32)),  # wood, linen mat
-            ((0.66, 0.66, 0.64), (0.44, 0.46, 0.50), (0.30, 0.32, 0.36)),  # white, slate mat
-            ((0.36, 0.28, 0.24), (0.66, 0.63, 0.60), (0.46, 0.44, 0.42)),  # dark wood, stone mat
+            ((0.66, 0.50, 0.34), (0.74, 0.69, 0.60), (0.54, 0.45, 0.36)),  # wood, linen mat
+            ((0.66, 0.66, 0.64), (0.52, 0.55, 0.60), (0.38, 0.41, 0.46)),  # white, slate mat
+            ((0.46, 0.52, 0.48), (0.70, 0.71, 0.66), (0.50, 0.56, 0.52)),  # sage, pale mat
         ),
         floors=((0.42, 0.43, 0.45),),
         tint=(0.97, 1.03),
         shade=(0.95, 1.05),
         floor_shade=(1.0, 1.0),
-        patterns=("plain", "border"),
-        periods=(4, 5),
+        patterns=("plain", "border", "stripes"),
+        periods=(3, 4),
         border=0.40,
     ),
     light=Light(
-        angle=(0.3 * math.pi, 1.3 * math.pi),
+        angle=(-0.3 * math.pi, 0.4 * math.pi),
         height=(1.4, 1.8),
         reach=(0.25, 0.45),
-        strength=(0.46, 0.58),
-        ambient=(0.42, 0.48),
+        strength=(0.42, 0.54),
+        ambient=(0.44, 0.50),
+        shadow_map=1024,
     ),
     views=Views(
         look_at=_LOOK_AT,
         exterior=_EXTERIOR,
-        wrist_from=(0.0, -0.125, -0.02),
-        wrist_to=(0.0, 0.0, 0.21),
-        wrist_fovy=70.0,
+        wrist_from=(0.0, -0.13, -0.02),
+        wrist_to=(0.0, 0.0, 0.215),
+        wrist_fovy=72.0,
+        wrist_case=(0.0, -0.12, -0.045),
         angle_off=0.03,
         target_off=0.012,
         distance_off=0.02,
         wrist_off=0.004,
     ),
     motion=Motion(
-        speed=(0.26, 0.36),
+        speed=(0.24, 0.33),
         turn_rate=0.5,
         yaw=0.2,
         reach_yaw=0.25,
         finger_stroke=0.054,
-        tasks=(0.46, 0.31, 0.15, 0.08),
-        fillers=(0.31, 0.30, 0.28, 0.09, 0.02),
+        tasks=(0.45, 0.33, 0.15, 0.07),
+        fillers=(0.28, 0.29, 0.33, 0.08, 0.02),
     ),
     steady=0.8,
 )

@@ -202,13 +202,13 @@ def build_mjcf(scene: SceneSpec) -> str:
     exterior = "".join(_camera(name, scene.cameras[name]) for name in EXTERIOR_CAMERAS)
     objects = "".join(_object_body(index, item) for index, item in enumerate(scene.objects))
     light, strength = scene.light_position, scene.light_strength
-    beam = np.array(scene.design.views.look_at) - light
+    beam, case = np.array(scene.design.views.look_at) - light, _vec(scene.design.views.wrist_case)
     return f"""<mujoco model="persistworld-example">
 <compiler angle="radian"/>
 <option timestep="{1 / 300!r}" integrator="implicitfast" cone="elliptic" impratio="10"/>
 <visual>
   <headlight ambient="{_vec([scene.ambient] * 3)}" diffuse=".26 .26 .26" specular="0 0 0"/>
-  <quality shadowsize="512" offsamples="0" numslices="20" numstacks="10" numquads="1"/>
+  <quality shadowsize="{scene.design.light.shadow_map}" offsamples="0" numslices="20" numstacks="10" numquads="1"/>
   <map znear="0.02" zfar="8" shadowclip="1" shadowscale="0.9"/>
   <global offwidth="{IMAGE_WIDTH}" offheight="{IMAGE_HEIGHT}"/>
 </visual>
@@ -223,7 +223,7 @@ def build_mjcf(scene: SceneSpec) -> str:
   <light pos="{_vec(light)}" dir="{_vec(beam)}" diffuse="{_vec([strength] * 3)}" specular=".1 .1 .1"
     cutoff="40" exponent="1" castshadow="true"/>
   {_table(scene)}{exterior}{objects}
-  {arm_body(_camera(WRIST_CAMERA, scene.cameras[WRIST_CAMERA]), scene.design.motion.finger_stroke)}
+  {arm_body(_camera(WRIST_CAMERA, scene.cameras[WRIST_CAMERA]), case, scene.design.motion.finger_stroke)}
 </worldbody>
 {ARM_ACTUATORS}
 </mujoco>"""
