@@ -1,6 +1,6 @@
 """How far the judge of the bundled world can be trusted: recorded pictures as if they were a rollout, truth known.
 
-`python -m benchmarks.judging [--dataset DIR] [--episodes 80] [--json]`
+`python -m benchmarks.judging [--dataset DIR] [--raw DIR] [--episodes 80] [--json]`
 
 No simulator and no model: frames are decoded from the extracted world, the truth is the raw recording's
 `sim.object_pose`. Told are (1) how far the objects are placed from where they were, (2) each episode's own instruction
@@ -91,9 +91,9 @@ def agreeing(rows: list[dict[str, Any]], against: str = "true") -> float:
     return float(np.mean([row["judged"] == row[against] for row in told]))
 
 
-def measure(dataset: str | None, episodes: int) -> dict[str, Any]:
+def measure(dataset: str | None, raw: str | None, episodes: int) -> dict[str, Any]:
     """All episodes of all splits, the held-out ones first."""
-    settings = load_settings("tiny", flags={"world.dataset": dataset}).settings
+    settings = load_settings("tiny", flags={"world.dataset": dataset, "world.raw": raw}).settings
     store = open_store(settings)
     wanted = [(split, name) for split in reversed(store.splits) for name in store.episodes(split)][:episodes]
     found = [judge_episode(settings, store, *one) for one in wanted]
@@ -132,10 +132,11 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="the bundled world, extracted; the preset's by default")
+    parser.add_argument("--raw", help="the recording that it was made from; the preset's by default")
     parser.add_argument("--episodes", type=int, default=80)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    told = measure(options.dataset, options.episodes)
+    told = measure(options.dataset, options.raw, options.episodes)
     if options.json:
         print(json.dumps(told, indent=1))
         return

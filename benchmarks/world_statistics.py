@@ -267,7 +267,7 @@ def _colours(codes: NDArray[np.int64]) -> int:
 
 
 def overlap(episode: Recorded, frames: torch.Tensor) -> dict[str, float]:
-    """How much of a wrist image an earlier one holds, of 0.2 s and of 0.8 s (a clip) before; `frames` is (F, 3, 48, 80).
+    """How much of a wrist image an earlier one holds, 0.2 s and 0.8 s (a clip) before; `frames` is (F, 3, 48, 80).
 
     The homography between two images is the table plane's, from the simulator's camera poses: exact for the table,
     wrong for what stands on it and for the gripper, which moves along. wrist overlap: share of pixels whose point of

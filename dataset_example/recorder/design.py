@@ -217,8 +217,8 @@ STEADY = Design(
             {
                 "cube": SizeRange(across=(0.037, 0.041)),
                 "cylinder": SizeRange(across=(0.037, 0.041), up=(0.039, 0.044)),
-                "box": SizeRange(across=(0.056, 0.064), up=(0.051, 0.058)),
-                "drum": SizeRange(across=(0.058, 0.066), up=(0.051, 0.058)),
+                "box": SizeRange(across=(0.057, 0.064), up=(0.051, 0.058)),
+                "drum": SizeRange(across=(0.060, 0.067), up=(0.051, 0.058)),
             }
         ),
         apart=(0.125, 0.14),
@@ -263,7 +263,7 @@ STEADY = Design(
         turn_rate=0.5,
         yaw=0.2,
         reach_yaw=0.25,
-        finger_stroke=0.054,
+        finger_stroke=0.052,
         tasks=(0.45, 0.33, 0.15, 0.07),
         fillers=(0.28, 0.29, 0.33, 0.08, 0.02),
     ),
