@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -11,6 +12,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from bundled_starts import require_drawing
+
+from persistworld_cli.data.raw.lerobot import RawDataset
+from persistworld_cli.policies.bundled_world.scene import RecordedStart
+from persistworld_cli.policies.bundled_world.simulator import recorded_origin
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD = ROOT / "dataset_example" / "world"
@@ -164,6 +169,7 @@ def test_recording_on_disk(rendering, tmp_path: Path, capsys: pytest.CaptureFixt
 
     command = [sys.executable, "-m", "dataset_example.recorder", str(tmp_path / "out")]
     options = ["--episodes", "2", "--val", "1", "--first-id", "7", "--fps", "5", "--seconds", "1", "--workers", "1"]
+    options += ["--design", "steady"]
     subprocess.run([*command, *options], cwd=ROOT, check=True, capture_output=True, timeout=300)
     info = json.loads((tmp_path / "out/meta/info.json").read_text())
     assert info["splits"] == {"train": "7:8", "val": "8:9"}
@@ -175,7 +181,8 @@ def test_recording_on_disk(rendering, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(arguments) == 0 and first.stat().st_mtime_ns == before
     assert main([*arguments, "--seed", "3"]) == 1
     assert "2 are there" in (said := capsys.readouterr().err) and "--seed" in said
-    assert main([*arguments, "--design", "steady"]) == 1 and "--design" in capsys.readouterr().err
+    assert main([*arguments, "--design", "varied"]) == 1 and "--design" in capsys.readouterr().err
+    assert recorded_origin(RecordedStart(RawDataset(tmp_path / "out"), 8, 0, ())) == (0, "steady")
 
 
 # Designs of the world -------------------------------------------------------------------------------------------------
@@ -207,6 +214,21 @@ def test_default_design_is_that_of_the_shipped_recordings(recorder, info: dict) 
                 np.testing.assert_allclose(first[name][0].as_py(), value, atol=1e-5)
         director.next_script(world.snapshot())
         assert [director.instruction] == line["tasks"]
+    assert recorded_origin(RecordedStart(RawDataset(WORLD), 0, 0, ())) == (0, DEFAULT.name)
+
+
+def test_designs_are_frozen(recorder) -> None:
+    """Scenes as MJCF and mats of a few episodes, and how the arm moves: other numbers would be another design."""
+    from dataset_example.recorder.design import DESIGNS
+    from dataset_example.recorder.scene import build_mjcf, sample_scene
+
+    found = {}
+    for name, design in DESIGNS.items():
+        scenes = [sample_scene(np.random.default_rng([20, index]), design) for index in range(6)]
+        told = "".join(build_mjcf(scene) for scene in scenes).encode()
+        told += b"".join(scene.mat_pixels.tobytes() for scene in scenes) + repr(design.motion).encode()
+        found[name] = hashlib.sha256(told).hexdigest()[:16]
+    assert found == {"varied": "55da1ef4475f85c6", "steady": "c3ee84f36a43e51a"}
 
 
 def test_most_steady_scenes_share_cameras_and_light(recorder) -> None:
