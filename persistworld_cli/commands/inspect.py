@@ -101,7 +101,7 @@ def _more(told: dict[str, Any]) -> list[str]:
     if scale := told["action_scale"]:
         pairs = zip(scale["state_01"], scale["state_99"], strict=True)
         lines.append(f"actions are scaled from {', '.join(f'{low:.3g}..{high:.3g}' for low, high in pairs)}")
-    elif told["kind"] not in ("VAE", "UNet"):
+    elif told["fits"] and told["kind"] not in ("VAE", "UNet"):
         lines.append("carries no scale of actions: model.stat names it")
     if told["lacks"]:
         lines.append(f"lacks {', '.join(told['lacks'])}")
