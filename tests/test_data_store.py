@@ -92,7 +92,7 @@ def test_damage_is_named(store: EpisodeStore, tmp_path: Path) -> None:
     other = EpisodeStore(broken)
     with pytest.raises(PersistWorldError, match="unreadable annotation"):
         other.annotation("train", "2")
-    with pytest.raises(PersistWorldError, match="states have shape"):
+    with pytest.raises(PersistWorldError, match="states are empty"):
         other.annotation("train", "3")
     with pytest.raises(PersistWorldError, match="camera 1 is missing"):
         other.frames("train", "2", [0])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import ADAPTER, BASE, TINY, cli
+from checkpoint_files import ADAPTER, BASE, TINY, Tensors, cli
+from safetensors.torch import load_file
 
+from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.checkpoints.references import inference_ref, load_model
+from persistworld_cli.checkpoints.sources import locate
 from persistworld_cli.config.presets import from_json, load_settings, to_json
 from persistworld_cli.config.settings import ModelSettings
 
@@ -75,18 +77,17 @@ def test_later_weights_go_before_earlier_ones(tmp_path: Path) -> None:
     assert (paired.ckpt, paired.adapter) == ("whole.pt", ADAPTER)
 
 
-def test_an_adapter_a_merged_file_and_a_folder_are_the_same_model(tmp_path: Path) -> None:
+def test_an_adapter_a_merged_file_and_a_folder_are_the_same_model(base: Tensors, tmp_path: Path) -> None:
     merged = tmp_path / "published" / "checkpoint-5760-merged.safetensors"
     merged.parent.mkdir()
     cli("export", ADAPTER, "--to", "safetensors", "-o", merged)  # on the checkpoint of the preset that it fits
-
-    def run(name: str) -> dict[str, Any]:
-        own = replace(TINY.model, inference=name)
-        sampling = replace(TINY.sampling, dtype="float32")
-        launch = replace(TINY.launch, device="cpu")
-        return load_model(replace(TINY, model=own, sampling=sampling, launch=launch)).state_dict()
-
-    adapter, file, folder = (run(name) for name in (ADAPTER, str(merged), str(merged.parent)))
-    assert all(torch.equal(value, file[name]) and torch.equal(value, folder[name]) for name, value in adapter.items())
-    base = load_model(replace(TINY, launch=replace(TINY.launch, device="cpu"))).state_dict()
-    assert any(not torch.equal(value, base[name]) for name, value in adapter.items())
+    assert locate(str(merged.parent)).files == locate(str(merged)).files
+    sampling, launch = replace(TINY.sampling, dtype="float32"), replace(TINY.launch, device="cpu")
+    own = replace(TINY, model=replace(TINY.model, inference=str(merged.parent)), sampling=sampling, launch=launch)
+    folder, file = load_model(own).state_dict(), load_file(str(merged))
+    assert all(torch.equal(value, file[name]) for name, value in folder.items())
+    ref = inference_ref(replace(TINY.model, inference=ADAPTER))
+    assert (ref.ckpt, ref.adapter) == (BASE, ADAPTER)
+    with_adapter = load_world_model(TINY.model, TINY.world, ckpt=ref.ckpt, adapter=ref.adapter).state_dict()
+    assert all(torch.equal(value, file[name]) for name, value in with_adapter.items())
+    assert any(not torch.equal(value, base[name]) for name, value in with_adapter.items())
