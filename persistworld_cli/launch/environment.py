@@ -30,8 +30,9 @@ _MALLOC = {
 ALL_CPUS = "PERSISTWORLD_CPUS"  # tells the worker to free its main thread again: compat.free_main_thread
 _BINDING = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 _BOUND_BY_USER = (*_BINDING, "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
-_WAITING = {"OMP_WAIT_POLICY": "passive"}
-_WAITING_BY_USER = (*_WAITING, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+# libgomp's own count for more threads than cores, some 50 us. Passive would halve the speed once the other work ends.
+_WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
+_WAITING_BY_USER = (*_WAITING, "OMP_WAIT_POLICY")
 _BUSY = 0.25  # share of the CPUs' time that other processes take, from which this machine is not ours alone
 _LOOK_S = 0.2
 
@@ -134,8 +135,8 @@ def worker_environment(
     Args:
         launch: processes, device, threads.
         env: what the user set.
-        alone: nothing else works on these cores (`cores_alone`). Otherwise threads sleep while they wait, and are bound
-            only if they fill all cores: bound to some, they would share them with another run while others are idle.
+        alone: nothing else works on these cores (`cores_alone`). Otherwise threads soon sleep while they wait, and are
+            bound only if they fill all cores: two runs bound to some would share those while others are idle.
     """
     local = max(1, launch.num_processes // launch.num_machines)
     child = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(max(1, cores(env) // local)), **env}
