@@ -71,7 +71,7 @@ def refused(case: Case, damaged: bytes) -> PersistWorldError:
         ("data_path", "{episode_index:2000000000d}", "width up to 99"),
         ("data_path", "{episode_index.__class__}", "a field other than"),
         ("data_path", "{episode_index!r}", "a field other than"),
-        ("data_path", "data/{", "expected '}'"),
+        ("data_path", "data/{", "Single '{'"),
         ("video_path", "{video_key:>2000000000}", "width up to 99"),
         ("video_path", None, "path template is None"),
     ],

@@ -38,6 +38,7 @@ def check_drive(drive: DriveSettings, place: Callable[..., str]) -> None:
         raise UsageError(
             f"drive.workspace {low} .. {high} is no box: three bounds each",
             where=place("drive.workspace_low", "drive.workspace_high"),
+            fix="write three numbers in each, low below high",
         )
     if not drive.keys:
         raise UsageError("drive.keys is empty", where=place("drive.keys"), fix='write, for example, l = "-y"')

@@ -29,7 +29,7 @@ def make_plugin(spec: str, option: str, methods: Sequence[str], fix: str) -> Any
         raise UsageError(f"no module '{error.name}'", where=where, fix="is it on PYTHONPATH?") from error
     made = getattr(module, class_name, None)
     if not callable(made):
-        raise UsageError(f"'{module_name}' has no class '{class_name}'", where=where)
+        raise UsageError(f"'{module_name}' has no class '{class_name}'", where=where, fix="check the name")
     try:
         plugin = made()
     except TypeError as error:

@@ -239,7 +239,8 @@ def _read_preset(name: str, layers: dict[str, _Value], chain: tuple[Path, ...]) 
     text, data = read_toml(path)
     for key in _META_KEYS:
         if key in data and not isinstance(data[key], str):
-            raise UsageError(f"'{key}' must be a string, not {data[key]!r}", where=_place(path, text, "", key))
+            what = f"'{key}' must be a string, not {data[key]!r}"
+            raise UsageError(what, where=_place(path, text, "", key), fix="write it in quotes")
     if "extends" in data:
         parent = data["extends"]
         beside = path.parent / parent
@@ -336,5 +337,5 @@ def _merge_entry(before: Mapping[str, Any], path: Sequence[str], value: Any, whe
         return {**before, head: value}
     inner = before.get(head, {})
     if not isinstance(inner, Mapping):
-        raise UsageError(f"'{head}' is a value, not a table", where=where)
+        raise UsageError(f"'{head}' is a value, not a table", where=where, fix="set the value itself")
     return {**before, head: _merge_entry(inner, rest, value, where)}

@@ -163,7 +163,8 @@ def _check_keys(keys: list[str], path: Path) -> None:
 
 def _check_metrics(metrics: Any, path: Path) -> None:
     if not isinstance(metrics, dict) or not all(isinstance(entry, dict) for entry in metrics.values()):
-        raise UsageError("[metrics] must hold a table for each metric", where=str(path))
+        what, fix = "[metrics] must hold a table for each metric", f"write [metrics.{METRICS[0]}] and its parameters"
+        raise UsageError(what, where=str(path), fix=fix)
     for name in METRICS:
         if name not in metrics:
             raise UsageError(f"[metrics.{name}] is missing", where=str(path), fix="state the parameters of all metrics")

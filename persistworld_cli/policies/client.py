@@ -19,6 +19,7 @@ from persistworld_cli.policies.msgpack_numpy import pack, unpack
 
 MAX_MESSAGE = 256 * 2**20  # bytes; a chunk of actions is a kilobyte
 _RETRY_S = 0.5
+_URI = "write ws://HOST:PORT"
 _SEE_LOG = "see the server's log"
 _LONGEST_TOLD = 20_000  # characters of what a server says that are shown
 _START_ONE = (
@@ -114,7 +115,9 @@ class PolicyClient:
             except (OSError, TimeoutError) as error:
                 reason: Exception = error
             except InvalidURI as error:
-                raise UsageError(f"'{self.uri}' is not the address of a websocket", where="policy.host") from error
+                raise UsageError(
+                    f"'{self.uri}' is not the address of a websocket", where="policy.host", fix=_URI
+                ) from error
             except InvalidStatus as error:
                 reason = error
                 if error.response.status_code < 500:  # 5xx: a proxy whose server is still starting
@@ -209,5 +212,5 @@ class PolicyClient:
             raise PersistWorldError(error.what, where=self.uri, fix=error.fix or _SEE_LOG) from error
         if not isinstance(answer, dict):
             kind = type(answer).__name__
-            raise PersistWorldError(f"the policy server sent {kind} as {what}, not a map", where=self.uri)
+            raise PersistWorldError(f"the policy server sent {kind} as {what}, not a map", where=self.uri, fix=_SEE_LOG)
         return answer

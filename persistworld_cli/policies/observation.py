@@ -23,6 +23,7 @@ JOINTS = "observation/joint_position"
 GRIPPER = "observation/gripper_position"
 PROMPT = "prompt"
 ACTIONS = "actions"
+_ANSWER = "serve a policy that answers {'actions': rows of joint velocities and gripper position}"
 MOST = 100.0  # no command is larger: 1 is full speed, and full grip
 
 
@@ -111,10 +112,13 @@ def check_actions(answer: Any, layout: Layout, source: str) -> Float:
         PersistWorldError: no ``actions``, not numbers, a wrong shape, a NaN, or one beyond `MOST`; says which.
     """
     if not isinstance(answer, Mapping):
-        raise PersistWorldError(f"the policy answered with {type(answer).__name__}, not a map", where=source)
+        what = f"the policy answered with {type(answer).__name__}, not a map"
+        raise PersistWorldError(what, where=source, fix=_ANSWER)
     if ACTIONS not in answer:
         got = ", ".join(sorted(str(key) for key in answer)) or "nothing"
-        raise PersistWorldError(f"the policy's answer has no field 'actions' (it has: {got})", where=source)
+        raise PersistWorldError(
+            f"the policy's answer has no field 'actions' (it has: {got})", where=source, fix=_ANSWER
+        )
     try:
         actions = np.asarray(answer[ACTIONS])
     except (ValueError, OverflowError) as error:  # rows of different lengths
@@ -124,7 +128,7 @@ def check_actions(answer: Any, layout: Layout, source: str) -> Float:
             fix=f"answer with {layout.rows} rows of {layout.width} numbers",
         ) from error
     if actions.dtype.kind not in "iuf":
-        raise PersistWorldError(f"field 'actions' holds {actions.dtype}, not numbers", where=source)
+        raise PersistWorldError(f"field 'actions' holds {actions.dtype}, not numbers", where=source, fix=_ANSWER)
     if actions.shape != (layout.rows, layout.width):
         fitting = [known.name for known in LAYOUTS.values() if (known.rows, known.width) == actions.shape]
         raise PersistWorldError(
