@@ -373,7 +373,9 @@ def ratio(new: list[float], old: list[float]) -> tuple[float, float, float]:
     rng, a, b = np.random.default_rng(0), np.array(new), np.array(old)
     with np.errstate(divide="ignore", invalid="ignore"):
         draws = [np.nanmean(rng.choice(a, len(a))) / np.nanmean(rng.choice(b, len(b))) for _ in range(2000)]
-        return float(np.nanmean(a) / np.nanmean(b)), *np.nanquantile(draws, [0.025, 0.975]).tolist()
+    known = np.array(draws)[np.isfinite(draws)]
+    low, high = np.quantile(known, [0.025, 0.975]) if known.size else (np.nan, np.nan)
+    return float(np.nanmean(a)) / (float(np.nanmean(b)) or np.nan), float(low), float(high)
 
 
 def compare(new: dict[str, list[float]], old: dict[str, list[float]]) -> dict[str, Any]:
