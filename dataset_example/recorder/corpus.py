@@ -67,5 +67,5 @@ def _leave_interrupts_to_parent() -> None:
 def _record_one(job: tuple[Path, str, int, int, int, float]) -> tuple[int, str, bool]:
     root, design, seed, episode_id, fps, seconds = job
     episode = record_episode(seed, episode_id, fps=fps, seconds=seconds, design=DESIGNS[design])
-    write_episode(root, episode, seed, design)
+    write_episode(root, episode, seed)
     return episode_id, episode.instruction, episode.success

@@ -24,6 +24,7 @@ LOST = 0.06  # m between the fingers and an object that they should hold
 class Episode:
     """T frames: arrays by column name, pictures by camera (uint8 (T, height, width, 3); none without rendering)."""
 
+    design: str
     episode_id: int
     fps: int
     instruction: str
@@ -67,6 +68,7 @@ def record_episode(
     if renderer is not None:
         renderer.close()
     return Episode(
+        design=design.name,
         episode_id=episode_id,
         fps=fps,
         instruction=director.instruction,

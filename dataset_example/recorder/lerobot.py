@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .design import DEFAULT, VARIED
+from .design import VARIED
 from .episode import Episode
 from .scene import CAMERAS, IMAGE_HEIGHT, IMAGE_WIDTH
 from .tasks import all_instructions
@@ -59,7 +59,7 @@ def video_path(root: Path, episode_id: int, camera: str) -> Path:
     return root / VIDEO_PATH.format(episode_chunk=episode_id // CHUNK, video_key=key, episode_index=episode_id)
 
 
-def write_episode(root: Path, episode: Episode, seed: int, design: str = DEFAULT.name) -> None:
+def write_episode(root: Path, episode: Episode, seed: int) -> None:
     """Writes the videos and the parquet of one episode; a kill leaves either all of it or nothing that counts."""
     partial = root / f".partial-{episode.episode_id:06d}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -68,7 +68,7 @@ def write_episode(root: Path, episode: Episode, seed: int, design: str = DEFAULT
     for camera, frames in episode.frames.items():
         encode_video(partial / f"{camera}.mp4", frames, episode.fps)
         moves.append((partial / f"{camera}.mp4", video_path(root, episode.episode_id, camera)))
-    pq.write_table(_table(episode, seed, design), partial / "episode.parquet", compression="zstd", compression_level=15)
+    pq.write_table(_table(episode, seed), partial / "episode.parquet", compression="zstd", compression_level=15)
     moves.append((partial / "episode.parquet", episode_path(root, episode.episode_id)))
     for source, target in moves:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def encode_video(path: Path, frames: np.ndarray, fps: int) -> None:
         container.mux(stream.encode())
 
 
-def _table(episode: Episode, seed: int, design: str) -> pa.Table:
+def _table(episode: Episode, seed: int) -> pa.Table:
     length = episode.length
     frame = np.arange(length)
     values = dict(episode.columns)
@@ -106,7 +106,13 @@ def _table(episode: Episode, seed: int, design: str) -> pa.Table:
         data = values[name] if shape == (1,) else list(values[name])
         arrays.append(pa.array(data, type=kind))
         fields.append(pa.field(name, kind))
-    entry = {"design": design, "seed": seed, "fps": episode.fps, "success": episode.success, "line": _line(episode)}
+    entry = {
+        "design": episode.design,
+        "seed": seed,
+        "fps": episode.fps,
+        "success": episode.success,
+        "line": _line(episode),
+    }
     return pa.table(arrays, schema=pa.schema(fields, metadata={METADATA_KEY: json.dumps(entry)}))
 
 
