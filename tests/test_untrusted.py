@@ -78,7 +78,12 @@ def test_escaping_keeps_what_is_readable_and_every_json_value() -> None:
 
 def _log(text: str) -> None:
     listen_to_library()
-    logging.getLogger("persistworld_cli.test").warning("instruction %s", text)
+    library = logging.getLogger("persistworld_cli")
+    library.propagate = False  # pytest-xdist cannot send half a surrogate pair that pytest has captured
+    try:
+        library.getChild("test").warning("instruction %s", text)
+    finally:
+        library.propagate = True
 
 
 def _error(text: str) -> None:
