@@ -304,7 +304,7 @@ def _dataset(folder: Path) -> list[Case]:
     def latents_of(episode: str) -> Callable[[], Any]:
         def read() -> Any:
             store = EpisodeStore(folder)
-            return [store.latents("train", episode, [0, 3, FRAMES - 1]), store.num_latents("train", episode)]
+            return [store.latents("train", episode, [0, 3, FRAMES - 1]), store.latent_shape("train", episode)]
 
         return read
 

@@ -74,12 +74,17 @@ def parse_json(text: str) -> Any:
         RecursionError: nested too deep.
     """
     value = json.loads(text)
+    require_unicode(value, text)
+    return value
+
+
+def require_unicode(value: Any, text: str) -> None:
+    """Raise ValueError where a value that was parsed from a JSON text holds half a surrogate pair."""
     if _HALF_PAIR.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise ValueError("a text in it holds half a surrogate pair") from error
-    return value
 
 
 def read_json(

@@ -63,7 +63,7 @@ def _lerobot(path: Path) -> None:
 
 
 def _save_state(path: Path) -> None:
-    here = SimpleNamespace(main=True, output=path.parent.parent, keep=9, states=list)
+    here = SimpleNamespace(main=True, output=path.parent.parent, keep=9, states=list, notes={})
     Run.save(here, int(path.name.removeprefix("step-")), {"t": torch.ones(999)})  # type: ignore[arg-type]
 
 

@@ -204,9 +204,11 @@ def test_a_folder_with_the_work_of_another_task_is_refused(world: Settings, fini
 def test_an_evaluation_says_what_is_there_and_refuses_another_question(
     world: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = replace(world, eval=replace(world.eval, steps=1, sheets=0))
-    job = {"ckpt": str(tmp_path / "own.safetensors"), "baseline": world.model.ckpt, "videos": False}
-    shutil.copyfile(Path(world.model.ckpt).with_name("other.safetensors"), job["ckpt"])
+    own = tmp_path / "own.safetensors"
+    model = replace(world.model, inference=str(own))
+    asked = replace(world, model=model, eval=replace(world.eval, steps=1, sheets=0))
+    job = {"baseline": world.model.ckpt, "videos": False}
+    shutil.copyfile(Path(world.model.ckpt).with_name("other.safetensors"), own)
     output = tmp_path / "out"
     with only_what_counts("eval"):
         evaluation.run(asked, {"output": str(output), **job})
@@ -223,10 +225,11 @@ def test_an_evaluation_says_what_is_there_and_refuses_another_question(
         look_back(record(other, output, "eval", **job), output)
     apart = make_plan(other, job, output, device)  # with --continue-with-changes: not one rollout is taken for another
     assert not set(plan.folders.values()) & set(apart.folders.values())
-    with pytest.raises(UsageError, match=r"job\.ckpt: .*own\.safetensors -> none"):
-        look_back(record(asked, output, "eval"), output)
+    bare = replace(asked, model=world.model)
+    with pytest.raises(UsageError, match=r"model\.inference: .*own\.safetensors -> none"):
+        look_back(record(bare, output, "eval", **job), output)
     more = replace(asked, eval=replace(asked.eval, seeds=(0, 1), bootstrap=7))
-    shutil.copyfile(world.model.ckpt, job["ckpt"])  # the training that is evaluated has gone on
+    shutil.copyfile(world.model.ckpt, own)  # the training that is evaluated has gone on
     past = look_back(record(more, output, "eval", **job), output)
     assert past is not None and len(past.changes.free) == 3 and "eval.seeds: 0 -> 0, 1" in capsys.readouterr().err
 

@@ -76,8 +76,7 @@ def export_model(
     check_output(to, output, force=force)
     if adapter_at(ckpt):
         ckpt, adapter = _base_of(ckpt, adapter, settings)
-    stat = export_scale(settings, ckpt, adapter)
-    settings = settings or _settings_of(ckpt)
+    named, settings = settings, settings or _settings_of(ckpt)
     model = load_world_model(settings.model, settings.world, ckpt=ckpt, adapter=adapter, dtype=dtype, carried=True)
     if to == "ctrl-world" and settings.model.image and not hasattr(model, CARRIED):
         raise PersistWorldError(
@@ -88,6 +87,7 @@ def export_model(
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     _require_finite(tensors, dtype)
     require_free(output, force=force)
+    stat = export_scale(named, ckpt, adapter)
     notes = scale_note(stat) | ({MERGED: adapter_sha256} if adapter_sha256 else {})
     (save_safetensors if to == "safetensors" else save_torch)(output, tensors, notes)
     return {

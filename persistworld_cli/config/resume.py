@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from persistworld_cli.config.settings import FREE, Settings
+from persistworld_cli.config.settings import FREE, ClipSettings, Settings
 
 _EXTRACTION = ("world.raw", "world.state_fields", "world.joint_fields", "world.val_rule")
 _STARTS = ("eval.split", "eval.starts", "eval.seeds")  # of the held-out rollouts of a training
 _LAUNCH = ("launch.num_processes", "launch.device", "launch.compile", "launch.trackers")
+_CLIPS = tuple(f"clips.{field.name}" for field in dataclasses.fields(ClipSettings))
 _POLICY = ("sampling.history_policy",)
 
 
@@ -27,6 +28,7 @@ class Uses:
         tables: whole tables of settings.
         keys: single settings of other tables; they may not change, whatever they are for the task they belong to.
         unused: settings of those tables that the task does not read.
+        logged: settings of other tables that only what is logged hangs on; they may change.
         job: options of the job that change the result.
         follows_weights: results are kept by the content of the weights, so weights may change in their place.
     """
@@ -34,6 +36,7 @@ class Uses:
     tables: tuple[str, ...]
     keys: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    logged: tuple[str, ...] = ()
     job: tuple[str, ...] = ()
     follows_weights: bool = False
 
@@ -62,6 +65,7 @@ USES: dict[str, Uses] = {
         tables=("world", "model", "sampling", "rewards", "post_train"),
         keys=_STARTS,
         unused=(*_EXTRACTION, *_POLICY, "model.adapter", "model.inference"),
+        logged=_CLIPS,  # of the clips by which it is measured whether actions are used
     ),
     "eval": _ROLLOUTS,
     "frontier": dataclasses.replace(_ROLLOUTS, job=(*_ROLLOUTS.job, "reference")),
@@ -112,13 +116,15 @@ def used_keys(task: str) -> list[str]:
         for field in dataclasses.fields(table.default_factory)  # type: ignore[arg-type]
         if table.name in uses.tables
     ]
-    counted = [key for key in own if key not in uses.unused] + [*uses.keys, *_LAUNCH]
+    counted = [key for key in own if key not in uses.unused] + [*uses.keys, *uses.logged, *_LAUNCH]
     return counted + [f"job.{name}" for name in uses.job]
 
 
 def is_free(task: str, key: str) -> bool:
     """Whether a run of the task may be resumed with another value of the setting."""
     table, _, name = key.partition(".")
+    if key in USES[task].logged:
+        return True
     if table == "job" or key in USES[task].keys:
         return False
     whole = next(field for field in dataclasses.fields(Settings) if field.name == table)

@@ -100,11 +100,6 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     store = open_store(settings)
     plan = make_plan(settings, job, store)
     court = _court(settings, job, plan)
-    # missing percentiles should be told before the weights are read
-    parts = inference_ref(settings.model).parts
-    first = plan.starts[0].split
-    episodes = [start.item.episode for start in plan.starts if start.split == first]
-    (store,) = weights_stores(settings, store, [parts], split=first, episodes=episodes)
     output = Path(job["output"])
     gathered = _roll_all(settings, job, store, plan, court, output)
     result = _summary(settings, plan, court, gathered, output)
@@ -134,7 +129,9 @@ def _roll_all(
             try:
                 # A connection is a new episode. It is opened before the weights are read: no server, no minutes lost.
                 with open_policies(plan.policy, settings.policy, len(starts)) as policies:
-                    model = load_model(settings) if model is None else model
+                    if model is None:
+                        store = _scaled(settings, store, plan)  # missing percentiles are told before the weights load
+                        model = load_model(settings)
                     rollouts = _roll(model, store, settings, plan, starts, list(policies), meter)
             except PersistWorldError as failed:
                 if not gathered.entries:
@@ -147,6 +144,14 @@ def _roll_all(
             if gathered.error is not None:
                 break
     return gathered
+
+
+def _scaled(settings: Settings, store: EpisodeStore, plan: Plan) -> EpisodeStore:
+    """The dataset with the weights' own percentiles, the plan's poses held against them."""
+    first = plan.starts[0].split
+    episodes = [start.item.episode for start in plan.starts if start.split == first]
+    (scaled,) = weights_stores(settings, store, [inference_ref(settings.model).parts], split=first, episodes=episodes)
+    return scaled
 
 
 def _settle(gathered: Gathered, settings: Settings, plan: Plan, court: Court, rollout: Rollout, output: Path) -> None:

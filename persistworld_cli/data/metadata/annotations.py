@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.read_files import parse_json
+from persistworld_cli.read_files import parse_json, require_unicode
 
 KEYS = ("texts", "states", "joints", "video_length", "success")  # what is read of an annotation
 REDO = "delete the episode's annotation and run persistworld extract-latents again"
@@ -93,6 +93,8 @@ def load_annotation(path: Path, wanted: Collection[str] | None = None) -> dict[s
     try:
         text = path.read_bytes().decode()
         raw = parse_json(text) if wanted is None else read_keys(text, wanted)
+        if wanted is not None:
+            require_unicode(raw, text)
     except FileNotFoundError as error:
         raise Unreadable("the annotation is gone", where=str(path), fix="run persistworld build-meta again") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -167,7 +169,9 @@ def _rows(value: Any, name: str, path: Path) -> NDArray[np.float64]:
 
     try:
         rows = np.asarray(value, dtype=np.float64)
-    except (ValueError, TypeError, OverflowError) as error:
+    except OverflowError as error:
+        raise bad("hold a number that is too large") from error
+    except (ValueError, TypeError) as error:
         raise bad("are not rows of numbers of one width") from error
     if rows.ndim != 2 or not rows.size:
         raise bad("are empty" if not rows.size else "are not rows of numbers of one width")
