@@ -62,10 +62,8 @@ def test_extraction_metadata_and_a_training_step(root: Path) -> None:
     np.testing.assert_array_equal(store.annotation("train", "1").states, states(1, 31)[::3].astype(float))
     assert store.latent_shape("train", "0") == (4, 12, 20)
     assert store.frames("train", "0", [3]).shape == (1, 1, 48, 80, 3)
-    assert (
-        store.annotation("train", "0").joints is None
-        and load_annotation(root / "latents/annotation/train/0.json")["rate_hz"] == 10
-    )
+    assert store.annotation("train", "0").joints is None
+    assert load_annotation(root / "latents/annotation/train/0.json")["rate_hz"] == 10
 
     meta = result(root, "build-meta")
     assert meta["frames"] == {"train": 46} and len(meta["state_p99"]) == NUMBERS and meta["adapter"] is None
