@@ -3,7 +3,7 @@
 `python -m benchmarks.loader [--dataset DIR] [--repeats 5] [--workers 4] [--cold-gb 2] [--folder DIR] [--json]`
 
 One process, warm cache, ways taken in turns within each repeat. The straightforward way parses the episode's JSON,
-loads the three whole latent files, takes the frames and normalises. Gates: 20 times its samples a second in one
+loads the three whole latent files, takes the frames and normalises. Gates: 20 times its samples per second in one
 process; with workers, as many samples as 2 GB/s of latents off a disk would allow. CPU time a sample (of all processes)
 is given too, as wall time on a shared machine says little.
 
@@ -215,7 +215,7 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"{group + ', ' + name:34}{spread:>26}{row['cpu_us']['median']:>9.0f}{disk:>9}")
     if "warm" in result:
         ratio, size = result["warm"]["ratio"], result["warm"]["sample_bytes"]
-        for key, words in (("per_s", "samples a second"), ("cpu", "CPU time")):
+        for key, words in (("per_s", "samples per second"), ("cpu", "CPU time")):
             r = ratio[key]
             lines.append(f"one process / straightforward, {words}: {r['median']:.0f} ({r['min']:.0f}..{r['max']:.0f})")
         lines.append(f"2 GB/s of {size / 1e3:.0f} KB a sample: {result['warm']['at_2_gb_per_s']:.0f} samples/s")

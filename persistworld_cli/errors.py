@@ -1,4 +1,4 @@
-"""The one error for what a user can mend: what is wrong, where, and what to do about it."""
+"""The one error for what a user can fix: what is wrong, where, and what to do about it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class PersistWorldError(Exception):
-    """A mistake the user can mend.
+    """A mistake the user can fix.
 
     Args:
         what: what is wrong, with the offending value in it.

@@ -91,7 +91,7 @@ def test_right_weights_fit_and_wrong_ones_are_told_apart(world: Path, verify: An
     assert right.exit_code == 0, right.stdout
     lines = right.stdout.splitlines()
     assert lines[0] == "persistworld verify: FITS" and max(map(len, lines[: lines.index("")])) <= 80
-    for word in ("right.pt", "float32", "carried by", "60, 61", "s a step", "GiB", "torch 2", "recording through"):
+    for word in ("right.pt", "float32", "carried by", "60, 61", "s per step", "GiB", "torch 2", "recording through"):
         assert word in right.stdout, word
 
     base = differing(verify("--ckpt", world / "base.pt", *same, "--json"))

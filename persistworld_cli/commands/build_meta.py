@@ -39,7 +39,7 @@ def command(
         typer.Argument(help="Processed dataset (what extract-latents wrote).  \\[world.dataset]", metavar="DATASET"),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing: tell what in the dataset must be mended, and how.")
+        bool, typer.Option("--check", help="Write nothing: tell what in the dataset must be fixed, and how.")
     ] = False,
     sample: Annotated[
         int, typer.Option(help="With --check: episodes whose videos and latents are read whole; 0: all.", min=0)
@@ -179,7 +179,7 @@ def _human(report: MetaReport, exported: str | None) -> dict[str, Any]:
         "episodes": report.episodes,
         "frames": report.frames,
         "samples": report.samples,
-        "frames an episode": "{min}, median {median:g}, {max}".format(**health["length"]),
+        "frames per episode": "{min}, median {median:g}, {max}".format(**health["length"]),
         "instructions": health["instructions"],
         "success": health["success"],
         "latents": health["latents"],
@@ -231,7 +231,7 @@ def _first(names: list[str], count: int) -> str:
 
 
 def _check(resolved: Resolved, named: bool, sample: int, workers: int | None, *, as_json: bool) -> None:
-    """``--check``: one line a finding; exit code 1 if anything must be mended."""
+    """``--check``: one line a finding; exit code 1 if anything must be fixed."""
     from persistworld_cli.data.metadata.check_dataset import check_dataset
 
     dataset = resolve_path(resolved.settings.world.dataset)
@@ -239,7 +239,7 @@ def _check(resolved: Resolved, named: bool, sample: int, workers: int | None, *,
     with _metered("check") as show:
         report = check_dataset(dataset, expected, sample=sample, workers=workers, progress=show)
     rows, errors = report.rows(), report.errors
-    verdict = f"{errors} kinds of findings must be mended" if errors else "fit for use"
+    verdict = f"{errors} kinds of findings must be fixed" if errors else "fit for use"
     result = {"dataset": str(dataset), "ok": not errors, "errors": errors, "warnings": len(rows) - errors}
     if as_json:
         show_result({**result, "findings": rows, "checked": report.checked}, as_json=True)

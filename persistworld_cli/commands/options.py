@@ -1,7 +1,7 @@
 """Options that several subcommands share, and the decorator that gives them to a command.
 
 A command is a function ``command(common, own options...)``; `with_common` puts the shared options into its signature,
-so that each is written once, and turns errors a user can mend into one block on standard error and an exit code. An own
+so that each is written once, and turns errors a user can fix into one block on standard error and an exit code. An own
 parameter whose type is a dataclass of options stands for all of its fields.
 """
 

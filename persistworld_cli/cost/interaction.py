@@ -72,7 +72,7 @@ def meta_model(settings: ModelSettings, world: WorldSettings) -> WorldModel:
         raise PersistWorldError(
             f"no model can be built of these settings: {str(error).splitlines()[0]}",
             where="model",
-            fix="mend [model], or leave it as the preset has it",
+            fix="fix [model], or leave it as the preset has it",
         ) from error
     return model.to(META).eval().requires_grad_(False)  # diffusers makes a few single numbers on the CPU all the same
 

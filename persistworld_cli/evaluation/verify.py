@@ -442,7 +442,7 @@ def block(
             numbers = ", ".join(f"{metric} {_number(row[label])}" for metric, label in _labels(result).items())
             lines += _wrap("", f"{row['cameras']}, {row['model']}: {numbers}")
     kind = "GPU memory" if str(result["device"]).startswith("cuda") else "memory"
-    lines += _wrap("time", f"{_seconds(result):.3g} s a step and rollout; peak {kind} {memory / _GIB:.2f} GiB")
+    lines += _wrap("time", f"{_seconds(result):.3g} s per step and rollout; peak {kind} {memory / _GIB:.2f} GiB")
     lines += _wrap("machine", f"{result['device_name']} ({result['device']}), {result['dtype']}")
     lines += _wrap("versions", ", ".join(f"{name} {version}" for name, version in result["versions"].items()))
     return "\n".join(lines) + "\n"

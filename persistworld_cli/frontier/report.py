@@ -30,8 +30,8 @@ def frontier_table(result: Mapping[str, Any]) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    for column in ("setting", "calls", "s a step", "cameras"):
-        table.add_column(column, justify="right" if column in ("calls", "s a step") else "left", no_wrap=True)
+    for column in ("setting", "calls", "s per step", "cameras"):
+        table.add_column(column, justify="right" if column in ("calls", "s per step") else "left", no_wrap=True)
     for metric in result["metrics"]:
         table.add_column(heading(metric), justify="right", no_wrap=True)
     table.add_column(f"within\n{result['percent']:g}%")
@@ -67,7 +67,7 @@ def _caption(result: Mapping[str, Any]) -> str:
     decisive = ", ".join(metric["label"] for metric in result["metrics"] if metric["decides"])
     lines = [
         "changes against the first rows, with 95% bootstrap intervals over episodes. calls: clips through the network",
-        "for one clip drawn (guidance counts twice). s a step: a rollout's share of a batch, with decoding, scoring.",
+        "for one clip drawn (guidance counts twice). s per step: a rollout's share of a batch, with decoding, scoring.",
         f"within: yes, if the worse end of each interval of {decisive}",
         f"is at most {result['percent']:g}% worse; no, if the better end of one is worse than that; open: more",
         "episodes would tell. *: fewest calls that qualify.",

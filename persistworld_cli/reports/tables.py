@@ -105,7 +105,7 @@ def conduct_table(result: Mapping[str, Any]) -> Table:
     )
     table.add_column("cameras")
     table.add_column("")
-    table.add_column("drift\npsnr dB a second", justify="right")
+    table.add_column("drift\npsnr dB per second", justify="right")
     for kind in following["kinds"]:
         table.add_column(f"gain over {kind} actions\n{following['metric']} dB", justify="right")
     if fvd["rows"]:

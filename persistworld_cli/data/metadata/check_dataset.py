@@ -1,4 +1,4 @@
-"""`build-meta --check`: is a dataset fit for training, and what must be mended, in plain words.
+"""`build-meta --check`: is a dataset fit for training, and what must be fixed, in plain words.
 
 Every annotation is parsed, every folder and every latent file's header looked at; videos and the latents' numbers are
 looked at for a sample of episodes, spread evenly. Nothing is written.
@@ -27,7 +27,7 @@ from persistworld_cli.errors import PersistWorldError
 _REDO = "delete these annotations and run persistworld extract-latents again: it does only what is missing"
 _META = "run persistworld build-meta DATASET"
 _NAMED = 5
-# kind -> (must be mended, what is wrong, what to do)
+# kind -> (must be fixed, what is wrong, what to do)
 KINDS: dict[str, tuple[bool, str, str]] = {
     "no-annotation": (True, "folder annotation/ is missing", "give the folder that holds annotation/ and videos/"),
     "no-train": (True, "split train is empty", "extract more, or with another --split-rule"),
@@ -90,11 +90,11 @@ class Report:
 
     @property
     def errors(self) -> int:
-        """Kinds of findings that must be mended."""
+        """Kinds of findings that must be fixed."""
         return sum(KINDS[kind][0] for kind in self.found)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a kind, those that must be mended first."""
+        """A row a kind, those that must be fixed first."""
         order = sorted(self.found, key=lambda kind: (not KINDS[kind][0], list(KINDS).index(kind)))
         return [self._row(kind) for kind in order]
 
