@@ -10,6 +10,7 @@ import json
 import zipfile
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -149,3 +150,21 @@ def test_a_split_without_episodes_is_no_damage(cases: list[Case]) -> None:
     index = IndexFile(find(cases, "index").file)
     with pytest.raises(NoEpisodes):
         index.split("val")
+
+
+def test_what_longer_runs_of_the_mutations_found(cases: list[Case]) -> None:
+    """Seeds 2 to 5: a column that is there twice, and a rollout's file whose name no file can have."""
+    rows = find(cases, "raw v2 rows")
+    whole = pq.read_table(rows.file)
+    out = io.BytesIO()
+    pq.write_table(whole.append_column("task_index", whole.column("task_index")), out)
+    assert "'task_index' is there twice" in str(refused(rows, out.getvalue()))
+    runs = find(cases, "rollouts.json")
+    told = json.loads(runs.file.read_text())
+    told["rollouts"][0]["json"] = "1" * 400
+    before = runs.file.read_bytes()
+    runs.file.write_text(json.dumps(told))
+    try:
+        runs.read()
+    finally:
+        runs.file.write_bytes(before)

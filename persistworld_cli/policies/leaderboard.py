@@ -114,7 +114,10 @@ def _check(entry: Mapping[str, Any]) -> None:
 def _own(path: Path, entry: Mapping[str, Any]) -> Mapping[str, Any]:
     """A rollout's own JSON, where it lies beside the run's; else its entry there."""
     own = path.parent / Path(str(entry.get("json") or "?")).name
-    if not own.is_file():
+    try:
+        if not own.is_file():
+            return entry
+    except OSError:  # a name that no file can have
         return entry
     with reading("unreadable rollout", own):
         told = read_json(own, "unreadable rollout")

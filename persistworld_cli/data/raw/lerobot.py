@@ -244,7 +244,9 @@ class RawDataset:
             if path == lines:
                 rows = read_json_lines(lines, what, _FETCH)
             else:  # pandas wrote the tasks as its index, under a name of its own
-                rows = [{"task": row.get("__index_level_0__"), **row} for row in pq.read_table(table).to_pylist()]
+                told = pq.read_table(table)
+                _require_once(told.column_names)
+                rows = [{"task": row.get("__index_level_0__"), **row} for row in told.to_pylist()]
             return {whole_number(row["task_index"], "task_index"): str(row["task"] or "") for row in rows}
 
     def _episodes_v2(self) -> dict[int, RawEpisode]:
@@ -277,6 +279,7 @@ class RawDataset:
             with reading("unreadable list of episodes", path, _FETCH):
                 # the statistics columns are most of the file: leave them
                 names = [n for n in pq.read_schema(path).names if not n.startswith("stats/")]
+                _require_once(names)
                 for row in pq.read_table(path, columns=names).to_pylist():
                     episode = self._row_v3(row)
                     out[episode.index] = episode
@@ -335,12 +338,20 @@ class RawDataset:
         """Of the episode's file, the row groups that may hold it: a v3 file is larger than one wants in memory."""
         if self._file is None or self._file[0] != episode.table:
             opened = pq.ParquetFile(episode.table)
+            _require_once(opened.schema_arrow.names)
             self._file, self._table = (episode.table, opened, _episodes_of(opened)), None
         _, file, held = self._file
         groups = tuple(group for group, episodes in enumerate(held) if episodes is None or episode.index in episodes)
         if self._table is None or self._table[1] != groups:
             self._table = (episode.table, groups, file.read_row_groups(list(groups)))
         return self._table[2]
+
+
+def _require_once(names: Sequence[str]) -> None:
+    """Raise ValueError where a table has two columns of one name: nobody could say which one is meant."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"column '{twice}' is there twice")
 
 
 def _episodes_of(file: pq.ParquetFile) -> list[set[int] | None]:
