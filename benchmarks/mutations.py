@@ -5,7 +5,7 @@
 Each mutation must end in an equal result, in one PersistWorldError that says what, where and what to do, or in a
 changed value that the format cannot check (`UNCHECKED` says why, by format). A traceback, a hang, or a file that is
 lost is BAD; a BAD one is printed with what repeats it, and the exit code is 1.
-tests/test_mutations.py runs the same with one seed.
+tests/files/test_mutations.py runs the same with one seed.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 LPIPS pays for exact places: an image that is right but a pixel to the side scores badly. This metric hardly does, so it
 is a fit referee beside a reward that holds LPIPS. Only the package's weights are read (AlexNet, BSD 2-clause). Its code
 is not imported: that needs IPython and torchsummary, and its file of blurred pooling is not for commercial use. The
-network here is written from the paper; ``tests/test_referees.py`` holds it to values of the package.
+network here is written from the paper; ``tests/metrics/test_referees.py`` holds it to values of the package.
 """
 
 from __future__ import annotations

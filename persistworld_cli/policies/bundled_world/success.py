@@ -1,7 +1,7 @@
 """When an instruction of the bundled world has come true, and how far it got, from where the objects are.
 
 The conditions are those of the world's recorder (`dataset_example/recorder/tasks.py`), which needs a simulator to be
-imported; `tests/test_judge.py` holds the two together.
+imported; `tests/policies/test_judge.py` holds the two together.
 
 Shape legend: F frames, N objects; positions are centres in m in the robot's base frame (x forward, y left, z up from
 the table), NaN where they are not known.

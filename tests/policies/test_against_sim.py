@@ -105,7 +105,7 @@ def test_a_simulator_that_does_not_repeat_is_put_right(drawing: None, bundled: S
 
 @pytest.fixture
 def recorded_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    raw = str(Path(__file__).resolve().parents[1] / "dataset_example" / "world")
+    raw = str(Path(__file__).resolve().parents[2] / "dataset_example" / "world")
     (tmp_path / "replaying.py").write_text(POLICY.format(episode=PUSH, raw=raw))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "replaying", raising=False)

@@ -14,7 +14,7 @@ from persistworld_cli.commands.app import app
 from persistworld_cli.config.presets import load_settings, to_json
 
 pytestmark = pytest.mark.usefixtures("counted_once")
-README = Path(__file__).resolve().parents[1] / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def commands() -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_rewards import NO_LPIPS, pictures
+from noisy_images import NO_LPIPS, pictures
 
 from persistworld_cli.config.settings import PostTrainSettings, RewardSettings, WorldSettings
 from persistworld_cli.metrics.registry import REWARDS

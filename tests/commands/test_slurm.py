@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from persistworld_cli.commands.app import app
 
-SCRIPT = Path(__file__).resolve().parents[1] / "docs" / "slurm" / "post_train.sbatch"
+SCRIPT = Path(__file__).resolve().parents[2] / "docs" / "slurm" / "post_train.sbatch"
 STAND_INS = {
     "srun": """#!/bin/bash
 while [[ "$1" == --* ]]; do shift; done

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from golden_table import close
+from policy_views import PI05, REST, observation
 from safetensors.numpy import load_file
 
 from persistworld_cli.errors import PersistWorldError, UsageError
@@ -19,15 +20,6 @@ from persistworld_cli.policies.tasks import load_task, task_names
 from persistworld_cli.robot.adapter import GainAdapter, load_adapter
 from persistworld_cli.robot.keyboard import KeyMap
 from persistworld_cli.robot.kinematics import forward
-
-REST = np.array([0.0, 0.05, 0.3, -2.25, 0.0, 2.5, -np.pi / 2, 0.0])
-PICTURE = np.zeros((6, 8, 3), np.uint8)
-PI05 = find_layout("pi05")
-
-
-def observation(joints: np.ndarray = REST, prompt: str = "lift the cube") -> dict[str, Any]:
-    return build_observation(PICTURE, PICTURE, joints, prompt, 16)
-
 
 # -- observation and answer -------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from golden_table import close
+from noisy_images import NO_LPIPS, pictures
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from persistworld_cli.config.settings import RewardSettings, WorldSettings
@@ -30,20 +31,6 @@ from persistworld_cli.metrics.ssim import ssim
 from persistworld_cli.objective.advantage import group_advantages, keep_extremes, optimality
 
 LPIPS_GOLDEN = json.loads((Path(__file__).parent / "lpips_golden.json").read_text())
-NO_LPIPS = RewardSettings(weights={"ssim": 1.0, "psnr": 1.0 / 32})
-
-
-def pictures(
-    count: int, height: int = 48, width: int = 80, seed: int = 0, noise: float = 0.1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smooth random pictures and noisy copies, with flat patches (where SSIM's variances vanish)."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, height // 8, width // 8, generator=generator)
-    target = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
-    target[:, :, : height // 3] = 0.7
-    pred = (target + noise * torch.randn(target.shape, generator=generator)).clamp(0, 1)
-    pred[:, :, : height // 6] = 0.7
-    return pred, target
 
 
 @pytest.mark.parametrize("size", [(48, 80), (24, 40), (7, 9)])

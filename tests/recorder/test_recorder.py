@@ -17,7 +17,7 @@ from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.policies.bundled_world.scene import RecordedStart
 from persistworld_cli.policies.bundled_world.simulator import recorded_origin
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORLD = ROOT / "dataset_example" / "world"
 CAMERAS = ("exterior_1_left", "exterior_2_left", "wrist_left")
 DROID_COLUMNS = [
