@@ -55,9 +55,13 @@ def coerce(value: Any, hint: Any, *, key: str, where: str) -> Any:
     if origin is dict and isinstance(value, dict):
         return {str(name): coerce(item, args[1], key=f"{key}.{name}", where=where) for name, item in value.items()}
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise UsageError(f"{key} = {value} is not finite", where=where, fix="write a finite number")
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number beyond every float
+            number = math.inf
+        if not math.isfinite(number):
+            raise UsageError(f"{key} is not finite, or too large", where=where, fix="write a finite number")
+        return number
     if hint in (bool, int, str) and type(value) is hint:
         return value
     raise UsageError(

@@ -247,3 +247,8 @@ def test_bundled_paths() -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings().post_train.beta = 2.0  # type: ignore[misc]
+
+
+def test_a_whole_number_beyond_every_float_is_one_error() -> None:
+    with pytest.raises(UsageError, match="too large"):
+        load_settings("tiny", ["post_train.beta=1" + "0" * 400])
