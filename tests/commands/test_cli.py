@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shlex
 import shutil
 import subprocess
@@ -78,15 +77,30 @@ def test_every_help_works_without_torch() -> None:
         assert b"Usage: persistworld " + name.encode() in out
 
 
-def test_help_answers_within_half_a_second() -> None:
-    """Of processor time, which does not count what else runs on the machine; the best of three."""
-    took = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert run("--help").returncode == 0
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(took) < 0.5, took
+def test_help_loads_no_heavy_library_and_few_modules() -> None:
+    """What makes the help quick on any machine."""
+    code = (
+        "import sys; sys.argv = ['persistworld', '--help']\n"
+        "from persistworld_cli.commands.app import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(len(sys.modules), *sys.modules, file=sys.stderr)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.split()
+    heavy = {
+        "torch",
+        "numpy",
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "peft",
+        "matplotlib",
+        "pyarrow",
+        "av",
+        "scipy",
+    }
+    assert not heavy & set(told[1:]), heavy & set(told[1:])
+    assert int(told[0]) < 600, told[0]
 
 
 def test_help_lists_the_commands_and_runnable_examples() -> None:
