@@ -32,6 +32,7 @@ from persistworld_cli.data.metadata.health import state_names
 from persistworld_cli.data.metadata.index import INDEX_FILE, ActionStat, IndexFile
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.world_model import CARRIED
+from persistworld_cli.read_files import as_object, parse_json, reading
 
 NOTE = "action_scale"  # in a weights file's notes: the JSON of a stat.json
 CLIPPED = 0.05  # share of a dimension's values that may lie outside the weights' percentiles
@@ -84,12 +85,8 @@ def noted_scale(notes: Mapping[str, str], where: str) -> ActionStat | None:
     text = notes.get(NOTE)
     if text is None:
         return None
-    try:
-        return ActionStat.of(json.loads(text))
-    except (ValueError, KeyError, TypeError) as error:
-        raise PersistWorldError(
-            f"the weights carry a damaged scale of actions: {error!r}", where=where, fix="write or fetch them again"
-        ) from error
+    with reading("the weights carry a damaged scale of actions", where, "write or fetch them again"):
+        return ActionStat.of(as_object(parse_json(text)))
 
 
 def carried_scale(source: str | Path) -> ActionStat | None:

@@ -7,7 +7,6 @@ The folder's config.json is the record of its run. ``settings_history.json`` is 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,14 @@ from typing import Any
 from persistworld_cli import again
 from persistworld_cli.config.resume import USES, Change, Changes, find_changes
 from persistworld_cli.console import note
-from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.errors import UsageError
 from persistworld_cli.files import write_json
+from persistworld_cli.read_files import as_object, parse_json, read_json, reading
 from persistworld_cli.run_files import CONFIG
 
 HISTORY = "settings_history.json"
+_DAMAGED = "the record of the folder's run cannot be read"
+_NO_RECORD = "take another --output, or remove the file to go on without comparing settings"
 _TRAININGS = ("pretrain", "pretrain-vae", "post-train")
 _KEPT = ("settings", "job", "inputs")  # of a record, in the history
 
@@ -192,35 +194,23 @@ def _read(path: Path) -> dict[str, Any] | None:
     Raises:
         PersistWorldError: it is damaged, so that nobody can tell what it was.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-    tables = data.get("settings", {}) if isinstance(data, dict) else None
-    if not isinstance(tables, dict) or not all(isinstance(entries, dict) for entries in tables.values()):
-        raise _damaged(path, "no tables of settings")
+    with reading(_DAMAGED, path, _NO_RECORD):
+        data = read_json(path, _DAMAGED, _NO_RECORD)
+        tables = as_object(data.get("settings", {}))
+        if not all(isinstance(entries, dict) for entries in tables.values()):
+            raise ValueError("no tables of settings")
     return data
 
 
-def _damaged(path: Path, why: object) -> PersistWorldError:
-    return PersistWorldError(
-        f"the record of the folder's run cannot be read: {why}",
-        where=str(path),
-        fix="take another --output, or remove the file to go on without comparing settings",
-    )
-
-
 def _read_history(folder: Path) -> list[dict[str, Any]]:
-    """The settings so far."""
+    """The settings so far. Raises PersistWorldError as `_read`."""
     path = folder / HISTORY
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-    if not isinstance(data, list):
-        raise _damaged(path, "not a list")
+    with reading(_DAMAGED, path, _NO_RECORD):
+        data = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(data, list):
+            raise ValueError("not a list")
     return data

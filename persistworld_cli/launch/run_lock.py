@@ -315,7 +315,7 @@ def _parse(fd: int) -> Holder | None:
     try:
         data: Any = json.loads(os.pread(fd, 1 << 16, 0).decode())
         holder = Holder(**data)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     numbers = ("pid", "machines", "born")
     kinds = {True: (int, float), False: (str,)}

@@ -102,7 +102,7 @@ def _identity(output: Path) -> dict[str, str]:
     try:
         known: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
         return {"name": known["name"], "id": known["id"]}
-    except (FileNotFoundError, ValueError, KeyError):  # the first time, or cut off by a kill
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):  # the first time, or cut off by a kill
         new = {"name": output.absolute().name, "id": secrets.token_hex(4)}
         write_json(path, new)
         return new

@@ -23,7 +23,7 @@ from persistworld_cli.commands.app import app
 from persistworld_cli.config.presets import flatten
 from persistworld_cli.config.resume import USES, is_free, used_keys
 from persistworld_cli.config.settings import FREE, PostTrainSettings, Settings
-from persistworld_cli.errors import UsageError
+from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation import run as evaluation
 from persistworld_cli.evaluation.plan import make_plan
 from persistworld_cli.files import write_json
@@ -289,3 +289,14 @@ def test_work_is_found_by_its_kind(tmp_path: Path) -> None:
         (tmp_path / "state" / step).mkdir(parents=True)
     found = kept_work("pretrain", tmp_path)
     assert found is not None and found.count == 12
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"[" * 100_000, b'{"settings": 3}', b"17", b'{"settings": {"world": 3}}', b"\xff\xfe"]
+)
+def test_a_damaged_record_is_one_error(tmp_path: Path, damaged: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(damaged)
+    (tmp_path / "state" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(PersistWorldError, match="record of the folder's run cannot be read") as error:
+        look_back({"task": "post-train", "job": {}, "settings": {}}, tmp_path)
+    assert str(tmp_path / "config.json") in str(error.value)

@@ -162,7 +162,11 @@ class IndexFile:
 
     def _check(self, name: str) -> None:
         """Compare an array with its checksum, once; an index from before there were any has none."""
-        if name in self._sound or not (sums := json.loads(self.info.get(_SUMS, "{}"))):
+        if name in self._sound:
+            return
+        with reading("the index is damaged", self.path, REBUILD):
+            sums = as_object(parse_json(self.info.get(_SUMS, "{}")))
+        if not sums:
             return
         begin, end = self._entries[name]["data_offsets"]
         if _sum_of(self.path, self._begin + begin, end - begin) != sums.get(name):
