@@ -1,4 +1,4 @@
-"""How long the encoder waits for pictures, what decoding in other processes gains, and what float16 latents cost.
+"""How long the encoder waits for images, what decoding in other processes gains, and what float16 latents cost.
 
 `python -m benchmarks.extraction [--episodes 0:12] [--runs 3] [--workers 0,1,2] [--preset tiny] [--json]`
 
@@ -8,8 +8,8 @@
    round; `cpu_s` are the processor seconds of encoder and decoders (what else runs on the machine hardly changes them).
    Means and standard deviations over the rounds. Memory: the most that the encoder's process ever held (VmHWM; torch
    and the weights are in it), and the largest decoding process, looked at after every episode.
-2. float16: pictures of held-out episodes encoded and decoded with the latents as computed (float32) and as they are
-   stored by default (float16), both against the picture, in dB of PSNR; mean and standard deviation over pictures. The
+2. float16: images of held-out episodes encoded and decoded with the latents as computed (float32) and as they are
+   stored by default (float16), both against the image, in dB of PSNR; mean and standard deviation over images. The
    same for an encoder that computes in bf16 or fp16.
 """
 
@@ -102,7 +102,7 @@ def storage(options: argparse.Namespace) -> list[dict[str, Any]]:
     settings = _settings(options.preset)
     with tempfile.TemporaryDirectory() as folder:
         raw, out = resolve_path(settings.world.raw), Path(folder)
-        # the pictures alone are of interest: an encoder of zeros costs nothing
+        # the images alone are of interest: an encoder of zeros costs nothing
         zeros = extract_latents(
             settings.world, raw, out, lambda f: torch.zeros(len(f), 4, 3 * len(settings.world.cameras), 4),
             episodes=parse_episodes(options.held_out, RawDataset(raw).episodes),
@@ -110,18 +110,18 @@ def storage(options: argparse.Namespace) -> list[dict[str, Any]]:
         store = EpisodeStore(out)
         split = {episode: name for name in store.splits for episode in store.episodes(name)}
         frames = [store.frames(split[e], e, range(0, store.annotation(split[e], e).num_frames, 10)) for e in zeros.done]
-    pictures = np.concatenate(frames)
+    images = np.concatenate(frames)
     vae = load_vae(settings.model, settings.model.ckpt)
-    real = to_unit(pictures).flatten(0, 1)
+    real = to_unit(images).flatten(0, 1)
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         for name, dtype in DTYPES.items():
             torch.nn.Module.to(vae, dtype)
-            stacked = vae_room.encode_pictures(vae, torch.from_numpy(pictures), torch.device("cpu"))
+            stacked = vae_room.encode_images(vae, torch.from_numpy(images), torch.device("cpu"))
             latents = vae_room.unstack_cameras(stacked, len(settings.world.cameras)).flatten(0, 1)
             torch.nn.Module.to(vae, torch.float32)
             whole, half = (_decoded(vae, part) for part in (latents, latents.half().float()))
-            best = [psnr(picture, real) for picture in (whole, half)]
+            best = [psnr(image, real) for image in (whole, half)]
             if not rows:
                 reference = best[0]
             rows.append(
@@ -139,7 +139,7 @@ def storage(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _decoded(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Pictures (M, 3, H, W) in [0, 1], in 8 bits as they are shown."""
+    """Images (M, 3, H, W) in [0, 1], in 8 bits as they are shown."""
     made = torch.cat([vae_room.decode(vae, part, 1) for part in latents.split(16)])
     return ((made.clamp(-1, 1) + 1) * 127.5).round() / 255
 
@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--episodes", default="0:12", help="extracted in the first table")
-    parser.add_argument("--held-out", default="60:66", help="whose pictures are decoded in the second")
+    parser.add_argument("--held-out", default="60:66", help="whose images are decoded in the second")
     parser.add_argument("--workers", default="0,1,2")
     parser.add_argument("--runs", type=int, default=3, help="rounds, 2 or more")
     parser.add_argument("--only", choices=("speed", "storage"), help="one table alone")

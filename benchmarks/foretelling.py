@@ -66,7 +66,7 @@ def main() -> None:
     for key, what in (("success", "imagined"), ("judge_on_simulated", "simulated")):
         counts = [sum(one[key][part] for one in told["agreement"].values()) for part in PARTS]
         words = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in zip(PARTS, counts, strict=True))
-        print(f"judge on {what} pictures against the simulator's state: {words}")
+        print(f"judge on {what} images against the simulator's state: {words}")
 
 
 PARTS = ("both_succeed", "only_foretold", "only_true", "both_fail", "not_told")

@@ -40,7 +40,7 @@ def to_unit(frames: np.ndarray) -> torch.Tensor:
 
 
 def psnr(made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """PSNR in dB of each picture (..., 3, H, W)."""
+    """PSNR in dB of each image (..., 3, H, W)."""
     return -10 * torch.log10((made - real).pow(2).mean(dim=(-1, -2, -3)).clamp(min=1e-10))
 
 
@@ -52,7 +52,7 @@ def object_colours(settings: Settings) -> dict[str, list[list[float]]]:
 
 
 def vae_gate(model: WorldModel, store: EpisodeStore, settings: Settings) -> dict[str, Any]:
-    """Survival of coloured object pixels and PSNR of pictures through the VAE, by camera."""
+    """Survival of coloured object pixels and PSNR of images through the VAE, by camera."""
     colours = object_colours(settings)
     total, quality = None, []
     for episode in store.episodes("val"):

@@ -98,13 +98,13 @@ def measure(preset: str, device: torch.device, repeats: int) -> dict[str, Any]:
                 torch.cuda.reset_peak_memory_stats(device)
                 torch.cuda.synchronize(device)
             begun = time.perf_counter()
-            pictures = step()
+            images = step()
             if on_gpu:
                 torch.cuda.synchronize(device)
             if turn:  # the first one chooses kernels
                 times[way].append(time.perf_counter() - begun)
                 memory[way] = torch.cuda.max_memory_allocated(device) if on_gpu else peak_bytes()
-            assert pictures.isfinite().all()
+            assert images.isfinite().all()
     seconds_of_robot = (settings.model.num_frames - 1) / settings.world.rate_hz
     rows = []
     for way, taken in times.items():

@@ -1,4 +1,4 @@
-"""How far the judge of the bundled world can be trusted: recorded pictures as if they were a rollout, truth known.
+"""How far the judge of the bundled world can be trusted: recorded images as if they were a rollout, truth known.
 
 `python -m benchmarks.judging [--dataset DIR] [--raw DIR] [--episodes 80] [--json]`
 

@@ -53,7 +53,7 @@ from persistworld_cli.extraction.publish import Changing, _compare
 from persistworld_cli.extraction.report import ExtractReport, path_of
 from persistworld_cli.launch.accelerate_config import read_accelerate_config
 from persistworld_cli.launch.launcher import _read as read_result
-from persistworld_cli.metrics.user_masks import _array, _picture, _size
+from persistworld_cli.metrics.user_masks import _array, _image, _size
 from persistworld_cli.policies.bundled_world.scene import _described
 from persistworld_cli.policies.leaderboard import build_leaderboard, read_real, read_runs
 from persistworld_cli.policies.tasks import load_task
@@ -66,7 +66,7 @@ from persistworld_cli.rollout.finished import load_latents, load_rollout, save_r
 from persistworld_cli.rollout.recording import Item
 from persistworld_cli.study.key import make_key
 from persistworld_cli.study.responses import read_study, study_result
-from persistworld_cli.training.vae import read_pictures
+from persistworld_cli.training.vae import read_images
 
 _log = logging.getLogger(__name__)
 NO_SUM = "no checksum: any value of the right kind passes"
@@ -77,7 +77,7 @@ UNCHECKED = {
     "TOML": f"text; {NO_SUM}",
     "YAML": f"text; {NO_SUM}",
     "parquet": "pyarrow writes no page checksums unless told, and reads those of others without them",
-    "mp4": "H.264 has no checksum: a damaged picture decodes to another one where the decoder does not notice",
+    "mp4": "H.264 has no checksum: a damaged image decodes to another one where the decoder does not notice",
     "safetensors": f"{NO_SUM}, as long as the header fits the length",
     "pt": "torch writes a CRC for each member and does not check it when it maps a file",
     "npy": f"{NO_SUM}, as long as the header fits the length",
@@ -169,7 +169,7 @@ def all_cases(folder: Path) -> list[Case]:
 
 
 def _frames() -> list[np.ndarray]:
-    """Pictures that differ."""
+    """Images that differ."""
     ramp = np.linspace(0, 120, WIDE).astype(np.uint8)
     return [np.broadcast_to((ramp + 10 * k)[None, :, None], (HIGH, WIDE, 3)).astype(np.uint8) for k in range(FRAMES)]
 
@@ -531,7 +531,7 @@ def _settings(folder: Path) -> list[Case]:
 
 
 def _arrays(folder: Path) -> list[Case]:
-    """Finished rollouts, masks, cached pictures, the seed of a recording."""
+    """Finished rollouts, masks, cached images, the seed of a recording."""
     folder.mkdir(parents=True)
     item, draw = Item("7", 0, 1), np.random.default_rng(0)
     scores = {"psnr": draw.random((4, 3)).astype(np.float32)}
@@ -540,17 +540,17 @@ def _arrays(folder: Path) -> list[Case]:
     np.savez(folder / "masks.npz", draw.random((3, 8, 9)) > 0.5)
     mask = np.where(draw.random((8, 9)) > 0.5, 255, 0).astype(np.uint8)
     Image.fromarray(mask).save(folder / "mask.png")
-    np.save(folder / "pictures.npy", draw.integers(0, 255, (2, 3, 8, 9, 3)).astype(np.uint8))
+    np.save(folder / "images.npy", draw.integers(0, 255, (2, 3, 8, 9, 3)).astype(np.uint8))
 
     def rollout() -> Any:
         return [load_rollout(folder, item), load_latents(folder, item)]
 
-    png, npz, npy = folder / "mask.png", folder / "masks.npz", folder / "pictures.npy"
+    png, npz, npy = folder / "mask.png", folder / "masks.npz", folder / "images.npy"
     return [
         Case("npz", "rollout", folder / f"{item.name}.npz", folder, rollout, by.NPZ),
         Case("npz", "masks", npz, folder, lambda: _array(npz), by.NPZ),
-        Case("png", "mask", png, folder, lambda: [_size(png), _picture(png)], by.ANY),
-        Case("npy", "cached pictures", npy, folder, lambda: np.array(read_pictures(npy)), by.NPY),
+        Case("png", "mask", png, folder, lambda: [_size(png), _image(png)], by.ANY),
+        Case("npy", "cached images", npy, folder, lambda: np.array(read_images(npy)), by.NPY),
     ]
 
 

@@ -1,7 +1,7 @@
 """The plain way, against which speed is measured: what a script around diffusers, lpips and scikit-image does.
 
 diffusers' own blocks (its attention, its 3-D convolutions, its memory layout) and peft's own LoRA layers, one rollout
-at a time, each clip decoded by itself in runs of the decode chunk, every picture scored by itself. Written for the
+at a time, each clip decoded by itself in runs of the decode chunk, every image scored by itself. Written for the
 benchmarks; nothing else uses it.
 """
 
@@ -75,17 +75,17 @@ def plain_switching(switch: PolicySwitch) -> Iterator[None]:
 
 @torch.no_grad()
 def decode(model: WorldModel, latents: Tensor, chunk: int, dtype: str) -> Tensor:
-    """One clip (N, C, h, w), camera by camera in runs of `chunk`, to pictures (N, V, 3, H, W) in [0, 1]."""
+    """One clip (N, C, h, w), camera by camera in runs of `chunk`, to images (N, V, 3, H, W) in [0, 1]."""
     views = len(model.world.cameras)
     flat = vae_room.unstack_cameras(latents, views).transpose(0, 1).flatten(0, 1)
     with small_products(model.device, getattr(torch, dtype), model.vae.dtype):
-        pictures = vae_room.decode(model.vae, flat, chunk or len(latents)).float()
-    return (pictures.unflatten(0, (views, len(latents))).transpose(0, 1) / 2 + 0.5).clamp(0, 1)
+        images = vae_room.decode(model.vae, flat, chunk or len(latents)).float()
+    return (images.unflatten(0, (views, len(latents))).transpose(0, 1) / 2 + 0.5).clamp(0, 1)
 
 
 @torch.no_grad()
 def score(lpips: Lpips, drawn: Tensor, known: Tensor) -> dict[str, NDArray[np.float32]]:
-    """SSIM and PSNR by scikit-image and LPIPS by the lpips package, picture by picture.
+    """SSIM and PSNR by scikit-image and LPIPS by the lpips package, image by image.
 
     Args:
         lpips: whose network is called; its batched metric is not.

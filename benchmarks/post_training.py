@@ -1,10 +1,10 @@
-"""A post-training update against the plain way: candidates one by one, every picture scored by itself.
+"""A post-training update against the plain way: candidates one by one, every image scored by itself.
 
 `python -m benchmarks.post_training [--dataset DIR] [--updates 3] [--groups 2] [--json]`
 
 The tiny preset's post-training with the paper's credit (one number a candidate), in one process with the environment
 that workers get. The plain way (`benchmarks.plain`): diffusers' own blocks; each group's prefix, then each candidate,
-drawn by itself; each clip decoded by itself; each picture scored by scikit-image and the lpips package; the three
+drawn by itself; each clip decoded by itself; each image scored by scikit-image and the lpips package; the three
 predictions and the gradient of each kept candidate by themselves. Both ways make the same updates' gradients, in turn;
 nothing is stepped. A ratio is of an update, its spread the smallest and largest. The gate: at least 3 times the updates
 an hour, and scoring and decoding together below 15% of an update.

@@ -40,7 +40,7 @@ def repeat(settings: Settings, store: EpisodeStore, split: str, item: Item) -> l
             if tick in TICKS:
                 gap = (world.observe()[_FIELDS[0]] - columns[_FIELDS[0]][row]).reshape(3, 7)[:, :3]
                 true = np.stack([read_frames(video, [row])[0] for video in videos]).astype(np.float64)
-                error = ((world.pictures() - true) ** 2).mean(axis=(1, 2, 3))
+                error = ((world.images() - true) ** 2).mean(axis=(1, 2, 3))
                 told.append((float(np.linalg.norm(gap, axis=1).max()), float(10 * np.log10(255**2 / error.max())), off))
             world.tick(columns[_FIELDS[1]][row, :7], columns[_FIELDS[1]][row, 7])
     return told

@@ -8,7 +8,7 @@ guidance as a doubled batch, one rollout at a time; the predicted clip decoded b
 beside it. Ours: the rollout engine, for one rollout and for several together; only what was predicted is decoded;
 with `--compile`, the network is compiled before (the seconds that this takes are not in the ratios). All
 in float32, in turn, `repeats` times; a ratio is of a round. Gates: 1.5 times as fast for one rollout, 2 times a rollout
-for several. `apart`: the largest difference of a picture, of numbers in [0, 1] (gate 1e-4).
+for several. `apart`: the largest difference of an image, of numbers in [0, 1] (gate 1e-4).
 """
 
 from __future__ import annotations
@@ -147,12 +147,12 @@ def measure(size: str, steps: int, rollouts: int, repeats: int, compiled: bool, 
     times: dict[str, list[float]] = {"plain": [], "one": [], "several": []}
     apart = 0.0
     for _ in range(repeats + 1):  # the first round pays for what is set up once
-        pictures = []
+        images = []
         for name, call in (("plain", plainly), ("one", lambda: ours(1)), ("several", lambda: ours(rollouts))):
             begun = time.perf_counter()
-            pictures.append(call())
+            images.append(call())
             times[name].append((time.perf_counter() - begun) / (rollouts if name == "several" else 1))
-        apart = max(apart, *(float((pictures[0] - other).abs().max()) for other in pictures[1:]))
+        apart = max(apart, *(float((images[0] - other).abs().max()) for other in images[1:]))
     times = {name: seconds[1:] for name, seconds in times.items()}
     ratios = {name: [a / b for a, b in zip(times["plain"], times[name], strict=True)] for name in ("one", "several")}
     return {

@@ -78,9 +78,9 @@ def summary(spent: dict[str, float], total: float) -> None:
     table.add_row("all", f"{total:.0f}", "")
     stdout_console().print(table)
     write_json(OUT / "demo.json", {"seconds": spent, "total": total})
-    pictures = sorted(p for p in OUT.rglob("*") if p.suffix in (".png", ".mp4", ".html") and "world" not in p.parts)
-    console.print("pictures, videos and pages:")
-    for path in pictures:
+    images = sorted(p for p in OUT.rglob("*") if p.suffix in (".png", ".mp4", ".html") and "world" not in p.parts)
+    console.print("images, videos and pages:")
+    for path in images:
         console.print(f"  {path}", highlight=False)
 
 

@@ -22,7 +22,7 @@ LOST = 0.06  # m between the fingers and an object that they should hold
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Episode:
-    """T frames: arrays by column name, pictures by camera (uint8 (T, height, width, 3); none without rendering)."""
+    """T frames: arrays by column name, images by camera (uint8 (T, height, width, 3); none without rendering)."""
 
     design: str
     episode_id: int
@@ -160,7 +160,7 @@ class World:
         )
 
     def observe(self) -> dict[str, np.ndarray]:
-        # Kinematics of the state that mj_step has just reached, so that pose, joints and pictures belong together.
+        # Kinematics of the state that mj_step has just reached, so that pose, joints and images belong together.
         mujoco.mj_kinematics(self.model, self.data)
         mujoco.mj_camlight(self.model, self.data)
         opening = self.data.qpos[self._fingers].mean() / self.stroke

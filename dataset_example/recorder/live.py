@@ -37,7 +37,7 @@ class LiveWorld:
     def snapshot(self) -> Snapshot:
         return self._world.snapshot()
 
-    def pictures(self) -> np.ndarray:
+    def images(self) -> np.ndarray:
         """uint8 (cameras, height, width, 3). Raises RuntimeError without rendering."""
         if self._cameras is None:
             raise RuntimeError("restored without rendering")
@@ -84,7 +84,7 @@ def restore(
         ticks: frames from its beginning.
         design: name of the recording's world, one of `DESIGNS`.
         joints, gripper, objects: as recorded there: (7,) rad, 0 open .. 1 closed, (3, 7) position and quaternion.
-        render: whether pictures will be asked for.
+        render: whether images will be asked for.
     """
     world, director = build_world(seed, episode_id, DESIGNS[design])
     actor = Actor(world, director)

@@ -25,7 +25,7 @@ from persistworld_cli.models.world_model import CARRIED, WorldModel, build_world
 
 logger = logging.getLogger(__name__)
 FRESH = ("text_encoder", "action_encoder")  # what Stable Video Diffusion does not have
-_CLIP_PICTURES = tuple(f"text_encoder.{name}" for name in ("vision_model.", "visual_projection.", "logit_scale"))
+_CLIP_IMAGES = tuple(f"text_encoder.{name}" for name in ("vision_model.", "visual_projection.", "logit_scale"))
 
 
 def load_world_model(
@@ -43,7 +43,7 @@ def load_world_model(
 
     Args:
         settings: architecture and default weights.
-        world: cameras and picture size.
+        world: cameras and image size.
         ckpt: file, folder, hub id or "bundled:PATH"; None: `settings.ckpt`.
         adapter: a post-trained PEFT folder on top; None: `settings.adapter`; "" for none.
         device: where to put it.
@@ -128,7 +128,7 @@ def _open(source: str, settings: ModelSettings, fresh: Sequence[str], carried: b
         ) from error
     logger.info("'%s' has no text encoder: CLIP's is taken from '%s'", source, settings.tokenizer)
     files = WeightFiles(located, replace(clip, files=tuple((path, "text_encoder.") for path, _ in clip.files)))
-    files.rename({name: name for name in files.info if not name.startswith(_CLIP_PICTURES)})
+    files.rename({name: name for name in files.info if not name.startswith(_CLIP_IMAGES)})
     return files, [part for part in absent if part != "text_encoder"]
 
 

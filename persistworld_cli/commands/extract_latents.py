@@ -37,7 +37,7 @@ def command(
     layout: Annotated[
         str, typer.Option(help="native (float16, memory-mapped) or ctrl-world (float32 .pt files).")
     ] = "native",
-    batch: Annotated[int, typer.Option(help="Pictures encoded at once.", min=1)] = 32,
+    batch: Annotated[int, typer.Option(help="Images encoded at once.", min=1)] = 32,
     dtype: Annotated[str, typer.Option(help="The VAE computes in fp32, bf16 or fp16.")] = "fp32",
     workers: Annotated[
         int | None,

@@ -58,7 +58,7 @@ def command(
     strict_actions: StrictActions = False,
     accelerator: Accelerator = None,
 ) -> None:
-    """Train the world model on recorded clips (teacher forcing), or its VAE on recorded pictures."""
+    """Train the world model on recorded clips (teacher forcing), or its VAE on recorded images."""
     if part not in ("world", "vae"):
         raise UsageError(f"unknown part '{part}'", where="--part", fix="known: vae, world")
     table = "vae" if part == "vae" else "pretrain"

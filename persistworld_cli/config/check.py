@@ -38,7 +38,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "vae.optimizer": ("muon", "adamw"),
     "eval.study_cameras": ("groups", "all"),
     "eval.colour_range": ("unit", "8bit"),
-    "drive.picture": ("auto", "kitty", "iterm", "sixel", "blocks", "blocks-256", "none"),
+    "drive.display": ("auto", "kitty", "iterm", "sixel", "blocks", "blocks-256", "none"),
     "policy.layout": ("pi05", "pi0", "pi0-fast"),
     "launch.device": ("auto", "cpu", "cuda"),
 }
@@ -262,12 +262,12 @@ def _check_world(settings: Settings, place: _Place) -> None:
                 where=place(key, "world.cameras"),
                 fix=f"set world.exterior and world.wrist too: places of world.cameras, from 0 to {count - 1}",
             )
-    picture = settings.policy.picture
-    if picture and (len(picture) != 2 or min(picture) < 1):
+    resize = settings.policy.resize
+    if resize and (len(resize) != 2 or min(resize) < 1):
         raise UsageError(
-            f"policy.picture = {list(picture)} is no height and width",
-            where=place("policy.picture"),
-            fix="write policy.picture = [180, 320], or [] for pictures as they are drawn",
+            f"policy.resize = {list(resize)} is no height and width",
+            where=place("policy.resize"),
+            fix="write policy.resize = [180, 320], or [] for images as they are drawn",
         )
     weights = settings.rewards.camera_weights
     if weights and len(weights) != count:

@@ -22,7 +22,7 @@ def free(default: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class WorldSettings:
-    """What is recorded: cameras in stacking order, picture size, rate."""
+    """What is recorded: cameras in stacking order, image size, rate."""
 
     dataset: str = ""  # processed dataset (output of extract-latents); "bundled" = the shipped world
     raw: str = ""  # raw LeRobot dataset (input of extract-latents)
@@ -34,7 +34,7 @@ class WorldSettings:
     rate_hz: float = 5.0
     state_fields: tuple[str, ...] = ("observation.state.cartesian_position", "observation.state.gripper_position")
     joint_fields: tuple[str, ...] = ("observation.state.joint_position", "observation.state.gripper_position")
-    pixel_rounding: str = "nearest"  # nearest | down: how drawn pictures become 8-bit (videos, what policies see)
+    pixel_rounding: str = "nearest"  # nearest | down: how drawn images become 8-bit (videos, what policies see)
     val_rule: str = "id-ends-99"  # id-ends-99 (DROID) | info-splits (meta/info.json "splits") | every-N
 
 
@@ -58,7 +58,7 @@ class ModelSettings:
     history_cond_zero: bool = False  # Ctrl-World's his_cond_zero: history frames get no current-frame channels
     fps_id: int = 7
     motion_bucket_id: int = 127
-    posterior: str = "mode"  # pictures to latents: mode | sample (Ctrl-World's random draw, here the same in every run)
+    posterior: str = "mode"  # images to latents: mode | sample (Ctrl-World's random draw, here the same in every run)
     norm_groups: int = 32  # groups of every GroupNorm of unet and vae; diffusers' 32, fewer at small widths
     unet: dict[str, Any] = field(default_factory=dict)
     vae: dict[str, Any] = field(default_factory=dict)
@@ -187,7 +187,7 @@ class PostTrainSettings:
     steps: int = 0  # sampling steps of candidates (more steps, more variety); 0: sampling.steps
     objective: str = "nft"  # nft | recorded (fine-tuning on own rollouts towards the record: a control)
     credit: str = "rollout"  # rollout (the paper's one scalar) | frame (each frame and camera its own) | patch
-    credit_grid: tuple[int, ...] = (3, 5)  # rows and columns of patches of a camera's picture
+    credit_grid: tuple[int, ...] = (3, 5)  # rows and columns of patches of a camera's image
     explore: float = 0.0  # std of smooth noise (as coarse as credit_grid) laid on candidates' latents
     p_mean: float = 0.7  # ln sigma of the noise that candidates are learned under ~ N(p_mean, p_std^2)
     p_std: float = 1.6
@@ -275,7 +275,7 @@ class DriveSettings:
             "c": "close",
         }
     )
-    picture: str = "auto"  # drive --live: auto | kitty | iterm | sixel | blocks | blocks-256 | none
+    display: str = "auto"  # drive --live: auto | kitty | iterm | sixel | blocks | blocks-256 | none
     workspace_low: tuple[float, ...] = (0.3, -0.5, 0.01)
     workspace_high: tuple[float, ...] = (0.8, 0.5, 0.5)
     seed: int = 0
@@ -292,7 +292,7 @@ class PolicySettings:
     layout: str = "pi05"  # pi05 | pi0 | pi0-fast
     camera: int = 1  # the exterior camera shown to the policy
     wrist_camera: int = 2
-    picture: tuple[int, ...] = ()  # height, width that pictures are resized to before padding; empty: as drawn
+    resize: tuple[int, ...] = ()  # height, width that images are resized to before padding; empty: as drawn
     image_size: int = 224  # side of the padded square that is sent
     task: str = "bundled"
     skip: int = 0  # every skip-th row of the chunk is taken; 0: the task's

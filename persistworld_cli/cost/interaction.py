@@ -36,7 +36,7 @@ class InteractionCost:
         network_reference: the same with cross-attention computed at every pixel, as the reference does; here it is
             computed once a row where there is one token.
         decoding: FLOPs of decoding the L frames of all cameras.
-        encoding: FLOPs of encoding one frame of all cameras, with which a rollout from pictures begins.
+        encoding: FLOPs of encoding one frame of all cameras, with which a rollout from images begins.
         sampling_bytes, decoding_bytes: most bytes alive at once beside the weights.
     """
 

@@ -51,7 +51,7 @@ def post_train_report(settings: Settings) -> CostReport:
         )
     old = drawn.flops // (together if sampling.guidance == 1.0 else 2 * together)
     micro, learned = _learning(model, settings)
-    pictures = local * options.chunks * _picture_bytes(model)
+    images = local * options.chunks * _image_bytes(model)
     kept, frames = _latent_bytes(model, local * options.chunks), settings.model.num_frames
     adapters = [p for policy in ("theta", "old") for p in switch.parameters(policy)]
     return CostReport(
@@ -65,9 +65,9 @@ def post_train_report(settings: Settings) -> CostReport:
             MemoryRow("weights", "weights, float32", weights),
             MemoryRow("adapters", "adapters of the trained and the sampling policy", tensor_bytes(adapters)),
             *_training_rows(switch.trainable(), options.optimizer),
-            MemoryRow("candidates", f"candidates: {local}, latents and pictures", kept + (frames - 1) * pictures),
+            MemoryRow("candidates", f"candidates: {local}, latents and images", kept + (frames - 1) * images),
             MemoryRow("sampling", f"sampling {clips(together)} at once", drawn.peak, passing=True),
-            MemoryRow("decoding", "decoding", interaction.decoding_bytes + frames * pictures, passing=True),
+            MemoryRow("decoding", "decoding", interaction.decoding_bytes + frames * images, passing=True),
             MemoryRow("learning", f"learning from {clips(micro)} at once{_how(options)}", learned.peak, passing=True),
         ],
     )
@@ -160,7 +160,7 @@ def _update_rows(settings: Settings, interaction: InteractionCost, old: int, the
     parts = [
         WorkRow("prefixes", ahead, prefixes * prefix * draw, processes),
         WorkRow("candidates", f"  {drawn} candidates drawn", drawn * draw, processes),
-        WorkRow("pictures", "  and decoded", drawn * interaction.decoding, processes),
+        WorkRow("images", "  and decoded", drawn * interaction.decoding, processes),
         WorkRow(
             "learning",
             f"  {kept} learned from: trained policy forward and backward, sampling and reference forward",
@@ -204,7 +204,7 @@ def _latent_bytes(model: WorldModel, count: int) -> int:
     return count * (settings.num_history + 1 + settings.num_frames) * math.prod(model.latent_shape) * FLOAT32
 
 
-def _picture_bytes(model: WorldModel) -> int:
+def _image_bytes(model: WorldModel) -> int:
     """Bytes of one frame of all cameras, decoded."""
     return len(model.world.cameras) * 3 * model.world.height * model.world.width * FLOAT32
 

@@ -24,7 +24,7 @@ from persistworld_cli.rollout.recording import Item, Recording
 from persistworld_cli.statistics.paired import compare, mean
 
 NULL, SWAPPED = "null", "swapped"
-HEADLINE = "psnr_moving"  # where actions show; over the whole picture the table they leave alone would count most
+HEADLINE = "psnr_moving"  # where actions show; over the whole image the table they leave alone would count most
 
 
 def partners(items: Sequence[Item]) -> dict[str, str]:

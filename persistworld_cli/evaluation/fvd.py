@@ -61,8 +61,8 @@ class FeatureNet:
         mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1, 1) for v in (MEAN, STD))
         out = []
         for begin in range(0, len(clips), batch):
-            pictures = torch.from_numpy(np.stack(clips[begin : begin + batch])).to(device)
-            flat = pictures.flatten(0, 1).movedim(-1, 1).float() / 255
+            images = torch.from_numpy(np.stack(clips[begin : begin + batch])).to(device)
+            flat = images.flatten(0, 1).movedim(-1, 1).float() / 255
             small = functional.interpolate(flat, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
             ready = small.unflatten(0, (-1, CLIP)).movedim(1, 2)  # (N, 3, T, H, W)
             out.append(self.model((ready - mean) / std).double().cpu().numpy())

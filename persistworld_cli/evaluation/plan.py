@@ -29,7 +29,7 @@ from persistworld_cli.metrics.user_masks import open_masks
 from persistworld_cli.models.world_model import CARRIED, build_world_model
 from persistworld_cli.reports.tables import benchmark_name
 from persistworld_cli.rollout.recording import Item, check_item, require_same_shape
-from persistworld_cli.rollout.scoring import SHOWN, Judging
+from persistworld_cli.rollout.scoring import SHOWN, ScoringOptions
 
 FLOOR, CEILING = "copy first frame", "recording through VAE"
 
@@ -43,7 +43,7 @@ class Plan:
         scales: model -> the percentiles that its poses are scaled by.
         items: the rollouts, episodes first.
         models: the baseline, and what is compared with it.
-        scorer, judging: metrics, on the device.
+        scorer, scoring: metrics, on the device.
         video_net: of the Fréchet video distance, if one was given.
         protocol: everything that two results must share to be comparable.
         benchmark: which file pinned it (`config.benchmarks.Benchmark.stamp`), or None.
@@ -57,7 +57,7 @@ class Plan:
     items: list[Item]
     models: list[ModelRef]
     scorer: Scorer
-    judging: Judging
+    scoring: ScoringOptions
     video_net: FeatureNet | None
     protocol: dict[str, Any]
     benchmark: dict[str, Any] | None
@@ -79,14 +79,14 @@ def make_plan(
     store = open_store(settings)
     items = eval_items(store, settings, partly=True)
     models = refs_of_eval(settings.model, job)
-    judging = make_judging(settings, store, items)
+    scoring = make_scoring(settings, store, items)
     scorer = Scorer(settings.rewards, settings.world, device, names=SHOWN)
     ev = settings.eval
     video_net = load_feature_network(ev.fvd, ev.fvd_net, device) if ev.fvd else None
     benchmark = load_benchmark(settings.eval.benchmark)
     stamp = benchmark.stamp(settings, {item.episode for item in items}) if benchmark else None
     fvd = video_net.describe() if video_net else None
-    protocol = make_protocol(settings, store, items, scorer, judging, fvd, stamp)
+    protocol = make_protocol(settings, store, items, scorer, scoring, fvd, stamp)
     if benchmark:
         check_metrics(benchmark.metrics, protocol["metrics"], str(benchmark.path))
     if other := job.get("compare"):
@@ -96,7 +96,7 @@ def make_plan(
     prints = {ref.label: ref.fingerprint() for ref in models}
     folders, wrong = _folders(settings, stores, protocol, items, models, prints, output / "rollouts", device)
     scales = {label: own.stat() for label, own in stores.items()}
-    return Plan(store, scales, items, models, scorer, judging, video_net, protocol, stamp, folders, wrong, prints)
+    return Plan(store, scales, items, models, scorer, scoring, video_net, protocol, stamp, folders, wrong, prints)
 
 
 def stores_of_models(
@@ -137,7 +137,7 @@ def _folders(
     return folders, wrong
 
 
-def make_judging(settings: Settings, store: EpisodeStore, items: list[Item]) -> Judging:
+def make_scoring(settings: Settings, store: EpisodeStore, items: list[Item]) -> ScoringOptions:
     """Crop, colour range and masks. Raises PersistWorldError for masks that are missing or of another size."""
     ev, world = settings.eval, settings.world
     frames: dict[str, set[int]] = {}
@@ -153,7 +153,7 @@ def make_judging(settings: Settings, store: EpisodeStore, items: list[Item]) -> 
             f"two sets of masks are called '{names[0]}'", where="--masks", fix="name them: --masks object=DIR"
         )
     levels = world.pixel_rounding if ev.colour_range == "8bit" else ""
-    return Judging(tuple(ev.crop), levels, ev.moving_threshold, masks)
+    return ScoringOptions(tuple(ev.crop), levels, ev.moving_threshold, masks)
 
 
 def eval_items(store: EpisodeStore, settings: Settings, *, partly: bool = False) -> list[Item]:

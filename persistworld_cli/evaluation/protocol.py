@@ -21,7 +21,7 @@ from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.models.cpu.hook import kernels_in_use
 from persistworld_cli.models.precision import product_type
 from persistworld_cli.rollout.recording import Item
-from persistworld_cli.rollout.scoring import Judging
+from persistworld_cli.rollout.scoring import ScoringOptions
 
 PROTOCOL = 2  # raise it when the same settings would give other numbers
 _LIBRARIES = ("torch", "diffusers", "lpips", "scikit-image", "numpy", "scipy", "av")
@@ -40,7 +40,7 @@ def make_protocol(
     store: EpisodeStore,
     items: Sequence[Item],
     scorer: Scorer,
-    judging: Judging,
+    scoring: ScoringOptions,
     fvd: Mapping[str, Any] | None = None,
     stamp: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def make_protocol(
         "cameras": list(world.cameras),
         "groups": {"exterior": list(world.exterior), "wrist": list(world.wrist)},
         "sampling": describe_sampling(settings.sampling),
-        "metrics": {**scorer.describe(), **judging.describe()},
+        "metrics": {**scorer.describe(), **scoring.describe()},
         "crop": list(ev.crop),
         "colour_range": ev.colour_range,
         "pixel_rounding": world.pixel_rounding if ev.colour_range == "8bit" else "none",
@@ -93,7 +93,7 @@ def rollout_identity(protocol: Mapping[str, Any], store: EpisodeStore, model: Mo
 def record_hash(store: EpisodeStore, split: str, items: Sequence[Item]) -> str:
     """SHA-256 of what was asked and done in the episodes: instructions, poses, lengths.
 
-    Not of the pictures: the same recording is written to other bytes by another release of a video encoder.
+    Not of the images: the same recording is written to other bytes by another release of a video encoder.
     """
     whole = hashlib.sha256()
     for episode in dict.fromkeys(item.episode for item in items):

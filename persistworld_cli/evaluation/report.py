@@ -19,7 +19,7 @@ from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.reports.csvs import write_csv
 from persistworld_cli.reports.curves import change_plot, horizon_curves, trust_plot
 from persistworld_cli.reports.page import write_page
-from persistworld_cli.reports.rollout_pictures import write_rollout_sheet, write_rollout_video
+from persistworld_cli.reports.rollout_images import write_rollout_sheet, write_rollout_video
 from persistworld_cli.reports.tables import conduct_table, eval_table, plain, reward_words
 from persistworld_cli.statistics.paired import mean
 
@@ -40,7 +40,7 @@ def write_report(
         data: finished rollouts.
         store: for the recorded frames of the sheets.
         output: folder.
-        painter: model's label -> the model whose VAE draws its pictures.
+        painter: model's label -> the model whose VAE draws its images.
         films: whether to write mp4s.
         video_net: the network of the Fréchet video distance, if one was given.
     """
@@ -48,20 +48,20 @@ def write_report(
     result = build_result(data, extra | {"fvd": fvd_result(data, store, painter, video_net)})
     write_csv(output / "rollouts.csv", rollout_rows(data))
     write_csv(output / "steps.csv", step_rows(data))
-    pictures = [output / "curves.png"]
-    horizon_curves(pictures[0], result)
+    images = [output / "curves.png"]
+    horizon_curves(images[0], result)
     if len(data.labels) > 1:
-        pictures.append(output / "changes.png")
-        change_plot(pictures[1], result)
+        images.append(output / "changes.png")
+        change_plot(images[1], result)
     if result["trust"]["rows"]:
-        pictures.append(output / "trust.png")
-        trust_plot(pictures[-1], result)
+        images.append(output / "trust.png")
+        trust_plot(images[-1], result)
     sheets, videos = draw_picks(data, store, output, painter, films)
     tables = [plain(eval_table(result)), plain(conduct_table(result))]
     write_text(output / "table.txt", "\n".join(tables))
-    result["files"] = [str(file.relative_to(output)) for file in [*pictures, *sheets, *videos]]
+    result["files"] = [str(file.relative_to(output)) for file in [*images, *sheets, *videos]]
     write_json(output / "eval.json", result)
-    write_page(output / "report.html", result, [*pictures, *sheets], videos)
+    write_page(output / "report.html", result, [*images, *sheets], videos)
     return summary(result, output, sheets, videos)
 
 
@@ -143,7 +143,7 @@ def step_rows(data: EvalData) -> list[dict[str, Any]]:
     return out
 
 
-# -- pictures -----------------------------------------------------------------------------------------------------
+# -- images -----------------------------------------------------------------------------------------------------
 
 
 def picks(data: EvalData) -> list[tuple[str, int]]:

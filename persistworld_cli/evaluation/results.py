@@ -20,7 +20,7 @@ from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.rollout.closed_loop import Rollout, draw_frames, reward_of
 from persistworld_cli.rollout.recording import Item, Recording, load_recording
-from persistworld_cli.rollout.scoring import Judging, MetricInfo, metric_infos
+from persistworld_cli.rollout.scoring import MetricInfo, ScoringOptions, metric_infos
 from persistworld_cli.statistics.paired import cluster_bootstrap, compare, mean
 
 FloatArray = NDArray[np.float64]
@@ -38,7 +38,7 @@ class EvalData:
         rollouts: row of the table -> its rollouts in the order of ``items``; floor and ceiling among them.
         latents: (model label, item) -> predicted latents (S, L, C, h, w).
         floor, ceiling: names of those rows.
-        scorer, judging: the metrics.
+        scorer, scoring: the metrics.
         protocol, benchmark, models, provenance: what the numbers were made with (`protocol`).
         wrong: model -> wrong actions -> its rollouts under them (`following`).
     """
@@ -51,7 +51,7 @@ class EvalData:
     floor: str
     ceiling: str
     scorer: Scorer
-    judging: Judging
+    scoring: ScoringOptions
     protocol: dict[str, Any]
     benchmark: dict[str, Any] | None
     models: list[dict[str, Any]]
@@ -66,7 +66,7 @@ class EvalData:
         Args:
             item: which rollout.
             store: for the recorded frames.
-            painter: model's label -> the model whose VAE draws its pictures.
+            painter: model's label -> the model whose VAE draws its images.
         """
         settings = self.settings
         recording = load_recording(store, settings.eval.split, item, settings.eval.steps, settings.model.num_frames)
@@ -87,7 +87,7 @@ class EvalData:
     @property
     def metrics(self) -> dict[str, MetricInfo]:
         """Metrics in the order of tables."""
-        infos = metric_infos(self.scorer, self.judging)
+        infos = metric_infos(self.scorer, self.scoring)
         order = [name for name in TABLE_ORDER if name in infos]
         return {name: infos[name] for name in [*order, *(name for name in infos if name not in order)]}
 

@@ -123,7 +123,7 @@ def _collect(settings: Settings, plan: Plan, device: torch.device) -> EvalData:
         floor=FLOOR,
         ceiling=CEILING,
         scorer=plan.scorer,
-        judging=plan.judging,
+        scoring=plan.scoring,
         protocol=plan.protocol,
         benchmark=plan.benchmark,
         models=_models(plan),
@@ -165,7 +165,7 @@ def _load(settings: Settings, ref: ModelRef, device: torch.device) -> WorldModel
 def _score_model(
     settings: Settings, plan: Plan, model: WorldModel, ref: ModelRef, kind: str, todo: Sequence[Item], quiet: bool
 ) -> None:
-    """Roll out and save, under the recorded actions ("") or wrong ones, whose pictures nobody will want."""
+    """Roll out and save, under the recorded actions ("") or wrong ones, whose images nobody will want."""
     if not todo:
         return
     ev = settings.eval
@@ -188,7 +188,7 @@ def _score_model(
             scorer=plan.scorer,
             keep_latents=not kind,
             progress=lambda done, total: meter.advance(done - meter.done),
-            judging=plan.judging,
+            scoring=plan.scoring,
             commands=commands,
         ):
             save_rollout(folder, rollout)
@@ -217,9 +217,9 @@ def _references(
     split = settings.eval.split
     recording = load_recording(plan.store, split, item, steps, rows)
     check_cameras(model, [recording])
-    floor = floor_scores(plan.scorer, [recording], steps, rows, plan.judging)
+    floor = floor_scores(plan.scorer, [recording], steps, rows, plan.scoring)
     ceiling = ceiling_scores(
-        plan.scorer, [recording], model, plan.store, split, steps, rows, settings.sampling, plan.judging
+        plan.scorer, [recording], model, plan.store, split, steps, rows, settings.sampling, plan.scoring
     )
 
     def one(scores: Scores) -> Rollout:

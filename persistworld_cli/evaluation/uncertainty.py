@@ -40,7 +40,7 @@ def seed_variance(latents: NDArray[np.floating], cameras: int) -> FloatArray:
 
 
 def step_errors(data: EvalData, model: str, rows: list[int]) -> FloatArray:
-    """Mean squared error (S, V) of the pictures, over frames and seeds; NaN where the recording had ended."""
+    """Mean squared error (S, V) of the images, over frames and seeds; NaN where the recording had ended."""
     psnr = data.stacked(model, "psnr")[rows]  # (R, F, V)
     error = 10.0 ** (-psnr / 10.0)
     fresh = data.settings.model.num_frames - 1

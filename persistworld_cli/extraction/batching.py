@@ -1,10 +1,10 @@
-"""Pictures of many episodes through the encoder in batches that are always full.
+"""Images of many episodes through the encoder in batches that are always full.
 
 Every batch has the same size, the last one padded: an encoder's sums may depend on the size of its batch in their last
 digit (convolutions choose their way of computing by it), but not on what else is in it. So an episode's latents are the
 same bytes whichever episodes were encoded beside it, and a run that was stopped ends with what an unbroken one gives.
 
-Legend: N frames in a batch, n in a chunk, T of an episode, V cameras, H, W picture pixels, C latent channels,
+Legend: N frames in a batch, n in a chunk, T of an episode, V cameras, H, W image pixels, C latent channels,
 h = V * h1 latent rows of the stacked cameras, w latent width.
 """
 
@@ -38,7 +38,7 @@ class _Open:
 
 
 class Batcher:
-    """Collects pictures, encodes them, and hands whole episodes back.
+    """Collects images, encodes them, and hands whole episodes back.
 
     One encoded batch stays where it was computed until the next one is under way, so that a GPU does not wait for the
     copy.
@@ -65,13 +65,13 @@ class Batcher:
         """Forget an episode; what is encoded of it is lost."""
         self._open.pop(episode, None)
 
-    def add(self, episode: int, pictures: NDArray[np.uint8]) -> Iterator[tuple[int, Tensor]]:
-        """More pictures (n, V, H, W, 3) of an episode; yields the episodes that are complete now, latents (T, C, h, w).
+    def add(self, episode: int, images: NDArray[np.uint8]) -> Iterator[tuple[int, Tensor]]:
+        """More images (n, V, H, W, 3) of an episode; yields the episodes that are complete now, latents (T, C, h, w).
 
         Raises:
             PersistWorldError: the encoder returns values that are no numbers.
         """
-        source = torch.from_numpy(pictures)
+        source = torch.from_numpy(images)
         if self._batch is None:
             self._batch = torch.zeros((self.size, *source.shape[1:]), dtype=torch.uint8)
         while len(source):

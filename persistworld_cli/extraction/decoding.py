@@ -1,4 +1,4 @@
-"""Decoding processes: raw episodes become chunks of pictures ahead of the encoder, in bounded memory.
+"""Decoding processes: raw episodes become chunks of images ahead of the encoder, in bounded memory.
 
 Each process is ``python -m persistworld_cli.extraction.decoding``, a plain child with a pipe in and a pipe out: nothing
 is forked, nothing is shared, and it never loads torch. It prepares one episode at a time (`preparing.prepare`) and
@@ -6,7 +6,7 @@ blocks on its pipe when nobody reads. One thread of the parent reads the pipes i
 episode, and notices a process that died.
 
 Memory, whatever the length of an episode: in the parent at most `Decoders.ahead` + 1 chunks of 16 frames x V cameras;
-in each process one such chunk, the pictures of one camera's chunk at the recorded size, and one table (of a version 3
+in each process one such chunk, the images of one camera's chunk at the recorded size, and one table (of a version 3
 file, the row groups that hold the episode).
 """
 
@@ -57,7 +57,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """Comes last: all pictures were handed on, annotation and videos are staged."""
+    """Comes last: all images were handed on, annotation and videos are staged."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ Feed = Callable[[], "Job | None"]  # the next job; None: none at present. Raises
 
 
 def in_process(recipe: Recipe, feed: Feed, idle: Callable[[], None]) -> Generator[Event, None, None]:
-    """The same events without other processes: the caller waits for every picture.
+    """The same events without other processes: the caller waits for every image.
 
     Args:
         recipe: what all episodes share.
@@ -266,9 +266,9 @@ class _Child:
         message = self.out.recv()
         if not isinstance(message, _Shape):
             return message
-        pictures = np.empty(message.shape, np.uint8)
-        self.out.recv_bytes_into(pictures.data.cast("B"))
-        return pictures
+        images = np.empty(message.shape, np.uint8)
+        self.out.recv_bytes_into(images.data.cast("B"))
+        return images
 
     def kill(self) -> None:
         """End it now."""
@@ -294,7 +294,7 @@ class _Child:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Announces pictures: their bytes follow."""
+    """Announces images: their bytes follow."""
 
     shape: tuple[int, ...]
 

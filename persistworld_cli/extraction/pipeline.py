@@ -1,4 +1,4 @@
-"""From raw LeRobot recordings to a processed dataset: pictures at the model's rate and size, latents, annotations.
+"""From raw LeRobot recordings to a processed dataset: images at the model's rate and size, latents, annotations.
 
 Decoding processes prepare episodes (`decoding`, `preparing`), batches of them go through the encoder (`batching`),
 finished ones are put in place (`publish`). Runs over the same output share the work by locks (`claims`). An annotation
@@ -71,9 +71,9 @@ def extract_latents(
     """Extract this process's share of the episodes of ``raw`` into ``out``; finished ones are skipped.
 
     Args:
-        world: cameras, picture size, rate and state columns.
+        world: cameras, image size, rate and state columns.
         raw, out: raw dataset and processed dataset.
-        encode: pictures uint8 (N, V, H, W, 3) to scaled latents (N, C, h, w), cameras stacked along height.
+        encode: images uint8 (N, V, H, W, 3) to scaled latents (N, C, h, w), cameras stacked along height.
         episodes: only these indices; all on disk by default.
         layout: 'native' (.npy float16) or 'ctrl-world' (.pt float32).
         split_rule: see `split_of`; ``world.val_rule`` by default.
@@ -152,7 +152,7 @@ class _Shares:
 
 
 class _Loop:
-    """What happens while pictures come: they are encoded; episodes are put in place and told of."""
+    """What happens while images come: they are encoded; episodes are put in place and told of."""
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ class _Loop:
         self._todo, self._elsewhere = deque(shares.todo), deque[int]()
         self._total = len(shares.todo) + len(shares.unknown)
         self._jobs: dict[int, Job] = {}  # claimed, and not yet in place
-        self._decoding: set[int] = set()  # of these, the ones whose pictures are still to come
+        self._decoding: set[int] = set()  # of these, the ones whose images are still to come
         self._begun: dict[int, Begun] = {}
         self._latents: dict[int, Tensor] = {}  # encoded as a whole
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publisher")
@@ -206,7 +206,7 @@ class _Loop:
 
     @contextmanager
     def _events(self, recipe: Recipe, workers: int) -> Iterator[Iterator[Event]]:
-        """Where the pictures come from."""
+        """Where the images come from."""
         if not workers:
             with closing(in_process(recipe, self._next_job, self._idle)) as events:
                 yield events

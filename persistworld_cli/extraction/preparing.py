@@ -1,8 +1,8 @@
-"""One raw episode made ready for the encoder: its annotation, its small videos, its pictures in chunks.
+"""One raw episode made ready for the encoder: its annotation, its small videos, its images in chunks.
 
 Everything that needs no torch: this is what decoding processes do, and they import nothing else.
 
-Legend: T frames at the model rate, n of them in a chunk, V cameras, H, W picture pixels.
+Legend: T frames at the model rate, n of them in a chunk, V cameras, H, W image pixels.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def split_of(index: int, rule: str, splits: dict[str, tuple[int, int]]) -> str:
 
 
 def prepare(recipe: Recipe, dataset: RawDataset, index: int, stage: Path) -> Iterator[Begun | NDArray[np.uint8]]:
-    """Read, check and decode one episode: first `Begun`, then its pictures, uint8 (n, V, H, W, 3), n = `CHUNK` or less.
+    """Read, check and decode one episode: first `Begun`, then its images, uint8 (n, V, H, W, 3), n = `CHUNK` or less.
 
     Annotation and videos lie in ``stage`` when this is done. Memory does not depend on the episode's length.
 
@@ -100,7 +100,7 @@ def prepare(recipe: Recipe, dataset: RawDataset, index: int, stage: Path) -> Ite
     world = recipe.world
     split = split_of(index, recipe.rule, dataset.splits)
     annotation, ids = _annotation(recipe, dataset, index, split)
-    views = [_pictures(dataset, index, camera, ids) for camera in world.cameras]
+    views = [_images(dataset, index, camera, ids) for camera in world.cameras]
     with writing(stage, GO_ON):
         stage.mkdir(parents=True)
         (stage / ANNOTATION).write_text(json.dumps(annotation))  # `Output.publish` brings all that is staged into place
@@ -114,17 +114,17 @@ def prepare(recipe: Recipe, dataset: RawDataset, index: int, stage: Path) -> Ite
             count = min(CHUNK, len(ids) - begin)
             chunk = np.empty((count, len(views), world.height, world.width, 3), np.uint8)
             for number, (view, writer) in enumerate(zip(views, writers, strict=True)):
-                pictures = np.stack(list(islice(view, count)))
-                chunk[:, number] = resize(pictures, world.height, world.width)
-                for picture in chunk[:, number]:
-                    writer.add(picture)
+                images = np.stack(list(islice(view, count)))
+                chunk[:, number] = resize(images, world.height, world.width)
+                for image in chunk[:, number]:
+                    writer.add(image)
             yield chunk
         for view in views:
             next(view, None)  # lets the reader count what is left of the file
 
 
-def _pictures(dataset: RawDataset, index: int, camera: str, ids: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
-    """One camera's pictures at raw frames ``ids``, at the recorded size; the file is checked at once."""
+def _images(dataset: RawDataset, index: int, camera: str, ids: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+    """One camera's images at raw frames ``ids``, at the recorded size; the file is checked at once."""
     path, first, length = dataset.video(index, camera)
     declared = video.count_frames(path)
     alone = not dataset.version.startswith("v3")  # a version 3 file holds other episodes too

@@ -78,7 +78,7 @@ class Vae:
 
     def __call__(self, frames_u8: torch.Tensor) -> torch.Tensor:
         """uint8 (N, V, H, W, 3) to latents (N, C, h, w), float32, on the encoder's device."""
-        return vae_room.encode_pictures(self._vae, frames_u8, self._device, self._settings.model.posterior)
+        return vae_room.encode_images(self._vae, frames_u8, self._device, self._settings.model.posterior)
 
 
 def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from persistworld_cli.files import jsonable
 from persistworld_cli.frontier.grid import Setting
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.rollout.closed_loop import Rollout
-from persistworld_cli.rollout.scoring import SHOWN, Judging, MetricInfo, metric_infos
+from persistworld_cli.rollout.scoring import SHOWN, MetricInfo, ScoringOptions, metric_infos
 from persistworld_cli.statistics.paired import FEWEST, compare, mean
 
 YES, NO, OPEN, FEW = "yes", "no", "open", "too few"
@@ -38,7 +38,7 @@ class Trial:
 def build_frontier(
     settings: Settings,
     scorer: Scorer,
-    judging: Judging,
+    scoring: ScoringOptions,
     reference: Trial,
     trials: Iterable[Trial],
     percent: float,
@@ -48,13 +48,13 @@ def build_frontier(
 
     Args:
         settings: camera groups, interactions, bootstrap.
-        scorer, judging: the metrics; SSIM, PSNR and LPIPS decide, the others are shown.
+        scorer, scoring: the metrics; SSIM, PSNR and LPIPS decide, the others are shown.
         reference: what is compared with.
         trials: the others.
         percent: how much worse than the reference's figure, in percent of it, is close enough.
         other_weights: the reference was sampled with other weights than the trials.
     """
-    infos = metric_infos(scorer, judging)
+    infos = metric_infos(scorer, scoring)
     world = settings.world
     groups = {name: cams for name, cams in (("exterior", world.exterior), ("wrist", world.wrist)) if cams}
     rows = [_row(settings, infos, groups, reference, trial, percent) for trial in trials]

@@ -21,7 +21,7 @@ from persistworld_cli.console import note
 from persistworld_cli.cost.interaction import count_interaction, meta_model
 from persistworld_cli.data.clips.store import ActionStat, EpisodeStore, open_store
 from persistworld_cli.evaluation.benchmarks import load_benchmark
-from persistworld_cli.evaluation.plan import eval_items, make_judging, require_weights, stores_of_models, subset_note
+from persistworld_cli.evaluation.plan import eval_items, make_scoring, require_weights, stores_of_models, subset_note
 from persistworld_cli.evaluation.protocol import (
     check_metrics,
     describe_sampling,
@@ -41,7 +41,7 @@ from persistworld_cli.rollout.closed_loop import Rollout, iter_closed_loop
 from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.rollout.finished import batches, load_rollout, pending, save_rollout, tell_finished
 from persistworld_cli.rollout.recording import Item
-from persistworld_cli.rollout.scoring import SHOWN, Judging
+from persistworld_cli.rollout.scoring import SHOWN, ScoringOptions
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Plan:
     Attributes:
         store: the dataset.
         items: the rollouts of every setting.
-        scorer, judging: metrics, on the device.
+        scorer, scoring: metrics, on the device.
         reference: what the others are compared with.
         grid: the others.
         protocol: as of an evaluation under the reference setting.
@@ -72,7 +72,7 @@ class Plan:
     store: EpisodeStore
     items: list[Item]
     scorer: Scorer
-    judging: Judging
+    scoring: ScoringOptions
     reference: Tried
     grid: list[Tried]
     protocol: dict[str, Any]
@@ -110,14 +110,14 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     if not processes.is_main_process:
         return {}
     result = _result(settings, plan, float(job["percent"]), processes.device)
-    picture = output / "frontier.png"
-    frontier_plot(picture, result)
+    image = output / "frontier.png"
+    frontier_plot(image, result)
     table = output / "table.txt"
     write_text(table, plain(frontier_table(result)))
     write_json(output / "frontier.json", result)
     keys = ("name", "calls", "fewer", "within", "seconds_per_interaction", "worst_loss_high")
     rows = [{key: row[key] for key in keys} for row in result["settings"]]
-    summary = {"text": table, "json": output / "frontier.json", "plot": picture, "chosen": result["chosen"]}
+    summary = {"text": table, "json": output / "frontier.json", "plot": image, "chosen": result["chosen"]}
     summary |= {"words": result["words"], "settings": rows}
     if target and result["chosen"] is None:
         note(f"no preset was written: {result['words']}")
@@ -135,11 +135,11 @@ def make_plan(
     reference, grid = make_grid(settings, job)
     store = open_store(settings)
     items = eval_items(store, settings, partly=True)
-    judging = make_judging(settings, store, items)
+    scoring = make_scoring(settings, store, items)
     scorer = Scorer(settings.rewards, settings.world, device, names=SHOWN)
     benchmark = load_benchmark(settings.eval.benchmark)
     stamp = benchmark.stamp(settings, {item.episode for item in items}) if benchmark else None
-    protocol = make_protocol(settings, store, items, scorer, judging, stamp=stamp)
+    protocol = make_protocol(settings, store, items, scorer, scoring, stamp=stamp)
     if benchmark:
         check_metrics(benchmark.metrics, protocol["metrics"], str(benchmark.path))
     refs = refs_of_eval(settings.model, {"baseline": job.get("baseline")})
@@ -161,7 +161,7 @@ def make_plan(
 
     first, prints = tried(reference, slow, slow.fingerprint()), judged.fingerprint()
     each = [tried(setting, judged, prints) for setting in grid]
-    return Plan(store, items, scorer, judging, first, each, protocol, stamp)
+    return Plan(store, items, scorer, scoring, first, each, protocol, stamp)
 
 
 def _roll_out(
@@ -192,7 +192,7 @@ def _roll_out(
                 progress=lambda done, _, begun=begun, one=one, number=number: meter.advance(  # type: ignore[misc]
                     begun + done * one.setting.calls - meter.done, setting=number
                 ),
-                judging=plan.judging,
+                scoring=plan.scoring,
             ):
                 save_rollout(one.folder, rollout)
 
@@ -207,7 +207,7 @@ def _result(settings: Settings, plan: Plan, percent: float, device: torch.device
 
     other = plan.reference.ref != plan.grid[0].ref
     trials = trial(plan.reference), map(trial, plan.grid)
-    found = build_frontier(settings, plan.scorer, plan.judging, *trials, percent, other_weights=other)
+    found = build_frontier(settings, plan.scorer, plan.scoring, *trials, percent, other_weights=other)
     found["reference"]["model"] = _described(plan.reference)
     protocol = {key: value for key, value in plan.protocol.items() if key != "hash"}
     protocol["sampling"] = describe_sampling(plan.reference.setting.sampling)

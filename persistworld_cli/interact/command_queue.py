@@ -7,7 +7,7 @@ from collections import deque
 from typing import Any
 
 MOVES = ("key", "branch", "undo", "rewind")
-_MOST = 64  # questions (pictures, files) that wait; a page asks for one after the other
+_MOST = 64  # questions (images, files) that wait; a page asks for one after the other
 
 
 class Desk:

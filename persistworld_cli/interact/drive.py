@@ -17,7 +17,7 @@ from persistworld_cli.interact.web import drive_web
 from persistworld_cli.interact.web_server import open_server
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.robot.keyboard import parse_keys
-from persistworld_cli.rollout.interactive import LivingWorld, Start, make_start
+from persistworld_cli.rollout.interactive import InteractiveRollout, Start, make_start
 from persistworld_cli.rollout.recording import Item
 
 
@@ -59,7 +59,7 @@ def open_session(settings: Settings, job: dict[str, Any]) -> DriveSession:
     # missing percentiles should be told before the weights are read
     parts = inference_ref(settings.model).parts
     (store,) = weights_stores(settings, store, [parts], split=start.split, episodes=[start.item.episode])
-    return DriveSession(LivingWorld(load_model(settings), store, [start], settings), start, settings)
+    return DriveSession(InteractiveRollout(load_model(settings), store, [start], settings), start, settings)
 
 
 def _drive_keys(session: DriveSession, keys: list[str]) -> None:

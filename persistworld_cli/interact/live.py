@@ -18,10 +18,10 @@ from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.interact.session import DriveSession, Step
 from persistworld_cli.interact.terminal import Terminal
 from persistworld_cli.interact.terminal_images import draw, find_protocol, fit
-from persistworld_cli.rollout.interactive import Pictures
+from persistworld_cli.rollout.interactive import Images
 
 _GAP = 2  # pixels between views
-_TEXT_LINES = 11  # of the screen, beside the picture
+_TEXT_LINES = 11  # of the screen, beside the image
 _BETWEEN_FRAMES_S = 0.06
 _CLEAR_LINE = "\x1b[K"
 
@@ -65,19 +65,19 @@ class _Screen:
 
     def __init__(self, session: DriveSession, terminal: Terminal) -> None:
         self._session, self._terminal = session, terminal
-        self._protocol = find_protocol(session.settings.drive.picture, os.environ)
+        self._protocol = find_protocol(session.settings.drive.display, os.environ)
         self._size, self._last = terminal.size, terminal.size.lines
 
     def show(self, note: str) -> None:
         """Where the session stands, and a note."""
-        self._draw(self._session.head.pictures[-1], note)
+        self._draw(self._session.head.images[-1], note)
 
     def play(self, step: Step) -> None:
         """The frames of a step one after the other; keys typed ahead are not made to wait for them."""
-        for pictures in step.pictures[:-1]:
+        for images in step.images[:-1]:
             if self._terminal.peek():
                 return
-            self._draw(pictures, "")
+            self._draw(images, "")
             time.sleep(_BETWEEN_FRAMES_S)
 
     def status(self, note: str) -> None:
@@ -86,19 +86,19 @@ class _Screen:
         more = f"   ({len(waiting)} more waiting)" if waiting else ""
         self._terminal.write(f"\x1b[{self._last};1H{_line(note + more, self._size.columns)}{_CLEAR_LINE}")
 
-    def _draw(self, pictures: Pictures, note: str) -> None:
+    def _draw(self, images: Images, note: str) -> None:
         """Views (V, H, W, 3) and texts."""
         if self._terminal.size != self._size:
             self._size = self._terminal.size
             self._terminal.write("\x1b[2J")
         columns, lines = self._size
-        whole, high, wide = arrange(pictures, max(2, lines - _TEXT_LINES), columns - 1)
+        whole, high, wide = arrange(images, max(2, lines - _TEXT_LINES), columns - 1)
         above = [_title(self._session), self._session.start.text or ""]
         texts = [f"\x1b[1m{_line(text, columns)}\x1b[0m{_CLEAR_LINE}" for text in above]
-        picture = draw(self._protocol, whole, high, wide)
+        image = draw(self._protocol, whole, high, wide)
         below = [_line(line, columns) for line in _status(self._session, columns)]
-        place = 4 + high if picture else 4
-        out = ["\x1b[H", "\r\n".join(texts), "\x1b[3;1H", picture, f"\x1b[{place};1H"]
+        place = 4 + high if image else 4
+        out = ["\x1b[H", "\r\n".join(texts), "\x1b[3;1H", image, f"\x1b[{place};1H"]
         out += [f"{line}{_CLEAR_LINE}\r\n" for line in below]
         self._terminal.write("".join(out))
         self._last = min(lines, place + len(below) + 1)
@@ -110,26 +110,26 @@ def _line(text: str, columns: int) -> str:
     return " ".join(escaped(text).split("\n"))[: columns - 1]
 
 
-def arrange(pictures: Pictures, lines: int, columns: int) -> tuple[Pictures, int, int]:
-    """Views (V, H, W, 3) as one picture, laid out so that they are largest; with the lines and columns it takes."""
+def arrange(images: Images, lines: int, columns: int) -> tuple[Images, int, int]:
+    """Views (V, H, W, 3) as one image, laid out so that they are largest; with the lines and columns it takes."""
 
     def size(count: int) -> tuple[int, int, int]:
-        whole = mosaic(pictures, count)
+        whole = mosaic(images, count)
         high, wide = fit(whole.shape[0], whole.shape[1], lines, columns)
         return wide // count, high, wide
 
-    best = max(range(len(pictures), 0, -1), key=size)
-    return mosaic(pictures, best), *size(best)[1:]
+    best = max(range(len(images), 0, -1), key=size)
+    return mosaic(images, best), *size(best)[1:]
 
 
-def mosaic(pictures: Pictures, count: int) -> Pictures:
+def mosaic(images: Images, count: int) -> Images:
     """Views (V, H, W, 3) in rows of ``count``, with black between them and where one is missing."""
-    rows = -(-len(pictures) // count)
-    high, wide = pictures.shape[1] + _GAP, pictures.shape[2] + _GAP
+    rows = -(-len(images) // count)
+    high, wide = images.shape[1] + _GAP, images.shape[2] + _GAP
     whole = np.zeros((rows * high - _GAP, count * wide - _GAP, 3), np.uint8)
-    for view, picture in enumerate(pictures):
+    for view, image in enumerate(images):
         top, left = view // count * high, view % count * wide
-        whole[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+        whole[top : top + image.shape[0], left : left + image.shape[1]] = image
     return whole
 
 

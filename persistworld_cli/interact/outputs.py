@@ -32,7 +32,7 @@ def summary(session: DriveSession) -> dict[str, Any]:
         "start": start.item.start,
         "seed": start.item.seed,
         "instruction": start.text,
-        "frames": sum(len(step.pictures) for step in path) + 1,
+        "frames": sum(len(step.images) for step in path) + 1,
         "seconds_per_step": float(np.median([step.seconds for step in path])) if path else None,
     }
     if any(step.branch for step in path):
@@ -75,8 +75,8 @@ def write_lerobot_zip(session: DriveSession, path: Path) -> None:
     for name, rows in (("observation.state", poses), ("action", np.concatenate([poses[1:], poses[-1:]]))):
         columns |= {name: rows, f"{name}.cartesian_position": rows[:, :6], f"{name}.gripper_position": rows[:, 6:]}
     world, frames = session.settings.world, session.frames()
-    pictures = {camera: frames[:, view] for view, camera in enumerate(world.cameras)}
-    episode = NewEpisode(task=session.start.text, columns=columns, pictures=pictures)
+    images = {camera: frames[:, view] for view, camera in enumerate(world.cameras)}
+    episode = NewEpisode(task=session.start.text, columns=columns, images=images)
     with scratch_folder(path) as folder, whole_file(path) as partial:
         root = folder / path.stem
         write_lerobot(root, [episode], world.rate_hz, "Franka")

@@ -21,7 +21,7 @@ from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import jsonable, write_json, write_text
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.progress import Meter
-from persistworld_cli.reports.rollout_pictures import write_rollout_sheet, write_rollout_video
+from persistworld_cli.reports.rollout_images import write_rollout_sheet, write_rollout_video
 from persistworld_cli.reports.tables import plain, steps_table
 from persistworld_cli.rollout.closed_loop import Rollout, draw_frames, iter_closed_loop
 from persistworld_cli.rollout.engine import RolloutEngine
@@ -137,7 +137,7 @@ def _write(
     for item in items:
         recording = load_recording(store, settings.eval.split, item, steps, settings.model.num_frames)
         length = int(recording.valid.sum())
-        frames = {label: pictures[:length] for label, pictures in drawn[item].items()}
+        frames = {label: images[:length] for label, images in drawn[item].items()}
         title = f"episode {item.episode}, frame {item.start}, seed {item.seed}: {recording.annotation.text}"
         stem = f"episode-{item.episode}_start-{item.start}_seed-{item.seed}"
         video, sheet = output / f"{stem}.mp4", output / f"{stem}.png"

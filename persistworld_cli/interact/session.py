@@ -17,7 +17,7 @@ import numpy as np
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.robot.keyboard import KeyMap, parse_keys
-from persistworld_cli.rollout.interactive import Float, LivingWorld, Mark, Pictures, Start
+from persistworld_cli.rollout.interactive import Float, Images, InteractiveRollout, Snapshot, Start
 
 
 class KeyboardController:
@@ -28,7 +28,7 @@ class KeyboardController:
         self._keymap, self._rows = keymap, rows
         self._keys = parse_keys("".join(keys), keymap.settings.keys)
 
-    def poses(self, step: int, current: Float, pictures: Pictures | None = None) -> Float:
+    def poses(self, step: int, current: Float, images: Images | None = None) -> Float:
         """(B, L, 7) from each rollout's current pose along the step's key. Raises IndexError behind the last key."""
         return np.stack([self._keymap.chunk(pose, self._keys[step], self._rows) for pose in current])
 
@@ -44,9 +44,9 @@ class Step:
         key: what was pressed; "" at the start.
         branch: which of the noises.
         poses: (L, 7), row 0 where it began; (1, 7) at the start.
-        pictures: uint8 (F, V, H, W, 3).
+        images: uint8 (F, V, H, W, 3).
         seconds: it took to compute.
-        mark: where the world stands after it.
+        snapshot: where the world stands after it.
     """
 
     number: int
@@ -55,9 +55,9 @@ class Step:
     key: str
     branch: int
     poses: Float
-    pictures: Pictures
+    images: Images
     seconds: float
-    mark: Mark
+    snapshot: Snapshot
 
 
 class DriveSession:
@@ -69,7 +69,7 @@ class DriveSession:
         settings: key map, step size, limits.
     """
 
-    def __init__(self, world: LivingWorld, start: Start, settings: Settings) -> None:
+    def __init__(self, world: InteractiveRollout, start: Start, settings: Settings) -> None:
         self._world, self.start, self.settings = world, start, settings
         self.keymap = KeyMap(settings=settings.drive)
         opening = Step(
@@ -79,9 +79,9 @@ class DriveSession:
             key="",
             branch=0,
             poses=world.poses,
-            pictures=world.pictures,
+            images=world.images,
             seconds=0.0,
-            mark=world.mark,
+            snapshot=world.snapshot,
         )
         self.steps = [opening]
         self.head = opening
@@ -124,9 +124,9 @@ class DriveSession:
         self.head = self.steps[number]
         return self.head
 
-    def frames(self) -> Pictures:
+    def frames(self) -> Images:
         """uint8 (1 + S (L-1), V, H, W, 3): the start, and what was seen on the way to where it stands."""
-        return np.concatenate([self.steps[0].pictures, *(step.pictures for step in self.path)])
+        return np.concatenate([self.steps[0].images, *(step.images for step in self.path)])
 
     def _step(self, origin: Step, key: str, branch: int) -> Step:
         """The step from ``origin``, computed unless it is there. An interruption leaves the session as it was."""
@@ -135,7 +135,7 @@ class DriveSession:
                 self.head = step
                 return step
         controller = KeyboardController(self.keymap, key, self._world.rows)
-        self._world.go(origin.mark)
+        self._world.restore(origin.snapshot)
         moved = self._world.step(controller.poses(0, self._world.poses), branch)
         step = Step(
             number=len(self.steps),
@@ -144,9 +144,9 @@ class DriveSession:
             key=key,
             branch=branch,
             poses=moved.poses[0],
-            pictures=moved.pictures[0],
+            images=moved.images[0],
             seconds=moved.seconds,
-            mark=self._world.mark,
+            snapshot=self._world.snapshot,
         )
         self.steps.append(step)
         self.head = step

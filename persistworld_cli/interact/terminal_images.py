@@ -1,6 +1,6 @@
-"""Pictures in a terminal: Kitty's and iTerm2's protocols, sixels, or half-blocks in 24-bit or 256 colours.
+"""Images in a terminal: Kitty's and iTerm2's protocols, sixels, or half-blocks in 24-bit or 256 colours.
 
-Shape legend: H, W pixels of the picture (H, W, 3) uint8; a terminal cell is about twice as high as wide.
+Shape legend: H, W pixels of the image (H, W, 3) uint8; a terminal cell is about twice as high as wide.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 
 CELL = (20, 10)  # pixels (height, width) of a cell where the terminal does not say; only sixels need them
 _KITTY_CHUNK = 4096  # bytes of base64 that Kitty's protocol allows in one sequence
@@ -22,7 +22,7 @@ _SIXEL_COLOURS = 128
 
 
 def find_protocol(setting: str, env: Mapping[str, str]) -> str:
-    """``drive.picture``, or for ``auto`` what the environment says (tmux and screen pass no pictures on)."""
+    """``drive.display``, or for ``auto`` what the environment says (tmux and screen pass no images on)."""
     if setting != "auto":
         return setting
     term, program = env.get("TERM", ""), env.get("TERM_PROGRAM", "")
@@ -40,31 +40,31 @@ def find_protocol(setting: str, env: Mapping[str, str]) -> str:
 
 
 def fit(height: int, width: int, lines: int, columns: int) -> tuple[int, int]:
-    """Lines and columns of the largest picture of that shape inside a number of lines and columns."""
+    """Lines and columns of the largest image of that shape inside a number of lines and columns."""
     scale = min(columns / width, 2 * lines / height)
     return max(1, int(height * scale / 2)), max(1, int(width * scale))
 
 
-def draw(protocol: str, picture: Picture, lines: int, columns: int) -> str:
-    """The text that shows a picture (H, W, 3) on so many lines and columns from the cursor on; "" for ``none``."""
+def draw(protocol: str, image: Pixels, lines: int, columns: int) -> str:
+    """The text that shows an image (H, W, 3) on so many lines and columns from the cursor on; "" for ``none``."""
     if protocol == "none":
         return ""
-    return _DRAWERS[protocol](picture, lines, columns)
+    return _DRAWERS[protocol](image, lines, columns)
 
 
-def _resized(picture: Picture, height: int, width: int) -> Image.Image:
-    return Image.fromarray(picture).resize((width, height), Image.Resampling.BOX)
+def _resized(image: Pixels, height: int, width: int) -> Image.Image:
+    return Image.fromarray(image).resize((width, height), Image.Resampling.BOX)
 
 
-def _png(picture: Picture) -> str:
+def _png(image: Pixels) -> str:
     buffer = BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _kitty(picture: Picture, lines: int, columns: int) -> str:
+def _kitty(image: Pixels, lines: int, columns: int) -> str:
     """Image 1, replaced each time; q=2: the terminal must not answer into what is typed."""
-    data = _png(picture)
+    data = _png(image)
     parts = [data[i : i + _KITTY_CHUNK] for i in range(0, len(data), _KITTY_CHUNK)]
     head = f"a=T,f=100,i=1,p=1,q=2,C=1,c={columns},r={lines},"
     return "".join(
@@ -72,17 +72,17 @@ def _kitty(picture: Picture, lines: int, columns: int) -> str:
     )
 
 
-def _iterm(picture: Picture, lines: int, columns: int) -> str:
+def _iterm(image: Pixels, lines: int, columns: int) -> str:
     options = f"inline=1;width={columns};height={lines};preserveAspectRatio=1;doNotMoveCursor=1"
-    return f"\x1b]1337;File={options}:{_png(picture)}\x07"
+    return f"\x1b]1337;File={options}:{_png(image)}\x07"
 
 
-def _sixel(picture: Picture, lines: int, columns: int) -> str:
+def _sixel(image: Pixels, lines: int, columns: int) -> str:
     """Bands of six rows; in each, a line of run lengths for every colour in it."""
     high, wide = lines * CELL[0] // 6 * 6, columns * CELL[1]
-    image = _resized(picture, max(6, high), wide).quantize(_SIXEL_COLOURS)
-    palette = np.asarray(image.getpalette(), dtype=int).reshape(-1, 3)
-    index = np.asarray(image)
+    reduced = _resized(image, max(6, high), wide).quantize(_SIXEL_COLOURS)
+    palette = np.asarray(reduced.getpalette(), dtype=int).reshape(-1, 3)
+    index = np.asarray(reduced)
     out = [f'\x1bPq"1;1;{wide};{len(index)}']
     out += [f"#{i};2;{r * 100 // 255};{g * 100 // 255};{b * 100 // 255}" for i, (r, g, b) in enumerate(palette)]
     weights = (1 << np.arange(6))[:, None]
@@ -101,11 +101,11 @@ def _runs(text: str) -> str:
     return re.sub(r"(.)\1{3,}", lambda run: f"!{len(run[0])}{run[1]}", text, flags=re.DOTALL)
 
 
-def _blocks(paint: Callable[[NDArray[np.int64], int], str]) -> Callable[[Picture, int, int], str]:
+def _blocks(paint: Callable[[NDArray[np.int64], int], str]) -> Callable[[Pixels, int, int], str]:
     """Half-blocks: a cell shows two pixels, the upper as its ink and the lower as its paper."""
 
-    def drawn(picture: Picture, lines: int, columns: int) -> str:
-        pixels = np.asarray(_resized(picture, 2 * lines, columns)).astype(int)
+    def drawn(image: Pixels, lines: int, columns: int) -> str:
+        pixels = np.asarray(_resized(image, 2 * lines, columns)).astype(int)
         rows = []
         for upper, lower in zip(pixels[::2], pixels[1::2], strict=True):
             cells, last = [], ""
@@ -133,7 +133,7 @@ def _colour_256(rgb: NDArray[np.int64], ground: int) -> str:
     return f"\x1b[{ground};5;{code}m"
 
 
-_DRAWERS: Mapping[str, Callable[[Picture, int, int], str]] = {
+_DRAWERS: Mapping[str, Callable[[Pixels, int, int], str]] = {
     "kitty": _kitty,
     "iterm": _iterm,
     "sixel": _sixel,

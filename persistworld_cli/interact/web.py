@@ -1,6 +1,6 @@
 """`drive --web`: a session driven from a page. The main thread computes; the server's threads only carry messages.
 
-From the page come JSON texts: ``{"do": "key", "key": "l"}``, ``branch``, ``undo``, ``rewind`` and ``pictures`` (with
+From the page come JSON texts: ``{"do": "key", "key": "l"}``, ``branch``, ``undo``, ``rewind`` and ``images`` (with
 ``step``), ``save`` (with ``kind``). To the page go JSON texts with a ``type`` (hello, working, step, head, error), and
 binary messages: the length of a JSON header (4 bytes, big-endian), the header, and a PNG or a file. A PNG is one frame,
 its views side by side: without loss, so that the page shows the very frames that `drive --keys` writes.
@@ -28,7 +28,7 @@ from persistworld_cli.interact.command_queue import Desk
 from persistworld_cli.interact.outputs import title, write_lerobot_zip, write_record, write_video
 from persistworld_cli.interact.session import DriveSession, Step
 from persistworld_cli.interact.web_server import DriveServer
-from persistworld_cli.rollout.interactive import Pictures
+from persistworld_cli.rollout.interactive import Images
 
 _LOOK_EVERY_S = 0.5  # so that Ctrl-C arrives while nobody drives
 SAVES: dict[str, tuple[str, Callable[[DriveSession, Path], None]]] = {
@@ -77,7 +77,7 @@ class _Host:
 
     def __init__(self, session: DriveSession, send: Callable[[str | bytes], bool], output: Path) -> None:
         self._session, self._send, self._output = session, send, output
-        self._name = secrets.token_hex(8)  # a page that comes back after a restart must forget its pictures
+        self._name = secrets.token_hex(8)  # a page that comes back after a restart must forget its images
 
     def do(self, message: dict[str, Any]) -> None:
         """One message; mistakes are told to the page."""
@@ -93,7 +93,7 @@ class _Host:
             elif what == "rewind":
                 self._session.rewind(_whole(message, "step"))
                 self._tell_head()
-            elif what == "pictures":
+            elif what == "images":
                 self._show(self._find(_whole(message, "step")))
             elif what == "save":
                 self._save(str(message.get("kind")))
@@ -121,9 +121,9 @@ class _Host:
 
     def _show(self, step: Step) -> None:
         """All frames of a step."""
-        for place, pictures in enumerate(step.pictures):
-            header = {"type": "picture", "step": step.number, "frame": place, "frames": len(step.pictures)}
-            self._send(packed(header, png(pictures)))
+        for place, images in enumerate(step.images):
+            header = {"type": "image", "step": step.number, "frame": place, "frames": len(step.images)}
+            self._send(packed(header, png(images)))
 
     def _save(self, kind: str) -> None:
         """Write the way to where the session stands into the output folder, and send the file."""
@@ -142,7 +142,7 @@ class _Host:
 
 
 def hello(session: DriveSession, name: str) -> dict[str, Any]:
-    """All that a page needs to know when it comes, but the pictures, which it asks for. ``name``: the session's own."""
+    """All that a page needs to know when it comes, but the images, which it asks for. ``name``: the session's own."""
     settings, start = session.settings, session.start
     return {
         "type": "hello",
@@ -150,8 +150,8 @@ def hello(session: DriveSession, name: str) -> dict[str, Any]:
         "title": title(session).partition(": ")[2],
         "instruction": start.text,
         "cameras": [name.replace("_", " ") for name in settings.world.cameras],
-        "height": int(session.head.pictures.shape[2]),
-        "width": int(session.head.pictures.shape[3]),
+        "height": int(session.head.images.shape[2]),
+        "width": int(session.head.images.shape[3]),
         "rate": settings.world.rate_hz,
         "keys": [{"key": k, "action": a, "meaning": ACTIONS[a]} for k, a in settings.drive.keys.items()],
         "session_keys": dict(SESSION_KEYS),
@@ -164,7 +164,7 @@ def hello(session: DriveSession, name: str) -> dict[str, Any]:
 
 
 def told(step: Step) -> dict[str, Any]:
-    """A step without its pictures."""
+    """A step without its images."""
     return {
         "number": step.number,
         "parent": step.parent,
@@ -182,10 +182,10 @@ def packed(header: dict[str, Any], body: bytes) -> bytes:
     return struct.pack(">I", len(head)) + head + body
 
 
-def png(pictures: Pictures) -> bytes:
+def png(images: Images) -> bytes:
     """Views (V, H, W, 3) as one PNG (H, V W, 3)."""
     buffer = BytesIO()
-    row = np.ascontiguousarray(pictures.swapaxes(0, 1)).reshape(pictures.shape[1], -1, 3)
+    row = np.ascontiguousarray(images.swapaxes(0, 1)).reshape(images.shape[1], -1, 3)
     Image.fromarray(row).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 

@@ -39,7 +39,7 @@ SMALLEST = 31  # pixels: below this AlexNet's second pooling has nothing left
 UNTRAINED_SEED = 20180111
 LABEL, LABEL_UNTRAINED = "lpips", "lpips (untrained)"
 UNTRAINED_WARNING = (
-    "rewards.lpips_backbone is 'untrained': lpips (untrained) compares pictures by a random AlexNet. It is no "
+    "rewards.lpips_backbone is 'untrained': lpips (untrained) compares images by a random AlexNet. It is no "
     "perceptual distance, prefers blur to a small shift, and is not comparable with LPIPS"
 )
 
@@ -136,7 +136,7 @@ def _total(layers: Iterable[Tensor]) -> Tensor:
 
 
 class Lpips:
-    """LPIPS v0.1 as a registered reward: 0 for identical pictures, larger is worse.
+    """LPIPS v0.1 as a registered reward: 0 for identical images, larger is worse.
 
     Attributes:
         label: ``lpips``, or ``lpips (untrained)`` where the settings ask for a backbone without ImageNet weights.
@@ -176,15 +176,15 @@ class Lpips:
         """The network and backbone that the settings name."""
         return cls(settings.lpips_net, settings.lpips_backbone, device)
 
-    def _features(self, pictures: Tensor) -> list[Tensor]:
-        """Unit-length features of every layer of pictures in [0, 1]."""
-        layers = self.model.net(self.model.scaling_layer(2.0 * pictures.float() - 1.0))
+    def _features(self, images: Tensor) -> list[Tensor]:
+        """Unit-length features of every layer of images in [0, 1]."""
+        layers = self.model.net(self.model.scaling_layer(2.0 * images.float() - 1.0))
         # The package's own epsilon (1e-10) is added outside the root.
         return [layer / (layer.square().sum(1, keepdim=True).sqrt() + 1e-10) for layer in layers]
 
     @torch.no_grad()
     def __call__(self, pred: Tensor, target: Tensor, *, chunk: int = 64) -> Tensor:
-        """Pictures (M,3,H,W) and (T,3,H,W) in [0,1], M a multiple of T -> (M,). ``chunk`` pictures at a time."""
+        """Images (M,3,H,W) and (T,3,H,W) in [0,1], M a multiple of T -> (M,). ``chunk`` images at a time."""
         parts = [_total(layer.mean(dim=(1, 2, 3)) for layer in gaps) for gaps in self._gaps(pred, target, chunk)]
         return torch.cat(parts)
 
@@ -196,12 +196,12 @@ class Lpips:
         return torch.cat(parts)
 
     def _gaps(self, pred: Tensor, target: Tensor, chunk: int) -> Iterator[list[Tensor]]:
-        """Weighted distances (some pictures, 1, h, w) of every layer; a shared target's features are computed once."""
+        """Weighted distances (some images, 1, h, w) of every layer; a shared target's features are computed once."""
         if min(pred.shape[-2:]) < SMALLEST:
             raise PersistWorldError(
-                f"LPIPS needs pictures of at least {SMALLEST} pixels a side, got {pred.shape[-2]}x{pred.shape[-1]}",
+                f"LPIPS needs images of at least {SMALLEST} pixels a side, got {pred.shape[-2]}x{pred.shape[-1]}",
                 where="rewards.weights",
-                fix="leave lpips out, or use larger pictures",
+                fix="leave lpips out, or use larger images",
             )
         share = pred.shape[0] // target.shape[0]
         per = max(1, chunk // share)

@@ -1,6 +1,6 @@
 """Which pixels to look at: what moved in the recording, and the saturated colours of its objects.
 
-A table fills most of a picture, so means over pixels hide a lost block. Masks come from the *recording* only, so that
+A table fills most of an image, so means over pixels hide a lost block. Masks come from the *recording* only, so that
 every model is judged on the same pixels.
 
 Shape legend: N frames, V cameras, H x W pixels.
@@ -21,7 +21,7 @@ from persistworld_cli.metrics.ssim import WINDOW, ssim_map
 
 MOTION = 0.08  # of the full range: above video compression's ripple, below a block's contrast with the table
 BLUR = 3  # pixels a side that a difference is averaged over before it is compared with MOTION
-MOVING_SMALLEST = 8  # pixels: fewer say nothing about a picture
+MOVING_SMALLEST = 8  # pixels: fewer say nothing about an image
 SATURATION = 0.5  # recorded pixels at least as colourful as this count as coloured
 VALUE = 0.15  # below it hue is noise
 SATURATION_OF_OBJECT = 0.65  # with known object colours: at least this part of the object's own saturation
@@ -37,8 +37,8 @@ def moving_mask(frames: Tensor, start: Tensor, *, threshold: float = MOTION) -> 
     The difference is averaged over 3x3 pixels first, so that single noisy pixels do not count.
 
     Args:
-        frames: (..., 3, H, W) recorded pictures in [0, 1].
-        start: (..., 3, H, W), broadcast against ``frames``: the picture at the rollout's start.
+        frames: (..., 3, H, W) recorded images in [0, 1].
+        start: (..., 3, H, W), broadcast against ``frames``: the image at the rollout's start.
         threshold: of the largest channel's difference.
 
     Returns:
@@ -110,7 +110,7 @@ def hue_distance(a: NDArray[np.float64], b: NDArray[np.float64] | float) -> NDAr
 
 
 def object_mask(frames: NDArray[np.uint8], colours: Sequence[Sequence[float]] | None = None) -> NDArray[np.bool_]:
-    """Saturated coloured pixels of recorded pictures.
+    """Saturated coloured pixels of recorded images.
 
     Without ``colours`` every pixel with saturation >= 0.5 and value >= 0.15 counts; a wooden table may be among them.
     With ``colours`` (RGB in [0, 1], ``objects[].rgb`` of the bundled world's ``meta/episodes.jsonl``) a pixel must also

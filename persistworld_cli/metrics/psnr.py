@@ -1,4 +1,4 @@
-"""Peak signal-to-noise ratio of a picture."""
+"""Peak signal-to-noise ratio of an image."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-CAP_DB = 100.0  # what identical pictures get: a mean over frames must stay finite
+CAP_DB = 100.0  # what identical images get: a mean over frames must stay finite
 
 
 def psnr(pred: Tensor, target: Tensor) -> Tensor:
-    """PSNR in dB with data range 1, over all pixels and channels of a picture.
+    """PSNR in dB with data range 1, over all pixels and channels of an image.
 
     Args:
         pred: (..., C, H, W) in [0, 1].
@@ -36,7 +36,7 @@ class Psnr:
     higher_is_better = True
 
     def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Pictures (M,3,H,W) and (T,3,H,W), M a multiple of T -> (M,) dB."""
+        """Images (M,3,H,W) and (T,3,H,W), M a multiple of T -> (M,) dB."""
         return psnr(pred.unflatten(0, (target.shape[0], -1)), target.unsqueeze(1)).flatten()
 
     def maps(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:

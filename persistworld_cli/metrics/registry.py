@@ -1,6 +1,6 @@
 """The rewards by name: one file and one line here for each.
 
-A metric scores pictures one by one; which of them make the reward, and with what weight, is a setting
+A metric scores images one by one; which of them make the reward, and with what weight, is a setting
 (``rewards.weights``). Lower-is-better metrics simply carry a negative weight.
 """
 
@@ -32,17 +32,17 @@ class Metric(Protocol):
     higher_is_better: bool
 
     def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Pictures (M,3,H,W) against (T,3,H,W), both in [0,1], M a multiple of T -> (M,) float32.
+        """Images (M,3,H,W) against (T,3,H,W), both in [0,1], M a multiple of T -> (M,) float32.
 
-        Target t belongs to the pictures t*M/T .. (t+1)*M/T - 1 (candidates of one recording share it).
+        Target t belongs to the images t*M/T .. (t+1)*M/T - 1 (candidates of one recording share it).
         """
         ...
 
     def maps(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
         """The same in each cell of a grid of rows x columns: (M, rows, columns) float32, for credit by place.
 
-        Its mean over the cells need not be the picture's value (PSNR is a logarithm); where a metric knows no places,
-        every cell gets the picture's.
+        Its mean over the cells need not be the image's value (PSNR is a logarithm); where a metric knows no places,
+        every cell gets the image's.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Metrics of predicted pictures, and the one reward of a rollout that they make.
+"""Metrics of predicted images, and the one reward of a rollout that they make.
 
 Shape legend: B rollouts, N frames, V cameras, H x W pixels.
 """
@@ -17,8 +17,8 @@ from persistworld_cli.metrics.referees import Referee
 from persistworld_cli.metrics.registry import REWARDS, Metric
 
 
-class _Pictures:
-    """Rollouts as the flat pictures that metrics take: a recording's first, then the rollouts that share it.
+class _Images:
+    """Rollouts as the flat images that metrics take: a recording's first, then the rollouts that share it.
 
     drawn (M, 3, H, W) and known (T, 3, H, W) in [0, 1], M a multiple of T, in the order that `Metric` asks for.
     """
@@ -26,7 +26,7 @@ class _Pictures:
     def __init__(self, pred: Tensor, target: Tensor) -> None:
         if pred.shape[1:] != target.shape[1:] or pred.shape[0] % max(1, target.shape[0]):
             raise PersistWorldError(
-                f"predicted {tuple(pred.shape)} and recorded {tuple(target.shape)} pictures do not fit together",
+                f"predicted {tuple(pred.shape)} and recorded {tuple(target.shape)} images do not fit together",
                 where="rewards",
                 fix="give the same frames, cameras and size; rollouts a multiple of recordings",
             )
@@ -41,7 +41,7 @@ class _Pictures:
             raise PersistWorldError(
                 f"{label} is not finite",
                 where="rewards",
-                fix="the predicted pictures hold NaN: check the weights, the learning rate, the number format",
+                fix="the predicted images hold NaN: check the weights, the learning rate, the number format",
             )
         batch, frames, views = self.shape
         apart = value.unflatten(0, (self.groups, frames, views, batch // self.groups))
@@ -101,7 +101,7 @@ class Scorer:
 
     @torch.no_grad()
     def metrics(self, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Every metric of every picture.
+        """Every metric of every image.
 
         Args:
             pred: (B, N, V, 3, H, W) in [0, 1].
@@ -114,35 +114,35 @@ class Scorer:
         Raises:
             PersistWorldError: shapes that do not fit, or a metric that is not finite.
         """
-        pictures = _Pictures(pred.to(self.device), target.to(self.device))
+        images = _Images(pred.to(self.device), target.to(self.device))
         return {
-            name: pictures.by_rollout(metric(pictures.drawn, pictures.known), metric.label)
+            name: images.by_rollout(metric(images.drawn, images.known), metric.label)
             for name, metric in [*self.registered.items(), *self.referees.items()]
         }
 
     @torch.no_grad()
     def local(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The weighted sum of metrics in each cell of a grid of rows x columns of each picture: (B, N, V, *grid).
+        """The weighted sum of metrics in each cell of a grid of rows x columns of each image: (B, N, V, *grid).
 
         Args and errors as of `metrics`. Camera weights are not in it.
         """
-        pictures = _Pictures(pred.to(self.device), target.to(self.device))
+        images = _Images(pred.to(self.device), target.to(self.device))
         parts = []
         for name, weight in self.weights.items():
             metric = self.registered[name]
-            maps = metric.maps(pictures.drawn, pictures.known, grid)
-            parts.append(weight * pictures.by_rollout(maps, metric.label))
+            maps = metric.maps(images.drawn, images.known, grid)
+            parts.append(weight * images.by_rollout(maps, metric.label))
         return torch.stack(parts).sum(dim=0)
 
-    def by_picture(self, metrics: dict[str, Tensor]) -> Tensor:
-        """The weighted sum of metrics of every picture: (B, N, V)."""
+    def by_image(self, metrics: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of metrics of every image: (B, N, V)."""
         if not self.weights:
             raise UsageError("no reward has a weight", where="rewards.weights", fix="give at least one")
         return torch.stack([weight * metrics[name] for name, weight in self.weights.items()]).sum(dim=0)
 
     def reward(self, metrics: dict[str, Tensor]) -> Tensor:
-        """Mean over frames, weighted mean over cameras, of `by_picture`: (B,) (method.md section 4)."""
-        return (self.by_picture(metrics).mean(dim=1) * self.camera_weights).sum(dim=1)
+        """Mean over frames, weighted mean over cameras, of `by_image`: (B,) (method.md section 4)."""
+        return (self.by_image(metrics).mean(dim=1) * self.camera_weights).sum(dim=1)
 
     def describe(self) -> dict[str, object]:
         """The exact parameters of every metric, for result files."""

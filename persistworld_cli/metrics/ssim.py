@@ -1,4 +1,4 @@
-"""Structural similarity, by scikit-image's definition, for a batch of pictures on their device.
+"""Structural similarity, by scikit-image's definition, for a batch of images on their device.
 
 `skimage.metrics.structural_similarity(a, b, channel_axis=..., data_range=1)`: a uniform 7x7 window, sample
 covariances (N/(N-1)), K1 0.01, K2 0.03, the map cropped by the window's radius, its mean over pixels and
@@ -30,32 +30,32 @@ def _sums(x: Tensor, dim: int, window: int) -> Tensor:
     return both.add_(x.narrow(dim, window - 1, count)) if window % 2 else both
 
 
-def _box(picture: Tensor, window: int) -> Tensor:
+def _box(image: Tensor, window: int) -> Tensor:
     """Mean over every whole window: rows, then columns (a box filter is separable). (M,C,H,W) -> (M,C,H-w+1,W-w+1)."""
-    return _sums(_sums(picture, -2, window), -1, window) / window**2
+    return _sums(_sums(image, -2, window), -1, window) / window**2
 
 
 def ssim_map(pred: Tensor, target: Tensor, *, window: int = WINDOW) -> Tensor:
-    """SSIM of every whole window of pictures in [0, 1].
+    """SSIM of every whole window of images in [0, 1].
 
     Computed in float64: variances are differences of nearly equal numbers, and C2 = 9e-4 magnifies their error.
 
     Args:
         pred: (M, C, H, W), M a multiple of T.
-        target: (T, C, H, W); target t belongs to the M/T consecutive pictures from t*M/T.
+        target: (T, C, H, W); target t belongs to the M/T consecutive images from t*M/T.
         window: odd side of the window in pixels.
 
     Returns:
         (M, C, H - window + 1, W - window + 1) float64.
 
     Raises:
-        PersistWorldError: a picture smaller than the window.
+        PersistWorldError: an image smaller than the window.
     """
     if min(pred.shape[-2:]) < window:
         raise PersistWorldError(
-            f"SSIM needs pictures of at least {window}x{window} pixels, got {pred.shape[-2]}x{pred.shape[-1]}",
+            f"SSIM needs images of at least {window}x{window} pixels, got {pred.shape[-2]}x{pred.shape[-1]}",
             where="world.height, world.width",
-            fix="use larger pictures",
+            fix="use larger images",
         )
     share = pred.shape[0] // target.shape[0]
     x, y = pred.double(), target.double()
@@ -73,7 +73,7 @@ def ssim_map(pred: Tensor, target: Tensor, *, window: int = WINDOW) -> Tensor:
 
 
 def ssim(pred: Tensor, target: Tensor, *, window: int = WINDOW) -> Tensor:
-    """SSIM of whole pictures, the mean of `ssim_map`: (M,) float32."""
+    """SSIM of whole images, the mean of `ssim_map`: (M,) float32."""
     return ssim_map(pred, target, window=window).mean(dim=(-3, -2, -1)).to(torch.float32)
 
 
@@ -85,7 +85,7 @@ class Ssim:
     higher_is_better = True
 
     def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Pictures (M,3,H,W) and (T,3,H,W), M a multiple of T -> (M,)."""
+        """Images (M,3,H,W) and (T,3,H,W), M a multiple of T -> (M,)."""
         return torch.cat([ssim(drawn, known) for drawn, known in self._parts(pred, target)])
 
     def maps(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -94,7 +94,7 @@ class Ssim:
         return torch.cat([functional.adaptive_avg_pool2d(part, grid).to(torch.float32) for part in maps])
 
     def _parts(self, pred: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """A few pictures at a time: the maps are large."""
+        """A few images at a time: the maps are large."""
         share = pred.shape[0] // target.shape[0]
         per = max(1, CHUNK[pred.device.type] // (share * pred[0].numel()))
         return zip(pred.split(per * share), target.split(per), strict=True)

@@ -58,9 +58,9 @@ class StLpips(Lpips):
             ) from error
         self.weights = [partial(functional.conv2d, weight=weight) for weight in lins]
 
-    def _features(self, pictures: Tensor) -> list[Tensor]:
+    def _features(self, images: Tensor) -> list[Tensor]:
         """Unit-length features of every layer of images in [0, 1]."""
-        out = (2.0 * pictures.float() - 1.0 - self.shift) / self.scale
+        out = (2.0 * images.float() - 1.0 - self.shift) / self.scale
         taken = []
         for number, ((weight, bias), padding) in enumerate(zip(self.layers, _PADDING, strict=True)):
             if number in _POOLED:

@@ -1,6 +1,6 @@
 """Masks that the user gives (``--masks``): on which pixels of the recording an object, a robot or a hand is seen.
 
-    DIR/<episode>/<camera>/<frame>.png     one picture a recorded frame; anything but 0 is marked
+    DIR/<episode>/<camera>/<frame>.png     one image a recorded frame; anything but 0 is marked
     DIR/<episode>/<camera>.npz             or one array (T, H, W) for the whole episode
 
 ``<camera>`` is a name of ``world.cameras`` or its number, ``<frame>`` the recorded frame's number (leading zeros do not
@@ -52,7 +52,7 @@ class MaskSet:
                 out[:, camera] = _array(own[-1])[frames] != 0
             else:
                 for row, frame in enumerate(frames.tolist()):
-                    out[row, camera] = _picture(own[frame])
+                    out[row, camera] = _image(own[frame])
         return out
 
     def describe(self) -> dict[str, object]:
@@ -78,7 +78,7 @@ def open_masks(
         text: `parse_masks`'s.
         needed: episode -> recorded frames that are scored.
         cameras: names, in order.
-        height, width: of the recorded pictures.
+        height, width: of the recorded images.
 
     Raises:
         UsageError: no such folder.
@@ -131,7 +131,7 @@ def _check(own: Mapping[int, Path], frames: Sequence[int], where: Path, size: tu
             raise PersistWorldError(
                 f"masks of shape {shape}, but (at least {max(frames) + 1}, {size[0]}, {size[1]}) are needed",
                 where=str(own[-1]),
-                fix="write one mask for each recorded frame, in the size of the recorded pictures",
+                fix="write one mask for each recorded frame, in the size of the recorded images",
             )
         return [own[-1]]
     missing = [frame for frame in frames if frame not in own]
@@ -145,7 +145,7 @@ def _check(own: Mapping[int, Path], frames: Sequence[int], where: Path, size: tu
         got = _size(own[frame])
         if got != size:
             raise PersistWorldError(
-                f"a mask of {got[0]}x{got[1]} pixels, but the recorded pictures have {size[0]}x{size[1]}",
+                f"a mask of {got[0]}x{got[1]} pixels, but the recorded images have {size[0]}x{size[1]}",
                 where=str(own[frame]),
                 fix="resize the masks without smoothing (nearest neighbour)",
             )
@@ -153,15 +153,15 @@ def _check(own: Mapping[int, Path], frames: Sequence[int], where: Path, size: tu
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture, from its header."""
-    with reading("unreadable mask", path, "write it again"), Image.open(path) as picture:
-        return picture.height, picture.width
+    """Height and width of an image, from its header."""
+    with reading("unreadable mask", path, "write it again"), Image.open(path) as image:
+        return image.height, image.width
 
 
-def _picture(path: Path) -> NDArray[np.bool_]:
+def _image(path: Path) -> NDArray[np.bool_]:
     """What a PNG marks: (H, W); of coloured ones every pixel that is not black, of palettes every index but 0."""
-    with reading("unreadable mask", path, "write it again"), Image.open(path) as picture:
-        pixels = np.asarray(picture.convert("RGB") if picture.mode not in ("1", "L", "P", "I;16", "I") else picture)
+    with reading("unreadable mask", path, "write it again"), Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB") if image.mode not in ("1", "L", "P", "I;16", "I") else image)
     return (pixels.any(axis=-1) if pixels.ndim == 3 else pixels) != 0
 
 

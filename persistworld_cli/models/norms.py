@@ -1,7 +1,7 @@
 """Group sizes of a small model's normalisation.
 
 diffusers' blocks fix 32 groups: 10 channels a group at SVD's 320. At 32 channels each group is one channel, and every
-norm then takes a picture's mean and contrast out of each channel: a small model with 32 groups cannot keep colours or
+norm then takes an image's mean and contrast out of each channel: a small model with 32 groups cannot keep colours or
 copy a still background, however long it trains (measured: presets/tiny/README.md). Fewer groups at small widths keep
 the full-size model's proportion; weights and their names stay.
 """

@@ -1,6 +1,6 @@
 """Frames to latents and back with SVD's temporal-decoder VAE.
 
-Shapes: N frames, V cameras, C latent channels, H x W picture, h = V * latent height (cameras stacked), w latent width.
+Shapes: N frames, V cameras, C latent channels, H x W image, h = V * latent height (cameras stacked), w latent width.
 Pixels are uint8 or [0, 1] outside, [-1, 1] inside; latents are scaled by the VAE's `scaling_factor` outside.
 """
 
@@ -54,41 +54,41 @@ def encode(vae: AutoencoderKLTemporalDecoder, images: torch.Tensor, noise: torch
     return latents * vae.config.scaling_factor
 
 
-def encode_pictures(
+def encode_images(
     vae: AutoencoderKLTemporalDecoder, frames_u8: torch.Tensor, device: torch.device, posterior: str = "mode"
 ) -> torch.Tensor:
-    """uint8 pictures (N, V, H, W, 3) to latents with the cameras stacked, (N, C, h, w), float32.
+    """uint8 images (N, V, H, W, 3) to latents with the cameras stacked, (N, C, h, w), float32.
 
     Args:
         vae: on `device`.
         frames_u8: on the CPU.
         device: where it is computed.
-        posterior: ``mode``, or ``sample`` for a draw that is a function of camera and picture alone, so that batches,
+        posterior: ``mode``, or ``sample`` for a draw that is a function of camera and image alone, so that batches,
             processes and runs that are resumed give the same.
     """
     n, v = frames_u8.shape[:2]
     images = pixels_to_unit(frames_u8.flatten(0, 1).to(device))
-    noise = _picture_noise(vae, frames_u8).to(device) if posterior == "sample" else None
+    noise = _image_noise(vae, frames_u8).to(device) if posterior == "sample" else None
     return stack_cameras(encode(vae, images, noise).unflatten(0, (n, v)).float())
 
 
-def _picture_noise(vae: AutoencoderKLTemporalDecoder, frames_u8: torch.Tensor) -> torch.Tensor:
-    """Unit noise (N * V, C, h1, w) for pictures (N, V, H, W, 3), seeded by camera and picture."""
+def _image_noise(vae: AutoencoderKLTemporalDecoder, frames_u8: torch.Tensor) -> torch.Tensor:
+    """Unit noise (N * V, C, h1, w) for images (N, V, H, W, 3), seeded by camera and image."""
     size = latent_size(vae.config, *frames_u8.shape[2:4])
     draws = [
-        torch.randn(size, generator=generator("posterior", camera, _hash(picture)))
+        torch.randn(size, generator=generator("posterior", camera, _hash(image)))
         for frame in frames_u8
-        for camera, picture in enumerate(frame)
+        for camera, image in enumerate(frame)
     ]
     return torch.stack(draws)
 
 
-def _hash(picture_u8: torch.Tensor) -> int:
-    return zlib.crc32(picture_u8.contiguous().numpy().tobytes())
+def _hash(image_u8: torch.Tensor) -> int:
+    return zlib.crc32(image_u8.contiguous().numpy().tobytes())
 
 
 def decode(vae: AutoencoderKLTemporalDecoder, latents: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Scaled latents (M, C, h1, w) to pictures (M, 3, H, W), not clamped, in [-1, 1].
+    """Scaled latents (M, C, h1, w) to images (M, 3, H, W), not clamped, in [-1, 1].
 
     Runs of `chunk` rows go through the decoder as one clip each, as Ctrl-World does it: with rows ordered camera by
     camera and a chunk that does not divide a camera's frames, neighbouring cameras mix.

@@ -25,7 +25,7 @@ from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.unet import FrameLevelUNet
 
 CARRIED = "image_encoder"  # in checkpoints because Ctrl-World's strict loading wants it; nothing computes with it
-# What goes through the decoder at once: so many pictures, and more of small ones (on two cores 120 of 48 x 80 pixels
+# What goes through the decoder at once: so many images, and more of small ones (on two cores 120 of 48 x 80 pixels
 # took 1 to 20% less time, at best, than in three runs)
 DECODE_ROWS, DECODE_PIXELS = 48, 2**19
 
@@ -97,7 +97,7 @@ class WorldModel(nn.Module):
 
     @property
     def decode_rows(self) -> int:
-        """Pictures that go through the decoder at once, where runs can be batched."""
+        """Images that go through the decoder at once, where runs can be batched."""
         return max(DECODE_ROWS, DECODE_PIXELS // (self.world.height * self.world.width))
 
     def drop_carried(self) -> None:
@@ -142,19 +142,19 @@ class WorldModel(nn.Module):
                 fix="use the preset that the dataset was extracted with (--preset), or extract it with this one",
             )
 
-    # -- pictures -------------------------------------------------------------------------------------------------
+    # -- images -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode_frames(self, frames_u8: torch.Tensor) -> torch.Tensor:
-        """uint8 pictures (N, V, H, W, 3) to latents (N, C, h, w), float32."""
-        return vae_room.encode_pictures(self.vae, frames_u8, self.device, self.settings.posterior)
+        """uint8 images (N, V, H, W, 3) to latents (N, C, h, w), float32."""
+        return vae_room.encode_images(self.vae, frames_u8, self.device, self.settings.posterior)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, chunk: int = 0, rows: int = 0) -> torch.Tensor:
-        """Latents (N, C, h, w) or (B, N, C, h, w) to pictures (..., V, 3, H, W) in [0, 1].
+        """Latents (N, C, h, w) or (B, N, C, h, w) to images (..., V, 3, H, W) in [0, 1].
 
         An item's rows are ordered camera by camera and decoded in runs of `chunk` (0: all frames of one camera).
-        `rows` bounds how many pictures go through the decoder at once where runs can be batched (0: what fits).
+        `rows` bounds how many images go through the decoder at once where runs can be batched (0: what fits).
         """
         rows = rows or self.decode_rows
         batched = latents if latents.ndim == 5 else latents[None]
@@ -168,9 +168,9 @@ class WorldModel(nn.Module):
             parts = [vae_room.decode_clips(self.vae, part, chunk) for part in flat.split(per_call)]
         else:
             parts = [vae_room.decode(self.vae, item, chunk) for item in flat.split(v * n)]
-        pictures = torch.cat(parts).float().unflatten(0, (b, v, n)).transpose(1, 2)
-        pictures = (pictures / 2 + 0.5).clamp(0, 1)
-        return pictures if latents.ndim == 5 else pictures[0]
+        images = torch.cat(parts).float().unflatten(0, (b, v, n)).transpose(1, 2)
+        images = (images / 2 + 0.5).clamp(0, 1)
+        return images if latents.ndim == 5 else images[0]
 
     def draw(self, latents: torch.Tensor, sampling: SamplingSettings) -> torch.Tensor:
         """`decode_latents` in the runs and the type that ``sampling`` asks for."""

@@ -57,7 +57,7 @@ def keep_extremes(rewards: Tensor, best: int, worst: int) -> Tensor:
 
 
 def credit_map(optimality: Tensor, weights: Tensor, size: tuple[int, int]) -> Tensor:
-    """Optimality of parts of the pictures as a factor of each latent pixel (ours).
+    """Optimality of parts of the images as a factor of each latent pixel (ours).
 
     Args:
         optimality: (M, N, V, rows, columns) of N frames and V cameras.
@@ -65,7 +65,7 @@ def credit_map(optimality: Tensor, weights: Tensor, size: tuple[int, int]) -> Te
         size: (h1, w) of one camera's latent.
 
     Returns:
-        (M, 1 + N, 1, V * h1, w); the first frame, which no picture scores, gets 1/2.
+        (M, 1 + N, 1, V * h1, w); the first frame, which no image scores, gets 1/2.
     """
     count, frames, views = optimality.shape[:3]
     used = torch.where(weights.view(1, 1, -1, 1, 1) > 0, optimality, 0.5)

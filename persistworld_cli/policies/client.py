@@ -136,7 +136,7 @@ class PolicyClient:
             time.sleep(min(_RETRY_S, left))
 
     def _open(self, timeout_s: float) -> ClientConnection:
-        """One attempt. Pictures do not compress, so no compression is offered."""
+        """One attempt. Images do not compress, so no compression is offered."""
         local = any(f"//{name}" in self.uri for name in ("127.", "localhost", "[::1]"))
         return connect(
             self.uri,

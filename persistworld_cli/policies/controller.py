@@ -22,19 +22,19 @@ from persistworld_cli.robot.kinematics import pose as flange_pose
 from persistworld_cli.rollout.engine import recorded_poses
 
 Float = NDArray[np.float64]
-Pictures = NDArray[np.uint8]
+Images = NDArray[np.uint8]
 
 
 class Controller(Protocol):
     """Gives each interaction's poses."""
 
-    def poses(self, step: int, current: Float, pictures: Pictures | None = None) -> Float:
+    def poses(self, step: int, current: Float, images: Images | None = None) -> Float:
         """Poses of interaction ``step`` (from 0).
 
         Args:
             step: number of the interaction; every one is asked for once, in order.
             current: (B, 7) the last pose of each rollout.
-            pictures: (B, V, H, W, 3) uint8 what the cameras show now; only policies need it.
+            images: (B, V, H, W, 3) uint8 what the cameras show now; only policies need it.
 
         Returns:
             (B, L, 7) float64.
@@ -49,7 +49,7 @@ class RecordedController:
         """``states``: (T, 7) of each rollout; ``starts``: its first frame; ``rows``: L."""
         self._tracks, self._rows = list(zip(states, starts, strict=True)), rows
 
-    def poses(self, step: int, current: Float, pictures: Pictures | None = None) -> Float:
+    def poses(self, step: int, current: Float, images: Images | None = None) -> Float:
         """(B, L, 7) recorded poses; what was reached and seen does not matter."""
         return np.stack([recorded_poses(states, start, step, self._rows) for states, start in self._tracks])
 
@@ -143,7 +143,7 @@ class PolicyView:
     cap_current: bool = False
     camera: int = 1  # the exterior camera it sees
     wrist_camera: int = 2
-    picture: tuple[int, ...] = ()
+    resize: tuple[int, ...] = ()
     image_size: int = 224
     rows: int = 5
 
@@ -182,24 +182,24 @@ class PolicyController:
         self.joints = np.array(joints, dtype=np.float64)
         self.traces = [PolicyTrace() for _ in policies]
 
-    def poses(self, step: int, current: Float, pictures: Pictures | None = None) -> Float:
+    def poses(self, step: int, current: Float, images: Images | None = None) -> Float:
         """(B, L, 7): what each policy's answer makes of the arm's joints. ``current`` is not used: joints lead.
 
         Raises:
             PersistWorldError: a policy failed or its answer is not what the layout says. No rollout has advanced then.
         """
-        if pictures is None:
-            raise PersistWorldError("a policy needs pictures")
-        chunks = [self._ask(b, pictures[b]) for b in range(len(self._policies))]
+        if images is None:
+            raise PersistWorldError("a policy needs images")
+        chunks = [self._ask(b, images[b]) for b in range(len(self._policies))]
         for b, chunk in enumerate(chunks):
             self.traces[b].add(chunk, (self._view.rows - 1) * self._view.skip)
             self.joints[b] = chunk.joints_taken[-1]
         return np.stack([chunk.poses_taken for chunk in chunks])
 
-    def _ask(self, rollout: int, pictures: Pictures) -> PolicyChunk:
-        """One question: (V, H, W, 3) pictures of one rollout -> its chunk."""
+    def _ask(self, rollout: int, images: Images) -> PolicyChunk:
+        """One question: (V, H, W, 3) images of one rollout -> its chunk."""
         view, joints = self._view, self.joints[rollout]
-        actions = ask_policy(self._policies[rollout], view, pictures, joints, self._prompts[rollout])
+        actions = ask_policy(self._policies[rollout], view, images, joints, self._prompts[rollout])
         return interpret_chunk(
             actions,
             joints,
@@ -211,13 +211,13 @@ class PolicyController:
         )
 
 
-def ask_policy(policy: ActingPolicy, view: PolicyView, pictures: Pictures, joints: Float, prompt: str) -> Float:
+def ask_policy(policy: ActingPolicy, view: PolicyView, images: Images, joints: Float, prompt: str) -> Float:
     """One question to a policy.
 
     Args:
         policy: who is asked.
         view: what it is shown.
-        pictures: (V, H, W, 3) uint8.
+        images: (V, H, W, 3) uint8.
         joints: (8,) joints and gripper.
         prompt: the instruction.
 
@@ -228,6 +228,6 @@ def ask_policy(policy: ActingPolicy, view: PolicyView, pictures: Pictures, joint
         PersistWorldError: it failed, or its answer is not what the layout says.
     """
     obs = build_observation(
-        pictures[view.camera], pictures[view.wrist_camera], joints, prompt, view.image_size, view.picture
+        images[view.camera], images[view.wrist_camera], joints, prompt, view.image_size, view.resize
     )
     return check_actions(policy.infer(obs), view.layout, source="the policy")

@@ -83,7 +83,7 @@ class ScriptedPolicy:
     """Reaches over a spot of the table, goes down, closes the gripper and lifts.
 
     A closed loop on joint angles and gripper alone: what it does next follows from where the arm is, so it keeps no
-    state and one instance can serve any number of rollouts. It does not look at the pictures.
+    state and one instance can serve any number of rollouts. It does not look at the images.
     """
 
     tool_z = 0.15  # m from the flange to between the finger pads

@@ -1,6 +1,6 @@
 """What a judge is: it looks at a rollout and says whether the instruction came true, and how far it got.
 
-To add one: write a class with `judge` (see `Judge`) and add a line to `judging.registry`, or name your own as
+To add one: write a class with `judge` (see `Judge`) and add a line to `policies.judges`, or name your own as
 ``--judge module:Class``.
 
 Shape legend: F frames of a rollout (the first is the start), V cameras, H, W pixels, R rows of the trace at 15 Hz.

@@ -1,6 +1,6 @@
 """Judges by name: the project's own, and any class of the user's.
 
-To add one: write a class (see `judging.base`) and a line in `JUDGES`.
+To add one: write a class (see `policies.judge`) and a line in `JUDGES`.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def find_layout(name: str) -> Layout:
 def resize_with_pad(image: NDArray[np.uint8], size: int, first: Sequence[int] = ()) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 -> (size, size, 3): as large as fits, aspect kept, centred on black (bilinear).
 
-    With ``first`` (height, width) the picture is brought to that size, and so to its aspect, before.
+    With ``first`` (height, width) the image is brought to that size, and so to its aspect, before.
     """
     if first:
         image = _resize(image, *first)
@@ -66,8 +66,8 @@ def resize_with_pad(image: NDArray[np.uint8], size: int, first: Sequence[int] = 
 
 def _resize(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
     """(H, W, 3) -> (height, width, 3), bilinear."""
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+    source = Image.fromarray(np.ascontiguousarray(image))
+    return np.asarray(source.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def build_observation(
@@ -76,21 +76,21 @@ def build_observation(
     joints: Float,
     prompt: str,
     size: int = 224,
-    picture: Sequence[int] = (),
+    resize: Sequence[int] = (),
 ) -> dict[str, Any]:
     """One request.
 
     Args:
-        exterior: (H, W, 3) uint8 picture of the exterior camera shown to the policy.
+        exterior: (H, W, 3) uint8 image of the exterior camera shown to the policy.
         wrist: (H, W, 3) uint8.
         joints: (8,) seven joint angles (rad) and the gripper (0 open .. 1 closed).
         prompt: the instruction.
-        size: side of the pictures sent.
-        picture: (height, width) that they are brought to before they are padded; empty: none.
+        size: side of the images sent.
+        resize: (height, width) that they are brought to before they are padded; empty: none.
     """
     return {
-        EXTERIOR: resize_with_pad(exterior, size, picture),
-        WRIST: resize_with_pad(wrist, size, picture),
+        EXTERIOR: resize_with_pad(exterior, size, resize),
+        WRIST: resize_with_pad(wrist, size, resize),
         JOINTS: np.array(joints[:7], dtype=np.float64),  # copies: a policy in this process may keep what it was shown
         GRIPPER: np.array(joints[7:8], dtype=np.float64),
         PROMPT: prompt,

@@ -169,5 +169,5 @@ def _episode(settings: Settings, rollout: Rollout) -> NewEpisode:
             f"{name}.joint_position": joints[rows],
         }
     columns["action.joint_velocity"] = np.concatenate([velocities, np.zeros((1, 7))])
-    pictures = {camera: rollout.frames[:, view] for view, camera in enumerate(settings.world.cameras)}
-    return NewEpisode(task=rollout.start.text, columns=columns, pictures=pictures)
+    images = {camera: rollout.frames[:, view] for view, camera in enumerate(settings.world.cameras)}
+    return NewEpisode(task=rollout.start.text, columns=columns, images=images)

@@ -37,7 +37,7 @@ from persistworld_cli.reports.policy_tables import rollout_tables
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.tables import plain
 from persistworld_cli.robot.adapter import ActionAdapter, load_adapter
-from persistworld_cli.rollout.interactive import LivingWorld, Start, find_split, make_start
+from persistworld_cli.rollout.interactive import InteractiveRollout, Start, find_split, make_start
 from persistworld_cli.rollout.recording import Item
 
 BUNDLED_JUDGE = "bundled-world"  # judges what is compared with the simulator, if no other is named
@@ -180,8 +180,8 @@ def _settle(gathered: Gathered, settings: Settings, plan: Plan, court: Court, ro
         told["sim"] = beside.entry()
         shown = {"sim_success": told["sim"]["success"], "sim_progress": told["sim"]["progress"]}
         gathered.simulated.append(beside)
-    pictures = {"simulator": beside.rolled.rollout.frames} if beside is not None else None
-    entry = save_rollout(output, settings, rollout, told, verdict, pictures)
+    images = {"simulator": beside.rolled.rollout.frames} if beside is not None else None
+    entry = save_rollout(output, settings, rollout, told, verdict, images)
     gathered.rollouts.append(rollout)
     gathered.verdicts.append(verdict)
     gathered.entries.append({**entry, **shown})
@@ -250,7 +250,7 @@ def make_plan(settings: Settings, job: dict[str, Any], store: EpisodeStore) -> P
         cap_current=own.cap_current,
         camera=_camera(own.camera, "policy.camera", settings),
         wrist_camera=_camera(own.wrist_camera, "policy.wrist_camera", settings),
-        picture=own.picture,
+        resize=own.resize,
         image_size=own.image_size,
         rows=settings.model.num_frames,
     )
@@ -322,20 +322,20 @@ def _roll(
     meter: Meter,
 ) -> list[Rollout]:
     """One batch, as far as the policy answers."""
-    world = LivingWorld(model, store, starts, settings, policy=True)
+    world = InteractiveRollout(model, store, starts, settings, policy=True)
     joints = np.stack([start.joints for start in starts])
     controller = PolicyController(policies, plan.view, joints, [start.text for start in starts])
-    frames, moves, error = [world.pictures[:, None]], [], None
+    frames, moves, error = [world.images[:, None]], [], None
     for policy in policies:
         policy.reset()
     for step in range(plan.steps):
         try:
-            poses = controller.poses(step, world.poses, world.pictures)
+            poses = controller.poses(step, world.poses, world.images)
         except PersistWorldError as failed:
             error = failed
             break
         moves.append(world.step(poses))
-        frames.append(moves[-1].pictures)
+        frames.append(moves[-1].images)
         meter.advance(seconds_a_step=moves[-1].seconds)
     return [
         Rollout(

@@ -132,7 +132,7 @@ def trust_plot(path: Path, result: Mapping[str, Any]) -> None:
             rho = "-" if row["rho"] is None else f"{row['rho']:+.2f} [{_short(row['low'])}, {_short(row['high'])}]"
             plot.set_title(f"{model}, {group}\nrho {rho}, within a step {_short(row['within_step'])}", fontsize=9)
             plot.set_xlabel("variance between seeds (latents)", fontsize=9)
-            plot.set_ylabel("squared error (pictures)", fontsize=9)
+            plot.set_ylabel("squared error (images)", fontsize=9)
             plot.grid(alpha=0.25)
             plot.spines[["top", "right"]].set_visible(False)
             figure.colorbar(dots, ax=plot, label="time in the rollout (s)")

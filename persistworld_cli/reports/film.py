@@ -64,8 +64,8 @@ def write_film_sheet(
     shown = np.unique(np.linspace(0, len(steps), min(_SHEET_COLUMNS, len(steps) + 1)).round().astype(int))
     columns = ["start" if step == 0 else steps[step - 1] for step in shown]
     blocks = []
-    for block, pictures in {"world model": frames, **(beside or {})}.items():
-        ends = pictures[shown * fresh]
+    for block, images in {"world model": frames, **(beside or {})}.items():
+        ends = images[shown * fresh]
         rows = [(name, ends[:, camera], ()) for camera, name in enumerate(_cameras(settings))]
         blocks.append(SheetBlock(block, rows))
     contact_sheet(path, title, columns, blocks)

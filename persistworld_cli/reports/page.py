@@ -35,14 +35,14 @@ for (const film of document.querySelectorAll("video")) seen.observe(film);
 """
 
 
-def write_page(path: Path, result: Mapping[str, Any], pictures: Sequence[Path], films: Sequence[Path]) -> None:
+def write_page(path: Path, result: Mapping[str, Any], images: Sequence[Path], films: Sequence[Path]) -> None:
     """Write the page.
 
     Args:
         path: HTML file to write.
         result: ``eval.json``'s dictionary.
-        pictures: PNG files to put in, in order.
-        films: mp4 files; one that is named like a picture stands under it.
+        images: PNG files to put in, in order.
+        films: mp4 files; one that is named like an image stands under it.
     """
     title = " against ".join(model["label"] for model in reversed(result["models"]))
     table = eval_table(result)
@@ -51,7 +51,7 @@ def write_page(path: Path, result: Mapping[str, Any], pictures: Sequence[Path], 
         f"<p>{html.escape(str(table.title))}</p>",
         html_table(table),
         *_conduct(result),
-        *_figures(pictures, films),
+        *_figures(images, films),
         _cameras(result),
         _provenance(result),
     ]
@@ -74,12 +74,12 @@ def _conduct(result: Mapping[str, Any]) -> list[str]:
     return [f"<h2>{html.escape(str(table.title))}</h2>", html_table(table)]
 
 
-def _figures(pictures: Sequence[Path], films: Sequence[Path]) -> list[str]:
-    """Each picture with its film under one heading."""
+def _figures(images: Sequence[Path], films: Sequence[Path]) -> list[str]:
+    """Each image with its film under one heading."""
     parts = []
-    for stem in dict.fromkeys(file.stem for file in [*pictures, *films]):
+    for stem in dict.fromkeys(file.stem for file in [*images, *films]):
         parts.append(f"<h2>{html.escape(_name(stem))}</h2>")
-        parts += [_picture(file) for file in pictures if file.stem == stem]
+        parts += [_image(file) for file in images if file.stem == stem]
         parts += [_film(file) for file in films if file.stem == stem]
     return parts
 
@@ -90,7 +90,7 @@ def _name(stem: str) -> str:
     return f"{lead}: {', '.join(rest).replace('-', ' ')}" if rest else lead
 
 
-def _picture(file: Path) -> str:
+def _image(file: Path) -> str:
     sheet = ' class="sheet" title="click: its own size"' if file.parent.name == "sheets" else ""
     return f'<div{sheet}><img alt="{html.escape(_name(file.stem))}" src="{_url(file, "image/png")}"></div>'
 

@@ -39,14 +39,14 @@ def rollout_tables(result: Mapping[str, Any]) -> Group:
 
 
 def _agreement(against: Mapping[str, Any]) -> Table:
-    """The 2x2 tables: judge on imagined and on simulated pictures, each against the simulator's truth."""
+    """The 2x2 tables: judge on imagined and on simulated images, each against the simulator's truth."""
     table = Table(title="Success against the simulator's own state", title_justify="left")
     table.add_column("judged from")
     for name in ("n", "both", "only judged", "only true", "neither", "cannot tell", "agree", "progress r"):
         table.add_column(name, justify="right")
     for name, one, r in (
-        ("imagined pictures", against["success"], against["progress"]["pearson_r"]),
-        ("simulated pictures", against["judge_on_simulated"], against["judge_on_simulated"]["pearson_r"]),
+        ("imagined images", against["success"], against["progress"]["pearson_r"]),
+        ("simulated images", against["judge_on_simulated"], against["judge_on_simulated"]["pearson_r"]),
     ):
         keys = ("n", "both_succeed", "only_foretold", "only_true", "both_fail", "not_told")
         table.add_row(name, *(str(one[key]) for key in keys), _percent(one["agreement"]), _r(r))

@@ -1,6 +1,6 @@
 """Contact sheets and side-by-side videos, large enough to see something, with names, steps and numbers drawn on them.
 
-Shape legend: F frames, V cameras, H, W pixels. Pictures are uint8 RGB (..., H, W, 3).
+Shape legend: F frames, V cameras, H, W pixels. Images are uint8 RGB (..., H, W, 3).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from persistworld_cli.data.raw.video import write_mp4
 from persistworld_cli.files import whole_file
 
-Pictures = NDArray[np.uint8]
+Images = NDArray[np.uint8]
 INK, DIM, PAPER = (240, 240, 240), (165, 165, 172), (24, 24, 28)
 SHEET_CELL, VIDEO_CELL = 240, 320  # width in pixels that a view is brought to
 GAP = 3
@@ -42,39 +42,39 @@ def _clip(text: str, size: int, width: int) -> str:
     return text.rstrip() + "…"
 
 
-def enlarge(pictures: Pictures, width: int) -> Pictures:
-    """Bring pictures (..., H, W, 3) near a width: whole factors by repeating pixels, smaller ones by averaging."""
-    high, wide = pictures.shape[-3:-1]
+def enlarge(images: Images, width: int) -> Images:
+    """Bring images (..., H, W, 3) near a width: whole factors by repeating pixels, smaller ones by averaging."""
+    high, wide = images.shape[-3:-1]
     factor = round(width / wide)
     if factor >= 1:
-        return pictures.repeat(factor, axis=-3).repeat(factor, axis=-2)
-    flat = pictures.reshape(-1, high, wide, 3)
+        return images.repeat(factor, axis=-3).repeat(factor, axis=-2)
+    flat = images.reshape(-1, high, wide, 3)
     size = (width, round(high * width / wide))
     small = np.stack([np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BOX)) for one in flat])
-    return small.reshape(*pictures.shape[:-3], size[1], size[0], 3)
+    return small.reshape(*images.shape[:-3], size[1], size[0], 3)
 
 
 @dataclass(frozen=True)
 class SheetBlock:
-    """A title over rows of pictures: (name, (n, H, W, 3), [note under the name, ...])."""
+    """A title over rows of images: (name, (n, H, W, 3), [note under the name, ...])."""
 
     title: str
-    rows: Sequence[tuple[str, Pictures, Sequence[str]]]
+    rows: Sequence[tuple[str, Images, Sequence[str]]]
 
 
 def contact_sheet(
     path: Path, title: str, columns: Sequence[str], blocks: Sequence[SheetBlock], *, cell: int = SHEET_CELL
 ) -> None:
-    """Write one PNG: a block under the other, rows of pictures, a name left of each row, a time over each column.
+    """Write one PNG: a block under the other, rows of images, a name left of each row, a time over each column.
 
     Args:
         path: PNG to write.
         title: over everything.
         columns: n texts, one a column.
-        blocks: each with rows of n pictures.
-        cell: width that a picture is brought to.
+        blocks: each with rows of n images.
+        cell: width that an image is brought to.
     """
-    rows = [[enlarge(pictures, cell) for _, pictures, _ in block.rows] for block in blocks]
+    rows = [[enlarge(images, cell) for _, images, _ in block.rows] for block in blocks]
     high, wide = rows[0][0].shape[1:3]
     width = LABEL + len(columns) * (wide + GAP)
     height = 2 * BAR + sum(BAR + len(block.rows) * (high + GAP) for block in blocks)
@@ -85,10 +85,10 @@ def contact_sheet(
         centre = LABEL + column * (wide + GAP) + wide // 2
         draw.text((centre, BAR + 6), text, DIM, font=_font(13), anchor="ma")
     top = 2 * BAR
-    for block, pictures in zip(blocks, rows, strict=True):
+    for block, images in zip(blocks, rows, strict=True):
         draw.text((8, top + 5), block.title, INK, font=_font(14))
         top += BAR
-        for (name, _, notes), cells in zip(block.rows, pictures, strict=True):
+        for (name, _, notes), cells in zip(block.rows, images, strict=True):
             draw.text((8, top + 4), _clip(name, 13, LABEL - 12), INK, font=_font(13))
             for line, note in enumerate(notes):
                 draw.text((8, top + 24 + 17 * line), note, DIM, font=_font(12))
@@ -104,14 +104,14 @@ class VideoRow:
     """One model (or the recording) in a video: its frames (F, V, H, W, 3), and a text for each frame."""
 
     name: str
-    frames: Pictures
+    frames: Images
     notes: Sequence[str] = field(default=())
 
 
 def side_by_side(
     title: str, cameras: Sequence[str], rows: Sequence[VideoRow], times: Sequence[str], *, cell: int = VIDEO_CELL
-) -> Iterator[Pictures]:
-    """Pictures of a video: cameras as columns, rows under each other; the title and each frame's time and step on top.
+) -> Iterator[Images]:
+    """Images of a video: cameras as columns, rows under each other; the title and each frame's time and step on top.
 
     Args:
         title: of the video.

@@ -21,7 +21,7 @@ from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
 from persistworld_cli.rollout.recording import Item, Recording, crop_to, load_recording, require_same_shape, to_uint8
-from persistworld_cli.rollout.scoring import PLAIN, Judging, Scores, score_pictures
+from persistworld_cli.rollout.scoring import PLAIN, Scores, ScoringOptions, score_images
 
 Progress = Callable[[int, int], None]  # (interactions done, interactions in all)
 Commands = Callable[[Recording], NDArray[np.float64]]  # -> poses (F + 1, D) from the start on
@@ -58,7 +58,7 @@ def iter_closed_loop(
     scorer: Scorer,
     keep_latents: bool = False,
     progress: Progress | None = None,
-    judging: Judging = PLAIN,
+    scoring: ScoringOptions = PLAIN,
     commands: Commands | None = None,
 ) -> Iterator[Rollout]:
     """Roll out and score, ``batch`` items at a time; yields each item when its batch is done.
@@ -75,13 +75,13 @@ def iter_closed_loop(
         steps: interactions S.
         batch: items rolled out together.
         scorer: metrics.
-        keep_latents: keep what was predicted, for pictures later (`draw_frames`).
+        keep_latents: keep what was predicted, for images later (`draw_frames`).
         progress: called after every interaction.
-        judging: crop, colour range, masks of the metrics.
+        scoring: crop, colour range, masks of the metrics.
         commands: gives the poses that a rollout gets instead of the recorded ones.
 
     Raises:
-        PersistWorldError: an absent episode, a start beyond its end, pictures of another size than the model draws.
+        PersistWorldError: an absent episode, a start beyond its end, images of another size than the model draws.
     """
     rows = model.settings.num_frames
     total = steps * -(-len(items) // max(1, batch))
@@ -92,7 +92,7 @@ def iter_closed_loop(
         if commands:
             recordings = [replace(recording, commanded=commands(recording)) for recording in recordings]
         report = _counter(progress, index * steps, total)
-        scores, latents = _roll(model, engine, scorer, recordings, steps, keep_latents, report, judging)
+        scores, latents = _roll(model, engine, scorer, recordings, steps, keep_latents, report, scoring)
         seconds = (time.perf_counter() - tick) / len(recordings)
         for row, recording in enumerate(recordings):
             own = {name: value[row] for name, value in scores.items()}
@@ -116,7 +116,7 @@ def _roll(
     steps: int,
     keep: bool,
     report: Callable[[int], None],
-    judging: Judging,
+    scoring: ScoringOptions,
 ) -> tuple[Scores, NDArray[np.float16] | None]:
     """One batch: scores name -> (B, F, V), and the predicted latents (B, S, L, C, h, w) if kept."""
     rows = model.settings.num_frames
@@ -134,7 +134,7 @@ def _roll(
         report(step)
         return model.draw(predicted, engine.sampling)[:, 1:]
 
-    scores = score_pictures(scorer, recordings, draw, steps, rows, judging)
+    scores = score_images(scorer, recordings, draw, steps, rows, scoring)
     if not keep:
         return scores, None
     while len(kept) < steps:  # every recording had ended: nothing was predicted, and nothing will be shown
@@ -226,8 +226,8 @@ def draw_frames(
 ) -> NDArray[np.uint8]:
     """Decode a rollout's kept latents (S, L, C, h, w) to its new frames, uint8 (F, V, H, W, 3)."""
     predicted = torch.from_numpy(np.asarray(latents, dtype=np.float32)).to(model.device)
-    pictures = torch.cat([model.draw(step, sampling)[1:] for step in predicted])
-    return to_uint8(crop_to(pictures, height, width, where="model.vae"), model.world.pixel_rounding)
+    images = torch.cat([model.draw(step, sampling)[1:] for step in predicted])
+    return to_uint8(crop_to(images, height, width, where="model.vae"), model.world.pixel_rounding)
 
 
 def reward_of(scorer: Scorer, scores: Scores) -> NDArray[np.float64]:

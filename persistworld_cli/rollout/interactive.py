@@ -24,7 +24,7 @@ from persistworld_cli.rollout.engine import RolloutEngine, RolloutState, rollout
 from persistworld_cli.rollout.recording import Item, check_item, crop_to, to_uint8
 
 Float = NDArray[np.float64]
-Pictures = NDArray[np.uint8]
+Images = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ def first_latents(model: WorldModel, store: EpisodeStore, starts: Sequence[Start
         try:
             store.latent_files(split, episode)
         except PersistWorldError:
-            pictures = store.frames(split, episode, [frame])[0]
-            latent = model.encode_frames(
-                torch.from_numpy(resize(pictures, model.world.height, model.world.width))[None]
-            )[0].cpu()
+            images = store.frames(split, episode, [frame])[0]
+            latent = model.encode_frames(torch.from_numpy(resize(images, model.world.height, model.world.width))[None])[
+                0
+            ].cpu()
         else:
             latent = store.latents(split, episode, [frame])[0]
         if tuple(latent.shape) != model.latent_shape:
@@ -108,32 +108,32 @@ def first_latents(model: WorldModel, store: EpisodeStore, starts: Sequence[Start
 
 
 @dataclass(frozen=True)
-class Moved:
-    """What one interaction brought: its poses (B, L, 7), new pictures (B, L-1, V, H, W, 3) uint8, seconds of work."""
+class StepResult:
+    """What one interaction brought: its poses (B, L, 7), new images (B, L-1, V, H, W, 3) uint8, seconds of work."""
 
     poses: Float
-    pictures: Pictures
+    images: Images
     seconds: float
 
 
 @dataclass(frozen=True)
-class Mark:
-    """Where a `LivingWorld` stood, to come back to: its rollouts, poses (B, 7), pictures (B, V, H, W, 3), steps."""
+class Snapshot:
+    """Where an `InteractiveRollout` stood, to come back to: rollouts, poses (B, 7), images (B, V, H, W, 3), steps."""
 
     state: RolloutState
     poses: Float
-    pictures: Pictures
+    images: Images
     steps: int
 
 
-class LivingWorld:
-    """Rollouts in progress: poses in, pictures out. The same starts, poses and seeds give the same pictures.
+class InteractiveRollout:
+    """Rollouts in progress: poses in, images out. The same starts, poses and seeds give the same images.
 
     Args:
         model: the world model on its device.
         store: where the starts lie.
         starts: one for each rollout; all are advanced together.
-        settings: sampling and picture size.
+        settings: sampling and image size.
         policy: show the model the history that policies are rolled out with (`sampling.history_policy`).
     """
 
@@ -152,7 +152,7 @@ class LivingWorld:
         self._starts = list(starts)
         first = first_latents(model, store, starts)
         self.poses: Float = np.stack([start.pose for start in starts])
-        self.pictures: Pictures = self._draw(first[:, None])[:, 0]  # (B, V, H, W, 3): what the cameras show now
+        self.images: Images = self._draw(first[:, None])[:, 0]  # (B, V, H, W, 3): what the cameras show now
         self._state = self._engine.start(first, self.poses, [start.text for start in starts])
         self.steps = 0
 
@@ -162,16 +162,21 @@ class LivingWorld:
         return self._model.settings.num_frames
 
     @property
-    def mark(self) -> Mark:
+    def snapshot(self) -> Snapshot:
         """Where it stands now."""
-        return Mark(self._state.copy(), self.poses, self.pictures, self.steps)
+        return Snapshot(self._state.copy(), self.poses, self.images, self.steps)
 
-    def go(self, mark: Mark) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Stand where it stood."""
-        self._state, self.poses, self.pictures, self.steps = mark.state.copy(), mark.poses, mark.pictures, mark.steps
+        self._state, self.poses, self.images, self.steps = (
+            snapshot.state.copy(),
+            snapshot.poses,
+            snapshot.images,
+            snapshot.steps,
+        )
 
-    def step(self, poses: Float, branch: int = 0) -> Moved:
-        """One interaction along raw poses (B, L, 7); `poses`, `pictures` and `steps` then show where it led.
+    def step(self, poses: Float, branch: int = 0) -> StepResult:
+        """One interaction along raw poses (B, L, 7); `poses`, `images` and `steps` then show where it led.
 
         ``branch`` draws other noise for the same interaction; 0 is what every other rollout of these starts gets.
         """
@@ -179,13 +184,13 @@ class LivingWorld:
         extra = (branch,) if branch else ()
         keys = [(s.item.seed, s.item.episode, s.item.start, self.steps, *extra) for s in self._starts]
         predicted = self._engine.step(self._state, poses, rollout_noise(keys, self._engine.noise_shape))
-        pictures = self._draw(predicted)[:, 1:]  # row 0 only draws the current frame again
-        self.poses, self.pictures = poses[:, -1].copy(), pictures[:, -1]
+        images = self._draw(predicted)[:, 1:]  # row 0 only draws the current frame again
+        self.poses, self.images = poses[:, -1].copy(), images[:, -1]
         self.steps += 1
-        return Moved(poses, pictures, time.perf_counter() - began)
+        return StepResult(poses, images, time.perf_counter() - began)
 
-    def _draw(self, latents: Tensor) -> Pictures:
+    def _draw(self, latents: Tensor) -> Images:
         """(B, N, C, h, w) -> uint8 (B, N, V, H, W, 3)."""
-        pictures = self._model.draw(latents.to(self._model.device), self._engine.sampling)
-        drawn = crop_to(pictures, self._world.height, self._world.width, where="model.vae")
+        images = self._model.draw(latents.to(self._model.device), self._engine.sampling)
+        drawn = crop_to(images, self._world.height, self._world.width, where="model.vae")
         return to_uint8(drawn, self._world.pixel_rounding)

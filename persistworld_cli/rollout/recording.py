@@ -137,24 +137,24 @@ def to_unit(frames: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.asarray(frames))).movedim(-1, -3).float() / 255.0
 
 
-def to_uint8(pictures: Tensor, rounding: str = "nearest") -> NDArray[np.uint8]:
+def to_uint8(images: Tensor, rounding: str = "nearest") -> NDArray[np.uint8]:
     """Float (..., 3, H, W) in [0, 1] to uint8 (..., H, W, 3), rounded to the nearest, or "down" as Ctrl-World does."""
-    scaled = pictures.clamp(0, 1) * 255.0
+    scaled = images.clamp(0, 1) * 255.0
     whole = scaled.round() if rounding == "nearest" else scaled.floor()
     return whole.to(torch.uint8).movedim(-3, -1).cpu().numpy()
 
 
-def crop_to(pictures: Tensor, height: int, width: int, where: str) -> Tensor:
-    """Decoded pictures (..., H', W') cut to the recording's size: a VAE rounds up to its factor.
+def crop_to(images: Tensor, height: int, width: int, where: str) -> Tensor:
+    """Decoded images (..., H', W') cut to the recording's size: a VAE rounds up to its factor.
 
     Raises:
         PersistWorldError: smaller than the recording, or larger by more than the rounding: another world's model.
     """
-    high, wide = pictures.shape[-2:]
+    high, wide = images.shape[-2:]
     if not (0 <= high - height < 16 and 0 <= wide - width < 16):
         raise PersistWorldError(
-            f"the model draws {high}x{wide} pictures, the recording has {height}x{width}",
+            f"the model draws {high}x{wide} images, the recording has {height}x{width}",
             where=where,
             fix="use the preset that the dataset was extracted with",
         )
-    return pictures[..., :height, :width]
+    return images[..., :height, :width]

@@ -39,8 +39,8 @@ class MetricInfo:
 
 
 @dataclass(frozen=True)
-class Judging:
-    """How pictures are brought before the metrics, and on which pixels they are measured apart.
+class ScoringOptions:
+    """How images are brought before the metrics, and on which pixels they are measured apart.
 
     Attributes:
         crop: pixels left out at the top, bottom, left and right.
@@ -54,11 +54,11 @@ class Judging:
     motion: float = MOTION
     masks: tuple[MaskSet, ...] = ()
 
-    def cut(self, pictures: Tensor) -> Tensor:
-        """Pictures or masks (..., H, W) without the margins."""
+    def cut(self, images: Tensor) -> Tensor:
+        """Images or masks (..., H, W) without the margins."""
         top, bottom, left, right = self.crop
-        high, wide = pictures.shape[-2:]
-        return pictures[..., top : high - bottom, left : wide - right]
+        high, wide = images.shape[-2:]
+        return images[..., top : high - bottom, left : wide - right]
 
     def shown(self, pred: Tensor) -> Tensor:
         """Predictions (..., 3, H, W) as the metrics see them."""
@@ -77,17 +77,17 @@ class Judging:
         return {MOVING: moving | shared, **{f"masks@{masks.name}": shared | masks.describe() for masks in self.masks}}
 
 
-PLAIN = Judging()
+PLAIN = ScoringOptions()
 
 
-def metric_infos(scorer: Scorer, judging: Judging = PLAIN) -> dict[str, MetricInfo]:
+def metric_infos(scorer: Scorer, scoring: ScoringOptions = PLAIN) -> dict[str, MetricInfo]:
     """Every metric that `score_frames` gives, in the order of tables; the scorer's, then those on some pixels only."""
     infos = {
         name: MetricInfo(metric.label, metric.unit, metric.higher_is_better)
         for name, metric in scorer.registered.items()
     }
     infos[MOVING] = MetricInfo(MOVING_LABEL, "dB", True)
-    for masks in judging.masks:
+    for masks in scoring.masks:
         infos[f"psnr@{masks.name}"] = MetricInfo(f"psnr ({masks.name})", "dB", True)
         infos[f"ssim@{masks.name}"] = MetricInfo(f"ssim ({masks.name})", "", True)
     return infos
@@ -98,7 +98,7 @@ def score_frames(
     pred: Tensor,
     target: Tensor,
     first: Tensor,
-    judging: Judging = PLAIN,
+    scoring: ScoringOptions = PLAIN,
     marked: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The scorer's metrics, PSNR over the pixels that moved since the rollout's start (`masks.moving_mask`), and PSNR
@@ -108,18 +108,18 @@ def score_frames(
         scorer: the metrics.
         pred, target: (B, K, V, 3, H, W) in [0, 1].
         first: (B, V, 3, H, W), the recorded frame at the rollout's start.
-        judging: crop, colour range, motion.
+        scoring: crop, colour range, motion.
         marked: name of a mask set -> bool (B, K, V, H, W).
 
     Returns:
         name -> (B, K, V); the masked ones are NaN where (almost) nothing moved or was marked.
     """
-    pred, target, first = judging.shown(pred), judging.cut(target), judging.cut(first)
+    pred, target, first = scoring.shown(pred), scoring.cut(target), scoring.cut(first)
     scores = scorer.metrics(pred, target)
     pred, target, first = (part.to(scorer.device) for part in (pred, target, first))
-    scores[MOVING] = masked_psnr(pred, target, moving_mask(target, first[:, None], threshold=judging.motion))
+    scores[MOVING] = masked_psnr(pred, target, moving_mask(target, first[:, None], threshold=scoring.motion))
     for name, mask in (marked or {}).items():
-        inside = judging.cut(mask).to(scorer.device)
+        inside = scoring.cut(mask).to(scorer.device)
         scores[f"psnr@{name}"] = masked_psnr(pred, target, inside)
         scores[f"ssim@{name}"] = masked_ssim(pred, target, inside)
     return scores
@@ -140,29 +140,29 @@ def write_scores(into: Scores, scores: Mapping[str, Tensor], frames: slice, vali
 
 
 @torch.no_grad()
-def score_pictures(
+def score_images(
     scorer: Scorer,
     recordings: Sequence[Recording],
     draw: Callable[[int], Tensor],
     steps: int,
     rows: int,
-    judging: Judging = PLAIN,
+    scoring: ScoringOptions = PLAIN,
 ) -> Scores:
-    """Score pictures that ``draw`` gives for each interaction against the recordings.
+    """Score images that ``draw`` gives for each interaction against the recordings.
 
     Args:
         scorer: the metrics.
         recordings: B of them.
-        draw: interaction -> pictures (B, K, V, 3, H, W) in [0, 1]; called in order, until every recording has ended.
+        draw: interaction -> images (B, K, V, 3, H, W) in [0, 1]; called in order, until every recording has ended.
         steps, rows: S and L.
-        judging: crop, colour range, masks.
+        scoring: crop, colour range, masks.
 
     Returns:
         name -> (B, F, V).
     """
     fresh = rows - 1
     cameras = recordings[0].frames.shape[1]
-    out = blank_scores(judging.names(scorer), len(recordings), steps * fresh, cameras)
+    out = blank_scores(scoring.names(scorer), len(recordings), steps * fresh, cameras)
     first = to_unit([recording.first for recording in recordings])
     for step in range(steps):
         frames = slice(step * fresh, (step + 1) * fresh)
@@ -172,8 +172,8 @@ def score_pictures(
         target = to_unit([recording.frames[frames] for recording in recordings])
         height, width = target.shape[-2:]
         pred = crop_to(draw(step), height, width, where="model.vae, world.height, world.width")
-        marked = {masks.name: _marked(masks, recordings, frames) for masks in judging.masks}
-        write_scores(out, score_frames(scorer, pred, target, first, judging, marked), frames, valid)
+        marked = {masks.name: _marked(masks, recordings, frames) for masks in scoring.masks}
+        write_scores(out, score_frames(scorer, pred, target, first, scoring, marked), frames, valid)
     return out
 
 
@@ -184,12 +184,12 @@ def _marked(masks: MaskSet, recordings: Sequence[Recording], frames: slice) -> T
 
 
 def floor_scores(
-    scorer: Scorer, recordings: Sequence[Recording], steps: int, rows: int, judging: Judging = PLAIN
+    scorer: Scorer, recordings: Sequence[Recording], steps: int, rows: int, scoring: ScoringOptions = PLAIN
 ) -> Scores:
     """Scores of copying the frame at the start over the whole horizon: name -> (B, F, V)."""
     first = to_unit([recording.first for recording in recordings])
     still = first[:, None].expand(-1, rows - 1, *first.shape[1:])
-    return score_pictures(scorer, recordings, lambda step: still, steps, rows, judging)
+    return score_images(scorer, recordings, lambda step: still, steps, rows, scoring)
 
 
 def ceiling_scores(
@@ -201,7 +201,7 @@ def ceiling_scores(
     steps: int,
     rows: int,
     sampling: SamplingSettings,
-    judging: Judging = PLAIN,
+    scoring: ScoringOptions = PLAIN,
 ) -> Scores:
     """Scores of the recording through the VAE: name -> (B, F, V). Predictions can hardly be drawn better."""
 
@@ -211,4 +211,4 @@ def ceiling_scores(
         )
         return model.draw(latents.to(model.device), sampling)[:, 1:]
 
-    return score_pictures(scorer, recordings, draw, steps, rows, judging)
+    return score_images(scorer, recordings, draw, steps, rows, scoring)

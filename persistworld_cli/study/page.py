@@ -18,7 +18,7 @@ import numpy as np
 
 from persistworld_cli.data.raw.video import write_mp4
 from persistworld_cli.files import write_text
-from persistworld_cli.reports.videos import Pictures, enlarge
+from persistworld_cli.reports.videos import Images, enlarge
 
 PANE = 320  # width that a camera's view is brought to; the page scales further, to the window
 GAP = 16  # between panes: a macroblock, so that compression carries nothing from one into another
@@ -48,7 +48,7 @@ class Question:
     seconds: float
 
 
-def pane(frames: Pictures) -> Pictures:
+def pane(frames: Images) -> Images:
     """Views under each other, enlarged: (F, V, H, W, 3) -> (F, H', W', 3) with even sides."""
     views = enlarge(frames, PANE)
     line = np.zeros((len(views), LINE, *views.shape[3:]), np.uint8)
@@ -58,9 +58,7 @@ def pane(frames: Pictures) -> Pictures:
     return np.pad(whole, ((0, 0), (0, high % 2), (0, wide % 2), (0, 0)), mode="edge")
 
 
-def write_question(
-    folder: Path, name: str, panes: Sequence[Pictures], cameras: str, text: str, rate: float
-) -> Question:
+def write_question(folder: Path, name: str, panes: Sequence[Images], cameras: str, text: str, rate: float) -> Question:
     """Write a trial's video, unless it is there.
 
     Args:

@@ -1,6 +1,6 @@
 """Prefix, branch, score: where post-training's candidates come from (PersistWorld, arXiv 2603.25685).
 
-Shapes: G groups on this rank, K candidates a group, F chunks, L frames a chunk, V cameras, H x W picture.
+Shapes: G groups on this rank, K candidates a group, F chunks, L frames a chunk, V cameras, H x W image.
 Every draw is a function of (seed, update, global number of the group), so the split over ranks changes nothing.
 """
 
@@ -38,7 +38,7 @@ class Candidates:
     """G * K scored candidates, group by group.
 
     inputs: of each chunk, rows (G * K); x0: each chunk's latents (G * K, L, C, h, w); reward (G, K);
-    metrics: name -> (G * K, frames, V); pictures (G * K, frames, V, 3, H, W) and recorded (G, ...), frames F * (L - 1);
+    metrics: name -> (G * K, frames, V); images (G * K, frames, V, 3, H, W) and recorded (G, ...), frames F * (L - 1);
     seconds: by kind of work.
     """
 
@@ -46,7 +46,7 @@ class Candidates:
     x0: list[torch.Tensor]
     reward: torch.Tensor
     metrics: dict[str, torch.Tensor]
-    pictures: torch.Tensor
+    images: torch.Tensor
     recorded: torch.Tensor
     seconds: dict[str, float]
 
@@ -61,7 +61,7 @@ def prefix_limit(options: PostTrainSettings, update: int) -> int:
 def exploration(
     keys: Iterable[tuple[int, str, int, int]], x0: torch.Tensor, views: int, options: PostTrainSettings
 ) -> torch.Tensor:
-    """Smooth noise (M, L, C, h, w) for candidates x0 of that shape; row 0, which no picture scores, stays 0 (ours).
+    """Smooth noise (M, L, C, h, w) for candidates x0 of that shape; row 0, which no image scores, stays 0 (ours).
 
     A model sampled in one call hardly varies, and a group without spread teaches nothing: its candidates are then the
     prediction with Gaussian exploration around it, one number a channel and cell of `credit_grid`, frame and camera.
@@ -175,14 +175,14 @@ class CandidateMaker:
         seconds["sampling"] = time.perf_counter() - clock
         clock = time.perf_counter()
         model, sampling = self.engine.model, self.engine.sampling
-        pictures = torch.cat([model.draw(x, sampling)[:, 1:] for x in chunks_x0], dim=1)
+        images = torch.cat([model.draw(x, sampling)[:, 1:] for x in chunks_x0], dim=1)
         seconds["decoding"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        recorded = torch.stack([self.recorded(p) for p in plans]).to(pictures.device)
-        metrics = self.scorer.metrics(pictures, recorded)
+        recorded = torch.stack([self.recorded(p) for p in plans]).to(images.device)
+        metrics = self.scorer.metrics(images, recorded)
         reward = self.scorer.reward(metrics).view(len(plans), k)
         seconds["scoring"] = time.perf_counter() - clock
-        return Candidates(chunks_in, chunks_x0, reward, metrics, pictures, recorded, seconds)
+        return Candidates(chunks_in, chunks_x0, reward, metrics, images, recorded, seconds)
 
     def _sample(self, inputs: Inputs, noise: torch.Tensor) -> torch.Tensor:
         """In runs that fit: `micro_batch` x 4 rows at once."""
@@ -197,7 +197,7 @@ class CandidateMaker:
         return self.store.latents(self.split, plan.episode, range(first, first + self.reach + 1))
 
     def recorded(self, plan: GroupPlan) -> torch.Tensor:
-        """The recorded pictures (F * (L - 1), V, 3, H, W) in [0, 1] that a group is scored against."""
+        """The recorded images (F * (L - 1), V, 3, H, W) in [0, 1] that a group is scored against."""
         first = plan.start + self.reach * plan.prefix
         ids = range(first + 1, first + 1 + self.reach * self.options.chunks)
         frames = self.store.frames(self.split, plan.episode, list(ids))

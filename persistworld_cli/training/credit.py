@@ -35,10 +35,10 @@ def credit(
     if options.credit == "rollout":
         return optimality(group_advantages(made.reward), options.adv_clip).flatten()
     if options.credit == "frame":
-        local = whole(scorer.by_picture(made.metrics))[..., None, None]
+        local = whole(scorer.by_image(made.metrics))[..., None, None]
     else:
         rows, columns = options.credit_grid
-        local = whole(scorer.local(made.pictures, made.recorded, (rows, columns)))
+        local = whole(scorer.local(made.images, made.recorded, (rows, columns)))
     advantage = group_advantages(local.unflatten(0, (groups, candidates)))
     r = optimality(advantage, options.adv_clip).flatten(0, 1)  # (G * K, F * (L - 1), V, rows, columns)
     height, width = made.x0[0].shape[-2:]

@@ -43,16 +43,16 @@ def candidate_health(
         "group_spread": spread.mean().item(),
         "groups_without_spread": (spread < 1e-6).float().mean().item(),
         "kept_margin": (best.max(1).values - best.min(1).values).mean().item(),
-        "sharpness": _gradient(made.pictures, -1) / max(1e-9, _gradient(made.recorded, -1)),
-        "motion": _gradient(made.pictures, 1) / max(1e-9, _gradient(made.recorded, 1)),
+        "sharpness": _gradient(made.images, -1) / max(1e-9, _gradient(made.recorded, -1)),
+        "motion": _gradient(made.images, 1) / max(1e-9, _gradient(made.recorded, 1)),
         "seconds": total,
         **{f"share_{name}": value / total for name, value in made.seconds.items()},
     }
 
 
-def _gradient(pictures: Tensor, dim: int) -> float:
+def _gradient(images: Tensor, dim: int) -> float:
     """Mean absolute difference of neighbours: along the width it is sharpness, along the frames motion."""
-    return pictures.diff(dim=dim).abs().mean().item()
+    return images.diff(dim=dim).abs().mean().item()
 
 
 @dataclass

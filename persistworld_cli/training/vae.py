@@ -1,8 +1,8 @@
-"""Training of a small world's VAE from recorded pictures (the full-size model uses SVD's).
+"""Training of a small world's VAE from recorded images (the full-size model uses SVD's).
 
 Short clips of one camera, as long as the rollout engine decodes at once, so that the temporal decoder learns too. The
-loss is L1 with more weight on saturated pixels (small coloured objects are few of a picture's pixels and the first
-thing that a plain mean gives up), L1 on picture gradients, and a small KL.
+loss is L1 with more weight on saturated pixels (small coloured objects are few of an image's pixels and the first
+thing that a plain mean gives up), L1 on image gradients, and a small KL.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from persistworld_cli.training.run import GO_ON, Interrupted, Run
 from persistworld_cli.training.schedule import WeightAverage, lr_factor
 
 
-def load_pictures(raw: Path, world: WorldSettings, cache: Path, quiet: bool) -> np.ndarray:
-    """All pictures of a raw dataset at the model's rate and size, uint8 (episodes * V, N, H, W, 3), cached as .npy.
+def load_images(raw: Path, world: WorldSettings, cache: Path, quiet: bool) -> np.ndarray:
+    """All images of a raw dataset at the model's rate and size, uint8 (episodes * V, N, H, W, 3), cached as .npy.
 
     Episodes are cut to the shortest one's length.
     """
     if cache.exists():
-        return read_pictures(cache)
+        return read_images(cache)
     dataset = RawDataset(raw)
     every = max(1, round(dataset.fps / world.rate_hz))
     length = min(dataset.episode(e).length for e in dataset.episodes) // every
@@ -42,27 +42,27 @@ def load_pictures(raw: Path, world: WorldSettings, cache: Path, quiet: bool) -> 
     # by writes: a memory map that a full disk cannot hold kills the process
     with whole_file(cache) as partial, partial.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        with Meter("reading pictures", len(dataset.episodes), quiet=quiet) as meter:
+        with Meter("reading images", len(dataset.episodes), quiet=quiet) as meter:
             for episode in dataset.episodes:
                 for camera in world.cameras:
                     path, first, _ = dataset.video(episode, camera)
                     frames = read_frames(path, [first + every * k for k in range(length)])
                     file.write(np.ascontiguousarray(resize(frames, world.height, world.width)).data)
                 meter.advance()
-    return read_pictures(cache)
+    return read_images(cache)
 
 
-def read_pictures(cache: Path) -> np.ndarray:
-    """The cached pictures, memory-mapped. Raises PersistWorldError where the file is damaged."""
-    with reading("unreadable cache of pictures", cache, "delete the file: it is made again"):
-        pictures = np.load(cache, mmap_mode="r", allow_pickle=False)
-        if pictures.dtype != np.uint8 or pictures.ndim != 5 or not pictures.size:
-            raise ValueError(f"{pictures.dtype} of shape {pictures.shape} instead of uint8 (M, N, H, W, 3)")
-        return pictures
+def read_images(cache: Path) -> np.ndarray:
+    """The cached images, memory-mapped. Raises PersistWorldError where the file is damaged."""
+    with reading("unreadable cache of images", cache, "delete the file: it is made again"):
+        images = np.load(cache, mmap_mode="r", allow_pickle=False)
+        if images.dtype != np.uint8 or images.ndim != 5 or not images.size:
+            raise ValueError(f"{images.dtype} of shape {images.shape} instead of uint8 (M, N, H, W, 3)")
+        return images
 
 
 def reconstruction_loss(made: torch.Tensor, real: torch.Tensor, settings: VaeSettings) -> torch.Tensor:
-    """Scalar loss between pictures (M, 3, H, W) in [-1, 1]."""
+    """Scalar loss between images (M, 3, H, W) in [-1, 1]."""
     saturation = (real.amax(1, keepdim=True) - real.amin(1, keepdim=True)) / 2
     weight = 1 + settings.colour_weight * (saturation - 0.35).clamp(min=0) / 0.65
     loss = (weight * (made - real).abs()).mean()
@@ -71,19 +71,19 @@ def reconstruction_loss(made: torch.Tensor, real: torch.Tensor, settings: VaeSet
     return loss
 
 
-def draw_batch(pictures: np.ndarray, settings: VaeSettings, step: int) -> torch.Tensor:
+def draw_batch(images: np.ndarray, settings: VaeSettings, step: int) -> torch.Tensor:
     """uint8 clips (batch * clip, H, W, 3): a pure function of (seed, step)."""
     rng = np.random.default_rng((settings.seed, step))
     length = clip_length(settings, step)
     count = settings.batch * settings.clip // length
-    rows = rng.integers(0, pictures.shape[0], count)
-    firsts = rng.integers(0, pictures.shape[1] - length + 1, count)
-    clips = [pictures[r, f : f + length] for r, f in zip(rows, firsts, strict=True)]
+    rows = rng.integers(0, images.shape[0], count)
+    firsts = rng.integers(0, images.shape[1] - length + 1, count)
+    clips = [images[r, f : f + length] for r, f in zip(rows, firsts, strict=True)]
     return torch.from_numpy(np.concatenate(clips))
 
 
 def clip_length(settings: VaeSettings, step: int) -> int:
-    """Every fifth batch is of single pictures: the temporal decoder must also stand alone."""
+    """Every fifth batch is of single images: the temporal decoder must also stand alone."""
     return 1 if step % 5 == 4 else settings.clip
 
 
@@ -102,7 +102,7 @@ def _train(settings: Settings, work: Run) -> dict[str, Any]:
     options = settings.vae
     raw, world = resolve_path(settings.world.raw), settings.world
     drawn = hash_of([str(raw.absolute()), world.cameras, world.height, world.width, world.rate_hz])
-    pictures = load_pictures(raw, world, work.output / f"pictures-{drawn}.npy", not work.main)
+    images = load_images(raw, world, work.output / f"images-{drawn}.npy", not work.main)
     torch.manual_seed(options.seed)
     vae = build_vae({**settings.model.vae, "scaling_factor": 1.0}, settings.model.norm_groups).to(work.device)
     if not options.train_encoder:
@@ -133,7 +133,7 @@ def _train(settings: Settings, work: Run) -> dict[str, Any]:
     with Meter("pretrain vae", options.updates, done=begun, quiet=not work.main) as meter:
         for step in range(begun, options.updates):
             optimizers.set_lr(options.lr * lr_factor(step, options.updates, 50, "cosine"))
-            real = pixels_to_unit(draw_batch(pictures, options, step).to(work.device))
+            real = pixels_to_unit(draw_batch(images, options, step).to(work.device))
             with work.accelerator.autocast():
                 posterior = vae.encode(real).latent_dist
                 latent = posterior.sample(generator=torch.Generator(work.device).manual_seed(step))
@@ -154,13 +154,13 @@ def _train(settings: Settings, work: Run) -> dict[str, Any]:
                 save(step + 1)
                 raise Interrupted
     average.copy_to(learned)
-    return finish(vae, pictures, work, options)
+    return finish(vae, images, work, options)
 
 
-def finish(vae: AutoencoderKLTemporalDecoder, pictures: np.ndarray, work: Run, options: VaeSettings) -> dict[str, Any]:
+def finish(vae: AutoencoderKLTemporalDecoder, images: np.ndarray, work: Run, options: VaeSettings) -> dict[str, Any]:
     """Measure the latents' scale and write the weights."""
     with torch.no_grad():
-        probe = torch.cat([draw_batch(pictures, options, 10**9 + 5 * k) for k in range(16)])
+        probe = torch.cat([draw_batch(images, options, 10**9 + 5 * k) for k in range(16)])
         latents = torch.cat([vae.encode(pixels_to_unit(p).to(work.device)).latent_dist.mode() for p in probe.split(16)])
     scaling = 1 / latents.std().item()
     folder = work.output / "weights"

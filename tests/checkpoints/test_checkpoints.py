@@ -82,8 +82,8 @@ def test_pretraining_starts_from_a_folder_without_text_and_action_encoder(
     svd.mkdir()
     clip.mkdir()
     as_diffusers({k: v for k, v in base.items() if k.startswith(("unet.", "vae."))}, svd)
-    pictures = {"vision_model.x": torch.zeros(1), "logit_scale": torch.zeros(1)}
-    save_file({**part(base, "text_encoder"), **pictures}, str(clip / "model.safetensors"))
+    images = {"vision_model.x": torch.zeros(1), "logit_scale": torch.zeros(1)}
+    save_file({**part(base, "text_encoder"), **images}, str(clip / "model.safetensors"))
     told = cli("inspect", svd)
     assert told["kind"] == "diffusers folder" and told["lacks"] == ["text_encoder", "action_encoder"]
     model = replace(TINY.model, tokenizer=str(clip))

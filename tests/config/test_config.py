@@ -168,7 +168,7 @@ def test_whole_numbers_pass_as_numbers_and_infinity_does_not(tmp_path: Path) -> 
         (["world.wrist=3"], "names camera 3"),
         (["world.pixel_rounding=up"], "none of nearest, down"),
         (["model.temporal_token=last"], "none of first, all"),
-        (["policy.picture=180"], "no height and width"),
+        (["policy.resize=180"], "no height and width"),
         (["rewards.camera_weights=1.0,2.0"], "2 entries for 3 cameras"),
         (["launch.machine_rank=1"], "launch.machine_rank = 1"),
         (["launch.num_machines=2", "launch.num_processes=2"], "one address to meet at"),

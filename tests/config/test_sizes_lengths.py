@@ -17,7 +17,7 @@ from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.data.metadata.annotations import read_annotation
 from persistworld_cli.data.metadata.scan import list_annotations, read_episode
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.models.vae import build_vae, encode_pictures
+from persistworld_cli.models.vae import build_vae, encode_images
 from persistworld_cli.rollout.recording import Item, check_item
 
 TINY = load_settings("tiny", env={}).settings
@@ -29,7 +29,7 @@ def test_the_latent_s_size_is_what_the_vae_makes() -> None:
         images = torch.zeros(1, 1, high, wide, 3, dtype=torch.uint8)
         for posterior in ("mode", "sample"):
             with torch.no_grad():
-                made = encode_pictures(vae, images, torch.device("cpu"), posterior)
+                made = encode_images(vae, images, torch.device("cpu"), posterior)
             assert (
                 tuple(made.shape[1:]) == latent_size(vae.config, high, wide) == latent_size(TINY.model.vae, high, wide)
             )

@@ -168,11 +168,11 @@ def rows(report: CostReport) -> dict[str, float]:
 def test_an_update_is_the_sum_of_its_parts() -> None:
     report = post_train_report(TINY)
     work, post = rows(report), TINY.post_train
-    parts = ("prefixes", "candidates", "pictures", "learning")
+    parts = ("prefixes", "candidates", "images", "learning")
     assert work["update"] == pytest.approx(sum(work[key] for key in parts))
     assert work["run"] == pytest.approx(post.updates * work["update"])
     drawn = post.groups * post.candidates
-    assert work["candidates"] + work["pictures"] == pytest.approx(drawn * work["drawing"])
+    assert work["candidates"] + work["images"] == pytest.approx(drawn * work["drawing"])
     assert work["drawing"] > work["interaction"]  # adapters beside the weights
     model = build_world_model(TINY.model, TINY.world)
     lora = {"rank": post.lora_rank, "alpha": post.lora_alpha, "targets": post.lora_targets}

@@ -280,11 +280,11 @@ def test_an_index_older_than_the_episodes(sound: Path, dataset: Path) -> None:
 
 def test_another_preset_than_the_datasets(dataset: Path, tmp_path: Path) -> None:
     code, found, _ = check(dataset, "tiny")
-    assert code == 1 and set(found) == {"preset-latent", "preset-picture"}
-    assert found["preset-picture"]["first"] == ["preset tiny (32x48, the preset takes 48x80)"]
-    assert "--preset" in found["preset-picture"]["to do"]
+    assert code == 1 and set(found) == {"preset-latent", "preset-image"}
+    assert found["preset-image"]["first"] == ["preset tiny (32x48, the preset takes 48x80)"]
+    assert "--preset" in found["preset-image"]["to do"]
     _, found, _ = check(dataset, "one-camera")
-    assert set(found) == {"preset-cameras", "preset-numbers", "preset-latent", "preset-picture", "preset-rate"}
+    assert set(found) == {"preset-cameras", "preset-numbers", "preset-latent", "preset-image", "preset-rate"}
 
 
 def test_the_real_samples(shared_data: Path) -> None:

@@ -35,7 +35,7 @@ def test_both_versions_give_the_same_episodes(both: list[RawDataset]) -> None:
             assert raw.instruction(index) == TASK
 
 
-def test_both_versions_give_the_same_pictures(both: list[RawDataset]) -> None:
+def test_both_versions_give_the_same_images(both: list[RawDataset]) -> None:
     for index, length in enumerate(LENGTHS):
         seen = []
         for raw in both:

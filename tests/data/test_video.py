@@ -47,11 +47,11 @@ def test_a_far_start_is_reached_by_seeking_to_the_same_frames(tmp_path: Path) ->
 def test_colours_survive_without_bias(tmp_path: Path) -> None:
     y, x = np.mgrid[:48, :80]
     smooth = np.stack([128 + 90 * np.sin(x / 25), 128 + 80 * np.cos(y / 20), 128 + 70 * np.sin((x + y) / 30)], -1)
-    picture = smooth.round().astype(np.uint8)
-    video.write_mp4(tmp_path / "a.mp4", [picture], 5, crf=1)
+    image = smooth.round().astype(np.uint8)
+    video.write_mp4(tmp_path / "a.mp4", [image], 5, crf=1)
     back = video.read_frames(tmp_path / "a.mp4", [0])[0].astype(float)
-    assert np.abs((back - picture).mean(axis=(0, 1))).max() < 0.5  # swscale's defaults: 1.1
-    assert np.abs(back - picture).mean() < 1.0
+    assert np.abs((back - image).mean(axis=(0, 1))).max() < 0.5  # swscale's defaults: 1.1
+    assert np.abs(back - image).mean() < 1.0
 
 
 def test_odd_sizes_are_padded_to_even(tmp_path: Path) -> None:
@@ -84,20 +84,20 @@ def test_resize_is_antialiased_as_pil_does(tmp_path: Path) -> None:
 def test_resize_is_torchs_bit_for_bit(size: tuple[int, int], wanted: tuple[int, int]) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
     frames[0], frames[1] = 255, 0
-    picture = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    theirs = functional.interpolate(picture, size=wanted, mode="bilinear", antialias=True)
+    image = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    theirs = functional.interpolate(image, size=wanted, mode="bilinear", antialias=True)
     np.testing.assert_array_equal(resize(frames, *wanted), theirs.permute(0, 2, 3, 1).numpy())
 
 
 def test_reproducible_videos_do_not_depend_on_what_was_written_before(tmp_path: Path) -> None:
     y, x = np.mgrid[:48, :80]
     wave = [np.stack([128 + 90 * np.sin((x + c * y + 3 * t) / 9) for c in range(3)], -1) for t in range(30)]
-    pictures = np.stack(wave).round().astype(np.uint8)
+    images = np.stack(wave).round().astype(np.uint8)
 
     def written() -> bytes:
         with video.Mp4Writer(tmp_path / "a.mp4", 5, reproducible=True) as writer:
-            for picture in pictures:
-                writer.add(picture)
+            for image in images:
+                writer.add(image)
         return (tmp_path / "a.mp4").read_bytes()
 
     first = written()

@@ -21,7 +21,7 @@ from persistworld_cli.evaluation.protocol import check_metrics, differences
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.rollout.finished import batches, pending
 from persistworld_cli.rollout.recording import Item
-from persistworld_cli.rollout.scoring import Judging
+from persistworld_cli.rollout.scoring import ScoringOptions
 
 TEXT = (bundled_root() / "presets" / "benchmarks" / "bundled.toml").read_text()
 
@@ -40,7 +40,7 @@ def test_shipped_benchmarks_pin_what_this_version_computes(name: str) -> None:
     )
     settings = resolved.settings
     scorer = Scorer(settings.rewards, settings.world, "cpu", names=("ssim", "psnr", "lpips"))
-    described = {**scorer.describe(), **Judging(motion=settings.eval.moving_threshold).describe()}
+    described = {**scorer.describe(), **ScoringOptions(motion=settings.eval.moving_threshold).describe()}
     check_metrics(benchmark.metrics, described, name)
     assert set(benchmark.metrics) == set(METRICS)
     with pytest.raises(UsageError, match="window = 11, this version computes it with 7"):

@@ -79,12 +79,12 @@ def test_closed_loop_is_the_engine_stepped_by_hand_and_does_not_depend_on_the_ba
     for step in range(2):
         noise = rollout_noise([(1, "19", 2, step)], engine.noise_shape)
         predicted = engine.step(state, recording.poses(step, 5)[None], noise)
-    pictures = to_uint8(model.decode_latents(predicted, 5)[0, 1:])
+    images = to_uint8(model.decode_latents(predicted, 5)[0, 1:])
     assert batched.latents is not None
     drawn = draw_frames(model, batched.latents[1], engine.sampling, 32, 48)
     assert drawn.shape == (8, 3, 32, 48, 3)
-    assert np.abs(drawn[4:].astype(int) - pictures.astype(int)).max() <= 2  # latents are kept as float16
-    mse = np.square(pictures[0].astype(float) - recording.frames[4].astype(float)).mean(axis=(1, 2, 3)) / 255**2
+    assert np.abs(drawn[4:].astype(int) - images.astype(int)).max() <= 2  # latents are kept as float16
+    mse = np.square(images[0].astype(float) - recording.frames[4].astype(float)).mean(axis=(1, 2, 3)) / 255**2
     np.testing.assert_allclose(batched.scores["psnr"][1, 4], -10 * np.log10(mse), atol=0.02)
 
 
@@ -147,7 +147,7 @@ def test_eval_end_to_end_continues_and_gives_the_same_numbers(root: Path, monkey
         eval_run.run(replace(s, eval=replace(s.eval, steps=1)), {**job, "compare": str(out)})
     assert "sampling" not in str(refused.value)
     assert again["videos"] == [] and again["sheets"] == summary["sheets"]
-    # One to roll out what was missing, and each checkpoint, whose VAE draws its own pictures; nothing else again.
+    # One to roll out what was missing, and each checkpoint, whose VAE draws its own images; nothing else again.
     assert len(loaded) == 3 and [Path(path).stem for path in loaded[1:]] == ["base", "other"]
 
 
@@ -157,7 +157,7 @@ def check_conduct(result: dict[str, Any]) -> None:
     assert following["kinds"] == ["swapped", "null"] and following["steps"] == 1
     assert len(following["rows"]) == 2 * 2 * 2 * 4 and {row["verdict"] for row in following["rows"]} == {"too few"}
     margins = {(row["model"], row["actions"]): row["margin"] for row in following["rows"] if row["metric"] == "psnr"}
-    assert all(margin != 0 for margin in margins.values())  # other actions, other pictures
+    assert all(margin != 0 for margin in margins.values())  # other actions, other images
     own = np.array(result["rollouts"]["exterior"]["psnr"]["base.safetensors"])
     assert own.shape == (4,) and np.isfinite(own).all()
     assert trust["seeds"] == 2 and trust["pairs"] == 2 and "too few" in trust["words"]

@@ -56,7 +56,7 @@ def made_up(tmp_path: Path, seeds: tuple[int, ...] = (0, 1)) -> EvalData:
         floor="floor",
         ceiling="ceiling",
         scorer=Scorer(s.rewards, s.world, "cpu", names=("ssim", "psnr", "lpips")),
-        judging=PLAIN,
+        scoring=PLAIN,
         protocol={"hash": ""},
         benchmark=None,
         models=[{"label": "base"}],

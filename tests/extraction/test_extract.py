@@ -215,7 +215,7 @@ def test_real_droid_gives_the_processed_subset_back(
         )
         differing = {key for key, value in wanted.items() if got[key] != value}
         assert differing <= {"latent_videos", "joints"} | ({"episode_id", "videos"} if version == "v30" else set())
-        ids = [5, 12, 20, 27]  # the wrist's pictures are of the same moments: its neighbours in time are further off
+        ids = [5, 12, 20, 27]  # the wrist's images are of the same moments: its neighbours in time are further off
         wrist = ours.frames(split, name, ids)[:, 2].astype(float)
         error = {}
         for shift in (-1, 0, 1):

@@ -57,7 +57,7 @@ def full_disk(room: int = 100) -> Iterator[None]:
 
 
 def _lerobot(path: Path) -> None:
-    episode = NewEpisode(task="t", columns={"action": np.zeros((6, 7))}, pictures={"c": NOISE})
+    episode = NewEpisode(task="t", columns={"action": np.zeros((6, 7))}, images={"c": NOISE})
     with whole_folder(path) as partial:
         write_lerobot(partial, [episode], 5, "Franka")
 

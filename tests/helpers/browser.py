@@ -102,7 +102,7 @@ class Page:
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, **where)
 
-    def picture(self, path: Path | None = None) -> np.ndarray:
+    def image(self, path: Path | None = None) -> np.ndarray:
         """What is to be seen, uint8 (H, W, 3); also as a PNG file where a path is given."""
         data = base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
         if path is not None:
@@ -111,7 +111,7 @@ class Page:
 
     def colour(self, selector: str) -> tuple[int, int, int]:
         """Mean colour that is to be seen in the middle of an element."""
-        box, shown = self.box(selector), self.picture()
+        box, shown = self.box(selector), self.image()
         x, y = int(box["x"] + box["width"] / 2), int(box["y"] + box["height"] / 2)
         red, green, blue = shown[y - 4 : y + 4, x - 4 : x + 4].reshape(-1, 3).mean(axis=0)
         return int(red), int(green), int(blue)

@@ -48,8 +48,8 @@ def extract(root: Path, episodes: Sequence[int], frames: int = 40) -> Settings:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({**note, "video_length": frames}))
         for index, camera in enumerate(world.cameras):
-            pictures = resize(read_frames(raw.video(episode, camera)[0], rows.tolist()), world.height, world.width)
-            write_mp4(root / "videos" / "val" / str(episode) / f"{index}.mp4", pictures, world.rate_hz)
+            images = resize(read_frames(raw.video(episode, camera)[0], rows.tolist()), world.height, world.width)
+            write_mp4(root / "videos" / "val" / str(episode) / f"{index}.mp4", images, world.rate_hz)
     (root / "meta").mkdir(exist_ok=True)
     shutil.copy(bundled_root() / "presets" / "tiny" / "stat.json", root / "meta" / "stat.json")
     return settings

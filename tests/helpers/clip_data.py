@@ -1,4 +1,4 @@
-"""Processed datasets without pictures, whose latents tell where they are from, for tests of reading clips."""
+"""Processed datasets without images, whose latents tell where they are from, for tests of reading clips."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def _column(table: pa.Table, value: float | None) -> pa.Table:
 
 
 def _without(data: bytes) -> bytes:
-    """The middle of the pictures' data (box mdat) overwritten; the container around them is whole."""
+    """The middle of the images' data (box mdat) overwritten; the container around them is whole."""
     begin = data.index(b"mdat") + 4
     size = int.from_bytes(data[begin - 8 : begin - 4], "big") - 8
     first, last = begin + size // 3, begin + 2 * size // 3
@@ -65,10 +65,10 @@ def _shorter(raw: Path, episode: int) -> None:
 
 
 def _noise(raw: Path, episode: int) -> None:
-    """A video whose pictures are noise (so that its data is long), damaged in the middle."""
+    """A video whose images are noise (so that its data is long), damaged in the middle."""
     mp4 = video_path(raw, episode, CAMERAS[0])
-    pictures = np.random.default_rng(0).integers(0, 256, (LENGTH, 32, 48, 3), dtype=np.uint8)
-    video.write_mp4(mp4, pictures, 15)
+    images = np.random.default_rng(0).integers(0, 256, (LENGTH, 32, 48, 3), dtype=np.uint8)
+    video.write_mp4(mp4, images, 15)
     mp4.write_bytes(_without(mp4.read_bytes()))
 
 

@@ -28,8 +28,8 @@ def encode(frames: Tensor) -> Tensor:
     return four.permute(0, 2, 1, 3, 4).reshape(n, 4, v * (h // 8), w // 8)
 
 
-def picture(episode: int, camera: int, frame: int) -> NDArray[np.uint8]:
-    """A picture that tells its frame number by its brightness: 40 + 4 * frame."""
+def image(episode: int, camera: int, frame: int) -> NDArray[np.uint8]:
+    """An image that tells its frame number by its brightness: 40 + 4 * frame."""
     out = np.full((HEIGHT, WIDTH, 3), min(250, 40 + 4 * frame), np.uint8)
     out[: HEIGHT // 2, : WIDTH // 2, camera] += 5 + episode % 3
     return out
@@ -87,7 +87,7 @@ def write_v21(root: Path, lengths: dict[int, int], fps: float = 15, splits: dict
         pq.write_table(_table(episode, length), path)
         for number, camera in enumerate(CAMERAS):
             video.write_mp4(
-                video_path(root, episode, camera), [picture(episode, number, f) for f in range(length)], fps, crf=1
+                video_path(root, episode, camera), [image(episode, number, f) for f in range(length)], fps, crf=1
             )
         rows.append(json.dumps({"episode_index": episode, "tasks": [TASK], "length": length}))
     (root / "meta").mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def write_v30(root: Path, lengths: Sequence[int], fps: float = 15) -> Path:
     tables = [_table(e, n, int(starts[e])) for e, n in enumerate(lengths)]
     pq.write_table(pa.concat_tables(tables), root / "data/chunk-000/file-000.parquet")
     for number, camera in enumerate(CAMERAS):
-        frames = [picture(e, number, f) for e, n in enumerate(lengths) for f in range(n)]
+        frames = [image(e, number, f) for e, n in enumerate(lengths) for f in range(n)]
         video.write_mp4(root / f"videos/observation.images.{camera}/chunk-000/file-000.mp4", frames, fps, crf=1)
     (root / "meta/info.json").write_text(json.dumps(info))
     return root

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from data_raw import picture, table_path
+from data_raw import image, table_path
 from numpy.typing import NDArray
 
 from persistworld_cli.data.raw import video
@@ -40,7 +40,7 @@ def write_robot(root: Path, lengths: dict[int, int], camera: str = "observation.
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table(table), path)
         film = root / _PATHS["video_path"].format(episode_chunk=0, episode_index=episode, video_key=camera)
-        video.write_mp4(film, [picture(episode, 0, frame // 3) for frame in range(length)], FPS, crf=1)
+        video.write_mp4(film, [image(episode, 0, frame // 3) for frame in range(length)], FPS, crf=1)
         rows.append(json.dumps({"episode_index": episode, "tasks": ["sort the parts"], "length": length}))
     info = {
         "codebase_version": "v2.1",

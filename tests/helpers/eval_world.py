@@ -83,7 +83,7 @@ def settings(root: Path, **ev: object) -> Settings:
 
 
 def fresh_model(seed: int) -> WorldModel:
-    """An untrained model whose output layer is small, so that rollouts stay pictures."""
+    """An untrained model whose output layer is small, so that rollouts stay images."""
     torch.manual_seed(seed)
     world = WorldSettings(height=HEIGHT, width=WIDTH)
     return build_world_model(model_settings(), world).eval().requires_grad_(False)

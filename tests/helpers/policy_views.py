@@ -9,9 +9,9 @@ import numpy as np
 from persistworld_cli.policies.observation import build_observation, find_layout
 
 REST = np.array([0.0, 0.05, 0.3, -2.25, 0.0, 2.5, -np.pi / 2, 0.0])
-PICTURE = np.zeros((6, 8, 3), np.uint8)
+IMAGE = np.zeros((6, 8, 3), np.uint8)
 PI05 = find_layout("pi05")
 
 
 def observation(joints: np.ndarray = REST, prompt: str = "lift the cube") -> dict[str, Any]:
-    return build_observation(PICTURE, PICTURE, joints, prompt, 16)
+    return build_observation(IMAGE, IMAGE, joints, prompt, 16)

@@ -44,7 +44,7 @@ from persistworld_cli.policies.observation import find_layout
 from persistworld_cli.robot.adapter import load_adapter
 from persistworld_cli.robot.keyboard import KeyMap
 from persistworld_cli.rollout.engine import RolloutEngine
-from persistworld_cli.rollout.interactive import LivingWorld, first_latents, make_start
+from persistworld_cli.rollout.interactive import InteractiveRollout, first_latents, make_start
 from persistworld_cli.rollout.recording import Item
 
 
@@ -63,8 +63,8 @@ def world(root: Path, **policy: Any) -> Settings:
 def test_drive_writes_what_was_seen(root: Path, tmp_path: Path) -> None:
     result = drive.run(settings(root), {"keys": "lcu", "episode": "8", "start": 2, "seed": 5, "output": str(tmp_path)})
     assert count_frames(Path(result["video"])) == result["frames"] == 1 + 3 * 4
-    picture = read_frames(Path(result["video"]), [0])[0]
-    assert picture.shape[1] >= 3 * 300  # enlarged: a view of 48 pixels would show nothing
+    image = read_frames(Path(result["video"]), [0])[0]
+    assert image.shape[1] >= 3 * 300  # enlarged: a view of 48 pixels would show nothing
     assert Path(result["sheet"]).stat().st_size > 1000
     record = json.loads(Path(result["json"]).read_text())
     assert (record["keys"], record["episode"], record["start"], record["seed"]) == ("lcu", "8", 2, 5)
@@ -104,14 +104,14 @@ def test_rollouts_do_not_depend_on_their_batch_and_follow_their_seed(root: Path)
     store, model = open_store(own), load_model(own)
     starts = [make_start(store, Item(episode, 1, seed), "val") for episode, seed in (("7", 0), ("8", 0), ("7", 1))]
     steps = np.stack([KeyMap().chunk(start.pose, "f") for start in starts])
-    batch = LivingWorld(model, store, starts, own)
-    assert batch.pictures.shape == (3, VIEWS, HEIGHT, WIDTH, 3)
+    batch = InteractiveRollout(model, store, starts, own)
+    assert batch.images.shape == (3, VIEWS, HEIGHT, WIDTH, 3)
     together = batch.step(steps)
-    assert together.pictures.shape == (3, 4, VIEWS, HEIGHT, WIDTH, 3)
+    assert together.images.shape == (3, 4, VIEWS, HEIGHT, WIDTH, 3)
     assert np.array_equal(batch.poses, steps[:, -1])
-    alone = LivingWorld(model, store, starts[1:2], own).step(steps[1:2])
-    assert np.abs(alone.pictures[0].astype(int) - together.pictures[1]).max() <= 1
-    assert not np.array_equal(together.pictures[0], together.pictures[2])  # another seed
+    alone = InteractiveRollout(model, store, starts[1:2], own).step(steps[1:2])
+    assert np.abs(alone.images[0].astype(int) - together.images[1]).max() <= 1
+    assert not np.array_equal(together.images[0], together.images[2])  # another seed
 
 
 def test_a_dataset_without_latents_is_encoded_from_its_videos(root: Path, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_served_policy_acts_in_the_world(root: Path, tmp_path: Path) -> None:
     assert np.allclose(np.asarray(record["poses"])[:, 0], np.asarray(record["state_fk"])[::12])
 
 
-def test_a_policy_of_this_process_sees_the_predicted_pictures(root: Path, tmp_path: Path) -> None:
+def test_a_policy_of_this_process_sees_the_predicted_images(root: Path, tmp_path: Path) -> None:
     Watcher.seen.clear()
     job = {"policy": f"{__name__}:Watcher", "episodes": ["7"], "instruction": "look", "output": str(tmp_path)}
     policy_rollout.run(world(root, camera=0, image_size=64), job)
@@ -336,9 +336,9 @@ def test_policy_in_the_loop_equals_the_reference(golden: Path, tag: str, skip: i
     adapter = load_adapter(str(golden / "action_adapter_weights.safetensors"))
     view = PolicyView(layout=find_layout("pi05"), adapter=adapter, skip=skip, gripper_cap=0.75)
     controller = PolicyController([Recorded()], view, data["joint_in"][:1].numpy(), ["go"])
-    pictures = np.zeros((1, 3, 8, 8, 3), np.uint8)
+    images = np.zeros((1, 3, 8, 8, 3), np.uint8)
     for i, noise in enumerate(data["noise"]):
-        poses = controller.poses(i, state.memory.current[1], pictures)
+        poses = controller.poses(i, state.memory.current[1], images)
         close(f"I policy {tag}, poses", poses[0], data["poses_taken"][i], 1e-5)
         predicted = engine.step(state, poses, noise[None])
         close(f"I policy {tag}, {len(data['noise'])} interactions", predicted[0], data["pred"][i], 5e-5)

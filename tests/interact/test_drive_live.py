@@ -1,4 +1,4 @@
-"""`drive --live` in a real pseudo-terminal, and pictures in the languages of terminals."""
+"""`drive --live` in a real pseudo-terminal, and images in the languages of terminals."""
 
 from __future__ import annotations
 
@@ -170,10 +170,10 @@ def test_the_terminal_is_put_back_for_a_worker_that_was_killed(monkeypatch: pyte
         wait_for(lambda: b"\x1b[?25h" in watched.shown, "the cursor")
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------------
 
-PICTURE = np.zeros((12, 20, 3), np.uint8)
-PICTURE[:, :10], PICTURE[:, 10:] = (200, 30, 10), (20, 40, 220)
+IMAGE = np.zeros((12, 20, 3), np.uint8)
+IMAGE[:, :10], IMAGE[:, 10:] = (200, 30, 10), (20, 40, 220)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_the_environment_tells_what_a_terminal_can_show(environment: dict[str, s
     assert find_protocol("sixel", environment) == "sixel"  # the preset's word
 
 
-def test_kitty_and_iterm_get_the_picture_whole() -> None:
+def test_kitty_and_iterm_get_the_image_whole() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 80, 3), dtype=np.uint8)  # more than one chunk
     text = draw("kitty", noise, 6, 20)
     parts = re.findall(r"\x1b_G([^;]*);([^\x1b]*)\x1b\\", text)
@@ -210,8 +210,8 @@ def test_kitty_and_iterm_get_the_picture_whole() -> None:
         assert np.array_equal(np.asarray(Image.open(BytesIO(base64.b64decode(data)))), noise)
 
 
-def test_sixels_paint_the_picture() -> None:
-    text = draw("sixel", PICTURE, 3, 5)
+def test_sixels_paint_the_image() -> None:
+    text = draw("sixel", IMAGE, 3, 5)
     head, body = re.fullmatch(r'\x1bPq"1;1;(\d+;\d+)((?:.|\n)*)\x1b\\', text).groups()  # type: ignore[union-attr]
     wide, high = map(int, head.split(";"))
     assert (wide, high) == (50, 60)
@@ -229,19 +229,19 @@ def test_sixels_paint_the_picture() -> None:
                 column += int(count or 1)
             assert column == wide
     assert canvas.min() >= 0
-    assert np.allclose(colours[int(canvas[30, 5])], np.array(PICTURE[0, 0]) / 2.55, atol=3)
-    assert np.allclose(colours[int(canvas[30, 45])], np.array(PICTURE[0, -1]) / 2.55, atol=3)
+    assert np.allclose(colours[int(canvas[30, 5])], np.array(IMAGE[0, 0]) / 2.55, atol=3)
+    assert np.allclose(colours[int(canvas[30, 45])], np.array(IMAGE[0, -1]) / 2.55, atol=3)
 
 
 def test_half_blocks_show_two_pixels_a_cell() -> None:
-    rows = draw("blocks", PICTURE, 3, 10).split("\r\n")
+    rows = draw("blocks", IMAGE, 3, 10).split("\r\n")
     assert len(rows) == 3 and all(row.count("▀") == 10 and row.endswith("\x1b[0m") for row in rows)
     assert "\x1b[38;2;200;30;10m\x1b[48;2;200;30;10m" in rows[0] and rows[0].count("\x1b[38") == 2  # where it changes
-    few = draw("blocks-256", PICTURE, 3, 10)
+    few = draw("blocks-256", IMAGE, 3, 10)
     assert "\x1b[38;5;160m" in few and "\x1b[38;5;20m" in few  # (215, 0, 0) and (0, 0, 215) of the cube
     grey = draw("blocks-256", np.full((4, 4, 3), 128, np.uint8), 2, 4)
     assert "\x1b[38;5;244m" in grey
-    assert draw("none", PICTURE, 3, 10) == ""
+    assert draw("none", IMAGE, 3, 10) == ""
 
 
 def test_views_are_laid_out_as_large_as_the_screen_allows() -> None:

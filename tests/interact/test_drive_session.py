@@ -21,7 +21,7 @@ from persistworld_cli.interact import drive
 from persistworld_cli.interact.command_queue import Desk
 from persistworld_cli.interact.outputs import record, write_lerobot_zip
 from persistworld_cli.robot.keyboard import KeyMap
-from persistworld_cli.rollout.interactive import LivingWorld, make_start
+from persistworld_cli.rollout.interactive import InteractiveRollout, make_start
 from persistworld_cli.rollout.recording import Item
 
 
@@ -34,11 +34,11 @@ def test_keys_give_what_the_world_gives_along_their_poses(root: Path) -> None:
     own, here = settings(root), session(root, seed=4)
     store = open_store(own)
     start = make_start(store, Item("7", 0, 4), "val")
-    world = LivingWorld(load_model(own), store, [start], own)
-    frames = [world.pictures[0][None]]
+    world = InteractiveRollout(load_model(own), store, [start], own)
+    frames = [world.images[0][None]]
     for key in "lcu":
         here.press(key)
-        frames.append(world.step(np.stack([KeyMap().chunk(world.poses[0], key)])).pictures[0])
+        frames.append(world.step(np.stack([KeyMap().chunk(world.poses[0], key)])).images[0])
     assert np.array_equal(here.frames(), np.concatenate(frames))
     assert np.array_equal(here.pose, world.poses[0]) and [s.depth for s in here.path] == [1, 2, 3]
 
@@ -50,9 +50,9 @@ def test_rewind_branch_and_undo(root: Path) -> None:
     assert here.press("l") is first and here.press("u") is second  # what is known is not computed again
     other = here.branch()
     assert other.branch == 1 and other.parent == first.number and np.array_equal(other.poses, second.poses)
-    assert not np.array_equal(other.pictures, second.pictures)
+    assert not np.array_equal(other.images, second.images)
     third = here.branch()
-    assert third.branch == 2 and not np.array_equal(third.pictures, other.pictures)
+    assert third.branch == 2 and not np.array_equal(third.images, other.images)
     assert here.undo() is first and here.press("u") is second
     here.rewind(other.number)
     onward = here.press("r")
@@ -61,12 +61,12 @@ def test_rewind_branch_and_undo(root: Path) -> None:
     again = session(root)  # in another order, nothing remembered: the same frames, bit for bit
     again.press("l")
     again.press("u")
-    assert np.array_equal(again.branch().pictures, other.pictures)
-    assert np.array_equal(again.press("r").pictures, onward.pictures)
+    assert np.array_equal(again.branch().images, other.images)
+    assert np.array_equal(again.press("r").images, onward.images)
     again.rewind(1)
-    assert np.array_equal(again.press("u").pictures, second.pictures)
+    assert np.array_equal(again.press("u").images, second.images)
     again.rewind(0)
-    assert not np.array_equal(again.press("r").pictures, onward.pictures)
+    assert not np.array_equal(again.press("r").images, onward.images)
 
 
 def test_what_cannot_be_done_leaves_the_session_as_it_was(root: Path) -> None:
@@ -90,11 +90,11 @@ def test_an_interrupted_step_leaves_the_session_as_it_was(root: Path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(LivingWorld, "_draw", interrupted)  # the engine has advanced by then
+        patched.setattr(InteractiveRollout, "_draw", interrupted)  # the engine has advanced by then
         with pytest.raises(KeyboardInterrupt):
             here.press("l")
     assert len(here.steps) == 1
-    assert np.array_equal(here.press("l").pictures, fresh.head.pictures)
+    assert np.array_equal(here.press("l").images, fresh.head.images)
 
 
 def test_a_drive_of_keys_is_a_session_s(root: Path, tmp_path: Path) -> None:
@@ -132,9 +132,9 @@ def test_one_move_waits_and_questions_come_first() -> None:
     desk = Desk()
     for key in "lru":
         assert desk.put({"do": "key", "key": key})
-    assert desk.put({"do": "pictures", "step": 0})
+    assert desk.put({"do": "images", "step": 0})
     assert [desk.take(0), desk.take(0), desk.take(0)] == [
-        {"do": "pictures", "step": 0},
+        {"do": "images", "step": 0},
         {"do": "key", "key": "u"},  # the last one pressed
         None,
     ]
@@ -148,7 +148,7 @@ def test_key_maps_that_cannot_be_meant_are_refused() -> None:
         ("drive.keys.z=+x", "'z' is taken: it means undo"),
         ("drive.keys.up=+z", "'up' is not one letter"),
         ("drive.keys.1=+z", "'1' is not one letter"),
-        ("drive.picture=ascii", "drive.picture"),
+        ("drive.display=ascii", "drive.display"),
     ):
         with pytest.raises(UsageError, match=text):
             load_settings(None, [item], {}, env={})

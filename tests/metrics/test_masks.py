@@ -1,4 +1,4 @@
-"""Masks and colour survival on pictures whose answer is known."""
+"""Masks and colour survival on images whose answer is known."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ RED, WOOD, GREY = (210, 30, 25), (168, 120, 80), (150, 150, 150)
 
 def scene(block: tuple[int, int, int] | None, table: tuple[int, int, int] = GREY) -> np.ndarray:
     """uint8 (1, 1, 20, 30, 3): a table, and a block of 6 x 10 pixels."""
-    picture = np.full((1, 1, 20, 30, 3), table, np.uint8)
+    image = np.full((1, 1, 20, 30, 3), table, np.uint8)
     if block:
-        picture[:, :, 5:11, 8:18] = block
-    return picture
+        image[:, :, 5:11, 8:18] = block
+    return image
 
 
 def test_hsv_is_the_standard_one() -> None:
@@ -85,9 +85,9 @@ def test_survival_is_per_camera_and_pools() -> None:
 
 def test_a_wooden_table_is_not_an_object_when_colours_are_known() -> None:
     saturated_wood = (168, 110, 70)
-    picture = scene(RED, saturated_wood)
-    assert object_mask(picture).sum() == 600
-    assert object_mask(picture, [tuple(c / 255 for c in RED)]).sum() == 60
+    image = scene(RED, saturated_wood)
+    assert object_mask(image).sum() == 600
+    assert object_mask(image, [tuple(c / 255 for c in RED)]).sum() == 60
     yellow = scene((245, 205, 15), WOOD)
     assert object_mask(yellow, [(0.98, 0.82, 0.05)]).sum() == 60
     assert object_mask(yellow, [(0.08, 0.2, 0.9)]).sum() == 0

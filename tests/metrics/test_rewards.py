@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from golden_table import close
-from noisy_images import NO_LPIPS, pictures
+from noisy_images import NO_LPIPS, images
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from persistworld_cli.config.settings import RewardSettings, WorldSettings
@@ -35,7 +35,7 @@ LPIPS_GOLDEN = json.loads((Path(__file__).parent / "lpips_golden.json").read_tex
 
 @pytest.mark.parametrize("size", [(48, 80), (24, 40), (7, 9)])
 def test_ssim_is_scikit_images(size: tuple[int, int]) -> None:
-    pred, target = pictures(3, 48, 80)
+    pred, target = images(3, 48, 80)
     pred, target = pred[..., : size[0], : size[1]], target[..., : size[0], : size[1]]
     want = [
         structural_similarity(a.double().numpy(), b.double().numpy(), channel_axis=0, data_range=1.0)
@@ -45,7 +45,7 @@ def test_ssim_is_scikit_images(size: tuple[int, int]) -> None:
     assert torch.allclose(ssim(target, target), torch.ones(3))
 
 
-def test_ssim_refuses_pictures_below_its_window() -> None:
+def test_ssim_refuses_images_below_its_window() -> None:
     with pytest.raises(PersistWorldError, match="7x7"):
         ssim(torch.zeros(1, 3, 6, 20), torch.zeros(1, 3, 6, 20))
 
@@ -54,7 +54,7 @@ def test_psnr_by_hand_and_by_scikit_image() -> None:
     zero = torch.zeros(1, 3, 4, 4)
     assert psnr(zero + 0.1, zero).item() == pytest.approx(20.0, abs=1e-4)
     assert psnr(zero, zero).item() == CAP_DB
-    pred, target = pictures(2)
+    pred, target = images(2)
     want = [peak_signal_noise_ratio(b.numpy(), a.numpy(), data_range=1.0) for a, b in zip(pred, target, strict=True)]
     np.testing.assert_allclose(psnr(pred, target).numpy(), want, atol=1e-4)
 
@@ -62,11 +62,11 @@ def test_psnr_by_hand_and_by_scikit_image() -> None:
 def test_lpips_is_the_packages() -> None:
     metric = Lpips(backbone="untrained")
     assert metric.label == LABEL_UNTRAINED and not metric.higher_is_better
-    pred, target = pictures(4)
+    pred, target = images(4)
     want = metric.model(pred, target, normalize=True).flatten()
     np.testing.assert_allclose(metric(pred, target, chunk=3).numpy(), want.detach().numpy(), rtol=1e-4, atol=1e-6)
     assert metric(target, target).abs().max() == 0
-    worse, _ = pictures(4, noise=0.3)
+    worse, _ = images(4, noise=0.3)
     assert bool((metric(worse, target) > metric(pred, target)).all())
 
 
@@ -95,7 +95,7 @@ def blurred(image: np.ndarray) -> np.ndarray:
     return np.round(windows.mean(axis=(-1, -2))).astype(np.uint8)
 
 
-def as_pictures(image: np.ndarray) -> torch.Tensor:
+def as_images(image: np.ndarray) -> torch.Tensor:
     """(H, W, 3) uint8 -> (1, 3, H, W) in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
 
@@ -111,7 +111,7 @@ def test_the_shipped_backbone_gives_the_golden_distances(row: dict[str, Any]) ->
         "shifted 3 pixels right": lambda: np.roll(first, 3, axis=1),
         "itself": lambda: first,
     }[row["against"]]()
-    found = metric(as_pictures(other), as_pictures(first)).item()
+    found = metric(as_images(other), as_images(first)).item()
     assert found == pytest.approx(row["float16_stored"], abs=2e-6)
     assert found == pytest.approx(row["float32"], abs=1e-4)
 
@@ -189,8 +189,8 @@ def test_scorer_shapes_shared_targets_and_reward() -> None:
     settings = RewardSettings(lpips_backbone="untrained")
     scorer = Scorer(settings, WorldSettings(), "cpu")
     assert set(scorer.names) == set(REWARDS) and scorer.labels["lpips"] == LABEL_UNTRAINED
-    pred = pictures(24)[0].view(2, 2, 2, 3, 3, 48, 80)  # 2 recordings, 2 candidates each, 2 frames, 3 cameras
-    target = pictures(24)[1].view(2, 2, 2, 3, 3, 48, 80)[:, 0]
+    pred = images(24)[0].view(2, 2, 2, 3, 3, 48, 80)  # 2 recordings, 2 candidates each, 2 frames, 3 cameras
+    target = images(24)[1].view(2, 2, 2, 3, 3, 48, 80)[:, 0]
     shared = scorer.metrics(pred.flatten(0, 1), target)
     apart = scorer.metrics(pred.flatten(0, 1), target.repeat_interleave(2, 0))
     for name in scorer.names:

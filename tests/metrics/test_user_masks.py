@@ -35,10 +35,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "things"
 
 
-def test_pictures_and_arrays_give_the_same_masks(folder: Path) -> None:
-    pictures = open_masks(str(folder), {"7": [3, 4, 5]}, CAMERAS, 10, 12)
-    got = pictures.load("7", np.array([4, 5]))
-    assert pictures.name == "things" and got.shape == (2, 2, 10, 12)
+def test_images_and_arrays_give_the_same_masks(folder: Path) -> None:
+    images = open_masks(str(folder), {"7": [3, 4, 5]}, CAMERAS, 10, 12)
+    got = images.load("7", np.array([4, 5]))
+    assert images.name == "things" and got.shape == (2, 2, 10, 12)
     np.testing.assert_array_equal(got[0, 0], mask(4) > 0)
     assert not got[:, 1].any()  # the camera that nobody marked
     (folder / "8").mkdir()
@@ -46,13 +46,13 @@ def test_pictures_and_arrays_give_the_same_masks(folder: Path) -> None:
     both = open_masks(f"thing={folder}", {"7": [3, 4, 5], "8": [3, 4, 5]}, CAMERAS, 10, 12)
     assert both.name == "thing"
     np.testing.assert_array_equal(both.load("8", np.array([4, 5])), got)
-    assert both.sha256 != pictures.sha256
+    assert both.sha256 != images.sha256
 
 
 def test_masks_that_do_not_fit_are_named(folder: Path) -> None:
     with pytest.raises(PersistWorldError, match=r"1 of 4 frames are missing \(first: frame 6"):
         open_masks(str(folder), {"7": [3, 4, 5, 6]}, CAMERAS, 10, 12)
-    with pytest.raises(PersistWorldError, match="10x12 pixels, but the recorded pictures have 20x24"):
+    with pytest.raises(PersistWorldError, match="10x12 pixels, but the recorded images have 20x24"):
         open_masks(str(folder), {"7": [3]}, CAMERAS, 20, 24)
     with pytest.raises(PersistWorldError, match="no masks of the episodes 9"):
         open_masks(str(folder), {"9": [3]}, CAMERAS, 10, 12)
@@ -63,7 +63,7 @@ def test_masks_that_do_not_fit_are_named(folder: Path) -> None:
     np.savez(folder / "7" / "wrist.npz", mask=np.zeros((3, 10, 12)))
     with pytest.raises(PersistWorldError, match="at least 6, 10, 12"):
         open_masks(str(folder), {"7": [3, 4, 5]}, CAMERAS, 10, 12)
-    (folder / "7" / "front" / "00003.png").write_bytes(b"no picture")
+    (folder / "7" / "front" / "00003.png").write_bytes(b"no image")
     with pytest.raises(PersistWorldError, match="unreadable mask"):
         open_masks(str(folder), {"7": [3, 4, 5]}, CAMERAS, 10, 12)
 

@@ -166,15 +166,15 @@ def test_vae_encodes_and_decodes_in_chunks(golden: Path) -> None:
     flat = d["dec_latents"].flatten(0, 1)
     for chunk in (7, 5, 15, 1):
         made = vae_room.decode(model.vae, flat, chunk)
-        close(f"B vae, pictures in runs of {chunk}", made, d[f"dec_chunk{chunk}"].flatten(0, 1), 1e-5)
+        close(f"B vae, images in runs of {chunk}", made, d[f"dec_chunk{chunk}"].flatten(0, 1), 1e-5)
         if chunk == 7:  # a number just below a whole one may fall to either side: one level, seldom
             eight_bit = to_uint8(made / 2 + 0.5, "down").astype(int) - d["dec_chunk7_uint8"].flatten(0, 1).numpy()
             assert np.abs(eight_bit).max() <= 1
-            close("B vae, 8-bit pictures that differ (share)", np.mean(eight_bit != 0), 0.0, 1e-4)
+            close("B vae, 8-bit images that differ (share)", np.mean(eight_bit != 0), 0.0, 1e-4)
     close("B vae, runs in one batch", vae_room.decode_clips(model.vae, flat, 5), d["dec_chunk5"].flatten(0, 1), 1e-5)
 
 
-def test_pictures_become_8_bit_as_in_the_reference(golden: Path) -> None:
+def test_images_become_8_bit_as_in_the_reference(golden: Path) -> None:
     d = load_file(str(golden / "tiny_vae.safetensors"))
     levels = torch.arange(256, dtype=torch.uint8).view(256, 1, 1)
     close("B pixels to [-1, 1]", vae_room.pixels_to_unit(levels).flatten(), d["lut_uint8_to_fp32_norm"], 1e-6)
@@ -314,12 +314,12 @@ def test_decoding_in_batches_equals_one_by_one(tiny: WorldModel) -> None:
 
 
 @torch.no_grad()
-def test_a_draw_from_the_posterior_depends_on_camera_and_picture_alone(tiny: WorldModel) -> None:
+def test_a_draw_from_the_posterior_depends_on_camera_and_image_alone(tiny: WorldModel) -> None:
     frames = torch.randint(0, 256, (3, 3, 48, 80, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
     frames[:, 1] = frames[:, 0]  # two cameras that see the same
-    drawn = vae_room.encode_pictures(tiny.vae, frames, tiny.device, "sample")
-    mode = vae_room.encode_pictures(tiny.vae, frames, tiny.device)
-    alone = torch.cat([vae_room.encode_pictures(tiny.vae, one[None], tiny.device, "sample") for one in frames])
+    drawn = vae_room.encode_images(tiny.vae, frames, tiny.device, "sample")
+    mode = vae_room.encode_images(tiny.vae, frames, tiny.device)
+    alone = torch.cat([vae_room.encode_images(tiny.vae, one[None], tiny.device, "sample") for one in frames])
     assert drawn.shape == mode.shape == (3, *tiny.latent_shape) and worst(drawn, alone) < 1e-5
     first, second, _ = vae_room.unstack_cameras(drawn, 3).unbind(1)
     assert worst(drawn, mode) > 1e-3 and worst(first, second) > 1e-3
@@ -339,13 +339,13 @@ def test_gradients_are_finite(tiny: WorldModel, dtype: torch.dtype) -> None:
     tiny.zero_grad()
     with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
         out = tiny.denoise(x, torch.tensor([0.5, 3.0]), condition)
-        pictures = tiny.vae.decode(x[0, :, :, : h // 3], num_frames=5).sample  # of one camera, as they are decoded
-    (out.float().pow(2).mean() + pictures.float().pow(2).mean()).backward()
+        images = tiny.vae.decode(x[0, :, :, : h // 3], num_frames=5).sample  # of one camera, as they are decoded
+    (out.float().pow(2).mean() + images.float().pow(2).mean()).backward()
     grads = [p.grad for p in [*tiny.unet.parameters(), *tiny.vae.decoder.parameters()] if p.grad is not None]
     assert len(grads) > 100 and all(g.isfinite().all() for g in grads)
 
 
-def test_pictures_are_drawn_in_the_type_and_layout_asked_for(tiny: WorldModel) -> None:
+def test_images_are_drawn_in_the_type_and_layout_asked_for(tiny: WorldModel) -> None:
     latents = torch.randn(2, 5, *tiny.latent_shape, generator=torch.Generator().manual_seed(5))
     plain = tiny.decode_latents(latents, 5)
     drawn = {d: tiny.draw(latents, SamplingSettings(decode_chunk=5, decode_dtype=d)) for d in ("float32", "bfloat16")}

@@ -97,7 +97,7 @@ def test_upsampled_conv(dtype: torch.dtype) -> None:
     assert (ours - theirs).abs().max() < DTYPES[dtype] * theirs.abs().max()
 
 
-def test_a_picture_does_not_depend_on_its_neighbours_or_threads() -> None:
+def test_a_image_does_not_depend_on_its_neighbours_or_threads() -> None:
     x, weight, norm, _ = arguments(7, 32, 32, 12, 20, (3, 3), torch.float32)
     whole = convolve.block_conv(x, weight, None, norm.weight, norm.bias, 4, 1e-6)
     threads = torch.get_num_threads()

@@ -65,7 +65,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def test_a_recorded_start_is_restored_and_repeats_the_recording(
     drawing: None, bundled: Settings, episode: int, start: int
 ) -> None:
-    """Objects, arm and pictures as recorded; driven along the recorded targets, they stay so for the next 2 s."""
+    """Objects, arm and images as recorded; driven along the recorded targets, they stay so for the next 2 s."""
     recorded = find_recorded(bundled, recorded_start(bundled, episode, start))
     columns = recorded.raw.read(episode, list(COLUMNS))
     videos = [recorded.raw.video(episode, camera)[0] for camera in bundled.world.cameras]
@@ -80,8 +80,8 @@ def test_a_recorded_start_is_restored_and_repeats_the_recording(
             assert np.abs(now[COLUMNS[1]] - columns[COLUMNS[1]][row]).max() < 0.03
             assert np.linalg.norm(places - true, axis=1).max() < 0.01
             if tick in (0, 30):
-                pictures = np.stack([read_frames(video, [row])[0] for video in videos])
-                assert psnr(world.pictures(), pictures) > 28  # the recording went through a video codec
+                images = np.stack([read_frames(video, [row])[0] for video in videos])
+                assert psnr(world.images(), images) > 28  # the recording went through a video codec
             world.tick(columns["action"][row, :7], columns["action"][row, 7])
 
 
@@ -147,9 +147,9 @@ def test_imagined_and_simulated_are_compared(drawing: None, bundled: Settings, t
     assert np.shape(record["sim"]["object_positions"]) == (5, 3, 3)
     assert np.shape(record["sim"]["joint_pos"]) == np.shape(record["joint_pos"]) == (12, 7)
     assert count_frames(Path(entry["video"])) == 5
-    picture = read_frames(Path(entry["video"]), [0])[0]
+    image = read_frames(Path(entry["video"]), [0])[0]
     rows = 2 * (26 + 4 * bundled.world.height)  # two rows under each other, each view four times as large
-    assert picture.shape[0] == pytest.approx(52 + rows, abs=2)
+    assert image.shape[0] == pytest.approx(52 + rows, abs=2)
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------

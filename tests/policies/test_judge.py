@@ -1,4 +1,4 @@
-"""The judge of the bundled world on recorded pictures, its rules against the recorder's, and judges as plug-ins."""
+"""The judge of the bundled world on recorded images, its rules against the recorder's, and judges as plug-ins."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def true_places(own: Settings, episode: int) -> np.ndarray:
 
 
 def test_objects_are_found_where_they_were(bundled: Settings) -> None:
-    """Recorded pictures: within 3 cm of the simulator's own record in nine of ten frames where they are found."""
+    """Recorded images: within 3 cm of the simulator's own record in nine of ten frames where they are found."""
     for episode in (PICK, PUSH):
         seen = locate(recorded_evidence(bundled, episode), (0, 1, 2))
         apart = np.linalg.norm(seen - true_places(bundled, episode), axis=-1)

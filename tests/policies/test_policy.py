@@ -24,7 +24,7 @@ from persistworld_cli.robot.kinematics import forward
 # -- observation and answer -------------------------------------------------------------------------------------------
 
 
-def test_pictures_keep_their_aspect_and_are_padded() -> None:
+def test_images_keep_their_aspect_and_are_padded() -> None:
     out = resize_with_pad(np.full((192, 320, 3), 200, np.uint8), 224)
     assert out.shape == (224, 224, 3)
     assert out.dtype == np.uint8
@@ -161,11 +161,11 @@ def test_policy_controller_follows_the_reference_through_a_rollout(golden: Path)
     view = PolicyView(layout=PI05, adapter=adapter, skip=skip, gripper_cap=0.75, camera=1, wrist_camera=2)
     policies = [Recorded(), Recorded()]
     controller = PolicyController(policies, view, np.stack([data["joint_in"][0]] * 2), ["a", "b"])
-    pictures = np.zeros((2, 3, 8, 8, 3), np.uint8)
-    pictures[:, 1], pictures[:, 2] = 10, 20
+    images = np.zeros((2, 3, 8, 8, 3), np.uint8)
+    images[:, 1], images[:, 2] = 10, 20
     current = np.zeros((2, 7))
     for i in range(4):
-        poses = controller.poses(i, current, pictures)
+        poses = controller.poses(i, current, images)
         assert np.abs(poses - data["poses_taken"][i]).max() < 1e-5
     assert np.abs(policies[1].asked[3]["observation/joint_position"] - data["joint_in"][3, :7]).max() < 1e-5
     assert policies[1].asked[0]["prompt"] == "b"

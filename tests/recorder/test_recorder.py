@@ -85,7 +85,7 @@ def recorder():
 
 @pytest.fixture(scope="module")
 def simulated(recorder):
-    """Three whole episodes at 15 Hz, without pictures."""
+    """Three whole episodes at 15 Hz, without images."""
     return [recorder.record_episode(5, index, render=False) for index in range(3)]
 
 
@@ -190,7 +190,7 @@ def test_recording_on_disk(rendering, tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.fixture(scope="module")
 def steady(recorder):
-    """Two whole episodes of the world that is easier to learn, without pictures."""
+    """Two whole episodes of the world that is easier to learn, without images."""
     from dataset_example.recorder.design import STEADY
 
     return [recorder.record_episode(5, index, render=False, design=STEADY) for index in range(2)]

@@ -1,4 +1,4 @@
-"""The report's page, from disk in a real browser: what it says, and whether its pictures and videos are seen."""
+"""The report's page, from disk in a real browser: what it says, and whether its images and videos are seen."""
 
 from __future__ import annotations
 

@@ -60,11 +60,11 @@ def test_steps_table() -> None:
     assert "episode 9" in text and "0.8 s" in text and "21.00" in text
 
 
-def test_curves_are_pictures_even_with_missing_ends(result: dict[str, Any], tmp_path: Path) -> None:
+def test_curves_are_images_even_with_missing_ends(result: dict[str, Any], tmp_path: Path) -> None:
     for name, draw in (("a.png", horizon_curves), ("b.png", change_plot)):
         draw(tmp_path / name, result)
-        picture = np.asarray(Image.open(tmp_path / name).convert("RGB"))
-        assert picture.shape[1] > 500 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+        image = np.asarray(Image.open(tmp_path / name).convert("RGB"))
+        assert image.shape[1] > 500 and len(np.unique(image.reshape(-1, 3), axis=0)) > 50
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
@@ -76,13 +76,13 @@ def test_enlarge_repeats_pixels_or_averages() -> None:
     assert enlarge(np.full((1, 192, 640, 3), 7, np.uint8), 240).shape == (1, 72, 240, 3)
 
 
-def test_contact_sheet_places_pictures_and_keeps_long_names_inside(tmp_path: Path) -> None:
+def test_contact_sheet_places_images_and_keeps_long_names_inside(tmp_path: Path) -> None:
     red = np.full((2, 48, 80, 3), (200, 10, 10), np.uint8)
     rows = [("recorded", red, []), ("a-very-long-checkpoint-name.pt", red, ["psnr 20.1 dB"])]
     contact_sheet(tmp_path / "sheet.png", "title " * 100, ["0.2 s", "0.4 s"], [SheetBlock("wrist", rows)])
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     red_pixels = (sheet == (200, 10, 10)).all(axis=-1)
-    assert red_pixels.sum() == 2 * 2 * 144 * 240  # nothing is drawn over a picture
+    assert red_pixels.sum() == 2 * 2 * 144 * 240  # nothing is drawn over an image
     assert (sheet > 200).any()
 
 
@@ -90,9 +90,9 @@ def test_videos_show_every_row_camera_and_note(tmp_path: Path) -> None:
     frames = np.zeros((3, 2, 48, 80, 3), np.uint8)
     frames[:, 1] = 255
     rows = [VideoRow("recorded", frames), VideoRow("base", frames, ["start", "psnr 20", "psnr 19"])]
-    pictures = list(side_by_side("episode 9", ["left", "wrist"], rows, ["start", "step 1", "step 1"]))
-    assert len(pictures) == 3 and len({p.shape for p in pictures}) == 1
-    assert not np.array_equal(pictures[1], pictures[2])  # the notes differ
+    images = list(side_by_side("episode 9", ["left", "wrist"], rows, ["start", "step 1", "step 1"]))
+    assert len(images) == 3 and len({p.shape for p in images}) == 1
+    assert not np.array_equal(images[1], images[2])  # the notes differ
     write_side_by_side(tmp_path / "v.mp4", "episode 9", ["left", "wrist"], rows, ["start", "step 1", "step 1"], 5.0)
     assert count_frames(tmp_path / "v.mp4") == 3
     shown = read_frames(tmp_path / "v.mp4", [0])[0]

@@ -45,7 +45,7 @@ def test_golden_replay_interaction_by_interaction(golden: Path, tag: str) -> Non
         predicted = engine.step(state, poses, noise[None])
         close(f"{what}, {len(get['noise'])} interactions", predicted[0], get["pred"][i], 5e-5)
         drawn = to_uint8(engine.model.decode_latents(predicted[0], sampling.decode_chunk), "down")  # (5, V, H, W, 3)
-        close(f"{what}, mean of each 8-bit picture", drawn.mean(axis=(2, 3, 4)).T, get["frame_mean"][i], 0.01)
+        close(f"{what}, mean of each 8-bit image", drawn.mean(axis=(2, 3, 4)).T, get["frame_mean"][i], 0.01)
     assert len(state.memory) == 24 + len(get["noise"])
 
 

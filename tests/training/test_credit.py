@@ -1,4 +1,4 @@
-"""Credit by rollout, by picture and by patch: shapes, means, and that a patch is moved only by its own reward."""
+"""Credit by rollout, by image and by patch: shapes, means, and that a patch is moved only by its own reward."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from noisy_images import NO_LPIPS, pictures
+from noisy_images import NO_LPIPS, images
 
 from persistworld_cli.config.settings import PostTrainSettings, RewardSettings, WorldSettings
 from persistworld_cli.metrics.registry import REWARDS
@@ -21,9 +21,9 @@ OPTIONS = PostTrainSettings(candidates=4, keep_best=2, keep_worst=2, credit_grid
 
 
 @pytest.mark.parametrize("name", sorted(REWARDS))
-def test_a_single_cell_is_the_whole_picture(name: str) -> None:
+def test_a_single_cell_is_the_whole_image(name: str) -> None:
     metric = REWARDS[name](RewardSettings(), torch.device("cpu"))
-    pred, target = pictures(4)
+    pred, target = images(4)
     torch.testing.assert_close(metric.maps(pred, target[::2], (1, 1)).flatten(), metric(pred, target[::2]))
     cells = metric.maps(pred, target, (3, 5))
     assert cells.shape == (4, 3, 5)
@@ -34,9 +34,9 @@ def test_a_single_cell_is_the_whole_picture(name: str) -> None:
 
 
 def made(groups: int = 2, frames: int = 4) -> tuple[Candidates, Scorer]:
-    """Candidates whose pictures are noisy copies of the record, and the scorer they were scored by."""
+    """Candidates whose images are noisy copies of the record, and the scorer they were scored by."""
     scorer = Scorer(NO_LPIPS, WORLD, "cpu")
-    drawn, known = pictures(groups * OPTIONS.candidates * frames * 2)
+    drawn, known = images(groups * OPTIONS.candidates * frames * 2)
     drawn = drawn.view(groups * OPTIONS.candidates, frames, 2, 3, 48, 80)
     known = known.view(groups * OPTIONS.candidates, frames, 2, 3, 48, 80)[:: OPTIONS.candidates]
     metrics = scorer.metrics(drawn, known)
@@ -54,7 +54,7 @@ def test_credit_has_the_shape_the_objective_takes() -> None:
         assert (r[:, :, 0] == 0.5).all() and r.min() >= 0 and r.max() <= 1
     frame = credit(candidates, scorer, replace(OPTIONS, credit="frame"))[:, 0, 1:, 0]
     assert (frame[:, :, :12] == frame[:, :, :1, :1]).all()  # one number for a camera's frame
-    best = scorer.by_picture(candidates.metrics).view(2, 4, 4, 2).argmax(1)[0, 0, 0]
+    best = scorer.by_image(candidates.metrics).view(2, 4, 4, 2).argmax(1)[0, 0, 0]
     assert frame[int(best), 0, 0, 0] == frame[:4, 0, 0, 0].max()
 
 
@@ -75,7 +75,7 @@ def test_exploration_is_smooth_and_a_function_of_its_key() -> None:
     keys = [(0, "branch 3 1", 0, 0), (0, "branch 3 1", 1, 0)]
     options = replace(OPTIONS, explore=0.2)
     noise = exploration(keys, x0, 2, options)
-    assert noise.shape == x0.shape and (noise[:, 0] == 0).all()  # the current frame is scored by no picture
+    assert noise.shape == x0.shape and (noise[:, 0] == 0).all()  # the current frame is scored by no image
     cells = noise[:, 1:].unflatten(3, (6, 4)).unflatten(5, (5, 4))  # 3 x 5 cells a camera
     assert (cells == cells[:, :, :, :, :1, :, :1]).all()
     assert 0.17 < float(noise[:, 1:].std()) < 0.23 and abs(float(noise.mean())) < 0.02

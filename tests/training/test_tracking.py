@@ -132,8 +132,8 @@ def test_curves_of_what_was_logged(tmp_path: Path, updates: int) -> None:
     history = [{"step": step, "reward": 1.0 + 0.1 * (step % 7), "group_spread": 0.1} for step in range(1, updates + 1)]
     history[-1] |= {"val_reward": 1.1, "val_base": 1.0}
     training_curves(tmp_path / "curves.png", "post-training", history, POST_TRAIN_PANELS)
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width > 1200
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width > 1200
     training_curves(tmp_path / "none.png", "post-training", [{"step": 1, "lr": 0.1}], POST_TRAIN_PANELS)
     assert not (tmp_path / "none.png").exists()
 

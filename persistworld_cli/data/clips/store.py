@@ -7,7 +7,7 @@
     <root>/meta/{index.safetensors, stat.json, adapter.json}  from `persistworld build-meta`
 
 Legend: T frames at the model rate, D state numbers, C latent channels, V cameras, h1 latent height of one camera,
-h = V * h1 (cameras stacked along height in their order), w latent width, N frames asked for, H, W picture pixels.
+h = V * h1 (cameras stacked along height in their order), w latent width, N frames asked for, H, W image pixels.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class EpisodeStore:
             )
 
     def frames(self, split: str, episode: str, frame_ids: Sequence[int]) -> NDArray[np.uint8]:
-        """Pictures decoded from the mp4s: uint8 (N, V, H, W, 3)."""
+        """Images decoded from the mp4s: uint8 (N, V, H, W, 3)."""
         folder = self._video_dir(split, episode)
         cameras = range(self.num_cameras(split, episode))
         return np.stack([video.read_frames(folder / f"{c}.mp4", frame_ids) for c in cameras], axis=1)

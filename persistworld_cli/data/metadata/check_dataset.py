@@ -58,14 +58,14 @@ KINDS: dict[str, tuple[bool, str, str]] = {
     "latent-length": (True, "latents are fewer than the states", _REDO),
     "latent-longer": (False, "latents are more than the states", "what is beyond the states is not used"),
     "latent-cameras": (True, "cameras of an episode have latents of different size", _REDO),
-    "latent-size": (True, "latents differ in size from most episodes", "one dataset, one encoder and picture size"),
+    "latent-size": (True, "latents differ in size from most episodes", "one dataset, one encoder and image size"),
     "latent-values": (True, "latents hold values that are no numbers", f"was the encoder in fp16? {_REDO}"),
     "latent-constant": (False, "latents are the same everywhere", "look at the video: is it black?"),
     "cameras": (True, "number of cameras differs from most episodes", _REDO),
     "preset-cameras": (True, "not the preset's cameras", "name the preset it was extracted with: --preset"),
     "preset-numbers": (True, "not the preset's action_dim", "name the preset it was extracted with: --preset"),
     "preset-latent": (True, "not the preset's latent size", "name the preset it was extracted with: --preset"),
-    "preset-picture": (True, "not the preset's picture size", "name the preset it was extracted with: --preset"),
+    "preset-image": (True, "not the preset's image size", "name the preset it was extracted with: --preset"),
     "preset-rate": (True, "not the preset's rate", "name the preset it was extracted with: --preset"),
     "no-preset": (False, "not compared with a preset", "add --preset NAME (its cameras, sizes, rate, action_dim)"),
     "no-index": (False, "no metadata yet", _META),
@@ -190,7 +190,7 @@ def _compare(report: Report, listed: Sequence[Listed], seen: Sequence[Seen]) -> 
         ("cameras", "cameras"),
         ("numbers", "state-width"),
         ("latent", "latent-size"),
-        ("pictures", "picture"),
+        ("images", "image"),
     ):
         values = [getattr(one, name) for one in seen]
         known = Counter(value for value in values if value and value != (0, 0))
@@ -221,11 +221,9 @@ def _preset(report: Report, root: Path, usual: Seen, expected: Expected | None) 
         report.add("preset-numbers", wanted, f"states of {usual.numbers} numbers, the preset takes {expected.numbers}")
     if usual.latent not in ((), expected.latent):
         report.add("preset-latent", wanted, f"{usual.latent} a camera, the preset takes {expected.latent}")
-    size = (noted["height"], noted["width"]) if {"height", "width"} <= set(noted) else usual.pictures
+    size = (noted["height"], noted["width"]) if {"height", "width"} <= set(noted) else usual.images
     if size not in ((0, 0), (expected.height, expected.width)):
-        report.add(
-            "preset-picture", wanted, f"{size[0]}x{size[1]}, the preset takes {expected.height}x{expected.width}"
-        )
+        report.add("preset-image", wanted, f"{size[0]}x{size[1]}, the preset takes {expected.height}x{expected.width}")
     if noted.get("rate_hz", expected.rate_hz) != expected.rate_hz:
         report.add("preset-rate", wanted, f"{noted['rate_hz']:g} Hz, the preset's is {expected.rate_hz:g}")
 

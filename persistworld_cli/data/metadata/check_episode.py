@@ -25,12 +25,12 @@ from persistworld_cli.data.metadata.scan import Listed, camera_files
 from persistworld_cli.errors import PersistWorldError
 
 _LATENT_TYPES = ("float16", "float32")
-_CONSTANT = 1e-6  # latents that vary less hold no picture
+_CONSTANT = 1e-6  # latents that vary less hold no image
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a preset takes: names of cameras, picture size, rate, state width, latents (C, h1, w) of one camera."""
+    """What a preset takes: names of cameras, image size, rate, state width, latents (C, h1, w) of one camera."""
 
     preset: str
     cameras: tuple[str, ...]
@@ -49,7 +49,7 @@ class Seen:
     cameras: int = 0
     numbers: int = 0
     latent: tuple[int, ...] = ()  # (C, h1, w) of the first camera
-    pictures: tuple[int, int] = (0, 0)  # height, width of the first camera's video, where it was opened
+    images: tuple[int, int] = (0, 0)  # height, width of the first camera's video, where it was opened
 
 
 def inspect(root: Path, there: tuple[bool, bool], request: tuple[Listed, bool]) -> Seen:
@@ -158,16 +158,16 @@ def _latent(seen: Seen, camera: int, path: Path, length: int, sampled: bool) -> 
 
 
 def _video(seen: Seen, camera: int, path: Path, length: int) -> None:
-    """Length of a video, and its first and last picture."""
+    """Length of a video, and its first and last image."""
     from persistworld_cli.data.raw import video
 
     try:
         frames = video.count_frames(path)
-        pictures = video.read_frames(path, [0, max(0, frames - 1)])
+        images = video.read_frames(path, [0, max(0, frames - 1)])
     except PersistWorldError as error:
         seen.troubles.append(("video-unreadable", f"{path.name}: {error.what}"))
         return
     if length and frames != length:
         kind = "video-length" if frames < length else "video-longer"
         seen.troubles.append((kind, f"{path.name}: {frames} frames, {length} states"))
-    seen.pictures = seen.pictures if camera and seen.pictures != (0, 0) else (pictures.shape[1], pictures.shape[2])
+    seen.images = seen.images if camera and seen.images != (0, 0) else (images.shape[1], images.shape[2])

@@ -110,11 +110,11 @@ def findings(
     outside = (column["grip_low"] < -GRIP_SLACK) | (column["grip_high"] > 1 + GRIP_SLACK)
     wrapped = column["wraps"] > 0
     found = (
-        ("arm never moves 1 cm", still, "nothing to learn but a still picture; the recording may have failed"),
+        ("arm never moves 1 cm", still, "nothing to learn but a still image; the recording may have failed"),
         (
             f"position jumps (over {JUMP_M_S:g} m/s)",
             column["jump"] * rate_hz > JUMP_M_S,
-            "frames are lost or two recordings are joined: the pictures will not follow the poses",
+            "frames are lost or two recordings are joined: the images will not follow the poses",
         ),
         (
             f"orientation jumps (over {TURN_RAD_S:g} rad/s)",

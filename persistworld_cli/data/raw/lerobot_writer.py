@@ -42,15 +42,15 @@ class NewEpisode:
     Attributes:
         task: the instruction.
         columns: name -> (T, D) numbers, written as float32.
-        pictures: camera -> uint8 (T, H, W, 3), written as ``observation.images.<camera>``.
+        images: camera -> uint8 (T, H, W, 3), written as ``observation.images.<camera>``.
     """
 
     task: str
     columns: Mapping[str, NDArray[np.floating[Any]]]
-    pictures: Mapping[str, NDArray[np.uint8]]
+    images: Mapping[str, NDArray[np.uint8]]
 
     def __len__(self) -> int:
-        return len(next(iter(self.pictures.values())))
+        return len(next(iter(self.images.values())))
 
 
 def write_lerobot(root: Path, episodes: Sequence[NewEpisode], fps: float, robot: str) -> None:
@@ -91,7 +91,7 @@ def _place(index: int) -> dict[str, int]:
 
 
 def _videos(episode: NewEpisode) -> dict[str, NDArray[np.uint8]]:
-    return {f"observation.images.{camera}": frames for camera, frames in episode.pictures.items()}
+    return {f"observation.images.{camera}": frames for camera, frames in episode.images.items()}
 
 
 def _table(episode: NewEpisode, index: int, first: int, task: int, fps: float) -> dict[str, NDArray[Any]]:
@@ -119,7 +119,7 @@ def _arrow(table: Mapping[str, NDArray[Any]]) -> pa.Table:
 
 
 def _stats(table: Mapping[str, NDArray[Any]], episode: NewEpisode) -> dict[str, dict[str, Any]]:
-    """Least, largest, mean and spread of every feature; of pictures by colour, in [0, 1], shaped (3, 1, 1)."""
+    """Least, largest, mean and spread of every feature; of images by colour, in [0, 1], shaped (3, 1, 1)."""
     numbers = {name: _moments(values.reshape(len(values), -1).astype(np.float64)) for name, values in table.items()}
     colours = {key: _moments(frames.reshape(-1, 3) / 255.0) for key, frames in _videos(episode).items()}
     shaped = {

@@ -1,4 +1,4 @@
-"""Resizing of 8-bit pictures without torch, bit for bit as torch does it: bilinear with antialiasing.
+"""Resizing of 8-bit images without torch, bit for bit as torch does it: bilinear with antialiasing.
 
 Torch's CPU kernel (and Pillow-SIMD, whose arithmetic it is) weights pixels by 16-bit integers and rounds once after the
 columns and once after the rows. Here the same sums are matrix products of whole numbers, which floats hold exactly, so
@@ -43,15 +43,15 @@ def resize(frames: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uin
     across = _bands(columns, width, channels, _COLUMNS) if columns != width else ()
     down = _bands(rows, height, 1, _ROWS) if rows != height else ()
     for frame, target in zip(frames, out, strict=True):
-        picture: NDArray[Any] = frame.reshape(rows, columns * channels)
+        image: NDArray[Any] = frame.reshape(rows, columns * channels)
         if across:
-            picture = picture.astype(across[0].weights.dtype)
-            parts = [picture[:, band.low * channels : band.high * channels] @ band.weights.T for band in across]
-            picture = _rounded(np.concatenate(parts, axis=1))
+            image = image.astype(across[0].weights.dtype)
+            parts = [image[:, band.low * channels : band.high * channels] @ band.weights.T for band in across]
+            image = _rounded(np.concatenate(parts, axis=1))
         if down:
-            picture = picture.astype(down[0].weights.dtype, copy=False)
-            picture = _rounded(np.concatenate([band.weights @ picture[band.low : band.high] for band in down]))
-        target.reshape(height, width * channels)[:] = picture
+            image = image.astype(down[0].weights.dtype, copy=False)
+            image = _rounded(np.concatenate([band.weights @ image[band.low : band.high] for band in down]))
+        target.reshape(height, width * channels)[:] = image
     return out
 
 

@@ -23,7 +23,7 @@ from persistworld_cli.files import whole_file, writing
 
 Frames = NDArray[np.uint8]
 
-# swscale's defaults round YUV <-> RGB down: a smooth picture comes back darker by 1 of 255 (42 dB). With these flags
+# swscale's defaults round YUV <-> RGB down: a smooth image comes back darker by 1 of 255 (42 dB). With these flags
 # (PyAV 18 is the first to take them) its mean is right to 0.02 (52 dB).
 _EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
@@ -121,7 +121,7 @@ class Mp4Writer:
         path: the file.
         fps: frames a second.
         crf: quality of x264, lower is better.
-        reproducible: the same pictures become the same bytes. One thread, since what x264 writes depends on how many,
+        reproducible: the same images become the same bytes. One thread, since what x264 writes depends on how many,
             and no macroblock tree: its assembly reads memory that earlier videos left (measured with x264 165: 12 small
             videos in random order, encoded again and again, came out in 2 to 3 forms each with it, in one without).
 
@@ -146,13 +146,13 @@ class Mp4Writer:
             raise
         return self
 
-    def add(self, picture: Frames) -> None:
+    def add(self, image: Frames) -> None:
         """Write one more frame."""
         with writing(self.path), _as_oserror():
-            picture = np.ascontiguousarray(_even(picture))
+            image = np.ascontiguousarray(_even(image))
             if self._stream is None:
-                self._stream = self._begin(*picture.shape[:2])
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                self._stream = self._begin(*image.shape[:2])
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             self._container.mux(self._stream.encode(frame.reformat(format="yuv420p", interpolation=_EXACT)))
         self.written += 1
 
@@ -197,8 +197,8 @@ def _as_oserror() -> Iterator[None]:
 def write_mp4(path: Path, frames: Iterable[Frames], fps: float, *, crf: int = 18) -> int:
     """Write all ``frames`` by an `Mp4Writer`; returns how many."""
     with Mp4Writer(path, fps, crf=crf) as writer:
-        for picture in frames:
-            writer.add(picture)
+        for image in frames:
+            writer.add(image)
     return writer.written
 
 
@@ -220,12 +220,12 @@ def _numbered(
             yield round((frame.pts - origin) * base * rate), frame
 
 
-def _even(picture: Frames) -> Frames:
-    """Pad an odd picture (H, W, 3) to even sides by repeating its edge."""
-    height, width = picture.shape[:2]
+def _even(image: Frames) -> Frames:
+    """Pad an odd image (H, W, 3) to even sides by repeating its edge."""
+    height, width = image.shape[:2]
     if height % 2 == 0 and width % 2 == 0:
-        return picture
-    return np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        return image
+    return np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
 def _video_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:

@@ -1,6 +1,6 @@
 """Convolutions as a CPU computes them fastest, with the same numbers.
 
-`ChannelsLastConv`: with its channels last, a picture need not be reordered before and after each convolution; the
+`ChannelsLastConv`: with its channels last, an image need not be reordered before and after each convolution; the
 shipped VAE decodes 1.5 times as fast in float32 and in bfloat16. The UNet's blocks keep that order (see `lean_blocks`).
 
 `TemporalConv`: the same numbers, faster on a CPU, and safe in bfloat16 there.
@@ -68,7 +68,7 @@ class TemporalConv(nn.Conv3d):
         return self.kernel_size[0] == 3 and self.padding == (1, 0, 0) and self.dilation[0] == self.groups == 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, T, H, W) to (B, C', T, H, W); pictures may be given as one row, (B, C, T, H * W)."""
+        """(B, C, T, H, W) to (B, C', T, H, W); images may be given as one row, (B, C, T, H * W)."""
         return self.compute(x, self.weight)
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 A small network's time goes into moving activations as much as into products. What is spared here:
 
-- Pictures keep their channels last through the whole network, so that a convolution, a transformer and a temporal
+- Images keep their channels last through the whole network, so that a convolution, a transformer and a temporal
   convolution each see them without reordering. (diffusers' transformer ends with a copy to channels first.)
 - Temporal blocks leave their activations (item, frame, pixel, channel): only the attention's queries, keys and values
   are put pixel by pixel, not everything around them.
@@ -77,7 +77,7 @@ def _feed_forward(ff: Any, norm: nn.LayerNorm, x: torch.Tensor, residual: bool) 
 
 
 class LeanSpatialBlock(BasicTransformerBlock):
-    """Attention over a picture's pixels, its token, feed-forward."""
+    """Attention over an image's pixels, its token, feed-forward."""
 
     def forward(
         self,
@@ -132,10 +132,10 @@ class LeanTransformer(TransformerSpatioTemporalModel):
                 x = spatial(x, None, encoder_hidden_states)
             mixed = temporal(x + place, num_frames=frames, encoder_hidden_states=context)
             x = self.time_mixer(x_spatial=x, x_temporal=mixed, image_only_indicator=image_only_indicator)
-        pictures = self.proj_out(x).transpose(1, 2).unflatten(2, (height, -1))
-        if pictures.device.type != "cpu":  # elsewhere diffusers' layout stays
-            pictures = pictures.contiguous()
-        return (pictures + hidden_states,)
+        images = self.proj_out(x).transpose(1, 2).unflatten(2, (height, -1))
+        if images.device.type != "cpu":  # elsewhere diffusers' layout stays
+            images = images.contiguous()
+        return (images + hidden_states,)
 
 
 LEAN: dict[type, type] = {

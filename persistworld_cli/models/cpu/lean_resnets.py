@@ -5,7 +5,7 @@ Each convolution takes its normalisation and activation in as it reads and adds 
 product of its own, normalisation and activation are one step (`native.norm`). Each where there is a kernel for it: not
 on a GPU, and not for weights that learn.
 
-Shapes: B items, T frames, S pixels, C channels, h, w picture.
+Shapes: B items, T frames, S pixels, C channels, h, w image.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _activated(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
 
 
 class LeanResnet(ResnetBlock2D):
-    """A block of pictures."""
+    """A block of images."""
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None, *args: Any) -> torch.Tensor:
         """(N, C, h, w) with embeddings (N, width) to (N, C', h, w)."""
@@ -93,7 +93,7 @@ class LeanTemporalResnet(TemporalResnetBlock):
 
 
 class LeanVideoResnet(SpatioTemporalResBlock):
-    """A block of pictures, then one over their frames, blended."""
+    """A block of images, then one over their frames, blended."""
 
     def forward(
         self,
@@ -112,15 +112,15 @@ class LeanVideoResnet(SpatioTemporalResBlock):
             or _small(hidden_states[:1]).dtype is not torch.float32
         ):
             return super().forward(hidden_states, temb, image_only_indicator)
-        pictures = self.spatial_res_block(hidden_states, temb)
-        frames, (channels, height) = image_only_indicator.shape[-1], pictures.shape[1:3]
-        x = pictures.permute(0, 2, 3, 1).reshape(-1, frames, height * pictures.shape[3], channels).permute(0, 3, 1, 2)
+        images = self.spatial_res_block(hidden_states, temb)
+        frames, (channels, height) = image_only_indicator.shape[-1], images.shape[1:3]
+        x = images.permute(0, 2, 3, 1).reshape(-1, frames, height * images.shape[3], channels).permute(0, 3, 1, 2)
         added = None if temb is None else block.time_emb_proj(block.nonlinearity(temb))
         hidden = _conv(x, block.conv1, weights[0], block.norm1, added)
-        share = mixer.get_alpha(image_only_indicator, 3).reshape(-1).expand(len(pictures))  # of the pictures
+        share = mixer.get_alpha(image_only_indicator, 3).reshape(-1).expand(len(images))  # of the images
         gain = share if mixer.switch_spatial_to_temporal_mix else 1 - share
         out = _conv(hidden, block.conv2, weights[1], block.norm2, None, gain, x)  # a x + (1 - a)(x + f) = x + (1 - a) f
-        return out.permute(0, 2, 3, 1).reshape(len(pictures), height, -1, channels).permute(0, 3, 1, 2)
+        return out.permute(0, 2, 3, 1).reshape(len(images), height, -1, channels).permute(0, 3, 1, 2)
 
 
 class LeanUpsample(Upsample2D):

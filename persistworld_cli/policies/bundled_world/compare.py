@@ -1,7 +1,7 @@
 """`pi-rollout --against sim`: how well what is imagined foretells what happens, the simulator being what happens.
 
-The same policy acts from the same starts in both. Three comparisons: the judge on imagined pictures against the truth
-(what one wants to know), the judge on simulated pictures against the truth (the judge's own part in that), and the
+The same policy acts from the same starts in both. Three comparisons: the judge on imagined images against the truth
+(what one wants to know), the judge on simulated images against the truth (the judge's own part in that), and the
 progress of both, as Pearson's r.
 """
 
@@ -26,7 +26,7 @@ from persistworld_cli.statistics.ranking import agreement, pearson
 
 @dataclass(frozen=True)
 class Simulated:
-    """What the simulator made of one start, and what the judge says to the simulator's pictures."""
+    """What the simulator made of one start, and what the judge says to the simulator's images."""
 
     rolled: SimRollout
     judged: Verdict

@@ -1,6 +1,6 @@
 """The judge of the bundled world: finds the objects by their colours and applies the world's own rules.
 
-It works from the exterior pictures, the poses and the gripper; of the simulator it knows only where the objects stood
+It works from the exterior images, the poses and the gripper; of the simulator it knows only where the objects stood
 at the start. What it cannot see it does not guess: the verdict is then None, with the reason.
 """
 
@@ -45,7 +45,7 @@ def locate(evidence: Evidence, wanted: Sequence[int]) -> Float:
     """(F, N, 3): where the wanted objects are seen in each frame; NaN for others, and where it cannot be told.
 
     Raises:
-        PersistWorldError: the pictures are not of the bundled world's cameras.
+        PersistWorldError: the images are not of the bundled world's cameras.
     """
     missing = [name for name in VIEWS if name not in evidence.cameras]
     if missing:

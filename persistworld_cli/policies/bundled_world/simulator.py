@@ -129,7 +129,7 @@ def roll_in_simulator(
 ) -> SimRollout:
     """A policy acts in the simulator from a recorded start.
 
-    It sees the simulated cameras at the size of the world model's pictures, and the measured joints; its velocities
+    It sees the simulated cameras at the size of the world model's images, and the measured joints; its velocities
     move the arm's targets as the dataset defines them, row by row, as many rows as the world model is given.
 
     Raises:
@@ -187,9 +187,9 @@ class _Watch:
         self.pose = np.concatenate([now["observation.state.cartesian_position"], gripper])
 
     def see(self, world: Any, rule: Callable[[Any], bool] | None) -> None:
-        """A frame: pictures, places of the objects, and whether the recorder's condition holds."""
+        """A frame: images, places of the objects, and whether the recorder's condition holds."""
         self.feel(world)
-        self.frames.append(resize(world.pictures(), self._world.height, self._world.width))
+        self.frames.append(resize(world.images(), self._world.height, self._world.width))
         now = world.snapshot()
         self.positions.append(now.positions)
         self._held.append(bool(rule(now)) if rule else False)

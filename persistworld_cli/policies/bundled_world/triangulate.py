@@ -1,11 +1,11 @@
-"""Where coloured objects are, from the pictures of two cameras whose places are known to a centimetre.
+"""Where coloured objects are, from the images of two cameras whose places are known to a centimetre.
 
 Each camera's coloured pixels give a ray; two rays cross at the object. The exterior cameras of the bundled world stand
 a little differently in every episode: the start, where the objects' places are known, tells by how much. A view that
-shows too little of an object (hidden, or gone from an imagined picture) is left out; with one view left, an object is
+shows too little of an object (hidden, or gone from an imagined image) is left out; with one view left, an object is
 taken to lie on the table, unless it is, or lately was, off it.
 
-Shape legend: F frames, H, W pixels. Picture places are shares of the picture's width and height, from its upper left.
+Shape legend: F frames, H, W pixels. Image places are shares of the image's width and height, from its upper left.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from persistworld_cli.policies.judge import Float, SceneObject
 VIEWS = {"exterior_1_left": (-42.0, 30.0, 1.0), "exterior_2_left": (58.0, 33.0, 1.02)}
 LOOK_AT = np.array([0.51, 0.0, 0.07])
 FIELD = np.radians(23.5)  # vertical field of view
-ASPECT = 16 / 9  # of the recorded pictures; extraction may have stretched them
+ASPECT = 16 / 9  # of the recorded images; extraction may have stretched them
 SEEN = 0.55  # of an object's silhouette: less gives no ray
 SPECK = 0.15  # of the largest patch of a colour: smaller ones are not the object
 APART = 0.03  # m that two rays may miss each other by
@@ -40,7 +40,7 @@ _ROUND = np.array([[np.cos(a), np.sin(a), z] for a in np.linspace(0, 2 * np.pi, 
 
 @dataclass(frozen=True)
 class Camera:
-    """A camera: where it stands (3,), its axes as rows (3, 3) right, up, back, and by how much its picture is off."""
+    """A camera: where it stands (3,), its axes as rows (3, 3) right, up, back, and by how much its image is off."""
 
     place: Float
     axes: Float
@@ -53,7 +53,7 @@ class Camera:
         return np.stack([0.5 + right / (-back * high * ASPECT), 0.5 - up / (-back * high)], axis=1) + self.shift
 
     def ray(self, seen: Float) -> Float:
-        """(2,) a place in the picture -> (3,) the direction that it lies in."""
+        """(2,) a place in the image -> (3,) the direction that it lies in."""
         u, v = seen - self.shift - 0.5
         high = 2 * np.tan(FIELD / 2)
         way = self.axes.T @ np.array([u * high * ASPECT, -v * high, -1.0])
@@ -63,7 +63,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Patch:
-    """An object's pixels in one picture: their centre, and their part of the picture."""
+    """An object's pixels in one image: their centre, and their part of the image."""
 
     centre: Float
     area: float
@@ -79,7 +79,7 @@ def nominal_camera(name: str) -> Camera:
 
 
 def find_patches(frames: NDArray[np.uint8], item: SceneObject) -> list[Patch | None]:
-    """Of each picture (F, H, W, 3), the pixels of an object's colour; None where there are none."""
+    """Of each image (F, H, W, 3), the pixels of an object's colour; None where there are none."""
     return [_patch(mask) for mask in object_mask(frames, [item.rgb])]
 
 
@@ -100,7 +100,7 @@ def is_whole(camera: Camera, item: SceneObject, position: Float, patch: Patch) -
 
 
 def silhouette(camera: Camera, item: SceneObject, position: Float) -> float:
-    """The part of the picture that an object would fill, seen whole, turned as at the start."""
+    """The part of the image that an object would fill, seen whole, turned as at the start."""
     shape = _ROUND if item.shape in ("cylinder", "drum") else _CORNERS
     turn = Rotation.from_quat(item.quaternion[[1, 2, 3, 0]])
     corners = camera.project(position + turn.apply(shape * item.half))

@@ -31,7 +31,7 @@ from persistworld_cli.models.cpu.native.calls import (
 from persistworld_cli.models.cpu.native.norm import affine, norm_silu_backward
 
 MOST = 512  # channels; transformed weights take four times the memory
-FEWEST = 256  # pixels times pictures for which the call is not what takes the time
+FEWEST = 256  # pixels times images for which the call is not what takes the time
 TILES = (3, 4)  # outputs computed together in a direction, F(3, 3) and F(4, 3)
 
 
@@ -82,7 +82,7 @@ def block_conv(
         bias: (C',).
         norm_weight, norm_bias: (C,); group normalisation and SiLU before, neither without them.
         groups, eps: of the normalisation, over (C / groups, H, W) or (C / groups, T, S).
-        added: (N, C') or (B * T, C'), to every pixel of a picture.
+        added: (N, C') or (B * T, C'), to every pixel of an image.
         gain: (N,) or (B * T,), on everything but the residual.
         residual: as the result.
     """
@@ -133,8 +133,8 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     """To x, `added` and `residual`; everything else is frozen."""
     x, weight, norm_weight, norm_bias, gain = ctx.saved_tensors
     spatial = weight.shape[3] == 3
-    by_picture = (grad.shape[0], 1, 1, 1) if spatial else (grad.shape[0], 1, grad.shape[2], 1)
-    inner = grad if gain is None else grad * gain.view(by_picture).to(grad)
+    by_image = (grad.shape[0], 1, 1, 1) if spatial else (grad.shape[0], 1, grad.shape[2], 1)
+    inner = grad if gain is None else grad * gain.view(by_image).to(grad)
     grad_x = grad_added = None
     if ctx.needs_input_grad[0]:
         grad_x = input_gradient(inner, weight)

@@ -1,4 +1,4 @@
-"""Pictures of one rollout against its recording: a contact sheet and a video.
+"""Images of one rollout against its recording: a contact sheet and a video.
 
 Shape legend: n frames that were recorded, V cameras, H, W pixels.
 """
@@ -42,9 +42,9 @@ def write_rollout_sheet(
     rate = settings.world.rate_hz
     blocks = []
     for camera, name in enumerate(settings.world.cameras):
-        pictures = {"recorded": recording.frames[:length], **drawn}
+        images = {"recorded": recording.frames[:length], **drawn}
         rows = []
-        for label, frames in pictures.items():
+        for label, frames in images.items():
             whole = np.concatenate([recording.first[None, camera], frames[:, camera]])
             notes = _notes(scores[label], camera) if label in scores else []
             rows.append((label, whole[shown], notes))
