@@ -11,12 +11,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from persistworld_cli.config.bundled import bundled_root, resolve_path
 from persistworld_cli.config.check import check
-from persistworld_cli.config.settings import Settings
-from persistworld_cli.config.values import coerce, field_types, parse_text
+from persistworld_cli.config.fields import coerce, parse_text
+from persistworld_cli.config.settings import Settings, setting_types
 from persistworld_cli.errors import UsageError, nearest
 from persistworld_cli.read_files import read_toml
 
@@ -184,7 +184,7 @@ def _build(values: Mapping[str, Any]) -> Settings:
 
 def _typed(key: str, value: Any, where: str) -> Any:
     """``value`` as the type of setting ``key``. Raises UsageError for an unknown key or a wrong type."""
-    types = field_types()
+    types = setting_types()
     if key not in types:
         raise _unknown_key(key, where)
     return coerce(value, types[key], key=key, where=where)
@@ -192,7 +192,7 @@ def _typed(key: str, value: Any, where: str) -> Any:
 
 def _unknown_key(key: str, where: str) -> UsageError:
     """The error for a key that no table has, naming the nearest one that exists."""
-    known = list(field_types())
+    known = list(setting_types())
     table, _, name = key.partition(".")
     tables = sorted({k.partition(".")[0] for k in known})
     if table not in tables:
@@ -317,10 +317,10 @@ def _add_set(layers: dict[str, _Value], item: str) -> None:
 
 def _add_text(layers: dict[str, _Value], key: str, text: str, origin: str, where: str) -> None:
     """A value written as text; ``table.dict.entry=value`` changes one entry of a setting that is a table itself."""
-    types = field_types()
+    types = setting_types()
     table, name, *rest = key.split(".")
     base = f"{table}.{name}"
-    if rest and base in types and str(types[base]).startswith("dict"):
+    if rest and base in types and get_origin(types[base]) is dict:
         before = layers[base].value if base in layers else flatten(Settings())[base]
         merged = _merge_entry(before, rest, parse_text(text, Any), where)
         layers[base] = _Value(_typed(base, merged, where), origin, where)

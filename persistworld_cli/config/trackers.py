@@ -1,14 +1,13 @@
-"""Which experiment trackers are known, and whether the packages they need are installed."""
+"""Which experiment trackers a run starts, and whether their packages are installed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.util import find_spec
+from typing import get_args
 
+from persistworld_cli.config.settings import Tracker
 from persistworld_cli.errors import PersistWorldError
-
-TRACKERS = ("tensorboard", "wandb", "trackio")  # each the name of its package too
-NO_TRACKER = "none"
 
 
 def wanted_trackers(names: Iterable[str]) -> tuple[str, ...]:
@@ -17,10 +16,10 @@ def wanted_trackers(names: Iterable[str]) -> tuple[str, ...]:
     Raises:
         PersistWorldError: the package of one is not installed.
     """
-    wanted = tuple(dict.fromkeys(name for name in names if name != NO_TRACKER))
+    wanted = tuple(dict.fromkeys(name for name in names if name != "none"))
     for name in wanted:
         if find_spec(name) is None:
-            others = [other for other in (*TRACKERS, NO_TRACKER) if other != name]
+            others = [other for other in get_args(Tracker) if other != name]
             raise PersistWorldError(
                 f"the tracker '{name}' needs the package '{name}', which is not installed",
                 where="launch.trackers (--tracker)",

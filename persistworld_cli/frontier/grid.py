@@ -8,8 +8,8 @@ from itertools import product
 from typing import Any
 
 from persistworld_cli.config.check import check
-from persistworld_cli.config.settings import SamplingSettings, Settings
-from persistworld_cli.config.values import coerce, field_types, parse_text
+from persistworld_cli.config.fields import coerce, parse_text
+from persistworld_cli.config.settings import SamplingSettings, Settings, setting_types
 from persistworld_cli.cost.interaction import sampler_calls
 from persistworld_cli.errors import UsageError, nearest
 from persistworld_cli.models.diffusion import karras_sigmas
@@ -101,7 +101,7 @@ def _varied(text: str) -> tuple[str, list[Any]]:
         raise UsageError(f"'{text}' is not KEY=VALUE,VALUE", where="--vary", fix="write --vary sigma_min=0.002,0.05")
     if key not in VARIED:
         raise UsageError(f"'{key}' cannot be varied", where="--vary", fix=nearest(key, VARIED))
-    hint = field_types()[f"sampling.{key}"]
+    hint = setting_types()[f"sampling.{key}"]
     parts = [part.strip() for part in listed.split(",") if part.strip()]
     return key, [coerce(parse_text(part, hint), hint, key=f"sampling.{key}", where="--vary") for part in parts]
 

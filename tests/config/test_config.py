@@ -160,7 +160,7 @@ def test_whole_numbers_pass_as_numbers_and_infinity_does_not(tmp_path: Path) -> 
         (["pretrain.beta2=1.0"], "less than 1"),
         (["sampling.cast=weights"], "none of autocast, model"),
         (["model.posterior=mean"], "none of mode, sample"),
-        (["pretrain.token_drop=1.5"], "between 0 and 1"),
+        (["pretrain.token_drop=1.5"], "must be at least 0 and at most 1"),
         (["sampling.guidance=0.5"], "must be at least 1"),
         (["sampling.sigma_max=0.001"], "must be more than sigma_min"),
         (["sampling.history=0,0"], "has 2 entries, but model.num_history = 6"),
@@ -168,14 +168,22 @@ def test_whole_numbers_pass_as_numbers_and_infinity_does_not(tmp_path: Path) -> 
         (["world.wrist=3"], "names camera 3"),
         (["world.pixel_rounding=up"], "none of nearest, down"),
         (["model.temporal_token=last"], "none of first, all"),
-        (["policy.resize=180"], "no height and width"),
+        (["policy.resize=180"], "not a height and a width"),
+        (["policy.resize=0,10"], r"policy.resize\[0\] = 0 must be at least 1"),
+        (["eval.crop=1,2,3"], "expected a list of 4 whole numbers"),
+        (["eval.crop=0,0,0,-1"], r"eval.crop\[3\] = -1 must be at least 0"),
+        (["eval.following=swaped"], r"eval.following\[0\] = 'swaped' is none of swapped, null"),
+        (["launch.trackers=wandbb"], "none of tensorboard, wandb, trackio, none"),
+        (["sampling.sampler=eulr"], "unknown sampler 'eulr'"),
+        (["rewards.weights.psn=1"], "unknown reward 'psn'"),
+        (["clips.datasets.a=-1"], "clips.datasets.a = -1.0 must be at least 0"),
         (["rewards.camera_weights=1.0,2.0"], "2 entries for 3 cameras"),
         (["launch.machine_rank=1"], "launch.machine_rank = 1"),
         (["launch.num_machines=2", "launch.num_processes=2"], "one address to meet at"),
         (["launch.num_processes=0"], "at least 1"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(sets: list[str], message: str) -> None:
+def test_invalid_values_are_refused_with_their_place(sets: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         load_settings("ctrl-world", sets, env={})
     assert "--set" in str(caught.value.where)
