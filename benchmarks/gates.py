@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.config.bundled import resolve_path
@@ -27,11 +29,14 @@ from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.clips import ClipSource
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
-from persistworld_cli.metrics.masks import coloured_pixel_survival
+from persistworld_cli.metrics.masks import hsv, hue_distance, object_mask
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.rollout.engine import Inputs, RolloutEngine, recorded_poses, rollout_noise
 
 TIE_DB = 0.01  # numbers of steps this close are equal: the fewer is the better
+HUE_KEPT = 25.0  # degrees: half the gap between neighbouring object colours (red and yellow, 49)
+SATURATION_KEPT = 0.6  # part of the recorded pixel's saturation that must be left
+VALUE_KEPT = 0.5  # and of its brightness
 
 
 def to_unit(frames: np.ndarray) -> torch.Tensor:
@@ -49,6 +54,48 @@ def object_colours(settings: Settings) -> dict[str, list[list[float]]]:
     path = resolve_path(settings.world.raw) / "meta" / "episodes.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return {str(line["episode_index"]): [o["rgb"] for o in line["objects"]] for line in lines}
+
+
+@dataclass(frozen=True)
+class Survival:
+    """How much of the recording's colour a reconstruction keeps.
+
+    Attributes:
+        share: (V,) part of each camera's coloured pixels that survive; NaN where a camera shows none.
+        pixels: (V,) how many coloured pixels there were, over all frames.
+    """
+
+    share: NDArray[np.float64]
+    pixels: NDArray[np.int64]
+
+    def __add__(self, other: Survival) -> Survival:
+        """Pool two episodes (each pixel counts once)."""
+        pixels = self.pixels + other.pixels
+        kept = np.nan_to_num(self.share) * self.pixels + np.nan_to_num(other.share) * other.pixels
+        return Survival(np.where(pixels > 0, kept / np.maximum(pixels, 1), np.nan), pixels)
+
+
+def coloured_pixel_survival(
+    original: NDArray[np.uint8], reconstructed: NDArray[np.uint8], colours: Sequence[Sequence[float]] | None = None
+) -> Survival:
+    """Share of the recording's coloured object pixels that keep their colour in a reconstruction, camera by camera.
+
+    A pixel of `object_mask` survives when, at the same place, the reconstruction is within 25 degrees of its hue and
+    has at least 0.6 of its saturation and 0.5 of its value. A block that faded into the table fails on saturation, one
+    that turned another colour on hue, one that moved away on both.
+
+    Args:
+        original, reconstructed: uint8 (N, V, H, W, 3).
+        colours: as for `object_mask`.
+    """
+    mask = object_mask(original, colours)
+    hue, saturation, value = hsv(original.astype(np.float64) / 255.0)
+    new_hue, new_saturation, new_value = hsv(reconstructed.astype(np.float64) / 255.0)
+    kept = hue_distance(new_hue, hue) <= HUE_KEPT
+    kept &= (new_saturation >= SATURATION_KEPT * saturation) & (new_value >= VALUE_KEPT * value)
+    pixels = mask.sum(axis=(0, 2, 3))
+    alive = (mask & kept).sum(axis=(0, 2, 3))
+    return Survival(np.where(pixels > 0, alive / np.maximum(pixels, 1), np.nan), pixels.astype(np.int64))
 
 
 def vae_gate(model: WorldModel, store: EpisodeStore, settings: Settings) -> dict[str, Any]:

@@ -247,3 +247,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, set | frozenset):  # in one order, whatever the process's hashes
         return sorted(value, key=str)
     return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested tables by dotted names."""
+    rows: dict[str, Any] = {}
+    for key, value in tree.items():
+        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return rows

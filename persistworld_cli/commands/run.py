@@ -17,6 +17,7 @@ from persistworld_cli.config.presets import Pinned, Resolved, flatten, load_sett
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import note, stdout_console, write_out
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.files import flat
 
 _SHOWN_ROWS = 40  # of a table in a result; the file has all
 
@@ -212,7 +213,7 @@ def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
         write_out(rendered.read_text(encoding="utf-8") + "\n")
         result = {key: value for key, value in result.items() if key != "text" and _are_files(value)}
     lines = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in _flat(result):
+    for name, value in flat(result).items():
         if _is_table(value):
             table = Table(*value[0].keys(), title=name, title_justify="left", title_style="bold", header_style="bold")
             for row in value[:_SHOWN_ROWS]:
@@ -249,17 +250,6 @@ def episode_list(text: str | None) -> tuple[str, ...] | None:
     if not names:
         raise PersistWorldError("no episode is named", where="--episodes", fix="write --episodes 99,199")
     return names
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Leaves of nested tables with dotted names."""
-    leaves: list[tuple[str, Any]] = []
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            leaves += _flat(value, f"{prefix}{name}.")
-        else:
-            leaves.append((f"{prefix}{name}", value))
-    return leaves
 
 
 def _text(value: Any) -> str:

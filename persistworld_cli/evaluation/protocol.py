@@ -16,7 +16,7 @@ from persistworld_cli import __version__
 from persistworld_cli.config.settings import ModelSettings, SamplingSettings, Settings
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.files import hash_of
+from persistworld_cli.files import flat, hash_of
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.models.cpu.hook import kernels_in_use
 from persistworld_cli.models.precision import product_type
@@ -139,7 +139,7 @@ def _type_used(sampling: SamplingSettings, device: torch.device) -> str:
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (value, value) wherever two protocols differ; the hash itself left out."""
-    a, b = _flat(first), _flat(second)
+    a, b = flat(first), flat(second)
     keys = [key for key in dict.fromkeys([*a, *b]) if key != "hash"]
     return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
 
@@ -158,13 +158,6 @@ def require_same(first: Mapping[str, Any], second: Mapping[str, Any], where: str
             where=where,
             fix="run both under one benchmark (persistworld eval --benchmark NAME)",
         )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return out
 
 
 def _words(key: str, a: Any, b: Any) -> str:

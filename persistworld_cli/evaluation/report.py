@@ -16,11 +16,10 @@ from persistworld_cli.evaluation.results import EvalData, build_result
 from persistworld_cli.evaluation.uncertainty import trust_result
 from persistworld_cli.files import jsonable, write_json, write_text
 from persistworld_cli.models.world_model import WorldModel
-from persistworld_cli.reports.csvs import write_csv
 from persistworld_cli.reports.curves import change_plot, horizon_curves, trust_plot
 from persistworld_cli.reports.page import write_page
-from persistworld_cli.reports.rollout_images import write_rollout_sheet, write_rollout_video
-from persistworld_cli.reports.tables import conduct_table, eval_table, plain, reward_words
+from persistworld_cli.reports.tables import diagnostics_table, eval_table, plain, reward_words, write_csv
+from persistworld_cli.reports.videos import write_rollout_sheet, write_rollout_video
 from persistworld_cli.statistics.paired import mean
 
 _CURVES = ("rho_by_step", "variance", "error", "points")  # of a trust row: in the file, too long for a terminal
@@ -57,7 +56,7 @@ def write_report(
         images.append(output / "trust.png")
         trust_plot(images[-1], result)
     sheets, videos = draw_picks(data, store, output, painter, films)
-    tables = [plain(eval_table(result)), plain(conduct_table(result))]
+    tables = [plain(eval_table(result)), plain(diagnostics_table(result))]
     write_text(output / "table.txt", "\n".join(tables))
     result["files"] = [str(file.relative_to(output)) for file in [*images, *sheets, *videos]]
     write_json(output / "eval.json", result)

@@ -12,7 +12,7 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from rich.table import Table
 from rich.text import Text
 
-from persistworld_cli.reports.curves import MODEL_COLOURS, plt, save_figure
+from persistworld_cli.reports.curves import MODEL_COLOURS, plt, save_figure, style_axes
 from persistworld_cli.reports.tables import UNTRAINED_NOTE, benchmark_name, heading, number
 
 _STYLES = {"yes": "green", "no": "red"}
@@ -158,8 +158,7 @@ def _panel(plot: Axes, result: Mapping[str, Any], group: str, metric: Mapping[st
     plot.set_title(f"{metric['label']}, {group} cameras (reference {figure}{unit})", fontsize=9)
     plot.set_ylabel("gain, %", fontsize=9)
     plot.tick_params(labelsize=8)
-    plot.grid(alpha=0.25)
-    plot.spines[["top", "right"]].set_visible(False)
+    style_axes(plot)
 
 
 def _loss(row: Mapping[str, Any], group: str, label: str) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from persistworld_cli.data.raw.lerobot_writer import NewEpisode, write_lerobot
 from persistworld_cli.files import CannotWrite, scratch_folder, whole_file, write_json
 from persistworld_cli.interact.session import DriveSession
-from persistworld_cli.reports.film import write_film, write_film_sheet
+from persistworld_cli.reports.videos import write_imagined_sheet, write_imagined_video
 from persistworld_cli.rollout.interactive import Float
 
 
@@ -56,7 +56,7 @@ def write_video(session: DriveSession, path: Path) -> None:
     """An mp4 of the way to where the session stands."""
     titles = [f"{step.key}: {session.keymap.meaning(step.key)}" for step in session.path]
     settings = session.settings
-    write_film(path, title(session), settings, session.frames(), titles, settings.world.rate_hz)
+    write_imagined_video(path, title(session), settings, session.frames(), titles, settings.world.rate_hz)
 
 
 def write_record(session: DriveSession, path: Path) -> None:
@@ -96,7 +96,7 @@ def write_all(session: DriveSession, output: Path) -> Mapping[str, Any]:
     try:
         write_record(session, file)
         write_video(session, video)
-        write_film_sheet(sheet, title(session), session.settings, session.frames(), columns)
+        write_imagined_sheet(sheet, title(session), session.settings, session.frames(), columns)
     except CannotWrite as error:
         driven = f"{error.what} (driven: --keys {_keys(session) or 'none'} --seed {session.start.item.seed})"
         raise CannotWrite(driven, where=error.where, fix=error.fix) from error

@@ -21,8 +21,8 @@ from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import jsonable, write_json, write_text
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.progress import Meter
-from persistworld_cli.reports.rollout_images import write_rollout_sheet, write_rollout_video
 from persistworld_cli.reports.tables import plain, steps_table
+from persistworld_cli.reports.videos import write_rollout_sheet, write_rollout_video
 from persistworld_cli.rollout.closed_loop import Rollout, draw_frames, iter_closed_loop
 from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.rollout.recording import Item, check_item, load_recording

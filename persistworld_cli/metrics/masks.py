@@ -9,7 +9,6 @@ Shape legend: N frames, V cameras, H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,9 +25,6 @@ SATURATION = 0.5  # recorded pixels at least as colourful as this count as colou
 VALUE = 0.15  # below it hue is noise
 SATURATION_OF_OBJECT = 0.65  # with known object colours: at least this part of the object's own saturation
 HUE_OF_OBJECT = 20.0  # degrees from a known object's hue: shading and light change it by less
-HUE_KEPT = 25.0  # degrees: half the gap between neighbouring object colours (red and yellow, 49)
-SATURATION_KEPT = 0.6  # part of the recorded pixel's saturation that must be left
-VALUE_KEPT = 0.5  # and of its brightness
 
 
 def moving_mask(frames: Tensor, start: Tensor, *, threshold: float = MOTION) -> Tensor:
@@ -133,45 +129,3 @@ def object_mask(frames: NDArray[np.uint8], colours: Sequence[Sequence[float]] | 
         own_hue, own_saturation, _ = (float(part) for part in hsv(np.asarray(colour, dtype=np.float64)))
         near |= (hue_distance(hue, own_hue) <= HUE_OF_OBJECT) & (saturation >= SATURATION_OF_OBJECT * own_saturation)
     return coloured & near
-
-
-@dataclass(frozen=True)
-class Survival:
-    """How much of the recording's colour a reconstruction keeps.
-
-    Attributes:
-        share: (V,) part of each camera's coloured pixels that survive; NaN where a camera shows none.
-        pixels: (V,) how many coloured pixels there were, over all frames.
-    """
-
-    share: NDArray[np.float64]
-    pixels: NDArray[np.int64]
-
-    def __add__(self, other: Survival) -> Survival:
-        """Pool two episodes (each pixel counts once)."""
-        pixels = self.pixels + other.pixels
-        kept = np.nan_to_num(self.share) * self.pixels + np.nan_to_num(other.share) * other.pixels
-        return Survival(np.where(pixels > 0, kept / np.maximum(pixels, 1), np.nan), pixels)
-
-
-def coloured_pixel_survival(
-    original: NDArray[np.uint8], reconstructed: NDArray[np.uint8], colours: Sequence[Sequence[float]] | None = None
-) -> Survival:
-    """Share of the recording's coloured object pixels that keep their colour in a reconstruction, camera by camera.
-
-    A pixel of `object_mask` survives when, at the same place, the reconstruction is within 25 degrees of its hue and
-    has at least 0.6 of its saturation and 0.5 of its value. A block that faded into the table fails on saturation, one
-    that turned another colour on hue, one that moved away on both.
-
-    Args:
-        original, reconstructed: uint8 (N, V, H, W, 3).
-        colours: as for `object_mask`.
-    """
-    mask = object_mask(original, colours)
-    hue, saturation, value = hsv(original.astype(np.float64) / 255.0)
-    new_hue, new_saturation, new_value = hsv(reconstructed.astype(np.float64) / 255.0)
-    kept = hue_distance(new_hue, hue) <= HUE_KEPT
-    kept &= (new_saturation >= SATURATION_KEPT * saturation) & (new_value >= VALUE_KEPT * value)
-    pixels = mask.sum(axis=(0, 2, 3))
-    alive = (mask & kept).sum(axis=(0, 2, 3))
-    return Survival(np.where(pixels > 0, alive / np.maximum(pixels, 1), np.nan), pixels.astype(np.int64))

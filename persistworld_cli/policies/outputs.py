@@ -20,7 +20,7 @@ from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import remove, whole_folder, write_json
 from persistworld_cli.policies.controller import PolicyTrace
 from persistworld_cli.policies.judge import Evidence, SceneObject, Verdict
-from persistworld_cli.reports.film import write_film, write_film_sheet
+from persistworld_cli.reports.videos import write_imagined_sheet, write_imagined_video
 from persistworld_cli.rollout.interactive import Float, Start
 
 POLICY_HZ = 15.0  # rows of a chunk a second (DROID)
@@ -100,8 +100,8 @@ def save_rollout(
     title = f"{told['policy']}, {told['task']}: episode {start.item.episode}, frame {start.item.start}: {start.text}"
     name = f"{told['task']}_{start.item.name}"
     video, sheet, record = (output / f"{name}.{suffix}" for suffix in ("mp4", "png", "json"))
-    write_film(video, title, settings, rollout.frames, [str(told["policy"])] * done, rollout.fps, beside)
-    write_film_sheet(sheet, title, settings, rollout.frames, [f"step {i}" for i in range(1, done + 1)], beside)
+    write_imagined_video(video, title, settings, rollout.frames, [str(told["policy"])] * done, rollout.fps, beside)
+    write_imagined_sheet(sheet, title, settings, rollout.frames, [f"step {i}" for i in range(1, done + 1)], beside)
     entry: dict[str, Any] = {
         "success": verdict and verdict.success,  # None: to be judged by a person
         "progress": verdict and verdict.progress,

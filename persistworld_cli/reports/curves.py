@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from persistworld_cli.files import whole_file
 from persistworld_cli.reports.tables import heading
 
-MODEL_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377")  # told apart by colour-blind people (Paul Tol)
+MODEL_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377")  # safe for colour-blind readers (Paul Tol)
 REFERENCE = {"floor": ("#888888", "--"), "ceiling": ("#888888", ":")}
 
 
@@ -35,12 +35,10 @@ def horizon_curves(path: Path, result: Mapping[str, Any]) -> None:
     figure, axes = plt.subplots(
         len(metrics), len(groups), figsize=(5.2 * len(groups), 2.7 * len(metrics)), sharex=True, squeeze=False
     )
-    for row, metric in enumerate(metrics):
-        for column, group in enumerate(groups):
+    for column, group in enumerate(groups):
+        for row, metric in enumerate(metrics):
             _horizon(axes[row, column], result, group, metric)
-            if row == 0:
-                axes[row, column].set_title(f"{group} cameras")
-    for column in range(len(groups)):
+        axes[0, column].set_title(f"{group} cameras")
         axes[-1, column].set_xlabel("time in the rollout (s)")
     n = result["n"]
     figure.suptitle(
@@ -66,13 +64,12 @@ def _horizon(axes: Axes, result: Mapping[str, Any], group: str, metric: Mapping[
             colour, style = REFERENCE["floor" if name == result["floor"] else "ceiling"]
             axes.plot(times, mean, color=colour, linestyle=style, linewidth=1.2, label=name)
     axes.set_ylabel(heading(metric))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    style_axes(axes)
     axes.set_xlim(0, times[-1])
 
 
 def change_plot(path: Path, result: Mapping[str, Any]) -> None:
-    """Every rollout's change against the baseline: one dot a rollout, ordered; right of zero is better.
+    """Every rollout's change against the baseline: one dot per rollout, ordered; right of zero is better.
 
     Args:
         path: PNG to write.
@@ -97,19 +94,19 @@ def change_plot(path: Path, result: Mapping[str, Any]) -> None:
             plot.set_yticks([])
             plot.xaxis.set_major_locator(MaxNLocator(5))
             plot.tick_params(labelsize=8)
-            plot.grid(axis="x", alpha=0.25)
-            plot.spines[["top", "right", "left"]].set_visible(False)
+            style_axes(plot)
+            plot.spines["left"].set_visible(False)
             if row == len(groups) - 1:
                 plot.set_xlabel("gain in " + " ".join(p for p in (metric["label"], metric["unit"]) if p), fontsize=9)
         axes[row, 0].set_ylabel(f"{group}\nrollouts", fontsize=9)
     base, new = (model["label"] for model in result["models"])
-    figure.suptitle(f"{new} against {base}: each dot a rollout, right of the line is better", fontsize=10)
+    figure.suptitle(f"{new} against {base}: one dot per rollout, right of the line is better", fontsize=10)
     figure.tight_layout()
     save_figure(figure, path)
 
 
 def trust_plot(path: Path, result: Mapping[str, Any]) -> None:
-    """Variance between seeds against the true error: a dot for each episode and interaction, coloured by time.
+    """Variance between seeds against the error: one dot per episode and interaction, coloured by time.
 
     Args:
         path: PNG to write.
@@ -133,12 +130,17 @@ def trust_plot(path: Path, result: Mapping[str, Any]) -> None:
             plot.set_title(f"{model}, {group}\nrho {rho}, within a step {_short(row['within_step'])}", fontsize=9)
             plot.set_xlabel("variance between seeds (latents)", fontsize=9)
             plot.set_ylabel("squared error (images)", fontsize=9)
-            plot.grid(alpha=0.25)
-            plot.spines[["top", "right"]].set_visible(False)
+            style_axes(plot)
             figure.colorbar(dots, ax=plot, label="time in the rollout (s)")
-    dots_are = f"{result['trust']['pairs']} starts, {result['trust']['seeds']} seeds, each dot a start and step"
-    figure.suptitle(f"does it know when it is wrong? {dots_are}", fontsize=10)
+    dots_are = f"{result['trust']['pairs']} starts, {result['trust']['seeds']} seeds, one dot per start and step"
+    figure.suptitle(f"seed variance against error: {dots_are}", fontsize=10)
     save_figure(figure, path)
+
+
+def style_axes(axes: Axes) -> None:
+    """A faint grid, no frame at the top and the right."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _spread_out(plot: Axes, across: NDArray[np.float64], up: NDArray[np.float64]) -> None:

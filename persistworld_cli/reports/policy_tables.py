@@ -1,4 +1,4 @@
-"""Tables of policies' rollouts, from their dictionaries: what was judged, against the simulator, the leaderboard."""
+"""Tables of policies' rollouts, from their dictionaries: judged success, agreement with the simulator, leaderboard."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from persistworld_cli.reports.tables import new_table
+
 
 def rollout_tables(result: Mapping[str, Any]) -> Group:
     """A judged run: a row for each rollout; against the simulator, the agreement and what it means in words.
@@ -19,12 +21,9 @@ def rollout_tables(result: Mapping[str, Any]) -> Group:
     """
     against = result.get("against_sim")
     policy, task, judge = (escape(str(result[key])) for key in ("policy", "task", "judge"))
-    table = Table(title=f"{policy} in task {task}, judged by {judge}", title_justify="left")
-    for name in ("episode", "start", "seed", "steps"):
-        table.add_column(name, justify="right")
-    columns = ["success", "progress", *(("simulated", "progress") if against else ())]
-    for name in columns:
-        table.add_column(name, justify="right")
+    columns = ["episode", "start", "seed", "steps", "success", "progress"]
+    columns += ["simulated", "progress"] if against else []
+    table = new_table(f"{policy} in task {task}, judged by {judge}", [], columns)
     table.add_column("what the judge saw")
     for row in result["rollouts"]:
         cells = [str(row[name]) for name in ("episode", "start", "seed", "steps")]
@@ -40,10 +39,8 @@ def rollout_tables(result: Mapping[str, Any]) -> Group:
 
 def _agreement(against: Mapping[str, Any]) -> Table:
     """The 2x2 tables: judge on imagined and on simulated images, each against the simulator's truth."""
-    table = Table(title="Success against the simulator's own state", title_justify="left")
-    table.add_column("judged from")
-    for name in ("n", "both", "only judged", "only true", "neither", "cannot tell", "agree", "progress r"):
-        table.add_column(name, justify="right")
+    columns = ["n", "both", "only judged", "only true", "neither", "cannot tell", "agree", "progress r"]
+    table = new_table("Success against the simulator's own state", ["judged from"], columns)
     for name, one, r in (
         ("imagined images", against["success"], against["progress"]["pearson_r"]),
         ("simulated images", against["judge_on_simulated"], against["judge_on_simulated"]["pearson_r"]),
@@ -67,24 +64,18 @@ def _words(against: Mapping[str, Any]) -> str:
 
 
 def leaderboard_tables(result: Mapping[str, Any]) -> Group:
-    """Policies by imagined success, and how well that foretells the real one.
+    """Policies by imagined success, and how well that predicts the real one.
 
     Args:
         result: what `evaluation.leaderboard.build_leaderboard` returns.
     """
     foretold = result.get("foretold")
-    table = Table(
-        title="Leaderboard: success [95% Wilson interval]",
-        caption="means over tasks; intervals over all rollouts as if they were one task's",
-        title_justify="left",
-        caption_justify="left",
+    table = new_table(
+        "Leaderboard: success [95% Wilson interval]",
+        ["policy", "tasks"],
+        ["imagined success", "n", "progress", "cannot tell", "broke off", *(["real success", "n"] if foretold else [])],
+        "means over tasks; intervals over all rollouts as if they were one task's",
     )
-    for name in ("policy", "tasks"):
-        table.add_column(name)
-    for name in ("imagined success", "n", "progress", "cannot tell", "broke off"):
-        table.add_column(name, justify="right")
-    for name in ("real success", "n") if foretold else ():
-        table.add_column(name, justify="right")
     for row in result["policies"]:
         cells = [_span(row["success"], row["low"], row["high"]), str(row["n"]), _share(row["progress"])]
         cells += [str(row["cannot_tell"]), str(row["incomplete"])]
@@ -97,15 +88,12 @@ def leaderboard_tables(result: Mapping[str, Any]) -> Group:
 
 
 def _foretold(foretold: Mapping[str, Any]) -> Table:
-    table = Table(
-        title="How well imagined success foretells real success",
-        caption="r: Pearson's, 1 is best; MMRV: mean maximum rank violation (SIMPLER), 0 is best",
-        title_justify="left",
-        caption_justify="left",
+    table = new_table(
+        "How well imagined success predicts real success",
+        ["tasks"],
+        ["policies", "r", "r of progress", "MMRV"],
+        "r: Pearson's, 1 is best; MMRV: mean maximum rank violation (SIMPLER), 0 is best",
     )
-    table.add_column("tasks")
-    for name in ("policies", "r", "r of progress", "MMRV"):
-        table.add_column(name, justify="right")
     rows = [("all", foretold)] + [(one["task"], one) for one in foretold["tasks"] if len(foretold["tasks"]) > 1]
     for name, one in rows:
         table.add_row(
@@ -115,9 +103,7 @@ def _foretold(foretold: Mapping[str, Any]) -> Table:
 
 
 def _warnings(foretold: Mapping[str, Any]) -> str:
-    lines = []
-    for side in foretold["constant"]:
-        lines.append(f"r is undefined: all policies have the same {side} success.")
+    lines = [f"r is undefined: all policies have the same {side} success." for side in foretold["constant"]]
     if foretold["n"] < 4:
         lines.append(f"{foretold['n']} policies: r of so few says little.")
     if not foretold["same_tasks"]:

@@ -1,12 +1,14 @@
-"""Tables that a person reads in ten seconds, from result dictionaries (so that a saved JSON can be shown again).
+"""Tables of results, from their dictionaries, so that a saved JSON can be shown again.
 
 Every table takes its metric names from the result's labels: ``lpips (untrained)`` stays that.
 """
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
@@ -15,23 +17,32 @@ from rich.table import Table
 from rich.text import Text
 
 from persistworld_cli.console import file_console
+from persistworld_cli.files import whole_file
 
-BARELY = 0.05  # dB: less is no use to anyone, whatever its interval
+BARELY = 0.05  # dB: a smaller gain is of no practical use, whatever its interval
 COLOURS = {"better": "green", "worse": "red"}
 
-UNTRAINED_NOTE = "lpips (untrained): its backbone is random, as the settings ask: not comparable with LPIPS."
+UNTRAINED_NOTE = "lpips (untrained): its backbone is random, as set: not comparable with LPIPS."
+
+
+def new_table(title: str, left: Sequence[str], right: Sequence[str], caption: str | None = None) -> Table:
+    """An empty table with columns of texts (``left``), then of numbers (``right``)."""
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
 
 
 def digits(label: str) -> int:
-    """Decimals that mean something: 2 for dB, 4 for the small numbers of an untrained LPIPS, else 3."""
+    """Significant decimals: 2 for dB, 4 for the small numbers of an untrained LPIPS, else 3."""
     return 2 if label.startswith("psnr") else 4 if "untrained" in label else 3
 
 
 def number(value: float | None, label: str, *, signed: bool = False) -> str:
-    """A metric's value as text; ``-`` where there is none."""
-    if value is None:
-        return "-"
-    return f"{value:{'+' if signed else ''}.{digits(label)}f}"
+    """A metric's value as text; ``-`` for None."""
+    return "-" if value is None else f"{value:{'+' if signed else ''}.{digits(label)}f}"
 
 
 def heading(metric: Mapping[str, Any]) -> str:
@@ -47,11 +58,7 @@ def eval_table(result: Mapping[str, Any]) -> Table:
         result: what `evaluation.report.build_result` returns (or ``eval.json`` read again).
     """
     metrics = result["metrics"]
-    table = Table(title=_title(result), caption=_caption(result), title_justify="left", caption_justify="left")
-    table.add_column("cameras")
-    table.add_column("")
-    for metric in metrics:
-        table.add_column(heading(metric), justify="right")
+    table = new_table(_title(result), ["cameras", ""], [heading(metric) for metric in metrics], _caption(result))
     for group in result["groups"]:
         rows = [row for row in result["table"] if row["cameras"] == group]
         for index, row in enumerate(rows):
@@ -90,46 +97,41 @@ def win_rate(row: Mapping[str, Any]) -> str:
     return f"{100 * row['win_rate']:.0f}% [{low}, {high}] of {row['rollouts']}"
 
 
-def conduct_table(result: Mapping[str, Any]) -> Table:
-    """What means over pixels and time hide: drift, whether actions are followed, whether doubt ranks like error.
+def diagnostics_table(result: Mapping[str, Any]) -> Table:
+    """What means over pixels and time hide: drift, action following, whether seed variance ranks like error.
 
     Args:
         result: ``eval.json``'s dictionary.
     """
     following, trust, fvd = (result[key] for key in ("following", "trust", "fvd"))
-    table = Table(
-        title="What means hide: mean [95% interval over episodes]",
-        caption=_conduct_caption(result),
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("cameras")
-    table.add_column("")
-    table.add_column("drift\npsnr dB per second", justify="right")
-    for kind in following["kinds"]:
-        table.add_column(f"gain over {kind} actions\n{following['metric']} dB", justify="right")
-    if fvd["rows"]:
-        table.add_column(f"{fvd['label']} ↓", justify="right")
-    if trust["rows"]:
-        table.add_column("variance and error\nrho (within a step)", justify="right")
+    columns = ["drift\npsnr dB per second"]
+    columns += [f"gain over {kind} actions\n{following['metric']} dB" for kind in following["kinds"]]
+    columns += [f"{fvd['label']} ↓"] if fvd["rows"] else []
+    columns += ["variance and error\nrho (within a step)"] if trust["rows"] else []
+    title = "Diagnostics: mean [95% interval over episodes]"
+    table = new_table(title, ["cameras", ""], columns, _diagnostics_caption(result))
     for group in result["groups"]:
         for index, model in enumerate(model["label"] for model in result["models"]):
             drift = result["drift_per_s"][group]["psnr"][model]
-            cells = [Text(_span(drift["mean"], drift["low"], drift["high"], "psnr"))]
+            cells = [Text(_span(drift["mean"], drift["low"], drift["high"]))]
             cells += [_margin(result, group, model, kind) for kind in following["kinds"]]
             cells += [
                 Text(number(r["value"], "psnr")) for r in fvd["rows"] if (r["model"], r["cameras"]) == (model, group)
             ]
-            cells += [Text(_trust(row)) for row in trust["rows"] if row["model"] == model and row["cameras"] == group]
+            cells += [
+                Text(f"{_span(r['rho'], r['low'], r['high'])} ({number(r['within_step'], 'psnr', signed=True)})")
+                for r in trust["rows"]
+                if (r["model"], r["cameras"]) == (model, group)
+            ]
             table.add_row(escape(group) if index == 0 else "", escape(model), *cells)
         table.add_section()
     return table
 
 
-def _span(value: float | None, low: float | None, high: float | None, label: str) -> str:
+def _span(value: float | None, low: float | None, high: float | None) -> str:
     """``+1.50 [+1.40, +1.60]``."""
-    middle, below, above = (number(part, label, signed=True) for part in (value, low, high))
-    return f"{middle} [{below}, {above}]" if value is not None else "-"
+    middle, below, above = (number(part, "psnr", signed=True) for part in (value, low, high))
+    return "-" if value is None else f"{middle} [{below}, {above}]"
 
 
 def _margin(result: Mapping[str, Any], group: str, model: str, kind: str) -> Text:
@@ -141,14 +143,10 @@ def _margin(result: Mapping[str, Any], group: str, model: str, kind: str) -> Tex
     )
     style = {"follows": "green", "better under wrong actions": "red"}.get(row["verdict"], "")
     barely = ", barely" if row["verdict"] == "follows" and row["margin"] < BARELY else ""
-    return Text(f"{_span(row['margin'], row['low'], row['high'], 'psnr')}\n{row['verdict']}{barely}", style)
+    return Text(f"{_span(row['margin'], row['low'], row['high'])}\n{row['verdict']}{barely}", style)
 
 
-def _trust(row: Mapping[str, Any]) -> str:
-    return f"{_span(row['rho'], row['low'], row['high'], 'psnr')} ({number(row['within_step'], 'psnr', signed=True)})"
-
-
-def _conduct_caption(result: Mapping[str, Any]) -> str:
+def _diagnostics_caption(result: Mapping[str, Any]) -> str:
     following, trust, fvd = (result[key] for key in ("following", "trust", "fvd"))
     lines = []
     if following["kinds"]:
@@ -217,14 +215,10 @@ def reward_words(result: Mapping[str, Any]) -> dict[str, str]:
 
 def steps_table(title: str, metrics: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> Table:
     """A row for every step of a replay: ``step``, ``time_s``, ``model``, then metrics by label."""
-    table = Table(title=title, title_justify="left")
-    for name in ("step", "time", "model"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for metric in metrics:
-        table.add_column(heading(metric), justify="right")
+    table = new_table(title, ["model"], ["step", "time", *map(heading, metrics)])
     for row in rows:
         cells = [number(row[metric["label"]], metric["label"]) for metric in metrics]
-        table.add_row(str(row["step"]), f"{row['time_s']:.1f} s", escape(row["model"]), *cells)
+        table.add_row(escape(row["model"]), str(row["step"]), f"{row['time_s']:.1f} s", *cells)
     return table
 
 
@@ -233,3 +227,11 @@ def plain(table: RenderableType, width: int = 140) -> str:
     text = io.StringIO()
     file_console(text, width).print(table)
     return text.getvalue()
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with the same keys; None becomes an empty cell. Raises CannotWrite."""
+    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

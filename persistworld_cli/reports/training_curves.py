@@ -1,4 +1,4 @@
-"""What a training run logged, drawn: one plot a panel, all over the updates."""
+"""Curves of a training run's metrics.jsonl over its updates, one plot per panel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from persistworld_cli.reports.curves import MODEL_COLOURS, save_figure
+from persistworld_cli.reports.curves import MODEL_COLOURS, save_figure, style_axes
 
 _SMOOTHED_FROM = 40  # lines in a log from which a mean over neighbours is drawn over the numbers themselves
 
@@ -49,14 +49,14 @@ PRETRAIN_PANELS = (
 def training_curves(
     path: Path, title: str, history: Sequence[Mapping[str, float]], panels: Sequence[Panel], columns: int = 3
 ) -> None:
-    """Write a PNG of the panels of which anything was logged; none where nothing was.
+    """Write a PNG of the panels that have data; none without data.
 
     Args:
         path: PNG to write.
         title: over everything.
         history: lines of metrics.jsonl, each with ``step``.
         panels: what to draw.
-        columns: panels in a row.
+        columns: panels per row.
     """
     drawn = [panel for panel in panels if any(name in line for line in history for name in panel.series)]
     if not drawn:
@@ -93,6 +93,5 @@ def _draw(axis: Axes, panel: Panel, history: Sequence[Mapping[str, float]]) -> N
     axis.set_xlabel("update", fontsize=9)
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.tick_params(which="both", labelsize=8)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    style_axes(axis)
     axis.legend(fontsize=8, frameon=False)

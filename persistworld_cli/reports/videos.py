@@ -1,12 +1,12 @@
-"""Contact sheets and side-by-side videos, large enough to see something, with names, steps and numbers drawn on them.
+"""Contact sheets and side-by-side videos of rollouts, enlarged, with names, times and scores drawn on them.
 
 Shape legend: F frames, V cameras, H, W pixels. Images are uint8 RGB (..., H, W, 3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,8 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.raw.video import write_mp4
 from persistworld_cli.files import whole_file
+from persistworld_cli.rollout.closed_loop import Rollout
+from persistworld_cli.rollout.recording import Recording
 
 Images = NDArray[np.uint8]
 INK, DIM, PAPER = (240, 240, 240), (165, 165, 172), (24, 24, 28)
@@ -28,7 +31,7 @@ LABEL = 116
 
 @lru_cache(maxsize=8)
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings along: the same on every machine."""
+    """DejaVu Sans, which matplotlib ships: the same on every machine."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
@@ -44,14 +47,19 @@ def _clip(text: str, size: int, width: int) -> str:
 
 def enlarge(images: Images, width: int) -> Images:
     """Bring images (..., H, W, 3) near a width: whole factors by repeating pixels, smaller ones by averaging."""
-    high, wide = images.shape[-3:-1]
-    factor = round(width / wide)
+    h, w = images.shape[-3:-1]
+    factor = round(width / w)
     if factor >= 1:
         return images.repeat(factor, axis=-3).repeat(factor, axis=-2)
-    flat = images.reshape(-1, high, wide, 3)
-    size = (width, round(high * width / wide))
+    flat = images.reshape(-1, h, w, 3)
+    size = (width, round(h * width / w))
     small = np.stack([np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BOX)) for one in flat])
     return small.reshape(*images.shape[:-3], size[1], size[0], 3)
+
+
+def camera_names(settings: Settings) -> list[str]:
+    """The cameras' names, to show."""
+    return [name.replace("_", " ") for name in settings.world.cameras]
 
 
 @dataclass(frozen=True)
@@ -62,27 +70,24 @@ class SheetBlock:
     rows: Sequence[tuple[str, Images, Sequence[str]]]
 
 
-def contact_sheet(
-    path: Path, title: str, columns: Sequence[str], blocks: Sequence[SheetBlock], *, cell: int = SHEET_CELL
-) -> None:
-    """Write one PNG: a block under the other, rows of images, a name left of each row, a time over each column.
+def contact_sheet(path: Path, title: str, columns: Sequence[str], blocks: Sequence[SheetBlock]) -> None:
+    """Write one PNG: blocks under each other, rows of images, a name left of each row, a text over each column.
 
     Args:
         path: PNG to write.
         title: over everything.
-        columns: n texts, one a column.
+        columns: n texts, one per column.
         blocks: each with rows of n images.
-        cell: width that an image is brought to.
     """
-    rows = [[enlarge(images, cell) for _, images, _ in block.rows] for block in blocks]
-    high, wide = rows[0][0].shape[1:3]
-    width = LABEL + len(columns) * (wide + GAP)
-    height = 2 * BAR + sum(BAR + len(block.rows) * (high + GAP) for block in blocks)
+    rows = [[enlarge(images, SHEET_CELL) for _, images, _ in block.rows] for block in blocks]
+    h, w = rows[0][0].shape[1:3]
+    width = LABEL + len(columns) * (w + GAP)
+    height = 2 * BAR + sum(BAR + len(block.rows) * (h + GAP) for block in blocks)
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((8, 4), _clip(title, 15, width - 16), INK, font=_font(15))
     for column, text in enumerate(columns):
-        centre = LABEL + column * (wide + GAP) + wide // 2
+        centre = LABEL + column * (w + GAP) + w // 2
         draw.text((centre, BAR + 6), text, DIM, font=_font(13), anchor="ma")
     top = 2 * BAR
     for block, images in zip(blocks, rows, strict=True):
@@ -93,8 +98,8 @@ def contact_sheet(
             for line, note in enumerate(notes):
                 draw.text((8, top + 24 + 17 * line), note, DIM, font=_font(12))
             for column, one in enumerate(cells):
-                sheet.paste(Image.fromarray(one), (LABEL + column * (wide + GAP), top))
-            top += high + GAP
+                sheet.paste(Image.fromarray(one), (LABEL + column * (w + GAP), top))
+            top += h + GAP
     with whole_file(path) as partial:
         sheet.save(partial, format="PNG")
 
@@ -105,29 +110,28 @@ class VideoRow:
 
     name: str
     frames: Images
-    notes: Sequence[str] = field(default=())
+    notes: Sequence[str] = ()
 
 
 def side_by_side(
-    title: str, cameras: Sequence[str], rows: Sequence[VideoRow], times: Sequence[str], *, cell: int = VIDEO_CELL
+    title: str, cameras: Sequence[str], rows: Sequence[VideoRow], times: Sequence[str]
 ) -> Iterator[Images]:
-    """Images of a video: cameras as columns, rows under each other; the title and each frame's time and step on top.
+    """Frames of a video: cameras as columns, rows under each other; title, and step and time of each frame, on top.
 
     Args:
         title: of the video.
         cameras: V names.
-        rows: recorded first, then models, all with F frames.
+        rows: all with F frames.
         times: F texts, e.g. ``step 3  2.2 s``.
-        cell: width that a view is brought to.
     """
-    high, wide = enlarge(rows[0].frames[:1, 0], cell).shape[1:3]
-    width = len(cameras) * (wide + GAP) - GAP
-    height = 2 * BAR + len(rows) * (BAR + high)
+    h, w = enlarge(rows[0].frames[:1, 0], VIDEO_CELL).shape[1:3]
+    width = len(cameras) * (w + GAP) - GAP
+    height = 2 * BAR + len(rows) * (BAR + h)
     base = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(base)
     draw.text((8, 5), _clip(title, 14, width - 170), INK, font=_font(14))
     for column, camera in enumerate(cameras):
-        draw.text((column * (wide + GAP) + wide // 2, BAR + 5), camera, DIM, font=_font(12), anchor="ma")
+        draw.text((column * (w + GAP) + w // 2, BAR + 5), camera, DIM, font=_font(12), anchor="ma")
     for index, text in enumerate(times):
         canvas = base.copy()
         draw = ImageDraw.Draw(canvas)
@@ -137,15 +141,131 @@ def side_by_side(
             draw.text((8, top + 5), _clip(row.name, 13, width - 260), INK, font=_font(13))
             if row.notes:
                 draw.text((width - 8, top + 5), row.notes[index], DIM, font=_font(13), anchor="ra")
-            views = enlarge(row.frames[index], cell)
+            views = enlarge(row.frames[index], VIDEO_CELL)
             for column, view in enumerate(views):
-                canvas.paste(Image.fromarray(view), (column * (wide + GAP), top + BAR))
-            top += BAR + high
+                canvas.paste(Image.fromarray(view), (column * (w + GAP), top + BAR))
+            top += BAR + h
         yield np.asarray(canvas)
 
 
-def write_side_by_side(
-    path: Path, title: str, cameras: Sequence[str], rows: Sequence[VideoRow], times: Sequence[str], fps: float
+# -- a rollout against its recording ------------------------------------------------------------------------------
+
+
+def write_rollout_sheet(
+    path: Path,
+    title: str,
+    settings: Settings,
+    recording: Recording,
+    drawn: Mapping[str, Images],
+    scores: Mapping[str, Rollout],
 ) -> None:
-    """`side_by_side` as an mp4. Raises PersistWorldError where it cannot be written."""
-    write_mp4(path, side_by_side(title, cameras, rows, times), fps)
+    """Write a PNG: recording and models as rows, time as columns, a block per camera; the first column is the start.
+
+    Args:
+        path: PNG to write.
+        title: over everything.
+        settings: for cameras and rate.
+        recording: what is predicted.
+        drawn: model -> predicted frames (n, V, H, W, 3), n the frames that were recorded.
+        scores: model -> its scores.
+    """
+    length = int(recording.valid.sum())
+    shown = _columns(length, 8)
+    blocks = []
+    for camera, name in enumerate(camera_names(settings)):
+        rows = []
+        for label, frames in {"recorded": recording.frames[:length], **drawn}.items():
+            whole = np.concatenate([recording.first[None, camera], frames[:, camera]])
+            notes = []
+            if label in scores:
+                psnr, ssim = (float(np.nanmean(scores[label].scores[key][:, camera])) for key in ("psnr", "ssim"))
+                notes = [f"psnr {psnr:.1f} dB", f"ssim {ssim:.3f}"]
+            rows.append((label, whole[shown], notes))
+        blocks.append(SheetBlock(name, rows))
+    columns = ["start (real)" if frame == 0 else f"{frame / settings.world.rate_hz:.1f} s" for frame in shown]
+    contact_sheet(path, title, columns, blocks)
+
+
+def write_rollout_video(
+    path: Path,
+    title: str,
+    settings: Settings,
+    recording: Recording,
+    drawn: Mapping[str, Images],
+    scores: Mapping[str, Rollout],
+) -> None:
+    """Write an mp4: recording over models, step, time and scores drawn on each frame. Arguments as above."""
+    length = int(recording.valid.sum())
+    new_frames, rate = settings.model.num_frames - 1, settings.world.rate_hz
+    first = recording.first[None]
+    rows = [VideoRow("recorded", np.concatenate([first, recording.frames[:length]]))]
+    for label, frames in drawn.items():
+        psnr, ssim = (np.nanmean(scores[label].scores[name][:length], axis=1) for name in ("psnr", "ssim"))
+        notes = [f"psnr {a:.1f} dB  ssim {b:.3f}" for a, b in zip(psnr, ssim, strict=True)]
+        rows.append(VideoRow(label, np.concatenate([first, frames]), ["start (real)", *notes]))
+    times = ["start", *(f"step {frame // new_frames + 1}   {(frame + 1) / rate:.1f} s" for frame in range(length))]
+    write_mp4(path, side_by_side(title, camera_names(settings), rows, times), rate)
+
+
+# -- a rollout without a recording --------------------------------------------------------------------------------
+
+
+def write_imagined_video(
+    path: Path,
+    title: str,
+    settings: Settings,
+    frames: Images,
+    steps: Sequence[str],
+    fps: float,
+    beside: Mapping[str, Images] | None = None,
+) -> None:
+    """Write an mp4: views side by side, with the step and the action drawn on each frame.
+
+    Args:
+        path: mp4 to write.
+        title: over everything.
+        settings: for the cameras' names.
+        frames: (1 + S (L-1), V, H, W, 3): the start and the new frames of S interactions.
+        steps: S texts, the action of each interaction; none for a rollout that did not get beyond its start.
+        fps: frames per second.
+        beside: name -> frames of the same shape to show under the world model's.
+
+    Raises:
+        PersistWorldError: it cannot be written.
+    """
+    new_frames = _new_frames(frames, steps)
+    notes = ["start", *(text for text in steps for _ in range(new_frames))]
+    times = [f"step {1 + i // new_frames}/{len(steps)}   {(i + 1) / fps:.1f} s" for i in range(len(frames) - 1)]
+    rows = [VideoRow("world model", frames, notes)]
+    rows += [VideoRow(name, others) for name, others in (beside or {}).items()]
+    write_mp4(path, side_by_side(title, camera_names(settings), rows, ["start", *times]), fps)
+
+
+def write_imagined_sheet(
+    path: Path,
+    title: str,
+    settings: Settings,
+    frames: Images,
+    steps: Sequence[str],
+    beside: Mapping[str, Images] | None = None,
+) -> None:
+    """Write a PNG: start and ends of interactions as columns, a row per camera, further blocks for ``beside``.
+
+    Arguments as above.
+    """
+    shown = _columns(len(steps), 10)
+    blocks = []
+    for block, images in {"world model": frames, **(beside or {})}.items():
+        ends = images[shown * _new_frames(frames, steps)]
+        blocks.append(SheetBlock(block, [(name, ends[:, i], ()) for i, name in enumerate(camera_names(settings))]))
+    contact_sheet(path, title, ["start" if step == 0 else steps[step - 1] for step in shown], blocks)
+
+
+def _new_frames(frames: Images, steps: Sequence[str]) -> int:
+    """L-1, the new frames of an interaction."""
+    return (len(frames) - 1) // len(steps) if steps else 1
+
+
+def _columns(last: int, most: int) -> NDArray[np.int64]:
+    """At most so many of 0 .. last, evenly spread, both ends among them."""
+    return np.unique(np.linspace(0, last, min(most, last + 1)).round().astype(int))

@@ -8,8 +8,6 @@ Shape legend: F frames, V cameras, H, W pixels.
 
 from __future__ import annotations
 
-import html
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,13 +16,13 @@ import numpy as np
 
 from persistworld_cli.data.raw.video import write_mp4
 from persistworld_cli.files import write_text
+from persistworld_cli.reports.page import render
 from persistworld_cli.reports.videos import Images, enlarge
 
 PANE = 320  # width that a camera's view is brought to; the page scales further, to the window
 GAP = 16  # between panes: a macroblock, so that compression carries nothing from one into another
 LINE = 4  # between the cameras of a pane
 CRF = 12  # finer than other videos: people judge the model, not the compression
-_TEMPLATE = Path(__file__).with_name("study.html")
 QUESTION = "Which of the two is closer to the recording?"
 
 
@@ -54,8 +52,8 @@ def pane(frames: Images) -> Images:
     line = np.zeros((len(views), LINE, *views.shape[3:]), np.uint8)
     rows = [part for view in range(views.shape[1]) for part in (views[:, view], line)][:-1]
     whole = np.concatenate(rows, axis=1)
-    high, wide = whole.shape[1:3]
-    return np.pad(whole, ((0, 0), (0, high % 2), (0, wide % 2), (0, 0)), mode="edge")
+    h, w = whole.shape[1:3]
+    return np.pad(whole, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
 
 
 def write_question(folder: Path, name: str, panes: Sequence[Images], cameras: str, text: str, rate: float) -> Question:
@@ -66,18 +64,18 @@ def write_question(folder: Path, name: str, panes: Sequence[Images], cameras: st
         name: the trial's id.
         panes: recording, a, b: each (F, V, H, W, 3).
         cameras, text: see `Question`.
-        rate: frames a second.
+        rate: frames per second.
 
     Raises:
         PersistWorldError: it cannot be written.
     """
     shown = [pane(frames) for frames in panes]
-    count, high, wide = shown[0].shape[:3]
+    count, h, w = shown[0].shape[:3]
     path = folder / "videos" / f"{name}.mp4"
     if not path.is_file():
-        gap = np.zeros((count, high, GAP, 3), np.uint8)
+        gap = np.zeros((count, h, GAP, 3), np.uint8)
         write_mp4(path, np.concatenate([shown[0], gap, shown[1], gap, shown[2]], axis=2), rate, crf=CRF)
-    return Question(name, cameras, text, wide, high, round(count / rate, 3))
+    return Question(name, cameras, text, w, h, round(count / rate, 3))
 
 
 def write_study_page(folder: Path, study: str, questions: Sequence[Question], rate: float) -> Path:
@@ -87,16 +85,10 @@ def write_study_page(folder: Path, study: str, questions: Sequence[Question], ra
         folder: of the study.
         study: its id.
         questions: all of them; the page puts them into an order of each rater's own.
-        rate: frames a second.
+        rate: frames per second.
     """
-    data = {
-        "study": study,
-        "gap": GAP,
-        "frame_s": 1 / rate,
-        "trials": [asdict(question) for question in sorted(questions, key=lambda question: question.id)],
-    }
-    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # an instruction may hold </script>
-    page = _TEMPLATE.read_text(encoding="utf-8")
+    trials = [asdict(question) for question in sorted(questions, key=lambda question: question.id)]
+    data = {"study": study, "gap": GAP, "frame_s": 1 / rate, "trials": trials}
     path = folder / "index.html"
-    write_text(path, page.replace("{{question}}", html.escape(QUESTION)).replace("{{data}}", text))
+    write_text(path, render(Path(__file__).with_name("study.html"), question=QUESTION, data=data))
     return path

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from persistworld_cli.reports.tables import COLOURS
+from persistworld_cli.reports.tables import COLOURS, new_table
 
 
 def study_tables(result: Mapping[str, Any]) -> Group:
@@ -23,18 +23,14 @@ def study_tables(result: Mapping[str, Any]) -> Group:
 
 
 def _preference(result: Mapping[str, Any]) -> Table:
-    table = Table(
-        title="Preference: which is closer to the recording",
-        title_justify="left",
-        caption="rate: cannot tell counts half; 95% Wilson interval over answers, p: two-sided binomial of the decided "
+    table = new_table(
+        "Preference: which is closer to the recording",
+        ["new against base", "cameras"],
+        ["new", "base", "neither", "prefers new", "p", "kappa", "over episodes", "verdict"],
+        "rate: cannot tell counts half; 95% Wilson interval over answers, p: two-sided binomial of the decided "
         "ones.\nAnswers about one episode resemble each other: the verdict rests on episodes (interval and p at the "
         "right).",
-        caption_justify="left",
     )
-    for name in ("new against base", "cameras"):
-        table.add_column(name)
-    for name in ("new", "base", "neither", "prefers new", "p", "kappa", "over episodes", "verdict"):
-        table.add_column(name, justify="right")
     last = None
     for row in result["preference"]:
         pair = f"{row['new']} against {row['base']}"
@@ -79,10 +75,7 @@ def _elo(result: Mapping[str, Any]) -> Table:
     )
     if not result["elo_comparable"]:
         caption += "\nno chain of studies connects all of these models: compare within such chains only"
-    table = Table(title="Elo", title_justify="left", caption=caption, caption_justify="left")
-    table.add_column("model")
-    for name in ("elo", "95%", "answers"):
-        table.add_column(name, justify="right")
+    table = new_table("Elo", ["model"], ["elo", "95%", "answers"], caption)
     for row in result["elo"]:
         span = "-" if row["low"] is None else f"[{row['low']:.0f}, {row['high']:.0f}]"
         table.add_row(escape(row["model"]), f"{row['elo']:.0f}", span, f"{row['games']:.0f}")
@@ -90,10 +83,7 @@ def _elo(result: Mapping[str, Any]) -> Table:
 
 
 def _raters(result: Mapping[str, Any]) -> Table:
-    table = Table(title="Raters", title_justify="left")
-    table.add_column("rater")
-    for name in ("answered", "cannot tell", "chose left", "seconds (median)"):
-        table.add_column(name, justify="right")
+    table = new_table("Raters", ["rater"], ["answered", "cannot tell", "chose left", "seconds (median)"])
     table.add_column("file")
     for row in result["raters"]:
         whole = row["answered"] == row["of"]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persistworld_cli.metrics.score import Scorer
-from persistworld_cli.reports.rollout_images import write_rollout_video
+from persistworld_cli.reports.videos import write_rollout_video
 from persistworld_cli.rollout.closed_loop import Rollout, draw_frames
 from persistworld_cli.rollout.recording import load_recording
 from persistworld_cli.training.validation import Active, HeldOut

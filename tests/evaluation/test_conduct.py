@@ -15,7 +15,7 @@ from persistworld_cli.evaluation.action_following import commands_of, following_
 from persistworld_cli.evaluation.results import EvalData, build_result
 from persistworld_cli.evaluation.uncertainty import NEEDED, seed_variance, trust_result
 from persistworld_cli.metrics.score import Scorer
-from persistworld_cli.reports.tables import conduct_table, plain
+from persistworld_cli.reports.tables import diagnostics_table, plain
 from persistworld_cli.rollout.closed_loop import Rollout
 from persistworld_cli.rollout.recording import Item, load_recording
 from persistworld_cli.rollout.scoring import PLAIN
@@ -81,12 +81,12 @@ def test_conduct_in_the_table(tmp_path: Path) -> None:
     result = build_result(data, {"following": following_result(data), "trust": trust_result(data), "fvd": no_fvd})
     drift = result["drift_per_s"]["exterior"]["psnr"]["base"]
     assert drift["mean"] == pytest.approx(-1.0, abs=1e-4) and drift["low"] == pytest.approx(-1.0, abs=1e-4)
-    text = plain(conduct_table(result))
+    text = plain(diagnostics_table(result))
     assert "-1.00 [-1.00, -1.00]" in text and "+2.00 [+2.00, +2.00]" in text and "rho" in text
     assert "follows" in text and "not shown" in text
     few = replace(data, settings=replace(data.settings, eval=replace(data.settings.eval, following=())), wrong={})
     result |= {"following": following_result(few), "trust": trust_result(made_up(tmp_path, (0,)))}
-    text = " ".join(plain(conduct_table(result)).split())  # the caption is wrapped
+    text = " ".join(plain(diagnostics_table(result)).split())  # the caption is wrapped
     assert "not asked for" in text and NEEDED in text and "rho" not in text
 
 

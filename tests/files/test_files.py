@@ -34,8 +34,8 @@ from persistworld_cli.files import (
     writing,
 )
 from persistworld_cli.interact.web import SAVES, _Host
-from persistworld_cli.reports.csvs import write_csv
 from persistworld_cli.reports.curves import save_figure
+from persistworld_cli.reports.tables import write_csv
 from persistworld_cli.reports.videos import SheetBlock, contact_sheet
 from persistworld_cli.rollout.closed_loop import Rollout
 from persistworld_cli.rollout.finished import save_rollout

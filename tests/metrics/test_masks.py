@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from persistworld_cli.metrics.masks import (
-    coloured_pixel_survival,
     hsv,
     hue_distance,
     masked_psnr,
@@ -61,26 +60,6 @@ def test_masked_psnr_by_hand() -> None:
     assert value[0].item() == pytest.approx(20.0, abs=1e-4) and math.isnan(value[1].item())
     mask[0] = True
     assert masked_psnr(pred, target, mask)[0].item() == pytest.approx(23.0103, abs=1e-3)
-
-
-def test_survival_of_kept_faded_recoloured_and_moved_blocks() -> None:
-    original = scene(RED)
-    assert coloured_pixel_survival(original, original).share.tolist() == [1.0]
-    assert coloured_pixel_survival(original, original).pixels.tolist() == [60]
-    darker = scene(tuple(int(0.7 * c) for c in RED))  # type: ignore[arg-type]
-    assert coloured_pixel_survival(original, darker).share.tolist() == [1.0]
-    for lost in (scene(None), scene((165, 120, 115)), scene((30, 180, 40)), scene((60, 8, 7))):
-        assert coloured_pixel_survival(original, lost).share.tolist() == [0.0]
-    moved = np.roll(original, 5, axis=3)
-    assert coloured_pixel_survival(original, moved).share.tolist() == [0.5]
-
-
-def test_survival_is_per_camera_and_pools() -> None:
-    original = np.concatenate([scene(RED), scene(None)], axis=1)
-    one = coloured_pixel_survival(original, original)
-    assert one.share[0] == 1.0 and math.isnan(one.share[1]) and one.pixels.tolist() == [60, 0]
-    pooled = one + coloured_pixel_survival(original, np.concatenate([scene(None), scene(None)], axis=1))
-    assert pooled.share[0] == 0.5 and math.isnan(pooled.share[1]) and pooled.pixels.tolist() == [120, 0]
 
 
 def test_a_wooden_table_is_not_an_object_when_colours_are_known() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,27 +10,29 @@ from typing import Any
 import numpy as np
 from browser import Page
 from eval_result import made_up_result
+from markupsafe import escape
 from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
 from persistworld_cli.data.raw.video import write_mp4
-from persistworld_cli.reports.html_table import flat, html_table
-from persistworld_cli.reports.page import write_page
+from persistworld_cli.files import flat
+from persistworld_cli.reports.page import render, write_page
 from persistworld_cli.reports.tables import eval_table
 
 
-def test_html_table_has_what_the_terminal_has() -> None:
+def test_table_on_a_page_has_what_the_terminal_has(tmp_path: Path) -> None:
     table = Table(title="not here", caption="two\nlines [bold]&[/bold]")
     table.add_column("name")
     table.add_column("psnr dB ↑", justify="right")
     table.add_row("a<b>", Text("+1\n[0, 2]", "green"))
     table.add_section()
     table.add_row("floor", "3", style="dim")
-    text = html_table(table)
-    assert "a&lt;b&gt;" in text and "+1<br>[0, 2]" in text and "data-style=better" in text
-    assert "two<br>lines &amp;" in text and "not here" not in text
-    assert '<tr class="ref group"><td>floor</td><td class="num">3</td></tr>' in text
+    (tmp_path / "page.html").write_text('{% from "report.html" import show %}{{ show(table) }}')
+    text = render(tmp_path / "page.html", table=table)
+    assert "a&lt;b&gt;" in text and '<td class="right green">+1\n[0, 2]</td>' in text
+    assert "two\nlines &amp;" in text and "not here" not in text
+    assert '<tr class="dim section"><td class="left ">floor</td><td class="right ">3</td></tr>' in text
     assert flat({"a": {"b": 1, "c": {"d": [2]}}, "e": 3}) == {"a.b": 1, "a.c.d": [2], "e": 3}
 
 
@@ -55,7 +56,7 @@ def test_page_says_what_the_table_says_and_needs_nothing_else(tmp_path: Path) ->
     text = written(tmp_path, result).read_text(encoding="utf-8")
     table = eval_table(result)
     for words in (str(table.title), *str(table.caption).splitlines(), "best: episode 9, start 0, seed 1"):
-        assert html.escape(words) in text
+        assert str(escape(words)) in text
     assert "lpips (untrained)" in text and "75% [41, 93] of 8" in text and "a&lt;b&gt;.pt" in text
     assert "exterior_1_left" in text and "versions.torch" in text and text.count("best: episode 9") == 2  # and an alt
     assert not re.search(r'(src|href)="(?!data:)', text)

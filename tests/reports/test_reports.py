@@ -12,18 +12,16 @@ import pytest
 from eval_result import METRICS, made_up_result
 from PIL import Image
 
-from persistworld_cli.data.raw.video import count_frames, read_frames
-from persistworld_cli.reports.csvs import write_csv
+from persistworld_cli.data.raw.video import count_frames, read_frames, write_mp4
 from persistworld_cli.reports.curves import change_plot, horizon_curves
 from persistworld_cli.reports.page import write_page
-from persistworld_cli.reports.tables import eval_table, number, plain, steps_table, win_rate
+from persistworld_cli.reports.tables import eval_table, number, plain, steps_table, win_rate, write_csv
 from persistworld_cli.reports.videos import (
     SheetBlock,
     VideoRow,
     contact_sheet,
     enlarge,
     side_by_side,
-    write_side_by_side,
 )
 
 
@@ -93,7 +91,7 @@ def test_videos_show_every_row_camera_and_note(tmp_path: Path) -> None:
     images = list(side_by_side("episode 9", ["left", "wrist"], rows, ["start", "step 1", "step 1"]))
     assert len(images) == 3 and len({p.shape for p in images}) == 1
     assert not np.array_equal(images[1], images[2])  # the notes differ
-    write_side_by_side(tmp_path / "v.mp4", "episode 9", ["left", "wrist"], rows, ["start", "step 1", "step 1"], 5.0)
+    write_mp4(tmp_path / "v.mp4", images, 5.0)
     assert count_frames(tmp_path / "v.mp4") == 3
     shown = read_frames(tmp_path / "v.mp4", [0])[0]
     assert shown[-60, -60].min() > 230 and shown[-60, 60].max() < 25
