@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,8 @@ from persistworld_cli.evaluation.benchmarks import load_benchmark
 from persistworld_cli.evaluation.plan import eval_items
 from persistworld_cli.metrics.lpips import Lpips
 from persistworld_cli.metrics.score import Scorer
-from persistworld_cli.rollout.closed_loop import ClosedLoopResult, run_closed_loop
+from persistworld_cli.rollout.closed_loop import ClosedLoop
 from persistworld_cli.rollout.engine import RolloutEngine
-from persistworld_cli.rollout.recording import load_recording
 from persistworld_cli.rollout.scoring import SHOWN
 
 GATE = 0.60
@@ -48,22 +48,21 @@ def measure(dataset: str | None, episodes: int, steps: int, batch: int, repeats:
     engine = RolloutEngine(model, settings.sampling, store.stat())
     scorer = Scorer(settings.rewards, settings.world, "cpu", names=SHOWN)
 
-    recordings = [load_recording(store, settings.eval.split, item, steps, model.settings.num_frames) for item in items]
+    loop = ClosedLoop(engine, store, settings.eval.split, steps, batch, scorer)
+    recordings = [loop.recording(item) for item in items]
     lpips = scorer.registered["lpips"]
     assert isinstance(lpips, Lpips)
 
     def plainly() -> tuple[float, dict[str, NDArray[np.float32]]]:
         begun = time.perf_counter()
         with plain.plain_blocks(model):
-            scores = plain.roll(model, engine, lpips, recordings, steps)
+            scores = plain.roll(loop, lpips, recordings)
         return time.perf_counter() - begun, scores
 
-    def roll(size: int) -> tuple[float, ClosedLoopResult]:
+    def roll(size: int) -> tuple[float, dict[str, NDArray[np.float32]]]:
         begun = time.perf_counter()
-        done = run_closed_loop(
-            model, engine, store, items, split=settings.eval.split, steps=steps, batch=size, scorer=scorer
-        )
-        return time.perf_counter() - begun, done
+        done = list(replace(loop, batch=size).roll(items))
+        return time.perf_counter() - begun, {name: np.stack([r.scores[name] for r in done]) for name in done[0].scores}
 
     roll(batch)  # the first one pays for what is set up once
     times: dict[str, list[float]] = {"plain": [], "alone": [], "batched": []}
@@ -75,8 +74,8 @@ def measure(dataset: str | None, episodes: int, steps: int, batch: int, repeats:
         together, many = roll(batch)
         times["alone"].append(alone)
         times["batched"].append(together)
-        for name, others in (("plain", by_hand), ("alone", one.scores)):
-            gaps = [float(np.nanmax(np.abs(others[k] - many.scores[k]))) for k in others]
+        for name, others in (("plain", by_hand), ("alone", one)):
+            gaps = [float(np.nanmax(np.abs(others[k] - many[k]))) for k in others]
             apart[name] = max(apart[name], *gaps)
     ratios = {name: [b / a for a, b in zip(times[name], times["batched"], strict=True)] for name in apart}
     return {

@@ -31,7 +31,8 @@ from persistworld_cli.data.clips.clips import ClipSource
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.metrics.masks import hsv, hue_distance, object_mask
 from persistworld_cli.models.world_model import WorldModel
-from persistworld_cli.rollout.engine import Inputs, RolloutEngine, recorded_poses, rollout_noise
+from persistworld_cli.rollout.engine import Inputs, RolloutEngine, rollout_noise
+from persistworld_cli.rollout.recording import recorded_poses
 
 TIE_DB = 0.01  # numbers of steps this close are equal: the fewer is the better
 HUE_KEPT = 25.0  # degrees: half the gap between neighbouring object colours (red and yellow, 49)

@@ -61,7 +61,7 @@ from persistworld_cli.read_files import DAMAGED_NOTES, read_json
 from persistworld_cli.reports.policy_tables import leaderboard_tables
 from persistworld_cli.reports.tables import plain
 from persistworld_cli.robot.adapter import MlpAdapter, load_adapter
-from persistworld_cli.rollout.closed_loop import Rollout
+from persistworld_cli.rollout.closed_loop import ScoredRollout
 from persistworld_cli.rollout.finished import load_latents, load_rollout, save_rollout
 from persistworld_cli.rollout.recording import Item
 from persistworld_cli.study.key import make_key
@@ -536,7 +536,7 @@ def _arrays(folder: Path) -> list[Case]:
     item, draw = Item("7", 0, 1), np.random.default_rng(0)
     scores = {"psnr": draw.random((4, 3)).astype(np.float32)}
     latents = draw.normal(size=(1, 5, 4, 4, 6)).astype(np.float16)
-    save_rollout(folder, Rollout(item, np.ones(4, bool), scores, latents, 1.5))
+    save_rollout(folder, ScoredRollout(item, np.ones(4, bool), scores, latents, 1.5))
     np.savez(folder / "masks.npz", draw.random((3, 8, 9)) > 0.5)
     mask = np.where(draw.random((8, 9)) > 0.5, 255, 0).astype(np.uint8)
     Image.fromarray(mask).save(folder / "mask.png")

@@ -26,7 +26,7 @@ from persistworld_cli.models.cpu.lean_lora import LEAN
 from persistworld_cli.models.cpu.linears import FastLinear
 from persistworld_cli.models.precision import small_products
 from persistworld_cli.models.world_model import WorldModel
-from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
+from persistworld_cli.rollout.closed_loop import ClosedLoop
 from persistworld_cli.rollout.recording import Recording
 from persistworld_cli.training.policy_switch import PolicySwitch
 
@@ -104,18 +104,16 @@ def score(lpips: Lpips, drawn: Tensor, known: Tensor) -> dict[str, NDArray[np.fl
     return out
 
 
-def roll(
-    model: WorldModel, engine: RolloutEngine, lpips: Lpips, recordings: Sequence[Recording], steps: int
-) -> dict[str, NDArray[np.float32]]:
+def roll(loop: ClosedLoop, lpips: Lpips, recordings: Sequence[Recording]) -> dict[str, NDArray[np.float32]]:
     """Rollouts one after the other, scored: name -> (I, F, V). Call it under `plain_blocks`."""
-    rows, sampling = model.settings.num_frames, engine.sampling
+    engine, rows = loop.engine, loop.num_frames
+    model, sampling = engine.model, engine.sampling
     done: list[dict[str, NDArray[np.float32]]] = []
     for recording in recordings:
-        item = recording.item
-        state = engine.start(recording.first_latent[None], recording.poses(0, rows)[:1], [recording.annotation.text])
+        state = engine.start_from(loop.store, [recording])
         parts = []
-        for step in range(steps):
-            noise = rollout_noise([(item.seed, item.episode, item.start, step)], engine.noise_shape)
+        for step in range(loop.steps):
+            noise = engine.noise(state)
             clip = engine.step(state, recording.poses(step, rows)[None], noise)[0]
             drawn = decode(model, clip, sampling.decode_chunk, sampling.decode_dtype)[1:]
             known = torch.from_numpy(recording.frames[step * (rows - 1) : (step + 1) * (rows - 1)])

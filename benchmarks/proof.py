@@ -48,9 +48,9 @@ from persistworld_cli.evaluation.plan import eval_items
 from persistworld_cli.files import write_json, write_text
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.progress import Meter
-from persistworld_cli.rollout.closed_loop import Rollout, iter_closed_loop, reward_of
+from persistworld_cli.rollout.closed_loop import ClosedLoop, ScoredRollout, batches, reward_of
 from persistworld_cli.rollout.engine import RolloutEngine
-from persistworld_cli.rollout.finished import batches, load_rollout, pending, save_rollout
+from persistworld_cli.rollout.finished import load_rollout, pending, save_rollout
 from persistworld_cli.statistics.paired import Paired, compare
 
 METRICS = ("ssim", "psnr", "lpips")
@@ -148,7 +148,7 @@ def _updates(folder: Path) -> int:
     return json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() else 0
 
 
-def rollouts(settings: Settings, output: Path, name: str, weights: Mapping[str, str]) -> list[Rollout]:
+def rollouts(settings: Settings, output: Path, name: str, weights: Mapping[str, str]) -> list[ScoredRollout]:
     """The test's rollouts of one model: read, or made now.
 
     Args:
@@ -166,23 +166,16 @@ def rollouts(settings: Settings, output: Path, name: str, weights: Mapping[str, 
         model = load_for_sampling(settings, device="cpu", **weights)
         engine = RolloutEngine(model, settings.sampling, store.stat())
         scorer = Scorer(settings.rewards, settings.world, "cpu", names=METRICS)
+        ev = settings.eval
+        loop = ClosedLoop(engine, store, ev.split, ev.steps, ev.batch, scorer)
         with Meter(f"proof: {name}", len(todo)) as meter:
-            for rollout in iter_closed_loop(
-                model,
-                engine,
-                store,
-                todo,
-                split=settings.eval.split,
-                steps=settings.eval.steps,
-                batch=settings.eval.batch,
-                scorer=scorer,
-            ):
+            for rollout in loop.roll(todo):
                 save_rollout(folder, rollout)
                 meter.advance()
     return [load_rollout(folder, item) for item in items]
 
 
-def numbers(settings: Settings, made: Sequence[Rollout]) -> Numbers:
+def numbers(settings: Settings, made: Sequence[ScoredRollout]) -> Numbers:
     """What is compared, a number a rollout: the reward, and each metric by camera group."""
     scorer = Scorer(settings.rewards, settings.world, "cpu", names=METRICS)
     stacked = {name: np.stack([rollout.scores[name] for rollout in made]) for name in METRICS}

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.evaluation.results import EvalData
 from persistworld_cli.rollout.closed_loop import Commands
-from persistworld_cli.rollout.recording import Item, Recording
+from persistworld_cli.rollout.recording import Item, Recording, recorded_poses
 from persistworld_cli.statistics.paired import compare, mean
 
 NULL, SWAPPED = "null", "swapped"
@@ -40,18 +40,16 @@ def wrong_kinds(kinds: Sequence[str], items: Sequence[Item]) -> list[str]:
     return [kind for kind in kinds if kind != SWAPPED or partners(items)]
 
 
-def commands_of(kind: str, store: EpisodeStore, split: str, items: Sequence[Item], steps: int, rows: int) -> Commands:
+def commands_of(kind: str, store: EpisodeStore, split: str, items: Sequence[Item]) -> Commands:
     """Wrong poses (F + 1, D) for a recording: ``swapped`` or ``null``."""
     others = partners(items)
-    length = steps * (rows - 1) + 1
 
     def commands(recording: Recording) -> NDArray[np.float64]:
-        own = recording.poses(0, rows)[:1]
+        count = len(recording.frame_ids) + 1
         if kind == NULL:
-            return np.repeat(own, length, axis=0)
-        other = store.annotation(split, others[recording.item.episode])
-        ids = np.minimum(recording.item.start + 1 + np.arange(length - 1), other.num_frames - 1)
-        return np.concatenate([own, other.states[ids]])
+            return np.repeat(recording.pose[None], count, axis=0)
+        states = store.annotation(split, others[recording.item.episode]).states
+        return np.concatenate([recording.pose[None], recorded_poses(states, recording.item.start, 0, count)[1:]])
 
     return commands
 

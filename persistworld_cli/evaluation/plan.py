@@ -28,7 +28,7 @@ from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.metrics.user_masks import open_masks
 from persistworld_cli.models.world_model import CARRIED, build_world_model
 from persistworld_cli.reports.tables import benchmark_name
-from persistworld_cli.rollout.recording import Item, check_item, require_same_shape
+from persistworld_cli.rollout.recording import Item, check_item, require_same_shape, row_ids
 from persistworld_cli.rollout.scoring import SHOWN, ScoringOptions
 
 FLOOR, CEILING = "copy first frame", "recording through VAE"
@@ -143,8 +143,8 @@ def make_scoring(settings: Settings, store: EpisodeStore, items: list[Item]) -> 
     frames: dict[str, set[int]] = {}
     for item in items:
         last = store.annotation(ev.split, item.episode).num_frames - 1
-        end = min(item.start + ev.steps * (settings.model.num_frames - 1), last)
-        frames.setdefault(item.episode, set()).update(range(item.start + 1, end + 1))
+        ids = row_ids(item.start, 0, settings.model.num_frames, ev.steps)[1:]
+        frames.setdefault(item.episode, set()).update(ids[ids <= last].tolist())
     needed = {episode: sorted(own) for episode, own in frames.items()}
     masks = tuple(open_masks(text, needed, world.cameras, world.height, world.width) for text in ev.masks)
     names = [own.name for own in masks]

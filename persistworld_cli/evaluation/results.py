@@ -18,7 +18,8 @@ from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.files import jsonable
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.models.world_model import WorldModel
-from persistworld_cli.rollout.closed_loop import Rollout, draw_frames, reward_of
+from persistworld_cli.rollout.closed_loop import ScoredRollout, reward_of
+from persistworld_cli.rollout.images import draw_frames
 from persistworld_cli.rollout.recording import Item, Recording, load_recording
 from persistworld_cli.rollout.scoring import MetricInfo, ScoringOptions, metric_infos
 from persistworld_cli.statistics.paired import cluster_bootstrap, compare, mean
@@ -46,7 +47,7 @@ class EvalData:
     settings: Settings
     items: list[Item]
     labels: list[str]
-    rollouts: dict[str, list[Rollout]]
+    rollouts: dict[str, list[ScoredRollout]]
     latents: Callable[[str, Item], NDArray[np.float16]]
     floor: str
     ceiling: str
@@ -56,7 +57,7 @@ class EvalData:
     benchmark: dict[str, Any] | None
     models: list[dict[str, Any]]
     provenance: dict[str, Any]
-    wrong: dict[str, dict[str, list[Rollout]]]
+    wrong: dict[str, dict[str, list[ScoredRollout]]]
 
     def draw(
         self, item: Item, store: EpisodeStore, painter: Callable[[str], WorldModel]
@@ -70,10 +71,9 @@ class EvalData:
         """
         settings = self.settings
         recording = load_recording(store, settings.eval.split, item, settings.eval.steps, settings.model.num_frames)
-        high, wide = recording.frames.shape[2:4]
         length = int(recording.valid.sum())
         drawn = {
-            label: draw_frames(painter(label), self.latents(label, item), settings.sampling, high, wide)[:length]
+            label: draw_frames(painter(label), self.latents(label, item), settings.sampling, recording.size)[:length]
             for label in self.labels
         }
         return recording, drawn

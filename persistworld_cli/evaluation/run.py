@@ -7,6 +7,7 @@ meet there. The report is made from those files by process 0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,10 @@ from persistworld_cli.evaluation.protocol import provenance
 from persistworld_cli.evaluation.report import EvalData, write_comparison, write_report
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.reports.progress import Meter
-from persistworld_cli.rollout.closed_loop import Commands, Rollout, check_cameras, iter_closed_loop
+from persistworld_cli.rollout.closed_loop import ClosedLoop, ScoredRollout, batches
 from persistworld_cli.rollout.engine import RolloutEngine
-from persistworld_cli.rollout.finished import batches, load_latents, load_rollout, pending, save_rollout, tell_finished
-from persistworld_cli.rollout.recording import Item, load_recording
-from persistworld_cli.rollout.scoring import Scores, ceiling_scores, floor_scores
+from persistworld_cli.rollout.finished import load_latents, load_rollout, pending, save_rollout, tell_finished
+from persistworld_cli.rollout.recording import Item
 from persistworld_cli.study.key import StudyKey
 from persistworld_cli.study.write import plan_study, write_study
 
@@ -94,9 +94,11 @@ def measure(settings: Settings, plan: Plan, processes: PartialState) -> EvalData
         if not any(todo.values()) and not references:
             continue
         model = _load(settings, ref, processes.device)
-        _score_references(settings, plan, model, references, quiet)
+        engine, ev = RolloutEngine(model, settings.sampling, plan.scales[ref.label]), settings.eval
+        loop = ClosedLoop(engine, plan.store, ev.split, ev.steps, ev.batch, plan.scorer, plan.scoring)
+        _score_references(plan, loop, references, quiet)
         for kind, items in todo.items():
-            _score_model(settings, plan, model, ref, kind, items, quiet)
+            _score_model(settings, plan, loop, ref, kind, items, quiet)
         del model
     processes.wait_for_everyone()
     return _collect(settings, plan, processes.device) if processes.is_main_process else None
@@ -111,7 +113,7 @@ def _todo(plan: Plan, ref: ModelRef, work: Sequence[Sequence[Item]]) -> dict[str
 def _collect(settings: Settings, plan: Plan, device: torch.device) -> EvalData:
     """All finished rollouts, read again."""
 
-    def read(folder: Path) -> list[Rollout]:
+    def read(folder: Path) -> list[ScoredRollout]:
         return [load_rollout(folder, item) for item in plan.items]
 
     return EvalData(
@@ -163,66 +165,31 @@ def _load(settings: Settings, ref: ModelRef, device: torch.device) -> WorldModel
 
 
 def _score_model(
-    settings: Settings, plan: Plan, model: WorldModel, ref: ModelRef, kind: str, todo: Sequence[Item], quiet: bool
+    settings: Settings, plan: Plan, loop: ClosedLoop, ref: ModelRef, kind: str, todo: Sequence[Item], quiet: bool
 ) -> None:
-    """Roll out and save, under the recorded actions ("") or wrong ones, whose images nobody will want."""
+    """Roll out and save, under the recorded actions ("") or wrong ones, whose latents are not kept."""
     if not todo:
         return
-    ev = settings.eval
-    steps = min(ev.steps, ev.following_steps) if kind else ev.steps
-    commands: Commands | None = None
+    folder, what, commands = plan.folders[ref.label], f"eval: {ref.label}", None
     if kind:
-        commands = commands_of(kind, plan.store, ev.split, plan.items, steps, settings.model.num_frames)
-    folder = plan.wrong[ref.label][kind] if kind else plan.folders[ref.label]
-    engine = RolloutEngine(model, settings.sampling, plan.scales[ref.label])
-    what = f"eval: {ref.label}" + (f", {kind} actions" if kind else "")
-    with Meter(what, -(-len(todo) // ev.batch) * steps, quiet=quiet) as meter:
-        for rollout in iter_closed_loop(
-            model,
-            engine,
-            plan.store,
-            todo,
-            split=ev.split,
-            steps=steps,
-            batch=ev.batch,
-            scorer=plan.scorer,
-            keep_latents=not kind,
-            progress=lambda done, total: meter.advance(done - meter.done),
-            scoring=plan.scoring,
-            commands=commands,
-        ):
+        folder, what = plan.wrong[ref.label][kind], f"{what}, {kind} actions"
+        loop = replace(loop, steps=min(loop.steps, settings.eval.following_steps))
+        commands = commands_of(kind, loop.store, loop.split, plan.items)
+    with Meter(what, len(batches(todo, loop.batch)) * loop.steps, quiet=quiet) as meter:
+        for rollout in loop.roll(todo, keep_latents=not kind, progress=meter.advance, commands=commands):
             save_rollout(folder, rollout)
 
 
-def _score_references(settings: Settings, plan: Plan, model: WorldModel, todo: Sequence[Item], quiet: bool) -> None:
+def _score_references(plan: Plan, loop: ClosedLoop, todo: Sequence[Item], quiet: bool) -> None:
     """Floor and ceiling of every item; they do not depend on the seed, which only names the file."""
     if not todo:
         return
-    ev, rows = settings.eval, settings.model.num_frames
-    seen: dict[tuple[str, int], tuple[Rollout, Rollout]] = {}
+    seen: dict[tuple[str, int], tuple[ScoredRollout, ScoredRollout]] = {}
     with Meter("eval: floor and ceiling", len(todo), quiet=quiet) as meter:
         for item in todo:
             key = (item.episode, item.start)
             if key not in seen:
-                seen[key] = _references(settings, plan, model, item, ev.steps, rows)
+                seen[key] = loop.references(item)
             for row, done in zip((FLOOR, CEILING), seen[key], strict=True):
-                save_rollout(plan.folders[row], Rollout(item, done.valid, done.scores, None, 0.0))
+                save_rollout(plan.folders[row], replace(done, item=item))
             meter.advance()
-
-
-def _references(
-    settings: Settings, plan: Plan, model: WorldModel, item: Item, steps: int, rows: int
-) -> tuple[Rollout, Rollout]:
-    """Floor and ceiling of one item."""
-    split = settings.eval.split
-    recording = load_recording(plan.store, split, item, steps, rows)
-    check_cameras(model, [recording])
-    floor = floor_scores(plan.scorer, [recording], steps, rows, plan.scoring)
-    ceiling = ceiling_scores(
-        plan.scorer, [recording], model, plan.store, split, steps, rows, settings.sampling, plan.scoring
-    )
-
-    def one(scores: Scores) -> Rollout:
-        return Rollout(item, recording.valid, {name: value[0] for name, value in scores.items()}, None, 0.0)
-
-    return one(floor), one(ceiling)

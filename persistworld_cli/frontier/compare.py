@@ -19,7 +19,7 @@ from persistworld_cli.evaluation.protocol import describe_sampling
 from persistworld_cli.files import jsonable
 from persistworld_cli.frontier.grid import Setting
 from persistworld_cli.metrics.score import Scorer
-from persistworld_cli.rollout.closed_loop import Rollout
+from persistworld_cli.rollout.closed_loop import ScoredRollout
 from persistworld_cli.rollout.scoring import SHOWN, MetricInfo, ScoringOptions, metric_infos
 from persistworld_cli.statistics.paired import FEWEST, compare, mean
 
@@ -31,7 +31,7 @@ class Trial:
     """A setting, its rollouts in the order of the items, and FLOPs of an interaction step of one rollout, decoded."""
 
     setting: Setting
-    rollouts: list[Rollout]
+    rollouts: list[ScoredRollout]
     flops: int
 
 

@@ -37,9 +37,9 @@ from persistworld_cli.frontier.report import frontier_plot, frontier_table
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.tables import plain
-from persistworld_cli.rollout.closed_loop import Rollout, iter_closed_loop
+from persistworld_cli.rollout.closed_loop import ClosedLoop, batches
 from persistworld_cli.rollout.engine import RolloutEngine
-from persistworld_cli.rollout.finished import batches, load_rollout, pending, save_rollout, tell_finished
+from persistworld_cli.rollout.finished import load_rollout, pending, save_rollout, tell_finished
 from persistworld_cli.rollout.recording import Item
 from persistworld_cli.rollout.scoring import SHOWN, ScoringOptions
 
@@ -167,33 +167,25 @@ def make_plan(
 def _roll_out(
     settings: Settings, plan: Plan, work: Sequence[Sequence[Item]], device: torch.device, quiet: bool
 ) -> None:
-    """Make what is not there yet; the bar counts network calls, so that its time left holds for cheap and dear ones."""
+    """Make what is not there yet; the bar counts network calls, so its time left is valid across settings."""
     ev = settings.eval
     todo = {one: items for one in (plan.reference, *plan.grid) if (items := pending(one.folder, work))}
-    whole = sum(-(-len(items) // ev.batch) * ev.steps * one.setting.calls for one, items in todo.items())
-    if not whole:
+    total = sum(len(batches(items, ev.batch)) * ev.steps * one.setting.calls for one, items in todo.items())
+    if not total:
         return
     model, loaded = None, None
-    with Meter("frontier: network calls", whole, quiet=quiet) as meter:
+    with Meter("frontier: network calls", total, quiet=quiet) as meter:
         for number, (one, items) in enumerate(todo.items(), start=1):
             if model is None or one.ref != loaded:
                 model = load_for_sampling(settings, ckpt=one.ref.ckpt, adapter=one.ref.adapter, device=device)
                 loaded = one.ref
-            begun = meter.done
-            for rollout in iter_closed_loop(
-                model,
-                RolloutEngine(model, one.setting.sampling, one.stat),
-                plan.store,
-                items,
-                split=ev.split,
-                steps=ev.steps,
-                batch=ev.batch,
-                scorer=plan.scorer,
-                progress=lambda done, _, begun=begun, one=one, number=number: meter.advance(  # type: ignore[misc]
-                    begun + done * one.setting.calls - meter.done, setting=number
-                ),
-                scoring=plan.scoring,
-            ):
+            engine = RolloutEngine(model, one.setting.sampling, one.stat)
+            loop = ClosedLoop(engine, plan.store, ev.split, ev.steps, ev.batch, plan.scorer, plan.scoring)
+
+            def progress(done: int, calls: int = one.setting.calls, number: int = number) -> None:
+                meter.advance(done * calls, setting=number)
+
+            for rollout in loop.roll(items, progress=progress):
                 save_rollout(one.folder, rollout)
 
 
@@ -202,7 +194,7 @@ def _result(settings: Settings, plan: Plan, percent: float, device: torch.device
     cost = count_interaction(meta_model(settings.model, settings.world), plan.reference.setting.sampling, 1)
 
     def trial(one: Tried) -> Trial:
-        rollouts: list[Rollout] = [load_rollout(one.folder, item) for item in plan.items]
+        rollouts = [load_rollout(one.folder, item) for item in plan.items]
         return Trial(one.setting, rollouts, one.setting.calls * cost.network + cost.decoding)
 
     other = plan.reference.ref != plan.grid[0].ref

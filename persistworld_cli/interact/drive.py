@@ -17,8 +17,8 @@ from persistworld_cli.interact.web import drive_web
 from persistworld_cli.interact.web_server import open_server
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.robot.keyboard import parse_keys
-from persistworld_cli.rollout.interactive import InteractiveRollout, Start, make_start
-from persistworld_cli.rollout.recording import Item
+from persistworld_cli.rollout.interactive import InteractiveRollout, make_start
+from persistworld_cli.rollout.recording import Item, Start
 
 
 def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.tables import plain, steps_table
 from persistworld_cli.reports.videos import write_rollout_sheet, write_rollout_video
-from persistworld_cli.rollout.closed_loop import Rollout, draw_frames, iter_closed_loop
+from persistworld_cli.rollout.closed_loop import ClosedLoop, ScoredRollout, batches
 from persistworld_cli.rollout.engine import RolloutEngine
+from persistworld_cli.rollout.images import draw_frames
 from persistworld_cli.rollout.recording import Item, check_item, load_recording
 from persistworld_cli.rollout.scoring import SHOWN, metric_infos
 from persistworld_cli.statistics.paired import mean
@@ -54,7 +55,7 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     refs = refs_of_replay(settings.model, job)
     device = PartialState(cpu=settings.launch.device == "cpu").device
     scorer = Scorer(settings.rewards, settings.world, device, names=SHOWN)
-    seen: dict[Item, dict[str, Rollout]] = {item: {} for item in items}
+    seen: dict[Item, dict[str, ScoredRollout]] = {item: {} for item in items}
     drawn: dict[Item, dict[str, NDArray[np.uint8]]] = {item: {} for item in items}
     episodes = [item.episode for item in items]
     models = [ref.parts for ref in refs]
@@ -92,31 +93,19 @@ def _roll_out(
     steps: int,
     scorer: Scorer,
     device: torch.device,
-    seen: dict[Item, dict[str, Rollout]],
+    seen: dict[Item, dict[str, ScoredRollout]],
     drawn: dict[Item, dict[str, NDArray[np.uint8]]],
 ) -> None:
     """One model's rollouts into ``seen`` (scores) and ``drawn`` (frames)."""
     model = load_for_sampling(settings, ckpt=ref.ckpt, adapter=ref.adapter, device=device)
-    engine = RolloutEngine(model, settings.sampling, store.stat())  # of this model: `weights_stores`
-    batches = -(-len(items) // settings.eval.batch)
-    split = settings.eval.split
-    with Meter(f"replay: {ref.label}", batches * steps) as meter:
-        for rollout in iter_closed_loop(
-            model,
-            engine,
-            store,
-            items,
-            split=split,
-            steps=steps,
-            batch=settings.eval.batch,
-            scorer=scorer,
-            keep_latents=True,
-            progress=lambda done, total: meter.advance(done - meter.done),
-        ):
+    engine, ev = RolloutEngine(model, settings.sampling, store.stat()), settings.eval  # of this model: `weights_stores`
+    loop = ClosedLoop(engine, store, ev.split, steps, ev.batch, scorer)
+    with Meter(f"replay: {ref.label}", len(batches(items, ev.batch)) * steps) as meter:
+        for rollout in loop.roll(items, keep_latents=True, progress=meter.advance):
             assert rollout.latents is not None
-            high, wide = store.frames(split, rollout.item.episode, [rollout.item.start]).shape[2:4]
+            size = store.frames(ev.split, rollout.item.episode, [rollout.item.start]).shape[2:4]
             seen[rollout.item][ref.label] = rollout
-            drawn[rollout.item][ref.label] = draw_frames(model, rollout.latents, settings.sampling, high, wide)
+            drawn[rollout.item][ref.label] = draw_frames(model, rollout.latents, settings.sampling, size)
 
 
 def _write(
@@ -126,7 +115,7 @@ def _write(
     steps: int,
     refs: list[ModelRef],
     scorer: Scorer,
-    seen: Mapping[Item, Mapping[str, Rollout]],
+    seen: Mapping[Item, Mapping[str, ScoredRollout]],
     drawn: Mapping[Item, Mapping[str, NDArray[np.uint8]]],
     output: Path,
 ) -> dict[str, Any]:
@@ -166,7 +155,9 @@ def _write(
     }
 
 
-def step_rows(settings: Settings, scores: Mapping[str, Rollout], labels: Mapping[str, str]) -> list[dict[str, Any]]:
+def step_rows(
+    settings: Settings, scores: Mapping[str, ScoredRollout], labels: Mapping[str, str]
+) -> list[dict[str, Any]]:
     """One row for each interaction and model: mean over its frames and all cameras, by label."""
     fresh, rate = settings.model.num_frames - 1, settings.world.rate_hz
     first = next(iter(scores.values()))

@@ -17,7 +17,8 @@ import numpy as np
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.robot.keyboard import KeyMap, parse_keys
-from persistworld_cli.rollout.interactive import Float, Images, InteractiveRollout, Snapshot, Start
+from persistworld_cli.rollout.interactive import Float, Images, InteractiveRollout, Snapshot
+from persistworld_cli.rollout.recording import Start
 
 
 class KeyboardController:
@@ -134,7 +135,7 @@ class DriveSession:
             if (step.parent, step.key, step.branch) == (origin.number, key, branch):
                 self.head = step
                 return step
-        controller = KeyboardController(self.keymap, key, self._world.rows)
+        controller = KeyboardController(self.keymap, key, self._world.num_frames)
         self._world.restore(origin.snapshot)
         moved = self._world.step(controller.poses(0, self._world.poses), branch)
         step = Step(

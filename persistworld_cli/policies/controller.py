@@ -19,7 +19,7 @@ from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.policies.observation import Layout, build_observation, check_actions
 from persistworld_cli.robot.adapter import ActionAdapter
 from persistworld_cli.robot.kinematics import pose as flange_pose
-from persistworld_cli.rollout.engine import recorded_poses
+from persistworld_cli.rollout.recording import recorded_poses
 
 Float = NDArray[np.float64]
 Images = NDArray[np.uint8]

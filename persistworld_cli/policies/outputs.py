@@ -21,7 +21,8 @@ from persistworld_cli.files import remove, whole_folder, write_json
 from persistworld_cli.policies.controller import PolicyTrace
 from persistworld_cli.policies.judge import Evidence, SceneObject, Verdict
 from persistworld_cli.reports.videos import write_imagined_sheet, write_imagined_video
-from persistworld_cli.rollout.interactive import Float, Start
+from persistworld_cli.rollout.interactive import Float
+from persistworld_cli.rollout.recording import Start
 
 POLICY_HZ = 15.0  # rows of a chunk a second (DROID)
 

@@ -37,8 +37,8 @@ from persistworld_cli.reports.policy_tables import rollout_tables
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.tables import plain
 from persistworld_cli.robot.adapter import ActionAdapter, load_adapter
-from persistworld_cli.rollout.interactive import InteractiveRollout, Start, find_split, make_start
-from persistworld_cli.rollout.recording import Item
+from persistworld_cli.rollout.interactive import InteractiveRollout, find_split, make_start
+from persistworld_cli.rollout.recording import Item, Start
 
 BUNDLED_JUDGE = "bundled-world"  # judges what is compared with the simulator, if no other is named
 
@@ -341,7 +341,7 @@ def _roll(
         Rollout(
             start=start,
             frames=np.concatenate([part[row] for part in frames]),
-            poses=np.array([moved.poses[row] for moved in moves]).reshape(-1, world.rows, 7),
+            poses=np.array([moved.poses[row] for moved in moves]).reshape(-1, world.num_frames, 7),
             trace=controller.traces[row],
             joints_end=controller.joints[row],
             skip=plan.view.skip,

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.raw.video import write_mp4
 from persistworld_cli.files import whole_file
-from persistworld_cli.rollout.closed_loop import Rollout
+from persistworld_cli.rollout.closed_loop import ScoredRollout
 from persistworld_cli.rollout.recording import Recording
 
 Images = NDArray[np.uint8]
@@ -157,7 +157,7 @@ def write_rollout_sheet(
     settings: Settings,
     recording: Recording,
     drawn: Mapping[str, Images],
-    scores: Mapping[str, Rollout],
+    scores: Mapping[str, ScoredRollout],
 ) -> None:
     """Write a PNG: recording and models as rows, time as columns, a block per camera; the first column is the start.
 
@@ -192,7 +192,7 @@ def write_rollout_video(
     settings: Settings,
     recording: Recording,
     drawn: Mapping[str, Images],
-    scores: Mapping[str, Rollout],
+    scores: Mapping[str, ScoredRollout],
 ) -> None:
     """Write an mp4: recording over models, step, time and scores drawn on each frame. Arguments as above."""
     length = int(recording.valid.sum())

@@ -1,6 +1,7 @@
 """The closed loop: from one recorded frame, the model sees only its own frames, and the recorded poses.
 
-Shape legend: as in `recording`; B rollouts of a batch.
+Shape legend: B rollouts of a batch, S interactions, L frames of an interaction, F = S (L-1) new frames, V cameras,
+C latent channels, h, w latent, H, W pixels.
 """
 
 from __future__ import annotations
@@ -14,21 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from persistworld_cli.config.settings import SamplingSettings
 from persistworld_cli.data.clips.store import EpisodeStore
-from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.metrics.score import Scorer
-from persistworld_cli.models.world_model import WorldModel
-from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
-from persistworld_cli.rollout.recording import Item, Recording, crop_to, load_recording, require_same_shape, to_uint8
-from persistworld_cli.rollout.scoring import PLAIN, Scores, ScoringOptions, score_images
+from persistworld_cli.rollout.engine import RolloutEngine
+from persistworld_cli.rollout.images import draw_images, to_unit
+from persistworld_cli.rollout.recording import Item, Recording, load_recording
+from persistworld_cli.rollout.scoring import PLAIN, Scores, ScoringOptions, score_frames
 
-Progress = Callable[[int, int], None]  # (interactions done, interactions in all)
+Progress = Callable[[int], None]  # interactions done since the last call
 Commands = Callable[[Recording], NDArray[np.float64]]  # -> poses (F + 1, D) from the start on
 
 
 @dataclass(frozen=True)
-class Rollout:
+class ScoredRollout:
     """One rollout and its scores.
 
     Attributes:
@@ -46,188 +45,147 @@ class Rollout:
     seconds: float
 
 
-def iter_closed_loop(
-    model: WorldModel,
-    engine: RolloutEngine,
-    store: EpisodeStore,
-    items: Sequence[Item],
-    *,
-    split: str,
-    steps: int,
-    batch: int,
-    scorer: Scorer,
-    keep_latents: bool = False,
-    progress: Progress | None = None,
-    scoring: ScoringOptions = PLAIN,
-    commands: Commands | None = None,
-) -> Iterator[Rollout]:
-    """Roll out and score, ``batch`` items at a time; yields each item when its batch is done.
+def batches(items: Sequence[Item], size: int) -> list[list[Item]]:
+    """Items cut into batches, whoever rolls them out.
 
-    An item's noise depends on its seed, episode, start and interaction only, and its frames are decoded apart from the
-    other items', so its numbers do not depend on what is in its batch (up to float rounding).
+    Rounding depends on what is computed together, so a batch is the unit of work: of several processes, and of a run
+    that is resumed. Then one process or many, in one go or interrupted, give the same numbers.
+    """
+    size = max(1, size)
+    return [list(items[begin : begin + size]) for begin in range(0, len(items), size)]
 
-    Args:
-        model: the world model, on its device.
-        engine: the same model's rollout engine (sampler, history, decode chunk).
+
+@dataclass(frozen=True)
+class ClosedLoop:
+    """Rolls out and scores items of one dataset with one model under one sampling setting.
+
+    Attributes:
+        engine: model, sampling, percentiles of the poses.
         store: the dataset with latents and metadata.
-        items: rollouts to make.
         split: of the dataset.
         steps: interactions S.
         batch: items rolled out together.
         scorer: metrics.
-        keep_latents: keep what was predicted, for images later (`draw_frames`).
-        progress: called after every interaction.
         scoring: crop, colour range, masks of the metrics.
-        commands: gives the poses that a rollout gets instead of the recorded ones.
-
-    Raises:
-        PersistWorldError: an absent episode, a start beyond its end, images of another size than the model draws.
-    """
-    rows = model.settings.num_frames
-    total = steps * -(-len(items) // max(1, batch))
-    for index, begin in enumerate(range(0, len(items), max(1, batch))):
-        tick = time.perf_counter()
-        recordings = [load_recording(store, split, item, steps, rows) for item in items[begin : begin + batch]]
-        check_cameras(model, recordings)
-        if commands:
-            recordings = [replace(recording, commanded=commands(recording)) for recording in recordings]
-        report = _counter(progress, index * steps, total)
-        scores, latents = _roll(model, engine, scorer, recordings, steps, keep_latents, report, scoring)
-        seconds = (time.perf_counter() - tick) / len(recordings)
-        for row, recording in enumerate(recordings):
-            own = {name: value[row] for name, value in scores.items()}
-            kept = latents[row] if latents is not None else None
-            yield Rollout(recording.item, recording.valid, own, kept, seconds)
-        if progress:
-            progress((index + 1) * steps, total)  # a batch of short recordings ends early
-
-
-def _counter(progress: Progress | None, done: int, total: int) -> Callable[[int], None]:
-    """A callback of the interaction within a batch."""
-    return lambda step: progress(done + step + 1, total) if progress else None
-
-
-@torch.no_grad()
-def _roll(
-    model: WorldModel,
-    engine: RolloutEngine,
-    scorer: Scorer,
-    recordings: Sequence[Recording],
-    steps: int,
-    keep: bool,
-    report: Callable[[int], None],
-    scoring: ScoringOptions,
-) -> tuple[Scores, NDArray[np.float16] | None]:
-    """One batch: scores name -> (B, F, V), and the predicted latents (B, S, L, C, h, w) if kept."""
-    rows = model.settings.num_frames
-    first = torch.stack([recording.first_latent for recording in recordings]).to(model.device)
-    poses = np.stack([recording.poses(0, rows)[0] for recording in recordings])
-    state = engine.start(first, poses, [recording.annotation.text for recording in recordings])
-    kept: list[Tensor] = []
-
-    def draw(step: int) -> Tensor:
-        keys = [(rec.item.seed, rec.item.episode, rec.item.start, step) for rec in recordings]
-        ahead = np.stack([recording.poses(step, rows) for recording in recordings])
-        predicted = engine.step(state, ahead, rollout_noise(keys, engine.noise_shape))
-        if keep:
-            kept.append(predicted.to("cpu", torch.float16))
-        report(step)
-        return model.draw(predicted, engine.sampling)[:, 1:]
-
-    scores = score_images(scorer, recordings, draw, steps, rows, scoring)
-    if not keep:
-        return scores, None
-    while len(kept) < steps:  # every recording had ended: nothing was predicted, and nothing will be shown
-        kept.append(torch.zeros_like(kept[0]))
-    return scores, torch.stack(kept, 1).numpy()
-
-
-def check_cameras(model: WorldModel, recordings: Sequence[Recording]) -> None:
-    """Refuse recordings whose cameras or latents are not the model's, before any compute.
-
-    Raises:
-        PersistWorldError: saying which numbers differ.
-    """
-    for recording in recordings:
-        got, views = tuple(recording.first_latent.shape), recording.frames.shape[1]
-        require_same_shape(recording.item.episode, views, got, len(model.world.cameras), tuple(model.latent_shape))
-
-
-@dataclass(frozen=True)
-class ClosedLoopResult:
-    """All rollouts as arrays: I items, F frames, V cameras.
-
-    Attributes:
-        items: the rollouts, in the order they were asked for.
-        scores: metric -> (I, F, V) float32, NaN where the recording had ended.
-        valid: (I, F).
-        latents: (I, S, L, C, h, w) float16 or None.
     """
 
-    items: tuple[Item, ...]
-    scores: Scores
-    valid: NDArray[np.bool_]
-    latents: NDArray[np.float16] | None
+    engine: RolloutEngine
+    store: EpisodeStore
+    split: str
+    steps: int
+    batch: int
+    scorer: Scorer
+    scoring: ScoringOptions = PLAIN
 
-    @classmethod
-    def collect(cls, rollouts: Sequence[Rollout]) -> ClosedLoopResult:
-        """Stack rollouts of one length."""
-        kept = [rollout.latents for rollout in rollouts if rollout.latents is not None]
-        return cls(
-            items=tuple(rollout.item for rollout in rollouts),
-            scores={name: np.stack([r.scores[name] for r in rollouts]) for name in rollouts[0].scores},
-            valid=np.stack([rollout.valid for rollout in rollouts]),
-            latents=np.stack(kept) if len(kept) == len(rollouts) else None,
-        )
+    @property
+    def num_frames(self) -> int:
+        """L."""
+        return self.engine.model.settings.num_frames
 
+    def roll(
+        self,
+        items: Sequence[Item],
+        *,
+        keep_latents: bool = False,
+        progress: Progress = lambda done: None,
+        commands: Commands | None = None,
+    ) -> Iterator[ScoredRollout]:
+        """Roll out and score, a batch at a time; yields each item when its batch is done.
 
-def run_closed_loop(
-    model: WorldModel,
-    engine: RolloutEngine,
-    store: EpisodeStore,
-    items: Sequence[Item],
-    *,
-    split: str,
-    steps: int,
-    batch: int,
-    scorer: Scorer,
-    keep_latents: bool = False,
-    progress: Progress | None = None,
-) -> ClosedLoopResult:
-    """`iter_closed_loop` as arrays.
+        An item's noise depends on its noise key and the interaction only, and its frames are decoded apart from the
+        other items', so its numbers do not depend on what is in its batch (up to float rounding).
 
-    Raises:
-        PersistWorldError: no items, or as `iter_closed_loop`.
-    """
-    if not items:
-        raise PersistWorldError(
-            "nothing to roll out", where="eval.episodes, eval.starts, eval.seeds", fix="name at least one"
-        )
-    return ClosedLoopResult.collect(
-        list(
-            iter_closed_loop(
-                model,
-                engine,
-                store,
-                items,
-                split=split,
-                steps=steps,
-                batch=batch,
-                scorer=scorer,
-                keep_latents=keep_latents,
-                progress=progress,
-            )
-        )
-    )
+        Args:
+            items: rollouts to make.
+            keep_latents: keep what was predicted, for images later (`draw_frames`).
+            progress: called after every interaction of a batch.
+            commands: gives the poses that a rollout gets instead of the recorded ones.
 
+        Raises:
+            PersistWorldError: an absent episode, a start beyond its end, images of another size than the model draws.
+        """
+        for part in batches(items, self.batch):
+            began = time.perf_counter()
+            recordings = [self.recording(item) for item in part]
+            if commands:
+                recordings = [replace(recording, commanded=commands(recording)) for recording in recordings]
+            scores, latents = self._roll(recordings, keep_latents, progress)
+            seconds = (time.perf_counter() - began) / len(recordings)
+            for row, recording in enumerate(recordings):
+                own = {name: value[row] for name, value in scores.items()}
+                kept = None if latents is None else latents[row]
+                yield ScoredRollout(recording.item, recording.valid, own, kept, seconds)
 
-def draw_frames(
-    model: WorldModel, latents: NDArray[np.float16], sampling: SamplingSettings, height: int, width: int
-) -> NDArray[np.uint8]:
-    """Decode a rollout's kept latents (S, L, C, h, w) to its new frames, uint8 (F, V, H, W, 3)."""
-    predicted = torch.from_numpy(np.asarray(latents, dtype=np.float32)).to(model.device)
-    images = torch.cat([model.draw(step, sampling)[1:] for step in predicted])
-    return to_uint8(crop_to(images, height, width, where="model.vae"), model.world.pixel_rounding)
+    def recording(self, item: Item) -> Recording:
+        """The recorded frames of an item."""
+        return load_recording(self.store, self.split, item, self.steps, self.num_frames)
+
+    def references(self, item: Item) -> tuple[ScoredRollout, ScoredRollout]:
+        """The two lines between which every model must lie: the frame at the start copied over the whole horizon, and
+        the recording through the VAE, decoded in the runs that predictions are decoded in.
+        """
+        recording, model = self.recording(item), self.engine.model
+        copied = to_unit([recording.first])[:, None].expand(-1, self.num_frames - 1, -1, -1, -1, -1)
+
+        def decoded(step: int) -> Tensor:
+            ids = recording.row_ids(step, self.num_frames)
+            latents = self.store.latents(self.split, item.episode, ids)[None]
+            return draw_images(model, latents, self.engine.sampling, recording.size)[:, 1:]
+
+        def scored(draw: Callable[[int], Tensor]) -> ScoredRollout:
+            scores = {name: value[0] for name, value in self._score([recording], draw).items()}
+            return ScoredRollout(item, recording.valid, scores, None, 0.0)
+
+        return scored(lambda step: copied), scored(decoded)
+
+    @torch.no_grad()
+    def _roll(
+        self, recordings: Sequence[Recording], keep_latents: bool, progress: Progress
+    ) -> tuple[Scores, NDArray[np.float16] | None]:
+        """One batch: scores name -> (B, F, V), and the predicted latents (B, S, L, C, h, w) if kept."""
+        engine, size = self.engine, recordings[0].size
+        state = engine.start_from(self.store, recordings)
+        kept: list[Tensor] = []
+
+        def draw(step: int) -> Tensor:
+            poses = np.stack([recording.poses(step, self.num_frames) for recording in recordings])
+            predicted = engine.step(state, poses, engine.noise(state))
+            if keep_latents:
+                kept.append(predicted.to("cpu", torch.float16))
+            progress(1)
+            return draw_images(engine.model, predicted, engine.sampling, size)[:, 1:]
+
+        scores = self._score(recordings, draw)
+        left = self.steps - state.steps  # every recording had ended: nothing was predicted, and nothing will be shown
+        progress(left)
+        if not keep_latents:
+            return scores, None
+        return scores, torch.stack([*kept, *[torch.zeros_like(kept[0])] * left], 1).numpy()
+
+    @torch.no_grad()
+    def _score(self, recordings: Sequence[Recording], draw: Callable[[int], Tensor]) -> Scores:
+        """Scores, name -> (B, F, V), of the images (B, L-1, V, 3, H, W) in [0, 1] that ``draw`` gives for each
+        interaction. It is called in order, until every recording has ended; NaN where one has.
+        """
+        new, cameras = self.num_frames - 1, recordings[0].frames.shape[1]
+        shape = (len(recordings), self.steps * new, cameras)
+        out = {name: np.full(shape, np.nan, dtype=np.float32) for name in self.scoring.names(self.scorer)}
+        first = to_unit([recording.first for recording in recordings])
+        for step in range(self.steps):
+            frames = slice(step * new, (step + 1) * new)
+            valid = np.stack([recording.valid[frames] for recording in recordings])
+            if not valid.any():
+                break
+            target = to_unit([recording.frames[frames] for recording in recordings])
+            marked = {
+                masks.name: torch.from_numpy(
+                    np.stack([masks.load(rec.item.episode, rec.frame_ids[frames]) for rec in recordings])
+                )
+                for masks in self.scoring.masks
+            }
+            for name, value in score_frames(self.scorer, draw(step), target, first, self.scoring, marked).items():
+                out[name][:, frames] = np.where(valid[:, :, None], value.cpu().numpy(), np.nan)
+        return out
 
 
 def reward_of(scorer: Scorer, scores: Scores) -> NDArray[np.float64]:

@@ -6,54 +6,70 @@ Row 0 of an interaction is the current frame again; rows 1..L-1 are new (method.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from persistworld_cli.config.settings import SamplingSettings
-from persistworld_cli.data.clips.store import ActionStat
+from persistworld_cli.data.clips.store import ActionStat, EpisodeStore
+from persistworld_cli.data.raw.video import resize
+from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.diffusion import karras_sigmas
 from persistworld_cli.models.precision import small_products
 from persistworld_cli.models.samplers import find_sampler
 from persistworld_cli.models.world_model import Condition, WorldModel
 from persistworld_cli.rollout.history import Memory
+from persistworld_cli.rollout.recording import NoiseKey, Start, require_same_shape
 from persistworld_cli.seeding import generator
 
 
-def rollout_noise(keys: Iterable[tuple[int | str, ...]], shape: tuple[int, ...]) -> torch.Tensor:
-    """Unit noise (B, *shape), float32, row by row a pure function of (seed, episode, start, interaction[, branch]).
-
-    So a rollout gets the same noise in any batch, on any machine, and for every model it is compared under.
-    """
+def rollout_noise(keys: Iterable[NoiseKey], shape: tuple[int, ...]) -> torch.Tensor:
+    """Unit noise (B, *shape), float32: each row a pure function of its key, on any machine."""
     return torch.stack([torch.randn(shape, generator=generator(*key)) for key in keys])
 
 
 @dataclass
 class RolloutState:
-    """B rollouts in progress: their memory and their instructions' embeddings (B, E), or none."""
+    """B rollouts in progress.
+
+    Attributes:
+        memory: their latents and poses.
+        text: embeddings (B, E) of their instructions, or none.
+        keys: each rollout's noise key.
+        steps: interactions done; with the key it decides an interaction's noise.
+    """
 
     memory: Memory
     text: torch.Tensor | None
+    keys: Sequence[NoiseKey] = ()
+    steps: int = 0
 
     def copy(self) -> RolloutState:
         """The same rollouts, to be advanced apart from here on."""
-        return RolloutState(self.memory.copy(), self.text)
+        return replace(self, memory=self.memory.copy())
 
     def select(self, rows: list[int]) -> RolloutState:
-        """A private copy of some rows; a row may be named several times (branching)."""
-        return RolloutState(self.memory.select(rows), None if self.text is None else self.text[rows])
+        """A private copy of some rows; a row may be named several times."""
+        text = None if self.text is None else self.text[rows]
+        keys = [self.keys[row] for row in rows] if self.keys else ()
+        return RolloutState(self.memory.select(rows), text, keys, self.steps)
 
-    @classmethod
-    def join(cls, states: list[RolloutState]) -> RolloutState:
-        """States of equal length as one batch."""
-        texts = [s.text for s in states]
-        text = None if any(t is None for t in texts) else torch.cat([t for t in texts if t is not None])
-        return cls(Memory.join([s.memory for s in states]), text)
+    def branch(self, keys: Sequence[NoiseKey]) -> RolloutState:
+        """Copies of a single rollout, one for each noise key; their interactions count from 0 again."""
+        return replace(self.select([0] * len(keys)), keys=keys, steps=0)
+
+    def noise_keys(self, branch: int = 0) -> list[NoiseKey]:
+        """Of the next interaction, for `rollout_noise`; a ``branch`` other than 0 gives other noise."""
+        return [(*key, self.steps, *((branch,) if branch else ())) for key in self.keys]
+
+    def append(self, latents: torch.Tensor, poses: np.ndarray) -> None:
+        """An interaction is done: remember its last latents (B, C, h, w) and poses (B, D)."""
+        self.memory.append(latents, poses)
+        self.steps += 1
 
 
 class Inputs(NamedTuple):
@@ -107,16 +123,45 @@ class RolloutEngine:
         """(L, C, h, w): the noise one rollout needs for one interaction."""
         return (self.model.settings.num_frames, *self.model.latent_shape)
 
+    def noise(self, state: RolloutState, branch: int = 0) -> torch.Tensor:
+        """Noise (B, L, C, h, w) of the rollouts' next interaction (`RolloutState.noise_keys`)."""
+        return rollout_noise(state.noise_keys(branch), self.noise_shape)
+
     @torch.no_grad()
-    def start(self, first_latent: torch.Tensor, first_pose: np.ndarray, texts: list[str]) -> RolloutState:
-        """B fresh rollouts from latents (B, C, h, w), raw poses (B, D) and instructions.
+    def start(
+        self, first_latent: torch.Tensor, first_pose: np.ndarray, texts: list[str], keys: Sequence[NoiseKey] = ()
+    ) -> RolloutState:
+        """B rollouts from latents (B, C, h, w), raw poses (B, D), instructions and noise keys.
 
         Raises:
             PersistWorldError: data of another preset.
         """
         self.model.check_data(tuple(first_latent.shape[1:]), first_pose.shape[-1])
         text = self.model.text_embeds(texts) if self.model.settings.text_cond else None
-        return RolloutState(Memory(first_latent.to(self.model.device), first_pose, self.sampling.buffer_fill), text)
+        memory = Memory(first_latent.to(self.model.device), first_pose, self.sampling.buffer_fill)
+        return RolloutState(memory, text, keys)
+
+    def start_from(
+        self,
+        store: EpisodeStore,
+        starts: Sequence[Start],
+        keys: Sequence[NoiseKey] | None = None,
+        encode_missing: bool = False,
+    ) -> RolloutState:
+        """B rollouts from recorded frames of a dataset.
+
+        Args:
+            store: the dataset.
+            starts: the frames.
+            keys: noise keys; those of the starts' items by default.
+            encode_missing: encode frames whose latents were not extracted.
+
+        Raises:
+            PersistWorldError: data of another preset, or latents missing.
+        """
+        first = torch.stack([first_latent(self.model, store, start, encode_missing) for start in starts])
+        own = [start.item.noise_key for start in starts]
+        return self.start(first, np.stack([s.pose for s in starts]), [s.text for s in starts], keys or own)
 
     @torch.no_grad()
     def inputs(self, state: RolloutState, poses: np.ndarray) -> Inputs:
@@ -152,18 +197,29 @@ class RolloutEngine:
     def step(self, state: RolloutState, poses: np.ndarray, noise: torch.Tensor) -> torch.Tensor:
         """Predict an interaction (B, L, C, h, w) and remember its last frame and pose; `state` advances in place."""
         predicted = self.sample(self.condition(self.inputs(state, poses)), noise)
-        state.memory.append(predicted[:, -1], poses[:, -1])
+        state.append(predicted[:, -1], poses[:, -1])
         return predicted
 
     def _autocast(self) -> AbstractContextManager[object]:
         return small_products(self.model.device, getattr(torch, self.sampling.dtype), self.model.dtype)
 
 
-def row_ids(length: int, start: int, interaction: int, rows: int) -> NDArray[np.int64]:
-    """Recorded frames (rows,) of interaction i: row k is frame start + (rows - 1) i + k, clipped to the last one."""
-    return np.clip(start + (rows - 1) * interaction + np.arange(rows), 0, length - 1)
+def first_latent(model: WorldModel, store: EpisodeStore, start: Start, encode_missing: bool = False) -> torch.Tensor:
+    """(C, h, w): the stored latent of a start's frame; ``encode_missing``: from the videos where none was extracted.
 
-
-def recorded_poses(states: NDArray[np.float64], start: int, interaction: int, rows: int) -> NDArray[np.float64]:
-    """Poses (rows, D) of interaction i along a recording (T, D), at `row_ids`."""
-    return states[row_ids(len(states), start, interaction, rows)]
+    Raises:
+        PersistWorldError: latents missing, or cameras or size not the model's.
+    """
+    split, episode, frame = start.split, start.item.episode, [start.item.start]
+    try:
+        store.latent_files(split, episode)
+    except PersistWorldError:
+        if not encode_missing:
+            raise
+        images = resize(store.frames(split, episode, frame)[0], model.world.height, model.world.width)
+        latent = model.encode_frames(torch.from_numpy(images)[None])[0].cpu()
+    else:
+        latent = store.latents(split, episode, frame)[0]
+    cameras = len(model.world.cameras)
+    require_same_shape(episode, store.num_cameras(split, episode), tuple(latent.shape), cameras, model.latent_shape)
+    return latent

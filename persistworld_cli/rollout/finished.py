@@ -13,21 +13,12 @@ from numpy.typing import NDArray
 
 from persistworld_cli.files import whole_file
 from persistworld_cli.read_files import reading
-from persistworld_cli.rollout.closed_loop import Rollout
+from persistworld_cli.rollout.closed_loop import ScoredRollout
 from persistworld_cli.rollout.recording import Item
 
 _log = logging.getLogger(__name__)
 
 _GO_ON = "free some disk and run the same command again: finished rollouts stay"
-
-
-def batches(items: Sequence[Item], size: int) -> list[list[Item]]:
-    """Items cut into batches, whoever rolls them out.
-
-    Rounding depends on what is computed together, so a batch is the unit of work: of several processes, and of a run
-    that goes on. Then one process or many, in one go or interrupted, give the same numbers.
-    """
-    return [list(items[begin : begin + size]) for begin in range(0, len(items), size)]
 
 
 def pending(folder: Path, work: Sequence[Sequence[Item]]) -> list[Item]:
@@ -45,7 +36,7 @@ def tell_finished(folders: Sequence[Path], items: Sequence[Item]) -> None:
         _log.info("resuming: %d of %d rollouts are there", there, whole)
 
 
-def save_rollout(folder: Path, rollout: Rollout) -> None:
+def save_rollout(folder: Path, rollout: ScoredRollout) -> None:
     """One file, whole or absent. Raises CannotWrite."""
     arrays: dict[str, Any] = {f"score.{name}": value for name, value in rollout.scores.items()}
     if rollout.latents is not None:
@@ -54,7 +45,7 @@ def save_rollout(folder: Path, rollout: Rollout) -> None:
         np.savez(partial, valid=rollout.valid, seconds=rollout.seconds, **arrays)
 
 
-def load_rollout(folder: Path, item: Item) -> Rollout:
+def load_rollout(folder: Path, item: Item) -> ScoredRollout:
     """Read what `save_rollout` wrote, without the latents.
 
     Raises:
@@ -62,7 +53,7 @@ def load_rollout(folder: Path, item: Item) -> Rollout:
     """
     with _opened(folder, item) as data:
         scores = {key.removeprefix("score."): data[key] for key in data.files if key.startswith("score.")}
-        return Rollout(item, data["valid"], scores, None, float(data["seconds"]))
+        return ScoredRollout(item, data["valid"], scores, None, float(data["seconds"]))
 
 
 def load_latents(folder: Path, item: Item) -> NDArray[np.float16]:

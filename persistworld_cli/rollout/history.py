@@ -56,11 +56,3 @@ class Memory:
         other._latents = [latent[rows] for latent in self._latents]
         other._poses = [pose[rows] for pose in self._poses]
         return other
-
-    @classmethod
-    def join(cls, memories: list[Memory]) -> Memory:
-        """Memories of equal length side by side, as one batch."""
-        joined = copy.copy(memories[0])
-        joined._latents = [torch.cat(entry) for entry in zip(*(m._latents for m in memories), strict=True)]
-        joined._poses = [np.concatenate(entry) for entry in zip(*(m._poses for m in memories), strict=True)]
-        return joined

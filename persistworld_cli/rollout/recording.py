@@ -1,22 +1,33 @@
-"""What rollouts are compared with: items (episode, start, seed) and the recorded frames that belong to them.
+"""Where rollouts start, and the recorded frames that they are compared with.
 
-Shape legend: L rows of an interaction (row 0 the current frame), S interactions, F = S (L-1) new frames, V cameras,
-C latent channels, h, w latent, H, W pixels. Row k of interaction i is frame ``start + (L-1) i + k`` of the recording.
+Shape legend: T recorded frames, D pose numbers, L frames of an interaction (row 0 the current frame), S interactions,
+F = S (L-1) new frames, V cameras, H, W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from persistworld_cli.data.clips.store import Annotation, EpisodeStore
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.rollout.engine import recorded_poses, row_ids
+
+NoiseKey = tuple[int | str, ...]
+
+
+def row_ids(start: int, interaction: int, num_frames: int, interactions: int = 1) -> NDArray[np.int64]:
+    """Recorded frames (1 + interactions (L-1),) of consecutive interactions, unclipped.
+
+    Row k of interaction i is frame ``start + (L-1) i + k``: its row 0 is the last row of the interaction before.
+    """
+    return start + (num_frames - 1) * interaction + np.arange((num_frames - 1) * interactions + 1)
+
+
+def recorded_poses(states: NDArray[np.float64], start: int, interaction: int, num_frames: int) -> NDArray[np.float64]:
+    """Poses (L, D) of an interaction along a recording (T, D), clipped to the last one."""
+    return states[np.minimum(row_ids(start, interaction, num_frames), len(states) - 1)]
 
 
 @dataclass(frozen=True, order=True)
@@ -32,41 +43,85 @@ class Item:
         """For file names."""
         return f"{self.episode}_{self.start}_{self.seed}"
 
+    @property
+    def noise_key(self) -> NoiseKey:
+        """Its noise is a function of this and the interaction's number: the same in any batch and for every model."""
+        return self.seed, self.episode, self.start
+
 
 @dataclass(frozen=True)
-class Recording:
-    """The recorded side of one rollout.
+class Start:
+    """Where one rollout begins: a recorded frame and an instruction.
 
     Attributes:
         item: the rollout.
-        annotation: of its episode.
+        split: that holds its episode.
+        annotation: of the episode.
+        text: the instruction.
+    """
+
+    item: Item
+    split: str
+    annotation: Annotation
+    text: str
+
+    @property
+    def pose(self) -> NDArray[np.float64]:
+        """(D,) the recorded pose at the frame."""
+        pose: NDArray[np.float64] = self.annotation.states[self.item.start]
+        return pose
+
+    @property
+    def joints(self) -> NDArray[np.float64]:
+        """(8,) joints and gripper at the frame. Raises PersistWorldError where the recording has none."""
+        recorded = self.annotation.joints
+        if recorded is None or len(recorded) <= self.item.start:
+            raise PersistWorldError(
+                f"episode '{self.item.episode}' has no joint angles, which a policy needs",
+                where=f"annotation/{self.split}/{self.item.episode}.json, key 'joints'",
+                fix="extract the episode again from its raw recording, or take another episode",
+            )
+        joints: NDArray[np.float64] = recorded[self.item.start]
+        return joints
+
+    def row_ids(self, interaction: int, num_frames: int, interactions: int = 1) -> NDArray[np.int64]:
+        """Recorded frames of consecutive interactions (`row_ids`), clipped to the last."""
+        ids = row_ids(self.item.start, interaction, num_frames, interactions)
+        return np.minimum(ids, self.annotation.num_frames - 1)
+
+    def poses(self, interaction: int, num_frames: int) -> NDArray[np.float64]:
+        """Recorded poses (L, D) of an interaction, row 0 the current one."""
+        return recorded_poses(self.annotation.states, self.item.start, interaction, num_frames)
+
+
+@dataclass(frozen=True)
+class Recording(Start):
+    """A start and what was recorded from there on.
+
+    Attributes:
         frame_ids: (F,) recorded frame of each new frame, clipped to the last.
         valid: (F,) False where the recording has already ended; such frames are not scored.
         first: uint8 (V, H, W, 3), the frame at the start.
         frames: uint8 (F, V, H, W, 3).
-        first_latent: (C, h, w).
         commanded: (F + 1, D) poses from the start on that the model is given instead of the recorded ones, or None.
     """
 
-    item: Item
-    annotation: Annotation
     frame_ids: NDArray[np.int64]
     valid: NDArray[np.bool_]
     first: NDArray[np.uint8]
     frames: NDArray[np.uint8]
-    first_latent: Tensor
     commanded: NDArray[np.float64] | None = None
 
-    def poses(self, interaction: int, rows: int) -> NDArray[np.float64]:
-        """Poses (L, D) of an interaction, row 0 the current one: recorded (clipped to the last), or commanded."""
-        if self.commanded is not None:
-            begin = (rows - 1) * interaction
-            return self.commanded[begin : begin + rows]
-        return recorded_poses(self.annotation.states, self.item.start, interaction, rows)
+    @property
+    def size(self) -> tuple[int, ...]:
+        """(H, W)."""
+        return self.first.shape[1:3]
 
-    def row_ids(self, interaction: int, rows: int) -> NDArray[np.int64]:
-        """Recorded frame ids (L,) of an interaction's rows, clipped to the recording's last."""
-        return row_ids(self.annotation.num_frames, self.item.start, interaction, rows)
+    def poses(self, interaction: int, num_frames: int) -> NDArray[np.float64]:
+        """Poses (L, D) of an interaction, row 0 the current one: recorded, or commanded."""
+        if self.commanded is None:
+            return super().poses(interaction, num_frames)
+        return self.commanded[row_ids(0, interaction, num_frames)]
 
 
 def check_item(store: EpisodeStore, split: str, item: Item) -> Annotation:
@@ -103,58 +158,24 @@ def require_same_shape(
         )
 
 
-def load_recording(store: EpisodeStore, split: str, item: Item, steps: int, rows: int) -> Recording:
-    """Read the recorded frames, the first latent and the poses of one rollout.
-
-    Args:
-        store: the dataset.
-        split: the split the episode is in.
-        item: which rollout.
-        steps: interactions S.
-        rows: frames L of an interaction, the current one among them.
+def load_recording(store: EpisodeStore, split: str, item: Item, steps: int, num_frames: int) -> Recording:
+    """Read the recorded frames and poses of one rollout of S ``steps`` with L ``num_frames`` each.
 
     Raises:
         PersistWorldError: as `check_item`, or unreadable files.
     """
     annotation = check_item(store, split, item)
-    wanted = item.start + 1 + np.arange(steps * (rows - 1))
+    wanted = row_ids(item.start, 0, num_frames, steps)
     last = annotation.num_frames - 1
     ids = np.minimum(wanted, last)
-    frames = store.frames(split, item.episode, [item.start, *ids.tolist()])
+    frames = store.frames(split, item.episode, ids.tolist())
     return Recording(
         item=item,
+        split=split,
         annotation=annotation,
-        frame_ids=ids,
-        valid=wanted <= last,
+        text=annotation.text,
+        frame_ids=ids[1:],
+        valid=wanted[1:] <= last,
         first=frames[0],
         frames=frames[1:],
-        first_latent=store.latents(split, item.episode, [item.start])[0],
     )
-
-
-def to_unit(frames: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> Tensor:
-    """uint8 (..., H, W, 3) to float (..., 3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(frames))).movedim(-1, -3).float() / 255.0
-
-
-def to_uint8(images: Tensor, rounding: str = "nearest") -> NDArray[np.uint8]:
-    """Float (..., 3, H, W) in [0, 1] to uint8 (..., H, W, 3), rounded to the nearest, or "down" as Ctrl-World does."""
-    scaled = images.clamp(0, 1) * 255.0
-    whole = scaled.round() if rounding == "nearest" else scaled.floor()
-    return whole.to(torch.uint8).movedim(-3, -1).cpu().numpy()
-
-
-def crop_to(images: Tensor, height: int, width: int, where: str) -> Tensor:
-    """Decoded images (..., H', W') cut to the recording's size: a VAE rounds up to its factor.
-
-    Raises:
-        PersistWorldError: smaller than the recording, or larger by more than the rounding: another world's model.
-    """
-    high, wide = images.shape[-2:]
-    if not (0 <= high - height < 16 and 0 <= wide - width < 16):
-        raise PersistWorldError(
-            f"the model draws {high}x{wide} images, the recording has {height}x{width}",
-            where=where,
-            fix="use the preset that the dataset was extracted with",
-        )
-    return images[..., :height, :width]

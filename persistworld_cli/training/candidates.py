@@ -16,10 +16,12 @@ import torch
 from torch.nn import functional
 
 from persistworld_cli.config.settings import PostTrainSettings
-from persistworld_cli.data.clips.store import Annotation, EpisodeStore
+from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.metrics.score import Scorer
-from persistworld_cli.rollout.engine import Inputs, RolloutEngine, RolloutState, recorded_poses, rollout_noise
+from persistworld_cli.rollout.engine import Inputs, RolloutEngine, RolloutState
+from persistworld_cli.rollout.images import draw_images, to_unit
+from persistworld_cli.rollout.recording import Item, NoiseKey, Start
 from persistworld_cli.seeding import generator
 
 
@@ -58,9 +60,7 @@ def prefix_limit(options: PostTrainSettings, update: int) -> int:
     return round(options.prefix_max * min(1.0, (update + 1) / max(1, options.updates)))
 
 
-def exploration(
-    keys: Iterable[tuple[int, str, int, int]], x0: torch.Tensor, views: int, options: PostTrainSettings
-) -> torch.Tensor:
+def exploration(keys: Iterable[NoiseKey], x0: torch.Tensor, views: int, options: PostTrainSettings) -> torch.Tensor:
     """Smooth noise (M, L, C, h, w) for candidates x0 of that shape; row 0, which no image scores, stays 0 (ours).
 
     A model sampled in one call hardly varies, and a group without spread teaches nothing: its candidates are then the
@@ -93,10 +93,10 @@ class CandidateMaker:
         self._read = lru_cache(64)(lambda episode: store.annotation(split, episode))
         steps = options.steps or engine.sampling.steps
         self.brancher = RolloutEngine(engine.model, replace(engine.sampling, steps=steps), engine.stat, engine.entries)
-        self.reach = engine.model.settings.num_frames - 1
+        self.num_frames = engine.model.settings.num_frames
         index = store.index(split)  # every annotation of a large dataset would take minutes to read
         lengths = {episode: int(length) for episode, length in zip(index.ids, index.lengths, strict=True)}
-        needed = self.reach * (self._least_prefix() + options.chunks) + 1
+        needed = (self.num_frames - 1) * (self._least_prefix() + options.chunks) + 1
         self.lengths = {episode: lengths[episode] for episode in sorted(lengths) if lengths[episode] >= needed}
         self.episodes = list(self.lengths)
         if not self.episodes:
@@ -115,25 +115,26 @@ class CandidateMaker:
         options = self.options
         rng = np.random.default_rng((options.seed, update, number))
         episode = self.episodes[rng.integers(len(self.episodes))]
-        room = (self.lengths[episode] - 1) // self.reach - options.chunks
-        longest = min(prefix_limit(options, update), room)
+        most = (self.lengths[episode] - 1) // (self.num_frames - 1) - options.chunks
+        longest = min(prefix_limit(options, update), most)
         prefix = longest if options.prefix == "fixed" else int(rng.integers(longest + 1))
-        last_start = self.lengths[episode] - 1 - self.reach * (prefix + options.chunks)
+        last_start = self.lengths[episode] - 1 - (self.num_frames - 1) * (prefix + options.chunks)
         return GroupPlan(episode, int(rng.integers(last_start + 1)), prefix, number)
 
-    def _note(self, plan: GroupPlan) -> Annotation:
-        return self._read(plan.episode)
+    def start(self, plan: GroupPlan) -> Start:
+        """Where a group's prefix begins."""
+        annotation = self._read(plan.episode)
+        return Start(Item(plan.episode, plan.start, self.options.seed), self.split, annotation, annotation.text)
 
     def poses(self, plan: GroupPlan, interaction: int) -> np.ndarray:
         """The recorded poses (1, L, D) of a group's interaction, counted from its start."""
-        return recorded_poses(self._note(plan).states, plan.start, interaction, self.reach + 1)[None]
+        return self.start(plan).poses(interaction, self.num_frames)[None]
 
     def prefixes(self, plans: list[GroupPlan], update: int) -> list[RolloutState]:
         """Roll every group's prefix out, all together, and hand each its own state (1 row) when it is there."""
-        first = torch.stack([self.store.latents(self.split, p.episode, [p.start])[0] for p in plans])
-        poses = np.concatenate([self._note(p).states[p.start][None] for p in plans])
+        keys: list[NoiseKey] = [(self.options.seed, f"prefix {update}", p.number) for p in plans]
+        state = self.engine.start_from(self.store, [self.start(p) for p in plans], keys)
         live = list(range(len(plans)))
-        state = self.engine.start(first, poses, [self._note(p).text for p in plans])
         ready: dict[int, RolloutState] = {}
         for interaction in range(max(p.prefix for p in plans) + 1):
             for row, group in enumerate(live):
@@ -144,9 +145,8 @@ class CandidateMaker:
             if not live:
                 break
             state = state.select(rows)
-            keys = [(self.options.seed, f"prefix {update}", plans[g].number, interaction) for g in live]
-            noise = rollout_noise(keys, self.engine.noise_shape)
-            self.engine.step(state, np.concatenate([self.poses(plans[g], interaction) for g in live]), noise)
+            poses = np.concatenate([self.poses(plans[group], interaction) for group in live])
+            self.engine.step(state, poses, self.engine.noise(state))
         return [ready[g] for g in range(len(plans))]
 
     @torch.no_grad()
@@ -157,25 +157,27 @@ class CandidateMaker:
         k = len(drawn)
         seconds = {}
         clock = time.perf_counter()
-        states = [s.select([0] * k) for s in self.prefixes(plans, update)]
+        states = [
+            state.branch([(options.seed, f"branch {update} {p.number}", i) for i in drawn])
+            for state, p in zip(self.prefixes(plans, update), plans, strict=True)
+        ]
         chunks_in: list[Inputs] = []
         chunks_x0: list[torch.Tensor] = []
         for chunk in range(options.chunks):
             poses = [np.repeat(self.poses(p, p.prefix + chunk), k, axis=0) for p in plans]
             inputs = Inputs.join([self.engine.inputs(s, q) for s, q in zip(states, poses, strict=True)])
-            keys = [(options.seed, f"branch {update} {p.number}", i, chunk) for p in plans for i in drawn]
-            noise = rollout_noise(keys, self.engine.noise_shape)
-            x0 = self._sample(inputs, noise)
+            x0 = self._sample(inputs, torch.cat([self.engine.noise(state) for state in states]))
             if options.explore:
+                keys = [key for state in states for key in state.noise_keys()]
                 x0 = x0 + exploration(keys, x0, len(self.scorer.camera_weights), options).to(x0)
             for g, state in enumerate(states):
-                state.memory.append(x0[g * k : (g + 1) * k, -1], poses[g][:, -1])
+                state.append(x0[g * k : (g + 1) * k, -1], poses[g][:, -1])
             chunks_in.append(inputs)
             chunks_x0.append(x0)
         seconds["sampling"] = time.perf_counter() - clock
         clock = time.perf_counter()
         model, sampling = self.engine.model, self.engine.sampling
-        images = torch.cat([model.draw(x, sampling)[:, 1:] for x in chunks_x0], dim=1)
+        images = torch.cat([draw_images(model, x, sampling)[:, 1:] for x in chunks_x0], dim=1)
         seconds["decoding"] = time.perf_counter() - clock
         clock = time.perf_counter()
         recorded = torch.stack([self.recorded(p) for p in plans]).to(images.device)
@@ -193,12 +195,10 @@ class CandidateMaker:
 
     def recorded_latents(self, plan: GroupPlan, chunk: int) -> torch.Tensor:
         """The recorded latents (L, C, h, w) of a group's chunk."""
-        first = plan.start + self.reach * (plan.prefix + chunk)
-        return self.store.latents(self.split, plan.episode, range(first, first + self.reach + 1))
+        ids = self.start(plan).row_ids(plan.prefix + chunk, self.num_frames)
+        return self.store.latents(self.split, plan.episode, ids)
 
     def recorded(self, plan: GroupPlan) -> torch.Tensor:
         """The recorded images (F * (L - 1), V, 3, H, W) in [0, 1] that a group is scored against."""
-        first = plan.start + self.reach * plan.prefix
-        ids = range(first + 1, first + 1 + self.reach * self.options.chunks)
-        frames = self.store.frames(self.split, plan.episode, list(ids))
-        return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 1, 4, 2, 3).float() / 255
+        ids = self.start(plan).row_ids(plan.prefix, self.num_frames, self.options.chunks)[1:]
+        return to_unit(self.store.frames(self.split, plan.episode, ids.tolist()))

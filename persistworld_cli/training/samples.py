@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.videos import write_rollout_video
-from persistworld_cli.rollout.closed_loop import Rollout, draw_frames
+from persistworld_cli.rollout.closed_loop import ScoredRollout
+from persistworld_cli.rollout.images import draw_frames
 from persistworld_cli.rollout.recording import load_recording
 from persistworld_cli.training.validation import Active, HeldOut
 
-Drawn = tuple[NDArray[np.uint8], Rollout]  # frames (n, V, H, W, 3) of a rollout, n as many as were recorded
+Drawn = tuple[NDArray[np.uint8], ScoredRollout]  # frames (n, V, H, W, 3) of a rollout, n as many as were recorded
 
 
 class SampleVideos:
@@ -48,13 +49,13 @@ class SampleVideos:
 
     def _roll(self, weights: Active) -> list[Drawn]:
         """Rollouts of some weights."""
-        world, engine = self.held.settings.world, self.held.engine
+        engine = self.held.engine
         drawn = []
         with weights():
             rollouts = self.held.roll(self.scorer, keep_latents=True)
         for rollout in rollouts:
             assert rollout.latents is not None  # kept, as asked
-            frames = draw_frames(engine.model, rollout.latents, engine.sampling, world.height, world.width)
+            frames = draw_frames(engine.model, rollout.latents, engine.sampling)
             drawn.append((frames[: int(rollout.valid.sum())], replace(rollout, latents=None)))
         return drawn
 

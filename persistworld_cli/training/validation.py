@@ -15,7 +15,7 @@ from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.metrics.score import Scorer
-from persistworld_cli.rollout.closed_loop import Rollout, iter_closed_loop, reward_of
+from persistworld_cli.rollout.closed_loop import ClosedLoop, ScoredRollout, reward_of
 from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.rollout.recording import Item, check_item
 from persistworld_cli.training.run import Run
@@ -67,21 +67,10 @@ class HeldOut:
             check_item(self.store, split, item)
         return items
 
-    def roll(self, scorer: Scorer, *, keep_latents: bool = False) -> list[Rollout]:
+    def roll(self, scorer: Scorer, *, keep_latents: bool = False) -> list[ScoredRollout]:
         """This rank's rollouts (every n-th) with the weights that are in place."""
-        return list(
-            iter_closed_loop(
-                self.engine.model,
-                self.engine,
-                self.store,
-                self.items()[self.work.rank :: self.work.world],
-                split=self.settings.eval.split,
-                steps=self.steps,
-                batch=self.batch,
-                scorer=scorer,
-                keep_latents=keep_latents,
-            )
-        )
+        loop = ClosedLoop(self.engine, self.store, self.settings.eval.split, self.steps, self.batch, scorer)
+        return list(loop.roll(self.items()[self.work.rank :: self.work.world], keep_latents=keep_latents))
 
 
 Checked = dict[str, list[float]]  # REWARD and each referee's name -> (I,) one number a rollout
@@ -141,9 +130,9 @@ class ClosedLoopCheck:
         saved = {REWARD: saved} if isinstance(saved, list) else saved
         self.base = saved if saved and {REWARD, *self.scorer.referees} <= saved.keys() else None
 
-    def _numbers(self, rollout: Rollout) -> dict[str, float]:
+    def _numbers(self, rollout: ScoredRollout) -> dict[str, float]:
         means = {name: float(np.nanmean(rollout.scores[name])) for name in self.scorer.referees}
         return {REWARD: self._reward(rollout), **means}
 
-    def _reward(self, rollout: Rollout) -> float:
+    def _reward(self, rollout: ScoredRollout) -> float:
         return float(reward_of(self.scorer, {name: value[None] for name, value in rollout.scores.items()})[0])

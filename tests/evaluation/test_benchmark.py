@@ -19,7 +19,8 @@ from persistworld_cli.evaluation.benchmarks import METRICS, benchmark_names, loa
 from persistworld_cli.evaluation.comparing import compare_results, load_result
 from persistworld_cli.evaluation.protocol import check_metrics, differences
 from persistworld_cli.metrics.score import Scorer
-from persistworld_cli.rollout.finished import batches, pending
+from persistworld_cli.rollout.closed_loop import batches
+from persistworld_cli.rollout.finished import pending
 from persistworld_cli.rollout.recording import Item
 from persistworld_cli.rollout.scoring import ScoringOptions
 

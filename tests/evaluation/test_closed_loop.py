@@ -21,9 +21,10 @@ from persistworld_cli.evaluation import run as eval_run
 from persistworld_cli.interact.replay import run as replay
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.models.world_model import WorldModel
-from persistworld_cli.rollout.closed_loop import draw_frames, reward_of, run_closed_loop
+from persistworld_cli.rollout.closed_loop import ClosedLoop, reward_of
 from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
-from persistworld_cli.rollout.recording import Item, load_recording, to_uint8
+from persistworld_cli.rollout.images import draw_frames, to_uint8
+from persistworld_cli.rollout.recording import Item, load_recording
 from persistworld_cli.rollout.scoring import MOVING, SHOWN
 
 BUNDLED = tuple(str(episode) for episode in range(60, 80))
@@ -48,14 +49,14 @@ def model(root: Path) -> WorldModel:
 
 
 def test_recording_lines_up_with_the_rollout(store: EpisodeStore) -> None:
-    recording = load_recording(store, "val", Item("29", 1, 0), steps=2, rows=5)
+    recording = load_recording(store, "val", Item("29", 1, 0), steps=2, num_frames=5)
     assert recording.frame_ids.tolist() == [2, 3, 4, 5, 6, 6, 6, 6]
     assert recording.valid.tolist() == [True] * 5 + [False] * 3
     assert recording.row_ids(0, 5).tolist() == [1, 2, 3, 4, 5] and recording.row_ids(1, 5).tolist() == [5, 6, 6, 6, 6]
     np.testing.assert_array_equal(recording.poses(1, 5)[1], recording.annotation.states[6])
     np.testing.assert_array_equal(recording.frames[0], store.frames("val", "29", [2])[0])
     with pytest.raises(PersistWorldError, match="frame 6 of the 7"):
-        load_recording(store, "val", Item("29", 6, 0), steps=1, rows=5)
+        load_recording(store, "val", Item("29", 6, 0), steps=1, num_frames=5)
 
 
 def test_closed_loop_is_the_engine_stepped_by_hand_and_does_not_depend_on_the_batch(
@@ -65,27 +66,30 @@ def test_closed_loop_is_the_engine_stepped_by_hand_and_does_not_depend_on_the_ba
     engine = RolloutEngine(model, s.sampling, store.stat())
     scorer = Scorer(replace(s.rewards, weights={"psnr": 1.0}), s.world, "cpu")
     items = [Item("9", 0, 0), Item("19", 2, 1), Item("29", 1, 0)]
-    both = {"split": "val", "steps": 2, "scorer": scorer, "keep_latents": True}
-    done: list[tuple[int, int]] = []
-    batched = run_closed_loop(model, engine, store, items, batch=3, progress=lambda *a: done.append(a), **both)  # type: ignore[arg-type]
-    alone = run_closed_loop(model, engine, store, items, batch=1, **both)  # type: ignore[arg-type]
-    assert batched.scores["psnr"].shape == (3, 8, 3) and done[-1] == (2, 2)
-    for name, value in batched.scores.items():
-        np.testing.assert_allclose(value, alone.scores[name], atol=1e-3, err_msg=name)
-    assert np.isnan(batched.scores["psnr"][2, 5:]).all() and np.isfinite(batched.scores["psnr"][:, :5]).all()
+    loop = ClosedLoop(engine, store, "val", steps=2, batch=3, scorer=scorer)
+    done: list[int] = []
+    batched = list(loop.roll(items, keep_latents=True, progress=done.append))
+    alone = list(replace(loop, batch=1).roll(items, keep_latents=True))
+    assert [rollout.item for rollout in batched] == items and sum(done) == 2
+    for together, one in zip(batched, alone, strict=True):
+        assert together.scores["psnr"].shape == (8, 3) and np.isfinite(together.scores["psnr"][:5]).all()
+        for name, value in together.scores.items():
+            np.testing.assert_allclose(value, one.scores[name], atol=1e-3, err_msg=name)
+    assert np.isnan(batched[2].scores["psnr"][5:]).all()
 
     recording = load_recording(store, "val", items[1], 2, 5)
-    state = engine.start(recording.first_latent[None], recording.poses(0, 5)[:1], ["push the red block"])
+    first = store.latents("val", "19", [2])
+    state = engine.start(first, recording.poses(0, 5)[:1], ["push the red block"])
     for step in range(2):
         noise = rollout_noise([(1, "19", 2, step)], engine.noise_shape)
         predicted = engine.step(state, recording.poses(step, 5)[None], noise)
     images = to_uint8(model.decode_latents(predicted, 5)[0, 1:])
-    assert batched.latents is not None
-    drawn = draw_frames(model, batched.latents[1], engine.sampling, 32, 48)
+    assert batched[1].latents is not None
+    drawn = draw_frames(model, batched[1].latents, engine.sampling)
     assert drawn.shape == (8, 3, 32, 48, 3)
     assert np.abs(drawn[4:].astype(int) - images.astype(int)).max() <= 2  # latents are kept as float16
     mse = np.square(images[0].astype(float) - recording.frames[4].astype(float)).mean(axis=(1, 2, 3)) / 255**2
-    np.testing.assert_allclose(batched.scores["psnr"][1, 4], -10 * np.log10(mse), atol=0.02)
+    np.testing.assert_allclose(batched[1].scores["psnr"][4], -10 * np.log10(mse), atol=0.02)
 
 
 def test_reward_of_scores_is_the_scorers(root: Path) -> None:

@@ -16,7 +16,7 @@ from persistworld_cli.evaluation.results import EvalData, build_result
 from persistworld_cli.evaluation.uncertainty import NEEDED, seed_variance, trust_result
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.tables import diagnostics_table, plain
-from persistworld_cli.rollout.closed_loop import Rollout
+from persistworld_cli.rollout.closed_loop import ScoredRollout
 from persistworld_cli.rollout.recording import Item, load_recording
 from persistworld_cli.rollout.scoring import PLAIN
 from persistworld_cli.statistics.paired import spearman
@@ -25,10 +25,10 @@ STEPS, FRESH, CAMERAS, EPISODES = 3, 4, 3, 8
 NAMES = ("ssim", "psnr", "lpips", "psnr_moving")
 
 
-def rollout(item: Item, level: np.ndarray) -> Rollout:
+def rollout(item: Item, level: np.ndarray) -> ScoredRollout:
     """Every score of every camera is ``level`` (F,)."""
     score = np.repeat(level[:, None], CAMERAS, axis=1).astype(np.float32)
-    return Rollout(item, np.ones(len(level), bool), dict.fromkeys(NAMES, score), None, 1.0)
+    return ScoredRollout(item, np.ones(len(level), bool), dict.fromkeys(NAMES, score), None, 1.0)
 
 
 def made_up(tmp_path: Path, seeds: tuple[int, ...] = (0, 1)) -> EvalData:
@@ -126,10 +126,10 @@ def test_wrong_actions_start_where_the_recording_does(tmp_path: Path) -> None:
     items = [Item("9", 2, 0), Item("9", 2, 1), Item("19", 2, 0)]
     assert partners(items) == {"9": "19", "19": "9"} and partners(items[:2]) == {}
     assert wrong_kinds(("swapped", "null"), items[:2]) == ["null"]
-    recording = load_recording(store, "val", items[0], steps=2, rows=5)
+    recording = load_recording(store, "val", items[0], steps=2, num_frames=5)
     other = store.annotation("val", "19").states
-    held = commands_of("null", store, "val", items, 2, 5)(recording)
-    swapped = commands_of("swapped", store, "val", items, 2, 5)(recording)
+    held = commands_of("null", store, "val", items)(recording)
+    swapped = commands_of("swapped", store, "val", items)(recording)
     own = recording.annotation.states
     assert held.shape == swapped.shape == (9, 7) and (held == own[2]).all()
     np.testing.assert_array_equal(swapped, np.concatenate([own[2:3], other[[3, 4, 5, 6, 6, 6, 6, 6]]]))

@@ -37,7 +37,7 @@ from persistworld_cli.interact.web import SAVES, _Host
 from persistworld_cli.reports.curves import save_figure
 from persistworld_cli.reports.tables import write_csv
 from persistworld_cli.reports.videos import SheetBlock, contact_sheet
-from persistworld_cli.rollout.closed_loop import Rollout
+from persistworld_cli.rollout.closed_loop import ScoredRollout
 from persistworld_cli.rollout.finished import save_rollout
 from persistworld_cli.rollout.recording import Item
 from persistworld_cli.training.run import Run
@@ -76,7 +76,9 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "film.mp4": lambda path: write_mp4(path, NOISE, 5) and None,
     "sheet.png": lambda path: contact_sheet(path, "t", ["a"], [SheetBlock("b", [("c", NOISE[:1], ())])]),
     "curves.png": lambda path: save_figure(Figure(), path),
-    "7_0_0.npz": lambda path: save_rollout(path.parent, Rollout(Item("7", 0, 0), np.ones(99, bool), {}, None, 1.0)),
+    "7_0_0.npz": lambda path: save_rollout(
+        path.parent, ScoredRollout(Item("7", 0, 0), np.ones(99, bool), {}, None, 1.0)
+    ),
     "state/step-00000007": _save_state,
     "lerobot": _lerobot,
 }

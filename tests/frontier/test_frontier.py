@@ -21,7 +21,7 @@ from persistworld_cli.frontier.compare import Trial, build_frontier
 from persistworld_cli.frontier.fast_preset import require_writable
 from persistworld_cli.frontier.grid import Setting, make_grid
 from persistworld_cli.metrics.score import Scorer
-from persistworld_cli.rollout.closed_loop import Rollout
+from persistworld_cli.rollout.closed_loop import ScoredRollout
 from persistworld_cli.rollout.finished import load_rollout
 from persistworld_cli.rollout.recording import Item
 from persistworld_cli.rollout.scoring import PLAIN, SHOWN
@@ -93,7 +93,7 @@ def trial(name: str, calls: int, levels: list[float], noise: float = 0.0) -> Tri
     for index, level in enumerate(levels):
         one = np.full((4, 3), level + noise * rng.normal(), dtype=np.float32)
         scores = {"ssim": one, "psnr": 25 * one, "lpips": 1 - one, "psnr_moving": 20 * one}
-        rollouts.append(Rollout(Item(str(index), 0, 0), np.ones(4, dtype=bool), scores, None, 1.0))
+        rollouts.append(ScoredRollout(Item(str(index), 0, 0), np.ones(4, dtype=bool), scores, None, 1.0))
     return Trial(Setting(name, SamplingSettings(), calls), rollouts, 1000 * calls)
 
 

@@ -23,8 +23,8 @@ from persistworld_cli.data.raw.resize import resize
 from persistworld_cli.data.raw.video import read_frames, write_mp4
 from persistworld_cli.policies.bundled_world.scene import find_recorded
 from persistworld_cli.policies.judge import Evidence
-from persistworld_cli.rollout.interactive import Start, make_start
-from persistworld_cli.rollout.recording import Item
+from persistworld_cli.rollout.interactive import make_start
+from persistworld_cli.rollout.recording import Item, Start
 
 RAW = bundled_root() / "dataset_example" / "world"
 STEP = 3  # 15 Hz -> 5 Hz

@@ -43,8 +43,8 @@ from persistworld_cli.policies.msgpack_numpy import pack, unpack
 from persistworld_cli.policies.observation import find_layout
 from persistworld_cli.robot.adapter import load_adapter
 from persistworld_cli.robot.keyboard import KeyMap
-from persistworld_cli.rollout.engine import RolloutEngine
-from persistworld_cli.rollout.interactive import InteractiveRollout, first_latents, make_start
+from persistworld_cli.rollout.engine import RolloutEngine, first_latent
+from persistworld_cli.rollout.interactive import InteractiveRollout, make_start
 from persistworld_cli.rollout.recording import Item
 
 
@@ -123,9 +123,11 @@ def test_a_dataset_without_latents_is_encoded_from_its_videos(root: Path, tmp_pa
     model = load_model(own)
     start = make_start(open_store(own), Item("7", 3, 0), "train")  # found in val
     store = open_store(replace(own, world=replace(own.world, dataset=str(bare))))
-    fresh = first_latents(model, store, [start])
-    assert torch.equal(fresh, model.encode_frames(torch.from_numpy(store.frames("val", "7", [3]))))
-    assert fresh.shape == first_latents(model, open_store(own), [start]).shape
+    encoded = first_latent(model, store, start, encode_missing=True)
+    assert torch.equal(encoded[None], model.encode_frames(torch.from_numpy(store.frames("val", "7", [3]))))
+    assert encoded.shape == first_latent(model, open_store(own), start).shape
+    with pytest.raises(PersistWorldError, match="latents of camera 0"):  # measuring takes nothing but stored latents
+        first_latent(model, store, start)
 
 
 # -- policies ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from persistworld_cli.models.samplers import SAMPLERS, euler
 from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model
 from persistworld_cli.objective.denoising import Draws, denoising_loss
-from persistworld_cli.rollout.recording import to_uint8
+from persistworld_cli.rollout.images import to_uint8
 
 
 @pytest.fixture(scope="module")

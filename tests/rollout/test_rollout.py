@@ -18,9 +18,10 @@ from persistworld_cli.config.settings import SamplingSettings
 from persistworld_cli.data.clips.store import ActionStat
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.world_model import build_world_model
-from persistworld_cli.rollout.engine import RolloutEngine, RolloutState, recorded_poses, rollout_noise
+from persistworld_cli.rollout.engine import RolloutEngine, RolloutState, rollout_noise
 from persistworld_cli.rollout.history import Memory
-from persistworld_cli.rollout.recording import to_uint8
+from persistworld_cli.rollout.images import to_uint8
+from persistworld_cli.rollout.recording import recorded_poses
 
 
 @pytest.mark.parametrize("tag", ["g1", "g2"])
@@ -90,8 +91,7 @@ def test_branches_do_not_touch_their_parent(engine: RolloutEngine) -> None:
     assert len(parent.memory) == length and len(branch.memory) == length + 1
     assert torch.equal(parent.memory.current[0], before)
     assert not torch.allclose(made[0], made[1])
-    joined = RolloutState.join([branch.select([1]), branch.select([0])])
-    assert torch.equal(joined.memory.current[0], made[[1, 0], -1])
+    assert torch.equal(branch.select([1, 0]).memory.current[0], made[[1, 0], -1])
 
 
 def test_a_rollout_of_another_presets_data_is_refused(engine: RolloutEngine) -> None:
@@ -117,6 +117,15 @@ def test_noise_depends_on_its_key_alone() -> None:
     b = rollout_noise([(0, "7", 0, 1)], shape)
     assert torch.equal(a[1], b[0]) and not torch.equal(a[0], a[1])
     assert abs(rollout_noise([(3, "x", 0, 0)], (100_000,)).std().item() - 1) < 0.02
+
+
+def test_the_noise_of_a_rollout_counts_its_interactions_and_branches_count_anew(engine: RolloutEngine) -> None:
+    c, h, w = engine.model.latent_shape
+    state = engine.start(torch.zeros(1, c, h, w), np.zeros((1, 7)), ["go"], [(3, "7", 2)])
+    assert state.noise_keys() == [(3, "7", 2, 0)] and state.noise_keys(branch=1) == [(3, "7", 2, 0, 1)]
+    state.append(torch.zeros(1, c, h, w), np.zeros((1, 7)))
+    assert state.select([0, 0]).noise_keys() == [(3, "7", 2, 1)] * 2
+    assert state.branch([(0, "a"), (0, "b")]).noise_keys() == [(0, "a", 0), (0, "b", 0)]
 
 
 def test_recorded_poses_are_clipped_to_the_recording() -> None:

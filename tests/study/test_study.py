@@ -23,8 +23,8 @@ from persistworld_cli.data.raw.video import read_frames
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation import run as eval_run
 from persistworld_cli.evaluation.plan import make_plan
-from persistworld_cli.rollout.closed_loop import draw_frames
 from persistworld_cli.rollout.finished import load_latents
+from persistworld_cli.rollout.images import draw_frames
 from persistworld_cli.rollout.recording import Item, load_recording
 from persistworld_cli.study.key import StudyKey, key_path, load_key, make_key
 from persistworld_cli.study.page import GAP, LINE, pane, write_question, write_study_page
@@ -126,9 +126,7 @@ def test_eval_writes_a_study_whose_videos_are_the_key_s(world: Path) -> None:
     assert film.shape[1:3] == (2 * high + LINE, 3 * wide + 2 * GAP)
     order = [plan.models[trial.first].label, plan.models[1 - trial.first].label]
     models = {ref.label: load_for_sampling(s, ckpt=ref.ckpt, adapter="", device=CPU) for ref in plan.models}
-    drawn = [
-        draw_frames(models[name], load_latents(plan.folders[name], item), s.sampling, 32, 48)[:6] for name in order
-    ]
+    drawn = [draw_frames(models[name], load_latents(plan.folders[name], item), s.sampling)[:6] for name in order]
     for place in range(3):
         left = place * (wide + GAP)
         shown = film[1:, :, left : left + wide].astype(float)

@@ -20,7 +20,7 @@ from persistworld_cli.policies.controller import PolicyView
 from persistworld_cli.policies.judge import Judge, Verdict
 from persistworld_cli.policies.judges import ask_judge
 from persistworld_cli.policies.source import open_policies
-from persistworld_cli.rollout.interactive import Start
+from persistworld_cli.rollout.recording import Start
 from persistworld_cli.statistics.ranking import agreement, pearson
 
 

@@ -18,7 +18,7 @@ from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.policies.judge import Float, SceneObject
 from persistworld_cli.read_files import read_json_lines, reading
-from persistworld_cli.rollout.interactive import Start
+from persistworld_cli.rollout.recording import Start
 
 OBJECT_POSE = "sim.object_pose"
 _JOINTS = "observation.state.joint_position"

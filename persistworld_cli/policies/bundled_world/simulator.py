@@ -34,7 +34,8 @@ from persistworld_cli.policies.controller import ActingPolicy, PolicyTrace, Poli
 from persistworld_cli.policies.judge import SceneObject
 from persistworld_cli.policies.outputs import POLICY_HZ, Rollout
 from persistworld_cli.read_files import as_object, parse_json, reading, whole_number
-from persistworld_cli.rollout.interactive import Float, Start
+from persistworld_cli.rollout.interactive import Float
+from persistworld_cli.rollout.recording import Start
 
 _INSTALL = "in a checkout of the repository: pip install -e '.[sim]'"
 _DRAWING = "apt install libegl1 libegl-mesa0 libgl1-mesa-dri (drawing without a screen)"
