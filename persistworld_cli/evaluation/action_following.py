@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persistworld_cli.data.clips.store import EpisodeStore
-from persistworld_cli.evaluation.results import EvalData
+from persistworld_cli.evaluation.results import EvalData, frame_scores
 from persistworld_cli.rollout.closed_loop import Commands
 from persistworld_cli.rollout.recording import Item, Recording, recorded_poses
 from persistworld_cli.statistics.paired import compare, mean
@@ -68,22 +68,17 @@ def following_result(data: EvalData) -> dict[str, Any]:
         return {"steps": 0, "kinds": [], "metric": "", "words": words, "rows": []}
     steps = min(data.settings.eval.steps, data.settings.eval.following_steps)
     frames = slice(0, steps * (data.settings.model.num_frames - 1))
-    episodes = [item.episode for item in data.items]
     rows = []
     for model, by_kind in data.wrong.items():
         for kind, rollouts in by_kind.items():
             for group, cameras in data.groups.items():
                 for name, info in data.metrics.items():
-                    own = mean(data.frames(model, name, cameras)[:, frames], 1)
-                    stacked = np.stack([rollout.scores[name] for rollout in rollouts]).astype(np.float64)
-                    wrong = mean(mean(stacked[..., list(cameras)], -1)[:, frames], 1)
-                    pair = compare(
-                        wrong,
-                        own,
-                        episodes,
-                        higher_is_better=info.higher_is_better,
-                        samples=data.settings.eval.bootstrap,
+                    own, wrong = (
+                        mean(frame_scores(some, name, cameras)[:, frames], 1)
+                        for some in (data.rollouts[model], rollouts)
                     )
+                    samples, better_up = data.settings.eval.bootstrap, info.higher_is_better
+                    pair = compare(wrong, own, data.episodes, higher_is_better=better_up, samples=samples)
                     rows.append(
                         {"model": model, "actions": kind, "cameras": group, "metric": info.label, **_margin(pair)}
                     )

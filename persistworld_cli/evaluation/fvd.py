@@ -9,7 +9,7 @@ Shape legend: N clips, T frames, H, W pixels, E features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,8 @@ from torch.nn import functional
 
 from persistworld_cli.checkpoints.references import sha256_of
 from persistworld_cli.compat import ensure_torchvision
-from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError, UsageError, nearest
-from persistworld_cli.evaluation.results import EvalData
-from persistworld_cli.models.world_model import WorldModel
+from persistworld_cli.evaluation.results import FLOOR, EvalData
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.torch_files import load_torch
 
@@ -117,9 +115,7 @@ def frechet(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     return float(max(0.0, gap @ gap + (left**2).sum() + (right**2).sum() - 2 * cross))
 
 
-def fvd_result(
-    data: EvalData, store: EpisodeStore, painter: Callable[[str], WorldModel], net: FeatureNet | None
-) -> dict[str, Any]:
+def fvd_result(data: EvalData, net: FeatureNet | None) -> dict[str, Any]:
     """The distance of every model's rollouts, and of the first frame repeated, from the recordings.
 
     Returns:
@@ -130,7 +126,7 @@ def fvd_result(
         return {"label": "", "rows": [], "words": "needs a feature network: --fvd PATH"}
     found: dict[tuple[str, str], list[NDArray[np.float64]]] = {}
     with Meter("eval: fvd", len(data.items)) as meter:
-        for videos in _videos(data, store, painter):
+        for videos in _videos(data):
             for row, frames in videos.items():
                 for group, cameras in data.groups.items():
                     own = net.features([frames[:, camera] for camera in cameras])
@@ -138,7 +134,7 @@ def fvd_result(
                         found.setdefault((row, group), []).append(own)
             meter.advance()
     rows: list[dict[str, Any]] = []
-    for row in [data.floor, *data.labels]:
+    for row in [FLOOR, *data.labels]:
         for group in data.groups:
             known, made = (np.concatenate(found.get((name, group), [np.zeros((0, 1))])) for name in ("", row))
             rows.append({"model": row, "cameras": group, "value": frechet(known, made), "clips": len(made)})
@@ -153,11 +149,9 @@ def _words(clips: int) -> str:
     )
 
 
-def _videos(
-    data: EvalData, store: EpisodeStore, painter: Callable[[str], WorldModel]
-) -> Iterator[Mapping[str, NDArray[np.uint8]]]:
+def _videos(data: EvalData) -> Iterator[Mapping[str, NDArray[np.uint8]]]:
     """The frames (F, V, H, W, 3) of each rollout: "" as recorded, the first one repeated, and by every model."""
     for item in data.items:
-        recording, drawn = data.draw(item, store, painter)
+        recording, drawn = data.draw(item)
         length = int(recording.valid.sum())
-        yield {"": recording.frames[:length], data.floor: np.repeat(recording.first[None], length, 0), **drawn}
+        yield {"": recording.frames[:length], FLOOR: np.repeat(recording.first[None], length, 0), **drawn}

@@ -1,4 +1,4 @@
-"""What an evaluation is going to do, resolved and checked as a whole before anything is computed."""
+"""What an evaluation or a frontier does, resolved and checked as a whole before anything is computed."""
 
 from __future__ import annotations
 
@@ -8,133 +8,201 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from persistworld_cli.checkpoints.action_scale import weights_stores
 from persistworld_cli.checkpoints.adapters import require_adapter
 from persistworld_cli.checkpoints.compatibility import parts_of, require_fit, shapes_of
+from persistworld_cli.checkpoints.loading import load_for_sampling
 from persistworld_cli.checkpoints.references import ModelRef, refs_of_eval
 from persistworld_cli.checkpoints.sources import PARTS, locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
-from persistworld_cli.config.settings import EvalSettings, Settings
-from persistworld_cli.data.clips.store import ActionStat, EpisodeStore, open_store
+from persistworld_cli.config.settings import EvalSettings, SamplingSettings, Settings
+from persistworld_cli.console import note
+from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.evaluation.action_following import partners, wrong_kinds
 from persistworld_cli.evaluation.benchmarks import Benchmark, load_benchmark
 from persistworld_cli.evaluation.comparing import load_result
 from persistworld_cli.evaluation.fvd import FeatureNet, load_feature_network
-from persistworld_cli.evaluation.protocol import check_metrics, make_protocol, require_same, rollout_identity
+from persistworld_cli.evaluation.protocol import (
+    check_metrics,
+    describe_sampling,
+    make_protocol,
+    require_same,
+    rollout_identity,
+)
+from persistworld_cli.evaluation.results import CEILING, FLOOR
 from persistworld_cli.files import hash_of, jsonable, writing
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.metrics.user_masks import open_masks
-from persistworld_cli.models.world_model import CARRIED, build_world_model
+from persistworld_cli.models.world_model import CARRIED, WorldModel, build_world_model
 from persistworld_cli.reports.tables import benchmark_name
+from persistworld_cli.rollout.closed_loop import ClosedLoop, batches
+from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.rollout.recording import Item, check_item, require_same_shape, row_ids
 from persistworld_cli.rollout.scoring import SHOWN, ScoringOptions
 
-FLOOR, CEILING = "copy first frame", "recording through VAE"
+
+@dataclass(frozen=True)
+class Weights:
+    """A model of a run.
+
+    Attributes:
+        ref: where its weights are.
+        store: the dataset with the percentiles by which these weights scale poses.
+        sha256: part -> hash of its files.
+    """
+
+    ref: ModelRef
+    store: EpisodeStore
+    sha256: dict[str, str]
+
+    @property
+    def label(self) -> str:
+        """Its name in tables."""
+        return self.ref.label
+
+    def describe(self) -> dict[str, Any]:
+        """Paths and hashes, for result files."""
+        hashes = {f"{part}_sha256": digest for part, digest in self.sha256.items()}
+        return {"ckpt": self.ref.ckpt, "adapter": self.ref.adapter, **hashes}
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What there is to do.
+class RolloutPlan:
+    """What all rollouts of a run share, checked before anything is computed.
 
     Attributes:
+        settings: resolved settings.
+        device: where the models run.
         store: the dataset.
-        scales: model -> the percentiles that its poses are scaled by.
         items: the rollouts, episodes first.
-        models: the baseline, and what is compared with it.
+        models: what is compared, the baseline first.
         scorer, scoring: metrics, on the device.
-        video_net: of the Fréchet video distance, if one was given.
         protocol: everything that two results must share to be comparable.
-        benchmark: which file pinned it (`config.benchmarks.Benchmark.stamp`), or None.
-        folders: row of the table -> folder of its finished rollouts.
-        wrong: model -> wrong actions -> folder of its finished rollouts under them.
-        fingerprints: label -> hashes of its weights.
+        benchmark: which file pinned it (`Benchmark.stamp`), or None.
     """
 
+    settings: Settings
+    device: torch.device
     store: EpisodeStore
-    scales: dict[str, ActionStat]
     items: list[Item]
-    models: list[ModelRef]
+    models: list[Weights]
     scorer: Scorer
     scoring: ScoringOptions
-    video_net: FeatureNet | None
     protocol: dict[str, Any]
     benchmark: dict[str, Any] | None
+
+    def identity(self, weights: Weights, sampling: SamplingSettings | None = None) -> dict[str, Any]:
+        """What finished rollouts depend on beside the weights' hashes; ``sampling`` replaces the settings'."""
+        own = {"sampling": describe_sampling(sampling or self.settings.sampling)}
+        return rollout_identity(self.protocol | own, weights.store, self.settings.model)
+
+    def key(self, weights: Weights, sampling: SamplingSettings | None = None) -> str:
+        """Of a folder for finished rollouts of these weights."""
+        return hash_of([self.identity(weights, sampling), weights.sha256, self.device.type])
+
+    def load(self, ref: ModelRef) -> WorldModel:
+        """The model, ready to be sampled."""
+        return load_for_sampling(self.settings, ckpt=ref.ckpt, adapter=ref.adapter, device=self.device)
+
+    def loop(self, model: WorldModel, weights: Weights, sampling: SamplingSettings | None = None) -> ClosedLoop:
+        """The closed loop of a loaded model; ``sampling`` replaces the settings'."""
+        ev = self.settings.eval
+        engine = RolloutEngine(model, sampling or self.settings.sampling, weights.store.stat())
+        return ClosedLoop(engine, self.store, ev.split, ev.steps, ev.batch, self.scorer, self.scoring)
+
+    def work(self, processes: PartialState) -> list[list[Item]]:
+        """This process's share of the items, by batches."""
+        return batches(self.items, self.settings.eval.batch)[processes.process_index :: processes.num_processes]
+
+
+@dataclass(frozen=True)
+class EvalPlan(RolloutPlan):
+    """What an evaluation does.
+
+    Attributes:
+        video_net: of the Fréchet video distance, if one was given.
+        folders: row of the table -> folder of its finished rollouts.
+        wrong: model -> wrong actions -> folder of its finished rollouts under them.
+    """
+
+    video_net: FeatureNet | None
     folders: dict[str, Path]
     wrong: dict[str, dict[str, Path]]
-    fingerprints: dict[str, dict[str, str]]
 
 
 def make_plan(
     settings: Settings, job: Mapping[str, Any], output: Path, device: torch.device, *, quiet: bool = False
-) -> Plan:
+) -> EvalPlan:
+    """The plan of an evaluation; its folders are made. Raises as `plan_rollouts`."""
+    ev = settings.eval
+    video_net = load_feature_network(ev.fvd, ev.fvd_net, device) if ev.fvd else None
+    fvd = video_net.describe() if video_net else None
+    compare = str(job.get("compare") or "")
+    plan = plan_rollouts(settings, refs_of_eval(settings.model, job), device, fvd=fvd, compare=compare, quiet=quiet)
+    base, root = plan.models[0], output / "rollouts"
+    same, keys = plan.identity(base), {weights.label: plan.key(weights) for weights in plan.models}
+    folders = {
+        FLOOR: root / f"floor-{hash_of(same)}",
+        **{label: root / f"model-{key}" for label, key in keys.items()},
+        CEILING: root / f"ceiling-{hash_of([same, base.sha256])}",
+    }
+    driven = hash_of([partners(plan.items), ev.following_steps])
+    kinds = wrong_kinds(ev.following, plan.items)
+    wrong = {label: {kind: root / f"{kind}-{key}-{driven}" for kind in kinds} for label, key in keys.items()}
+    for folder in [*folders.values(), *(folder for own in wrong.values() for folder in own.values())]:
+        make_folder(folder)
+    return EvalPlan(**vars(plan), video_net=video_net, folders=folders, wrong=wrong)
+
+
+def plan_rollouts(
+    settings: Settings,
+    refs: Sequence[ModelRef],
+    device: torch.device,
+    *,
+    fvd: Mapping[str, Any] | None = None,
+    compare: str = "",
+    quiet: bool = False,
+) -> RolloutPlan:
     """Resolve and check everything: dataset, episodes, starts, masks, metrics, weights, a result to compare with.
 
-    ``quiet`` says nothing about actions (ranks other than 0).
+    Args:
+        settings: resolved settings.
+        refs: the models, the baseline first.
+        device: to compute on.
+        fvd: what the protocol says of the Fréchet video distance.
+        compare: another result's eval.json, whose protocol must be this one; "" for none.
+        quiet: say nothing about actions and subsets (ranks other than 0).
 
     Raises:
         PersistWorldError: whatever of these is wrong.
     """
     store = open_store(settings)
     items = eval_items(store, settings, partly=True)
-    models = refs_of_eval(settings.model, job)
     scoring = make_scoring(settings, store, items)
     scorer = Scorer(settings.rewards, settings.world, device, names=SHOWN)
-    ev = settings.eval
-    video_net = load_feature_network(ev.fvd, ev.fvd_net, device) if ev.fvd else None
     benchmark = load_benchmark(settings.eval.benchmark)
     stamp = benchmark.stamp(settings, {item.episode for item in items}) if benchmark else None
-    fvd = video_net.describe() if video_net else None
     protocol = make_protocol(settings, store, items, scorer, scoring, fvd, stamp)
     if benchmark:
         check_metrics(benchmark.metrics, protocol["metrics"], str(benchmark.path))
-    if other := job.get("compare"):
-        require_same(load_result(other)["protocol"], jsonable(protocol), f"this run and {other}")
-    require_weights(settings, store, items, models)
-    stores = stores_of_models(settings, store, items, models, quiet=quiet)
-    prints = {ref.label: ref.fingerprint() for ref in models}
-    folders, wrong = _folders(settings, stores, protocol, items, models, prints, output / "rollouts", device)
-    scales = {label: own.stat() for label, own in stores.items()}
-    return Plan(store, scales, items, models, scorer, scoring, video_net, protocol, stamp, folders, wrong, prints)
+    if compare:
+        require_same(load_result(compare)["protocol"], jsonable(protocol), f"this run and {compare}")
+    require_weights(settings, store, items, refs)
+    split, episodes = settings.eval.split, [item.episode for item in items]
+    stores = weights_stores(settings, store, [r.parts for r in refs], split=split, episodes=episodes, quiet=quiet)
+    models = [Weights(ref, own, ref.fingerprint()) for ref, own in zip(refs, stores, strict=True)]
+    if not quiet and (text := subset_note(stamp)):
+        note(text)
+    return RolloutPlan(settings, device, store, items, models, scorer, scoring, protocol, stamp)
 
 
-def stores_of_models(
-    settings: Settings, store: EpisodeStore, items: Sequence[Item], models: Sequence[ModelRef], *, quiet: bool = False
-) -> dict[str, EpisodeStore]:
-    """Label -> the dataset with the percentiles of that model (`weights_stores`); raises as that."""
-    own, episodes = [ref.parts for ref in models], [item.episode for item in items]
-    stores = weights_stores(settings, store, own, split=settings.eval.split, episodes=episodes, quiet=quiet)
-    return {ref.label: one for ref, one in zip(models, stores, strict=True)}
-
-
-def _folders(
-    settings: Settings,
-    stores: Mapping[str, EpisodeStore],
-    protocol: Mapping[str, Any],
-    items: list[Item],
-    models: list[ModelRef],
-    prints: Mapping[str, Mapping[str, str]],
-    root: Path,
-    device: torch.device,
-) -> tuple[dict[str, Path], dict[str, dict[str, Path]]]:
-    """Where finished rollouts lie, by the hash of all that they hang on; made."""
-    of_model = {ref.label: rollout_identity(protocol, stores[ref.label], settings.model) for ref in models}
-    same = of_model[models[0].label]
-    names = {ref.label: hash_of([of_model[ref.label], prints[ref.label], device.type]) for ref in models}
-    folders = {
-        FLOOR: root / f"floor-{hash_of(same)}",
-        **{label: root / f"model-{name}" for label, name in names.items()},
-        CEILING: root / f"ceiling-{hash_of([same, prints[models[0].label]])}",
-    }
-    ev = settings.eval
-    driven = hash_of([partners(items), ev.following_steps])
-    kinds = wrong_kinds(ev.following, items)
-    wrong = {label: {kind: root / f"{kind}-{name}-{driven}" for kind in kinds} for label, name in names.items()}
-    for folder in [*folders.values(), *(folder for own in wrong.values() for folder in own.values())]:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-    return folders, wrong
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it. Raises PersistWorldError where that fails."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def make_scoring(settings: Settings, store: EpisodeStore, items: list[Item]) -> ScoringOptions:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.evaluation.action_following import following_result
 from persistworld_cli.evaluation.fvd import FeatureNet, fvd_result
 from persistworld_cli.evaluation.results import EvalData, build_result
 from persistworld_cli.evaluation.uncertainty import trust_result
 from persistworld_cli.files import jsonable, write_json, write_text
-from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.reports.curves import change_plot, horizon_curves, trust_plot
 from persistworld_cli.reports.page import write_page
 from persistworld_cli.reports.tables import diagnostics_table, eval_table, plain, reward_words, write_csv
@@ -26,25 +24,18 @@ _CURVES = ("rho_by_step", "variance", "error", "points")  # of a trust row: in t
 
 
 def write_report(
-    data: EvalData,
-    store: EpisodeStore,
-    output: Path,
-    painter: Callable[[str], WorldModel],
-    films: bool,
-    video_net: FeatureNet | None = None,
+    data: EvalData, output: Path, with_videos: bool, video_net: FeatureNet | None = None
 ) -> dict[str, Any]:
     """Write every file of the report; returns `summary`.
 
     Args:
         data: finished rollouts.
-        store: for the recorded frames of the sheets.
         output: folder.
-        painter: model's label -> the model whose VAE draws its images.
-        films: whether to write mp4s.
+        with_videos: whether to write mp4s.
         video_net: the network of the Fréchet video distance, if one was given.
     """
     extra = {"following": following_result(data), "trust": trust_result(data)}
-    result = build_result(data, extra | {"fvd": fvd_result(data, store, painter, video_net)})
+    result = build_result(data, extra | {"fvd": fvd_result(data, video_net)})
     write_csv(output / "rollouts.csv", rollout_rows(data))
     write_csv(output / "steps.csv", step_rows(data))
     images = [output / "curves.png"]
@@ -55,7 +46,7 @@ def write_report(
     if result["trust"]["rows"]:
         images.append(output / "trust.png")
         trust_plot(images[-1], result)
-    sheets, videos = draw_picks(data, store, output, painter, films)
+    sheets, videos = draw_picks(data, output, with_videos)
     tables = [plain(eval_table(result)), plain(diagnostics_table(result))]
     write_text(output / "table.txt", "\n".join(tables))
     result["files"] = [str(file.relative_to(output)) for file in [*images, *sheets, *videos]]
@@ -118,26 +109,28 @@ def rollout_rows(data: EvalData) -> list[dict[str, Any]]:
     out = []
     for row in data.rollouts:
         for group, cams in data.groups.items():
-            values = {info.label: mean(data.frames(row, name, cams), 1) for name, info in data.metrics.items()}
+            values = {info.label: data.means(row, name, cams) for name, info in data.metrics.items()}
             values["reward"] = data.rewards(row, cams)
             for index, item in enumerate(data.items):
-                numbers = {label: jsonable(float(value[index])) for label, value in values.items()}
+                numbers = {label: jsonable(value[index]) for label, value in values.items()}
                 out.append({"model": row, **asdict(item), "cameras": group, **numbers})
     return out
 
 
 def step_rows(data: EvalData) -> list[dict[str, Any]]:
     """One line for every model, rollout, interaction and camera."""
-    fresh, rate = data.settings.model.num_frames - 1, data.settings.world.rate_hz
+    new, rate = data.settings.model.num_frames - 1, data.settings.world.rate_hz
     out = []
-    for row in data.rollouts:
-        scores = {info.label: data.stacked(row, name) for name, info in data.metrics.items()}
-        for index, item in enumerate(data.items):
+    for row, rollouts in data.rollouts.items():
+        for item, rollout in zip(data.items, rollouts, strict=True):
             for step in range(data.settings.eval.steps):
-                part = {label: mean(v[index, step * fresh : (step + 1) * fresh], 0) for label, v in scores.items()}
+                part = {
+                    info.label: mean(rollout.scores[name][step * new : (step + 1) * new].astype(np.float64), 0)
+                    for name, info in data.metrics.items()
+                }
                 for camera, name in enumerate(data.settings.world.cameras):
-                    numbers = {label: jsonable(float(value[camera])) for label, value in part.items()}
-                    when = {"step": step + 1, "time_s": round((step + 1) * fresh / rate, 6), "camera": name}
+                    numbers = {label: jsonable(value[camera]) for label, value in part.items()}
+                    when = {"step": step + 1, "time_s": round((step + 1) * new / rate, 6), "camera": name}
                     out.append({"model": row, **asdict(item), **when, **numbers})
     return out
 
@@ -161,21 +154,19 @@ def picks(data: EvalData) -> list[tuple[str, int]]:
     return [(names.get(place, f"rank{place + 1}"), int(order[place])) for place in dict.fromkeys(places)]
 
 
-def draw_picks(
-    data: EvalData, store: EpisodeStore, output: Path, painter: Callable[[str], WorldModel], films: bool
-) -> tuple[list[Path], list[Path]]:
+def draw_picks(data: EvalData, output: Path, with_videos: bool) -> tuple[list[Path], list[Path]]:
     """Contact sheets and mp4s of `picks`."""
     settings = data.settings
     sheets, videos = [], []
     for name, index in picks(data):
         item = data.items[index]
-        recording, drawn = data.draw(item, store, painter)
+        recording, drawn = data.draw(item)
         title = f"{name}: episode {item.episode}, frame {item.start}, seed {item.seed}: {recording.annotation.text}"
         stem = f"{name}_episode-{item.episode}_start-{item.start}_seed-{item.seed}"
         scores = {label: data.rollouts[label][index] for label in data.labels}
         sheets.append(output / "sheets" / f"{stem}.png")
         write_rollout_sheet(sheets[-1], title, settings, recording, drawn, scores)
-        if films:
+        if with_videos:
             videos.append(output / "videos" / f"{stem}.mp4")
             write_rollout_video(videos[-1], title, settings, recording, drawn, scores)
     return sheets, videos

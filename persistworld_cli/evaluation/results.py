@@ -8,24 +8,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.files import jsonable
 from persistworld_cli.metrics.score import Scorer
-from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.rollout.closed_loop import ScoredRollout, reward_of
-from persistworld_cli.rollout.images import draw_frames
-from persistworld_cli.rollout.recording import Item, Recording, load_recording
-from persistworld_cli.rollout.scoring import MetricInfo, ScoringOptions, metric_infos
+from persistworld_cli.rollout.recording import Item, Recording
+from persistworld_cli.rollout.scoring import MetricInfo, ScoringOptions, camera_groups, metric_infos
 from persistworld_cli.statistics.paired import cluster_bootstrap, compare, mean
 
 FloatArray = NDArray[np.float64]
-TABLE_ORDER = ("ssim", "psnr", "lpips")  # then what else there is
+FLOOR, CEILING = "copy first frame", "recording through VAE"
+Cameras = Sequence[int]
+Drawn = tuple[Recording, dict[str, NDArray[np.uint8]]]  # a recording, and each model's frames (n, V, H, W, 3) of it
+T = TypeVar("T")
+
+
+def frame_scores(rollouts: Sequence[ScoredRollout], metric: str, cameras: Cameras) -> FloatArray:
+    """Scores of rollouts, mean over some cameras: (I, F)."""
+    scores = np.stack([rollout.scores[metric] for rollout in rollouts]).astype(np.float64)
+    return mean(scores[..., list(cameras)], axis=-1)
 
 
 @dataclass(frozen=True)
@@ -35,81 +41,76 @@ class EvalData:
     Attributes:
         settings: resolved settings.
         items: the rollouts.
-        labels: the models' names, baseline first.
+        models: labels, paths and hashes, baseline first.
         rollouts: row of the table -> its rollouts in the order of ``items``; floor and ceiling among them.
+        wrong: model -> wrong actions -> its rollouts under them (`action_following`).
         latents: (model label, item) -> predicted latents (S, L, C, h, w).
-        floor, ceiling: names of those rows.
+        draw: item -> its recording and every model's frames, as far as was recorded.
         scorer, scoring: the metrics.
-        protocol, benchmark, models, provenance: what the numbers were made with (`protocol`).
-        wrong: model -> wrong actions -> its rollouts under them (`following`).
+        protocol, benchmark, provenance: what the numbers were made with (`protocol`).
     """
 
     settings: Settings
     items: list[Item]
-    labels: list[str]
+    models: list[dict[str, Any]]
     rollouts: dict[str, list[ScoredRollout]]
+    wrong: dict[str, dict[str, list[ScoredRollout]]]
     latents: Callable[[str, Item], NDArray[np.float16]]
-    floor: str
-    ceiling: str
+    draw: Callable[[Item], Drawn]
     scorer: Scorer
     scoring: ScoringOptions
     protocol: dict[str, Any]
     benchmark: dict[str, Any] | None
-    models: list[dict[str, Any]]
     provenance: dict[str, Any]
-    wrong: dict[str, dict[str, list[ScoredRollout]]]
 
-    def draw(
-        self, item: Item, store: EpisodeStore, painter: Callable[[str], WorldModel]
-    ) -> tuple[Recording, dict[str, NDArray[np.uint8]]]:
-        """A rollout's recording, and each model's frames (n, V, H, W, 3) of it as far as was recorded.
+    @property
+    def labels(self) -> list[str]:
+        """The models' names, baseline first."""
+        return [model["label"] for model in self.models]
 
-        Args:
-            item: which rollout.
-            store: for the recorded frames.
-            painter: model's label -> the model whose VAE draws its images.
-        """
-        settings = self.settings
-        recording = load_recording(store, settings.eval.split, item, settings.eval.steps, settings.model.num_frames)
-        length = int(recording.valid.sum())
-        drawn = {
-            label: draw_frames(painter(label), self.latents(label, item), settings.sampling, recording.size)[:length]
-            for label in self.labels
-        }
-        return recording, drawn
+    @property
+    def episodes(self) -> list[str]:
+        """Of each rollout."""
+        return [item.episode for item in self.items]
 
     @property
     def groups(self) -> dict[str, tuple[int, ...]]:
         """Camera groups that have cameras."""
-        world = self.settings.world
-        return {name: cams for name, cams in (("exterior", world.exterior), ("wrist", world.wrist)) if cams}
+        return camera_groups(self.settings.world)
 
     @property
     def metrics(self) -> dict[str, MetricInfo]:
         """Metrics in the order of tables."""
-        infos = metric_infos(self.scorer, self.scoring)
-        order = [name for name in TABLE_ORDER if name in infos]
-        return {name: infos[name] for name in [*order, *(name for name in infos if name not in order)]}
+        return metric_infos(self.scorer, self.scoring)
 
-    def stacked(self, row: str, name: str) -> FloatArray:
-        """Scores (I, F, V) of one row of the table."""
-        return np.stack([rollout.scores[name] for rollout in self.rollouts[row]]).astype(np.float64)
+    def frames(self, row: str, metric: str, cameras: Cameras) -> FloatArray:
+        """Scores of a row of the table, mean over some cameras: (I, F)."""
+        return frame_scores(self.rollouts[row], metric, cameras)
 
-    def frames(self, row: str, name: str, cameras: Sequence[int]) -> FloatArray:
-        """Mean over some cameras: (I, F)."""
-        return mean(self.stacked(row, name)[..., list(cameras)], axis=-1)
+    def means(self, row: str, metric: str, cameras: Cameras) -> FloatArray:
+        """Mean of every rollout over its frames and some cameras: (I,)."""
+        return mean(self.frames(row, metric, cameras), 1)
 
-    def rewards(self, row: str, cameras: Sequence[int] | None = None) -> FloatArray:
+    def rewards(self, row: str, cameras: Cameras | None = None) -> FloatArray:
         """Reward of every rollout (I,): the training reward, or its mean over some cameras."""
-        names = list(self.scorer.weights)
-        scores = {name: self.stacked(row, name).astype(np.float32) for name in names}
+        weights = self.scorer.weights
         if cameras is None:
-            return reward_of(self.scorer, scores)
-        total = sum(self.scorer.weights[name] * self.frames(row, name, cameras) for name in names)
+            rollouts = self.rollouts[row]
+            return reward_of(self.scorer, {name: np.stack([r.scores[name] for r in rollouts]) for name in weights})
+        total = sum(weight * self.frames(row, name, cameras) for name, weight in weights.items())
         return mean(np.asarray(total), axis=1)
 
+    def interval(self, values: FloatArray) -> dict[str, Any]:
+        """Mean of values (I, ...) over rollouts and its 95% interval over episodes."""
+        low, high = cluster_bootstrap(values, self.episodes, samples=self.settings.eval.bootstrap)
+        return {"mean": mean(values, 0), "low": low, "high": high}
 
-# -- numbers ------------------------------------------------------------------------------------------------------
+    def by_metric(self, number: Callable[[str, Cameras], T]) -> dict[str, dict[str, T]]:
+        """Camera group -> metric's label -> ``number(metric, cameras)``."""
+        return {
+            group: {info.label: number(name, cameras) for name, info in self.metrics.items()}
+            for group, cameras in self.groups.items()
+        }
 
 
 def build_result(data: EvalData, extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,18 +118,34 @@ def build_result(data: EvalData, extra: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         data: finished rollouts.
-        extra: entries made from them elsewhere (`following`, `trust`).
+        extra: entries made from them elsewhere (`action_following`, `uncertainty`, `fvd`).
     """
-    settings, episodes = data.settings, [item.episode for item in data.items]
-    rows, metrics = list(data.rollouts), data.metrics
-    horizon_length = data.stacked(rows[0], next(iter(metrics))).shape[1]
-    rate = settings.world.rate_hz
+    settings, rows, metrics = data.settings, list(data.rollouts), data.metrics
+    rate, cameras = settings.world.rate_hz, settings.world.cameras
+    pair = data.labels[:2] if len(data.labels) > 1 else []
+
+    def changes(name: str, cams: Cameras) -> FloatArray:
+        base, new = (data.means(label, name, cams) for label in pair)
+        return new - base
+
+    def horizon(name: str, cams: Cameras) -> dict[str, Any]:
+        return {row: data.interval(data.frames(row, name, cams)) for row in rows}
+
+    def drift(name: str, cams: Cameras) -> dict[str, Any]:
+        return {
+            row: data.interval(np.array([slope(curve, rate) for curve in data.frames(row, name, cams)])) for row in rows
+        }
+
+    by_rollout: dict[str, dict[str, Any]] = {}  # each rollout's mean, in the order of the items: `comparing` pairs them
+    by_rollout |= data.by_metric(lambda name, cams: {row: data.means(row, name, cams) for row in rows})
+    for group, cams in data.groups.items():
+        by_rollout[group]["reward"] = {row: data.rewards(row, cams) for row in rows}
     result = {
         "kind": "eval",
         "benchmark": data.benchmark,
         "n": {
             "rollouts": len(data.items),
-            "episodes": len(set(episodes)),
+            "episodes": len(set(data.episodes)),
             "steps": settings.eval.steps,
             "frames_per_step": settings.model.num_frames - 1,
             "rate_hz": rate,
@@ -137,120 +154,55 @@ def build_result(data: EvalData, extra: Mapping[str, Any]) -> dict[str, Any]:
         },
         "metrics": [{"name": name, **asdict(info)} for name, info in metrics.items()],
         "groups": list(data.groups),
-        "floor": data.floor,
-        "ceiling": data.ceiling,
+        "floor": FLOOR,
+        "ceiling": CEILING,
         "models": data.models,
         "table": [_table_row(data, group, cams, row) for group, cams in data.groups.items() for row in rows],
-        "cameras": [
-            _table_row(data, camera, (index,), row)
-            for index, camera in enumerate(settings.world.cameras)
-            for row in rows
-        ],
-        "reward": {row: _mean1(data.rewards(row)) for row in rows},
-        "paired": _paired(data, episodes),
-        "changes": _changes(data),
-        "rollouts": _by_rollout(data),
-        "times_s": [(frame + 1) / rate for frame in range(horizon_length)],
-        "horizon": {group: _horizon(data, cams, episodes) for group, cams in data.groups.items()},
-        "drift_per_s": _drift(data, rate, episodes),
+        "cameras": [_table_row(data, camera, (index,), row) for index, camera in enumerate(cameras) for row in rows],
+        "reward": {row: mean(data.rewards(row), 0) for row in rows},
+        "paired": _paired(data, *pair) if pair else [],
+        "changes": data.by_metric(changes) if pair else {},
+        "rollouts": by_rollout,
+        "times_s": [(frame + 1) / rate for frame in range(settings.eval.steps * (settings.model.num_frames - 1))],
+        "horizon": data.by_metric(horizon),
+        "drift_per_s": data.by_metric(drift),
         **extra,
-        "seconds_per_rollout": {
-            label: float(np.mean([r.seconds for r in data.rollouts[label]])) for label in data.labels
-        },
+        "seconds_per_rollout": {label: np.mean([r.seconds for r in data.rollouts[label]]) for label in data.labels},
         "protocol": data.protocol,
         **data.provenance,
     }
-    cleaned = jsonable(result)
-    assert isinstance(cleaned, dict)
+    cleaned: dict[str, Any] = jsonable(result)
     return cleaned
 
 
-def _table_row(data: EvalData, group: str, cameras: Sequence[int], row: str) -> dict[str, Any]:
+def _table_row(data: EvalData, group: str, cameras: Cameras, row: str) -> dict[str, Any]:
     """Means over rollouts (each the mean of its frames), by label."""
-    values = {
-        info.label: float(_mean1(mean(data.frames(row, name, cameras), 1))) for name, info in data.metrics.items()
-    }
+    values = {info.label: mean(data.means(row, name, cameras), 0) for name, info in data.metrics.items()}
     return {"cameras": group, "model": row, **values}
 
 
-def _mean1(values: FloatArray) -> float:
-    return float(mean(values, 0))
+def _paired(data: EvalData, base: str, new: str) -> list[dict[str, Any]]:
+    """Statistics of every metric in every camera group, and of the reward."""
 
+    def entry(group: str, metric: str, a: FloatArray, b: FloatArray, higher_is_better: bool) -> dict[str, Any]:
+        samples = data.settings.eval.bootstrap
+        pair = compare(a, b, data.episodes, higher_is_better=higher_is_better, samples=samples)
+        return {"cameras": group, "metric": metric, **pair.as_dict()}
 
-def _paired(data: EvalData, episodes: list[str]) -> list[dict[str, Any]]:
-    """Statistics of every metric in every camera group, and of the reward; [] without a comparison."""
-    if len(data.labels) < 2:
-        return []
-    base, new = data.labels[:2]
-    samples = data.settings.eval.bootstrap
-    out = []
-    for group, cams in data.groups.items():
-        for name, info in data.metrics.items():
-            a, b = (mean(data.frames(row, name, cams), 1) for row in (base, new))
-            pair = compare(a, b, episodes, higher_is_better=info.higher_is_better, samples=samples)
-            out.append({"cameras": group, "metric": info.label, **pair.as_dict()})
-    for group, some in [*data.groups.items(), ("all", None)]:
-        pair = compare(
-            data.rewards(base, some), data.rewards(new, some), episodes, higher_is_better=True, samples=samples
-        )
-        out.append({"cameras": group, "metric": "reward", **pair.as_dict()})
-    return out
-
-
-def _changes(data: EvalData) -> dict[str, dict[str, list[float]]]:
-    """new - base of every rollout, in the order of the items."""
-    if len(data.labels) < 2:
-        return {}
-    base, new = data.labels[:2]
-    return {
-        group: {
-            info.label: (mean(data.frames(new, name, cams), 1) - mean(data.frames(base, name, cams), 1)).tolist()
-            for name, info in data.metrics.items()
-        }
+    metrics = [
+        entry(group, info.label, data.means(base, name, cams), data.means(new, name, cams), info.higher_is_better)
         for group, cams in data.groups.items()
-    }
-
-
-def _horizon(data: EvalData, cameras: Sequence[int], episodes: list[str]) -> dict[str, Any]:
-    """label -> row -> mean, low, high over the horizon; each episode counts by its rollouts."""
-    out: dict[str, Any] = {}
-    for name, info in data.metrics.items():
-        out[info.label] = {}
-        for row in data.rollouts:
-            values = data.frames(row, name, cameras)
-            low, high = cluster_bootstrap(values, episodes, samples=data.settings.eval.bootstrap)
-            out[info.label][row] = {"mean": mean(values, 0).tolist(), "low": low.tolist(), "high": high.tolist()}
-    return out
-
-
-def _by_rollout(data: EvalData) -> dict[str, Any]:
-    """Mean of every rollout in the order of the items: group -> label -> row -> (I,); what `comparing` pairs."""
-    out: dict[str, Any] = {}
-    for group, cams in data.groups.items():
-        out[group] = {
-            info.label: {row: mean(data.frames(row, name, cams), 1) for row in data.rollouts}
-            for name, info in data.metrics.items()
-        }
-        out[group]["reward"] = {row: data.rewards(row, cams) for row in data.rollouts}
-    return out
-
-
-def _drift(data: EvalData, rate: float, episodes: list[str]) -> dict[str, Any]:
-    """How fast rollouts get worse: the least-squares slope of each over the horizon, a second; mean, low, high."""
-    out: dict[str, Any] = {}
-    for group, cams in data.groups.items():
-        out[group] = {}
-        for name, info in data.metrics.items():
-            out[group][info.label] = {}
-            for row in data.rollouts:
-                slopes = np.array([slope(curve, rate) for curve in data.frames(row, name, cams)])
-                low, high = cluster_bootstrap(slopes, episodes, samples=data.settings.eval.bootstrap)
-                out[group][info.label][row] = {"mean": _mean1(slopes), "low": float(low), "high": float(high)}
-    return out
+        for name, info in data.metrics.items()
+    ]
+    groups: list[tuple[str, Cameras | None]] = [*data.groups.items(), ("all", None)]
+    rewards = [
+        entry(group, "reward", data.rewards(base, cams), data.rewards(new, cams), True) for group, cams in groups
+    ]
+    return metrics + rewards
 
 
 def slope(curve: FloatArray, rate: float) -> float:
-    """Least-squares slope a second of a curve (F,) sampled at ``rate`` Hz, NaN left out; NaN below 2 points."""
+    """Least-squares slope per second of a curve (F,) sampled at ``rate`` Hz, NaN left out; NaN below 2 points."""
     there = np.isfinite(curve)
     if there.sum() < 2:
         return math.nan

@@ -41,11 +41,10 @@ def seed_variance(latents: NDArray[np.floating], cameras: int) -> FloatArray:
 
 def step_errors(data: EvalData, model: str, rows: list[int]) -> FloatArray:
     """Mean squared error (S, V) of the images, over frames and seeds; NaN where the recording had ended."""
-    psnr = data.stacked(model, "psnr")[rows]  # (R, F, V)
+    psnr = np.stack([data.rollouts[model][row].scores["psnr"] for row in rows]).astype(np.float64)  # (R, F, V)
     error = 10.0 ** (-psnr / 10.0)
-    fresh = data.settings.model.num_frames - 1
-    apart = error.reshape(len(rows), -1, fresh, error.shape[-1])
-    return mean(mean(apart, 2), 0)
+    by_step = error.reshape(len(rows), -1, data.settings.model.num_frames - 1, error.shape[-1])
+    return mean(mean(by_step, 2), 0)
 
 
 def trust_result(data: EvalData) -> dict[str, Any]:

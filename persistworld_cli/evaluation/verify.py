@@ -116,10 +116,10 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     _reset_memory()
     own = {"alone": job.get("alone") or not (write or (published and published.gain))}
     plan = make_plan(settings, own, output, processes.device, quiet=not processes.is_main_process)
-    data = measure(settings, plan, processes)
+    data = measure(plan, processes)
     if data is None:
         return {}
-    memory, refs = _peak_memory(), plan.models
+    memory, refs = _peak_memory(), [weights.ref for weights in plan.models]
     result = build_result(data, {})
     files = WeightFiles(locate(refs[-1].ckpt, [part for part in PARTS if part != CARRIED]))
     if write:

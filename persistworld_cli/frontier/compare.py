@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.evaluation.protocol import describe_sampling
+from persistworld_cli.evaluation.results import frame_scores
 from persistworld_cli.files import jsonable
 from persistworld_cli.frontier.grid import Setting
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.rollout.closed_loop import ScoredRollout
-from persistworld_cli.rollout.scoring import SHOWN, MetricInfo, ScoringOptions, metric_infos
+from persistworld_cli.rollout.scoring import SHOWN, MetricInfo, ScoringOptions, camera_groups, metric_infos
 from persistworld_cli.statistics.paired import FEWEST, compare, mean
 
 YES, NO, OPEN, FEW = "yes", "no", "open", "too few"
@@ -55,8 +56,7 @@ def build_frontier(
         other_weights: the reference was sampled with other weights than the trials.
     """
     infos = metric_infos(scorer, scoring)
-    world = settings.world
-    groups = {name: cams for name, cams in (("exterior", world.exterior), ("wrist", world.wrist)) if cams}
+    groups = camera_groups(settings.world)
     rows = [_row(settings, infos, groups, reference, trial, percent) for trial in trials]
     near = [row for row in rows if row["within"] == YES and row["calls"] < reference.setting.calls]
     chosen = min(near, key=lambda row: (row["calls"], row["worst_loss_high"]), default=None)
@@ -65,14 +65,13 @@ def build_frontier(
         "episodes": len({rollout.item.episode for rollout in reference.rollouts}),
         "steps": settings.eval.steps,
     }
-    names = [name for name in SHOWN if name in infos] + [name for name in infos if name not in SHOWN]
     told = jsonable(
         {
             "kind": "frontier",
             "n": n,
             "percent": percent,
             "groups": list(groups),
-            "metrics": [{"name": name, "decides": name in SHOWN, **asdict(infos[name])} for name in names],
+            "metrics": [{"name": name, "decides": name in SHOWN, **asdict(info)} for name, info in infos.items()],
             "reference": _described(settings, reference) | {"figures": _figures(infos, groups, reference)},
             "settings": rows,
             "chosen": chosen["name"] if chosen else None,
@@ -96,8 +95,7 @@ def _described(settings: Settings, trial: Trial) -> dict[str, Any]:
 
 def _means(trial: Trial, metric: str, cameras: tuple[int, ...]) -> NDArray[np.float64]:
     """Mean over frames and cameras of every rollout: (I,)."""
-    scores = np.stack([rollout.scores[metric] for rollout in trial.rollouts]).astype(np.float64)
-    return mean(mean(scores[..., list(cameras)], axis=-1), axis=1)
+    return mean(frame_scores(trial.rollouts, metric, cameras), axis=1)
 
 
 def _figures(

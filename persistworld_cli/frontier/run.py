@@ -7,76 +7,46 @@ a larger grid keeps what is done, and several processes meet there. Process 0 ma
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 
-from persistworld_cli.checkpoints.loading import load_for_sampling
-from persistworld_cli.checkpoints.references import ModelRef, refs_of_eval
+from persistworld_cli.checkpoints.references import refs_of_eval
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import note
 from persistworld_cli.cost.interaction import count_interaction, meta_model
-from persistworld_cli.data.clips.store import ActionStat, EpisodeStore, open_store
-from persistworld_cli.evaluation.benchmarks import load_benchmark
-from persistworld_cli.evaluation.plan import eval_items, make_scoring, require_weights, stores_of_models, subset_note
-from persistworld_cli.evaluation.protocol import (
-    check_metrics,
-    describe_sampling,
-    make_protocol,
-    provenance,
-    rollout_identity,
-)
-from persistworld_cli.files import hash_of, write_json, write_text, writing
+from persistworld_cli.evaluation.plan import RolloutPlan, Weights, make_folder, plan_rollouts
+from persistworld_cli.evaluation.protocol import describe_sampling, provenance
+from persistworld_cli.files import write_json, write_text
 from persistworld_cli.frontier.compare import Trial, build_frontier
 from persistworld_cli.frontier.fast_preset import require_writable, write_preset
 from persistworld_cli.frontier.grid import Setting, make_grid
 from persistworld_cli.frontier.report import frontier_plot, frontier_table
-from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.tables import plain
-from persistworld_cli.rollout.closed_loop import ClosedLoop, batches
-from persistworld_cli.rollout.engine import RolloutEngine
+from persistworld_cli.rollout.closed_loop import batches
 from persistworld_cli.rollout.finished import load_rollout, pending, save_rollout, tell_finished
 from persistworld_cli.rollout.recording import Item
-from persistworld_cli.rollout.scoring import SHOWN, ScoringOptions
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A setting, the weights that are sampled with it, their hashes and percentiles, the folder of its rollouts."""
+class Candidate:
+    """A setting, the weights that are sampled with it, and the folder of its rollouts."""
 
     setting: Setting
-    ref: ModelRef
-    prints: dict[str, str] = field(hash=False)
-    stat: ActionStat = field(hash=False, compare=False)
+    weights: Weights
     folder: Path
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What there is to do, checked.
+class FrontierPlan(RolloutPlan):
+    """What a frontier does: what the others are compared with, and the others."""
 
-    Attributes:
-        store: the dataset.
-        items: the rollouts of every setting.
-        scorer, scoring: metrics, on the device.
-        reference: what the others are compared with.
-        grid: the others.
-        protocol: as of an evaluation under the reference setting.
-        benchmark: which file pinned it, or None.
-    """
-
-    store: EpisodeStore
-    items: list[Item]
-    scorer: Scorer
-    scoring: ScoringOptions
-    reference: Tried
-    grid: list[Tried]
-    protocol: dict[str, Any]
-    benchmark: dict[str, Any] | None
+    reference: Candidate
+    grid: list[Candidate]
 
 
 def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,15 +71,12 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     if target:
         require_writable(target)
     plan = make_plan(settings, job, output, processes.device, quiet=not processes.is_main_process)
-    if processes.is_main_process and (text := subset_note(plan.benchmark)):
-        note(text)
-    work = batches(plan.items, settings.eval.batch)[processes.process_index :: processes.num_processes]
     tell_finished([one.folder for one in (plan.reference, *plan.grid)], plan.items)
-    _roll_out(settings, plan, work, processes.device, quiet=not processes.is_main_process)
+    _roll_out(plan, plan.work(processes), quiet=not processes.is_main_process)
     processes.wait_for_everyone()
     if not processes.is_main_process:
         return {}
-    result = _result(settings, plan, float(job["percent"]), processes.device)
+    result = _result(plan, float(job["percent"]))
     image = output / "frontier.png"
     frontier_plot(image, result)
     table = output / "table.txt"
@@ -130,89 +97,64 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
 
 def make_plan(
     settings: Settings, job: Mapping[str, Any], output: Path, device: torch.device, *, quiet: bool = False
-) -> Plan:
+) -> FrontierPlan:
     """Resolve and check everything before anything is computed; raises as `run`. ``quiet``: as for an evaluation."""
     reference, grid = make_grid(settings, job)
-    store = open_store(settings)
-    items = eval_items(store, settings, partly=True)
-    scoring = make_scoring(settings, store, items)
-    scorer = Scorer(settings.rewards, settings.world, device, names=SHOWN)
-    benchmark = load_benchmark(settings.eval.benchmark)
-    stamp = benchmark.stamp(settings, {item.episode for item in items}) if benchmark else None
-    protocol = make_protocol(settings, store, items, scorer, scoring, stamp=stamp)
-    if benchmark:
-        check_metrics(benchmark.metrics, protocol["metrics"], str(benchmark.path))
     refs = refs_of_eval(settings.model, {"baseline": job.get("baseline")})
-    slow, judged = refs[0] if job.get("baseline") else refs[-1], refs[-1]
-    weights = list(dict.fromkeys((slow, judged)))
-    require_weights(settings, store, items, weights)
-    stores = stores_of_models(settings, store, items, weights, quiet=quiet)
-    if slow != judged:
-        reference = replace(reference, name=f"{reference.name} of {slow.label}")
+    refs = refs if job.get("baseline") else refs[-1:]
+    plan = plan_rollouts(settings, refs, device, quiet=quiet)
+    base, judged = plan.models[0], plan.models[-1]
+    if base is not judged:
+        reference = replace(reference, name=f"{reference.name} of {base.label}")
 
-    def tried(setting: Setting, ref: ModelRef, prints: dict[str, str]) -> Tried:
-        own = stores[ref.label]
-        asked = protocol | {"sampling": describe_sampling(setting.sampling)}
-        same = rollout_identity(asked, own, settings.model)
-        folder = output / "rollouts" / f"setting-{hash_of([same, prints, device.type])}"
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        return Tried(setting, ref, prints, own.stat(), folder)
+    def candidate(setting: Setting, weights: Weights) -> Candidate:
+        folder = output / "rollouts" / f"setting-{plan.key(weights, setting.sampling)}"
+        make_folder(folder)
+        return Candidate(setting, weights, folder)
 
-    first, prints = tried(reference, slow, slow.fingerprint()), judged.fingerprint()
-    each = [tried(setting, judged, prints) for setting in grid]
-    return Plan(store, items, scorer, scoring, first, each, protocol, stamp)
+    candidates = [candidate(setting, judged) for setting in grid]
+    return FrontierPlan(**vars(plan), reference=candidate(reference, base), grid=candidates)
 
 
-def _roll_out(
-    settings: Settings, plan: Plan, work: Sequence[Sequence[Item]], device: torch.device, quiet: bool
-) -> None:
+def _roll_out(plan: FrontierPlan, work: Sequence[Sequence[Item]], quiet: bool) -> None:
     """Make what is not there yet; the bar counts network calls, so its time left is valid across settings."""
-    ev = settings.eval
-    todo = {one: items for one in (plan.reference, *plan.grid) if (items := pending(one.folder, work))}
-    total = sum(len(batches(items, ev.batch)) * ev.steps * one.setting.calls for one, items in todo.items())
+    ev = plan.settings.eval
+    todo = [(one, items) for one in (plan.reference, *plan.grid) if (items := pending(one.folder, work))]
+    total = sum(len(batches(items, ev.batch)) * ev.steps * one.setting.calls for one, items in todo)
     if not total:
         return
     model, loaded = None, None
     with Meter("frontier: network calls", total, quiet=quiet) as meter:
-        for number, (one, items) in enumerate(todo.items(), start=1):
-            if model is None or one.ref != loaded:
-                model = load_for_sampling(settings, ckpt=one.ref.ckpt, adapter=one.ref.adapter, device=device)
-                loaded = one.ref
-            engine = RolloutEngine(model, one.setting.sampling, one.stat)
-            loop = ClosedLoop(engine, plan.store, ev.split, ev.steps, ev.batch, plan.scorer, plan.scoring)
+        for number, (one, items) in enumerate(todo, start=1):
+            if model is None or one.weights is not loaded:
+                model, loaded = plan.load(one.weights.ref), one.weights
 
             def progress(done: int, calls: int = one.setting.calls, number: int = number) -> None:
                 meter.advance(done * calls, setting=number)
 
-            for rollout in loop.roll(items, progress=progress):
+            for rollout in plan.loop(model, one.weights, one.setting.sampling).roll(items, progress=progress):
                 save_rollout(one.folder, rollout)
 
 
-def _result(settings: Settings, plan: Plan, percent: float, device: torch.device) -> dict[str, Any]:
+def _result(plan: FrontierPlan, percent: float) -> dict[str, Any]:
     """Everything as JSON holds it."""
-    cost = count_interaction(meta_model(settings.model, settings.world), plan.reference.setting.sampling, 1)
+    settings, reference = plan.settings, plan.reference
+    cost = count_interaction(meta_model(settings.model, settings.world), reference.setting.sampling, 1)
 
-    def trial(one: Tried) -> Trial:
+    def trial(one: Candidate) -> Trial:
         rollouts = [load_rollout(one.folder, item) for item in plan.items]
         return Trial(one.setting, rollouts, one.setting.calls * cost.network + cost.decoding)
 
-    other = plan.reference.ref != plan.grid[0].ref
-    trials = trial(plan.reference), map(trial, plan.grid)
+    other = reference.weights is not plan.grid[0].weights
+    trials = trial(reference), map(trial, plan.grid)
     found = build_frontier(settings, plan.scorer, plan.scoring, *trials, percent, other_weights=other)
-    found["reference"]["model"] = _described(plan.reference)
+    found["reference"]["model"] = reference.weights.describe()
     protocol = {key: value for key, value in plan.protocol.items() if key != "hash"}
-    protocol["sampling"] = describe_sampling(plan.reference.setting.sampling)
+    protocol["sampling"] = describe_sampling(reference.setting.sampling)
     return {
         **found,
         "benchmark": plan.benchmark,
-        "model": _described(plan.grid[0]),
+        "model": plan.grid[0].weights.describe(),
         "protocol": protocol,
-        **provenance(settings, plan.store, device),
+        **provenance(settings, plan.store, plan.device),
     }
-
-
-def _described(one: Tried) -> dict[str, str]:
-    """Where weights were and what they hash to."""
-    hashes = {f"{part}_sha256": digest for part, digest in one.prints.items()}
-    return {"ckpt": one.ref.ckpt, "adapter": one.ref.adapter, **hashes}

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from persistworld_cli.config.settings import WorldSettings
 from persistworld_cli.metrics.masks import BLUR, MOTION, MOVING_SMALLEST, masked_psnr, masked_ssim, moving_mask
 from persistworld_cli.metrics.psnr import CAP_DB
 from persistworld_cli.metrics.score import Scorer
@@ -77,16 +78,22 @@ PLAIN = ScoringOptions()
 
 
 def metric_infos(scorer: Scorer, scoring: ScoringOptions = PLAIN) -> dict[str, MetricInfo]:
-    """Every metric that `score_frames` gives, in the order of tables; the scorer's, then those on some pixels only."""
+    """Every metric that `score_frames` gives, in the order of tables."""
+    shown = [name for name in SHOWN if name in scorer.registered]
     infos = {
         name: MetricInfo(metric.label, metric.unit, metric.higher_is_better)
-        for name, metric in scorer.registered.items()
+        for name, metric in ((name, scorer.registered[name]) for name in dict.fromkeys([*shown, *scorer.registered]))
     }
     infos[MOVING] = MetricInfo(MOVING_LABEL, "dB", True)
     for masks in scoring.masks:
         infos[f"psnr@{masks.name}"] = MetricInfo(f"psnr ({masks.name})", "dB", True)
         infos[f"ssim@{masks.name}"] = MetricInfo(f"ssim ({masks.name})", "", True)
     return infos
+
+
+def camera_groups(world: WorldSettings) -> dict[str, tuple[int, ...]]:
+    """Name -> indices of its cameras, of the groups that have cameras."""
+    return {name: cameras for name, cameras in (("exterior", world.exterior), ("wrist", world.wrist)) if cameras}
 
 
 def score_frames(

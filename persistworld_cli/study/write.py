@@ -17,6 +17,7 @@ from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import writing
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.rollout.recording import Item, Recording
+from persistworld_cli.rollout.scoring import camera_groups
 from persistworld_cli.study.key import StudyKey, Trial, key_path, load_key, make_key, new_secret
 from persistworld_cli.study.page import Question, write_question, write_study_page
 
@@ -25,10 +26,9 @@ Draw = Callable[[Item], tuple[Recording, Mapping[str, NDArray[np.uint8]]]]
 
 def camera_sets(settings: Settings) -> dict[str, tuple[int, ...]]:
     """What a question shows, name -> cameras: one group, or all cameras at once (``eval.study_cameras``)."""
-    world = settings.world
-    groups = {name: cams for name, cams in (("exterior", world.exterior), ("wrist", world.wrist)) if cams}
+    groups = camera_groups(settings.world)
     if settings.eval.study_cameras == "all" or not groups:
-        return {"all": tuple(range(len(world.cameras)))}
+        return {"all": tuple(range(len(settings.world.cameras)))}
     return groups
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.evaluation import plan
 from persistworld_cli.evaluation import run as eval_run
 from persistworld_cli.interact.replay import run as replay
 from persistworld_cli.metrics.score import Scorer
@@ -106,13 +107,13 @@ def test_eval_end_to_end_continues_and_gives_the_same_numbers(root: Path, monkey
     s = replace(s, model=replace(s.model, inference=str(root / "other.safetensors")))
     job = {"output": str(root / "out"), "baseline": str(root / "base.safetensors")}
     loaded: list[str] = []
-    real = eval_run.load_for_sampling
+    real = plan.load_for_sampling
 
     def counting(*args: object, **kwargs: object) -> WorldModel:
         loaded.append(str(kwargs["ckpt"]))
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(eval_run, "load_for_sampling", counting)
+    monkeypatch.setattr(plan, "load_for_sampling", counting)
     summary = eval_run.run(s, job)
     out = root / "out"
     result = json.loads((out / "eval.json").read_text())

@@ -12,7 +12,7 @@ from eval_world import make_world, settings
 from scipy import stats as scipy_stats
 
 from persistworld_cli.evaluation.action_following import commands_of, following_result, partners, wrong_kinds
-from persistworld_cli.evaluation.results import EvalData, build_result
+from persistworld_cli.evaluation.results import CEILING, FLOOR, EvalData, build_result
 from persistworld_cli.evaluation.uncertainty import NEEDED, seed_variance, trust_result
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.tables import diagnostics_table, plain
@@ -50,18 +50,16 @@ def made_up(tmp_path: Path, seeds: tuple[int, ...] = (0, 1)) -> EvalData:
     return EvalData(
         settings=s,
         items=items,
-        labels=["base"],
-        rollouts={"floor": own, "base": own, "ceiling": own},
+        models=[{"label": "base"}],
+        rollouts={FLOOR: own, "base": own, CEILING: own},
+        wrong={"base": {"swapped": worse, "null": own}},
         latents=latents,
-        floor="floor",
-        ceiling="ceiling",
+        draw=lambda item: pytest.fail("no image is looked at"),
         scorer=Scorer(s.rewards, s.world, "cpu", names=("ssim", "psnr", "lpips")),
         scoring=PLAIN,
         protocol={"hash": ""},
         benchmark=None,
-        models=[{"label": "base"}],
         provenance={},
-        wrong={"base": {"swapped": worse, "null": own}},
     )
 
 

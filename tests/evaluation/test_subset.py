@@ -14,7 +14,7 @@ from persistworld_cli.config.bundled import bundled_root
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.evaluation.benchmarks import load_benchmark
-from persistworld_cli.evaluation.plan import Plan, eval_items, make_plan, subset_note
+from persistworld_cli.evaluation.plan import EvalPlan, eval_items, make_plan, subset_note
 from persistworld_cli.evaluation.protocol import require_same, rollout_identity
 from persistworld_cli.files import hash_of
 from persistworld_cli.reports.tables import eval_table, plain
@@ -41,7 +41,7 @@ def benchmarked(root: Path, name: str) -> Settings:
     return replace(own, rewards=replace(own.rewards, lpips_backbone="auto"))
 
 
-def planned(root: Path, name: str) -> Plan:
+def planned(root: Path, name: str) -> EvalPlan:
     return make_plan(benchmarked(root, name), {}, root / "out", torch.device("cpu"))
 
 

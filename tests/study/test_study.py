@@ -16,7 +16,6 @@ from browser import Page, wait_for
 from eval_world import make_world, settings
 from typer.testing import CliRunner, Result
 
-from persistworld_cli.checkpoints.loading import load_for_sampling
 from persistworld_cli.commands.app import app
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.raw.video import read_frames
@@ -125,7 +124,7 @@ def test_eval_writes_a_study_whose_videos_are_the_key_s(world: Path) -> None:
     high = pane(recording.first[None, :1]).shape[1]
     assert film.shape[1:3] == (2 * high + LINE, 3 * wide + 2 * GAP)
     order = [plan.models[trial.first].label, plan.models[1 - trial.first].label]
-    models = {ref.label: load_for_sampling(s, ckpt=ref.ckpt, adapter="", device=CPU) for ref in plan.models}
+    models = {weights.label: plan.load(weights.ref) for weights in plan.models}
     drawn = [draw_frames(models[name], load_latents(plan.folders[name], item), s.sampling)[:6] for name in order]
     for place in range(3):
         left = place * (wide + GAP)
