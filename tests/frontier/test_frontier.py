@@ -169,7 +169,7 @@ def test_end_to_end(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     written = {path: path.stat().st_mtime_ns for path in (root / "out" / "rollouts").rglob("*.npz")}
     assert len(written) == 18
-    monkeypatch.setattr(frontier, "load_for_sampling", lambda *_, **__: pytest.fail("all is there"))
+    monkeypatch.setattr(eval_plan, "load_for_sampling", lambda *_, **__: pytest.fail("all is there"))
     again = frontier.run(own, job)
     assert again["settings"] == summary["settings"]
     assert written == {path: path.stat().st_mtime_ns for path in (root / "out" / "rollouts").rglob("*.npz")}
