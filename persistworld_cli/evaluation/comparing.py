@@ -75,7 +75,7 @@ def _compared(first: Mapping[str, Any], second: Mapping[str, Any], where: str) -
     for group in second["groups"]:
         for metric in [*second["metrics"], {"label": "reward", "higher_is_better": True}]:
             label = metric["label"]
-            base, new = (_values(result, group, label, model) for result, model in own)
+            base, new = (rollout_values(result, group, label, model) for result, model in own)
             pair = compare(base, new, episodes, higher_is_better=metric["higher_is_better"])
             paired.append({"cameras": group, "metric": label, **pair.as_dict()})
     references = [row for row in second["table"] if row["model"] in (second["floor"], second["ceiling"])]
@@ -100,7 +100,7 @@ def _compared(first: Mapping[str, Any], second: Mapping[str, Any], where: str) -
     return cleaned
 
 
-def _values(result: Mapping[str, Any], group: str, label: str, model: str) -> FloatArray:
+def rollout_values(result: Mapping[str, Any], group: str, label: str, model: str) -> FloatArray:
     """One number a rollout, NaN where there is none."""
     values = result["rollouts"][group][label][model]
     return np.array([np.nan if value is None else value for value in values])

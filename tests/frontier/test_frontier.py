@@ -16,6 +16,7 @@ from persistworld_cli.commands import app as commands
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import SamplingSettings, Settings
 from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.evaluation import plan as eval_plan
 from persistworld_cli.frontier import run as frontier
 from persistworld_cli.frontier.compare import Trial, build_frontier
 from persistworld_cli.frontier.fast_preset import require_writable
