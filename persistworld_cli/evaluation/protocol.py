@@ -1,4 +1,4 @@
-"""The protocol: what two results must share to be compared; and what else a result must carry to be believed."""
+"""The protocol: what two results must share to be compared; and provenance, which result files hold beside it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,8 @@ from persistworld_cli.rollout.scoring import ScoringOptions
 
 PROTOCOL = 2  # raise it when the same settings would give other numbers
 _LIBRARIES = ("torch", "diffusers", "lpips", "scikit-image", "numpy", "scipy", "av")
-_BY_CONTENT = (
-    "ckpt",
-    "adapter",
-    "inference",
-    "stat",
-)  # their hashes are kept beside
-_OF_ALL = ("items", "record", "hash", "fvd", "subset")  # what no single rollout hangs on
-_UNUSED = ("history_policy",)  # of the sampling settings: nothing here reads them
+_HASHED = {"ckpt", "adapter", "inference", "stat"}  # settings of the model whose files' hashes are kept beside
+_OF_ALL = {"items", "record", "hash", "fvd", "subset"}  # what no single rollout depends on
 
 
 def make_protocol(
@@ -44,9 +38,9 @@ def make_protocol(
     fvd: Mapping[str, Any] | None = None,
     stamp: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that the numbers hang on but the weights and the machine; ``hash`` is of all of it.
+    """Everything that the numbers depend on but weights and machine; ``hash`` is of all of it.
 
-    A `stamp` of a part of a benchmark (`Benchmark.subset`) makes another protocol than the whole.
+    A part of a benchmark (`Benchmark.subset` in ``stamp``) has another protocol than the whole.
     """
     ev, world, model = settings.eval, settings.world, settings.model
     protocol = {
@@ -75,25 +69,25 @@ def make_protocol(
 
 
 def describe_sampling(sampling: SamplingSettings) -> dict[str, Any]:
-    """Everything of the sampling that rollouts hang on."""
-    return {key: value for key, value in asdict(sampling).items() if key not in _UNUSED}
+    """The sampling settings that rollouts depend on; only policies read ``history_policy``."""
+    return {key: value for key, value in asdict(sampling).items() if key != "history_policy"}
 
 
 def rollout_identity(protocol: Mapping[str, Any], store: EpisodeStore, model: ModelSettings) -> dict[str, Any]:
-    """What a finished rollout hangs on beside the weights: more episodes later keep what is done.
+    """What a finished rollout depends on beside the weights; not on the other rollouts, so more can be added later.
 
     ``store`` has the percentiles of the weights (`action_scale.weights_stores`).
     """
     stat = store.stat()
     same = {key: value for key, value in protocol.items() if key not in _OF_ALL}
-    network = {key: value for key, value in asdict(model).items() if key not in _BY_CONTENT}
+    network = {key: value for key, value in asdict(model).items() if key not in _HASHED}
     return same | {"dataset": str(store.root), "percentiles": [stat.p01, stat.p99], "model": network}
 
 
 def record_hash(store: EpisodeStore, split: str, items: Sequence[Item]) -> str:
-    """SHA-256 of what was asked and done in the episodes: instructions, poses, lengths.
+    """SHA-256 of the episodes' instructions, poses and lengths.
 
-    Not of the images: the same recording is written to other bytes by another release of a video encoder.
+    Not of the images: another release of a video encoder writes the same recording as other bytes.
     """
     whole = hashlib.sha256()
     for episode in dict.fromkeys(item.episode for item in items):
@@ -117,24 +111,19 @@ def check_metrics(wanted: Mapping[str, Mapping[str, Any]], metrics: Mapping[str,
 
 
 def provenance(settings: Settings, store: EpisodeStore, device: torch.device) -> dict[str, Any]:
-    """Dataset, device, types and versions, for result files."""
+    """Dataset, device, type of the network's products and versions, for result files."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    wanted: torch.dtype = getattr(torch, settings.sampling.dtype)
+    used = wanted if settings.sampling.cast == "model" else product_type(device, wanted)
     return {
         "dataset": str(store.root),
         "device": str(device),
         "device_name": name,
-        "dtype": _type_used(settings.sampling, device),
+        "dtype": str(used).removeprefix("torch."),
         "versions": {library: version(library) for library in _LIBRARIES}
         | {"persistworld": __version__, "python": platform.python_version()}
         | {"kernels": "persistworld" if device.type == "cpu" and kernels_in_use() else "torch"},
     }
-
-
-def _type_used(sampling: SamplingSettings, device: torch.device) -> str:
-    """Of the network's products."""
-    wanted: torch.dtype = getattr(torch, sampling.dtype)
-    used = wanted if sampling.cast == "model" else product_type(device, wanted)
-    return str(used).removeprefix("torch.")
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -150,8 +139,7 @@ def require_same(first: Mapping[str, Any], second: Mapping[str, Any], where: str
     Raises:
         PersistWorldError: they differ.
     """
-    apart = differences(first, second)
-    if apart:
+    if apart := differences(first, second):
         lines = [f"{key}: {_words(key, a, b)}" for key, (a, b) in apart.items()]
         raise PersistWorldError(
             "the results cannot be compared, their protocols differ:\n    " + "\n    ".join(lines),

@@ -7,7 +7,7 @@ setting is close enough where the worse end of every loss's interval is: that no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from persistworld_cli.files import jsonable
 from persistworld_cli.frontier.grid import Setting
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.rollout.closed_loop import ScoredRollout
-from persistworld_cli.rollout.scoring import SHOWN, MetricInfo, ScoringOptions, camera_groups, metric_infos
+from persistworld_cli.rollout.scoring import SHOWN, ScoringOptions, camera_groups, metric_infos
 from persistworld_cli.statistics.paired import FEWEST, compare, mean
 
 YES, NO, OPEN, FEW = "yes", "no", "open", "too few"
@@ -55,96 +55,70 @@ def build_frontier(
         percent: how much worse than the reference's figure, in percent of it, is close enough.
         other_weights: the reference was sampled with other weights than the trials.
     """
-    infos = metric_infos(scorer, scoring)
-    groups = camera_groups(settings.world)
-    rows = [_row(settings, infos, groups, reference, trial, percent) for trial in trials]
+    infos, groups = metric_infos(scorer, scoring), camera_groups(settings.world)
+    episodes = [rollout.item.episode for rollout in reference.rollouts]
+
+    def means(trial: Trial, metric: str, cameras: Sequence[int]) -> NDArray[np.float64]:
+        return mean(frame_scores(trial.rollouts, metric, cameras), axis=1)  # of every rollout (I,)
+
+    def described(trial: Trial) -> dict[str, Any]:
+        """What a setting is and what it costs; the time is that of a whole batch, with decoding and scoring."""
+        return {
+            "name": trial.setting.name,
+            "sampling": describe_sampling(trial.setting.sampling),
+            "calls": trial.setting.calls,
+            "flops_per_interaction": trial.flops,
+            "seconds_per_interaction": float(np.mean([r.seconds for r in trial.rollouts])) / settings.eval.steps,
+        }
+
+    def row(trial: Trial) -> dict[str, Any]:
+        """One setting: its losses by camera group and metric, and whether it is close enough."""
+        losses: list[dict[str, Any]] = []
+        deciding: list[dict[str, Any]] = []
+        for group, cameras in groups.items():
+            for name, info in infos.items():
+                base, new, up = means(reference, name, cameras), means(trial, name, cameras), info.higher_is_better
+                pair = compare(base, new, episodes, higher_is_better=up, samples=settings.eval.bootstrap)
+                change = (pair.change, pair.change_low, pair.change_high)
+                loss, low, high = _loss(pair.base, change, up)
+                losses.append(
+                    {"cameras": group, "metric": info.label, "reference": pair.base, "value": pair.new}
+                    | dict(zip(("change", "change_low", "change_high"), change, strict=True))
+                    | {"loss": loss, "loss_low": low, "loss_high": high}
+                    | {"within": _verdict(low, high, percent, pair.episodes)}
+                )
+                deciding += losses[-1:] if name in SHOWN else []
+        verdicts = {loss["within"] for loss in deciding}
+        return described(trial) | {
+            "fewer": reference.setting.calls / trial.setting.calls,
+            "less_work": reference.flops / trial.flops,
+            "within": next((word for word in (FEW, NO, OPEN) if word in verdicts), YES),
+            "worst_loss_high": max(loss["loss_high"] for loss in deciding),
+            "losses": losses,
+        }
+
+    rows = [row(trial) for trial in trials]
     near = [row for row in rows if row["within"] == YES and row["calls"] < reference.setting.calls]
     chosen = min(near, key=lambda row: (row["calls"], row["worst_loss_high"]), default=None)
-    n = {
-        "rollouts": len(reference.rollouts),
-        "episodes": len({rollout.item.episode for rollout in reference.rollouts}),
-        "steps": settings.eval.steps,
+    figures = {
+        group: {info.label: mean(means(reference, name, cameras), 0) for name, info in infos.items()}
+        for group, cameras in groups.items()
     }
-    told = jsonable(
+    n = {"rollouts": len(episodes), "episodes": len(set(episodes)), "steps": settings.eval.steps}
+    result: dict[str, Any] = jsonable(
         {
             "kind": "frontier",
             "n": n,
             "percent": percent,
             "groups": list(groups),
             "metrics": [{"name": name, "decides": name in SHOWN, **asdict(info)} for name, info in infos.items()],
-            "reference": _described(settings, reference) | {"figures": _figures(infos, groups, reference)},
+            "reference": described(reference) | {"figures": figures},
             "settings": rows,
             "chosen": chosen["name"] if chosen else None,
-            "words": _words(reference.setting, rows, chosen, n, percent, other_weights),
+            "words": _words(reference.setting, chosen, n["episodes"], percent, other_weights),
         }
     )
-    assert isinstance(told, dict)
-    return told
-
-
-def _described(settings: Settings, trial: Trial) -> dict[str, Any]:
-    """What a setting is and what it costs; the time is that of a whole batch, with decoding and scoring."""
-    return {
-        "name": trial.setting.name,
-        "sampling": describe_sampling(trial.setting.sampling),
-        "calls": trial.setting.calls,
-        "flops_per_interaction": trial.flops,
-        "seconds_per_interaction": float(np.mean([r.seconds for r in trial.rollouts])) / settings.eval.steps,
-    }
-
-
-def _means(trial: Trial, metric: str, cameras: tuple[int, ...]) -> NDArray[np.float64]:
-    """Mean over frames and cameras of every rollout: (I,)."""
-    return mean(frame_scores(trial.rollouts, metric, cameras), axis=1)
-
-
-def _figures(
-    infos: Mapping[str, MetricInfo], groups: Mapping[str, tuple[int, ...]], trial: Trial
-) -> dict[str, dict[str, float]]:
-    return {
-        group: {info.label: float(mean(_means(trial, name, cams), 0)) for name, info in infos.items()}
-        for group, cams in groups.items()
-    }
-
-
-def _row(
-    settings: Settings,
-    infos: Mapping[str, MetricInfo],
-    groups: Mapping[str, tuple[int, ...]],
-    reference: Trial,
-    trial: Trial,
-    percent: float,
-) -> dict[str, Any]:
-    """One setting: its losses by camera group and metric, and whether it is close enough."""
-    episodes = [rollout.item.episode for rollout in trial.rollouts]
-    losses, verdicts, highest = [], [], []
-    for group, cams in groups.items():
-        for name, info in infos.items():
-            pair = compare(
-                _means(reference, name, cams),
-                _means(trial, name, cams),
-                episodes,
-                higher_is_better=info.higher_is_better,
-                samples=settings.eval.bootstrap,
-            )
-            change = (pair.change, pair.change_low, pair.change_high)
-            loss, low, high = _loss(pair.base, change, info.higher_is_better)
-            verdict = _verdict(low, high, percent, pair.episodes)
-            if name in SHOWN:
-                verdicts.append(verdict)
-                highest.append(high)
-            losses.append(
-                {"cameras": group, "metric": info.label, "reference": pair.base, "value": pair.new}
-                | dict(zip(("change", "change_low", "change_high"), change, strict=True))
-                | {"loss": loss, "loss_low": low, "loss_high": high, "within": verdict}
-            )
-    return _described(settings, trial) | {
-        "fewer": reference.setting.calls / trial.setting.calls,
-        "less_work": reference.flops / trial.flops,
-        "within": next((word for word in (FEW, NO, OPEN) if word in verdicts), YES),
-        "worst_loss_high": max(highest),
-        "losses": losses,
-    }
+    return result
 
 
 def _loss(base: float, change: tuple[float, float, float], higher_is_better: bool) -> tuple[float, float, float]:
@@ -162,22 +136,17 @@ def _verdict(low: float, high: float, percent: float, episodes: int) -> str:
 
 
 def _words(
-    reference: Setting,
-    rows: list[dict[str, Any]],
-    chosen: dict[str, Any] | None,
-    n: Mapping[str, int],
-    percent: float,
-    other: bool,
+    reference: Setting, chosen: Mapping[str, Any] | None, episodes: int, percent: float, other_weights: bool
 ) -> str:
     """The outcome in a sentence or two."""
-    if n["episodes"] < FEWEST:
-        return f"{n['episodes']} episodes are too few to tell: use at least {FEWEST}"
+    if episodes < FEWEST:
+        return f"{episodes} episodes are too few to tell: use at least {FEWEST}"
     if chosen is None:
         return f"no setting with fewer network calls is shown to be within {percent:g}% of {reference.name}"
     text = (
-        f"{chosen['name']}: {chosen['calls']} network calls a clip instead of {reference.calls} "
+        f"{chosen['name']}: {chosen['calls']} network calls per clip instead of {reference.calls} "
         f"({chosen['fewer']:.3g}x fewer), within {percent:g}% of {reference.name} in every figure"
     )
     if chosen["worst_loss_high"] < 0:
-        text += ", and better in every one" + ("" if other else ": more calls do not make this model better")
+        text += ", and better in every one" + ("" if other_weights else ": more calls do not make this model better")
     return text

@@ -40,7 +40,7 @@ def write_preset(path: Path, extends: str, sampling: SamplingSettings, result: M
     n, chosen = result["n"], next(row for row in result["settings"] if row["name"] == result["chosen"])
     lines = [
         f"{_MARK} (frontier.json has the numbers).",
-        f"# {chosen['name']}: {chosen['calls']} network calls a clip, {result['reference']['calls']} with "
+        f"# {chosen['name']}: {chosen['calls']} network calls per clip, {result['reference']['calls']} with "
         f"{result['reference']['name']}.",
         f"# Within {result['percent']:g}% of it: by 95% intervals over {n['episodes']} episodes of {n['steps']} steps, "
         f"its worst figure is at most {chosen['worst_loss_high']:+.2f}% off (above 0: worse).",

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from persistworld_cli.reports.curves import MODEL_COLOURS, plt, save_figure, style_axes
-from persistworld_cli.reports.tables import UNTRAINED_NOTE, benchmark_name, heading, number
+from persistworld_cli.reports.tables import UNTRAINED_NOTE, benchmark_name, heading, new_table, number
 
 _STYLES = {"yes": "green", "no": "red"}
 _SEEN = 4.0  # times what is close enough (or a quarter of the gains) is how deep a plot shows losses
@@ -21,38 +21,34 @@ _SEEN = 4.0  # times what is close enough (or a quarter of the gains) is how dee
 
 def frontier_table(result: Mapping[str, Any]) -> Table:
     """Each setting with its change against the reference and the 95% interval, by camera group."""
-    n, reference, stamp = result["n"], result["reference"], result.get("benchmark")
+    n, reference, stamp, metrics = result["n"], result["reference"], result.get("benchmark"), result["metrics"]
     of = f" of benchmark {benchmark_name(stamp)}" if stamp and stamp.get("subset") else ""
-    table = Table(
-        title=f"Sampling settings against {reference['name']} ({reference['calls']} network calls a clip): "
-        f"{n['rollouts']} rollouts of {n['episodes']} episodes{of}, {n['steps']} steps, the same noise",
-        caption=_caption(result),
-        title_justify="left",
-        caption_justify="left",
-    )
-    for column in ("setting", "calls", "s per step", "cameras"):
-        table.add_column(column, justify="right" if column in ("calls", "s per step") else "left", no_wrap=True)
-    for metric in result["metrics"]:
-        table.add_column(heading(metric), justify="right", no_wrap=True)
+    title = f"Sampling settings against {reference['name']} ({reference['calls']} network calls per clip): "
+    title += f"{n['rollouts']} rollouts of {n['episodes']} episodes{of}, {n['steps']} steps, the same noise"
+    table = new_table(title, ["setting"], ["calls", "s per step"], _caption(result))
+    table.add_column("cameras")
+    for metric in metrics:
+        table.add_column(heading(metric), justify="right")
+    for column in table.columns:
+        column.no_wrap = True
     table.add_column(f"within\n{result['percent']:g}%")
-    for index, group in enumerate(result["groups"]):
-        figures = [number(reference["figures"][group][m["label"]], m["label"]) for m in result["metrics"]]
-        own = [reference["name"], str(reference["calls"]), _time(reference)] if not index else [""] * 3
-        table.add_row(*own, group, *figures, "", style="dim")
-    for row in result["settings"]:
-        table.add_section()
+
+    def add(row: Mapping[str, Any], cells: Mapping[str, list[Any]], within: Text | str, style: str | None) -> None:
+        star = " *" if row["name"] == result["chosen"] else ""
+        own = [row["name"] + star, str(row["calls"]), f"{row['seconds_per_interaction']:.3g}", within]
         for index, group in enumerate(result["groups"]):
-            chosen = " *" if row["name"] == result["chosen"] else ""
-            own = [row["name"] + chosen, str(row["calls"]), _time(row)]
-            losses = {loss["metric"]: loss for loss in row["losses"] if loss["cameras"] == group}
-            cells = [_cell(losses[metric["label"]], metric) for metric in result["metrics"]]
-            verdict = Text(row["within"], _STYLES.get(row["within"], "")) if not index else ""
-            table.add_row(*(own if not index else [""] * 3), group, *cells, verdict)
+            name, calls, seconds, verdict = own if not index else [""] * 4
+            table.add_row(name, calls, seconds, group, *cells[group], verdict, style=style)
+        table.add_section()
+
+    figures = reference["figures"]
+    shown = {group: [number(own[m["label"]], m["label"]) for m in metrics] for group, own in figures.items()}
+    add(reference, shown, "", "dim")
+    for row in result["settings"]:
+        losses = {(loss["cameras"], loss["metric"]): loss for loss in row["losses"]}
+        cells = {group: [_cell(losses[group, m["label"]], m) for m in metrics] for group in result["groups"]}
+        add(row, cells, Text(row["within"], _STYLES.get(row["within"], "")), None)
     return table
-
-
-def _time(row: Mapping[str, Any]) -> str:
-    return f"{row['seconds_per_interaction']:.3g}"
 
 
 def _cell(loss: Mapping[str, Any], metric: Mapping[str, Any]) -> Text:
@@ -67,10 +63,10 @@ def _caption(result: Mapping[str, Any]) -> str:
     decisive = ", ".join(metric["label"] for metric in result["metrics"] if metric["decides"])
     lines = [
         "changes against the first rows, with 95% bootstrap intervals over episodes. calls: clips through the network",
-        "for one clip drawn (guidance counts twice). s per step: a rollout's share of a batch, with decoding, scoring.",
+        "per clip drawn (guidance counts twice). s per step: a rollout's share of a batch, with decoding, scoring.",
         f"within: yes, if the worse end of each interval of {decisive}",
-        f"is at most {result['percent']:g}% worse; no, if the better end of one is worse than that; open: more",
-        "episodes would tell. *: fewest calls that qualify.",
+        f"is at most {result['percent']:g}% worse; no, if the better end of one is worse than that; open: too few",
+        "episodes to decide. *: fewest calls that qualify.",
         f"{result['words']}.",
     ]
     if "untrained" in decisive:
@@ -79,7 +75,7 @@ def _caption(result: Mapping[str, Any]) -> str:
 
 
 def frontier_plot(path: Path, result: Mapping[str, Any]) -> None:
-    """Gain over the reference in percent against network calls, a line a sampler with 95% bands.
+    """Gain over the reference in percent against network calls, one line per sampler with 95% bands.
 
     Args:
         path: PNG to write.
@@ -92,8 +88,8 @@ def frontier_plot(path: Path, result: Mapping[str, Any]) -> None:
     for line, metric in enumerate(metrics):
         for column, group in enumerate(groups):
             _panel(axes[line, column], result, group, metric)
-    for column in range(len(groups)):
-        axes[-1, column].set_xlabel("network calls a clip")
+    for plot in axes[-1]:
+        plot.set_xlabel("network calls per clip")
     n, reference = result["n"], result["reference"]
     figure.suptitle(
         f"against {reference['name']} ({reference['calls']} calls), up is better; {n['rollouts']} rollouts of "
