@@ -1,7 +1,7 @@
-"""Does a model do what it is told? Rolled out under wrong actions, it should come out worse against the record.
+"""Does a model follow its actions? Rolled out under wrong ones, it should score worse against the record.
 
-A model that ignores its actions, or draws the likeliest motion, scores the same under any of them. The margin is the
-score under the recorded actions less the score under wrong ones, from the same frame with the same noise:
+A model that ignores its actions scores the same under any of them. The margin is the score under the recorded actions
+less the score under wrong ones, from the same frame with the same noise:
 
 - ``swapped``: the poses of the benchmark's next episode, from the same frame number on;
 - ``null``: the pose of the start, held.
@@ -24,11 +24,11 @@ from persistworld_cli.rollout.recording import Item, Recording, recorded_poses
 from persistworld_cli.statistics.paired import compare, mean
 
 NULL, SWAPPED = "null", "swapped"
-HEADLINE = "psnr_moving"  # where actions show; over the whole image the table they leave alone would count most
+HEADLINE = "psnr_moving"  # actions show there; most of the whole image is background
 
 
 def partners(items: Sequence[Item]) -> dict[str, str]:
-    """Episode -> the one whose actions it is given: the next in the benchmark's order; {} for a single episode."""
+    """Episode -> the one whose actions it gets: the next in the benchmark's order; {} for a single episode."""
     episodes = list(dict.fromkeys(item.episode for item in items))
     if len(episodes) < 2:
         return {}
@@ -59,12 +59,12 @@ def following_result(data: EvalData) -> dict[str, Any]:
 
     Returns:
         ``{"steps", "kinds", "metric", "words", "rows": [{model, actions, cameras, metric, ...}]}``; ``kinds`` is empty
-        where nothing was rolled out, and ``words`` says why.
+        where nothing was rolled out, and ``words`` gives the reason.
     """
     asked = data.settings.eval.following
     kinds = list(next(iter(data.wrong.values()), {}))
     if not kinds:
-        words = "actions cannot be swapped with a single episode" if asked else "not asked for (eval.following)"
+        words = "actions cannot be swapped with a single episode" if asked else "not requested (eval.following)"
         return {"steps": 0, "kinds": [], "metric": "", "words": words, "rows": []}
     steps = min(data.settings.eval.steps, data.settings.eval.following_steps)
     frames = slice(0, steps * (data.settings.model.num_frames - 1))

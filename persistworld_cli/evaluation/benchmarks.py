@@ -1,8 +1,8 @@
-"""Benchmarks: files that pin what a result must share with another one to be compared (presets/benchmarks/*.toml).
+"""Benchmarks: files that pin what two results must share to be compared (presets/benchmarks/*.toml).
 
-A file holds ``version`` (of the benchmark: raised whenever it changes), ``description``, tables of settings with the
-names that presets use, and ``[metrics.NAME]`` with the exact parameters that each metric must have. What it sets lies
-between preset and environment; a flag that changes it makes another benchmark, and the result says so.
+A file holds ``version`` (raised whenever the benchmark changes), ``description``, tables of settings with the names
+that presets use, and ``[metrics.NAME]`` with the exact parameters of each metric. It overrides the preset; environment
+and flags override it, and the result then names what they changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from persistworld_cli.read_files import read_toml
 
 NONE = "none"
 FOLDER = "presets/benchmarks"
-# What a benchmark must say, so that nothing of it hangs on a preset or a default.
+# What a benchmark must set, so that nothing of it depends on a preset or a default.
 REQUIRED = (
     *("world.cameras", "world.exterior", "world.wrist", "world.height", "world.width", "world.rate_hz"),
     *("sampling.sampler", "sampling.steps", "sampling.guidance", "sampling.sigma_min", "sampling.sigma_max"),
@@ -58,7 +58,7 @@ class Benchmark:
     source: str = ""
 
     def subset(self, settings: Settings, there: Collection[str]) -> dict[str, Any] | None:
-        """What a run of only a part of the benchmark's episodes says of it; None for the whole, or for other episodes.
+        """How a run of a part of the benchmark's episodes is labelled; None for the whole, or for other episodes.
 
         Args:
             settings: as they are used; episodes of the user's own are no part of the benchmark's.
@@ -157,7 +157,7 @@ def _check_keys(keys: list[str], path: Path) -> None:
         raise UsageError(
             f"the benchmark does not say {', '.join(missing[:6])}{' and more' if len(missing) > 6 else ''}",
             where=str(path),
-            fix="write these keys: a benchmark hangs on no preset and no default",
+            fix="write these keys: a benchmark depends on no preset and no default",
         )
 
 

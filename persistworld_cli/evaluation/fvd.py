@@ -9,7 +9,7 @@ Shape legend: N clips, T frames, H, W pixels, E features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,11 @@ from torch.nn import functional
 
 from persistworld_cli.checkpoints.references import sha256_of
 from persistworld_cli.compat import ensure_torchvision
-from persistworld_cli.errors import PersistWorldError, UsageError, nearest
+from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.evaluation.results import FLOOR, EvalData
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.torch_files import load_torch
 
-NETS = ("r3d_18", "mc3_18", "r2plus1d_18")
 CLIP, SIDE = 16, 112  # frames and pixels a side: what these networks were trained on
 MEAN, STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)  # of Kinetics-400, as torchvision gives them
 FEW = 256  # clips: with fewer the distance is biased upwards, the more so the fewer
@@ -71,11 +70,8 @@ def load_feature_network(path: str, net: str, device: torch.device) -> FeatureNe
     """A network of torchvision's with weights from a file.
 
     Raises:
-        UsageError: an unknown network.
         PersistWorldError: no such file, or it does not hold this network's state dict.
     """
-    if net not in NETS:
-        raise UsageError(f"unknown video network '{net}'", where="eval.fvd_net", fix=nearest(net, NETS))
     file = Path(path).expanduser()
     if not file.is_file():
         raise PersistWorldError(
@@ -94,7 +90,7 @@ def load_feature_network(path: str, net: str, device: torch.device) -> FeatureNe
         raise PersistWorldError(
             f"{file} does not hold {net}: {reason}",
             where="--fvd",
-            fix=f"give torchvision's state dict of it, or name another with --set eval.fvd_net=... ({', '.join(NETS)})",
+            fix="give torchvision's state dict of it, or name another network: --set eval.fvd_net=mc3_18",
         ) from error
     model.fc = nn.Identity()
     model.requires_grad_(False).eval().to(device)
@@ -124,34 +120,26 @@ def fvd_result(data: EvalData, net: FeatureNet | None) -> dict[str, Any]:
     """
     if net is None:
         return {"label": "", "rows": [], "words": "needs a feature network: --fvd PATH"}
+    recorded = ""
     found: dict[tuple[str, str], list[NDArray[np.float64]]] = {}
     with Meter("eval: fvd", len(data.items)) as meter:
-        for videos in _videos(data):
-            for row, frames in videos.items():
+        for item in data.items:
+            recording, drawn = data.draw(item)
+            frames = recording.frames[: int(recording.valid.sum())]
+            videos = {recorded: frames, FLOOR: np.repeat(recording.first[None], len(frames), 0), **drawn}
+            for row, video in videos.items():
                 for group, cameras in data.groups.items():
-                    own = net.features([frames[:, camera] for camera in cameras])
-                    if len(own):
+                    if len(own := net.features([video[:, camera] for camera in cameras])):
                         found.setdefault((row, group), []).append(own)
             meter.advance()
     rows: list[dict[str, Any]] = []
     for row in [FLOOR, *data.labels]:
         for group in data.groups:
-            known, made = (np.concatenate(found.get((name, group), [np.zeros((0, 1))])) for name in ("", row))
+            known, made = (np.concatenate(found.get((name, group), [np.zeros((0, 1))])) for name in (recorded, row))
             rows.append({"model": row, "cameras": group, "value": frechet(known, made), "clips": len(made)})
-    return {"label": net.label, "rows": rows, "words": _words(min(row["clips"] for row in rows))}
-
-
-def _words(clips: int) -> str:
+    clips, words = min(row["clips"] for row in rows), ""
     if clips < 2:
-        return f"needs two clips of {CLIP} recorded frames: longer or more rollouts"
-    return (
-        f"{clips} clips of {CLIP} frames are few: biased upwards, comparable only at this number" if clips < FEW else ""
-    )
-
-
-def _videos(data: EvalData) -> Iterator[Mapping[str, NDArray[np.uint8]]]:
-    """The frames (F, V, H, W, 3) of each rollout: "" as recorded, the first one repeated, and by every model."""
-    for item in data.items:
-        recording, drawn = data.draw(item)
-        length = int(recording.valid.sum())
-        yield {"": recording.frames[:length], FLOOR: np.repeat(recording.first[None], length, 0), **drawn}
+        words = f"needs two clips of {CLIP} recorded frames: longer or more rollouts"
+    elif clips < FEW:
+        words = f"{clips} clips of {CLIP} frames are few: biased upwards, comparable only at this number"
+    return {"label": net.label, "rows": rows, "words": words}

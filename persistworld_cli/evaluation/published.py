@@ -23,15 +23,15 @@ import tomli
 
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.errors import PersistWorldError, UsageError, nearest
-from persistworld_cli.files import whole_file
+from persistworld_cli.files import write_text
 
 METRICS = ("ssim", "psnr", "lpips")
 GROUPS = ("exterior", "wrist")
 TRAINED, UNTRAINED = "trained", "untrained"
 Figures = dict[str, dict[str, float]]  # group -> metric -> value
 Item = tuple[str, int, int]  # episode, start, seed
-_TABLES = ("tolerance", "widest", "gain", "same", "rollouts")
-_KEYS = ("description", "stat", "dtype", "lpips_backbone", "protocol", "items", *GROUPS, *_TABLES)
+_TABLES = ("tolerance", "widest", "gain", "same")
+_KEYS = ("description", "stat", "dtype", "lpips_backbone", "protocol", "items", "rollouts", *GROUPS, *_TABLES)
 # What a file of our own is written with: other hardware and other releases round differently.
 _SAME = {"ssim": 0.002, "psnr": 0.05, "lpips": 0.002}
 _TOLERANCE = {"ssim": 0.01, "psnr": 0.25, "lpips": 0.01}
@@ -40,7 +40,7 @@ _WIDEST = {"ssim": 0.1, "psnr": 3.0, "lpips": 0.1}
 
 @dataclass(frozen=True)
 class Published:
-    """A file of figures; the module tells what each attribute means."""
+    """A file of figures; see the module for each attribute."""
 
     path: Path
     description: str
@@ -80,23 +80,18 @@ def load_published(name: str) -> Published:
     figures = _groups({group: data[group] for group in GROUPS if group in data}, path, "")
     if not figures:
         raise UsageError("neither [exterior] nor [wrist]", where=str(path), fix="state the figures of a camera group")
-    tables = {name: _groups(data.get(name, {}), path, name) for name in _TABLES if name != "rollouts"}
+    tables = {name: _groups(data.get(name, {}), path, name) for name in _TABLES}
     for name in ("tolerance", "widest"):
         for group, own in figures.items():
             if lacking := [metric for metric in own if metric not in tables[name].get(group, {})]:
                 raise UsageError(f"[{name}.{group}] does not say {', '.join(lacking)}", where=str(path))
+    own_keys: dict[str, Any] = {key: str(data[key]) for key in ("stat", "dtype", "protocol") if key in data}
     return Published(
         path=path,
         description=str(data.get("description", path.stem)),
         figures=figures,
-        tolerance=tables["tolerance"],
-        widest=tables["widest"],
-        gain=tables["gain"],
-        same=tables["same"],
-        stat=str(data.get("stat", "")),
-        dtype=str(data.get("dtype", "")),
         lpips=str(data.get("lpips_backbone", TRAINED)),
-        protocol=str(data.get("protocol", "")),
+        **own_keys | tables,
         items=tuple((str(episode), int(start), int(seed)) for episode, start, seed in data.get("items", ())),
         rollouts=data.get("rollouts", {}),
     )
@@ -106,7 +101,7 @@ def has_gain(name: str) -> bool:
     """Whether a file of figures has a gain over the base, which is then rolled out too; False where it is not there."""
     try:
         return bool(load_published(name).gain)
-    except PersistWorldError:  # told when it is read to be compared with
+    except PersistWorldError:  # reported when it is read to be compared with
         return False
 
 
@@ -153,8 +148,4 @@ def write_published(
     tables |= {f"rollouts.{group}": own for group, own in rollouts.items()}
     for name, entries in tables.items():
         lines += ["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in entries.items())]
-    try:
-        with whole_file(path) as partial:
-            partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise PersistWorldError(f"cannot be written: {error.strerror}", where=str(path)) from error
+    write_text(path, "\n".join(lines) + "\n")

@@ -25,7 +25,7 @@ from persistworld_cli.evaluation.results import CEILING, FLOOR, Drawn, EvalData
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.rollout.closed_loop import ClosedLoop, ScoredRollout, batches
-from persistworld_cli.rollout.finished import load_latents, load_rollout, pending, save_rollout, tell_finished
+from persistworld_cli.rollout.finished import load_latents, load_rollout, log_finished, pending, save_rollout
 from persistworld_cli.rollout.images import draw_frames
 from persistworld_cli.rollout.recording import Item, load_recording
 from persistworld_cli.study.key import StudyKey
@@ -70,7 +70,7 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
 def measure(plan: EvalPlan, processes: PartialState) -> EvalData | None:
     """Roll out and score this process's share of what is not there yet; all rollouts on rank 0, None on the others."""
     work, quiet = plan.work(processes), not processes.is_main_process
-    tell_finished([*plan.folders.values(), *(f for own in plan.wrong.values() for f in own.values())], plan.items)
+    log_finished([*plan.folders.values(), *(f for own in plan.wrong.values() for f in own.values())], plan.items)
     for weights in plan.models:
         folders = {"": plan.folders[weights.label], **plan.wrong[weights.label]}
         todo = {actions: pending(folder, work) for actions, folder in folders.items()}

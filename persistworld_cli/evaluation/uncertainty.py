@@ -1,8 +1,8 @@
-"""Does a model know when it is wrong? The variance between seeds of one rollout against its true error.
+"""Does a model know when it is wrong? The variance between seeds of one rollout against its error.
 
 Rollouts of one episode and start that differ only in their noise are compared interaction by interaction. Their
-variance needs no record; if it ranks like the error, it says where a prediction can be trusted. Both grow with time, so
-the rank correlation is also given within each interaction, where time cannot make it.
+variance needs no record; if it ranks like the error, it predicts where a rollout can be trusted. Both grow with time,
+so the rank correlation is also given within each interaction.
 
 Shape legend: as in `recording`; R seeds, G (episode, start) pairs, V cameras.
 """

@@ -1,7 +1,7 @@
 """Subcommand frontier: how few network calls are enough? Sampling settings on a benchmark's rollouts, same noise.
 
-Every finished rollout is a file under ``<output>/rollouts``, as in `evaluation.run`: an interrupted run goes on there,
-a larger grid keeps what is done, and several processes meet there. Process 0 makes the report.
+Every finished rollout is a file under ``<output>/rollouts``, as in `evaluation.run`: an interrupted run resumes there,
+a larger grid keeps what is done, and several processes share it. Process 0 makes the report.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from persistworld_cli.frontier.report import frontier_plot, frontier_table
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.tables import plain
 from persistworld_cli.rollout.closed_loop import batches
-from persistworld_cli.rollout.finished import load_rollout, pending, save_rollout, tell_finished
+from persistworld_cli.rollout.finished import load_rollout, log_finished, pending, save_rollout
 from persistworld_cli.rollout.recording import Item
 
 
@@ -71,7 +71,7 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     if target:
         require_writable(target)
     plan = make_plan(settings, job, output, processes.device, quiet=not processes.is_main_process)
-    tell_finished([one.folder for one in (plan.reference, *plan.grid)], plan.items)
+    log_finished([one.folder for one in (plan.reference, *plan.grid)], plan.items)
     _roll_out(plan, plan.work(processes), quiet=not processes.is_main_process)
     processes.wait_for_everyone()
     if not processes.is_main_process:

@@ -1,4 +1,4 @@
-"""Finished rollouts on disk: an interrupted run continues from them, and several processes meet in them."""
+"""Finished rollouts on disk: an interrupted run continues from them, and several processes share them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from persistworld_cli.rollout.recording import Item
 
 _log = logging.getLogger(__name__)
 
-_GO_ON = "free some disk and run the same command again: finished rollouts stay"
+_RESUME = "free some disk and run the same command again: finished rollouts stay"
 
 
 def pending(folder: Path, work: Sequence[Sequence[Item]]) -> list[Item]:
@@ -26,14 +26,13 @@ def pending(folder: Path, work: Sequence[Sequence[Item]]) -> list[Item]:
     return [item for batch in work if any(not _path(folder, item).is_file() for item in batch) for item in batch]
 
 
-def tell_finished(folders: Sequence[Path], items: Sequence[Item]) -> None:
-    """Say how many of the rollouts an earlier run finished; nothing where there are none."""
-    there = sum(_path(folder, item).is_file() for folder in folders for item in items)
-    whole = len(folders) * len(items)
-    if there == whole:
-        _log.info("finished; nothing was rolled out: all %d rollouts are there", whole)
-    elif there:
-        _log.info("resuming: %d of %d rollouts are there", there, whole)
+def log_finished(folders: Sequence[Path], items: Sequence[Item]) -> None:
+    """Log how many of the rollouts an earlier run finished; nothing where there are none."""
+    done, total = sum(_path(folder, item).is_file() for folder in folders for item in items), len(folders) * len(items)
+    if done == total:
+        _log.info("finished; nothing was rolled out: all %d rollouts are there", total)
+    elif done:
+        _log.info("resuming: %d of %d rollouts are there", done, total)
 
 
 def save_rollout(folder: Path, rollout: ScoredRollout) -> None:
@@ -41,7 +40,7 @@ def save_rollout(folder: Path, rollout: ScoredRollout) -> None:
     arrays: dict[str, Any] = {f"score.{name}": value for name, value in rollout.scores.items()}
     if rollout.latents is not None:
         arrays["latents"] = rollout.latents
-    with whole_file(_path(folder, rollout.item), _GO_ON) as partial:
+    with whole_file(_path(folder, rollout.item), _RESUME) as partial:
         np.savez(partial, valid=rollout.valid, seconds=rollout.seconds, **arrays)
 
 

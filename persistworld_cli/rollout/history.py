@@ -1,4 +1,4 @@
-"""What a rollout remembers: one latent and one pose an interaction, and which of them the model is shown.
+"""What a rollout remembers: one latent and one pose per interaction, and which of them the model is shown.
 
 Shapes: B rollouts, C, h, w latent, D pose numbers.
 """
@@ -15,7 +15,7 @@ class Memory:
     """The buffer of B rollouts that advance together (as in Ctrl-World's loops).
 
     It starts as `fill` copies of the first entry; every interaction appends its last frame and pose. History is read by
-    position from the end (negative) or the start (0, which stays the first real frame for ever).
+    position from the end (negative) or the start (0: the first real frame).
 
     Args:
         latents: (B, C, h, w) first latents.
@@ -45,13 +45,13 @@ class Memory:
         self._poses.append(np.asarray(poses, dtype=np.float64))
 
     def copy(self) -> Memory:
-        """A memory that goes its own way from here. Entries are shared: they are never written to."""
+        """An independent copy. Entries are shared: they are never written to."""
         other = copy.copy(self)
         other._latents, other._poses = list(self._latents), list(self._poses)
         return other
 
     def select(self, rows: list[int]) -> Memory:
-        """A memory of its own for some of the rollouts, in the order (and as often) as named."""
+        """An independent copy of some of the rollouts, in the order (and as often) as named."""
         other = copy.copy(self)
         other._latents = [latent[rows] for latent in self._latents]
         other._poses = [pose[rows] for pose in self._poses]

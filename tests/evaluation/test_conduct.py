@@ -85,7 +85,7 @@ def test_conduct_in_the_table(tmp_path: Path) -> None:
     few = replace(data, settings=replace(data.settings, eval=replace(data.settings.eval, following=())), wrong={})
     result |= {"following": following_result(few), "trust": trust_result(made_up(tmp_path, (0,)))}
     text = " ".join(plain(diagnostics_table(result)).split())  # the caption is wrapped
-    assert "not asked for" in text and NEEDED in text and "rho" not in text
+    assert "not requested" in text and NEEDED in text and "rho" not in text
 
 
 def test_trust_is_the_rank_correlation_of_variance_and_error(tmp_path: Path) -> None:

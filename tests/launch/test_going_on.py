@@ -29,7 +29,7 @@ from persistworld_cli.evaluation.plan import make_plan
 from persistworld_cli.files import write_json
 from persistworld_cli.launch.continuing import HISTORY, kept_work, look_back
 from persistworld_cli.launch.launcher import _record, run_task
-from persistworld_cli.rollout.finished import tell_finished
+from persistworld_cli.rollout.finished import log_finished
 from persistworld_cli.rollout.recording import Item
 from persistworld_cli.training import post_train
 
@@ -216,8 +216,8 @@ def test_an_evaluation_says_what_is_there_and_refuses_another_question(
     device = torch.device("cpu")
     plan = make_plan(asked, job, output, device)
     with caplog.at_level(logging.INFO, "persistworld_cli"):
-        tell_finished(list(plan.folders.values()), plan.items)
-        tell_finished(list(plan.folders.values()), [*plan.items, Item("9", 0, 1)])
+        log_finished(list(plan.folders.values()), plan.items)
+        log_finished(list(plan.folders.values()), [*plan.items, Item("9", 0, 1)])
     said = ["finished; nothing was rolled out: all 4 rollouts are there", "resuming: 4 of 8 rollouts are there"]
     assert caplog.messages[-2:] == said
     other = replace(asked, model=replace(asked.model, motion_bucket_id=9))
