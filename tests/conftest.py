@@ -1,4 +1,4 @@
-"""Fixtures for all tests. Data beside the repository (`../shared`) is used where it is; nothing of it is copied.
+"""Fixtures for all tests. Data too large to ship is used where it lies beside the repository (`../shared`).
 
 Tests that take the `golden` fixture are marked `golden`; `pytest -m golden --golden-table` runs those alone and prints
 the largest error of every comparison.
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from browser import Page, chromium
+from golden_files import GoldenFiles
 
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.launch.environment import cores
@@ -55,23 +56,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.write_line(line)
 
 
-def _folder(name: str) -> Path:
-    path = SHARED / name
-    if not path.is_dir():
-        pytest.skip(f"{path} is not on this machine")
-    return path
-
-
-@pytest.fixture
-def golden() -> Path:
-    """Reference numbers (`../shared/golden`)."""
-    return _folder("golden")
+@pytest.fixture(scope="session")
+def golden() -> GoldenFiles:
+    """Reference numbers: `tests/golden`, and `../shared/golden` for what is too large to ship."""
+    return GoldenFiles(SHARED / "golden")
 
 
 @pytest.fixture
 def shared_data() -> Path:
     """Real recordings (`../shared/data`)."""
-    return _folder("data")
+    path = SHARED / "data"
+    if not path.is_dir():
+        pytest.skip(f"{path} is not on this machine")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import torch
 from checkpoint_files import BASE, TINY, cli
 from drive_world import write_preset
 from eval_world import build, settings
+from golden_files import GoldenFiles
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -61,9 +62,9 @@ def found(given: Poses, stat: ActionStat = DROID) -> dict[str, str]:
     return {line.split()[0]: line for line in pose_findings(stat, given)}
 
 
-def test_presets_name_the_scale_of_the_published_weights(golden: Path) -> None:
-    shared = json.loads((golden.parent / "design" / "ctrl_world_droid_stat.json").read_text())
-    assert DROID.p01.tolist() == shared["state_01"] and DROID.p99.tolist() == shared["state_99"]
+def test_presets_name_the_scale_of_the_published_weights(golden: GoldenFiles) -> None:
+    published = json.loads((golden / "ctrl_world_stat.json").read_text())
+    assert DROID.p01.tolist() == published["state_01"] and DROID.p99.tolist() == published["state_99"]
     for name in ("ctrl-world", "persistworld"):
         model = load_settings(name, env={}).settings.model
         assert resolve_path(model.stat) == resolve_path("bundled:presets/ctrl-world/stat.json") and not model.stat_given

@@ -21,8 +21,10 @@ from checkpoint_files import (
     part,
     write_full_size,
 )
+from golden_files import GoldenFiles, flat
+from golden_model import golden_model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from persistworld_cli.checkpoints.adapters import PeftModel
@@ -144,9 +146,9 @@ def test_a_merged_export_is_the_adapter_on_its_base(
     assert out.stat().st_mode & 0o044 == 0o044 or os.umask(os.umask(0o22)) & 0o044
 
 
-def test_a_ctrl_world_export_has_the_reference_keys(golden: Path, tmp_path: Path) -> None:
+def test_a_ctrl_world_export_has_the_reference_keys(golden: GoldenFiles, tmp_path: Path) -> None:
     """Of the tiny model with an image encoder: the order and names of Ctrl-World's own state dict."""
-    config = json.loads((golden / "tiny_configs.json").read_text())
+    config = json.loads((golden / "tiny_model.json").read_text())
     tables = {
         "unet": config["unet"],
         "vae": config["vae"],
@@ -155,10 +157,11 @@ def test_a_ctrl_world_export_has_the_reference_keys(golden: Path, tmp_path: Path
     }
     preset = tmp_path / "golden.toml"
     preset.write_text("[model]\n" + "".join(f"{k} = {toml(v)}\n" for k, v in tables.items()))
-    out, source = tmp_path / "ctrl-world.pt", golden / "tiny_ctrl_world.safetensors"
+    out, source = tmp_path / "ctrl-world.pt", tmp_path / "tiny.safetensors"
+    save_file(golden_model().state_dict(), str(source))
     cli("export", source, "--preset", preset, "--to", "ctrl-world", "-o", out)
     written, stored = torch.load(out, weights_only=True), load_file(str(source))
-    assert list(written) == config["order"]
+    assert list(written) == [name for name, _ in flat(config["shapes"])]
     assert all(torch.equal(written[k], v) and written[k].dtype == v.dtype for k, v in stored.items())
     assert cli("inspect", source, "--preset", preset)["own_preset"] == "fits"
 

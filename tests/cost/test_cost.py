@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_files import GoldenFiles, flat
 from golden_table import close
 from typer.testing import CliRunner
 
@@ -46,7 +47,7 @@ def full() -> tuple[WorldModel, InteractionCost]:
     return model, count_interaction(model, settings.sampling, 1)
 
 
-def test_flops_are_the_golden_ones(golden: Path, full: tuple[WorldModel, InteractionCost]) -> None:
+def test_flops_are_the_golden_ones(golden: GoldenFiles, full: tuple[WorldModel, InteractionCost]) -> None:
     known, cost = json.loads((golden / "flops.json").read_text()), full[1]
 
     def agree(what: str, ours: float, theirs: float) -> None:
@@ -68,11 +69,9 @@ def test_flops_are_the_golden_ones(golden: Path, full: tuple[WorldModel, Interac
     assert 0.9 < saved / known["derived"]["avoidable_single_key_cross_attention_flops_b1"] < 1.01
 
 
-def test_parameters_are_the_published_ones(golden: Path, full: tuple[WorldModel, InteractionCost]) -> None:
-    parts = json.loads((golden / "ctrl_world_full_keys.json").read_text())["parts"]
-    numbers = {
-        name.removesuffix("."): sum(math.prod(e["shape"]) for e in part["entries"]) for name, part in parts.items()
-    }
+def test_parameters_are_the_published_ones(golden: GoldenFiles, full: tuple[WorldModel, InteractionCost]) -> None:
+    parts = json.loads((golden / "ctrl_world_shapes.json").read_text())
+    numbers = {name: sum(math.prod(shape) for _, shape in flat(part)) for name, part in parts.items()}
     assert part_sizes(full[0]) == numbers
 
 

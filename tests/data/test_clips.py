@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_raw import HEIGHT, WIDTH, encode, write_v21
+from golden_files import GoldenFiles
 from golden_table import close
 
 from persistworld_cli.config.settings import ClipSettings, SamplingSettings, WorldSettings
@@ -45,20 +46,18 @@ def test_history_as_a_rollout_shows_it() -> None:
             rollout_history_ids(now, start, HISTORY, 24, 4)
 
 
-def test_history_is_that_of_the_reference_rollout(golden: Path) -> None:
+def test_history_is_that_of_the_reference_rollout(golden: GoldenFiles) -> None:
     """Golden I: `history_position` counts buffer entries; entry 24 + i - 1 is the frame after i interactions."""
     from safetensors.torch import load_file
 
-    data = load_file(golden / "tiny_rollout_replay.safetensors")
-    for key, positions in ((k, v) for k, v in data.items() if k.endswith("history_position")):
-        start = 8
-        for interaction, row in enumerate(positions.tolist()):
-            entries = [start + 4 * max(0, p - 23) for p in row]
-            now = start + 4 * interaction
-            assert rollout_history_ids(now, start, HISTORY, 24, 4) == tuple(entries), key
+    start = 8
+    positions = load_file(golden / "rollouts.safetensors")["replay.g2.history_position"]
+    for interaction, row in enumerate(positions.tolist()):
+        entries = [start + 4 * max(0, p - 23) for p in row]
+        assert rollout_history_ids(start + 4 * interaction, start, HISTORY, 24, 4) == tuple(entries)
 
 
-def test_golden_clips(golden: Path, shared_data: Path, tmp_path: Path) -> None:
+def test_golden_clips(golden: GoldenFiles, shared_data: Path, tmp_path: Path) -> None:
     """Golden F: frame ids, actions and latents of the reference's own draws (of the episodes that are here)."""
     build_meta(shared_data / "droid_subset", meta=tmp_path)
     store = EpisodeStore(shared_data / "droid_subset", meta=tmp_path)

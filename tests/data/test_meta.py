@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_raw import HEIGHT, WIDTH, encode, write_v21
+from golden_files import GoldenFiles
 from numpy.typing import NDArray
 from safetensors import safe_open
 
@@ -293,7 +294,7 @@ def test_keys_are_read_as_json_reads_them() -> None:
             read_keys(text, wanted)
 
 
-def test_real_subset_agrees_with_the_reference(golden: Path, shared_data: Path, tmp_path: Path) -> None:
+def test_real_subset_agrees_with_the_reference(golden: GoldenFiles, shared_data: Path, tmp_path: Path) -> None:
     report = build_meta(shared_data / "droid_subset", meta=tmp_path)
     info = json.loads((golden / "dataset_semantics.json").read_text())["meta_info"]
     store = EpisodeStore(shared_data / "droid_subset", meta=tmp_path)

@@ -6,7 +6,6 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,25 @@ import pytest
 import torch
 from drive_world import arm_world
 from eval_world import HEIGHT, VIEWS, WIDTH, settings
+from golden_files import GoldenFiles
+from golden_model import golden_model
 from golden_table import close
 from safetensors.torch import load_file
 from websockets.sync.server import ServerConnection
 from websockets.sync.server import serve as listen
 
-from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.checkpoints.references import load_model
 from persistworld_cli.config.settings import (
     DriveSettings,
-    ModelSettings,
     PolicySettings,
     SamplingSettings,
     Settings,
-    WorldSettings,
 )
 from persistworld_cli.data.clips.store import ActionStat, open_store
 from persistworld_cli.data.raw.video import count_frames, read_frames
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.interact import drive
 from persistworld_cli.interact.session import KeyboardController
-from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.policies import run as policy_rollout
 from persistworld_cli.policies.controller import PolicyController, PolicyView
 from persistworld_cli.policies.embedded import make_policy
@@ -298,18 +295,9 @@ def test_a_recording_without_joints_is_refused(root: Path, tmp_path: Path) -> No
 # -- against the reference's own loop ---------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
-def reference_model(golden: Path) -> WorldModel:
-    """The reference's tiny model with the reference's weights."""
-    configs = json.loads((golden / "tiny_configs.json").read_text())
-    parts = {"unet": configs["unet"], "vae": configs["vae"], "text": configs["text_encoder"]}
-    own = ModelSettings(ckpt=str(golden / "tiny_ctrl_world.safetensors"), image=configs["image_encoder"], **parts)
-    return load_world_model(own, WorldSettings(height=64, width=128))
-
-
-def reference_loop(golden: Path, file: str, tag: str, policy: bool) -> tuple[RolloutEngine, Any, Any]:
+def reference_loop(golden: GoldenFiles, file: str, tag: str, policy: bool) -> tuple[RolloutEngine, Any, Any]:
     """The engine, the state at the start, and the reference's tensors of one of its rollouts."""
-    tiny = reference_model(golden)
+    tiny = golden_model(encoder=golden / "tiny_ctrl_world.safetensors")
     data = load_file(golden / file)
     meta = json.loads((golden / "tiny_rollout_meta.json").read_text())["pi" if policy else "keyboard"]
     meta = meta[tag] if policy else meta
@@ -323,7 +311,7 @@ def reference_loop(golden: Path, file: str, tag: str, policy: bool) -> tuple[Rol
 
 
 @pytest.mark.parametrize(("tag", "skip"), [("skip2", 2), ("skip3", 3)])
-def test_policy_in_the_loop_equals_the_reference(golden: Path, tag: str, skip: int) -> None:
+def test_policy_in_the_loop_equals_the_reference(golden: GoldenFiles, tag: str, skip: int) -> None:
     engine, state, data = reference_loop(golden, "tiny_rollout_pi.safetensors", tag, policy=True)
     chunks = iter(data["chunk"].numpy())
 
@@ -347,7 +335,7 @@ def test_policy_in_the_loop_equals_the_reference(golden: Path, tag: str, skip: i
     close(f"I policy {tag}, poses", state.memory.current[1][0], data["pose_buffer_end"][-1], 1e-5)
 
 
-def test_keys_in_the_loop_equal_the_reference(golden: Path) -> None:
+def test_keys_in_the_loop_equal_the_reference(golden: GoldenFiles) -> None:
     engine, state, data = reference_loop(golden, "tiny_rollout_keyboard.safetensors", "g2", policy=False)
     controller = KeyboardController(KeyMap(), "lfduco")
     for i, noise in enumerate(data["noise"]):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from golden_files import GoldenFiles
 from golden_table import close
 from noisy_images import NO_LPIPS, images
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -222,7 +223,7 @@ def test_scorer_mistakes_are_named() -> None:
         scorer.metrics(torch.full((1, 1, 3, 3, 8, 8), float("nan")), torch.zeros(1, 1, 3, 3, 8, 8))
 
 
-def test_advantages_are_the_golden_ones(golden: Path) -> None:
+def test_advantages_are_the_golden_ones(golden: GoldenFiles) -> None:
     data = np.load(golden / "nft_schedule_advantage.npz")
     rewards = torch.from_numpy(data["rewards"])
     for prompt in np.unique(data["prompts"]):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden_files import GoldenFiles
 from golden_table import close
 
 from persistworld_cli.models.diffusion import precondition
@@ -15,46 +15,48 @@ from persistworld_cli.objective.nft import kl_to_reference, nft_loss, sampling_d
 
 
 @pytest.mark.parametrize("case", range(4))
-def test_nft_flow_cases(golden: Path, case: int) -> None:
-    data = np.load(golden / "nft_flow_x0.npz")
+def test_nft_flow_cases(golden: GoldenFiles, case: int) -> None:
+    data = np.load(golden / "nft.npz")
     settings = json.loads((golden / "nft_cases.json").read_text())["flow"][case]
     assert settings["adv_mode"] == "all"
-    x0, x_t = (torch.from_numpy(data[k]) for k in ("x0", "x_t"))
+    x0, noise = (torch.from_numpy(data[k]) for k in ("x0", "noise"))
     t = torch.from_numpy(data["t"]).view(-1, *[1] * (x0.ndim - 1))
+    x_t = (1 - t) * x0 + t * noise
     theta = (x_t - t * torch.from_numpy(data["v_theta"])).requires_grad_()
     old = x_t - t * torch.from_numpy(data["v_old"])
-    r = torch.from_numpy(data[f"case{case}.r"])
+    r = torch.from_numpy(data[f"flow{case}.r"])
     terms = nft_loss(theta, old, x0, r, beta=settings["beta"], weighting="self")
-    close("G objective, flow", terms.policy, data[f"case{case}.per_sample"], 1e-10)
+    close("G objective, flow", terms.policy, data[f"flow{case}.per_sample"], 1e-10)
     close("G objective, flow", settings["adv_clip_max"] * terms.policy.mean(), settings["policy_loss"], 1e-10)
     reference = x_t - t * torch.from_numpy(data["v_ref"])
     kl = kl_to_reference(theta, reference)
-    close("G KL, flow", kl, data[f"case{case}.clean.kl_per_sample"], 1e-10)
+    close("G KL, flow", kl, data[f"flow{case}.kl"], 1e-10)
     total = settings["adv_clip_max"] * terms.policy.mean() + settings["kl_beta"] * kl.mean()
     total.backward()
-    close("G gradient, flow", theta.grad, data[f"case{case}.clean.grad_x_theta"], 1e-10)
+    close("G gradient, flow", theta.grad, data[f"flow{case}.grad"], 1e-10)
 
 
 @pytest.mark.parametrize("case", range(4))
-def test_nft_edm_cases(golden: Path, case: int) -> None:
+def test_nft_edm_cases(golden: GoldenFiles, case: int) -> None:
     """Clean predictions of a preconditioned network; the gradient goes back to its output F."""
-    data = np.load(golden / "nft_edm_x0.npz")
+    data = np.load(golden / "nft.npz")
     settings = json.loads((golden / "nft_cases.json").read_text())["edm"][case]
-    x0, noisy, output = (torch.from_numpy(data[k]) for k in ("x0", "x_noisy", "F_theta"))
-    scale = precondition(torch.from_numpy(data["sigma"]).view(-1, 1, 1, 1, 1))
+    x0, noise, output = (torch.from_numpy(data[k]) for k in ("x0", "noise", "F_theta"))
+    sigma = torch.from_numpy(data["sigma"]).view(-1, 1, 1, 1, 1)
+    noisy, scale = x0 + sigma * noise, precondition(sigma)
     output.requires_grad_()
     theta = scale.c_skip * noisy + scale.c_out * output
     old, reference = (scale.c_skip * noisy + scale.c_out * torch.from_numpy(data[k]) for k in ("F_old", "F_ref"))
-    close("G clean prediction, edm", theta, data[f"case{case}.D_theta"], 1e-10)
-    r = torch.from_numpy(data[f"case{case}.r"])
+    close("G clean prediction, edm", theta, data["D_theta"], 1e-10)
+    r = torch.from_numpy(data[f"edm{case}.r"])
     terms = nft_loss(theta, old, x0, r, beta=settings["beta"], weighting="self")
-    close("G objective, edm", terms.policy, data[f"case{case}.per_sample"], 1e-10)
+    close("G objective, edm", terms.policy, data[f"edm{case}.per_sample"], 1e-10)
     kl = kl_to_reference(theta, reference)
-    close("G KL, edm", kl, data[f"case{case}.kl_D_per_sample"], 1e-10)
+    close("G KL, edm", kl, data[f"edm{case}.kl"], 1e-10)
     total = settings["adv_clip_max"] * terms.policy.mean() + settings["kl_beta"] * kl.mean()
     close("G objective, edm", total, settings["total_klD"], 1e-10)
     total.backward()
-    close("G gradient, edm", output.grad, data[f"case{case}.grad_F_theta_klD"], 1e-10)
+    close("G gradient, edm", output.grad, data[f"edm{case}.grad"], 1e-10)
 
 
 def test_plain_weighting_is_the_paper_s_formula() -> None:
@@ -75,7 +77,7 @@ def test_good_candidates_pull_and_bad_ones_push() -> None:
         assert (theta.grad.sign() == direction).all()
 
 
-def test_sampling_decay_schedules(golden: Path) -> None:
+def test_sampling_decay_schedules(golden: GoldenFiles) -> None:
     decay = np.load(golden / "nft_schedule_advantage.npz")["decay"]
     kinds = [("ramp", 0.0, 0.0), ("ramp", 0.001, 0.5), ("late-ramp", 0.0075, 0.999)]
     for row, (kind, rate, maximum) in zip(decay, kinds, strict=True):

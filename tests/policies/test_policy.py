@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from golden_files import GoldenFiles
 from golden_table import close
 from policy_views import PI05, REST, observation
 from safetensors.numpy import load_file
@@ -17,7 +18,7 @@ from persistworld_cli.policies.controller import PolicyController, PolicyView, R
 from persistworld_cli.policies.embedded import POLICIES, make_policy
 from persistworld_cli.policies.observation import build_observation, check_actions, find_layout, resize_with_pad
 from persistworld_cli.policies.tasks import load_task, task_names
-from persistworld_cli.robot.adapter import GainAdapter, load_adapter
+from persistworld_cli.robot.adapter import GainAdapter
 from persistworld_cli.robot.keyboard import KeyMap
 from persistworld_cli.robot.kinematics import forward
 
@@ -128,22 +129,38 @@ def test_random_policy_depends_on_seed_call_and_episode_only() -> None:
 # -- what a chunk means -----------------------------------------------------------------------------------------------
 
 
+def reference_rollout(golden: GoldenFiles, tag: str) -> dict[str, np.ndarray]:
+    """The reference's own rollout of a policy: chunks, joints and poses of four interactions."""
+    data = load_file(golden / "rollouts.safetensors")
+    return {k.removeprefix(f"pi.{tag}."): v for k, v in data.items() if k.startswith(f"pi.{tag}.")}
+
+
+class RecordedAdapter:
+    """Answers as the reference's adapter did to the same input; its weights are too large to ship."""
+
+    def __init__(self, data: dict[str, np.ndarray]) -> None:
+        self._data = data
+
+    def __call__(self, velocities: np.ndarray, joints: np.ndarray) -> np.ndarray:
+        given = np.abs(self._data["chunk"][:, :, :7] - velocities).max(axis=(1, 2))
+        assert given.min() < 1e-6 and np.abs(self._data["joint_in"][given.argmin(), :7] - joints).max() < 1e-5
+        return self._data["adapter_joints"][given.argmin()]
+
+
 @pytest.mark.parametrize(("tag", "skip"), [("skip2", 2), ("skip3", 3)])
-def test_chunks_become_poses_as_in_the_reference(golden: Path, tag: str, skip: int) -> None:
-    data = {k.removeprefix(tag + "."): v for k, v in load_file(golden / "tiny_rollout_pi.safetensors").items()}
-    adapter = load_adapter(str(golden / "action_adapter_weights.safetensors"))
+def test_chunks_become_poses_as_in_the_reference(golden: GoldenFiles, tag: str, skip: int) -> None:
+    data = reference_rollout(golden, tag)
     for i, (actions, joints) in enumerate(zip(data["chunk"], data["joint_in"], strict=True)):
-        chunk = interpret_chunk(actions, joints, adapter, skip=skip, gripper_cap=0.75)
-        close(f"I policy {tag}, adapter's joints", chunk.adapter_joints, data["adapter_joints"][i], 1e-6)
+        chunk = interpret_chunk(actions, joints, RecordedAdapter(data), skip=skip, gripper_cap=0.75)
         close(f"I policy {tag}, joints", chunk.joints[:, :7], data["fk_joints"][i], 1e-6)
         close(f"I policy {tag}, states", chunk.states, data["fk_states"][i], 1e-6)
         close(f"I policy {tag}, poses of a chunk", chunk.poses_taken, data["poses_taken"][i], 1e-6)
         close(f"I policy {tag}, joints of a chunk", chunk.joints_taken, data["joints_taken"][i], 1e-6)
 
 
-def test_policy_controller_follows_the_reference_through_a_rollout(golden: Path) -> None:
+def test_policy_controller_follows_the_reference_through_a_rollout(golden: GoldenFiles) -> None:
     tag, skip = "skip3", 3
-    data = {k.removeprefix(tag + "."): v for k, v in load_file(golden / "tiny_rollout_pi.safetensors").items()}
+    data = reference_rollout(golden, tag)
 
     class Recorded:
         def __init__(self) -> None:
@@ -157,8 +174,7 @@ def test_policy_controller_follows_the_reference_through_a_rollout(golden: Path)
 
         def close(self) -> None: ...
 
-    adapter = load_adapter(str(golden / "action_adapter_weights.safetensors"))
-    view = PolicyView(layout=PI05, adapter=adapter, skip=skip, gripper_cap=0.75, camera=1, wrist_camera=2)
+    view = PolicyView(layout=PI05, adapter=RecordedAdapter(data), skip=skip, gripper_cap=0.75, camera=1, wrist_camera=2)
     policies = [Recorded(), Recorded()]
     controller = PolicyController(policies, view, np.stack([data["joint_in"][0]] * 2), ["a", "b"])
     images = np.zeros((2, 3, 8, 8, 3), np.uint8)

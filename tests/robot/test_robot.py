@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden_files import GoldenFiles
 from golden_table import close
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +21,7 @@ from persistworld_cli.robot.kinematics import PANDA, forward, jacobian, joint_fr
 REST = np.array([0.0, 0.05, 0.3, -2.25, 0.0, 2.5, -np.pi / 2])
 
 
-def test_forward_kinematics_equal_the_reference(golden: Path) -> None:
+def test_forward_kinematics_equal_the_reference(golden: GoldenFiles) -> None:
     data = np.load(golden / "fk_random.npz")
     close("D forward kinematics, matrices", forward(data["joints"]), data["T"], 1e-10)
     expected = np.concatenate([data["xyz"], data["euler_xyz"]], axis=1)
@@ -64,7 +65,7 @@ def test_jacobian_is_the_derivative_of_the_tool_point() -> None:
     assert np.abs(ours[3:, 6] - [spin[2, 1], spin[0, 2], spin[1, 0]]).max() < 1e-5
 
 
-def test_keys_equal_the_reference(golden: Path) -> None:
+def test_keys_equal_the_reference(golden: GoldenFiles) -> None:
     data = np.load(golden / "keyboard.npz")
     keymap = KeyMap()
     for index, key in enumerate(data["keys"]):
@@ -101,7 +102,7 @@ def test_unknown_keys_are_refused_with_the_list_of_keys() -> None:
         parse_keys("  ")
 
 
-def test_mlp_adapter_equals_the_reference(golden: Path, tmp_path: Path) -> None:
+def test_mlp_adapter_equals_the_reference(golden: GoldenFiles, tmp_path: Path) -> None:
     data = np.load(golden / "action_adapter_golden.npz")
     weights = golden / "action_adapter_weights.safetensors"
     # Ctrl-World's file is a plain state dict without our prefix.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden_files import GoldenFiles
 from golden_model import golden_model, worst
 from golden_table import close
 from safetensors.torch import load_file
@@ -17,7 +17,9 @@ from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import SamplingSettings
 from persistworld_cli.data.clips.store import ActionStat
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.interact.session import KeyboardController
 from persistworld_cli.models.world_model import build_world_model
+from persistworld_cli.robot.keyboard import KeyMap
 from persistworld_cli.rollout.engine import RolloutEngine, RolloutState, rollout_noise
 from persistworld_cli.rollout.history import Memory
 from persistworld_cli.rollout.images import to_uint8
@@ -25,13 +27,13 @@ from persistworld_cli.rollout.recording import recorded_poses
 
 
 @pytest.mark.parametrize("tag", ["g1", "g2"])
-def test_golden_replay_interaction_by_interaction(golden: Path, tag: str) -> None:
+def test_golden_replay_interaction_by_interaction(golden: GoldenFiles, tag: str) -> None:
     d = load_file(str(golden / "tiny_rollout_replay.safetensors"))
     meta = json.loads((golden / "tiny_rollout_meta.json").read_text())["replay"][tag]
     get = {k.split(".", 1)[1]: v for k, v in d.items() if k.startswith(f"{tag}.")}
     stat = ActionStat(np.array(meta["state_p01"]), np.array(meta["state_p99"]))
     sampling = SamplingSettings(steps=meta["steps"], guidance=meta["guidance"])
-    engine = RolloutEngine(golden_model(golden), sampling, stat)
+    engine = RolloutEngine(golden_model(encoder=golden / "tiny_ctrl_world.safetensors"), sampling, stat)
     states = get["traj_states"].numpy()
     state = RolloutState(Memory(get["first_latent"][None], states[:1], 24), d["text_embeds"])
     what = f"I replay {tag}"
@@ -48,6 +50,32 @@ def test_golden_replay_interaction_by_interaction(golden: Path, tag: str) -> Non
         drawn = to_uint8(engine.model.decode_latents(predicted[0], sampling.decode_chunk), "down")  # (5, V, H, W, 3)
         close(f"{what}, mean of each 8-bit image", drawn.mean(axis=(2, 3, 4)).T, get["frame_mean"][i], 0.01)
     assert len(state.memory) == 24 + len(get["noise"])
+
+
+@pytest.mark.parametrize("case", ["replay.g2", "keyboard.g2", "pi.skip2", "pi.skip3"])
+def test_what_the_network_is_shown_is_what_the_reference_shows_it(
+    golden: GoldenFiles, engine: RolloutEngine, case: str
+) -> None:
+    """Poses, and history and current frames of each interaction (a corner of them), after its own predictions."""
+    data = load_file(str(golden / "rollouts.safetensors"))
+    d = {k.removeprefix(case + "."): v for k, v in data.items() if k.startswith(case + ".")}
+    stat, sampling = ActionStat(*d["stat"].numpy()), engine.sampling
+    entries = sampling.history_policy if case.startswith("pi") else sampling.history
+    own = RolloutEngine(engine.model, sampling, stat, entries)
+    keys = KeyboardController(KeyMap(), "lfduco")
+    state = RolloutState(Memory(d["first_latent"][None], d["pose_raw"][:1, 0].numpy(), 24), None)
+    for i, predicted in enumerate(d["pred"]):
+        if case.startswith("replay"):
+            poses = recorded_poses(d["traj_states"].numpy(), 0, i, 5)[None]
+        elif case.startswith("keyboard"):
+            poses = keys.poses(i, state.memory.current[1])
+        else:
+            poses = d["poses_taken"][i][None].numpy()
+        close(f"I {case}, poses", poses[0], d["pose_raw"][i, 6:], 1e-10)
+        inputs = own.inputs(state, poses)
+        close(f"I {case}, normalised poses", inputs.actions[0], d["pose_norm"][i], 1e-6)
+        assert torch.equal(inputs.history[0], d["history"][i]) and torch.equal(inputs.current[0], d["current"][i])
+        state.memory.append(predicted[None, -1], poses[:, -1])
 
 
 @pytest.fixture(scope="module")
