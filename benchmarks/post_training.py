@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch import Tensor
 from benchmarks import plain
 from benchmarks.worker_process import become_worker
 from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.requests import PostTrainRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.metrics.lpips import Lpips
 from persistworld_cli.objective.advantage import group_advantages, keep_extremes, optimality
@@ -71,7 +73,7 @@ class Caught:
 
 def trainer(settings: Settings, work: Run) -> tuple[PostTrainer, Caught]:
     """A post-training that steps nothing."""
-    made = PostTrainer(settings, {}, work)
+    made = PostTrainer(settings, work)
     caught = Caught(made.switch.trainable())
     made.optimizers = caught  # type: ignore[assignment]
     return made, caught
@@ -127,7 +129,10 @@ def settings_of(dataset: str | None, changes: dict[str, Any]) -> Settings:
 def gradients_apart(dataset: str | None) -> float:
     """Distance of the two ways' gradients in float32, over the gradient's length."""
     settings = settings_of(dataset, EXACT)
-    with TemporaryDirectory() as folder, Run.of(settings, settings.post_train, {"output": folder}) as work:
+    with (
+        TemporaryDirectory() as folder,
+        Run.of(settings, settings.post_train, PostTrainRequest(output=Path(folder))) as work,
+    ):
         both, caught = trainer(settings, work)
         both.update(0)
         ours = caught.gradient
@@ -152,7 +157,10 @@ def measure(dataset: str | None, updates: int, groups: int) -> dict[str, Any]:
     said = subprocess.run([*exact, *(["--dataset", dataset] if dataset else [])], stdout=subprocess.PIPE, check=True)
     apart = float(said.stdout)
     settings = settings_of(dataset, {"post_train.groups": groups})
-    with TemporaryDirectory() as folder, Run.of(settings, settings.post_train, {"output": folder}) as work:
+    with (
+        TemporaryDirectory() as folder,
+        Run.of(settings, settings.post_train, PostTrainRequest(output=Path(folder))) as work,
+    ):
         both, _ = trainer(settings, work)
         both.update(0)  # the first one pays for what is set up once
         times: dict[str, list[float]] = {"plain": [], "ours": []}

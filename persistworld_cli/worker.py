@@ -1,8 +1,8 @@
 """``python -m persistworld_cli.worker config.json``: one process of a run. It parses no flags: all is resolved.
 
-A task is a function ``run(settings, job) -> dict``. The folder of config.json is this run's alone: rank 0 writes what
-the task returns to ``result.json`` in it, the first rank that fails writes ``failure.json``. A user's mistake is raised
-as PersistWorldError; `training.run.Interrupted` says that all ranks agreed to stop and saved, KeyboardInterrupt
+A task is a function ``run(settings, request) -> dict``. The folder of config.json is this run's alone: rank 0 writes
+what the task returns to ``result.json`` in it, the first rank that fails writes ``failure.json``. A user's mistake is
+raised as PersistWorldError; `training.run.Interrupted` says that all ranks agreed to stop and saved, KeyboardInterrupt
 that this rank was interrupted where it stood.
 """
 
@@ -20,27 +20,28 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from persistworld_cli.compat import end_with_parent, free_main_thread
+from persistworld_cli.config import requests
 from persistworld_cli.config.presets import from_json
+from persistworld_cli.config.requests import FAILURE, RESULT, TaskRequest, request_from_json
 from persistworld_cli.console import debug_wanted, listen_to_library, note, show_error, show_traceback
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import write_json
-from persistworld_cli.run_files import FAILURE, RESULT
 
-TASKS = {
-    "extract": "persistworld_cli.extraction.run:run",
-    "pretrain": "persistworld_cli.training.pretrain:run",
-    "pretrain-vae": "persistworld_cli.training.vae:run",
-    "post-train": "persistworld_cli.training.post_train:run",
-    "eval": "persistworld_cli.evaluation.run:run",
-    "verify": "persistworld_cli.evaluation.verify:run",
-    "frontier": "persistworld_cli.frontier.run:run",
-    "replay": "persistworld_cli.interact.replay:run",
-    "drive": "persistworld_cli.interact.drive:run",
-    "pi-rollout": "persistworld_cli.policies.run:run",
-    "selfcheck": "persistworld_cli.launch.selfcheck:run",
+TASKS: dict[type[TaskRequest], str] = {
+    requests.ExtractRequest: "persistworld_cli.extraction.run:run",
+    requests.PretrainRequest: "persistworld_cli.training.pretrain:run",
+    requests.PretrainVaeRequest: "persistworld_cli.training.vae:run",
+    requests.PostTrainRequest: "persistworld_cli.training.post_train:run",
+    requests.EvalRequest: "persistworld_cli.evaluation.run:run",
+    requests.VerifyRequest: "persistworld_cli.evaluation.verify:run",
+    requests.FrontierRequest: "persistworld_cli.frontier.run:run",
+    requests.ReplayRequest: "persistworld_cli.interact.replay:run",
+    requests.DriveRequest: "persistworld_cli.interact.drive:run",
+    requests.PolicyRolloutRequest: "persistworld_cli.policies.run:run",
+    requests.SelfcheckRequest: "persistworld_cli.launch.selfcheck:run",
 }
 INTERRUPTED = 130
-_OF_ONE_MACHINE = ("machine_rank", "cores", "output", "threads")  # may differ between the machines of a run
+_OF_ONE_MACHINE = ("machine_rank", "cores", "command", "output", "threads")  # may differ between the machines of a run
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -85,20 +86,23 @@ def main(argv: list[str]) -> int:
 
 def _run(whole: Mapping[str, Any], config: Path) -> dict[str, Any]:
     """Import the task and call it."""
-    if whole["task"] not in TASKS:
-        raise UsageError(f"unknown task '{whole['task']}'", where=str(config), fix=f"known: {', '.join(sorted(TASKS))}")
+    kinds = {kind.task: kind for kind in TASKS}
+    if whole["task"] not in kinds:
+        raise UsageError(f"unknown task '{whole['task']}'", where=str(config), fix=f"known: {', '.join(sorted(kinds))}")
+    kind = kinds[whole["task"]]
     settings = from_json(whole["settings"], where=str(config))
+    request = request_from_json(kind, whole["request"], where=str(config))
     if settings.launch.num_machines > 1:
         _require_one_command(whole)
-    module, _, name = TASKS[whole["task"]].partition(":")
-    task, job = getattr(importlib.import_module(module), name), dict(whole["job"])
-    if not job.pop("profile", False) or _rank():
-        result: dict[str, Any] = task(settings, job)
+    module, _, name = TASKS[kind].partition(":")
+    task = getattr(importlib.import_module(module), name)
+    if not request.profile or _rank():
+        result: dict[str, Any] = task(settings, request)
         return result
     from persistworld_cli.profiling import FOLDER, profiling
 
-    with profiling(folder := Path(job["output"]) / FOLDER):
-        result = task(settings, job)
+    with profiling(folder := request.output / FOLDER):
+        result = task(settings, request)
     return {**result, "profile": folder / "table.txt"}
 
 
@@ -113,7 +117,7 @@ def _require_one_command(whole: Mapping[str, Any]) -> None:
 
     PartialState(cpu=whole["settings"]["launch"]["device"] == "cpu")
     own = {"task": whole["task"], "version": whole.get("version")}
-    for table, entries in {**whole["settings"], "job": whole["job"]}.items():
+    for table, entries in {**whole["settings"], "request": whole["request"]}.items():
         own |= {f"{table}.{name}": value for name, value in entries.items() if name not in _OF_ONE_MACHINE}
     first, *others = gather_object([own])
     for other in others:

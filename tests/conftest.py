@@ -111,7 +111,7 @@ def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
         world = replace(settings.world, dataset="", raw="")
         options = {"post-train": settings.post_train, "pretrain": settings.pretrain}.get(task)
         batch = settings.eval.batch if task in ("eval", "replay") else 1
-        kind = task if task in ("post-train", "pretrain", "pretrain-vae", "extract") else "interaction"
+        kind = task if task in ("post-train", "pretrain", "pretrain-vae", "extract-latents") else "interaction"
         key = repr((kind, model, world, settings.sampling, options, batch, settings.launch.num_processes))
         if key not in _COUNTED:
             _COUNTED[key] = count(task, settings)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -89,41 +88,38 @@ def inference_ref(model: ModelSettings, label: str = "") -> ModelRef:
     return ModelRef(label, model.ckpt, adapter)
 
 
-def refs_of_eval(model: ModelSettings, job: Mapping[str, Any]) -> list[ModelRef]:
+def refs_of_eval(model: ModelSettings, baseline: str = "", *, alone: bool = False) -> list[ModelRef]:
     """The baseline, then the model that is judged; the latter alone where there is nothing to compare it with.
 
-    Judged: what the settings say that inference runs (`inference_ref`). Baseline: ``job["baseline"]`` ("base": the
-    judged checkpoint without its adapter; ``model.ckpt`` where whole weights are judged; weights; a PEFT folder) and
-    ``job["baseline_adapter"]``; with neither, "base"; with ``job["alone"]`` none.
+    Args:
+        model: says what inference runs (`inference_ref`), which is judged.
+        baseline: weights, an adapter, or "base": the judged checkpoint without its adapter, or ``model.ckpt`` where
+            whole weights are judged. "": base, unless that is judged.
+        alone: without a baseline.
 
     Raises:
         UsageError: no weights at all, or a model compared with itself.
     """
     judged = inference_ref(model)
-    if job.get("alone"):
+    if alone:
         return [replace(judged, label=_kind(judged, model))]
     base = ModelRef("", judged.ckpt if judged.adapter else model.ckpt or judged.ckpt)
-    named, overlay = job.get("baseline") or "", adapter_name(job.get("baseline_adapter") or "")
-    if named and named not in NO_ADAPTER:
-        baseline = weights_ref(named, judged.ckpt, overlay)
-    elif overlay:
-        baseline = replace(base, adapter=overlay)
-    elif named or judged != base:
-        baseline = base
-    else:
-        return [replace(judged, label=(job.get("labels") or ["base"])[0])]
-    if baseline == judged:
+    if not baseline and judged == base:
+        return [replace(judged, label="base")]
+    if baseline and baseline not in NO_ADAPTER:
+        base = weights_ref(baseline, judged.ckpt)
+    if base == judged:
         raise UsageError(
             "the model would be compared with itself",
             where="--baseline",
             fix="give an adapter (--adapter), other weights (--ckpt), or leave --baseline out",
         )
-    labels = job.get("labels") or _labels(baseline, judged)
-    return [replace(baseline, label=labels[0]), replace(judged, label=labels[1])]
+    labels = _labels(base, judged)
+    return [replace(base, label=labels[0]), replace(judged, label=labels[1])]
 
 
-def refs_of_replay(model: ModelSettings, job: Mapping[str, Any]) -> list[ModelRef]:
-    """The models of a replay, one for each of ``job["ckpts"]`` and ``job["adapters"]``; without, `inference_ref`.
+def refs_of_replay(model: ModelSettings, ckpts: Sequence[str] = (), adapters: Sequence[str] = ()) -> list[ModelRef]:
+    """The models of a replay, one for each checkpoint and adapter; without any, `inference_ref`.
 
     Several of one go with the single one of the other; equal numbers pair up in order. Adapters alone go on
     ``model.ckpt``, weights alone (or an adapter among them, `weights_ref`) go without the settings' adapter.
@@ -132,11 +128,10 @@ def refs_of_replay(model: ModelSettings, job: Mapping[str, Any]) -> list[ModelRe
     Raises:
         UsageError: numbers that do not pair up, or no weights.
     """
-    ckpts, adapters = list(job.get("ckpts") or []), list(job.get("adapters") or [])
     if not ckpts and not adapters:
         ref = inference_ref(model)
         return [replace(ref, label=_kind(ref, model))]
-    ckpts = ckpts or [model.ckpt]
+    ckpts = list(ckpts) or [model.ckpt]
     count = max(len(ckpts), len(adapters))
     if len(ckpts) not in (1, count) or len(adapters) not in (0, 1, count):
         raise UsageError(
@@ -145,7 +140,7 @@ def refs_of_replay(model: ModelSettings, job: Mapping[str, Any]) -> list[ModelRe
             fix="give one of one kind, or as many of both",
         )
     ckpts = ckpts * count if len(ckpts) == 1 else ckpts
-    adapters = (adapters or [""]) * (count if len(adapters) <= 1 else 1)
+    adapters = (list(adapters) or [""]) * (count if len(adapters) <= 1 else 1)
     if not all(ckpts):
         raise UsageError("no weights to replay in", where="model.ckpt", fix="take a preset, or give --ckpt")
     refs = [weights_ref(ckpt, model.ckpt, adapter_name(own)) for ckpt, own in zip(ckpts, adapters, strict=True)]

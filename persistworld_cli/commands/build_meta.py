@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from persistworld_cli.commands.options import Common, with_common
-from persistworld_cli.commands.run import output_folder, resolve, show_result, show_settings
+from persistworld_cli.commands.options import Common, setting, with_common
+from persistworld_cli.commands.run import resolve, show_plan, show_result
 from persistworld_cli.config.presets import Resolved, resolve_path
+from persistworld_cli.config.requests import BuildMetaRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.config.sizes import latent_size
 from persistworld_cli.console import note
-from persistworld_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from persistworld_cli.data.metadata.check_episode import Expected
@@ -31,50 +30,28 @@ EXAMPLES = (
 _SHOWN = 3  # episodes named in a terminal; the JSON names more
 
 
-@with_common(launch="none", without=("output",))
-def command(
-    common: Common,
-    dataset: Annotated[
-        str | None,
-        typer.Argument(help="Processed dataset (what extract-latents wrote).  \\[world.dataset]", metavar="DATASET"),
-    ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Write nothing: tell what in the dataset must be fixed, and how.")
-    ] = False,
-    sample: Annotated[
-        int, typer.Option(help="With --check: episodes whose videos and latents are read whole; 0: all.", min=0)
-    ] = 100,
-    export: Annotated[
-        str | None,
-        typer.Option(help="Write train_sample.json, val_sample.json and stat.json too.", metavar="ctrl-world"),
-    ] = None,
-    lists: Annotated[
-        str | None,
-        typer.Option("--import", help="Take episodes, start frames and percentiles from Ctrl-World's.", metavar="DIR"),
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Read every annotation again, changed or not.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes that read annotations.  \\[one a core]", min=1)] = None,
-) -> None:
+@with_common(
+    "none",
+    setting(
+        "world.dataset",
+        "Processed dataset (what extract-latents wrote).  \\[world.dataset]",
+        "DATASET",
+        metavar="DATASET",
+    ),
+    without=("output",),
+)
+def command(common: Common, request: BuildMetaRequest) -> None:
     """Index a processed dataset: where every episode lies, action statistics, the action adapter, and its health.
 
     A later run reads only the annotations that are new or changed.
     """
-    if export not in (None, "ctrl-world"):
-        raise UsageError(f"unknown export '{export}'", where="--export", fix="known: ctrl-world")
-    if check and (export or lists or fresh):
-        raise UsageError("--check writes nothing", where="--check", fix="run it without --export, --import and --fresh")
-    resolved = resolve(common, {"world.dataset": dataset}, {"world.dataset": "DATASET"})
-    job = {"check": check, "export": export, "import": lists, "fresh": fresh}
+    resolved = resolve(common)
     if common.dry_run:
-        show_settings(
-            "build-meta", resolved, job, output_folder(common, resolved, "build-meta"), as_json=common.as_json
-        )
-        return
-    if check:
-        _check(resolved, dataset is not None, sample, workers, as_json=common.as_json)
-        return
-    folder = Path(lists).expanduser() if lists else None
-    _build(resolved.settings, export, folder, fresh, workers, as_json=common.as_json)
+        show_plan(common, request, resolved, output=f"{resolved.settings.world.dataset}/meta")
+    elif request.check:
+        _check(resolved, common.flags["world.dataset"] is not None, request, as_json=common.as_json)
+    else:
+        _build(resolved.settings, request, as_json=common.as_json)
 
 
 @contextmanager
@@ -100,9 +77,7 @@ def _metered(label: str) -> Iterator[Callable[[int, int], None]]:
         meter.__exit__(None, None, None)
 
 
-def _build(
-    settings: Settings, export: str | None, lists: Path | None, fresh: bool, workers: int | None, *, as_json: bool
-) -> None:
+def _build(settings: Settings, request: BuildMetaRequest, *, as_json: bool) -> None:
     """The work, in this process and its readers, and the result."""
     from persistworld_cli.data.metadata.ctrl_world_meta import SampleLists, export_ctrl_world
     from persistworld_cli.data.metadata.index import INDEX_FILE, IndexFile
@@ -115,17 +90,17 @@ def _build(
             report = build_meta(
                 dataset,
                 num_frames=frames,
-                lists=SampleLists(lists) if lists else None,
+                lists=SampleLists(request.lists) if request.lists else None,
                 reach=lambda joints: forward(joints)[:, :3, 3],
-                fresh=fresh,
-                workers=workers,
+                fresh=request.fresh,
+                workers=request.workers,
                 progress=show,
             )
     except KeyboardInterrupt:
         note("interrupted: the metadata is as it was before")
         raise
     exported = None
-    if export:
+    if request.export:
         folder = dataset / "meta_info" / dataset.resolve().name
         index = IndexFile(report.meta / INDEX_FILE)
         exported = str(export_ctrl_world(index, report.stat, folder, num_frames=frames))
@@ -230,14 +205,14 @@ def _first(names: list[str], count: int) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if count > _SHOWN else "")
 
 
-def _check(resolved: Resolved, named: bool, sample: int, workers: int | None, *, as_json: bool) -> None:
+def _check(resolved: Resolved, named: bool, request: BuildMetaRequest, *, as_json: bool) -> None:
     """``--check``: one line a finding; exit code 1 if anything must be fixed."""
     from persistworld_cli.data.metadata.check_dataset import check_dataset
 
     dataset = resolve_path(resolved.settings.world.dataset)
     expected = None if resolved.implied and named else _expected(resolved)
     with _metered("check") as show:
-        report = check_dataset(dataset, expected, sample=sample, workers=workers, progress=show)
+        report = check_dataset(dataset, expected, sample=request.sample, workers=request.workers, progress=show)
     rows, errors = report.rows(), report.errors
     verdict = f"{errors} kinds of findings must be fixed" if errors else "fit for use"
     result = {"dataset": str(dataset), "ok": not errors, "errors": errors, "warnings": len(rows) - errors}

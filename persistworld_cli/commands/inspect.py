@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from persistworld_cli.commands.cost import BYTES, amount
 from persistworld_cli.commands.options import Common, with_common
-from persistworld_cli.commands.run import resolve, write_json
-from persistworld_cli.commands.weights_plan import show_plan
+from persistworld_cli.commands.run import resolve_if_named, show_plan, write_json
+from persistworld_cli.config.requests import InspectRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import stdout_console
 
@@ -22,20 +20,17 @@ EXAMPLES = (
 )
 
 
-@with_common(launch="none", without=("output",))
-def command(
-    common: Common,
-    ckpt: Annotated[str, typer.Argument(help="File, folder or hub id.", metavar="CKPT")],
-) -> None:
-    """Tell what a checkpoint is: world model, VAE or adapter; its parts, types and SHA-256; the presets it fits.
+@with_common("none", without=("output",))
+def command(common: Common, request: InspectRequest) -> None:
+    """Describe a checkpoint: world model, VAE or adapter; its parts, types and SHA-256; the presets it fits.
 
     With --preset it is compared with that preset too, which may be a file of your own.
     """
+    resolved = resolve_if_named(common)
     if common.dry_run:
-        show_plan("inspect", {"ckpt": ckpt}, common)
+        show_plan(common, request, resolved)
         return
-    settings = resolve(common).settings if common.preset or common.sets else None
-    result = _inspect(ckpt, settings)
+    result = _inspect(request.ckpt, resolved.settings if resolved else None)
     if common.as_json:
         write_json(result)
     else:

@@ -1,8 +1,7 @@
-"""Options that several subcommands share, and the decorator that gives them to a command.
+"""How a command gets its options: the shared ones, flags that set a setting, and the fields of its request.
 
-A command is a function ``command(common, own options...)``; `with_common` puts the shared options into its signature,
-so that each is written once, and turns errors a user can fix into one block on standard error and an exit code. An own
-parameter whose type is a dataclass of options stands for all of its fields.
+A command is a function ``command(common, request, own options...)``. `with_common` makes typer's signature of it and
+turns errors that a user can fix into one block on standard error and an exit code.
 """
 
 from __future__ import annotations
@@ -12,199 +11,234 @@ import inspect
 import os
 import typing
 from collections.abc import Callable
-from dataclasses import Field, dataclass, fields, is_dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from persistworld_cli.config.fields import bare_type, field_types, parse_text
+from persistworld_cli.config.requests import Option, Request, option, option_of
+from persistworld_cli.config.settings import setting_types
 from persistworld_cli.console import debug_wanted, listen_to_library, show_error, show_traceback
 from persistworld_cli.errors import PersistWorldError, UsageError
 
-SETTINGS_PANEL = "Settings and output"
-LAUNCH_PANEL = "Processes and machines"
+_SETTINGS, _LAUNCHING = "Settings and output", "Processes and machines"  # headings of the help
 
-# Options of single commands that mean the same in each of them.
-Ckpt = Annotated[
-    str | None, typer.Option(help="Weights: a file, a folder, a hub id, or bundled:NAME.", metavar="PATH|HUB_ID")
-]
-Adapter = Annotated[
-    str | None, typer.Option(help="Post-trained adapter (PEFT folder) on top of the weights.", metavar="PATH")
-]
-Dataset = Annotated[str | None, typer.Option(help="Processed dataset (what extract-latents wrote).", metavar="DIR")]
-Compile = Annotated[
-    bool,
-    typer.Option(
-        "--compile", help="Compile the network first (torch.compile): faster calls, after minutes of work on a CPU."
+
+@dataclass(frozen=True)
+class Slot:
+    """An option with its name (of a setting, the dotted key), type and default; None: something else decides."""
+
+    name: str
+    own: Option
+    hint: Any
+    default: Any = None
+
+    @property
+    def parameter(self) -> str:
+        """The name of its parameter."""
+        return self.name.replace(".", "_")
+
+    def for_typer(self) -> inspect.Parameter:
+        """The parameter that typer reads."""
+        own, hint, default = self.own, bare_type(self.hint), self.default
+        how: dict[str, Any] = {"help": own.help, "metavar": own.metavar, "rich_help_panel": own.panel}
+        if typing.get_origin(hint) is tuple:
+            hint = list[str] if own.commas else list[bare_type(typing.get_args(hint)[0])]  # type: ignore[misc]
+            default = [",".join(map(str, default))] if default and default is not MISSING else default
+        if default is MISSING:
+            default = inspect.Parameter.empty
+        elif hint is bool:
+            default = bool(default)
+        elif not default and default != 0:
+            hint, default = hint | None, None
+        if own.flag.startswith("-"):
+            made = typer.Option(*own.flag.split(), **how)
+        else:
+            made = typer.Argument(**{**how, "metavar": own.metavar or own.flag})
+        kind = inspect.Parameter.KEYWORD_ONLY
+        return inspect.Parameter(self.parameter, kind, default=default, annotation=Annotated[hint, made])
+
+    def read(self, values: dict[str, Any]) -> Any:
+        """Take its value out of what typer read; None where it was not given. Raises UsageError."""
+        value = values.pop(self.parameter)
+        if not isinstance(value, list):
+            return value
+        if value and self.own.commas:
+            value = list(dict.fromkeys(part for text in value for part in parse_text(text, self.hint)))
+            if not value:
+                flag = self.own.flag
+                raise UsageError("nothing is named", where=flag, fix=f"write {flag} A,B, or leave it out")
+        return tuple(value) or None
+
+
+def setting(key: str, help: str, flag: str = "", **how: Any) -> Slot:
+    """An option that sets a setting, by default called by the last part of its key."""
+    flag = flag or "--" + key.rpartition(".")[2].replace("_", "-")
+    return Slot(key, Option(help=help, flag=flag, **how), setting_types()[key])
+
+
+CKPT = setting(
+    "model.inference",
+    "Weights, or a post-trained adapter: a file, a folder, a hub id, or bundled:NAME.",
+    "--ckpt",
+    metavar="PATH|HUB_ID",
+)
+ADAPTER = setting("model.adapter", "Post-trained adapter (PEFT folder) on top of the weights.", metavar="PATH")
+DATASET = setting("world.dataset", "Processed dataset (what extract-latents wrote).", metavar="DIR")
+COMPILE = setting(
+    "launch.compile", "Compile the network first (torch.compile): faster calls, after minutes of work on a CPU."
+)
+STRICT = setting(
+    "model.strict_actions", "Refuse a dataset whose poses do not look like those the weights were trained on."
+)
+TRACKER = setting(
+    "launch.trackers",
+    "Where numbers also go; may be repeated: tensorboard (default), wandb, trackio, none.",
+    "--tracker",
+    commas=True,
+)
+# Of the commands that measure on a benchmark: what it fixes and its user may change.
+ROLLOUTS = (
+    CKPT,
+    ADAPTER,
+    setting(
+        "eval.benchmark",
+        "What is measured, and how: bundled, droid, a TOML file, or none.  \\[the preset's]",
+        metavar="NAME|PATH",
     ),
-]
-COMPILE = "launch.compile"  # its setting; `True or None`, so that a preset's stays where the flag is not given
-StrictActions = Annotated[
-    bool,
-    typer.Option(
-        "--strict-actions", help="Refuse a dataset whose poses do not look like those the weights were trained on."
+    DATASET,
+    setting("eval.episodes", "Episode ids, as 99,199; all of the split by default.", commas=True),
+    setting("eval.starts", "Start frame; may be repeated.", "--start"),
+    setting("eval.steps", "Interaction steps of a rollout."),
+    setting("eval.seeds", "Seed of the noise; may be repeated.", "--seed"),
+    setting("eval.split", "train or val."),
+    setting("eval.batch", "Rollouts at once."),
+    COMPILE,
+    STRICT,
+)
+_THREADS = setting("launch.threads", "CPU threads per process.", panel=_LAUNCHING)
+_DEVICE = setting("launch.device", "auto, cpu or cuda.", panel=_LAUNCHING)
+_LAUNCH: dict[str, tuple[Slot, ...]] = {
+    "full": (
+        setting("launch.num_processes", "Processes of all machines together.", panel=_LAUNCHING),
+        setting("launch.num_machines", "Machines.", panel=_LAUNCHING),
+        setting("launch.machine_rank", "Number of this machine, from 0.", panel=_LAUNCHING),
+        setting("launch.main_process_ip", "Address of machine 0.", panel=_LAUNCHING),
+        setting("launch.main_process_port", "Port on machine 0; 0 takes a free one.", panel=_LAUNCHING),
+        _THREADS,
+        _DEVICE,
     ),
-]
-STRICT = "model.strict_actions"  # its setting; `True or None`, as above
-Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")]
-Accelerator = Annotated[
-    str | None,
-    typer.Option(
-        help="With --dry-run: the cost on a100, h100, h200, ... or on so many dense bf16 TFLOP/s.  \\[h100]",
-        metavar="NAME|TFLOPS",
-        rich_help_panel=SETTINGS_PANEL,
-    ),
-]
-Resume = Annotated[
-    bool, typer.Option("--resume/--no-resume", help="Continue the run in the output folder, if it has one.")
-]
-ResumeFrom = Annotated[
-    str | None,
-    typer.Option(help="Go on from this state: a run's folder (its newest) or its state/step-N.", metavar="PATH"),
-]
-WithChanges = Annotated[
-    bool,
-    typer.Option(
-        "--continue-with-changes", help="Go on with finished work although settings changed that change the result."
-    ),
-]
-Tracker = Annotated[
-    list[str] | None,
-    typer.Option(help="Where numbers also go; may be repeated: tensorboard (default), wandb, trackio, none."),
-]
-TRACKER_FLAG = {"launch.trackers": "--tracker"}
+    "single": (_THREADS, _DEVICE),
+    "none": (),
+}
 
 
-def resuming(resume: bool, resume_from: str | None) -> dict[str, Any]:
-    """What a training job is told of ``--resume`` and ``--resume-from``.
-
-    Raises:
-        UsageError: both, in contradiction.
-    """
-    if resume_from and not resume:
-        raise UsageError("--no-resume and --resume-from contradict each other", where="flags", fix="give one of them")
-    return {"resume": resume, "resume_from": str(Path(resume_from).absolute()) if resume_from else None}
-
-
-def tracker_names(given: list[str] | None) -> tuple[str, ...] | None:
-    """``--tracker a,b --tracker c`` as names; None where the flag was not given."""
-    return tuple(part.strip() for text in given for part in text.split(",")) if given else None
-
-
-def option(*names: str, help: str, panel: str = SETTINGS_PANEL, metavar: str | None = None) -> Any:
-    """A typer.Option in one of the shared panels."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar)
-
-
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Common:
-    """Values of the shared options; None where a flag was not given."""
+    """Values of the shared options. `flags` and `names`: values (None: not given) and spellings, by setting."""
 
-    preset: Annotated[
-        str | None, option("--preset", "-p", help="Preset: tiny, ctrl-world, persistworld, or the path of a TOML file.")
-    ] = None
-    sets: Annotated[
-        list[str] | None,
-        option("--set", "-s", help="Override one setting; may be repeated.", metavar="TABLE.KEY=VALUE"),
-    ] = None
-    output: Annotated[Path | None, option("--output", "-o", help="Folder of this run.  \\[outputs/COMMAND-PRESET]")] = (
-        None
+    preset: str | None = option(
+        None,
+        "Preset: tiny, ctrl-world, persistworld, or the path of a TOML file.",
+        flag="--preset -p",
+        panel=_SETTINGS,
     )
-    dry_run: Annotated[bool, option("--dry-run", help="Show the resolved settings and do nothing.")] = False
-    as_json: Annotated[bool, option("--json", help="Print the result as JSON.")] = False
-    profile: Annotated[
-        bool,
-        option(
-            "--profile", help="Write where the time went, and a Chrome trace of the first seconds, into the output."
-        ),
-    ] = False
-    debug: Annotated[bool, option("--debug", help="Show tracebacks of errors.")] = False
-    num_processes: Annotated[
-        int | None, option("--num-processes", help="Processes of all machines together.", panel=LAUNCH_PANEL)
-    ] = None
-    num_machines: Annotated[int | None, option("--num-machines", help="Machines.", panel=LAUNCH_PANEL)] = None
-    machine_rank: Annotated[
-        int | None, option("--machine-rank", help="Number of this machine, from 0.", panel=LAUNCH_PANEL)
-    ] = None
-    main_process_ip: Annotated[
-        str | None, option("--main-process-ip", help="Address of machine 0.", panel=LAUNCH_PANEL)
-    ] = None
-    main_process_port: Annotated[
-        int | None, option("--main-process-port", help="Port on machine 0; 0 takes a free one.", panel=LAUNCH_PANEL)
-    ] = None
-    accelerate_config: Annotated[
-        Path | None,
-        option(
-            "--accelerate-config",
-            help="Processes and machines from accelerate's file; flags go before it.",
-            panel=LAUNCH_PANEL,
-            metavar="FILE",
-        ),
-    ] = None
-    threads: Annotated[int | None, option("--threads", help="CPU threads a process.", panel=LAUNCH_PANEL)] = None
-    device: Annotated[str | None, option("--device", help="auto, cpu or cuda.", panel=LAUNCH_PANEL)] = None
-    take_over: Annotated[
-        bool,
-        option(
-            "--take-over",
-            help="Take the output folder from a run on another host that ended without a word.",
-            panel=LAUNCH_PANEL,
-        ),
-    ] = False
+    sets: tuple[str, ...] = option(
+        (), "Override one setting; may be repeated.", flag="--set -s", metavar="TABLE.KEY=VALUE", panel=_SETTINGS
+    )
+    output: Path | None = option(
+        None, "Folder of this run.  \\[outputs/COMMAND-PRESET]", flag="--output -o", panel=_SETTINGS
+    )
+    dry_run: bool = option(False, "Show the request and the settings, and do nothing.", panel=_SETTINGS)
+    accelerator: str | None = option(
+        None,
+        "With --dry-run: the cost on a100, h100, h200, ... or on so many dense bf16 TFLOP/s.  \\[h100]",
+        metavar="NAME|TFLOPS",
+        panel=_SETTINGS,
+    )
+    as_json: bool = option(False, "Print the result as JSON.", flag="--json", panel=_SETTINGS)
+    profile: bool = option(
+        False,
+        "Write where the time went, and a Chrome trace of the first seconds, into the output.",
+        panel=_SETTINGS,
+    )
+    debug: bool = option(False, "Show tracebacks of errors.", panel=_SETTINGS)
+    accelerate_config: Path | None = option(
+        None,
+        "Processes and machines from a file that accelerate config wrote; flags take precedence.",
+        metavar="FILE",
+        panel=_LAUNCHING,
+    )
+    take_over: bool = option(
+        False, "Take the output folder over from a run on another host that was killed.", panel=_LAUNCHING
+    )
+    flags: dict[str, Any] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
 
-    def launch_flags(self) -> dict[str, Any]:
-        """Settings of the ``launch`` table that were given as flags, or in accelerate's file."""
+    def all_flags(self) -> dict[str, Any]:
+        """The flags, over processes and machines of accelerate's file."""
         from persistworld_cli.launch.accelerate_config import read_accelerate_config
 
         filed = read_accelerate_config(self.accelerate_config) if self.accelerate_config else {}
-        given = {name: value for name in _SETTINGS if (value := getattr(self, name)) is not None}
-        return {f"launch.{name}": value for name, value in (filed | given).items()}
+        given = {key: value for key, value in self.flags.items() if value is not None}
+        return {f"launch.{name}": value for name, value in filed.items()} | given
 
 
-_SETTINGS = (
-    *("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port"),
-    *("threads", "device"),
-)
-_LAUNCH = (*_SETTINGS, "accelerate_config", "take_over")
-_OFFERED: dict[str, tuple[str, ...]] = {"full": _LAUNCH, "single": ("threads", "device", "take_over"), "none": ()}
+# Shared options that not every command has: how those are launched that have it.
+_ONLY: dict[str, tuple[str, ...]] = {"accelerate_config": ("full",), "take_over": ("full", "single")}
 
 
 def with_common(
-    launch: Literal["full", "single", "none"], without: tuple[str, ...] = ()
+    launch: Literal["full", "single", "none"], *flags: Slot, cost: bool = False, without: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the shared options.
+    """Give a command the shared options, flags for settings, and the fields of its request.
 
     Args:
-        launch: which of "Processes and machines" it takes: all (a job that can be spread), threads and device (a job of
+        launch: which of "Processes and machines" it takes: all (work that can be spread), threads and device (work of
             one process), or none (done in this process).
+        flags: the settings that it has options for; their values are in ``common.flags``.
+        cost: a dry run shows the cost, on an ``--accelerator``.
         without: shared options that it does not take, or has in a form of its own.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        hints = typing.get_type_hints(Common, include_extras=True)
-        shown = [f for f in fields(Common) if f.name not in _LAUNCH or f.name in _OFFERED[launch]]
-        offered = [f for f in shown if f.name not in without]
-        own_hints = typing.get_type_hints(command, include_extras=True)
-        groups: dict[str, Any] = {n: kind for n, kind in own_hints.items() if is_dataclass(kind) and n != "common"}
+        hints = typing.get_type_hints(command)
+        kind: type[Request] | None = hints.pop("request", None)
+        requested = _fields_of(kind) if kind else []
+        inherited = [slot for slot in requested if slot.name not in vars(kind)["__annotations__"]]
         own = [
-            one
-            for n, p in inspect.signature(command).parameters.items()
-            if n != "common"
-            for one in (_options_of(groups[n]) if n in groups else [p.replace(annotation=own_hints[n])])
+            Slot(name, how, hints[name], p.default.default)
+            for name, p in inspect.signature(command).parameters.items()
+            if isinstance(p.default, Field) and (how := option_of(p.default, name))
         ]
-        shared = [_parameter(f, hints) for f in offered]
+        settings = [*flags, *_LAUNCH[launch]]
+        left_out = {name for name, only in _ONLY.items() if launch not in only} | (
+            {"accelerator"} if not cost else set()
+        )
+        shared = [slot for slot in _fields_of(Common) if slot.name not in {*without, *left_out}]
+        first = [slot for slot in requested if slot not in inherited]
+        parameters = [slot.for_typer() for slot in (*own, *first, *flags, *inherited, *_LAUNCH[launch], *shared)]
+
+        def call(values: dict[str, Any]) -> None:
+            common = Common(**_given(shared, values))
+            for slot in settings:
+                value = slot.read(values)
+                common.flags[slot.name] = None if value is False else value  # a switch: a preset's yes stays
+                common.names[slot.name] = slot.own.flag
+            if kind:
+                values["request"] = kind(**_given(requested, values))
+            values |= {slot.name: slot.read(values) for slot in own}
+            name = command.__module__.rpartition(".")[2].replace("_", "-")
+            with _profile(name) if launch == "none" and common.profile and not common.dry_run else nullcontext():
+                command(common, **values)
 
         @functools.wraps(command)
         def run(**values: Any) -> None:
-            common = Common(**{f.name: values.pop(f.name) for f in offered})
-            for name, kind in groups.items():
-                values[name] = kind(**{f.name: values.pop(f.name) for f in fields(kind)})
-            call = functools.partial(command, common, **values)
-            if launch == "none" and common.profile and not common.dry_run:
-                call = functools.partial(_profiled, command.__module__, call)
-            _guard(call, debug=common.debug)
+            _guard(functools.partial(call, values), debug=values["debug"])
 
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + shared
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
         return run
@@ -212,26 +246,23 @@ def with_common(
     return decorate
 
 
-def _parameter(field: Field[Any], hints: dict[str, Any]) -> inspect.Parameter:
-    """An option's field as a parameter that typer reads."""
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
-    )
+def _fields_of(kind: type[Any]) -> list[Slot]:
+    """The fields of a dataclass that are options."""
+    hints = field_types(kind)
+    return [Slot(f.name, own, hints[f.name], f.default) for f in fields(kind) if (own := option_of(f, f.name))]
 
 
-def _options_of(kind: Any) -> list[inspect.Parameter]:
-    """Every field of a dataclass of options."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return [_parameter(field, hints) for field in fields(kind)]
+def _given(slots: list[Slot], values: dict[str, Any]) -> dict[str, Any]:
+    """Take those values out that were given."""
+    found = {slot.name: slot.read(values) for slot in slots}
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def _profiled(module: str, call: Callable[[], None]) -> None:
-    """A command that is done in this process, with a profile of Python's functions beside its result."""
+def _profile(name: str) -> AbstractContextManager[Any]:
+    """A profile of Python's functions, for a command that is done in this process."""
     from persistworld_cli.profiling import FOLDER, calls_counted
 
-    name = module.rpartition(".")[2].replace("_", "-")
-    with calls_counted(Path("outputs") / f"{FOLDER}-{name}"):
-        call()
+    return calls_counted(Path("outputs") / f"{FOLDER}-{name}")
 
 
 def _guard(call: Callable[[], None], *, debug: bool) -> None:

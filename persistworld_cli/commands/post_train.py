@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from persistworld_cli.commands.options import (
-    STRICT,
-    TRACKER_FLAG,
-    Accelerator,
-    Ckpt,
-    Common,
-    Dataset,
-    Resume,
-    ResumeFrom,
-    Seed,
-    StrictActions,
-    Tracker,
-    WithChanges,
-    resuming,
-    tracker_names,
-    with_common,
-)
+from persistworld_cli.commands.options import DATASET, STRICT, TRACKER, Common, setting, with_common
 from persistworld_cli.commands.run import execute
-from persistworld_cli.commands.weights import start_flags
+from persistworld_cli.commands.weights import START, start_from
+from persistworld_cli.config.requests import PostTrainRequest
 
 EXAMPLES = (
     "persistworld post-train --updates 40",
@@ -36,46 +17,20 @@ EXAMPLES = (
 )
 
 
-@with_common(launch="full")
-def command(
-    common: Common,
-    ckpt: Ckpt = None,
-    dataset: Dataset = None,
-    updates: Annotated[int | None, typer.Option(help="Updates of the whole run.")] = None,
-    groups: Annotated[int | None, typer.Option(help="Start states an update, over all processes.")] = None,
-    candidates: Annotated[int | None, typer.Option(help="Continuations drawn from each start state.")] = None,
-    split_groups: Annotated[
-        bool | None,
-        typer.Option("--split-groups", help="Fewer groups than processes: several share the candidates of one."),
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    seed: Seed = None,
-    tracker: Tracker = None,
-    resume: Resume = True,
-    resume_from: ResumeFrom = None,
-    with_changes: WithChanges = False,
-    strict_actions: StrictActions = False,
-    accelerator: Accelerator = None,
-) -> None:
+@with_common(
+    "full",
+    DATASET,
+    setting("post_train.updates", "Updates of the whole run."),
+    setting("post_train.groups", "Start states per update, over all processes."),
+    setting("post_train.candidates", "Continuations drawn from each start state."),
+    setting("post_train.split_groups", "Fewer groups than processes: several share the candidates of one."),
+    setting("post_train.lr", "Learning rate."),
+    setting("post_train.seed", "Seed of everything that is drawn."),
+    TRACKER,
+    STRICT,
+    cost=True,
+)
+def command(common: Common, request: PostTrainRequest, ckpt: str | None = START) -> None:
     """Post-train on own rollouts: draw continuations, score them against the record, learn from the best and worst."""
-    start, names = start_flags(ckpt, dry_run=common.dry_run, adapter_fits=False)
-    execute(
-        "post-train",
-        common,
-        flags={
-            STRICT: strict_actions or None,
-            **start,
-            "world.dataset": dataset,
-            "post_train.updates": updates,
-            "post_train.groups": groups,
-            "post_train.candidates": candidates,
-            "post_train.split_groups": split_groups,
-            "post_train.lr": lr,
-            "post_train.seed": seed,
-            "launch.trackers": tracker_names(tracker),
-        },
-        names={**TRACKER_FLAG, **names},
-        job=resuming(resume, resume_from),
-        accelerator=accelerator,
-        with_changes=with_changes,
-    )
+    start_from(common, ckpt, adapter_fits=False)
+    execute(common, request)

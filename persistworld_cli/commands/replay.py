@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from persistworld_cli.commands.options import (
-    COMPILE,
-    STRICT,
-    Accelerator,
-    Common,
-    Compile,
-    Dataset,
-    StrictActions,
-    with_common,
-)
+from persistworld_cli.commands.options import COMPILE, DATASET, STRICT, Common, setting, with_common
 from persistworld_cli.commands.run import execute
+from persistworld_cli.config.requests import ReplayRequest
 
 EXAMPLES = (
     "persistworld replay",
@@ -25,46 +13,18 @@ EXAMPLES = (
 )
 
 
-@with_common(launch="single")
-def command(
-    common: Common,
-    episode: Annotated[
-        list[str] | None, typer.Option("--episode", help="Episode; may be repeated. The first held-out one by default.")
-    ] = None,
-    start: Annotated[int, typer.Option(help="Frame to start from.", min=0)] = 0,
-    steps: Annotated[int | None, typer.Option(help="Interaction steps of a rollout (4 new frames each).")] = None,
-    seed: Annotated[list[int] | None, typer.Option("--seed", help="Seed of the noise; may be repeated.")] = None,
-    ckpt: Annotated[
-        list[str] | None,
-        typer.Option("--ckpt", help="Weights; may be repeated, for models side by side.", metavar="PATH|HUB_ID"),
-    ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option("--adapter", help="Adapter on the weights, or base for none; may be repeated.", metavar="PATH"),
-    ] = None,
-    dataset: Dataset = None,
-    split: Annotated[str | None, typer.Option(help="Split to look for the episode in: train or val.")] = None,
-    compiled: Compile = False,
-    strict_actions: StrictActions = False,
-    accelerator: Accelerator = None,
-) -> None:
+@with_common(
+    "single",
+    setting("eval.episodes", "Episode; may be repeated. The first held-out one by default.", "--episode"),
+    setting("eval.starts", "Frame to start from; may be repeated.", "--start"),
+    setting("eval.steps", "Interaction steps of a rollout (4 new frames each)."),
+    setting("eval.seeds", "Seed of the noise; may be repeated.", "--seed"),
+    DATASET,
+    setting("eval.split", "Split to look for the episode in: train or val."),
+    COMPILE,
+    STRICT,
+    cost=True,
+)
+def command(common: Common, request: ReplayRequest) -> None:
     """Replay recorded actions: prediction over record as mp4, contact sheet and numbers for every step."""
-    execute(
-        "replay",
-        common,
-        flags={
-            COMPILE: compiled or None,
-            STRICT: strict_actions or None,
-            "world.dataset": dataset,
-            "eval.split": split,
-            "eval.steps": steps,
-        },
-        job={
-            "episodes": episode or [],
-            "start": start,
-            "seeds": seed or [0],
-            "ckpts": ckpt or [],
-            "adapters": adapter or [],
-        },
-        accelerator=accelerator,
-    )
+    execute(common, request)

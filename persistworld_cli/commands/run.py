@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,135 +13,66 @@ import typer
 
 from persistworld_cli.commands.cost import cost_report, pick_accelerator, show_cost
 from persistworld_cli.commands.options import Common
-from persistworld_cli.commands.weights import weights_lines, weights_rows
-from persistworld_cli.config.presets import Pinned, Resolved, flatten, load_settings, to_json
+from persistworld_cli.commands.weights import hints, weights_lines, weights_rows
+from persistworld_cli.config.presets import Resolved, flatten, load_settings, to_json
+from persistworld_cli.config.requests import Request, TaskRequest, request_to_json
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import note, stdout_console, write_out
-from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.evaluation.benchmarks import load_benchmark
 from persistworld_cli.files import flat
 
 _SHOWN_ROWS = 40  # of a table in a result; the file has all
 
 
-def resolve(
-    common: Common,
-    flags: Mapping[str, Any] | None = None,
-    names: Mapping[str, str] | None = None,
-    pinned: Pinned | None = None,
-) -> Resolved:
-    """Settings from preset, environment, ``--set`` and this command's flags; says so where the bundled world is taken.
-
-    Args:
-        common: the shared options.
-        flags: dotted key -> value of a flag, None where it was not given.
-        names: dotted key -> the flag's spelling, where it is not ``--<key>``.
-        pinned: what a benchmark sets.
-    """
+def resolve(common: Common) -> Resolved:
+    """Settings from preset, benchmark, environment, ``--set`` and flags; says so where the bundled world is taken."""
+    pinned = None
+    if "eval.benchmark" in common.flags:  # of the commands that measure on one
+        named = common.flags["eval.benchmark"]
+        found = load_benchmark(named or load_settings(common.preset, common.sets or ()).settings.eval.benchmark)
+        pinned = found.pinned if found else None
     resolved = load_settings(
-        common.preset, common.sets or (), {**(flags or {}), **common.launch_flags()}, flag_names=names, pinned=pinned
+        common.preset, common.sets or (), common.all_flags(), flag_names=common.names, pinned=pinned
     )
     if resolved.implied:
         note(f"no --preset: using the bundled world (preset {resolved.preset})")
     return resolved
 
 
-def execute(
-    task: str,
-    common: Common,
-    *,
-    flags: Mapping[str, Any] | None = None,
-    names: Mapping[str, str] | None = None,
-    job: Mapping[str, Any] | None = None,
-    folder: str | None = None,
-    accelerator: str | None = None,
-    pinned: Pinned | None = None,
-    check: Callable[[Settings], None] | None = None,
-    hint: Callable[[Resolved], str] | None = None,
-    terminal: bool = False,
-    with_changes: bool = False,
-) -> None:
+def execute(common: Common, request: TaskRequest, check: Callable[[Settings], None] | None = None) -> None:
     """A whole command whose work is done by a worker: resolve, show or launch, print.
 
     Args:
-        task: name in the worker's table.
-        common: the shared options.
-        flags, names: as for `resolve`.
-        job: what is asked for beside the settings; JSON values. The worker gets ``output`` added.
-        folder: name of the default output folder, if it is not the task's.
-        accelerator: what a dry run's floors are for; None: the default.
-        pinned: as for `resolve`.
+        common: the shared options and flags.
+        request: the command's own options.
         check: looks at the resolved settings before anything starts; raises UsageError.
-        hint: what to say of the weights it begins from, "" for nothing.
-        terminal: the worker reads keys from the terminal.
-        with_changes: go on with finished work although settings changed.
     """
-    device = pick_accelerator(accelerator, dry_run=common.dry_run)
-    resolved = resolve(common, flags, names, pinned)
+    device = pick_accelerator(common.accelerator, dry_run=common.dry_run)
+    resolved = resolve(common)
     if check is not None:
         check(resolved.settings)
-    output = output_folder(common, resolved, folder or task)
-    job = {**(job or {}), **({"profile": True} if common.profile else {})}
-    weights = weights_rows(task, resolved, job)
-    lines = weights_lines(weights)
-    if hint is not None and (text := hint(resolved)):
-        lines.append(text)
+    output = common.output if common.output is not None else Path("outputs") / f"{request.task}-{resolved.label}"
+    request = replace(request, output=output, command=tuple(command_line()), profile=common.profile)
+    weights = weights_rows(resolved, request)
+    lines = [*weights_lines(weights), *hints(resolved, request)]
     if common.dry_run:
-        report = cost_report(task, resolved.settings)
+        report = cost_report(request.task, resolved.settings)
         cost = report.as_json(device) if report else None
-        show_settings(task, resolved, job, output, as_json=common.as_json, cost=cost, weights=weights, lines=lines)
+        show_plan(common, request, resolved, output=str(output), cost=cost, weights=weights, lines=lines)
         if report and not common.as_json:
-            show_cost(task, report, device)
+            show_cost(request.task, report, device)
         return
     for line in lines:
-        note(f"{task}: {line}")
-    result = launch_worker(
-        task, resolved, job, output, terminal=terminal, take_over=common.take_over, with_changes=with_changes
-    )
-    code = int(result.pop("exit_code", 0))  # work that finished, but not all of it as asked (an unreadable episode)
+        note(f"{request.task}: {line}")
+    from persistworld_cli.launch.launcher import run_task
+
+    code, result = run_task(resolved.settings, request, take_over=common.take_over)
+    if code:
+        raise typer.Exit(code)  # the worker has said why
+    code = int(result.pop("exit_code", 0))  # work that finished, but not all of it as requested (an unreadable episode)
     show_result(result, as_json=common.as_json)
     if code:
         raise typer.Exit(code)
-
-
-def output_folder(common: Common, resolved: Resolved, name: str) -> Path:
-    """``--output``, or ``outputs/<name>-<preset>`` in the current folder."""
-    return common.output if common.output is not None else Path("outputs") / f"{name}-{resolved.label}"
-
-
-def launch_worker(
-    task: str,
-    resolved: Resolved,
-    job: dict[str, Any],
-    output: Path,
-    *,
-    terminal: bool = False,
-    take_over: bool = False,
-    with_changes: bool = False,
-) -> dict[str, Any]:
-    """Hand the work to worker processes and wait for them; the options are those of `launcher.run_task`.
-
-    Returns:
-        What the task returned (``<output>/result.json``).
-
-    Raises:
-        typer.Exit: the worker failed and has said why; its exit code is passed on.
-        PersistWorldError: the output folder cannot be written, or is another run's.
-    """
-    from persistworld_cli.launch.launcher import run_task
-
-    code, result = run_task(
-        task,
-        resolved.settings,
-        job,
-        output,
-        terminal=terminal,
-        take_over=take_over,
-        with_changes=with_changes,
-        command=command_line(),
-    )
-    if code:
-        raise typer.Exit(code)
-    return result
 
 
 def command_line() -> list[str]:
@@ -148,31 +80,38 @@ def command_line() -> list[str]:
     return ["persistworld", *sys.argv[1:]]
 
 
-def show_settings(
-    task: str,
-    resolved: Resolved,
-    job: Mapping[str, Any],
-    output: Path,
+def show_plan(
+    common: Common,
+    request: Request,
+    resolved: Resolved | None = None,
     *,
-    as_json: bool,
+    output: str = "standard output",
     cost: Mapping[str, Any] | None = None,
     weights: Sequence[Mapping[str, str]] = (),
     lines: Sequence[str] = (),
 ) -> None:
-    """Every setting with its value and the layer it came from (``--dry-run``); ``cost`` stands beside them in JSON.
+    """What a command would do (``--dry-run``): the whole request, and every setting with the layer it came from.
 
-    ``weights`` are those that the task takes, ``lines`` the same in words.
+    Args:
+        common: the shared options.
+        request: the command's own.
+        resolved: its settings, if it has any.
+        output: where the result goes.
+        cost: for the JSON.
+        weights: that the task takes, for the JSON; ``lines`` say the same, and more, to people.
     """
-    values = flatten(resolved.settings)
-    if as_json:
-        plain = to_json(resolved.settings)
-        settings = {
-            key: {"value": plain[key.partition(".")[0]][key.partition(".")[2]], "origin": resolved.origin[key]}
-            for key in values
-        }
-        data: dict[str, Any] = {"task": task, "preset": resolved.preset, "output": str(output), "job": dict(job)}
-        data |= {"settings": settings} | ({"weights": [dict(row) for row in weights]} if weights else {})
-        write_json(data if cost is None else {**data, "cost": cost})
+    values = flatten(resolved.settings) if resolved else {}
+    origin = resolved.origin if resolved else {}
+    if common.as_json:
+        tables = to_json(resolved.settings) if resolved else {}
+        plain = {f"{table}.{name}": value for table, own in tables.items() for name, value in own.items()}
+        write_json(
+            {"task": request.task, "preset": resolved.preset if resolved else None, "output": output}
+            | {"request": request_to_json(request)}
+            | {"settings": {key: {"value": plain[key], "origin": origin[key]} for key in values}}
+            | ({"weights": [dict(row) for row in weights]} if weights else {})
+            | ({"cost": cost} if cost is not None else {})
+        )
         return
     from rich.markup import escape
     from rich.table import Table
@@ -183,15 +122,21 @@ def show_settings(
         if last and key.partition(".")[0] != last:
             table.add_section()
         last = key.partition(".")[0]
-        default = resolved.origin[key] == "default"
-        table.add_row(key, escape(_text(value)), escape(resolved.origin[key]), style="dim" if default else None)
+        table.add_row(key, escape(_text(value)), escape(origin[key]), style="dim" if origin[key] == "default" else None)
     console = stdout_console()
-    console.print(f"[bold]{task}[/bold] into {escape(str(output))} (dry run: nothing is done)")
+    console.print(f"[bold]{request.task}[/bold] into {escape(output)} (dry run: nothing is done)")
     for line in lines:
         console.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
-    for name, value in job.items():
-        console.print(f"  {name}: {escape(_text(value))}")
-    console.print(table)
+    for name, value in request_to_json(request).items():
+        if name not in ("output", "command"):
+            console.print(f"  {name}: {escape(_text(value))}")
+    if resolved:
+        console.print(table)
+
+
+def resolve_if_named(common: Common) -> Resolved | None:
+    """Of a command on a checkpoint: the settings that ``--preset`` or ``--set`` name; without, the weights decide."""
+    return resolve(common) if common.preset or common.sets else None
 
 
 def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
@@ -240,16 +185,6 @@ def _are_files(value: Any) -> bool:
 def write_json(data: Mapping[str, Any]) -> None:
     """One JSON document on standard output."""
     write_out(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def episode_list(text: str | None) -> tuple[str, ...] | None:
-    """``99,199`` as episode ids; None where the flag was not given. Raises PersistWorldError where it is empty."""
-    if text is None:
-        return None
-    names = tuple(part.strip() for part in text.split(",") if part.strip())
-    if not names:
-        raise PersistWorldError("no episode is named", where="--episodes", fix="write --episodes 99,199")
-    return names
 
 
 def _text(value: Any) -> str:

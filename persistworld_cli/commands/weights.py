@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from persistworld_cli.commands.options import Common
+from persistworld_cli.config import requests
 from persistworld_cli.config.presets import Resolved, load_settings
+from persistworld_cli.config.requests import EvalRequest, PretrainRequest, ReplayRequest, Request, option
 from persistworld_cli.config.weight_names import NO_ADAPTER, adapter_name, adapter_on_disk, on_disk
 from persistworld_cli.errors import UsageError
+from persistworld_cli.evaluation.published import has_gain
 
-INFERENCE = ("eval", "verify", "frontier", "replay", "drive", "pi-rollout")
-TRAINING = ("pretrain", "post-train")
-# Spellings of the settings that ``--ckpt`` stands for.
-CKPT_FLAG = {"model.ckpt": "--ckpt", "model.inference": "--ckpt"}
+_INFERENCE = (
+    EvalRequest,
+    requests.VerifyRequest,
+    requests.FrontierRequest,
+    ReplayRequest,
+    requests.DriveRequest,
+    requests.PolicyRolloutRequest,
+)
 
 
-def start_flags(ckpt: str | None, *, adapter_fits: bool, dry_run: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings that a training's ``--ckpt`` stands for, and their spellings.
+START = option(
+    None,
+    "Weights to begin from: a file, a folder, a hub id, or bundled:NAME.",
+    flag="--ckpt",
+    metavar="PATH|HUB_ID",
+)
+
+
+def start_from(common: Common, ckpt: str | None, *, adapter_fits: bool) -> None:
+    """Put the settings that a training's ``--ckpt`` means among the flags.
 
     Whole weights take the place of ``model.ckpt`` and stand alone; an adapter goes on ``model.ckpt``, as in inference.
 
     Args:
+        common: the shared options. In a dry run the hub is not asked: a repository there is taken for whole weights.
         ckpt: what was given, or None.
         adapter_fits: whether the training can begin from weights with an adapter merged into them.
-        dry_run: the hub is not asked what a repository holds; it is then taken for whole weights.
 
     Raises:
         UsageError: an adapter where `adapter_fits` is false.
     """
     if ckpt is None:
-        return {}, {}
-    if not (adapter_on_disk(ckpt) if dry_run or on_disk(ckpt) else _on_hub(ckpt)):
-        return {"model.ckpt": ckpt, "model.adapter": ""}, {"model.ckpt": "--ckpt", "model.adapter": "--ckpt"}
+        return
+    common.names.update({"model.ckpt": "--ckpt", "model.adapter": "--ckpt"})
+    if not (adapter_on_disk(ckpt) if common.dry_run or on_disk(ckpt) else _on_hub(ckpt)):
+        common.flags.update({"model.ckpt": ckpt, "model.adapter": ""})
+        return
     if not adapter_fits:
         raise UsageError(
             f"'{ckpt}' is an adapter: what post-training writes is an adapter too, and no file would hold the weights "
@@ -40,7 +55,7 @@ def start_flags(ckpt: str | None, *, adapter_fits: bool, dry_run: bool) -> tuple
             fix=f"merge it first: persistworld export WEIGHTS --adapter {ckpt} --to safetensors -o merged.safetensors, "
             "then --ckpt merged.safetensors; or go on with its run: --resume-from",
         )
-    return {"model.adapter": ckpt}, {"model.adapter": "--ckpt"}
+    common.flags.update({"model.adapter": ckpt})
 
 
 def _on_hub(ckpt: str) -> bool:
@@ -50,10 +65,10 @@ def _on_hub(ckpt: str) -> bool:
     return bool(adapter_at(ckpt))
 
 
-def weights_rows(task: str, resolved: Resolved, job: dict[str, Any]) -> list[dict[str, str]]:
+def weights_rows(resolved: Resolved, request: Request) -> list[dict[str, str]]:
     """Which weights a task takes: rows of ``use``, ``weights``, ``adapter`` ("" for none) and ``why``.
 
-    Nothing is fetched: what lies in a repository of the hub is told by its name alone.
+    Nothing is fetched: what lies in a repository of the hub is known by its name alone.
     """
     model = resolved.settings.model
 
@@ -61,24 +76,24 @@ def weights_rows(task: str, resolved: Resolved, job: dict[str, Any]) -> list[dic
         return f"{key}, {resolved.origin[key]}"
 
     overlay = adapter_name(model.adapter)
-    if task in TRAINING:
-        if job.get("scratch"):
-            named = why("model.ckpt") if not job.get("vae") else "--vae"
-            return [
-                {"use": "begins from", "weights": "random weights", "adapter": "", "why": "--scratch"},
-                {"use": "VAE of", "weights": str(job.get("vae") or model.ckpt), "adapter": "", "why": named},
-            ]
-        used = overlay if task == "pretrain" else ""
+    if isinstance(request, PretrainRequest) and request.scratch:
+        named = "--vae" if request.vae else why("model.ckpt")
+        return [
+            {"use": "begins from", "weights": "random weights", "adapter": "", "why": "--scratch"},
+            {"use": "VAE of", "weights": request.vae or model.ckpt, "adapter": "", "why": named},
+        ]
+    if isinstance(request, PretrainRequest | requests.PostTrainRequest):
+        used = overlay if isinstance(request, PretrainRequest) else ""
         key = "model.adapter" if used else "model.ckpt"
         return [{"use": "begins from", "weights": model.ckpt, "adapter": used, "why": why(key)}]
-    if task not in INFERENCE:
+    if not isinstance(request, _INFERENCE):
         return []
-    if job.get("ckpts") or job.get("adapters"):  # of a replay, which may show several side by side
+    if isinstance(request, ReplayRequest) and (request.ckpts or request.adapters):
         return [
-            *({"use": "runs", **_row(one, model.ckpt), "why": "--ckpt"} for one in job.get("ckpts") or [model.ckpt]),
+            *({"use": "runs", **_row(one, model.ckpt), "why": "--ckpt"} for one in request.ckpts or [model.ckpt]),
             *(
                 {"use": "on them", "weights": "", "adapter": "" if one in NO_ADAPTER else one, "why": "--adapter"}
-                for one in job.get("adapters") or []
+                for one in request.adapters
             ),
         ]
     if model.inference:
@@ -90,18 +105,18 @@ def weights_rows(task: str, resolved: Resolved, job: dict[str, Any]) -> list[dic
         key = "model.adapter" if overlay else "model.ckpt"
         rows = [{"use": "runs", "weights": model.ckpt, "adapter": overlay, "why": why(key)}]
     alone = rows[0]["weights"] == model.ckpt and not rows[0]["adapter"]
-    if task == "eval" and job.get("baseline"):
-        rows.append({"use": "compared with", "weights": str(job["baseline"]), "adapter": "", "why": "--baseline"})
-    elif not alone and (task == "eval" or (task == "verify" and _verifies_gain(resolved, job))):
+    if isinstance(request, EvalRequest) and request.baseline:
+        rows.append({"use": "compared with", "weights": request.baseline, "adapter": "", "why": "--baseline"})
+    elif not alone and (isinstance(request, EvalRequest) or _verifies_gain(resolved, request)):
         rows.append({"use": "compared with", "weights": model.ckpt, "adapter": "", "why": why("model.ckpt")})
     return rows
 
 
-def _verifies_gain(resolved: Resolved, job: Mapping[str, Any]) -> bool:
+def _verifies_gain(resolved: Resolved, request: Request) -> bool:
     """Whether ``verify`` rolls the base out too."""
-    from persistworld_cli.evaluation.published import has_gain
-
-    return not job.get("alone") and bool(job.get("write") or has_gain(resolved.settings.eval.published))
+    if not isinstance(request, requests.VerifyRequest) or request.alone:
+        return False
+    return bool(request.write_published or has_gain(resolved.settings.eval.published))
 
 
 def _row(weights: str, ckpt: str) -> dict[str, str]:
@@ -118,9 +133,9 @@ def weights_lines(rows: list[dict[str, str]]) -> list[str]:
     return lines
 
 
-def hint_at_other_start(resolved: Resolved) -> str:
-    """What a pretraining from the finished Ctrl-World says of the other preset; "" where that does not fit."""
+def hints(resolved: Resolved, request: Request) -> list[str]:
+    """What a pretraining from the finished Ctrl-World says of the other preset; nothing where that does not fit."""
     finished = load_settings("ctrl-world", (), {}, env={}).settings.model.ckpt
-    if resolved.settings.model.ckpt != finished:
-        return ""
-    return "these are finished weights, which learn on; to train from Stable Video Diffusion: --preset ctrl-world-svd"
+    if not isinstance(request, PretrainRequest) or request.scratch or resolved.settings.model.ckpt != finished:
+        return []
+    return ["these are finished weights, which learn on; to train from Stable Video Diffusion: --preset ctrl-world-svd"]

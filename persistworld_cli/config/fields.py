@@ -18,6 +18,7 @@ import types
 import typing
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import tomli
@@ -25,7 +26,13 @@ import tomli
 from persistworld_cli.errors import UsageError, nearest
 
 FREE = {"resume": "free"}  # metadata of a setting, or of a whole table, that a resumed run may change
-_NAMES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+_NAMES: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    Path: "a path",
+}
 _PLURALS: dict[Any, str] = {bool: "booleans", int: "whole numbers", float: "numbers", str: "strings"}
 
 
@@ -127,25 +134,25 @@ def _entries(args: tuple[Any, ...], value: Collection[Any]) -> tuple[Any, ...]:
     return (args[0],) * len(value) if args[1:] == (...,) else args
 
 
-def _bare(hint: Any) -> Any:
+def bare_type(hint: Any) -> Any:
     """A type without bounds and choices: what a value is coerced to."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated or origin in (Union, types.UnionType):  # a union is one type or None
-        return _bare(args[0])
+        return bare_type(args[0])
     return type(args[0]) if origin is Literal else hint
 
 
 def expected(hint: Any) -> str:
     """A type in a user's words."""
-    bare = _bare(hint)
+    bare = bare_type(hint)
     if bare in _NAMES:
         return _NAMES[bare]
     origin, args = typing.get_origin(bare), typing.get_args(bare)
     if origin is tuple:
         count = "" if args[1:] == (...,) else f"{len(args)} "
-        return f"a list of {count}{_PLURALS.get(_bare(args[0]), 'values')}"
+        return f"a list of {count}{_PLURALS.get(bare_type(args[0]), 'values')}"
     if origin is dict:
-        return "a table of numbers" if _bare(args[1]) is float else "a table"
+        return "a table of numbers" if bare_type(args[1]) is float else "a table"
     return str(bare)
 
 
@@ -157,7 +164,7 @@ def coerce(value: Any, hint: Any, *, key: str, where: str) -> Any:
     """
     if value is None and type(None) in typing.get_args(hint):
         return None
-    bare = _bare(hint)
+    bare = bare_type(hint)
     origin, args = typing.get_origin(bare), typing.get_args(bare)
     if bare is Any:
         _plain(value, key=key, where=where)
@@ -177,6 +184,8 @@ def coerce(value: Any, hint: Any, *, key: str, where: str) -> Any:
         return number
     if bare in (bool, int, str) and type(value) is bare:
         return value
+    if bare is Path and isinstance(value, str | Path):
+        return Path(value)
     kind = expected(hint)
     raise UsageError(f"{key} = {value!r} has the wrong type: expected {kind}", where=where, fix=f"write {kind}")
 
@@ -187,7 +196,7 @@ def parse_text(text: str, hint: Any) -> Any:
     A string setting takes the text unchanged (``--set eval.split=val``); a list may be written without brackets and
     quotes (``--set eval.episodes=99,199``).
     """
-    bare, value = _bare(hint), _toml(text)
+    bare, value = bare_type(hint), _toml(text)
     if typing.get_origin(bare) is tuple:
         if isinstance(value, list):
             return value

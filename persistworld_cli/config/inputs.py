@@ -16,7 +16,7 @@ _READ_WHOLE = 64 * 2**20  # bytes; of larger files, size and time of change are 
 _BLOCK = 1 << 20
 
 
-def describe_inputs(task: str, settings: Mapping[str, Mapping[str, Any]], job: Mapping[str, Any]) -> dict[str, Any]:
+def describe_inputs(task: str, settings: Mapping[str, Mapping[str, Any]], request: Mapping[str, Any]) -> dict[str, Any]:
     """``setting -> {path, sha256 | bytes and modified}`` of every file or folder that is there; {} for tasks without.
 
     A hub's repository, and what does not exist, has no entry: its name alone is compared.
@@ -26,7 +26,7 @@ def describe_inputs(task: str, settings: Mapping[str, Mapping[str, Any]], job: M
     found = {}
     for key in PATHS:
         table, _, name = key.partition(".")
-        value = job.get(name) if table == "job" else settings[table][name]
+        value = request.get(name) if table == "request" else settings[table][name]
         if value and isinstance(value, str) and (entry := _describe(key, value, settings)):
             found[key] = entry
     return found

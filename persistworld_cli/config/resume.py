@@ -1,12 +1,13 @@
 """Which settings of a saved run may change when it is resumed, task by task, and how two sets of settings differ.
 
 Whether a setting may change is a property of the setting (``metadata`` in config/settings.py). Here: which settings a
-task uses, since no other counts for it, and which options of its job.
+task uses, since no other counts for it, and which fields of its request.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ class Uses:
         keys: single settings of other tables; they may not change, whatever they are for the task they belong to.
         unused: settings of those tables that the task does not read.
         logged: settings of other tables that only what is logged hangs on; they may change.
-        job: options of the job that change the result.
+        request: fields of the request that change the result.
         follows_weights: results are kept by the content of the weights, so weights may change in their place.
     """
 
@@ -37,14 +38,14 @@ class Uses:
     keys: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     logged: tuple[str, ...] = ()
-    job: tuple[str, ...] = ()
+    request: tuple[str, ...] = ()
     follows_weights: bool = False
 
 
 _ROLLOUTS = Uses(
     tables=("world", "model", "sampling", "rewards", "eval"),
     unused=(*_EXTRACTION, *_POLICY),
-    job=("baseline", "baseline_adapter"),
+    request=("baseline",),
     follows_weights=True,
 )
 USES: dict[str, Uses] = {
@@ -52,7 +53,7 @@ USES: dict[str, Uses] = {
         tables=("world", "model", "sampling", "rewards", "clips", "pretrain"),
         keys=_STARTS,
         unused=(*_EXTRACTION, *_POLICY, "model.inference"),
-        job=("scratch", "vae"),
+        request=("scratch", "vae"),
     ),
     "pretrain-vae": Uses(
         tables=("vae",),
@@ -68,12 +69,12 @@ USES: dict[str, Uses] = {
         logged=_CLIPS,  # of the clips by which it is measured whether actions are used
     ),
     "eval": _ROLLOUTS,
-    "frontier": dataclasses.replace(_ROLLOUTS, job=(*_ROLLOUTS.job, "reference")),
+    "frontier": dataclasses.replace(_ROLLOUTS, request=(*_ROLLOUTS.request, "reference")),
 }
 # What names a file or folder: compared by where it is and what it holds, not by how it is written.
 PATHS = (
     *("world.dataset", "world.raw", "model.ckpt", "model.adapter", "model.inference", "model.stat", "model.tokenizer"),
-    *("rewards.lpips_backbone", "job.baseline", "job.baseline_adapter", "job.vae"),
+    *("rewards.lpips_backbone", "request.baseline", "request.vae"),
 )
 
 
@@ -108,7 +109,7 @@ class Changes:
 
 
 def used_keys(task: str) -> list[str]:
-    """Dotted names of the settings that count for a task, and ``job.NAME`` for its options."""
+    """Dotted names of the settings that count for a task, and ``request.NAME`` for fields of its request."""
     uses = USES[task]
     own = [
         f"{table.name}.{field.name}"
@@ -117,7 +118,7 @@ def used_keys(task: str) -> list[str]:
         if table.name in uses.tables
     ]
     counted = [key for key in own if key not in uses.unused] + [*uses.keys, *uses.logged, *_LAUNCH]
-    return counted + [f"job.{name}" for name in uses.job]
+    return counted + [f"request.{name}" for name in uses.request]
 
 
 def is_free(task: str, key: str) -> bool:
@@ -125,7 +126,7 @@ def is_free(task: str, key: str) -> bool:
     table, _, name = key.partition(".")
     if key in USES[task].logged:
         return True
-    if table == "job" or key in USES[task].keys:
+    if table == "request" or key in USES[task].keys:
         return False
     whole = next(field for field in dataclasses.fields(Settings) if field.name == table)
     fields = {field.name: field for field in dataclasses.fields(whole.default_factory)}  # type: ignore[arg-type]
@@ -137,13 +138,13 @@ def find_changes(task: str, before: Mapping[str, Any], now: Mapping[str, Any]) -
 
     Args:
         task: a key of `USES`.
-        before, now: as config.json holds a run: ``settings``, ``job``, ``inputs`` (see config.inputs; older runs have
-            none).
+        before, now: as config.json holds a run: ``settings``, ``request``, ``inputs`` (see config.inputs; older runs
+            have none).
     """
     changes = Changes([], [], [])
     for key in used_keys(task):
         old, new = _value(before, key), _value(now, key)
-        known = not key.startswith("job.")
+        known = not key.startswith("request.")
         if known and old is _ABSENT:
             changes.unknown.append(Change(key, None, new))
             continue
@@ -160,13 +161,23 @@ def find_changes(task: str, before: Mapping[str, Any], now: Mapping[str, Any]) -
     return changes
 
 
+def with_todays_names(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved record, in which the request was once called ``job``, as it is written now."""
+    if "job" not in record:
+        return dict(record)
+    new = {"request" if key == "job" else key: value for key, value in record.items()}
+    if inputs := new.get("inputs"):
+        new["inputs"] = {re.sub(r"^job\.", "request.", key): value for key, value in inputs.items()}
+    return new
+
+
 _ABSENT = object()
 
 
 def _value(record: Mapping[str, Any], key: str) -> Any:
     table, _, name = key.partition(".")
-    if table == "job":
-        return record.get("job", {}).get(name)
+    if table == "request":
+        return record.get("request", {}).get(name)
     return record.get("settings", {}).get(table, {}).get(name, _ABSENT)
 
 
@@ -180,7 +191,7 @@ def _difference(
     """A change of one setting; of a file, by what is known of it."""
     then, here = (before or {}).get(key), (now or {}).get(key)
     if then is None or here is None:
-        same = old == new or (key.startswith("job.") and not old and not new)
+        same = old == new or (key.startswith("request.") and not old and not new)
         return None if same else Change(key, old, new)
     digests = [side.get("sha256") for side in (then, here)]
     if all(digests):

@@ -134,14 +134,21 @@ class EvalPlan(RolloutPlan):
 
 
 def make_plan(
-    settings: Settings, job: Mapping[str, Any], output: Path, device: torch.device, *, quiet: bool = False
+    settings: Settings,
+    output: Path,
+    device: torch.device,
+    *,
+    baseline: str = "",
+    alone: bool = False,
+    compare: str = "",
+    quiet: bool = False,
 ) -> EvalPlan:
-    """The plan of an evaluation; its folders are made. Raises as `plan_rollouts`."""
+    """The plan of an evaluation; its folders are made. Arguments and errors as of `refs_of_eval`, `plan_rollouts`."""
     ev = settings.eval
     video_net = load_feature_network(ev.fvd, ev.fvd_net, device) if ev.fvd else None
     fvd = video_net.describe() if video_net else None
-    compare = str(job.get("compare") or "")
-    plan = plan_rollouts(settings, refs_of_eval(settings.model, job), device, fvd=fvd, compare=compare, quiet=quiet)
+    refs = refs_of_eval(settings.model, baseline, alone=alone)
+    plan = plan_rollouts(settings, refs, device, fvd=fvd, compare=compare, quiet=quiet)
     base, root = plan.models[0], output / "rollouts"
     same, keys = plan.identity(base), {weights.label: plan.key(weights) for weights in plan.models}
     folders = {

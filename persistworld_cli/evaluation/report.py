@@ -23,15 +23,12 @@ from persistworld_cli.statistics.paired import mean
 _CURVES = ("rho_by_step", "variance", "error", "points")  # of a trust row: in the file, too long for a terminal
 
 
-def write_report(
-    data: EvalData, output: Path, with_videos: bool, video_net: FeatureNet | None = None
-) -> dict[str, Any]:
+def write_report(data: EvalData, output: Path, video_net: FeatureNet | None = None) -> dict[str, Any]:
     """Write every file of the report; returns `summary`.
 
     Args:
         data: finished rollouts.
         output: folder.
-        with_videos: whether to write mp4s.
         video_net: the network of the Fréchet video distance, if one was given.
     """
     extra = {"following": following_result(data), "trust": trust_result(data)}
@@ -46,7 +43,7 @@ def write_report(
     if result["trust"]["rows"]:
         images.append(output / "trust.png")
         trust_plot(images[-1], result)
-    sheets, videos = draw_picks(data, output, with_videos)
+    sheets, videos = draw_picks(data, output)
     tables = [plain(eval_table(result)), plain(diagnostics_table(result))]
     write_text(output / "table.txt", "\n".join(tables))
     result["files"] = [str(file.relative_to(output)) for file in [*images, *sheets, *videos]]
@@ -154,7 +151,7 @@ def picks(data: EvalData) -> list[tuple[str, int]]:
     return [(names.get(place, f"rank{place + 1}"), int(order[place])) for place in dict.fromkeys(places)]
 
 
-def draw_picks(data: EvalData, output: Path, with_videos: bool) -> tuple[list[Path], list[Path]]:
+def draw_picks(data: EvalData, output: Path) -> tuple[list[Path], list[Path]]:
     """Contact sheets and mp4s of `picks`."""
     settings = data.settings
     sheets, videos = [], []
@@ -166,7 +163,6 @@ def draw_picks(data: EvalData, output: Path, with_videos: bool) -> tuple[list[Pa
         scores = {label: data.rollouts[label][index] for label in data.labels}
         sheets.append(output / "sheets" / f"{stem}.png")
         write_rollout_sheet(sheets[-1], title, settings, recording, drawn, scores)
-        if with_videos:
-            videos.append(output / "videos" / f"{stem}.mp4")
-            write_rollout_video(videos[-1], title, settings, recording, drawn, scores)
+        videos.append(output / "videos" / f"{stem}.mp4")
+        write_rollout_video(videos[-1], title, settings, recording, drawn, scores)
     return sheets, videos

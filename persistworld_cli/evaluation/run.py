@@ -6,7 +6,7 @@ meet there. The report is made from those files by process 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 from accelerate import PartialState
 
 from persistworld_cli.checkpoints.references import ModelRef
+from persistworld_cli.config.requests import EvalRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.evaluation.action_following import commands_of
 from persistworld_cli.evaluation.comparing import compare_results, load_result
@@ -32,14 +33,8 @@ from persistworld_cli.study.key import StudyKey
 from persistworld_cli.study.write import plan_study, write_study
 
 
-def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
-    """Evaluate.
-
-    Args:
-        settings: ``world.dataset``, ``model``, ``sampling``, ``eval`` and ``rewards`` are read.
-        job: ``output`` (folder); optional ``baseline``, ``baseline_adapter``, ``labels`` (see
-            `weights.refs_of_eval`), ``videos`` (False: no mp4s), ``study`` (folder of a blind study to write),
-            ``compare`` (another result's eval.json).
+def run(settings: Settings, request: EvalRequest) -> dict[str, Any]:
+    """Evaluate: ``world.dataset``, ``model``, ``sampling``, ``eval`` and ``rewards`` of the settings are read.
 
     Returns:
         A summary for the terminal (`report.summary`); all of it is in ``<output>/eval.json``. {} on ranks other than 0.
@@ -49,21 +44,21 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
             another protocol; all before any compute.
     """
     processes = PartialState(cpu=settings.launch.device == "cpu")
-    output = Path(job["output"])
-    plan = make_plan(settings, job, output, processes.device, quiet=not processes.is_main_process)
+    output, other, quiet = request.output, request.compare, not processes.is_main_process
+    plan = make_plan(settings, output, processes.device, baseline=request.baseline, compare=other, quiet=quiet)
     study: StudyKey | None = None
-    if job.get("study") and processes.is_main_process:
-        study = plan_study(Path(job["study"]), settings, plan.items, _describe_models(plan), plan.protocol)
+    if request.study and processes.is_main_process:
+        study = plan_study(request.study, settings, plan.items, _describe_models(plan), plan.protocol)
     data = measure(plan, processes)
     if data is None:
         return {}
-    summary = write_report(data, output, job.get("videos", True), plan.video_net)
-    if other := job.get("compare"):
+    summary = write_report(data, output, plan.video_net)
+    if other:
         own = str(output / "eval.json")
         against = compare_results(load_result(other), load_result(own), f"{other} and {own}")
         summary |= write_comparison(against, output)
-    if study:
-        summary["study"] = write_study(study, Path(job["study"]), settings, data.items, data.labels, data.draw)
+    if study and request.study:
+        summary["study"] = write_study(study, request.study, settings, data.items, data.labels, data.draw)
     return summary
 
 

@@ -30,6 +30,7 @@ from persistworld_cli.checkpoints.references import ModelRef
 from persistworld_cli.checkpoints.sources import PARTS, locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
 from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.config.requests import VerifyRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import ActionStat, EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError, UsageError
@@ -92,14 +93,12 @@ def _check(name: str, differences: str, otherwise: str) -> Check:
     return Check(name, DIFFERS if differences else FITS, differences or otherwise)
 
 
-def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
+def run(settings: Settings, request: VerifyRequest) -> dict[str, Any]:
     """Roll out, and compare what was measured with what was published.
 
     Args:
         settings: as for an evaluation; ``eval.published`` names the figures.
-        job: ``output`` (folder); optional ``count`` (episodes at most, spread over those that are there; None: those of
-            ``eval.episodes``), ``alone`` (without the base, where the figures have a gain over it), ``write`` (a file:
-            what is measured is written there as figures, and compared with none).
+        request: its ``count`` is spread over the episodes that are there; None: those of ``eval.episodes``.
 
     Returns:
         ``fits``, ``checks``, ``figures`` and more; ``text`` is the file with the block; ``exit_code`` 1 where it does
@@ -108,8 +107,7 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         PersistWorldError: as `plan.make_plan`; fewer than two episodes.
     """
-    output = Path(job["output"])
-    write = job.get("write")
+    output, write = request.output, request.write_published
     published = None if write else load_published(settings.eval.published)
     if published and published.lpips != _backbone(settings):
         raise UsageError(
@@ -118,12 +116,12 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
             fix="leave rewards.lpips_backbone at auto, or name other figures",
         )
     store = open_store(settings)
-    settings = _few(settings, store, job.get("count"))
+    settings = _few(settings, store, request.count)
     processes = PartialState(cpu=settings.launch.device == "cpu")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    own = {"alone": job.get("alone") or not (write or (published and published.gain))}
-    plan = make_plan(settings, own, output, processes.device, quiet=not processes.is_main_process)
+    alone = request.alone or not (write or (published and published.gain))
+    plan = make_plan(settings, output, processes.device, alone=alone, quiet=not processes.is_main_process)
     data = measure(plan, processes)
     if data is None:
         return {}
@@ -131,7 +129,7 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     measured = Measured(build_result(data, {}))
     files = WeightFiles(locate(refs[-1].ckpt, [part for part in PARTS if part != CARRIED]))
     if write:
-        return _write(Path(write), settings, measured, files)
+        return _write(write, settings, measured, files)
     assert published is not None
     scale = scale_of(settings, store, refs[-1].parts, quiet=True)
     result = measured.result
@@ -142,7 +140,7 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
         _data(result, published),
     ]
     figures = compare_figures(result, published)
-    if published.gain and not job.get("alone"):
+    if published.gain and not request.alone:
         prints = {(model["ckpt_sha256"], model["adapter_sha256"]) for model in result["models"]}
         checks.append(_check("base", "these are the base's weights" if len(prints) < 2 else "", "not the base's"))
     verdicts = [*(check.verdict for check in checks), *(figure.verdict for figure in figures)]

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from persistworld_cli import again
 from persistworld_cli.checkpoints.tensor_writing import save_torch
+from persistworld_cli.command_line import unused_folder, with_changes, with_dataset
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.extraction.locks import Claims
 from persistworld_cli.extraction.preparing import ANNOTATION, GO_ON, Recipe
@@ -187,10 +187,10 @@ def _compare(
     lines = "".join(f"\n    {key}: {old} -> {new}" for key, (old, new) in changed.items())
     mixable = alone and all(key in _MIXABLE for key in changed)
     if changed and not (changing.wanted and mixable):
-        fresh = again.with_dataset(changing.command, changing.dataset, again.fresh_folder(path.parent))
+        fresh = with_dataset(changing.command, changing.dataset, unused_folder(path.parent))
         ways = f"write another dataset:\n    {fresh}"
         if mixable:
-            ways += f"\n  or go on with the new ones from here:\n    {again.with_changes(changing.command)}"
+            ways += f"\n  or go on with the new ones from here:\n    {with_changes(changing.command)}"
         raise UsageError(f"this dataset was begun with other settings:{lines}", where=str(path), fix=ways)
     if changed:
         _log.info(f"changed on request:{lines}")

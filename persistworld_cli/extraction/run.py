@@ -15,6 +15,7 @@ import torch
 from persistworld_cli.checkpoints.loading import load_vae
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.inputs import describe_content
+from persistworld_cli.config.requests import ExtractRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import note
 from persistworld_cli.data.raw.lerobot import RawDataset
@@ -81,22 +82,20 @@ class Vae:
         return vae_room.encode_images(self._vae, frames_u8, self._device, self._settings.model.posterior)
 
 
-def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
+def run(settings: Settings, request: ExtractRequest) -> dict[str, Any]:
     """Extract `settings.world.raw` into `settings.world.dataset`; continues where an earlier run stopped.
 
     Returns counts of done, skipped, failed and absent episodes over all processes, the failures with reasons, and the
     share of the time in which the encoder stood still.
     """
-    work = Run(Path(job["output"]), cpu=settings.launch.device == "cpu")
+    work = Run(request.output, cpu=settings.launch.device == "cpu")
     raw, out = resolve_path(settings.world.raw), Path(resolve_path(settings.world.dataset))
-    dtype, source = job.get("dtype", "fp32"), str(job.get("vae") or settings.model.ckpt)
-    if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype '{dtype}'", where="--dtype", fix=f"use one of {', '.join(DTYPES)}")
+    source = request.vae or settings.model.ckpt
     present = RawDataset(raw).episodes
-    chosen = parse_episodes(job.get("episodes"), present)
+    chosen = parse_episodes(request.episodes, present)
     run = work.gather([secrets.token_hex(4)])[0]  # several runs may write to this dataset
     try:
-        _extract(settings, job, work, Vae(settings, source, dtype, work.device), run, chosen)
+        _extract(settings, request, work, Vae(settings, source, request.dtype, work.device), run, chosen)
     except KeyboardInterrupt:
         if work.main:
             note("stopped; finished episodes stay, and the same command goes on with the others")
@@ -126,10 +125,10 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _extract(
-    settings: Settings, job: dict[str, Any], work: Run, encoder: Vae, run: str, chosen: set[int] | None
+    settings: Settings, request: ExtractRequest, work: Run, encoder: Vae, run: str, chosen: set[int] | None
 ) -> ExtractReport:
     """This process's share."""
-    source = str(job.get("vae") or settings.model.ckpt)
+    source = request.vae or settings.model.ckpt
     posterior = settings.model.posterior
     label = "extract-latents" if work.world == 1 else f"extract-latents, process 1 of {work.world}"
     with Meter(label, 0, quiet=not work.main) as meter:
@@ -144,20 +143,18 @@ def _extract(
             Path(resolve_path(settings.world.dataset)),
             encoder,
             episodes=chosen,
-            layout=job.get("layout", "native"),
+            layout=request.layout,
             rank=work.rank,
             world_size=work.world,
-            workers=_workers(settings, job),
-            batch_frames=max(1, int(job.get("batch", 32)) // len(settings.world.cameras)),
-            told=Told(
-                ready=encoder.load, progress=progress, stop=work.should_stop_here, strict=bool(job.get("strict"))
-            ),
+            workers=_workers(settings, request),
+            batch_frames=max(1, request.batch // len(settings.world.cameras)),
+            told=Told(ready=encoder.load, progress=progress, stop=work.should_stop_here, strict=request.strict),
             encoder=Encoder(
                 source if posterior == "mode" else f"{source}, posterior {posterior}",
-                job.get("dtype", "fp32"),
+                request.dtype,
                 _content(source),
             ),
-            changes=Changing(bool(job.get("with_changes")), tuple(job.get("command") or ()), settings.world.dataset),
+            changes=Changing(request.with_changes, request.command, settings.world.dataset),
             run=run,
         )
 
@@ -168,12 +165,12 @@ def _content(source: str) -> str:
     return str(describe_content(path).get("sha256", "")) if path.exists() else ""
 
 
-def _workers(settings: Settings, job: dict[str, Any]) -> int:
-    """Decoding processes beside this one: as asked, or this machine's cores shared among its processes."""
-    if (asked := job.get("workers")) is not None:
-        return int(asked)
+def _workers(settings: Settings, request: ExtractRequest) -> int:
+    """Decoder processes beside this one: as requested, or this machine's cores shared among its processes."""
+    if request.workers is not None:
+        return request.workers
     local = max(1, settings.launch.num_processes // settings.launch.num_machines)
-    return max(1, int(job.get("cores", 1)) // local)
+    return max(1, request.cores // local)
 
 
 def _joined(out: Path, work: Run, run: str) -> ExtractReport:

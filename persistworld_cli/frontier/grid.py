@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from typing import Any
 
 from persistworld_cli.config.check import check
 from persistworld_cli.config.fields import coerce, parse_text
+from persistworld_cli.config.requests import FrontierRequest
 from persistworld_cli.config.settings import SamplingSettings, Settings, setting_types
 from persistworld_cli.cost.interaction import sampler_calls
 from persistworld_cli.errors import UsageError, nearest
@@ -33,26 +33,24 @@ class Setting:
     calls: int
 
 
-def make_grid(settings: Settings, job: Mapping[str, Any]) -> tuple[Setting, list[Setting]]:
+def make_grid(settings: Settings, request: FrontierRequest) -> tuple[Setting, list[Setting]]:
     """The reference, and what is compared with it, by calls; settings that draw the same clips stand there once.
 
     Args:
         settings: whose ``sampling`` says all that is not varied; it is itself one of the settings tried.
-        job: ``reference`` ("euler:50"), ``samplers``, ``calls`` (of the denoiser a clip), ``vary``
-            ("sigma_min=0.002,0.05", each); optional ``baseline``: the reference has other weights, so that its own
-            sampling may be tried too.
+        request: with a ``baseline`` the reference has other weights, so that its own sampling may be tried too.
 
     Raises:
         UsageError: an unknown sampler, a reference that is not NAME:STEPS, something that cannot be varied, a value out
             of range, or nothing to compare.
     """
-    own, varied = settings.sampling, [_varied(text) for text in job["vary"]]
-    name, mark, steps = str(job["reference"]).partition(":")
+    own, varied = settings.sampling, [_varied(text) for text in request.vary]
+    name, mark, steps = request.reference.partition(":")
     if not mark or not steps.isdecimal() or int(steps) < 1:
-        raise UsageError(f"'{job['reference']}' is not SAMPLER:STEPS", where="--reference", fix="write euler:50")
+        raise UsageError(f"'{request.reference}' is not SAMPLER:STEPS", where="--reference", fix="write euler:50")
     reference = _setting(own, replace(own, sampler=_known(name, "--reference"), steps=int(steps)))
     tried = [own]
-    for sampler, calls in product(job["samplers"], job["calls"]):
+    for sampler, calls in product(request.samplers, request.calls):
         steps_taken = _steps_for(replace(own, sampler=_known(sampler, "--sampler"), guidance=1.0), calls)
         if steps_taken is None:  # heun cannot make an even number of calls
             continue
@@ -61,7 +59,7 @@ def make_grid(settings: Settings, job: Mapping[str, Any]) -> tuple[Setting, list
             tried.append(replace(own, sampler=sampler, steps=steps_taken, **changes))
     for sampling in tried:
         check(replace(settings, sampling=sampling), dict.fromkeys(_keys(), "--vary, --calls"))
-    seen = set() if job.get("baseline") else {_identity(reference.sampling)}
+    seen = set() if request.baseline else {_identity(reference.sampling)}
     grid = []
     for setting in sorted((_setting(own, sampling) for sampling in tried), key=lambda s: s.calls):
         if (same := _identity(setting.sampling)) not in seen:

@@ -6,7 +6,7 @@ a larger grid keeps what is done, and several processes share it. Process 0 make
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 
 from persistworld_cli.checkpoints.references import refs_of_eval
+from persistworld_cli.config.requests import FrontierRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import note
 from persistworld_cli.cost.interaction import count_interaction, meta_model
@@ -49,14 +50,8 @@ class FrontierPlan(RolloutPlan):
     grid: list[Candidate]
 
 
-def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
-    """Roll out under every setting, compare, and choose.
-
-    Args:
-        settings: ``world.dataset``, ``model``, ``sampling``, ``eval`` and ``rewards`` are read.
-        job: ``output``; ``reference``, ``samplers``, ``calls``, ``vary`` (see `grid.make_grid`); ``percent``: by how
-            much of the reference's figure a setting may be worse; optional ``baseline``; ``write_preset`` (a file, or
-            None) and ``preset`` (what it extends).
+def run(settings: Settings, request: FrontierRequest) -> dict[str, Any]:
+    """Roll out under every setting, compare, and choose; of the settings, what an evaluation reads is read.
 
     Returns:
         A summary for the terminal; all of it is in ``<output>/frontier.json``. {} on ranks other than 0.
@@ -66,17 +61,16 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
             to write; all before any compute.
     """
     processes = PartialState(cpu=settings.launch.device == "cpu")
-    output = Path(job["output"])
-    target = Path(job["write_preset"]) if job.get("write_preset") else None
+    output, target = request.output, request.write_preset
     if target:
         require_writable(target)
-    plan = make_plan(settings, job, output, processes.device, quiet=not processes.is_main_process)
+    plan = make_plan(settings, request, processes.device, quiet=not processes.is_main_process)
     log_finished([one.folder for one in (plan.reference, *plan.grid)], plan.items)
     _roll_out(plan, plan.work(processes), quiet=not processes.is_main_process)
     processes.wait_for_everyone()
     if not processes.is_main_process:
         return {}
-    result = _result(plan, float(job["percent"]))
+    result = _result(plan, request.percent)
     image = output / "frontier.png"
     frontier_plot(image, result)
     table = output / "table.txt"
@@ -91,24 +85,24 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
         summary["exit_code"] = 1
     elif target:
         chosen = next(one.setting for one in plan.grid if one.setting.name == result["chosen"])
-        summary["preset"] = write_preset(target, job["preset"], chosen.sampling, result)
+        summary["preset"] = write_preset(target, request.preset, chosen.sampling, result)
     return summary
 
 
 def make_plan(
-    settings: Settings, job: Mapping[str, Any], output: Path, device: torch.device, *, quiet: bool = False
+    settings: Settings, request: FrontierRequest, device: torch.device, *, quiet: bool = False
 ) -> FrontierPlan:
     """Resolve and check everything before anything is computed; raises as `run`. ``quiet``: as for an evaluation."""
-    reference, grid = make_grid(settings, job)
-    refs = refs_of_eval(settings.model, {"baseline": job.get("baseline")})
-    refs = refs if job.get("baseline") else refs[-1:]
+    reference, grid = make_grid(settings, request)
+    refs = refs_of_eval(settings.model, request.baseline)
+    refs = refs if request.baseline else refs[-1:]
     plan = plan_rollouts(settings, refs, device, quiet=quiet)
     base, judged = plan.models[0], plan.models[-1]
     if base is not judged:
         reference = replace(reference, name=f"{reference.name} of {base.label}")
 
     def candidate(setting: Setting, weights: Weights) -> Candidate:
-        folder = output / "rollouts" / f"setting-{plan.key(weights, setting.sampling)}"
+        folder = request.output / "rollouts" / f"setting-{plan.key(weights, setting.sampling)}"
         make_folder(folder)
         return Candidate(setting, weights, folder)
 

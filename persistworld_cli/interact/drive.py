@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from persistworld_cli.checkpoints.action_scale import weights_stores
 from persistworld_cli.checkpoints.references import inference_ref, load_model
+from persistworld_cli.config.requests import LOCALHOST, DriveRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError
@@ -21,14 +21,10 @@ from persistworld_cli.rollout.interactive import InteractiveRollout, make_start
 from persistworld_cli.rollout.recording import Item, Start
 
 
-def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
+def run(settings: Settings, request: DriveRequest) -> dict[str, Any]:
     """Drive along a string of keys, from the terminal, or from a page, and write what was seen.
 
-    Args:
-        settings: resolved settings.
-        job: ``output`` (folder) and one of ``keys`` ("lllrrr"), ``live`` (true: keys come from the terminal that is
-            standard input) and ``web`` (``host``, ``port``, ``open``); optional ``episode``, ``start``, ``seed`` (else
-            `settings.drive`; no episode: the first of ``eval.split``).
+    It starts where ``drive.episode`` and ``drive.start`` say; without an episode, in the first of ``eval.split``.
 
     Returns:
         A summary for the terminal with the paths ``video``, ``sheet`` and ``json``; poses and times are in the JSON.
@@ -37,25 +33,25 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
         UsageError: unknown keys, before any compute.
         PersistWorldError: no such episode or frame, unreadable weights or data, a port that cannot be had.
     """
-    output, web = Path(job["output"]), job.get("web")
-    keys = [] if web or job.get("live") else parse_keys(str(job["keys"]), settings.drive.keys)
-    if web:
-        with open_server(**web) as server:  # a port that cannot be had should be told before the weights are read
-            session = open_session(settings, job)
-            drive_web(session, server, output)
+    keys = [] if request.keys is None else parse_keys(request.keys, settings.drive.keys)
+    if request.web:
+        # a port that cannot be had should be told before the weights are read
+        with open_server(request.host or LOCALHOST, request.port or 0, open=request.browser) as server:
+            session = open_session(settings)
+            drive_web(session, server, request.output)
     else:
-        session = open_session(settings, job)
-        if job.get("live"):
+        session = open_session(settings)
+        if request.live:
             drive_live(session)
         else:
             _drive_keys(session, keys)
-    return dict(write_all(session, output))
+    return dict(write_all(session, request.output))
 
 
-def open_session(settings: Settings, job: dict[str, Any]) -> DriveSession:
-    """The drive that job and settings name, at its start. Raises as `run`."""
+def open_session(settings: Settings) -> DriveSession:
+    """The drive that the settings name, at its start. Raises as `run`."""
     store = open_store(settings)
-    start = _find_start(settings, job, store)
+    start = _find_start(settings, store)
     # missing percentiles should be told before the weights are read
     parts = inference_ref(settings.model).parts
     (store,) = weights_stores(settings, store, [parts], split=start.split, episodes=[start.item.episode])
@@ -69,10 +65,10 @@ def _drive_keys(session: DriveSession, keys: list[str]) -> None:
             meter.advance(seconds_a_step=session.press(key).seconds)
 
 
-def _find_start(settings: Settings, job: dict[str, Any], store: EpisodeStore) -> Start:
-    """The start frame that job and settings name."""
+def _find_start(settings: Settings, store: EpisodeStore) -> Start:
+    """The start frame that the settings name."""
     drive, split = settings.drive, settings.eval.split
-    episode = str(_given(job, "episode", drive.episode) or "")
+    episode = drive.episode
     if not episode:
         known = store.episodes(split)
         if not known:
@@ -82,10 +78,4 @@ def _find_start(settings: Settings, job: dict[str, Any], store: EpisodeStore) ->
                 fix="name one that has: --set eval.split=train",
             )
         episode = known[0]
-    item = Item(episode, int(_given(job, "start", drive.start)), int(_given(job, "seed", drive.seed)))
-    return make_start(store, item, split)
-
-
-def _given(job: dict[str, Any], key: str, default: Any) -> Any:
-    """The job's value, or the default where it has none."""
-    return default if job.get(key) is None else job[key]
+    return make_start(store, Item(episode, drive.start, drive.seed), split)

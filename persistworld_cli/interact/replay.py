@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from persistworld_cli.checkpoints.action_scale import weights_stores
 from persistworld_cli.checkpoints.loading import load_for_sampling
 from persistworld_cli.checkpoints.references import ModelRef, refs_of_replay
+from persistworld_cli.config.requests import ReplayRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError, UsageError
@@ -31,13 +32,11 @@ from persistworld_cli.rollout.scoring import SHOWN, metric_infos
 from persistworld_cli.statistics.paired import mean
 
 
-def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
+def run(settings: Settings, request: ReplayRequest) -> dict[str, Any]:
     """Replay episodes and write what was seen.
 
-    Args:
-        settings: ``world.dataset``, ``model``, ``sampling``, ``rewards`` and ``eval.split``, ``eval.batch`` are read.
-        job: ``output`` (folder); optional ``episodes`` (the first of the split), ``start`` (0), ``steps``
-            (``eval.steps``), ``seeds`` ([0]), ``ckpts`` and ``adapters`` (see `weights.refs_of_replay`).
+    Of the settings, ``world.dataset``, ``model``, ``sampling``, ``rewards`` and, of ``eval``, split, episodes, starts,
+    steps, seeds and batch are read.
 
     Returns:
         A summary for the terminal; all of it is in ``<output>/replay.json``.
@@ -45,14 +44,12 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         PersistWorldError: absent episodes, a start beyond the end, unreadable weights.
     """
-    output = Path(job["output"])
     if not settings.world.dataset:
         raise UsageError("no dataset to replay from", where="world.dataset", fix="give --dataset, or take a preset")
     store = open_store(settings)
     split = settings.eval.split
-    items = replay_items(store, split, job)
-    steps = int(job.get("steps") or settings.eval.steps)
-    refs = refs_of_replay(settings.model, job)
+    items, steps = replay_items(store, settings), settings.eval.steps
+    refs = refs_of_replay(settings.model, request.ckpts, request.adapters)
     device = PartialState(cpu=settings.launch.device == "cpu").device
     scorer = Scorer(settings.rewards, settings.world, device, names=SHOWN)
     seen: dict[Item, dict[str, ScoredRollout]] = {item: {} for item in items}
@@ -62,24 +59,26 @@ def run(settings: Settings, job: Mapping[str, Any]) -> dict[str, Any]:
     stores = weights_stores(settings, store, models, split=split, episodes=episodes)
     for ref, own in zip(refs, stores, strict=True):
         _roll_out(settings, own, ref, items, steps, scorer, device, seen, drawn)
-    return _write(settings, store, items, steps, refs, scorer, seen, drawn, output)
+    return _write(settings, store, items, steps, refs, scorer, seen, drawn, request.output)
 
 
-def replay_items(store: EpisodeStore, split: str, job: Mapping[str, Any]) -> list[Item]:
-    """The rollouts that a job names; the first episode of the split where it names none.
+def replay_items(store: EpisodeStore, settings: Settings) -> list[Item]:
+    """The rollouts that the settings name; of the first episode of the split where they name none.
 
     Raises:
         PersistWorldError: an empty split, an absent episode, a start beyond its end.
     """
-    episodes = [str(episode) for episode in job.get("episodes") or store.episodes(split)[:1]]
+    ev, split = settings.eval, settings.eval.split
+    episodes = ev.episodes or store.episodes(split)[:1]
     if not episodes:
         raise PersistWorldError(
             f"split '{split}' has no episodes",
             where=str(store.root),
             fix=f"set eval.split to one of: {', '.join(store.splits)}",
         )
-    seeds = [int(seed) for seed in job.get("seeds") or [0]]
-    items = [Item(episode, int(job.get("start") or 0), seed) for episode in episodes for seed in seeds]
+    items = [Item(episode, start, seed) for episode in episodes for start in ev.starts for seed in ev.seeds]
+    if not items:
+        raise PersistWorldError("nothing to replay", where="eval.starts, eval.seeds", fix="name at least one of each")
     for item in items:
         check_item(store, split, item)
     return items

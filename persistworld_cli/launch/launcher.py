@@ -21,43 +21,29 @@ from typing import Any
 from persistworld_cli import __version__
 from persistworld_cli.config.inputs import describe_inputs
 from persistworld_cli.config.presets import to_json
+from persistworld_cli.config.requests import CONFIG, FAILURE, RESULT, TaskRequest, request_to_json
 from persistworld_cli.config.settings import LaunchSettings, Settings
 from persistworld_cli.console import note, show_error
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import write_json
-from persistworld_cli.launch.continuing import keep_history, look_back
+from persistworld_cli.launch.continuing import find_earlier_run, keep_history
 from persistworld_cli.launch.environment import cores_alone, gpu_count, torch_has_cuda, use_gpu, worker_environment
 from persistworld_cli.launch.run_lock import SHARED_TASKS, RunFolder, own_folder
 from persistworld_cli.launch.terminal import keep_terminal
 from persistworld_cli.read_files import read_json
-from persistworld_cli.run_files import CONFIG, FAILURE, RESULT
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PATIENCE = 3  # this many signals, and the worker is killed
 
 
-def run_task(
-    task: str,
-    settings: Settings,
-    job: Mapping[str, Any],
-    output: Path,
-    *,
-    terminal: bool = False,
-    take_over: bool = False,
-    with_changes: bool = False,
-    command: Sequence[str] = (),
-) -> tuple[int, dict[str, Any]]:
-    """Run a task of the worker's table in worker processes and wait for it.
+def run_task(settings: Settings, request: TaskRequest, *, take_over: bool = False) -> tuple[int, dict[str, Any]]:
+    """Run the task of a request in worker processes and wait for it.
 
     Args:
-        task: name in `persistworld_cli.worker.TASKS`.
         settings: resolved settings; ``settings.launch`` says how many processes.
-        job: what is asked for beside the settings (JSON values); ``output`` is added.
-        output: the run's folder; made where it is absent.
-        terminal: the worker gets standard input, a terminal, which is afterwards as it was before.
+        request: of one of the tasks in `persistworld_cli.worker.TASKS`; its ``output`` is made where it is absent. If
+            it wants the terminal, the worker gets standard input, which is afterwards as it was before.
         take_over: take the folder from a run on another host that ended without a word.
-        with_changes: go on with finished work although settings have changed that change the result.
-        command: as it was typed, for messages.
 
     Returns:
         The exit code (0 done; the worker has said why otherwise), and what the task returned ({} on other machines than
@@ -70,15 +56,17 @@ def run_task(
     """
     launch = _settle_device(settings.launch)
     settings = dataclasses.replace(settings, launch=launch)
-    output = output.absolute()
+    task, output = request.task, request.output
     with ExitStack() as holding:
         try:
             output.mkdir(parents=True, exist_ok=True)
-            folder = holding.enter_context(own_folder(output, task, launch, take_over=take_over, command=command))
-            record = _record(task, settings, {**job, "output": str(output)}, folder.run)
-            past = look_back(record, output, with_changes=with_changes, command=command)
+            folder = holding.enter_context(
+                own_folder(output, task, launch, take_over=take_over, command=request.command)
+            )
+            record = _record(settings, request, folder.run)
+            earlier = find_earlier_run(record, output)
             if folder.first:
-                keep_history(past, record, output)
+                keep_history(earlier, record, output)
                 write_json(output / CONFIG, record)
                 if task not in SHARED_TASKS:
                     (output / FAILURE).unlink(missing_ok=True)
@@ -87,21 +75,21 @@ def run_task(
             raise PersistWorldError(
                 f"the output folder cannot be written: {error.strerror}", where=str(output), fix="take another --output"
             ) from error
-        with keep_terminal() if terminal else nullcontext():
-            code = _work(launch, folder, terminal)
+        with keep_terminal() if request.terminal else nullcontext():
+            code = _work(launch, folder, request.terminal)
         return _outcome(code, folder)
 
 
-def _record(task: str, settings: Settings, job: Mapping[str, Any], run: str) -> dict[str, Any]:
-    """``config.json``: all that a worker is told, and what a later run in the folder is compared with."""
-    tables = to_json(settings)
+def _record(settings: Settings, request: TaskRequest, run: str) -> dict[str, Any]:
+    """``config.json``: all that a worker gets, and what a later run in the folder is compared with."""
+    tables, asked = to_json(settings), request_to_json(request)
     return {
-        "task": task,
+        "task": request.task,
         "run": run,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "settings": tables,
-        "job": dict(job),
-        "inputs": describe_inputs(task, tables, job),
+        "request": asked,
+        "inputs": describe_inputs(request.task, tables, asked),
         "version": __version__,
     }
 

@@ -30,7 +30,7 @@ from persistworld_cli.console import note
 from persistworld_cli.errors import PersistWorldError
 
 TAKE_OVER = "--take-over"
-SHARED_TASKS = ("extract",)  # several runs may share the folder: episodes are claimed one by one (extraction.locks)
+SHARED_TASKS = ("extract-latents",)  # runs may share the folder: episodes are claimed one by one (extraction.locks)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 _SECONDS_TO_END = 120.0  # for the workers of a launcher that was killed: they save their state first
 _POLL_S = 0.2

@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 from typing import Any
 
+from persistworld_cli.config.requests import SelfcheckRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.errors import PersistWorldError
 
 
-def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
-    """Gather rank, threads and CPUs of every process, and sum a tensor over them.
-
-    Args:
-        settings: only ``launch.device`` is read.
-        job: ``seconds`` to stay before the gathering (each rank then leaves a file ``waiting.RANK`` in ``output``);
-            ``fail_rank`` and ``fail_how`` ("mistake", "crash", "kill") let a rank end badly, to see what becomes of it
-            (it leaves ``failing.RANK``).
-    """
+def run(settings: Settings, request: SelfcheckRequest) -> dict[str, Any]:
+    """Gather rank, threads and CPUs of every process, and sum a tensor over them; only ``launch.device`` is read."""
     import torch
     from accelerate import PartialState
     from accelerate.utils import gather_object, reduce
 
     state = PartialState(cpu=settings.launch.device == "cpu")
-    if job.get("fail_rank") == state.process_index:
-        (Path(job["output"]) / f"failing.{state.process_index}").touch()
-        _fail(str(job.get("fail_how", "mistake")))
-    if job.get("seconds"):
-        (Path(job["output"]) / f"waiting.{state.process_index}").touch()
-        time.sleep(float(job["seconds"]))
+    if request.fail_rank == state.process_index:
+        (request.output / f"failing.{state.process_index}").touch()
+        _fail(request.fail_how)
+    if request.seconds:
+        (request.output / f"waiting.{state.process_index}").touch()
+        time.sleep(request.seconds)
     total = reduce(torch.tensor(float(state.process_index + 1), device=state.device), "sum")
     own = {
         "rank": state.process_index,
@@ -47,4 +40,4 @@ def _fail(how: str) -> None:
         os.kill(os.getpid(), 9)
     if how == "crash":
         raise RuntimeError("selfcheck was asked to crash")
-    raise PersistWorldError("selfcheck was asked to fail", where="job.fail_rank", fix="ask for something else")
+    raise PersistWorldError("selfcheck was asked to fail", where="fail_rank", fix="ask for something else")

@@ -18,6 +18,7 @@ import numpy as np
 from persistworld_cli.checkpoints.action_scale import weights_stores
 from persistworld_cli.checkpoints.references import inference_ref, load_model
 from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.config.requests import PolicyRolloutRequest
 from persistworld_cli.config.settings import PolicySettings, Settings
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError, UsageError
@@ -78,15 +79,12 @@ class Gathered:
     error: PersistWorldError | None = None
 
 
-def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
+def run(settings: Settings, request: PolicyRolloutRequest) -> dict[str, Any]:
     """Roll a policy out and write what happened.
 
     Args:
         settings: resolved settings; `policy` tells server, layout, task, adapter.
-        job: ``policy`` (see `open_policies`) and ``output`` (folder); optional ``task`` (else `policy.task`),
-            ``episodes``, ``start``, ``instruction`` (instead of the task's), ``seeds`` (else [`policy.seed`]),
-            ``limit`` (at most so many of the starts, each of which is rolled out with every seed), ``judge`` (see
-            `load_judge`), ``against`` ("sim"), ``ckpt``, ``adapter`` (of the model: see `load_model`).
+        request: the policy, its starts and who judges them.
 
     Returns:
         ``rollouts`` (one entry each, with the paths), ``complete``, ``policy``, ``task``, ``judge``, the paths
@@ -98,10 +96,10 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
             mid-rollout, after what was rolled out has been saved (what is not whole marked ``"complete": false``).
     """
     store = open_store(settings)
-    plan = make_plan(settings, job, store)
-    court = _court(settings, job, plan)
-    output = Path(job["output"])
-    gathered = _roll_all(settings, job, store, plan, court, output)
+    plan = make_plan(settings, request, store)
+    court = _court(settings, request, plan)
+    output = request.output
+    gathered = _roll_all(settings, store, plan, court, output)
     result = _summary(settings, plan, court, gathered, output)
     write_json(output / "rollouts.json", result)
     if court.judge is not None:
@@ -116,9 +114,7 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _roll_all(
-    settings: Settings, job: dict[str, Any], store: EpisodeStore, plan: Plan, court: Court, output: Path
-) -> Gathered:
+def _roll_all(settings: Settings, store: EpisodeStore, plan: Plan, court: Court, output: Path) -> Gathered:
     """All starts, batch by batch, each saved when it is done; an error after the first batch is kept, not raised."""
     batch = max(1, settings.eval.batch)
     model: WorldModel | None = None
@@ -213,12 +209,10 @@ def _summary(settings: Settings, plan: Plan, court: Court, gathered: Gathered, o
     return {**result, "rollouts": entries, **paths, "json": str(output / "rollouts.json")}
 
 
-def _court(settings: Settings, job: dict[str, Any], plan: Plan) -> Court:
+def _court(settings: Settings, request: PolicyRolloutRequest, plan: Plan) -> Court:
     """Who judges, looked for before anything is computed. Raises UsageError and PersistWorldError."""
-    against = str(job.get("against") or "")
-    if against not in ("", "sim"):
-        raise UsageError(f"unknown world '{against}'", where="--against", fix="--against sim")
-    name = str(job.get("judge") or (BUNDLED_JUDGE if against else ""))
+    against = request.against
+    name = request.judge or (BUNDLED_JUDGE if against else "")
     if not name:
         return Court()
     judge = load_judge(name)
@@ -235,12 +229,11 @@ def _court(settings: Settings, job: dict[str, Any], plan: Plan) -> Court:
     return Court(name, judge, scenes, bool(against))
 
 
-def make_plan(settings: Settings, job: dict[str, Any], store: EpisodeStore) -> Plan:
+def make_plan(settings: Settings, request: PolicyRolloutRequest, store: EpisodeStore) -> Plan:
     """Settle everything that can be wrong before the model is read. Raises UsageError and PersistWorldError."""
-    policy = str(job.get("policy") or "server")
-    check_policy(policy)
+    check_policy(request.policy)
     own = settings.policy
-    task = load_task(str(job.get("task") or own.task))
+    task = load_task(own.task)
     layout = find_layout(own.layout)
     view = PolicyView(
         layout=layout,
@@ -261,8 +254,8 @@ def make_plan(settings: Settings, job: dict[str, Any], store: EpisodeStore) -> P
             where="policy.skip" if own.skip else f"task '{task.name}'",
             fix=f"--set policy.skip={(layout.rows - 1) // (view.rows - 1)}",
         )
-    starts, absent = _starts(settings, job, store, task)
-    return Plan(policy, task, view, own.steps or task.steps, starts, absent)
+    starts, absent = _starts(settings, request, store, task)
+    return Plan(request.policy, task, view, own.steps or task.steps, starts, absent)
 
 
 def _adapter(settings: PolicySettings, store: EpisodeStore) -> ActionAdapter:
@@ -281,17 +274,19 @@ def _camera(index: int, key: str, settings: Settings) -> int:
     return index
 
 
-def _starts(settings: Settings, job: dict[str, Any], store: EpisodeStore, task: Task) -> tuple[list[Start], list[str]]:
-    """The starts of a task in this dataset, each with every seed; and the task's episodes that the dataset lacks."""
+def _starts(
+    settings: Settings, request: PolicyRolloutRequest, store: EpisodeStore, task: Task
+) -> tuple[list[Start], list[str]]:
+    """The starts of a task in this dataset, and the task's episodes that the dataset lacks."""
     split = settings.eval.split
-    wanted = [TaskStart(episode=str(name)) for name in job.get("episodes") or ()] or list(task.starts)
+    wanted = [TaskStart(episode=name) for name in request.episodes] or list(task.starts)
     spread = [
         (entry, name) for entry in wanted for name in ([entry.episode] if entry.episode else store.episodes(split))
     ]
     absent = [name for _, name in spread if find_split(store, name, split) is None]
-    if absent and job.get("episodes"):
+    if absent and request.episodes:
         raise PersistWorldError(f"no episode '{absent[0]}' in this dataset", where=str(store.root))
-    found = [(entry, name) for entry, name in spread if name not in absent][: job.get("limit")]
+    found = [(entry, name) for entry, name in spread if name not in absent][: request.rollouts]
     if not found:
         raise PersistWorldError(
             f"no episode of task '{task.name}' is in this dataset ({', '.join(absent) or f'split {split} is empty'})",
@@ -302,13 +297,11 @@ def _starts(settings: Settings, job: dict[str, Any], store: EpisodeStore, task: 
         logger.warning("task '%s': episodes %s are not in this dataset", task.name, ", ".join(absent))
     starts = []
     for entry, name in found:
-        frame = entry.start if job.get("start") is None else int(job["start"])
-        for seed in job.get("seeds") or (settings.policy.seed,):
-            start = make_start(
-                store, Item(name, frame, int(seed)), split, str(job.get("instruction") or entry.instruction)
-            )
-            _ = start.joints  # told now, not after the weights are read
-            starts.append(start)
+        frame = entry.start if request.start is None else request.start
+        item = Item(name, frame, settings.policy.seed)
+        start = make_start(store, item, split, request.instruction or entry.instruction)
+        _ = start.joints  # told now, not after the weights are read
+        starts.append(start)
     return starts, absent
 
 

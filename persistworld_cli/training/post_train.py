@@ -19,6 +19,7 @@ import torch
 from persistworld_cli.checkpoints.action_scale import scale_note, weights_stores
 from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.checkpoints.tensor_writing import save_torch
+from persistworld_cli.config.requests import PostTrainRequest
 from persistworld_cli.config.settings import PostTrainSettings, Settings
 from persistworld_cli.data.clips.mixture import open_clips
 from persistworld_cli.data.clips.store import open_store
@@ -65,11 +66,10 @@ class PostTrainer:
 
     Args:
         settings: the whole preset.
-        job: what `Run` and `--resume-from` take.
         work: processes, state and logs.
     """
 
-    def __init__(self, settings: Settings, job: dict[str, Any], work: Run) -> None:
+    def __init__(self, settings: Settings, work: Run) -> None:
         self.settings, self.options, self.work = settings, settings.post_train, work
         options = self.options
         self.share = Share.of(options, work.rank, work.world)
@@ -320,13 +320,13 @@ class PostTrainer:
             self.check.load_base(saved["val_base"])
 
 
-def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
+def run(settings: Settings, request: PostTrainRequest) -> dict[str, Any]:
     """Post-train until `post_train.updates`, from the latest state in the output folder if there is one.
 
     Writes `weights/adapter/` (the sampling policy, an average of the trained one), `metrics.jsonl` and `curves.png`.
     """
-    with Run.of(settings, settings.post_train, job) as work:
-        return _train(settings.post_train, PostTrainer(settings, job, work), work)
+    with Run.of(settings, settings.post_train, request) as work:
+        return _train(settings.post_train, PostTrainer(settings, work), work)
 
 
 def _train(options: PostTrainSettings, trainer: PostTrainer, work: Run) -> dict[str, Any]:

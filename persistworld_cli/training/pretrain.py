@@ -16,6 +16,7 @@ from persistworld_cli.checkpoints.action_scale import check_poses, scale_note, s
 from persistworld_cli.checkpoints.loading import FRESH, load_vae, load_world_model, open_carried
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
 from persistworld_cli.checkpoints.tensor_writing import save_safetensors
+from persistworld_cli.config.requests import PretrainRequest
 from persistworld_cli.config.settings import PretrainSettings, Settings
 from persistworld_cli.config.weight_names import adapter_name
 from persistworld_cli.data.clips.loader import ClipLoader
@@ -35,19 +36,19 @@ from persistworld_cli.training.schedule import WeightAverage, lr_factor
 logger = logging.getLogger(__name__)
 
 
-def initial_model(settings: Settings, job: dict[str, Any], device: torch.device) -> WorldModel:
-    """From the settings' weights; with `job["scratch"]` fresh, but for the VAE from `job["vae"]`.
+def initial_model(settings: Settings, request: PretrainRequest, device: torch.device) -> WorldModel:
+    """From the settings' weights; by request from scratch, but for the VAE.
 
     Stable Video Diffusion's weights lack two parts: the text encoder then comes from CLIP, the action encoder is fresh.
     """
     torch.manual_seed(settings.pretrain.seed)
-    if not job.get("scratch"):
+    if not request.scratch:
         own = settings.model
         return load_world_model(
             own, settings.world, ckpt=own.ckpt, adapter=adapter_name(own.adapter), device=device, fresh=FRESH
         )
     model = build_world_model(settings.model, settings.world)
-    model.vae = load_vae(settings.model, job.get("vae") or settings.model.ckpt)
+    model.vae = load_vae(settings.model, request.vae or settings.model.ckpt)
     return model.to(device)
 
 
@@ -83,15 +84,15 @@ def save_weights(
     return path
 
 
-def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
+def run(settings: Settings, request: PretrainRequest) -> dict[str, Any]:
     """Train until `settings.pretrain.updates`, from the latest state in the output folder if there is one.
 
     Returns the last training loss, the validation loss and where the weights lie.
     """
     clips = settings.clips
-    with Run.of(settings, settings.pretrain, job) as work:
+    with Run.of(settings, settings.pretrain, request) as work:
         own = settings.model
-        begun_from = [] if job.get("scratch") else [adapter_name(own.adapter), own.ckpt]
+        begun_from = [] if request.scratch else [adapter_name(own.adapter), own.ckpt]
         store = open_store(settings)
         scale = scale_of(settings, store, [*work.resumed_from, *begun_from], quiet=not work.main)
         store = store.scaled_by(scale.stat)
@@ -105,16 +106,21 @@ def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
         share = settings.pretrain.batch // work.world
         # before the model is here: its workers are copies of this process
         with ClipLoader(train, share, workers=clips.workers, ahead=clips.ahead) as loader:
-            return _train(settings, job, work, loader, val, store)
+            return _train(settings, request, work, loader, val, store)
 
 
 def _train(
-    settings: Settings, job: dict[str, Any], work: Run, loader: ClipLoader, val: ClipMixture | None, store: EpisodeStore
+    settings: Settings,
+    request: PretrainRequest,
+    work: Run,
+    loader: ClipLoader,
+    val: ClipMixture | None,
+    store: EpisodeStore,
 ) -> dict[str, Any]:
     """The training loop."""
     options = settings.pretrain
-    model = initial_model(settings, job, work.device)
-    carried = None if job.get("scratch") else open_carried(settings.model.ckpt)
+    model = initial_model(settings, request, work.device)
+    carried = None if request.scratch else open_carried(settings.model.ckpt)
     parameters = trained_parameters(model, options)
     if options.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()

@@ -22,6 +22,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, gather_object
 
 from persistworld_cli.checkpoints.tensor_writing import save_torch
+from persistworld_cli.config.requests import TrainingRequest
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings, VaeSettings
 from persistworld_cli.config.trackers import wanted_trackers
 from persistworld_cli.files import CannotWrite, sweep, whole_folder, write_text, writing
@@ -123,16 +124,16 @@ class Run:
 
     @classmethod
     def of(
-        cls, settings: Settings, options: PretrainSettings | PostTrainSettings | VaeSettings, job: dict[str, Any]
+        cls, settings: Settings, options: PretrainSettings | PostTrainSettings | VaeSettings, request: TrainingRequest
     ) -> Run:
-        """The run that a job asks for: its folder, precision, states to keep, device, and whether to resume."""
+        """The run that is requested: its folder, precision, states to keep, device, and whether to resume."""
         return cls(
-            Path(job["output"]),
+            request.output,
             mixed_precision=options.mixed_precision,
             keep=options.keep,
             cpu=settings.launch.device == "cpu",
-            resume=job.get("resume", True),
-            resume_from=job.get("resume_from"),
+            resume=request.resume,
+            resume_from=request.resume_from,
             settings=settings,
             updates=options.updates,
         )

@@ -16,6 +16,7 @@ import torch
 from persistworld_cli.checkpoints.loading import load_vae
 from persistworld_cli.checkpoints.tensor_writing import save_safetensors
 from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.config.requests import PretrainVaeRequest
 from persistworld_cli.config.settings import Settings, VaeSettings, WorldSettings
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.data.raw.video import read_frames, resize
@@ -87,13 +88,13 @@ def clip_length(settings: VaeSettings, step: int) -> int:
     return 1 if step % 5 == 4 else settings.clip
 
 
-def run(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
+def run(settings: Settings, request: PretrainVaeRequest) -> dict[str, Any]:
     """Train `settings.model.vae` on the raw dataset `settings.world.raw`; one process. Resumes from its output folder.
 
     Writes `weights/vae.safetensors` (the averaged weights) and `weights/vae.json` with the measured `scaling_factor`,
     1 / standard deviation of the latents (SVD's 0.18215 is the same for its VAE).
     """
-    with Run.of(settings, settings.vae, job) as work:
+    with Run.of(settings, settings.vae, request) as work:
         return _train(settings, work)
 
 

@@ -59,12 +59,12 @@ def test_stages_operations_and_trace_of_a_rollout(tmp_path: Path) -> None:
 
 
 def test_the_worker_profiles_where_it_is_asked_to(tmp_path: Path) -> None:
-    job = {"output": str(tmp_path), "profile": True}
-    whole = {"task": "selfcheck", "settings": to_json(Settings(launch=LaunchSettings(device="cpu"))), "job": job}
+    own, asked = to_json(Settings(launch=LaunchSettings(device="cpu"))), {"output": str(tmp_path), "profile": True}
+    whole = {"task": "selfcheck", "settings": own, "request": asked}
     result = worker._run(whole, Path("config.json"))
     assert result["profile"] == tmp_path / "profile" / "table.txt" and result["world_size"] == 1
     assert "there is no trace" in result["profile"].read_text()
-    without = worker._run({**whole, "job": {"output": str(tmp_path)}}, Path("config.json"))
+    without = worker._run({**whole, "request": {"output": str(tmp_path)}}, Path("config.json"))
     assert "profile" not in without
 
 

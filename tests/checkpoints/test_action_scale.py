@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import shutil
@@ -17,10 +16,10 @@ from checkpoint_files import BASE, TINY, cli
 from drive_world import write_preset
 from eval_world import build, settings
 from golden_files import GoldenFiles
+from run_in_process import run_in_process
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from persistworld_cli import worker
 from persistworld_cli.checkpoints.action_scale import Poses, carried_scale, check_poses, pose_findings, scale_of
 from persistworld_cli.checkpoints.notes import read_notes
 from persistworld_cli.checkpoints.sources import locate
@@ -29,6 +28,7 @@ from persistworld_cli.checkpoints.tensor_writing import save_safetensors, save_t
 from persistworld_cli.commands.app import app
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.requests import PostTrainRequest, PretrainRequest, ReplayRequest
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.data.metadata.index import ActionStat
 from persistworld_cli.errors import PersistWorldError
@@ -182,7 +182,7 @@ def test_trained_weights_carry_their_scale_and_later_commands_take_it(
     preset = str(write_preset(tmp_path / "small.toml", settings(world)))
     given = load_settings(preset, [*sets, f"model.stat={own}"], env={}).settings
     with caplog.at_level(logging.WARNING, "persistworld_cli"):
-        trained = Path(pretrain.run(given, {"output": str(tmp_path / "pre")})["weights"])
+        trained = Path(pretrain.run(given, PretrainRequest(output=tmp_path / "pre"))["weights"])
     state = next((tmp_path / "pre" / "state").glob("*/state.pt"))
     for file in (trained, state):
         stat = carried_scale(file)
@@ -190,7 +190,7 @@ def test_trained_weights_carry_their_scale_and_later_commands_take_it(
     assert warned(caplog) == ""
     # without model.stat the weights' own scale goes before the dataset's
     plain = load_settings(preset, [*sets, f"model.ckpt={trained}"], env={}).settings
-    adapter = Path(post_train.run(plain, {"output": str(tmp_path / "post")})["adapter"])
+    adapter = Path(post_train.run(plain, PostTrainRequest(output=tmp_path / "post"))["adapter"])
     stat = carried_scale(adapter)
     assert stat is not None and stat.p99.tolist() == OWN["state_99"]
     assert scale_of(plain, open_store(plain), [adapter, trained]).origin == f"carried by {adapter}"
@@ -232,13 +232,7 @@ def test_a_command_says_that_poses_are_55_times_too_small(
 ) -> None:
     preset = shrink(world, tmp_path, index=False)
 
-    def here(task: str, own: Any, job: dict[str, Any], output: Path, **_: Any) -> tuple[int, dict[str, Any]]:
-        """The worker in this process, as the launcher starts it in another."""
-        module, _, name = worker.TASKS[task].partition(":")
-
-        return 0, getattr(importlib.import_module(module), name)(own, {**job, "output": str(output)})
-
-    monkeypatch.setattr(launcher, "run_task", here)
+    monkeypatch.setattr(launcher, "run_task", run_in_process)
     arguments = ["--preset", str(preset), "--output", str(tmp_path / "out"), "--steps", "1"]
     for command in (["replay"], ["eval", "--benchmark", "none"], ["frontier", "--benchmark", "none", "--calls", "1"]):
         done = CliRunner().invoke(app, [*command, *arguments, "--strict-actions"])
@@ -253,7 +247,7 @@ def test_a_command_says_that_poses_are_55_times_too_small(
     )
     caplog.clear()
     with caplog.at_level(logging.WARNING, "persistworld_cli"):  # the same world as it was
-        replay.run(settings(world), {"output": str(tmp_path / "right"), "steps": 1})
+        replay.run(settings(world, steps=1), ReplayRequest(output=tmp_path / "right"))
     assert warned(caplog) == ""
 
 
@@ -261,9 +255,9 @@ def test_training_refuses_wrong_poses_before_anything_is_loaded(world: Path, tmp
 
     preset = shrink(world, tmp_path, index=True)
     own = load_settings(str(preset), ["model.strict_actions=true", "clips.workers=0"], env={}).settings
-    for task in (pretrain.run, post_train.run):
+    for task, kind in ((pretrain.run, PretrainRequest), (post_train.run, PostTrainRequest)):
         with pytest.raises(PersistWorldError, match="do not look like") as refused:
-            task(own, {"output": str(tmp_path / "run")})
+            task(own, kind(output=tmp_path / "run"))
         assert "index.safetensors" in str(refused.value.where)
     assert pose_findings(open_store(own).stat(), Poses(np.zeros((5, 7)), 3, "")) != []
     free = replace(own, model=replace(own.model, strict_actions=False))

@@ -23,43 +23,43 @@ def adapter(tmp_path: Path) -> str:
 def test_eval_compares_the_adapter_with_its_base(adapter: str) -> None:
     model = ModelSettings(ckpt="a.pt", adapter=adapter)
     want = [ModelRef("base", "a.pt"), ModelRef("post-trained", "a.pt", adapter)]
-    assert refs_of_eval(model, {}) == want
-    assert refs_of_eval(model, {"baseline": "base"}) == want
-    assert refs_of_eval(ModelSettings(ckpt="a.pt", inference=adapter), {}) == want
-    assert refs_of_eval(ModelSettings(ckpt="a.pt", inference=str(Path(adapter).parent)), {}) == want
-    assert refs_of_replay(ModelSettings(ckpt="a.pt"), {"ckpts": [adapter]}) == want[1:]
-    assert refs_of_eval(ModelSettings(ckpt="a.pt"), {}) == [ModelRef("base", "a.pt")]
+    assert refs_of_eval(model) == want
+    assert refs_of_eval(model, "base") == want
+    assert refs_of_eval(ModelSettings(ckpt="a.pt", inference=adapter)) == want
+    assert refs_of_eval(ModelSettings(ckpt="a.pt", inference=str(Path(adapter).parent))) == want
+    assert refs_of_replay(ModelSettings(ckpt="a.pt"), [adapter]) == want[1:]
+    assert refs_of_eval(ModelSettings(ckpt="a.pt")) == [ModelRef("base", "a.pt")]
 
 
 def test_eval_compares_checkpoints_and_adapters(adapter: str) -> None:
     model = ModelSettings(ckpt="x/a.pt")
-    assert refs_of_eval(model, {"baseline": "x/b.pt"}) == [ModelRef("b.pt", "x/b.pt"), ModelRef("a.pt", "x/a.pt")]
-    two = refs_of_eval(ModelSettings(ckpt="a.pt", adapter="r1/adapter"), {"baseline_adapter": "r2/adapter"})
-    assert two == [ModelRef("r2/adapter", "a.pt", "r2/adapter"), ModelRef("r1/adapter", "a.pt", "r1/adapter")]
-    named = refs_of_eval(model, {"baseline": adapter, "labels": ["old", "new"]})
-    assert named == [ModelRef("old", "x/a.pt", adapter), ModelRef("new", "x/a.pt")]
-    whole = refs_of_eval(ModelSettings(ckpt="x/a.pt", inference="x/b.pt"), {})
+    assert refs_of_eval(model, "x/b.pt") == [ModelRef("b.pt", "x/b.pt"), ModelRef("a.pt", "x/a.pt")]
+    two = refs_of_eval(ModelSettings(ckpt="a.pt", adapter="r1/other"), adapter)
+    assert two == [ModelRef("adapter", "a.pt", adapter), ModelRef("other", "a.pt", "r1/other")]
+    named = refs_of_eval(model, adapter)
+    assert named == [ModelRef("adapter", "x/a.pt", adapter), ModelRef("base", "x/a.pt")]
+    whole = refs_of_eval(ModelSettings(ckpt="x/a.pt", inference="x/b.pt"))
     assert whole == [ModelRef("a.pt", "x/a.pt"), ModelRef("b.pt", "x/b.pt")]
     with pytest.raises(UsageError, match="itself"):
-        refs_of_eval(model, {"baseline": "x/a.pt"})
+        refs_of_eval(model, "x/a.pt")
     with pytest.raises(UsageError, match="is another one"):
-        refs_of_eval(ModelSettings(ckpt="a.pt", inference=adapter, adapter="r1/adapter"), {})
+        refs_of_eval(ModelSettings(ckpt="a.pt", inference=adapter, adapter="r1/adapter"))
     with pytest.raises(UsageError, match="no weights are named that it belongs on"):
-        refs_of_eval(ModelSettings(inference=adapter), {})
+        refs_of_eval(ModelSettings(inference=adapter))
     with pytest.raises(UsageError, match="no weights"):
-        refs_of_eval(ModelSettings(), {})
+        refs_of_eval(ModelSettings())
 
 
 def test_replay_pairs_weights_and_adapters() -> None:
     model = ModelSettings(ckpt="a.pt", adapter="ad")
-    assert refs_of_replay(model, {}) == [ModelRef("post-trained", "a.pt", "ad")]
-    both = refs_of_replay(model, {"adapters": ["base", "ad"]})
+    assert refs_of_replay(model) == [ModelRef("post-trained", "a.pt", "ad")]
+    both = refs_of_replay(model, [], ["base", "ad"])
     assert both == [ModelRef("base", "a.pt"), ModelRef("post-trained", "a.pt", "ad")]
-    assert [ref.label for ref in refs_of_replay(model, {"ckpts": ["x/a.pt", "y/a.pt"], "adapters": ["base"]})] == [
+    assert [ref.label for ref in refs_of_replay(model, ["x/a.pt", "y/a.pt"], ["base"])] == [
         "x/a.pt",
         "y/a.pt",
     ]
-    assert [ref.label for ref in refs_of_replay(model, {"ckpts": ["b", "b"], "adapters": ["none"]})] == ["b #1", "b #2"]
+    assert [ref.label for ref in refs_of_replay(model, ["b", "b"], ["none"])] == ["b #1", "b #2"]
 
 
 def test_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

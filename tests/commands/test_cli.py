@@ -145,13 +145,14 @@ def test_flags_reach_their_settings_and_are_named() -> None:
     assert dry("drive", "--episode", "899", "--start", "8")["drive.start"]["value"] == 8
 
 
-def test_the_job_and_the_output_folder_are_shown(tmp_path: Path) -> None:
+def test_the_request_and_the_output_folder_are_shown(tmp_path: Path) -> None:
     result = CliRunner().invoke(
         commands.app, ["replay", "--episode", "1", "--ckpt", "a", "--ckpt", "b", "--dry-run", "--json"]
     )
     data = json.loads(result.stdout)
     assert data["output"] == "outputs/replay-tiny"
-    assert data["job"]["episodes"] == ["1"] and data["job"]["ckpts"] == ["a", "b"]
+    assert data["request"]["ckpts"] == ["a", "b"] and data["request"]["adapters"] == []
+    assert data["settings"]["eval.episodes"] == {"value": ["1"], "origin": "--episode"}
     chosen = CliRunner().invoke(commands.app, ["drive", "-o", str(tmp_path / "x"), "--dry-run", "--json"])
     assert json.loads(chosen.stdout)["output"] == str(tmp_path / "x")
     assert not (tmp_path / "x").exists()

@@ -22,6 +22,7 @@ import torch
 from clip_data import episode_latents, latent_path, states, write_dataset
 
 from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.requests import PretrainRequest
 from persistworld_cli.config.settings import ClipSettings, PretrainSettings, Settings, WorldSettings
 from persistworld_cli.data.clips.clips import ClipSource
 from persistworld_cli.data.clips.loader import ClipLoader
@@ -331,7 +332,7 @@ def test_training_on_a_mixture_is_the_same_with_workers(world: Settings, tmp_pat
     logs = []
     for workers in (0, 2):
         settings = replace(world, clips=ClipSettings(datasets=datasets, workers=workers))
-        pretrain.run(settings, {"output": str(tmp_path / str(workers))})
+        pretrain.run(settings, PretrainRequest(output=tmp_path / str(workers)))
         logs.append((tmp_path / str(workers) / "metrics.jsonl").read_text())
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 2
 
@@ -345,7 +346,7 @@ def test_a_damaged_file_ends_training_with_its_name(
     for path in (damaged / "latent_videos" / "train").glob("[12]/1.npy"):
         os.truncate(path, 500)
     settings = replace(world, world=replace(world.world, dataset=str(damaged)), clips=ClipSettings(workers=2))
-    assert run_task("pretrain", settings, {}, tmp_path / "run")[0] == 1
+    assert run_task(settings, PretrainRequest(output=tmp_path / "run"))[0] == 1
     message = capfd.readouterr().err
     assert "cut off" in message and "1.npy" in message and "extract-latents" in message
     assert "Traceback" not in message

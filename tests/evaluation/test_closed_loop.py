@@ -15,6 +15,7 @@ from eval_world import HEIGHT, WIDTH, make_world, settings
 from PIL import Image
 
 from persistworld_cli.checkpoints.loading import load_world_model
+from persistworld_cli.config.requests import EvalRequest, ReplayRequest
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation import plan
@@ -105,7 +106,7 @@ def test_reward_of_scores_is_the_scorers(root: Path) -> None:
 def test_eval_end_to_end_continues_and_gives_the_same_numbers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     s = settings(root, seeds=(0, 1), episodes=("9", "29"), sheets=2, following=("swapped", "null"), following_steps=1)
     s = replace(s, model=replace(s.model, inference=str(root / "other.safetensors")))
-    job = {"output": str(root / "out"), "baseline": str(root / "base.safetensors")}
+    request = EvalRequest(output=root / "out", baseline=str(root / "base.safetensors"))
     loaded: list[str] = []
     real = plan.load_for_sampling
 
@@ -114,7 +115,7 @@ def test_eval_end_to_end_continues_and_gives_the_same_numbers(root: Path, monkey
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(plan, "load_for_sampling", counting)
-    summary = eval_run.run(s, job)
+    summary = eval_run.run(s, request)
     out = root / "out"
     result = json.loads((out / "eval.json").read_text())
     labels = [metric["label"] for metric in result["metrics"]]
@@ -143,15 +144,15 @@ def test_eval_end_to_end_continues_and_gives_the_same_numbers(root: Path, monkey
     victim = next((out / "rollouts").glob("model-*/9_0_1.npz"))
     victim.unlink()
     loaded.clear()
-    again = eval_run.run(s, {**job, "videos": False, "compare": str(out)})
+    again = eval_run.run(s, replace(request, compare=str(out)))
     for before, after in zip(summary["table"], again["table"], strict=True):
         for label in labels:  # the whole batch was done again, so the same numbers
             assert after[label] == pytest.approx(before[label], abs=1e-7)
     assert {row["change"] for row in again["compared"]} == {0.0}
     with pytest.raises(PersistWorldError, match=r"steps: 2 and 1") as refused:
-        eval_run.run(replace(s, eval=replace(s.eval, steps=1)), {**job, "compare": str(out)})
+        eval_run.run(replace(s, eval=replace(s.eval, steps=1)), replace(request, compare=str(out)))
     assert "sampling" not in str(refused.value)
-    assert again["videos"] == [] and again["sheets"] == summary["sheets"]
+    assert again["videos"] == summary["videos"] and again["sheets"] == summary["sheets"]
     # One to roll out what was missing, and each checkpoint, whose VAE draws its own images; nothing else again.
     assert len(loaded) == 3 and [Path(path).stem for path in loaded[1:]] == ["base", "other"]
 
@@ -179,7 +180,7 @@ def test_floor_and_ceiling_by_hand(root: Path, store: EpisodeStore, model: World
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(mask).save(path)
     s = settings(root, episodes=("9",), steps=1, sheets=0, masks=(f"left={root / 'masks'}",), crop=(0, 0, 0, 8))
-    eval_run.run(s, {"output": str(root / "alone")})
+    eval_run.run(s, EvalRequest(output=root / "alone"))
     result = json.loads((root / "alone" / "eval.json").read_text())
     assert result["paired"] == [] and [model["label"] for model in result["models"]] == ["base"]
     frames = store.frames("val", "9", range(5)).astype(float)[..., : WIDTH - 8, :] / 255
@@ -196,7 +197,7 @@ def test_floor_and_ceiling_by_hand(root: Path, store: EpisodeStore, model: World
 
 
 def test_eval_mistakes_are_named_before_any_compute(root: Path) -> None:
-    out = {"output": str(root / "never")}
+    out = EvalRequest(output=root / "never")
     cases = [
         (settings(root, episodes=("77",)), "no episode '77'"),
         (settings(root, episodes=BUNDLED, benchmark="bundled"), "'60', '61'.* of 20 that benchmark 'bundled' names"),
@@ -210,7 +211,7 @@ def test_eval_mistakes_are_named_before_any_compute(root: Path) -> None:
         with pytest.raises(PersistWorldError, match=words):
             eval_run.run(wrong, out)
     with pytest.raises(UsageError, match="compared with itself"):
-        eval_run.run(settings(root), {**out, "baseline": "base"})
+        eval_run.run(settings(root), replace(out, baseline="base"))
     small = settings(root)
     small = replace(small, world=replace(small.world, height=64))
     with pytest.raises(PersistWorldError, match="latents"):
@@ -219,23 +220,14 @@ def test_eval_mistakes_are_named_before_any_compute(root: Path) -> None:
     with pytest.raises(PersistWorldError, match="does not fit this preset"):
         eval_run.run(foreign, out)
     with pytest.raises(PersistWorldError, match="cannot read the result"):
-        eval_run.run(settings(root), {**out, "compare": str(root / "nothing.json")})
+        eval_run.run(settings(root), replace(out, compare=str(root / "nothing.json")))
     assert not list((root / "never").rglob("*.npz"))
 
 
 def test_replay_end_to_end(root: Path) -> None:
-    s = settings(root)
-    summary = replay(
-        s,
-        {
-            "output": str(root / "replay"),
-            "episodes": ["29"],
-            "start": 1,
-            "steps": 3,
-            "seeds": [4],
-            "ckpts": [str(root / "base.safetensors"), str(root / "other.safetensors")],
-        },
-    )
+    s = settings(root, episodes=("29",), starts=(1,), steps=3, seeds=(4,))
+    both = (str(root / "base.safetensors"), str(root / "other.safetensors"))
+    summary = replay(s, ReplayRequest(output=root / "replay", ckpts=both))
     record = json.loads((root / "replay" / "replay.json").read_text())
     entry = record["replays"][0]
     assert entry["frames"] == 5 and [row["step"] for row in entry["rows"]] == [1, 1, 2, 2]  # frame 6 is the last
@@ -244,4 +236,4 @@ def test_replay_end_to_end(root: Path) -> None:
     for file in (*summary["videos"], *summary["sheets"], summary["json"], summary["text"]):
         assert Path(file).stat().st_size > 0
     with pytest.raises(UsageError, match="do not pair up"):
-        replay(s, {"output": str(root / "x"), "ckpts": ["a", "b"], "adapters": ["c", "d", "e"]})
+        replay(s, ReplayRequest(output=root / "x", ckpts=("a", "b"), adapters=("c", "d", "e")))

@@ -12,6 +12,7 @@ from eval_world import make_world, settings
 from scipy.linalg import sqrtm
 
 from persistworld_cli.compat import ensure_torchvision
+from persistworld_cli.config.requests import EvalRequest
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.evaluation import run as eval_run
 from persistworld_cli.evaluation.fvd import frechet, load_feature_network
@@ -70,7 +71,7 @@ def test_videos_are_cut_into_clips(weights: Path) -> None:
 def test_an_evaluation_tells_it_and_pins_the_network(weights: Path, tmp_path: Path) -> None:
     make_world(tmp_path, {"9": 18, "19": 18})
     chosen = settings(tmp_path, steps=4, sheets=0, seeds=(0,), fvd=str(weights), fvd_net=NET)
-    summary = eval_run.run(chosen, {"output": str(tmp_path / "out")})
+    summary = eval_run.run(chosen, EvalRequest(output=tmp_path / "out"))
     rows = {(row["model"], row["cameras"]): row for row in summary["fvd"]["rows"]}
     assert set(rows) == {(m, c) for m in ("copy first frame", "base") for c in ("exterior", "wrist")}
     assert rows["base", "exterior"]["clips"] == 4 and rows["base", "wrist"]["clips"] == 2
@@ -80,4 +81,4 @@ def test_an_evaluation_tells_it_and_pins_the_network(weights: Path, tmp_path: Pa
     assert protocol["fvd"]["net"] == NET and len(protocol["fvd"]["weights_sha256"]) == 64
     plain = settings(tmp_path, steps=4, sheets=0, seeds=(0,))
     with pytest.raises(PersistWorldError, match=r"fvd\.net: nothing and mc3_18|fvd\.net: mc3_18 and nothing"):
-        eval_run.run(plain, {"output": str(tmp_path / "plain"), "compare": str(tmp_path / "out")})
+        eval_run.run(plain, EvalRequest(output=tmp_path / "plain", compare=str(tmp_path / "out")))

@@ -42,7 +42,7 @@ def benchmarked(root: Path, name: str) -> Settings:
 
 
 def planned(root: Path, name: str) -> EvalPlan:
-    return make_plan(benchmarked(root, name), {}, root / "out", torch.device("cpu"))
+    return make_plan(benchmarked(root, name), root / "out", torch.device("cpu"))
 
 
 def test_a_subset_is_run_labelled_and_not_compared_with_the_whole(root: Path) -> None:
@@ -72,7 +72,7 @@ def test_only_a_run_that_labels_it_takes_a_subset(root: Path) -> None:
         eval_items(planned(root, "whole").store, own)
     named = replace(own, eval=replace(own.eval, episodes=("99", "7")))
     with pytest.raises(PersistWorldError, match=r"no episode '7' in split 'val'\n"):
-        make_plan(named, {}, root / "out", torch.device("cpu"))
+        make_plan(named, root / "out", torch.device("cpu"))
     with pytest.raises(PersistWorldError, match="no episode '7'") as error:
         planned(root, "none")
     assert "--include '*/episode_000007.*'" in str(error.value.fix)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -13,12 +12,11 @@ import pytest
 import torch
 from bundled_starts import extract
 from checkpoint_files import ADAPTER, BASE, bundled_model, cli
+from run_in_process import run_in_process
 from typer.testing import CliRunner, Result
 
-from persistworld_cli import worker
 from persistworld_cli.commands.app import app
 from persistworld_cli.config.bundled import resolve_path
-from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import UsageError
 from persistworld_cli.evaluation.published import load_published
@@ -51,13 +49,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def verify(world: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """``persistworld verify ARGUMENTS`` in this process, on that world."""
-
-    def here(task: str, own: Settings, job: dict[str, Any], output: Path, **_: Any) -> tuple[int, dict[str, Any]]:
-        module, _, name = worker.TASKS[task].partition(":")
-        output.mkdir(parents=True, exist_ok=True)
-        return 0, getattr(importlib.import_module(module), name)(own, {**job, "output": str(output)})
-
-    monkeypatch.setattr(launcher, "run_task", here)
+    monkeypatch.setattr(launcher, "run_task", run_in_process)
 
     def call(*arguments: object, dataset: str = "world") -> Result:
         flags = ["--preset", "tiny", "--dataset", world / dataset, "--output", world / "out", "--steps", STEPS]

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from persistworld_cli.commands import app as commands
 from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.requests import FrontierRequest
 from persistworld_cli.config.settings import SamplingSettings, Settings
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation import plan as eval_plan
@@ -27,11 +28,11 @@ from persistworld_cli.rollout.finished import load_rollout
 from persistworld_cli.rollout.recording import Item
 from persistworld_cli.rollout.scoring import PLAIN, SHOWN
 
-JOB: dict[str, Any] = {"reference": "euler:4", "samplers": ["euler", "heun"], "calls": [1, 2, 3], "vary": []}
+REQUEST = FrontierRequest(reference="euler:4", samplers=("euler", "heun"), calls=(1, 2, 3))
 
 
-def grid(job: dict[str, Any], **sampling: Any) -> tuple[Setting, list[Setting]]:
-    return make_grid(Settings(sampling=SamplingSettings(**sampling)), {**JOB, **job})
+def grid(changes: dict[str, Any], **sampling: Any) -> tuple[Setting, list[Setting]]:
+    return make_grid(Settings(sampling=SamplingSettings(**sampling)), replace(REQUEST, **changes))
 
 
 # -- what is tried -----------------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def test_other_numbers_are_varied_and_guidance_counts_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("job", "message"),
+    ("changes", "message"),
     [
         ({"samplers": ["eulr"]}, "unknown sampler 'eulr'"),
         ({"reference": "euler"}, "'euler' is not SAMPLER:STEPS"),
@@ -72,9 +73,9 @@ def test_other_numbers_are_varied_and_guidance_counts_twice() -> None:
         ({"samplers": ["euler"], "calls": [4]}, "nothing but the reference itself"),
     ],
 )
-def test_a_grid_that_cannot_be_meant_is_refused(job: dict[str, Any], message: str) -> None:
+def test_a_grid_that_cannot_be_meant_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as told:
-        grid(job, steps=4)
+        grid(changes, steps=4)
     assert message in told.value.what
 
 
@@ -147,15 +148,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_end_to_end(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
     own = settings(root, steps=1, batch=6)
-    job = {**JOB, "reference": "euler:3", "samplers": ["euler"], "calls": [1, 2], "percent": 1000.0, "preset": "tiny"}
-    job |= {"output": str(root / "out"), "write_preset": str(root / "fast.toml")}
-    summary = frontier.run(own, job)
+    request = FrontierRequest(
+        reference="euler:3",
+        samplers=("euler",),
+        calls=(1, 2),
+        percent=1000.0,
+        output=root / "out",
+        write_preset=root / "fast.toml",
+    )
+    summary = frontier.run(own, request)
     result = json.loads((root / "out" / "frontier.json").read_text())
     assert summary["chosen"] == result["chosen"] == "euler 1"  # anything is within 1000%
     assert (root / "out" / "frontier.png").stat().st_size > 10_000
     assert "euler 1 *" in (root / "out" / "table.txt").read_text()
 
-    plan = frontier.make_plan(own, job, root / "out", frontier.torch.device("cpu"))
+    plan = frontier.make_plan(own, request, frontier.torch.device("cpu"))
     means = {
         one.setting.name: np.mean([load_rollout(one.folder, item).scores["psnr"][:, :2].mean() for item in plan.items])
         for one in (plan.reference, *plan.grid)
@@ -171,19 +178,19 @@ def test_end_to_end(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = {path: path.stat().st_mtime_ns for path in (root / "out" / "rollouts").rglob("*.npz")}
     assert len(written) == 18
     monkeypatch.setattr(eval_plan, "load_for_sampling", lambda *_, **__: pytest.fail("all is there"))
-    again = frontier.run(own, job)
+    again = frontier.run(own, request)
     assert again["settings"] == summary["settings"]
     assert written == {path: path.stat().st_mtime_ns for path in (root / "out" / "rollouts").rglob("*.npz")}
 
 
 def test_the_reference_may_be_other_weights(root: Path) -> None:
     own = settings(root, steps=1, batch=6)
-    job = {**JOB, "reference": "euler:2", "samplers": ["euler"], "calls": [1, 2], "percent": 1000.0, "preset": "tiny"}
-    alone = frontier.run(own, {**job, "output": str(root / "alone")})
+    request = FrontierRequest(reference="euler:2", samplers=("euler",), calls=(1, 2), percent=1000.0)
+    alone = frontier.run(own, replace(request, output=root / "alone"))
     other = str(root / "other.safetensors")
     others = replace(own, model=replace(own.model, inference=other))
-    frontier.run(others, {**job, "output": str(root / "both"), "baseline": own.model.ckpt})
-    frontier.run(own, {**job, "output": str(root / "swapped"), "baseline": other})
+    frontier.run(others, replace(request, output=root / "both", baseline=own.model.ckpt))
+    frontier.run(own, replace(request, output=root / "swapped", baseline=other))
     results = [json.loads((root / name / "frontier.json").read_text()) for name in ("alone", "both", "swapped")]
     assert [[row["name"] for row in result["settings"]] for result in results] == [
         ["euler 1"],
@@ -208,9 +215,10 @@ def test_the_reference_may_be_other_weights(root: Path) -> None:
 
 def test_no_preset_is_written_where_nothing_qualifies(root: Path) -> None:
     own = settings(root, steps=1, batch=6, episodes=("0", "1"))
-    job = {**JOB, "reference": "euler:2", "samplers": ["euler"], "calls": [1], "percent": 1.0, "preset": "tiny"}
-    job |= {"output": str(root / "few"), "write_preset": str(root / "none.toml")}
-    assert frontier.run(own, job)["exit_code"] == 1
+    request = FrontierRequest(
+        reference="euler:2", samplers=("euler",), calls=(1,), output=root / "few", write_preset=root / "none.toml"
+    )
+    assert frontier.run(own, request)["exit_code"] == 1
     assert not (root / "none.toml").exists()
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from eval_world import make_world, settings
 
 from persistworld_cli.config.presets import to_json
-from persistworld_cli.config.settings import Settings
+from persistworld_cli.config.settings import DriveSettings, Settings
 from persistworld_cli.interact.drive import open_session
 from persistworld_cli.interact.session import DriveSession
 from persistworld_cli.robot.kinematics import pose
@@ -40,9 +41,14 @@ def arm_world(folder: Path) -> Path:
     return folder
 
 
-def session(root: Path, **job: Any) -> DriveSession:
+def drive_settings(root: Path, **drive: Any) -> Settings:
+    """Settings of a drive in the world under ``root``."""
+    return replace(settings(root), drive=DriveSettings(**drive))
+
+
+def session(root: Path, **drive: Any) -> DriveSession:
     """A drive in this process."""
-    return open_session(settings(root), job)
+    return open_session(drive_settings(root, **drive))
 
 
 def write_preset(path: Path, own: Settings) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drive_world import arm_world
+from drive_world import arm_world, drive_settings
 from eval_world import HEIGHT, VIEWS, WIDTH, settings
 from golden_files import GoldenFiles
 from golden_model import golden_model
@@ -22,6 +22,7 @@ from websockets.sync.server import ServerConnection
 from websockets.sync.server import serve as listen
 
 from persistworld_cli.checkpoints.references import load_model
+from persistworld_cli.config.requests import DriveRequest, PolicyRolloutRequest
 from persistworld_cli.config.settings import (
     DriveSettings,
     PolicySettings,
@@ -58,7 +59,7 @@ def world(root: Path, **policy: Any) -> Settings:
 
 
 def test_drive_writes_what_was_seen(root: Path, tmp_path: Path) -> None:
-    result = drive.run(settings(root), {"keys": "lcu", "episode": "8", "start": 2, "seed": 5, "output": str(tmp_path)})
+    result = drive.run(drive_settings(root, episode="8", start=2, seed=5), DriveRequest(keys="lcu", output=tmp_path))
     assert count_frames(Path(result["video"])) == result["frames"] == 1 + 3 * 4
     image = read_frames(Path(result["video"]), [0])[0]
     assert image.shape[1] >= 3 * 300  # enlarged: a view of 48 pixels would show nothing
@@ -77,23 +78,23 @@ def test_drive_writes_what_was_seen(root: Path, tmp_path: Path) -> None:
 
 def test_drive_defaults_to_the_settings_and_the_first_episode(root: Path, tmp_path: Path) -> None:
     own = replace(settings(root), drive=DriveSettings(start=1, seed=9))
-    result = drive.run(own, {"keys": "o", "output": str(tmp_path)})
+    result = drive.run(own, DriveRequest(keys="o", output=tmp_path))
     assert (result["episode"], result["start"], result["seed"]) == ("7", 1, 9)
 
 
 def test_mistakes_are_told_before_any_weights_are_read(root: Path, tmp_path: Path) -> None:
     blind = replace(settings(root), model=replace(settings(root).model, ckpt=str(tmp_path / "none.safetensors")))
-    job: dict[str, Any] = {"keys": "l", "output": str(tmp_path)}
+    request = DriveRequest(keys="l", output=tmp_path)
     with pytest.raises(UsageError, match="unknown key 'w'"):
-        drive.run(blind, {**job, "keys": "lw"})
+        drive.run(blind, replace(request, keys="lw"))
     with pytest.raises(PersistWorldError, match="no episode '99'"):
-        drive.run(blind, {**job, "episode": "99"})
+        drive.run(replace(blind, drive=DriveSettings(episode="99")), request)
     with pytest.raises(PersistWorldError, match="frame 30"):
-        drive.run(blind, {**job, "start": 30})
+        drive.run(replace(blind, drive=DriveSettings(start=30)), request)
     with pytest.raises(UsageError, match="no dataset"):
-        drive.run(replace(blind, world=replace(blind.world, dataset="")), job)
+        drive.run(replace(blind, world=replace(blind.world, dataset="")), request)
     with pytest.raises(PersistWorldError, match=r"none\.safetensors"):
-        drive.run(blind, job)
+        drive.run(blind, request)
 
 
 def test_rollouts_do_not_depend_on_their_batch_and_follow_their_seed(root: Path) -> None:
@@ -131,8 +132,7 @@ def test_a_dataset_without_latents_is_encoded_from_its_videos(root: Path, tmp_pa
 
 
 def test_a_served_policy_acts_in_the_world(root: Path, tmp_path: Path) -> None:
-    job = {"policy": "scripted", "seeds": [3], "output": str(tmp_path)}
-    result = policy_rollout.run(world(root), job)
+    result = policy_rollout.run(world(root, seed=3), PolicyRolloutRequest(rollouts=9, output=tmp_path))
     assert result["complete"]
     assert [entry["episode"] for entry in result["rollouts"]] == ["7", "8"]
     assert json.loads((tmp_path / "rollouts.json").read_text())["policy"] == "scripted"
@@ -157,8 +157,8 @@ def test_a_served_policy_acts_in_the_world(root: Path, tmp_path: Path) -> None:
 
 def test_a_policy_of_this_process_sees_the_predicted_images(root: Path, tmp_path: Path) -> None:
     Watcher.seen.clear()
-    job = {"policy": f"{__name__}:Watcher", "episodes": ["7"], "instruction": "look", "output": str(tmp_path)}
-    policy_rollout.run(world(root, camera=0, image_size=64), job)
+    request = PolicyRolloutRequest(policy=f"{__name__}:Watcher", episodes=("7",), instruction="look", output=tmp_path)
+    policy_rollout.run(world(root, camera=0, image_size=64), request)
     assert [obs["prompt"] for obs in Watcher.seen] == ["look", "look"]
     first, second = (obs["observation/exterior_image_1_left"] for obs in Watcher.seen)
     assert first.shape == (64, 64, 3)
@@ -183,16 +183,17 @@ class Watcher:
         self.seen.clear()
 
 
-def test_a_plan_takes_task_job_and_settings_into_account(root: Path) -> None:
+def test_a_plan_takes_task_request_and_settings_into_account(root: Path) -> None:
     own = world(root)
     store = open_store(own)
-    plan = policy_rollout.make_plan(own, {"policy": "hold", "limit": 1}, store)
+    plan = policy_rollout.make_plan(own, PolicyRolloutRequest(policy="hold"), store)
     assert [s.item.episode for s in plan.starts] == ["7"]
-    plan = policy_rollout.make_plan(own, {"policy": "hold", "seeds": [3, 5], "start": 2}, store)
+    request = PolicyRolloutRequest(policy="hold", rollouts=9, start=2)
+    plan = policy_rollout.make_plan(world(root, seed=3), request, store)
     found = [(s.item.episode, s.item.start, s.item.seed) for s in plan.starts]
-    assert found == [("7", 2, 3), ("7", 2, 5), ("8", 2, 3), ("8", 2, 5)]
+    assert found == [("7", 2, 3), ("8", 2, 3)]
     assert (plan.view.skip, plan.view.gripper_cap, plan.steps) == (3, 1.0, 2)
-    plan = policy_rollout.make_plan(world(root, skip=2, gripper_cap=0.6, steps=0), {}, store)
+    plan = policy_rollout.make_plan(world(root, skip=2, gripper_cap=0.6, steps=0), request, store)
     assert (plan.view.skip, plan.view.gripper_cap, plan.steps) == (2, 0.6, 8)
 
 
@@ -233,7 +234,7 @@ def test_a_policy_that_dies_in_mid_rollout_leaves_what_was_rolled_out(
     server = failing_server(lambda number, connection: how(connection) if number == 4 else None)
     uri = f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
     with pytest.raises(PersistWorldError, match=text) as failed:
-        policy_rollout.run(world(root, steps=3), {"policy": uri, "output": str(tmp_path)})
+        policy_rollout.run(world(root, steps=3), PolicyRolloutRequest(policy=uri, rollouts=9, output=tmp_path))
     server.shutdown()
     assert not isinstance(failed.value, UsageError)  # exit code 1
     assert "saved" in str(failed.value)
@@ -251,14 +252,14 @@ def test_a_policy_that_fails_at_once_leaves_the_start(root: Path, tmp_path: Path
     server = failing_server(lambda number, connection: connection.close())
     uri = f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
     with pytest.raises(PersistWorldError, match="closed"):
-        policy_rollout.run(world(root), {"policy": uri, "limit": 1, "output": str(tmp_path)})
+        policy_rollout.run(world(root), PolicyRolloutRequest(policy=uri, output=tmp_path))
     server.shutdown()
     record = json.loads((tmp_path / "bundled_7_0_0.json").read_text())
     assert (record["steps"], record["end_idx"], record["joint_pos"]) == (0, 0, [])
 
 
 def test_what_cannot_be_rolled_out_is_told_before_any_weights_are_read(root: Path, tmp_path: Path) -> None:
-    job: dict[str, Any] = {"policy": "hold", "output": str(tmp_path)}
+    request = PolicyRolloutRequest(policy="hold", output=tmp_path)
 
     def blind(**policy: Any) -> Settings:
         own = world(root, **policy)
@@ -272,13 +273,13 @@ def test_what_cannot_be_rolled_out_is_told_before_any_weights_are_read(root: Pat
         (blind(camera=3), {}, "policy.camera = 3"),
         (blind(adapter="meta"), {}, "no fitted action adapter"),
         (blind(), {"policy": "hodl"}, "unknown policy 'hodl'"),
-        (blind(), {"episodes": ["12"]}, "no episode '12'"),
+        (blind(), {"episodes": ("12",)}, "no episode '12'"),
         (blind(port=9, wait_s=0.1), {"policy": "server"}, "no policy server answered"),
     ):
         with pytest.raises(PersistWorldError, match=text):
-            policy_rollout.run(own, {**job, **more})
+            policy_rollout.run(own, replace(request, **more))
     with pytest.raises(PersistWorldError, match=r"none\.safetensors"):
-        policy_rollout.run(blind(), job)
+        policy_rollout.run(blind(), request)
 
 
 def test_a_recording_without_joints_is_refused(root: Path, tmp_path: Path) -> None:
@@ -289,7 +290,7 @@ def test_a_recording_without_joints_is_refused(root: Path, tmp_path: Path) -> No
     (bare / "annotation" / "val" / "7.json").write_text(json.dumps(note))
     own = replace(world(root), world=replace(world(root).world, dataset=str(bare)))
     with pytest.raises(PersistWorldError, match="no joint angles"):
-        policy_rollout.run(own, {"policy": "hold", "output": str(tmp_path)})
+        policy_rollout.run(own, PolicyRolloutRequest(policy="hold", output=tmp_path))
 
 
 # -- against the reference's own loop ---------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import wait_for
-from drive_world import arm_world, drive_command, pseudo_terminal, session
-from eval_world import settings
+from drive_world import arm_world, drive_command, drive_settings, pseudo_terminal, session
 from PIL import Image
 
+from persistworld_cli.config.requests import DriveRequest
 from persistworld_cli.interact import drive
 from persistworld_cli.interact.live import arrange, drive_live, mosaic
 from persistworld_cli.interact.terminal import LEAVE
@@ -125,7 +125,7 @@ def test_the_command_drives_in_a_terminal_and_leaves_it_as_it_was(root: Path, tm
         and re.search(r"time of the step \d+\.\d\d s", screen)
     )
     assert "drive.mp4" in out.decode() and "\x1b[38;2" not in out.decode()
-    result = drive.run(settings(root), {"keys": "lc", "seed": 3, "output": str(tmp_path / "keys")})
+    result = drive.run(drive_settings(root, seed=3), DriveRequest(keys="lc", output=tmp_path / "keys"))
     for name in ("drive.mp4", "drive.json"):
         assert (tmp_path / "live" / name).stat().st_size > 100
     assert (tmp_path / "live" / "drive.png").read_bytes() == Path(result["sheet"]).read_bytes()  # the same frames

@@ -13,6 +13,7 @@ from eval_world import settings
 
 from persistworld_cli.checkpoints.references import load_model
 from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.requests import DriveRequest
 from persistworld_cli.data.clips.store import open_store
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.data.raw.video import read_frames
@@ -98,7 +99,7 @@ def test_an_interrupted_step_leaves_the_session_as_it_was(root: Path, monkeypatc
 
 
 def test_a_drive_of_keys_is_a_session_s(root: Path, tmp_path: Path) -> None:
-    result = drive.run(settings(root), {"keys": "l*2 u", "output": str(tmp_path)})
+    result = drive.run(settings(root), DriveRequest(keys="l*2 u", output=tmp_path))
     here = session(root)
     for key in "llu":
         here.press(key)

@@ -18,16 +18,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from persistworld_cli import again
+from persistworld_cli import command_line
 from persistworld_cli.commands.app import app
 from persistworld_cli.config.presets import flatten
+from persistworld_cli.config.requests import EvalRequest, PostTrainRequest, PretrainRequest, ReplayRequest, TaskRequest
 from persistworld_cli.config.resume import USES, is_free, used_keys
 from persistworld_cli.config.settings import FREE, PostTrainSettings, Settings
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation import run as evaluation
 from persistworld_cli.evaluation.plan import make_plan
 from persistworld_cli.files import write_json
-from persistworld_cli.launch.continuing import HISTORY, kept_work, look_back
+from persistworld_cli.launch.continuing import HISTORY, find_earlier_run, find_finished_work
 from persistworld_cli.launch.launcher import _record, run_task
 from persistworld_cli.rollout.finished import log_finished
 from persistworld_cli.rollout.recording import Item
@@ -86,13 +87,15 @@ def finished(world: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with its record; not to be written to."""
     output = tmp_path_factory.mktemp("runs") / "first"
     with only_what_counts("post-train"):
-        post_train.run(world, {"output": str(output)})
+        post_train.run(world, PostTrainRequest(output=output))
     write_json(output / "config.json", record(world, output))
     return output
 
 
-def record(settings: Settings, output: Path, task: str = "post-train", **job: Any) -> dict[str, Any]:
-    return _record(task, settings, {"output": str(output), **job}, "20260101-000000-abcdef")
+def record(
+    settings: Settings, output: Path, kind: type[TaskRequest] = PostTrainRequest, **request: Any
+) -> dict[str, Any]:
+    return _record(settings, kind(output=output, **request), "20260101-000000-abcdef")
 
 
 def changed(settings: Settings, **options: Any) -> Settings:
@@ -110,7 +113,7 @@ def test_a_changed_setting_is_refused_by_name_with_two_ways_on_and_nothing_is_wr
     before = tree(finished)
     asked = changed(world, beta=0.1, lr=0.5, updates=9, save_every=7)
     with pytest.raises(UsageError) as refusal:
-        run_task("post-train", asked, {}, finished, command=COMMAND)
+        run_task(asked, PostTrainRequest(output=finished, command=COMMAND))
     text = str(refusal.value)
     assert "post_train.beta: 0.5 -> 0.1" in text and "post_train.lr: 0.002 -> 0.5" in text
     assert "updates:" not in text and "save_every" not in text
@@ -126,7 +129,7 @@ def test_the_flag_goes_on_and_keeps_the_settings_update_by_update(
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     asked = changed(world, beta=0.1, updates=3)
-    code, result = run_task("post-train", asked, {}, output, with_changes=True, command=COMMAND)
+    code, result = run_task(asked, PostTrainRequest(output=output, command=COMMAND, with_changes=True))
     told = capfd.readouterr().err
     assert code == 0 and result["updates"] == 3
     assert "changed on request since update 2, saved at" in told and "post_train.beta: 0.5 -> 0.1" in told
@@ -137,9 +140,9 @@ def test_the_flag_goes_on_and_keeps_the_settings_update_by_update(
     assert [(entry["from"], entry["settings"]["post_train"]["beta"]) for entry in history] == [(0, 0.5), (2, 0.1)]
     assert history[1]["changed"] == {"post_train.beta": [0.5, 0.1], "post_train.updates": [2, 3]}
     with pytest.raises(UsageError, match=r"post_train\.beta: 0\.1 -> 0\.5"):  # the first settings are changed ones now
-        run_task("post-train", changed(world, updates=3), {}, output, command=COMMAND)
+        run_task(changed(world, updates=3), PostTrainRequest(output=output, command=COMMAND))
     with caplog.at_level(logging.INFO, "persistworld_cli"):
-        post_train.run(asked, {"output": str(output)})
+        post_train.run(asked, PostTrainRequest(output=output))
     assert "finished; nothing was trained: the run is at update 3, saved at 20" in caplog.text
 
 
@@ -147,7 +150,7 @@ def test_what_a_task_does_not_use_may_change_and_what_the_run_did_not_know_is_li
     world: Settings, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = replace(world, drive=replace(world.drive, step_m=0.5), pretrain=replace(world.pretrain, lr=7.0))
-    past = look_back(record(asked, finished), finished)
+    past = find_earlier_run(record(asked, finished), finished)
     assert past is not None and not past.changes and capsys.readouterr().err == ""
     old = tmp_path / "old"  # of a version that knew neither the inputs nor one of the settings
     shutil.copytree(finished, old)
@@ -155,7 +158,7 @@ def test_what_a_task_does_not_use_may_change_and_what_the_run_did_not_know_is_li
     del whole["inputs"], whole["settings"]["post_train"]["credit"]
     whole["settings"]["post_train"]["gone"] = 3
     write_json(old / "config.json", whole)
-    assert look_back(record(world, old), old) is not None
+    assert find_earlier_run(record(world, old), old) is not None
     told = capsys.readouterr().err
     assert "not known to the saved run since update 2" in told and "post_train.credit: none -> rollout" in told
     assert "no longer a setting" in told and "post_train.gone: 3 -> none" in told
@@ -171,34 +174,34 @@ def test_weights_count_by_what_they_hold_and_data_by_its_scale(world: Settings, 
     own = replace(world, model=replace(world.model, ckpt=str(ckpt)))
     write_json(tmp_path / "config.json", record(own, tmp_path))
     there = replace(own, model=replace(own.model, ckpt=str(moved)))
-    assert look_back(record(there, tmp_path), tmp_path) is not None  # the same weights in another place
+    assert find_earlier_run(record(there, tmp_path), tmp_path) is not None  # the same weights in another place
     shutil.copyfile(root / "other.safetensors", ckpt)
     with pytest.raises(UsageError, match=r"model\.ckpt, what .*base\.safetensors holds: \w{12} -> \w{12}"):
-        look_back(record(own, tmp_path), tmp_path)
+        find_earlier_run(record(own, tmp_path), tmp_path)
     shutil.copyfile(moved, ckpt)
     data = tmp_path / "data"
     shutil.copytree(world.world.dataset, data)
     (data / "meta" / "stat.json").write_text("{}")
     other = replace(own, world=replace(own.world, dataset=str(data)))
     with pytest.raises(UsageError, match=r"world\.dataset: .*world -> .*data"):
-        look_back(record(other, tmp_path), tmp_path)
+        find_earlier_run(record(other, tmp_path), tmp_path)
 
 
 def test_resuming_from_another_run_compares_with_that_one(world: Settings, finished: Path, tmp_path: Path) -> None:
-    job = {"resume_from": str(finished / "state" / "step-00000001")}
-    past = look_back(record(world, tmp_path, **job), tmp_path)
-    assert past is not None and past.kept.count == 1 and not past.changes
+    state = finished / "state" / "step-00000001"
+    past = find_earlier_run(record(world, tmp_path, resume_from=state), tmp_path)
+    assert past is not None and past.work.count == 1 and not past.changes
     with pytest.raises(UsageError, match=r"post_train\.beta: 0\.5 -> 0\.1") as refusal:
-        look_back(record(changed(world, beta=0.1), tmp_path, **job), tmp_path, command=COMMAND)
+        find_earlier_run(record(changed(world, beta=0.1), tmp_path, resume_from=state, command=COMMAND), tmp_path)
     assert "leave --resume-from out" in str(refusal.value)
-    assert look_back(record(changed(world, beta=0.1), finished, resume=False), finished) is None
+    assert find_earlier_run(record(changed(world, beta=0.1), finished, resume=False), finished) is None
 
 
 def test_a_folder_with_the_work_of_another_task_is_refused(world: Settings, finished: Path) -> None:
-    for task in ("pretrain", "eval", "replay"):
+    for kind in (PretrainRequest, EvalRequest, ReplayRequest):
         with pytest.raises(UsageError, match="holds the work of post-train") as refusal:
-            look_back(record(world, finished, task), finished, command=["persistworld", task])
-        assert f"persistworld {task} --output {finished.with_name('first-2')}" in str(refusal.value)
+            find_earlier_run(record(world, finished, kind, command=("persistworld", kind.task)), finished)
+        assert f"persistworld {kind.task} --output {finished.with_name('first-2')}" in str(refusal.value)
 
 
 def test_an_evaluation_says_what_is_there_and_refuses_another_question(
@@ -207,14 +210,14 @@ def test_an_evaluation_says_what_is_there_and_refuses_another_question(
     own = tmp_path / "own.safetensors"
     model = replace(world.model, inference=str(own))
     asked = replace(world, model=model, eval=replace(world.eval, steps=1, sheets=0))
-    job = {"baseline": world.model.ckpt, "videos": False}
+    baseline = world.model.ckpt
     shutil.copyfile(Path(world.model.ckpt).with_name("other.safetensors"), own)
     output = tmp_path / "out"
     with only_what_counts("eval"):
-        evaluation.run(asked, {"output": str(output), **job})
-    write_json(output / "config.json", record(asked, output, "eval", **job))
+        evaluation.run(asked, EvalRequest(output=output, baseline=baseline))
+    write_json(output / "config.json", record(asked, output, EvalRequest, baseline=baseline))
     device = torch.device("cpu")
-    plan = make_plan(asked, job, output, device)
+    plan = make_plan(asked, output, device, baseline=baseline)
     with caplog.at_level(logging.INFO, "persistworld_cli"):
         log_finished(list(plan.folders.values()), plan.items)
         log_finished(list(plan.folders.values()), [*plan.items, Item("9", 0, 1)])
@@ -222,15 +225,16 @@ def test_an_evaluation_says_what_is_there_and_refuses_another_question(
     assert caplog.messages[-2:] == said
     other = replace(asked, model=replace(asked.model, motion_bucket_id=9))
     with pytest.raises(UsageError, match=r"model\.motion_bucket_id: 127 -> 9"):
-        look_back(record(other, output, "eval", **job), output)
-    apart = make_plan(other, job, output, device)  # with --continue-with-changes: not one rollout is taken for another
+        find_earlier_run(record(other, output, EvalRequest, baseline=baseline), output)
+    # with --continue-with-changes: not one rollout is taken for another
+    apart = make_plan(other, output, device, baseline=baseline)
     assert not set(plan.folders.values()) & set(apart.folders.values())
     bare = replace(asked, model=world.model)
     with pytest.raises(UsageError, match=r"model\.inference: .*own\.safetensors -> none"):
-        look_back(record(bare, output, "eval", **job), output)
+        find_earlier_run(record(bare, output, EvalRequest, baseline=baseline), output)
     more = replace(asked, eval=replace(asked.eval, seeds=(0, 1), bootstrap=7))
     shutil.copyfile(world.model.ckpt, own)  # the training that is evaluated has gone on
-    past = look_back(record(more, output, "eval", **job), output)
+    past = find_earlier_run(record(more, output, EvalRequest, baseline=baseline), output)
     assert past is not None and len(past.changes.free) == 3 and "eval.seeds: 0 -> 0, 1" in capsys.readouterr().err
 
 
@@ -254,16 +258,19 @@ def test_the_command_refuses_and_prints_what_to_type(tmp_path: Path, monkeypatch
 
 def test_a_fresh_folder_and_the_same_command() -> None:
     command = ["persistworld", "eval", "-o", "a", "--steps", "3", "--output=b", "--continue-with-changes"]
-    assert again.with_output(command, Path("c")) == "persistworld eval --steps 3 --output c"
+    assert command_line.with_output(command, Path("c")) == "persistworld eval --steps 3 --output c"
     extract = ["persistworld", "extract-latents", "raw", "out", "--dtype", "bf16"]
-    assert again.with_dataset(extract, "out", Path("out-2")) == "persistworld extract-latents raw out-2 --dtype bf16"
-    assert again.with_dataset(extract[:2], "out", Path("out-2")).endswith("--set world.dataset=out-2")
+    assert (
+        command_line.with_dataset(extract, "out", Path("out-2"))
+        == "persistworld extract-latents raw out-2 --dtype bf16"
+    )
+    assert command_line.with_dataset(extract[:2], "out", Path("out-2")).endswith("--set world.dataset=out-2")
 
 
 def test_fresh_folders_are_numbered_from_two(tmp_path: Path) -> None:
     for name, fresh in (("run", "run-2"), ("run-2", "run-3"), ("run-3", "run-4"), ("lr-4", "lr-4-2")):
         (tmp_path / name).mkdir()
-        assert again.fresh_folder(tmp_path / name).name == fresh
+        assert command_line.unused_folder(tmp_path / name).name == fresh
 
 
 def test_every_setting_is_classified() -> None:
@@ -280,14 +287,14 @@ def test_every_setting_is_classified() -> None:
     assert all(is_free("post-train", f"post_train.{name}") for name in ("updates", "save_every", "keep", "micro_batch"))
     assert is_free("eval", "eval.starts") and not is_free("post-train", "eval.starts")
     known = flatten(Settings())
-    assert all(key in known for key in counted if not key.startswith("job."))
+    assert all(key in known for key in counted if not key.startswith("request."))
 
 
 def test_work_is_found_by_its_kind(tmp_path: Path) -> None:
-    assert kept_work("post-train", tmp_path) is None and kept_work("drive", tmp_path) is None
+    assert find_finished_work("post-train", tmp_path) is None and find_finished_work("drive", tmp_path) is None
     for step in ("step-00000003", "step-00000012", "step-backup"):
         (tmp_path / "state" / step).mkdir(parents=True)
-    found = kept_work("pretrain", tmp_path)
+    found = find_finished_work("pretrain", tmp_path)
     assert found is not None and found.count == 12
 
 
@@ -298,5 +305,5 @@ def test_a_damaged_record_is_one_error(tmp_path: Path, damaged: bytes) -> None:
     (tmp_path / "config.json").write_bytes(damaged)
     (tmp_path / "state" / "step-00000001").mkdir(parents=True)
     with pytest.raises(PersistWorldError, match="record of the folder's run cannot be read") as error:
-        look_back({"task": "post-train", "job": {}, "settings": {}}, tmp_path)
+        find_earlier_run({"task": "post-train", "request": {}, "settings": {}}, tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)

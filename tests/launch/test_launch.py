@@ -17,20 +17,22 @@ import pytest
 
 from persistworld_cli import worker
 from persistworld_cli.config.presets import from_json, load_settings
+from persistworld_cli.config.requests import SelfcheckRequest
 from persistworld_cli.config.settings import LaunchSettings
-from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import jsonable
 from persistworld_cli.launch import environment, launcher
 from persistworld_cli.launch.launcher import run_task
 
-# As a command does it, in a process of its own: launch the selfcheck with a job, exit with the code.
+# As a command does it, in a process of its own: launch the selfcheck, exit with the code.
 LAUNCH = """
 import json, sys
 from pathlib import Path
 from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.requests import SelfcheckRequest
 from persistworld_cli.launch.launcher import run_task
 settings = load_settings("tiny", ["launch.device=cpu", "launch.num_processes=" + sys.argv[1]]).settings
-code, result = run_task("selfcheck", settings, json.loads(sys.argv[2]), Path(sys.argv[3]))
+code, result = run_task(settings, SelfcheckRequest(output=Path(sys.argv[3]), **json.loads(sys.argv[2])))
 print(json.dumps(result))
 sys.exit(code)
 """
@@ -39,9 +41,9 @@ PATIENCE = 300.0  # seconds, for machines that do much else
 
 
 @contextmanager
-def started(processes: int, job: dict[str, Any], output: Path) -> Iterator[subprocess.Popen[str]]:
+def started(processes: int, request: dict[str, Any], output: Path) -> Iterator[subprocess.Popen[str]]:
     """The launcher, in a process that is killed in the end if it still lives."""
-    command = [sys.executable, "-c", LAUNCH, str(processes), json.dumps(job), str(output)]
+    command = [sys.executable, "-c", LAUNCH, str(processes), json.dumps(request), str(output)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -49,8 +51,8 @@ def started(processes: int, job: dict[str, Any], output: Path) -> Iterator[subpr
             process.kill()
 
 
-def launch(processes: int, job: dict[str, Any], output: Path) -> tuple[int, str, str]:
-    with started(processes, job, output) as process:
+def launch(processes: int, request: dict[str, Any], output: Path) -> tuple[int, str, str]:
+    with started(processes, request, output) as process:
         out, err = process.communicate(timeout=PATIENCE)
     return process.returncode, out, err
 
@@ -84,7 +86,7 @@ def test_one_process_is_one_child_with_its_environment(tmp_path: Path) -> None:
     assert result["ranks"][0]["cpus"] == environment.cpus()  # the binding of OpenMP's threads is not inherited
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["task"] == "selfcheck"
-    assert config["job"]["output"] == str(tmp_path / "run")
+    assert config["request"]["output"] == str(tmp_path / "run")
     assert from_json(config["settings"]).launch.device == "cpu"
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "result.json"]
@@ -157,25 +159,25 @@ def test_every_task_has_its_function() -> None:
     for task, place in worker.TASKS.items():
         module, _, name = place.partition(":")
         spec = find_spec(module)
-        assert spec is not None and spec.origin is not None, f"{task}: no module {module}"
-        assert f"def {name}(" in Path(spec.origin).read_text(), f"{task}: no function {name} in {module}"
+        assert spec is not None and spec.origin is not None, f"{task.task}: no module {module}"
+        assert f"def {name}(" in Path(spec.origin).read_text(), f"{task.task}: no function {name} in {module}"
 
 
 def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PersistWorldError, match="cannot be written"):
-        run_task("selfcheck", load_settings("tiny", env={}).settings, {}, tmp_path / "file" / "run")
+        run_task(load_settings("tiny", env={}).settings, SelfcheckRequest(output=tmp_path / "file" / "run"))
 
 
 def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(launcher, "gpu_count", lambda: 0)
     settings = load_settings("tiny", ["launch.device=cuda"], env={}).settings
     with pytest.raises(PersistWorldError, match=r"no CUDA device|built for CPUs only"):
-        run_task("selfcheck", settings, {}, tmp_path)
+        run_task(settings, SelfcheckRequest(output=tmp_path))
     monkeypatch.setattr(launcher, "gpu_count", lambda: 2)
     settings = load_settings("tiny", ["launch.device=cuda", "launch.num_processes=4"], env={}).settings
     with pytest.raises(PersistWorldError, match="4 processes on this machine, but 2 GPUs"):
-        run_task("selfcheck", settings, {}, tmp_path)
+        run_task(settings, SelfcheckRequest(output=tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -215,11 +217,13 @@ def test_results_become_plain_json() -> None:
     assert jsonable(given) == {"a": 1.5, "b": None, "c": "/x", "d": [[0, 1], {"e": True}], "3": None}
 
 
-def test_an_unknown_task_is_told(tmp_path: Path) -> None:
-    code, _ = run_task("evaluate", load_settings("tiny", ["launch.device=cpu"], env={}).settings, {}, tmp_path)
-    assert code == 2
-    failure = json.loads((tmp_path / "failure.json").read_text())
-    assert (failure["code"], failure["what"]) == (2, "unknown task 'evaluate'")
+def test_an_unknown_task_or_field_is_told() -> None:
+    whole = {"task": "selfcheck", "settings": {}, "request": {"second": 1}}
+    with pytest.raises(UsageError, match="unknown task 'evaluate'"):
+        worker._run({**whole, "task": "evaluate"}, Path("config.json"))
+    with pytest.raises(UsageError, match="unknown field 'second' of a selfcheck request") as told:
+        worker._run(whole, Path("config.json"))
+    assert told.value.fix == "did you mean 'seconds'?"
 
 
 def test_torchvision_imports_and_a_second_time_costs_nothing() -> None:

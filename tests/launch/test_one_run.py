@@ -43,10 +43,14 @@ from pathlib import Path
 from persistworld_cli.config.presets import from_json
 from persistworld_cli.console import show_error
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.config.requests import request_from_json
 from persistworld_cli.launch.launcher import run_task
+from persistworld_cli.worker import TASKS
 settings = from_json(json.loads(Path(sys.argv[1]).read_text()))
+request = {"output": sys.argv[3], "command": ["persistworld", sys.argv[1]]}
+kind = next(kind for kind in TASKS if kind.task == sys.argv[2])
 try:
-    sys.exit(run_task(sys.argv[2], settings, {}, Path(sys.argv[3]), command=["persistworld", sys.argv[1]])[0])
+    sys.exit(run_task(settings, request_from_json(kind, request, ""))[0])
 except PersistWorldError as error:
     show_error(error)
     sys.exit(1)
@@ -115,7 +119,7 @@ def test_two_drives_at_once_one_drives_and_the_other_says_who_does(tmp_path: Pat
     winner, loser = sorted(codes, key=codes.__getitem__)
     assert "another run works in this folder: persistworld drive" in told[loser]
     assert f"--keys {winner} " in told[loser] and "Traceback" not in told[loser]
-    assert json.loads((out / "config.json").read_text())["job"]["keys"] == winner
+    assert json.loads((out / "config.json").read_text())["request"]["keys"] == winner
     drive = json.loads((out / "drive.json").read_text())
     assert drive["keys"] == winner
     left = {path.name for path in out.iterdir()}
@@ -143,7 +147,7 @@ def test_two_trainings_at_once_each_update_is_done_once_and_the_refused_one_leav
 
 def test_a_folder_that_is_held_is_refused_whoever_asks_and_free_when_its_run_ends(tmp_path: Path) -> None:
     with holding(tmp_path) as (process, _):
-        for asked in (refused(tmp_path), refused(tmp_path, task="extract"), refused(tmp_path, take_over=True)):
+        for asked in (refused(tmp_path), refused(tmp_path, task="extract-latents"), refused(tmp_path, take_over=True)):
             assert f"another run works in this folder: persistworld pretrain (process {process.pid} on " in asked
             assert "take another --output" in asked
         assert "another run works" in refused(tmp_path, SECOND)  # a machine of another run
@@ -211,8 +215,8 @@ def test_other_machines_join_their_run_and_no_other(tmp_path: Path) -> None:
 
 
 def test_extractions_share_the_folder_of_their_reports_and_nobody_else(tmp_path: Path) -> None:
-    with own_folder(tmp_path, "extract", ALONE) as one:
-        with own_folder(tmp_path, "extract", ALONE) as two:
+    with own_folder(tmp_path, "extract-latents", ALONE) as one:
+        with own_folder(tmp_path, "extract-latents", ALONE) as two:
             assert one.private != two.private
             assert "another run works" in refused(tmp_path)
         assert one.private.is_dir() and (tmp_path / "run.lock").exists()

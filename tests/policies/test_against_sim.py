@@ -6,12 +6,12 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from bundled_starts import STEP, extract, recorded_start, require_drawing
 
+from persistworld_cli.config.requests import PolicyRolloutRequest
 from persistworld_cli.config.settings import PolicySettings, Settings
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.data.raw.video import count_frames, read_frames
@@ -119,7 +119,7 @@ def test_a_policy_acts_in_the_simulator(drawing: None, bundled: Settings, record
 
     start = recorded_start(bundled, PUSH)
     recorded = find_recorded(bundled, start)
-    view = make_plan(bundled, {"policy": "hold"}, open_store(bundled)).view
+    view = make_plan(bundled, PolicyRolloutRequest(policy="hold"), open_store(bundled)).view
     rolled = roll_in_simulator(bundled, start, recorded, load_policy(recorded_policy), view, 6)
     assert rolled.truth == Outcome(True, 1.0)
     assert rolled.rollout.frames.shape == (25, 3, bundled.world.height, bundled.world.width, 3)
@@ -136,7 +136,7 @@ def test_a_policy_acts_in_the_simulator(drawing: None, bundled: Settings, record
 
 def test_imagined_and_simulated_are_compared(drawing: None, bundled: Settings, tmp_path: Path) -> None:
     output, own = tmp_path / "run", replace(bundled, policy=PolicySettings(steps=1))
-    result = policy_rollout.run(own, {"policy": "scripted", "against": "sim", "limit": 1, "output": str(output)})
+    result = policy_rollout.run(own, PolicyRolloutRequest(policy="scripted", against="sim", output=output))
     assert "Success against the simulator's own state" in Path(result["text"]).read_text()
     summary = json.loads((output / "rollouts.json").read_text())
     against, entry = summary["against_sim"], summary["rollouts"][0]
@@ -166,9 +166,9 @@ def test_no_mujoco_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_only_the_bundled_world_has_a_simulator(bundled: Settings, tmp_path: Path) -> None:
     own = replace(bundled, policy=PolicySettings(steps=1))
-    job: dict[str, Any] = {"policy": "hold", "against": "sim", "output": str(tmp_path / "out")}
+    request = PolicyRolloutRequest(policy="hold", against="sim", output=tmp_path / "out")
     with pytest.raises(PersistWorldError, match="no raw recording of the bundled world"):
-        policy_rollout.run(replace(own, world=replace(own.world, raw="")), job)
+        policy_rollout.run(replace(own, world=replace(own.world, raw="")), request)
     other = tmp_path / "world"
     for kind in ("annotation", "videos"):
         (other / kind).mkdir(parents=True)
@@ -179,5 +179,5 @@ def test_only_the_bundled_world_has_a_simulator(bundled: Settings, tmp_path: Pat
     (other / "annotation" / "val" / "61.json").write_text(json.dumps(note))  # an episode by another's name
     elsewhere = replace(own, world=replace(own.world, dataset=str(other)))
     with pytest.raises(PersistWorldError, match="episode '61' of the dataset is not episode 61 of the recording"):
-        policy_rollout.run(elsewhere, {**job, "episodes": ["61"]})
+        policy_rollout.run(elsewhere, replace(request, episodes=("61",)))
     assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ from bundled_starts import STEP, extract, recorded_evidence, recorded_start
 from drive_world import arm_world
 from eval_world import settings
 
+from persistworld_cli.config.requests import PolicyRolloutRequest
 from persistworld_cli.config.settings import PolicySettings, Settings
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.data.raw.video import count_frames
@@ -221,9 +222,9 @@ class Unfit:
     pass
 
 
-def roll(root: Path, output: Path, **job: Any) -> dict[str, Any]:
+def roll(root: Path, output: Path, **request: Any) -> dict[str, Any]:
     own = replace(settings(root), policy=PolicySettings(wait_s=5.0, steps=2))
-    return policy_rollout.run(own, {"policy": "scripted", "output": str(output), **job})
+    return policy_rollout.run(own, PolicyRolloutRequest(output=output, rollouts=9, **request))
 
 
 def test_a_judge_of_ones_own_is_shown_the_rollout(root: Path, tmp_path: Path) -> None:
@@ -249,7 +250,7 @@ def test_the_bundled_judge_wants_the_bundled_world(root: Path, tmp_path: Path) -
     own = settings(root)
     own = replace(own, world=replace(own.world, raw="bundled:dataset_example/world"))
     with pytest.raises(PersistWorldError, match="episode '7' of the dataset is not episode 7 of the recording"):
-        policy_rollout.run(own, {"policy": "hold", "output": str(tmp_path), "judge": "bundled-world"})
+        policy_rollout.run(own, PolicyRolloutRequest(policy="hold", output=tmp_path, judge="bundled-world"))
     assert not any(tmp_path.iterdir())
 
 

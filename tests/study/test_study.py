@@ -17,6 +17,7 @@ from eval_world import make_world, settings
 from typer.testing import CliRunner, Result
 
 from persistworld_cli.commands.app import app
+from persistworld_cli.config.requests import EvalRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.raw.video import read_frames
 from persistworld_cli.errors import PersistWorldError, UsageError
@@ -92,9 +93,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def job(root: Path, study: str = "study") -> dict[str, Any]:
+def request(root: Path, study: str = "study") -> EvalRequest:
     """Two models compared (`compared`), and a study of it."""
-    return {"output": str(root / "out"), "videos": False, "study": str(root / study)}
+    return EvalRequest(output=root / "out", study=root / study)
 
 
 def compared(root: Path, **ev: Any) -> Settings:
@@ -105,7 +106,7 @@ def compared(root: Path, **ev: Any) -> Settings:
 
 def test_eval_writes_a_study_whose_videos_are_the_key_s(world: Path) -> None:
     s = compared(world, sheets=0)
-    told = eval_run.run(s, job(world))["study"]
+    told = eval_run.run(s, request(world))["study"]
     folder, key = world / "study", load_key(world / "study.key.json")
     assert (
         told["questions"] == 2 and told["page"] == str(folder / "index.html") and told["key"] == str(key_path(folder))
@@ -115,7 +116,7 @@ def test_eval_writes_a_study_whose_videos_are_the_key_s(world: Path) -> None:
         assert secret.encode() not in handed_out
     assert {path.name for path in (folder / "videos").iterdir()} == {f"{trial.id}.mp4" for trial in key.trials}
 
-    plan = make_plan(s, job(world), world / "out", CPU)
+    plan = make_plan(s, world / "out", CPU)
     trial = next(t for t in key.trials if t.cameras == "exterior" and t.episode == "29")
     item = Item(trial.episode, trial.start, trial.seed)
     recording = load_recording(plan.store, "val", item, 2, 5)
@@ -133,14 +134,14 @@ def test_eval_writes_a_study_whose_videos_are_the_key_s(world: Path) -> None:
         assert int(np.argmin(errors)) == place and errors[place] < 4
 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.mp4")}
-    again = eval_run.run(s, job(world))["study"]
+    again = eval_run.run(s, request(world))["study"]
     assert again == told and load_key(key_path(folder)) == key
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.mp4")} == before
 
 
 def test_a_study_shows_all_cameras_at_once_or_fewer_questions(world: Path) -> None:
     s = compared(world, sheets=0, study_cameras="all", study_trials=1)
-    assert eval_run.run(s, job(world, "all"))["study"]["questions"] == 1
+    assert eval_run.run(s, request(world, "all"))["study"]["questions"] == 1
     key = load_key(world / "all.key.json")
     assert [trial.cameras for trial in key.trials] == ["all"]
     assert "exterior 1 left, exterior 2 left, wrist left" in (world / "all" / "index.html").read_text()

@@ -10,6 +10,7 @@ import eval_world
 import pytest
 import torch
 
+from persistworld_cli.config.requests import PostTrainRequest
 from persistworld_cli.config.settings import PostTrainSettings, Settings
 from persistworld_cli.data.raw.video import read_frames
 from persistworld_cli.errors import PersistWorldError
@@ -63,13 +64,13 @@ def log(output: Path) -> list[dict[str, float]]:
 
 
 def test_every_check_has_the_base_beside_it(world: Settings, tmp_path: Path) -> None:
-    post_train.run(world, {"output": str(tmp_path)})
+    post_train.run(world, PostTrainRequest(output=tmp_path))
     lines = log(tmp_path)
     assert lines[0]["val_base"] == lines[1]["val_base"] and 0 <= lines[0]["val_won"] <= 1
     assert abs(lines[0]["val_reward"] - lines[0]["val_base"]) < 0.1  # a step of 1e-4 moves next to nothing
     assert {f"ssim/{camera}" for camera in world.world.cameras} <= set(lines[0])
     longer = replace(world, post_train=replace(world.post_train, updates=3, video_every=3))
-    post_train.run(longer, {"output": str(tmp_path)})
+    post_train.run(longer, PostTrainRequest(output=tmp_path))
     video = tmp_path / "videos" / "step-00000003" / "9_0_0.mp4"
     assert len(read_frames(video, range(9))) == 9 and (tmp_path / "curves.png").exists()  # the start, 2 x 4 new frames
     assert log(tmp_path)[2]["val_base"] == lines[0]["val_base"]  # kept with the state
@@ -81,10 +82,10 @@ def test_a_run_that_is_blown_up_is_stopped_or_rolled_back(world: Settings, tmp_p
     settings = replace(world, post_train=replace(options, on_collapse=reaction))
     if reaction == "stop":
         with pytest.raises(PersistWorldError, match="collapsed"):
-            post_train.run(settings, {"output": str(tmp_path)})
+            post_train.run(settings, PostTrainRequest(output=tmp_path))
         assert len(log(tmp_path)) < 4
     else:
-        post_train.run(settings, {"output": str(tmp_path)})
+        post_train.run(settings, PostTrainRequest(output=tmp_path))
         rates = [line["lr"] for line in log(tmp_path)]
         assert rates[0] == 0.3 and rates[-1] < 0.3
     assert (tmp_path / "weights" / "adapter" / "adapter_model.safetensors").exists()

@@ -10,6 +10,7 @@ from typing import Any
 import eval_world
 import pytest
 
+from persistworld_cli.config.requests import PretrainRequest
 from persistworld_cli.config.settings import PretrainSettings, Settings
 from persistworld_cli.data.raw.video import read_frames
 from persistworld_cli.errors import PersistWorldError
@@ -42,17 +43,17 @@ def logged(output: Path, name: str) -> list[Any]:
 
 
 def test_checks_are_of_the_weights_as_they_are_and_are_kept_when_resumed(world: Settings, tmp_path: Path) -> None:
-    result = pretrain.run(world, {"output": str(tmp_path)})
+    result = pretrain.run(world, PretrainRequest(output=tmp_path))
     base = logged(tmp_path, "val_base")
     assert base[0] == base[1] and logged(tmp_path, "val_reward")[0] != base[0]
     # instructions were embedded in the first check: with those kept, the second loss would be of two models
     on = replace(world.model, ckpt=result["weights"], adapter="")  # begins from those weights and learns nothing
     unchanged = replace(world, model=on, pretrain=replace(world.pretrain, updates=0))
-    again = pretrain.run(unchanged, {"output": str(tmp_path / "again")})
+    again = pretrain.run(unchanged, PretrainRequest(output=tmp_path / "again"))
     assert again["val_loss"] == pytest.approx(result["val_loss"], abs=1e-6) == logged(tmp_path, "val_loss")[-1]
 
     longer = replace(world, pretrain=replace(world.pretrain, updates=3, video_every=3, video_rollouts=1))
-    pretrain.run(longer, {"output": str(tmp_path)})
+    pretrain.run(longer, PretrainRequest(output=tmp_path))
     assert logged(tmp_path, "val_base") == [base[0]] * 3
     (video,) = (tmp_path / "videos" / "step-00000003").glob("*.mp4")
     assert len(read_frames(video, range(9))) == 9 and (tmp_path / "curves.png").exists()
@@ -61,5 +62,5 @@ def test_checks_are_of_the_weights_as_they_are_and_are_kept_when_resumed(world: 
 def test_nothing_to_roll_out_is_told_before_anything_is_trained(world: Settings, tmp_path: Path) -> None:
     settings = replace(world, eval=replace(world.eval, split="test"))
     with pytest.raises(PersistWorldError, match="no 'test' episodes to roll out"):
-        pretrain.run(settings, {"output": str(tmp_path)})
+        pretrain.run(settings, PretrainRequest(output=tmp_path))
     assert not (tmp_path / "metrics.jsonl").exists()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.config.presets import to_json
+from persistworld_cli.config.requests import PostTrainRequest, PretrainRequest
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.launch.launcher import run_task
@@ -62,7 +63,7 @@ def worker(task: str, settings: Settings, output: Path) -> list[str]:
     """The worker's command line, its config.json written."""
     output.mkdir(parents=True, exist_ok=True)
     config = output / "config.json"
-    config.write_text(json.dumps({"task": task, "settings": to_json(settings), "job": {"output": str(output)}}))
+    config.write_text(json.dumps({"task": task, "settings": to_json(settings), "request": {"output": str(output)}}))
     return [sys.executable, "-m", "persistworld_cli.worker", str(config)]
 
 
@@ -81,7 +82,7 @@ def launch(task: str, settings: Settings, output: Path, stop_at: int | None = No
 
 def test_pretraining_lowers_the_loss_on_what_it_sees(world: Settings, tmp_path: Path) -> None:
     longer = replace(world, pretrain=replace(world.pretrain, updates=24, validate_every=0, save_every=100))
-    result = pretrain.run(longer, {"output": str(tmp_path)})
+    result = pretrain.run(longer, PretrainRequest(output=tmp_path))
     curve = losses(tmp_path, "loss")
     assert sum(curve[-8:]) < sum(curve[:8])
     assert Path(result["weights"]).exists()
@@ -130,7 +131,7 @@ def test_two_pretraining_processes_equal_one(world: Settings, tmp_path: Path) ->
     options = replace(world.pretrain, check_every=4, check_rollouts=3, check_steps=1)
     for name, processes in (("one", 1), ("two", 2)):
         launched = replace(world.launch, num_processes=processes, threads=1)
-        code, _ = run_task("pretrain", replace(world, pretrain=options, launch=launched), {}, tmp_path / name)
+        code, _ = run_task(replace(world, pretrain=options, launch=launched), PretrainRequest(output=tmp_path / name))
         assert code == 0
     for name in ("loss", "grad_norm", "val_loss", "val_reward", "val_base"):
         assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), abs=1e-5)
@@ -147,7 +148,7 @@ def test_two_processes_equal_one(world: Settings, tmp_path: Path, split: bool) -
         world = replace(world, post_train=options)
     for name, processes in (("one", 1), ("two", 2)):
         settings = replace(world, launch=replace(world.launch, num_processes=processes, threads=1))
-        code, result = run_task("post-train", settings, {}, tmp_path / name)
+        code, result = run_task(settings, PostTrainRequest(output=tmp_path / name))
         assert code == 0 and result["processes"] == processes
     for name in ("reward", "loss", "grad_norm"):
         assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), abs=1e-5)
@@ -202,4 +203,4 @@ def test_a_saved_adapter_merges_into_the_policy_it_was(world: Settings, tmp_path
 def test_an_episode_too_short_for_the_prefix_is_refused_before_training(world: Settings, tmp_path: Path) -> None:
     impossible = replace(world, post_train=replace(world.post_train, prefix="fixed", prefix_max=500))
     with pytest.raises(PersistWorldError, match="long enough"):
-        post_train.run(impossible, {"output": str(tmp_path)})
+        post_train.run(impossible, PostTrainRequest(output=tmp_path))

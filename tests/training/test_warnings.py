@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from persistworld_cli.config.requests import PostTrainRequest, PretrainRequest
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings
 from persistworld_cli.training import action_margin, post_train, pretrain
 from persistworld_cli.training.run import Run
@@ -48,7 +49,7 @@ def warned(output: Path) -> list[dict[str, Any]]:
 
 def run(world: Settings, output: Path, **options: Any) -> dict[str, Any]:
     settings = replace(world, post_train=replace(world.post_train, **options))
-    return post_train.run(settings, {"output": str(output)})
+    return post_train.run(settings, PostTrainRequest(output=output))
 
 
 def test_resting_policies_and_groups_without_spread_over_a_resume(
@@ -104,9 +105,9 @@ def test_pretraining_a_model_that_ignores_its_actions(
     monkeypatch.setattr(action_margin, "CLIPS", 8)
     options = PretrainSettings(parts=("unet",), updates=2, batch=1, validate_every=1, save_every=1, log_every=1)
     settings = replace(deaf, pretrain=options)
-    first = pretrain.run(replace(settings, pretrain=replace(options, updates=1)), {"output": str(tmp_path)})
+    first = pretrain.run(replace(settings, pretrain=replace(options, updates=1)), PretrainRequest(output=tmp_path))
     assert first["warnings"] == []  # one check of a model that may yet learn it
-    result = pretrain.run(settings, {"output": str(tmp_path)})
+    result = pretrain.run(settings, PretrainRequest(output=tmp_path))
     assert [(line["step"], line["warning"]) for line in result["warnings"]] == [(2, "actions ignored")]
     assert "pretrain.token_drop" in warned(tmp_path)[0]["words"]
 
@@ -116,8 +117,8 @@ def test_a_reward_that_rises_by_blur_is_told_by_the_referee(world: Settings, tmp
     options = replace(world.post_train, validate_every=1, validate_rollouts=1, validate_steps=1)
     rewards = replace(world.rewards, weights={"psnr": 1.0})
     settings = replace(world, post_train=options, rewards=rewards)
-    with Run.of(settings, options, {"output": str(tmp_path)}) as work:
-        trainer = post_train.PostTrainer(settings, {}, work)
+    with Run.of(settings, options, PostTrainRequest(output=tmp_path)) as work:
+        trainer = post_train.PostTrainer(settings, work)
         last = trainer.model.vae.decoder.time_conv_out
         assert trainer.check is not None
         item = trainer.check.held.items()[0]

@@ -1,0 +1,54 @@
+"""The command line as it was typed, with the change that a refusal suggests: to be copied and run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+_WITH_CHANGES = "--continue-with-changes"
+
+
+def unused_folder(folder: Path) -> Path:
+    """A folder of this name that does not exist yet: ``outputs/post-train-tiny-2``."""
+    base = re.sub(r"-\d+$", "", folder.name)
+    if not folder.with_name(base).exists():
+        base = folder.name
+    number = 2
+    while (found := folder.with_name(f"{base}-{number}")).exists():
+        number += 1
+    return found
+
+
+def with_output(command: Sequence[str], output: Path) -> str:
+    """Another ``--output``."""
+    words, skip = [], False
+    for word in command:
+        if skip or word == _WITH_CHANGES:
+            skip = False
+        elif word in ("--output", "-o"):
+            skip = True
+        elif not word.startswith(("--output=", "-o=")):
+            words.append(word)
+    return shlex.join([*words, "--output", relative(output)])
+
+
+def with_dataset(command: Sequence[str], old: str, new: Path) -> str:
+    """Another dataset to write, which is an argument where it is named."""
+    words = [word for word in command if word != _WITH_CHANGES]
+    if old in words:
+        words[len(words) - 1 - words[::-1].index(old)] = relative(new)
+        return shlex.join(words)
+    return shlex.join([*words, "--set", f"world.dataset={relative(new)}"])
+
+
+def with_changes(command: Sequence[str]) -> str:
+    """Continuing despite changed settings."""
+    return shlex.join([*(word for word in command if word != _WITH_CHANGES), _WITH_CHANGES])
+
+
+def relative(path: Path) -> str:
+    """A path as a person writes it: relative to the working folder if it lies in it."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,0 +1,413 @@
+"""What a command requests of its task beside the settings: one frozen dataclass for each task.
+
+A setting says how work is done: presets, environment and ``--set`` give it. A request says what one call does: where
+it resumes, what it compares with, which files it writes. What could be either is a setting. `option` documents a field,
+spells its flag and bounds it: commands/options.py makes the command line from it, and every request is checked against
+it when it is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from persistworld_cli.config.fields import Bounds, Count, NonNegative, Port, Whole, check_fields, coerce, field_types
+from persistworld_cli.config.presets import DEFAULT_PRESET
+from persistworld_cli.errors import UsageError, nearest
+from persistworld_cli.files import jsonable
+
+# Files of a run's folder, between the launcher and its workers; the launcher leaves them there for people.
+CONFIG = "config.json"  # request and settings, written by the launcher
+RESULT = "result.json"  # what the task returned, written by rank 0
+FAILURE = "failure.json"  # exit code and reason, written by the first rank that failed
+LOCALHOST = "127.0.0.1"
+VERIFY_COUNT = 8
+REQUIRED = dataclasses.MISSING
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A field of a request on the command line.
+
+    Attributes:
+        help: one sentence.
+        flag: its spelling; "": ``--`` and the field's name. Without dashes it is an argument.
+        metavar: what help calls its value.
+        commas: a list may also be written ``a,b``.
+        panel: heading of the help that it stands under.
+    """
+
+    help: str
+    flag: str = ""
+    metavar: str | None = None
+    commas: bool = False
+    panel: str | None = None
+
+
+def option(default: Any, help: str, **how: Any) -> Any:
+    """A field with its `Option`; `REQUIRED` as default makes a field that must be given."""
+    return dataclasses.field(default=default, metadata={"option": Option(help=help, **how)})
+
+
+def option_of(field: dataclasses.Field[Any], name: str) -> Option | None:
+    """The option of a field of that name, its flag spelled out; None where no command offers it."""
+    own: Option | None = field.metadata.get("option")
+    return own and dataclasses.replace(own, flag=own.flag or "--" + name.replace("_", "-"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a command is asked for."""
+
+    task: ClassVar[str]  # as in config.json and, without an --output, in the folder's name
+
+    def __post_init__(self) -> None:
+        """Coerce and check every field; paths become absolute. Raises UsageError."""
+        types = field_types(type(self))
+        for field in dataclasses.fields(self):
+            value = coerce(getattr(self, field.name), types[field.name], key=field.name, where=self._where(field.name))
+            object.__setattr__(self, field.name, value.absolute() if isinstance(value, Path) else value)
+        check_fields(self, "", self._where)
+
+    def _where(self, name: str) -> str:
+        """A field in a message: its flag, if it has one."""
+        own = option_of(self.__dataclass_fields__[name], name)
+        return own.flag if own else f"{self.task} request"
+
+
+def request_to_json(request: Request) -> dict[str, Any]:
+    """A request as config.json holds it."""
+    plain: dict[str, Any] = jsonable({f.name: getattr(request, f.name) for f in dataclasses.fields(request)})
+    return plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRequest(Request):
+    """What every task gets that is done by worker processes.
+
+    Attributes:
+        output: folder of the run.
+        command: the command line as it was typed, for messages.
+        profile: write where the time went into ``output``.
+    """
+
+    output: Path = Path()
+    command: tuple[str, ...] = ()
+    profile: bool = False
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the worker reads keys from the terminal."""
+        return False
+
+
+def request_from_json(kind: type[TaskRequest], data: Mapping[str, Any], where: str) -> TaskRequest:
+    """The request that `request_to_json` wrote. Raises UsageError for an unknown field or a wrong value."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    for name in data:
+        if name not in names:
+            raise UsageError(f"unknown field '{name}' of a {kind.task} request", where=where, fix=nearest(name, names))
+    return kind(**data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuingRequest(TaskRequest):
+    """Of a task that continues the finished work in its folder."""
+
+    with_changes: bool = option(
+        False,
+        "Continue finished work although settings changed that change the result.",
+        flag="--continue-with-changes",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractRequest(ContinuingRequest):
+    """Encode recordings. ``cores``: physical ones that this machine's processes share."""
+
+    task: ClassVar[str] = "extract-latents"
+    vae: str = option("", "Weights whose VAE encodes; the model's by default.", metavar="PATH|HUB_ID")
+    episodes: str = option("", "Episodes to take, as 0:100,199; all by default.")
+    layout: Literal["native", "ctrl-world"] = option(
+        "native", "native (float16, memory-mapped) or ctrl-world (float32 .pt files)."
+    )
+    batch: Count = option(32, "Images per call of the encoder.")
+    dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "The VAE computes in fp32, bf16 or fp16.")
+    workers: Whole | None = option(
+        None, "Decoder processes per process (default: cores / processes; 0: decode in the process itself)."
+    )
+    strict: bool = option(False, "Fail at the first episode that cannot be read.")
+    cores: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRequest(ContinuingRequest):
+    """Train, from the newest state in the output folder if there is one."""
+
+    resume: bool = option(True, "Continue the run in the output folder, if it has one.", flag="--resume/--no-resume")
+    resume_from: Path | None = option(
+        None, "Continue from this state: a run's folder (its newest) or its state/step-N.", metavar="PATH"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume_from and not self.resume:
+            what = "--no-resume and --resume-from contradict each other"
+            raise UsageError(what, where="flags", fix="give one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRequest(TrainingRequest):
+    """Pretrain the world model."""
+
+    task: ClassVar[str] = "pretrain"
+    scratch: bool = option(False, "Start from random weights instead of the checkpoint's.")
+    vae: str = option("", "With --scratch: weights whose VAE is taken.", metavar="PATH|HUB_ID")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainVaeRequest(TrainingRequest):
+    """Pretrain the VAE."""
+
+    task: ClassVar[str] = "pretrain-vae"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostTrainRequest(TrainingRequest):
+    """Post-train the world model."""
+
+    task: ClassVar[str] = "post-train"
+
+
+_BASELINE = "Weights to compare with; base: the evaluated ones without their adapter.  \\[base]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRequest(ContinuingRequest):
+    """Evaluate. ``compare``: another run's eval.json to compare with, or ""."""
+
+    task: ClassVar[str] = "eval"
+    baseline: str = option("", _BASELINE, metavar="PATH|HUB_ID")
+    study: Path | None = option(
+        None, "Also write a blind preference study: a folder to hand out; its key lies beside it.", metavar="DIR"
+    )
+    compare: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyRequest(TaskRequest):
+    """Compare with published figures."""
+
+    task: ClassVar[str] = "verify"
+    count: Annotated[int, Bounds(ge=2)] | None = option(
+        None, f"Episodes at most, of the benchmark's that are there.  \\[{VERIFY_COUNT}, or those of --episodes]"
+    )
+    alone: bool = option(False, "Do not roll out the base, even where the published figures have a gain over it.")
+    write_published: Path | None = option(
+        None, "Compare with nothing: write what is measured as published figures.", metavar="FILE.toml"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierRequest(ContinuingRequest):
+    """Find how few network calls are enough. ``preset``: the one that a written preset extends."""
+
+    task: ClassVar[str] = "frontier"
+    baseline: str = option(
+        "",
+        "Weights that the reference is sampled with; base: without the adapter.  \\[the same]",
+        metavar="PATH|HUB_ID",
+    )
+    samplers: tuple[str, ...] = option(
+        ("euler", "heun", "dpmpp-2m", "dpmpp-3m", "unipc"), "Samplers to try.", flag="--sampler", commas=True
+    )
+    calls: tuple[Count, ...] = option(
+        (1, 2, 3, 4, 5, 6, 8, 12),
+        "Denoiser calls per clip to try; with guidance each counts twice.",
+        commas=True,
+    )
+    vary: tuple[str, ...] = option(
+        (), "Also try these values of guidance, sigma_min, sigma_max or rho; may be repeated.", metavar="KEY=V,V"
+    )
+    reference: str = option("euler:50", "What all are compared with.", metavar="SAMPLER:STEPS")
+    percent: NonNegative = option(1.0, "How much worse than the reference is close enough.")
+    write_preset: Path | None = option(
+        None, "Write the fastest setting that is close enough as a preset.", metavar="FILE.toml"
+    )
+    preset: str = DEFAULT_PRESET
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayRequest(TaskRequest):
+    """Replay recorded actions. Several models can be shown side by side; ``model.inference`` names only one."""
+
+    task: ClassVar[str] = "replay"
+    ckpts: tuple[str, ...] = option(
+        (), "Weights; may be repeated, for models side by side.", flag="--ckpt", metavar="PATH|HUB_ID"
+    )
+    adapters: tuple[str, ...] = option(
+        (), "Adapter on the weights, or base for none; may be repeated.", flag="--adapter", metavar="PATH"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriveRequest(TaskRequest):
+    """Drive by keys: a string of them, from the terminal, or from a web page."""
+
+    task: ClassVar[str] = "drive"
+    keys: str | None = option(
+        None, "One key per step: l r (y), f b (x), u d (z), o c (gripper); l*3 is lll.  \\[lllrrr]"
+    )
+    live: bool = option(False, "Drive in this terminal: one key, one step.")
+    web: bool = option(False, "Drive on a page that is served from here.")
+    host: str = option("", f"With --web: address to listen on; beyond loopback a token is needed.  \\[{LOCALHOST}]")
+    port: Port | None = option(None, "With --web: port to listen on.  \\[a free one]")
+    browser: bool = option(False, "With --web: open the page in a browser.", flag="--open")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = {"--keys": self.keys is not None, "--live": self.live, "--web": self.web}
+        ways = [flag for flag, wanted in given.items() if wanted]
+        if len(ways) > 1:
+            raise UsageError(f"{' and '.join(ways)} are different ways to drive", fix="give one of them")
+        if not ways:
+            object.__setattr__(self, "keys", "lllrrr")
+        of_web = {"--host": self.host, "--port": self.port is not None, "--open": self.browser}
+        for flag, wanted in of_web.items():
+            if wanted and not self.web:
+                raise UsageError(f"{flag} belongs to --web", where=flag, fix="add --web, or leave it out")
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the worker reads keys from the terminal."""
+        return self.live
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyRolloutRequest(TaskRequest):
+    """Roll a policy out. ``episodes``, ``start`` and ``instruction`` take the place of the task's (``policy.task``)."""
+
+    task: ClassVar[str] = "pi-rollout"
+    policy: str = option(
+        "scripted",
+        "scripted, hold or random (served here on loopback); server (the preset's address); or your own.",
+        metavar="NAME|ws://HOST:PORT|MODULE:CLASS",
+    )
+    rollouts: Count = option(1, "At most so many of the task's start frames.")
+    episodes: tuple[str, ...] = option((), "Episode instead of the task's; may be repeated.", flag="--episode")
+    start: Whole | None = option(None, "Start frame instead of the task's.")
+    instruction: str = option("", "Instruction instead of the task's.")
+    judge: str = option("", "Who judges success: bundled-world, or your own.", metavar="NAME|MODULE:CLASS")
+    against: Literal["sim"] | None = option(
+        None,
+        "sim: also roll out in the bundled world's simulator, and report how well the world model agrees.",
+        metavar="sim",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfcheckRequest(TaskRequest):
+    """Check that launching works; no command, but tests and benchmarks.
+
+    Attributes:
+        seconds: each rank leaves a file ``waiting.RANK`` in ``output`` and waits so long.
+        fail_rank: this rank leaves ``failing.RANK`` and fails.
+        fail_how: mistake (PersistWorldError), crash (another error) or kill (by a signal).
+    """
+
+    task: ClassVar[str] = "selfcheck"
+    seconds: NonNegative = 0.0
+    fail_rank: Whole | None = None
+    fail_how: Literal["mistake", "crash", "kill"] = "mistake"
+
+
+# -- commands that are done in their own process ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildMetaRequest(Request):
+    """Index a processed dataset, or check it."""
+
+    task: ClassVar[str] = "build-meta"
+    check: bool = option(False, "Write nothing: report what in the dataset must be fixed, and how.")
+    sample: Whole = option(100, "With --check: episodes whose videos and latents are read whole; 0: all.")
+    export: Literal["ctrl-world"] | None = option(
+        None, "Write train_sample.json, val_sample.json and stat.json too.", metavar="ctrl-world"
+    )
+    lists: Path | None = option(
+        None, "Take episodes, start frames and percentiles from Ctrl-World's.", flag="--import", metavar="DIR"
+    )
+    fresh: bool = option(False, "Read every annotation again, changed or not.")
+    workers: Count | None = option(None, "Processes that read annotations.  \\[one per core]")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.check and (self.export or self.lists or self.fresh):
+            fix = "run it without --export, --import and --fresh"
+            raise UsageError("--check writes nothing", where="--check", fix=fix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectRequest(Request):
+    """Describe a checkpoint."""
+
+    task: ClassVar[str] = "inspect"
+    ckpt: str = option(REQUIRED, "File, folder or hub id.", flag="CKPT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest(Request):
+    """Write weights or an adapter for other programs."""
+
+    task: ClassVar[str] = "export"
+    ckpt: str = option(REQUIRED, "Weights, or with --to peft an adapter: file, folder or hub id.", flag="CKPT")
+    output: Path = option(REQUIRED, "File to write; with --to peft, folder.", flag="--output -o", metavar="FILE")
+    to: Literal["ctrl-world", "safetensors", "peft"] = option(
+        REQUIRED, "ctrl-world (.pt that Ctrl-World loads), safetensors (one file), or peft (adapter folder)."
+    )
+    adapter: str = option("", "Post-trained adapter (PEFT folder) on top of the weights.", metavar="PATH")
+    dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "Type of the weights: float32, bfloat16 or float16."
+    )
+    force: bool = option(False, "Replace what is there.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyServerRequest(Request):
+    """Serve a policy."""
+
+    task: ClassVar[str] = "policy-server"
+    policy: str = option("scripted", "scripted, hold or random.")
+    no_key: bool = option(False, "Listen beyond this machine without a key: everyone who reaches it may use it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaderboardRequest(Request):
+    """Rank policies."""
+
+    task: ClassVar[str] = "leaderboard"
+    runs: tuple[str, ...] = option(
+        REQUIRED, "Outputs of pi-rollout; NAME=FOLDER calls a policy by another name.", flag="FOLDERS"
+    )
+    real: str = option(
+        "",
+        "Real results: CSV with policy,task,success (0 .. 1),n; or sim, of runs made --against sim.",
+        metavar="FILE|sim",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyReportRequest(Request):
+    """Evaluate the responses to a preference study."""
+
+    task: ClassVar[str] = "study-report"
+    files: tuple[Path, ...] = option(REQUIRED, "Files that raters downloaded from the page.", flag="FILES")
+    keys: tuple[Path, ...] = option(
+        (),
+        "Key of the study (DIR.key.json); may be repeated for several studies.  \\[found near the files]",
+        flag="--key",
+        metavar="FILE",
+    )
