@@ -19,21 +19,17 @@ from torch import Tensor, nn
 from persistworld_cli.metrics.lpips import Lpips
 from persistworld_cli.models import vae as vae_room
 from persistworld_cli.models.cpu.attention import diffusers_attention
-from persistworld_cli.models.cpu.convolutions import ChannelsLastConv, TemporalConv
-from persistworld_cli.models.cpu.exchange import exchanged
-from persistworld_cli.models.cpu.lean_blocks import DIFFUSERS
-from persistworld_cli.models.cpu.lean_lora import LEAN
-from persistworld_cli.models.cpu.linears import FastLinear
+from persistworld_cli.models.cpu.fused_blocks import DIFFUSERS
+from persistworld_cli.models.cpu.layers import swapped_classes
+from persistworld_cli.models.cpu.lora_layers import FUSED_LORA
+from persistworld_cli.models.layers import TemporalConv
 from persistworld_cli.models.precision import small_products
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.rollout.closed_loop import ClosedLoop
 from persistworld_cli.rollout.recording import Recording
 from persistworld_cli.training.policy_switch import PolicySwitch
 
-LINEARS: dict[type, type] = {FastLinear: nn.Linear}
-TEMPORAL: dict[type, type] = {TemporalConv: nn.Conv3d}
-LAYOUT: dict[type, type] = {ChannelsLastConv: nn.Conv2d}
-_LORA = {lean: own for own, lean in LEAN.items()}
+_PLAIN = {TemporalConv: nn.Conv3d, **DIFFUSERS, **{fused: own for own, fused in FUSED_LORA.items()}}
 
 
 @contextmanager
@@ -41,10 +37,7 @@ def plain_blocks(model: WorldModel) -> Iterator[None]:
     """diffusers' and peft's own blocks, not compiled, in the place of this project's; put back afterwards."""
     compiled = model.unet.__dict__.pop("forward", None)
     try:
-        with (
-            exchanged(model, {**LINEARS, **TEMPORAL, **LAYOUT, **DIFFUSERS, **_LORA}),
-            diffusers_attention(model.unet),
-        ):
+        with swapped_classes(model, _PLAIN), diffusers_attention(model.unet):
             yield
     finally:
         if compiled is not None:

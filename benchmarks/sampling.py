@@ -33,8 +33,8 @@ from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.metadata.index import ActionStat
 from persistworld_cli.models.compiling import compile_network
 from persistworld_cli.models.cpu.attention import diffusers_attention
-from persistworld_cli.models.cpu.exchange import exchanged
-from persistworld_cli.models.cpu.lean_blocks import DIFFUSERS
+from persistworld_cli.models.cpu.fused_blocks import DIFFUSERS
+from persistworld_cli.models.cpu.layers import swapped_classes
 from persistworld_cli.models.cpu.native.build import without_kernels
 from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model
 from persistworld_cli.rollout.engine import RolloutEngine
@@ -44,11 +44,8 @@ WIDTHS = {"tiny": None, "mid": (128, 256, 512)}
 GUIDANCE = 2.0
 WITHOUT: dict[str, Callable[[WorldModel], AbstractContextManager[None]]] = {
     "kernels of our own": lambda model: without_kernels(),
-    "lean blocks": lambda model: exchanged(model.unet, DIFFUSERS),
-    "faster linear layers": lambda model: exchanged(model, plain.LINEARS),
+    "fused blocks": lambda model: swapped_classes(model.unet, DIFFUSERS),
     "one-token attention": lambda model: diffusers_attention(model.unet),
-    "folded temporal convolutions": lambda model: exchanged(model, plain.TEMPORAL),
-    "channels last": lambda model: exchanged(model, plain.LAYOUT),
 }
 
 

@@ -9,39 +9,40 @@ from typing import Any
 
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
-from persistworld_cli.models.cpu.hook import show_all_tokens, speed_up_unet
+from persistworld_cli.models.cpu.hook import speed_up
+from persistworld_cli.models.layers import fold_temporal_convs
 
 
 class FrameLevelUNet(UNetSpatioTemporalConditionModel):
-    """diffusers' UNet, its blocks computed leanly; only what each frame's cross-attention sees differs.
+    """diffusers' UNet; only what each frame's cross-attention sees differs.
 
     diffusers repeats an item's whole token sequence for every frame: row (b, n) of the repeated context holds all N
     tokens of item b. Frame-level conditioning keeps token n alone there. The blocks' temporal cross-attention takes the
-    context of each item's first frame, which then is token 0 (as measured on Ctrl-World).
+    context of each item's first frame: token 0 (as measured on Ctrl-World), or with `all_tokens`, where the spatial
+    blocks alone keep token n, every one.
     """
 
-    frame_level: bool = True
+    frame_level, all_tokens = True, False
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
-        speed_up_unet(self)
+        fold_temporal_convs(self)
+        speed_up(self)
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             if getattr(block, "has_cross_attention", False):
-                block.register_forward_pre_hook(self._own_token, with_kwargs=True)
+                for module in (block, *(m for m in block.modules() if isinstance(m, BasicTransformerBlock))):
+                    module.register_forward_pre_hook(self._keep_own_token, with_kwargs=True)
 
-    def _own_token(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        context_bnnt = kwargs["encoder_hidden_states"]
-        num_frames = context_bnnt.shape[1]
-        if not self.frame_level or num_frames != kwargs["image_only_indicator"].shape[1]:
+    def _keep_own_token(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.frame_level or isinstance(module, BasicTransformerBlock) != self.all_tokens:
             return None
-        own = context_bnnt.unflatten(0, (-1, num_frames)).diagonal(dim1=1, dim2=2)  # (B, T, N)
-        return args, {**kwargs, "encoder_hidden_states": own.transpose(1, 2).flatten(0, 1).unsqueeze(1)}
-
-    def show_all_tokens(self) -> None:
-        """Let temporal cross-attention see every frame's token of the item, not only the first frame's."""
-        show_all_tokens(self)
+        # a spatial block's third argument where gradients are checkpointed
+        context = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]  # (B * N, N, T)
+        own = context.unflatten(0, (-1, context.shape[1])).diagonal(dim1=1, dim2=2)  # (B, T, N)
+        return args[:2], {**kwargs, "encoder_hidden_states": own.transpose(1, 2).flatten(0, 1).unsqueeze(1)}
 
     def forward(
         self, sample: torch.Tensor, timestep: Any, encoder_hidden_states: torch.Tensor, *args: Any, **kwargs: Any

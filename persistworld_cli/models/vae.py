@@ -13,8 +13,8 @@ import torch
 from diffusers import AutoencoderKLTemporalDecoder
 
 from persistworld_cli.config.sizes import latent_size
-from persistworld_cli.models.cpu.hook import speed_up_vae
-from persistworld_cli.models.norms import set_norm_groups
+from persistworld_cli.models.cpu.hook import speed_up
+from persistworld_cli.models.layers import fold_temporal_convs, set_norm_groups
 from persistworld_cli.seeding import generator
 
 DIFFUSERS_GROUPS = 32
@@ -23,7 +23,8 @@ DIFFUSERS_GROUPS = 32
 def build_vae(config: dict[str, Any], norm_groups: int = DIFFUSERS_GROUPS) -> AutoencoderKLTemporalDecoder:
     """diffusers' class with `config`'s keywords and fresh weights."""
     vae = AutoencoderKLTemporalDecoder(**config)
-    speed_up_vae(vae)
+    fold_temporal_convs(vae)
+    speed_up(vae)
     set_norm_groups(vae, norm_groups)
     return vae
 

@@ -19,7 +19,7 @@ from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models import text as text_room
 from persistworld_cli.models import vae as vae_room
 from persistworld_cli.models.diffusion import precondition
-from persistworld_cli.models.norms import set_norm_groups
+from persistworld_cli.models.layers import set_norm_groups
 from persistworld_cli.models.precision import small_products
 from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.unet import FrameLevelUNet
@@ -59,8 +59,7 @@ class WorldModel(nn.Module):
         self.settings, self.world = settings, world
         self.unet = FrameLevelUNet(**settings.unet)
         self.unet.frame_level = settings.frame_level
-        if settings.frame_level and settings.temporal_token == "all":
-            self.unet.show_all_tokens()
+        self.unet.all_tokens = settings.temporal_token == "all"
         self.vae = vae_room.build_vae(settings.vae, settings.norm_groups)
         if settings.image:
             self.image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings.image))

@@ -20,7 +20,7 @@ from torch import nn
 
 from persistworld_cli.checkpoints.adapters import write_adapter
 from persistworld_cli.data.metadata.index import ActionStat
-from persistworld_cli.models.cpu.hook import speed_up_adapters
+from persistworld_cli.models.cpu.hook import speed_up
 from persistworld_cli.models.world_model import WorldModel
 
 POLICIES = ("theta", "old", "reference")
@@ -54,7 +54,7 @@ class PolicySwitch:
             torch.manual_seed(seed)
             for name in ("theta", "old"):
                 inject_adapter_in_model(self.config, model.unet, adapter_name=name)
-        speed_up_adapters(model.unet)
+        speed_up(model.unet)
         self.layers: list[Any] = [m for m in model.unet.modules() if isinstance(m, BaseTunerLayer)]
         reference = model.action_encoder
         self.encoders = {"reference": reference, "theta": copy.deepcopy(reference), "old": copy.deepcopy(reference)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from persistworld_cli.models.norms import set_norm_groups
+from persistworld_cli.models.layers import set_norm_groups
 from persistworld_cli.training.optim import Optimizers, inputs_and_outputs
 
 

@@ -18,7 +18,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.nn import functional
 
-from persistworld_cli.models.cpu.lean_lora import sampling_alone
+from persistworld_cli.models.cpu.layers import effective_weight
 from persistworld_cli.models.cpu.native import attend as native_attend
 
 SHORT = 256  # longest sequence taken by the plain product
@@ -30,6 +30,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
         return functional.scaled_dot_product_attention(q, k, v, scale=scale)
     weights = ((q * scale) @ k.transpose(-1, -2)).softmax(dim=-1)
     return weights.to(v.dtype) @ v
+
+
+def _kernel_fits(attn: Attention, q: torch.Tensor) -> bool:
+    """Whether self-attention goes to the kernel: not where policies are compared, of which one needs a gradient."""
+    return native_attend.fits(q, attn.heads) and effective_weight(attn.to_q) is not None
 
 
 def projected_out(attn: Attention, x: torch.Tensor) -> torch.Tensor:
@@ -48,7 +53,7 @@ def across_frames(attn: Attention, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (attn.heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (B * S, H, T, D)
 
     q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-    if sampling_alone(attn.to_q) and native_attend.fits(q, attn.heads):
+    if _kernel_fits(attn, q):
         return projected_out(attn, native_attend.attend(q, k, v, attn.heads, attn.scale))
     q, k, v = pixels(q), pixels(k), pixels(v)
     out = attend(q, k, v, attn.scale).unflatten(0, (x.shape[0], -1))
@@ -78,8 +83,7 @@ class FewTokens:
             return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
         q, k = attn.to_q(hidden_states), attn.to_k(context)
-        own = encoder_hidden_states is None and sampling_alone(attn.to_q)
-        if own and native_attend.fits(q, attn.heads):
+        if encoder_hidden_states is None and _kernel_fits(attn, q):
             return projected_out(attn, native_attend.attend(q, k, value, attn.heads, attn.scale))
         q, k, v = heads(q), heads(k), heads(value)
         return projected_out(attn, attend(q, k, v, attn.scale).transpose(1, 2).flatten(2))

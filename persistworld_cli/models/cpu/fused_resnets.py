@@ -18,7 +18,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn import functional
 
-from persistworld_cli.models.cpu.lean_lora import weight_in_use
+from persistworld_cli.models.cpu.layers import effective_weight
 from persistworld_cli.models.cpu.native.convolve import block_conv, fits, upsampled_conv
 from persistworld_cli.models.cpu.native.norm import fits as norm_fits
 from persistworld_cli.models.cpu.native.norm import norm_silu
@@ -30,7 +30,7 @@ def _weights(block: Any, x: torch.Tensor) -> list[torch.Tensor] | None:
     learns = torch.is_grad_enabled() and (block.norm1.weight.requires_grad or block.norm2.weight.requires_grad)
     if not plain or learns or x.device.type != "cpu":
         return None
-    weights = [weight_in_use(conv) for conv in (block.conv1, block.conv2)]
+    weights = [effective_weight(conv) for conv in (block.conv1, block.conv2)]
     fitting = [w for w in weights if w is not None and fits(x, w)]
     return fitting if len(fitting) == len(weights) else None
 
@@ -50,12 +50,14 @@ def _activated(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
     return norm_silu(x, norm) if norm_fits(x, norm) else functional.silu(norm(x))
 
 
-class LeanResnet(ResnetBlock2D):
+class FusedResnet(ResnetBlock2D):
     """A block of images."""
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None, *args: Any) -> torch.Tensor:
         """(N, C, h, w) with embeddings (N, width) to (N, C', h, w)."""
         x = input_tensor
+        if x.device.type == "cpu":  # where convolutions, norms and transformers then keep this order
+            x = x.contiguous(memory_format=torch.channels_last)
         usual = self.time_embedding_norm == "default" and not (self.up or self.down) and self.output_scale_factor == 1.0
         if not usual or not isinstance(self.nonlinearity, nn.SiLU):
             return super().forward(x, temb, *args)
@@ -75,7 +77,7 @@ class LeanResnet(ResnetBlock2D):
         return self.conv2(self.dropout(_activated(self.norm2, hidden))).add_(rest)
 
 
-class LeanTemporalResnet(TemporalResnetBlock):
+class FusedTemporalResnet(TemporalResnetBlock):
     """A block over frames."""
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
@@ -92,7 +94,7 @@ class LeanTemporalResnet(TemporalResnetBlock):
         return hidden.unflatten(3, input_tensor.shape[3:])
 
 
-class LeanVideoResnet(SpatioTemporalResBlock):
+class FusedVideoResnet(SpatioTemporalResBlock):
     """A block of images, then one over their frames, blended."""
 
     def forward(
@@ -123,7 +125,7 @@ class LeanVideoResnet(SpatioTemporalResBlock):
         return out.permute(0, 2, 3, 1).reshape(len(images), height, -1, channels).permute(0, 3, 1, 2)
 
 
-class LeanUpsample(Upsample2D):
+class FusedUpsample(Upsample2D):
     """Every pixel four times, then a convolution, which reads each where it is."""
 
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any) -> torch.Tensor:
@@ -132,7 +134,7 @@ class LeanUpsample(Upsample2D):
         usual = self.interpolate and self.use_conv and not self.use_conv_transpose and self.norm is None
         if not usual or output_size is not None or conv is None:
             return super().forward(x, output_size, *args)
-        weight = weight_in_use(conv)
+        weight = effective_weight(conv)
         if weight is None or not fits(x, weight):
             return super().forward(x, output_size, *args)
         out: torch.Tensor = upsampled_conv(_small(x), weight, conv.bias)
@@ -140,8 +142,8 @@ class LeanUpsample(Upsample2D):
 
 
 RESNETS: dict[type, type] = {
-    Upsample2D: LeanUpsample,
-    ResnetBlock2D: LeanResnet,
-    TemporalResnetBlock: LeanTemporalResnet,
-    SpatioTemporalResBlock: LeanVideoResnet,
+    Upsample2D: FusedUpsample,
+    ResnetBlock2D: FusedResnet,
+    TemporalResnetBlock: FusedTemporalResnet,
+    SpatioTemporalResBlock: FusedVideoResnet,
 }

@@ -1,4 +1,4 @@
-"""The lean LoRA layers are peft's own, to rounding: outputs, gradients, switching."""
+"""The fused LoRA layers are peft's own, to rounding: outputs, gradients, switching."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from persistworld_cli.models.cpu.convolutions import fold_temporal_convs, put_channels_last
-from persistworld_cli.models.cpu.lean_lora import LeanConv2d, LeanConv3d, LeanLinear, make_lean
-from persistworld_cli.models.cpu.linears import make_linears_fast
+from persistworld_cli.models.cpu.hook import speed_up
+from persistworld_cli.models.cpu.layers import effective_weight
+from persistworld_cli.models.cpu.lora_layers import FUSED_LORA
+from persistworld_cli.models.layers import fold_temporal_convs
 
 INPUTS = {"linear": (2, 3, 8), "conv": (2, 8, 6, 5), "temporal": (1, 8, 4, 6, 5)}
 FOR_KERNELS = {"linear": (2, 90, 16), "conv": (2, 16, 13, 12), "temporal": (1, 16, 5, 9, 8)}
@@ -29,8 +30,6 @@ def layers(width: int = 8, wide: int = 12) -> nn.ModuleDict:
         }
     )
     fold_temporal_convs(net)
-    put_channels_last(net)
-    make_linears_fast(net)
     config = LoraConfig(r=4, lora_alpha=2, target_modules=list(INPUTS), bias="none")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
@@ -65,8 +64,8 @@ def test_same_outputs_and_gradients(kind: str, small: bool, native: bool) -> Non
         return [out.detach().float(), *grads]
 
     before = {adapter: run(adapter) for adapter in ("one", "two", "none")}
-    make_lean(net)
-    assert type(net[kind]) in {LeanLinear, LeanConv2d, LeanConv3d}
+    speed_up(net)
+    assert type(net[kind]) in FUSED_LORA.values()
     bound = {"rtol": 5e-2, "atol": 0.3} if small else {"rtol": 1e-4, "atol": 1e-5}
     for adapter, wanted in before.items():
         got = run(adapter)
@@ -82,7 +81,33 @@ def test_what_is_unusual_is_left_to_peft() -> None:
     layer = net["linear"]
     layer.set_adapter(["one", "two"])
     both = layer(x)
-    make_lean(net)
+    speed_up(net)
     torch.testing.assert_close(layer(x), both)
     layer.merge()
     torch.testing.assert_close(layer(x), both, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", list(INPUTS))
+def test_a_layer_says_its_weight_only_while_it_samples_with_one_adapter(kind: str) -> None:
+    net = layers(16, 32)
+    layer, x = net[kind], torch.randn(FOR_KERNELS[kind])
+    layer.set_adapter("one")
+    wanted = layer(x)
+    assert effective_weight(layer) is None  # of a layer with more than its own weight, unless it answers itself
+    speed_up(net)
+    assert effective_weight(layer) is None
+    layer.merging = True
+    bare = layer.base_layer
+    merged, own = effective_weight(layer), bare.weight
+    assert merged is not None and not torch.equal(merged, own)
+    bare.weight = nn.Parameter(merged)
+    torch.testing.assert_close(bare(x), wanted, rtol=1e-4, atol=1e-5)
+    bare.weight = own
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
+    with torch.enable_grad():
+        assert effective_weight(layer) is None
+    layer.set_adapter(["one", "two"])
+    assert effective_weight(layer) is None
+    layer.enable_adapters(False)
+    assert effective_weight(layer) is own

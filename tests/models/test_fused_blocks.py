@@ -1,4 +1,4 @@
-"""The UNet's lean blocks, float32 linears and compilation: the same numbers as diffusers' blocks."""
+"""The UNet's fused blocks and compilation: the same numbers as diffusers' blocks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,10 @@ from persistworld_cli.commands.app import app
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models import compiling
-from persistworld_cli.models.cpu.convolutions import (
-    ChannelsLastConv,
-    TemporalConv,
-    fold_temporal_convs,
-    put_channels_last,
-)
-from persistworld_cli.models.cpu.exchange import exchanged
-from persistworld_cli.models.cpu.lean_blocks import DIFFUSERS, LeanTransformer, make_blocks_lean
-from persistworld_cli.models.cpu.linears import FastLinear
+from persistworld_cli.models.cpu.fused_blocks import FusedTransformer
+from persistworld_cli.models.cpu.hook import as_diffusers, speed_up
 from persistworld_cli.models.cpu.native.build import without_kernels
+from persistworld_cli.models.layers import TemporalConv, fold_temporal_convs
 from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model
 
 
@@ -58,10 +52,10 @@ def predicted(model: WorldModel, clips: int = 2, seed: int = 1) -> torch.Tensor:
 @torch.no_grad()
 def test_predictions_are_those_of_diffusers_blocks(model: WorldModel) -> None:
     ours = predicted(model)
-    with exchanged(model.unet, DIFFUSERS):
-        assert not any(isinstance(module, LeanTransformer) for module in model.unet.modules())
+    with as_diffusers(model.unet):
+        assert not any(isinstance(module, FusedTransformer) for module in model.unet.modules())
         theirs = predicted(model)
-    assert any(isinstance(module, LeanTransformer) for module in model.unet.modules())
+    assert any(isinstance(module, FusedTransformer) for module in model.unet.modules())
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
@@ -72,7 +66,7 @@ def test_gradients_are_those_of_diffusers_blocks(model: WorldModel) -> None:
         return {name: p.grad.clone() for name, p in model.unet.named_parameters() if p.grad is not None}
 
     ours = gradients()
-    with exchanged(model.unet, DIFFUSERS):
+    with as_diffusers(model.unet):
         theirs = gradients()
     # the queries and norms before a single token get a zero there and nothing here
     silent = {name for name in theirs if name not in ours}
@@ -93,9 +87,8 @@ def test_a_block_of_which_a_convolution_is_too_wide_for_the_kernels(channels: tu
     x, temb = torch.randn(4, channels[0], 8, 12), torch.randn(4, 32)
     frames = torch.zeros(2, 2)
     theirs = block(x, temb, frames)
-    make_blocks_lean(block)
-    put_channels_last(block)
     fold_temporal_convs(block)
+    speed_up(block)
     with torch.autocast("cpu", torch.bfloat16, enabled=small):
         ours = block(x, temb, frames)
     assert (ours - theirs).abs().max() < (5e-2 if small else 1e-5) * theirs.abs().max()
@@ -111,40 +104,13 @@ def test_no_convolution_has_to_reorder_its_input(model: WorldModel) -> None:
             )
         )
         for name, module in model.unet.named_modules()
-        if isinstance(module, ChannelsLastConv | TemporalConv) and name != "conv_in"
+        if isinstance(module, nn.Conv2d | TemporalConv) and name != "conv_in"
     ]
     with without_kernels():
         predicted(model)
     for hook in hooks:
         hook.remove()
     assert len(seen) == len(hooks) and all(seen)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_as_a_convolution(bias: bool) -> None:
-    torch.manual_seed(0)
-    plain = nn.Linear(24, 40, bias=bias)
-    x = torch.randn(3, 100, 24)
-    grown = []
-    for kind in (nn.Linear, FastLinear):
-        plain.__class__ = kind
-        plain.zero_grad()
-        given = x.clone().requires_grad_(True)
-        out = plain(given)
-        out.square().sum().backward()
-        assert given.grad is not None and plain.weight.grad is not None
-        grown.append((out.detach(), given.grad, plain.weight.grad.clone()))
-    for ours, theirs in zip(grown[1], grown[0], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
-
-
-def test_a_frozen_linear_keeps_no_input_for_its_gradient() -> None:
-    layer = FastLinear(24, 40).requires_grad_(False)
-    kept: list[torch.Size] = []
-    x = torch.randn(300, 24, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        layer(x)
-    assert x.shape not in kept and all(300 not in shape for shape in kept)
 
 
 def test_compiled_is_the_same_and_says_when_it_compiles(caplog: pytest.LogCaptureFixture) -> None:

@@ -18,21 +18,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
 from diffusers.models.resnet import AlphaBlender
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from torch import nn
 
 from persistworld_cli.models.cpu.attention import across_frames
-from persistworld_cli.models.cpu.exchange import exchange
-from persistworld_cli.models.cpu.lean_lora import weight_in_use, without_bias
-from persistworld_cli.models.cpu.lean_resnets import RESNETS
+from persistworld_cli.models.cpu.fused_resnets import RESNETS
+from persistworld_cli.models.cpu.layers import effective_weight
 from persistworld_cli.models.cpu.native import feed_forward as native_ff
 from persistworld_cli.models.cpu.native import gate as native_gate
 
 
-class LeanBlender(AlphaBlender):
+class FusedBlender(AlphaBlender):
     """a x + (1 - a) y, in one pass."""
 
     def forward(
@@ -57,26 +55,25 @@ def _cross(block: Any, x: torch.Tensor, context: torch.Tensor | None) -> torch.T
 
 def _feed_forward(ff: Any, norm: nn.LayerNorm, x: torch.Tensor, residual: bool) -> torch.Tensor:
     """[x +] ff(norm(x)); in one pass, or its gate in one, where there is a kernel for it."""
-    gated, last = ff.net[0], ff.net[2]
-    usual = type(gated) is GEGLU and x.device.type == "cpu"
-    if usual and not torch.is_grad_enabled():
-        w1, w2 = weight_in_use(gated.proj), weight_in_use(last)
+    gated, dropout, last = ff.net
+    if x.device.type == "cpu" and not torch.is_grad_enabled():
+        w1, w2 = effective_weight(gated.proj), effective_weight(last)
         if w1 is not None and w2 is not None and native_ff.fits(x, w1, w2):
             out: torch.Tensor = native_ff.feed_forward(
                 x, norm.weight, norm.bias, norm.eps, w1, gated.proj.bias, w2, last.bias, residual
             )
             return out
-    normed = norm(x)
-    if usual and native_gate.fits(normed, gated.proj.bias):
-        both = without_bias(gated.proj, normed)
-        if both is not None:
-            hidden = last(ff.net[1](native_gate.gate(both, gated.proj.bias)))
-            return x + hidden if residual else hidden
-    wide: torch.Tensor = ff(normed)
+    both = gated.proj(norm(x))
+    if native_gate.fits(both):
+        hidden = native_gate.gate(both)
+    else:
+        value, gate = both.chunk(2, dim=-1)
+        hidden = value * gated.gelu(gate)
+    wide: torch.Tensor = last(dropout(hidden))
     return x + wide if residual else wide
 
 
-class LeanSpatialBlock(BasicTransformerBlock):
+class FusedSpatialBlock(BasicTransformerBlock):
     """Attention over an image's pixels, its token, feed-forward."""
 
     def forward(
@@ -92,7 +89,7 @@ class LeanSpatialBlock(BasicTransformerBlock):
         return _feed_forward(self.ff, self.norm3, x, residual=True)
 
 
-class LeanTemporalBlock(TemporalBasicTransformerBlock):
+class FusedTemporalBlock(TemporalBasicTransformerBlock):
     """Attention over a pixel's frames, the item's token, feed-forward."""
 
     def forward(
@@ -106,10 +103,8 @@ class LeanTemporalBlock(TemporalBasicTransformerBlock):
         return _feed_forward(self.ff, self.norm3, x, self.is_res).reshape(shape)
 
 
-class LeanTransformer(TransformerSpatioTemporalModel):
+class FusedTransformer(TransformerSpatioTemporalModel):
     """Spatial and temporal blocks in turn, blended, around a residual."""
-
-    all_tokens = False  # temporal blocks see every frame's token of the item, not only the first frame's
 
     def forward(
         self,
@@ -120,16 +115,15 @@ class LeanTransformer(TransformerSpatioTemporalModel):
     ) -> tuple[torch.Tensor]:
         """(B * T, C, h, w) with tokens (B * T, N, width), to the same shape in a tuple."""
         height, frames = hidden_states.shape[2], image_only_indicator.shape[-1]
-        by_item = encoder_hidden_states.unflatten(0, (-1, frames))
-        context = by_item[:, :, 0] if self.all_tokens else by_item[:, 0]
+        context = encoder_hidden_states.unflatten(0, (-1, frames))[:, 0]
         x = self.proj_in(self.norm(hidden_states).flatten(2).transpose(1, 2))
         place = self.time_proj(torch.arange(frames, device=x.device)).to(x.dtype)
-        place = self.time_pos_embed(place).repeat(by_item.shape[0], 1)[:, None]
+        place = self.time_pos_embed(place).repeat(len(context), 1)[:, None]
         for spatial, temporal in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(spatial, x, None, encoder_hidden_states)
             else:
-                x = spatial(x, None, encoder_hidden_states)
+                x = spatial(x, encoder_hidden_states=encoder_hidden_states)
             mixed = temporal(x + place, num_frames=frames, encoder_hidden_states=context)
             x = self.time_mixer(x_spatial=x, x_temporal=mixed, image_only_indicator=image_only_indicator)
         images = self.proj_out(x).transpose(1, 2).unflatten(2, (height, -1))
@@ -138,18 +132,12 @@ class LeanTransformer(TransformerSpatioTemporalModel):
         return (images + hidden_states,)
 
 
-LEAN: dict[type, type] = {
-    AlphaBlender: LeanBlender,
-    BasicTransformerBlock: LeanSpatialBlock,
-    TemporalBasicTransformerBlock: LeanTemporalBlock,
-    TransformerSpatioTemporalModel: LeanTransformer,
+FUSED: dict[type, type] = {
+    AlphaBlender: FusedBlender,
+    BasicTransformerBlock: FusedSpatialBlock,
+    TemporalBasicTransformerBlock: FusedTemporalBlock,
+    TransformerSpatioTemporalModel: FusedTransformer,
     **RESNETS,
 }
 
-
-DIFFUSERS = {lean: own for own, lean in LEAN.items()}  # to count or to measure against
-
-
-def make_blocks_lean(model: nn.Module) -> None:
-    """Let the diffusers blocks of a model compute leanly."""
-    exchange(model, LEAN)
+DIFFUSERS = {fused: own for own, fused in FUSED.items()}  # to count or to measure against
