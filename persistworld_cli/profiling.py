@@ -1,21 +1,19 @@
 """Where a run's time went (``--profile``): a table of stages, the top operations, and a Chrome trace of its beginning.
 
-A stage is a method of `STAGES`, wrapped while the profile is taken and nowhere else: a run without it pays nothing.
-Stages are timed over the whole run; operations are recorded for some seconds alone, from the first time that the
-network runs, because a trace of minutes opens in no viewer. On a GPU, stages wait for it at both ends, so that each is
-charged with its own work; such a run is a little slower than one without a profile. Rank 0 alone is looked at.
+Stages (`stages.stage`) are timed over the whole run. Operations are recorded for some seconds from the first time that
+the network runs: a trace of minutes opens in no viewer. On a GPU, stages wait for it at both ends, so that each is
+charged with its own work; such a run is a little slower than one without a profile. Rank 0 alone is profiled.
 """
 
 from __future__ import annotations
 
 import cProfile
-import functools
 import os
 import pstats
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,42 +21,21 @@ from typing import Any
 
 from persistworld_cli.console import note
 from persistworld_cli.files import whole_file, write_json, write_text
+from persistworld_cli.stages import observe
 
 FOLDER = "profile"
 TRACED_S = 5.0
 _TOP = 20  # operations or functions that a table shows
-# Stage -> (module, class, method), of the modules that the task has imported; a stage inside another is charged apart.
-STAGES: dict[str, tuple[tuple[str, str, str], ...]] = {
-    "reading data": (
-        ("persistworld_cli.data.clips.store", "EpisodeStore", "frames"),
-        ("persistworld_cli.data.clips.store", "EpisodeStore", "latents"),
-        ("persistworld_cli.data.clips.store", "EpisodeStore", "annotation"),
-    ),
-    "sampling": (("persistworld_cli.rollout.engine", "RolloutEngine", "sample"),),
-    "network": (("persistworld_cli.models.world_model", "WorldModel", "network"),),
-    "decoding": (("persistworld_cli.models.world_model", "WorldModel", "decode_latents"),),
-    "encoding": (
-        ("persistworld_cli.models.world_model", "WorldModel", "encode_frames"),
-        ("persistworld_cli.extraction.run", "Encoder", "__call__"),
-    ),
-    "scoring": (
-        ("persistworld_cli.metrics.score", "Scorer", "metrics"),
-        ("persistworld_cli.metrics.score", "Scorer", "local"),
-    ),
-    "update": (("persistworld_cli.training.post_train", "PostTrainer", "learn"),),
-    "backward": (("torch", "Tensor", "backward"),),
-    "optimizer": (("persistworld_cli.training.optim", "Optimizers", "step"),),
-}
-_BEGIN = ("sampling", "network", "encoding", "backward")  # the trace begins with the first of these
+_BEGIN = ("sampling", "network", "encoding", "backward")  # the trace begins with the first of these stages
 
 
 @dataclass
 class Stage:
-    """What one stage took: how often, seconds with and without the stages inside it."""
+    """What one stage took: calls, seconds in all, and seconds without the stages inside it."""
 
     calls: int = 0
-    whole: float = 0.0
-    own: float = 0.0
+    total_s: float = 0.0
+    self_s: float = 0.0
 
 
 class _Trace:
@@ -79,7 +56,7 @@ class _Trace:
         if threading.current_thread() is not self._thread:
             return
         if self._begun is None and stage in _BEGIN:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells of its own beginning and end
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it logs its own start and stop
             from torch.profiler import ProfilerActivity, profile
 
             kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if _on_gpu() else [])]
@@ -97,26 +74,17 @@ class _Trace:
 
 
 class _Clock:
-    """Stages of every thread, each charged with the time that no stage inside it took."""
+    """Times the stages of every thread."""
 
     def __init__(self, trace: _Trace) -> None:
         self.trace, self.stages = trace, dict[str, Stage]()
         self._inside = threading.local()
         self._lock = threading.Lock()
 
-    def wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same call, timed."""
-
-        @functools.wraps(call)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self.trace.look(name)
-            with self._stage(name):
-                return call(*args, **kwargs)
-
-        return timed
-
     @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str) -> Iterator[None]:
+        """Time one stage."""
+        self.trace.look(name)
         _wait_for_gpu()
         stack: list[float] = self._inside.__dict__.setdefault("stack", [])
         stack.append(0.0)
@@ -126,19 +94,21 @@ class _Clock:
                 yield
                 _wait_for_gpu()
         finally:
-            whole = time.perf_counter() - begun
-            own = whole - stack.pop()
+            total = time.perf_counter() - begun
+            inner = stack.pop()
             if stack:
-                stack[-1] += whole
+                stack[-1] += total
             with self._lock:
                 stage = self.stages.setdefault(name, Stage())
-                stage.calls, stage.whole, stage.own = stage.calls + 1, stage.whole + whole, stage.own + own
+                stage.calls += 1
+                stage.total_s += total
+                stage.self_s += total - inner
             self.trace.look(name)
 
 
 @contextmanager
 def profiling(folder: Path, seconds: float | None = None) -> Iterator[None]:
-    """Profile what is done inside, a task whose modules are imported; writes the files also where it fails.
+    """Profile what is done inside; writes the files also where it fails.
 
     Args:
         folder: gets ``table.txt``, ``profile.json`` and ``trace.json.gz``.
@@ -148,7 +118,7 @@ def profiling(folder: Path, seconds: float | None = None) -> Iterator[None]:
     clock = _Clock(trace)
     begun = time.perf_counter()
     try:
-        with _wrapped(clock):
+        with observe(clock.stage):
             yield
     finally:
         trace.stop()
@@ -176,27 +146,9 @@ def calls_counted(folder: Path) -> Iterator[None]:
         note(f"profile: {folder / 'table.txt'}")
 
 
-@contextmanager
-def _wrapped(clock: _Clock) -> Iterator[None]:
-    """Every stage's method under the clock, and back."""
-    places = [(name, *place) for name, listed in STAGES.items() for place in listed]
-    before: list[tuple[type, str, Callable[..., Any]]] = []
-    try:
-        for name, module, owner, method in places:
-            if module not in sys.modules:  # not of this task
-                continue
-            cls = getattr(sys.modules[module], owner)
-            before.append((cls, method, getattr(cls, method)))
-            setattr(cls, method, clock.wrap(name, getattr(cls, method)))
-        yield
-    finally:
-        for cls, method, own in before:
-            setattr(cls, method, own)
-
-
 def _write(folder: Path, stages: Mapping[str, Stage], trace: _Trace, total: float) -> None:
     """The three files, and where they are."""
-    operations = _operations(trace)
+    operations = _operations(trace, stages)
     data = {
         "seconds": total,
         "stages": {name: vars(stage) for name, stage in stages.items()},
@@ -213,34 +165,32 @@ def _write(folder: Path, stages: Mapping[str, Stage], trace: _Trace, total: floa
     note(f"profile: {', '.join(map(str, files))}")
 
 
-def _operations(trace: _Trace) -> list[dict[str, Any]]:
+def _operations(trace: _Trace, stages: Mapping[str, Stage]) -> list[dict[str, Any]]:
     """The traced operations by their own time, on the GPU where one worked."""
     if trace.profile is None:
         return []
-    rows = [row for row in trace.profile.key_averages() if row.key not in STAGES]
+    rows = [row for row in trace.profile.key_averages() if row.key not in stages]
     side = "self_device_time_total" if any(row.self_device_time_total for row in rows) else "self_cpu_time_total"
     rows.sort(key=lambda row: -getattr(row, side))
-    return [{"name": row.key, "calls": row.count, "own": getattr(row, side) / 1e6} for row in rows[:_TOP]]
+    return [{"name": row.key, "calls": row.count, "self_s": getattr(row, side) / 1e6} for row in rows[:_TOP]]
 
 
 def _table(stages: Mapping[str, Stage], operations: list[dict[str, Any]], traced: float, total: float) -> str:
-    """For people."""
-    lines = [f"{'stage':18}{'calls':>8}{'own s':>10}{'share':>8}{'whole s':>10}{'ms a call':>11}"]
-    for name, stage in sorted(stages.items(), key=lambda item: -item[1].own):
-        each = 1000 * stage.whole / stage.calls
-        lines.append(
-            f"{name:18}{stage.calls:8}{stage.own:10.3f}{stage.own / total:8.1%}{stage.whole:10.3f}{each:11.2f}"
-        )
-    rest = total - sum(stage.own for stage in stages.values())
+    """Stages and operations as text."""
+    lines = [f"{'stage':18}{'calls':>8}{'self s':>10}{'share':>8}{'total s':>10}{'ms per call':>13}"]
+    for name, stage in sorted(stages.items(), key=lambda item: -item[1].self_s):
+        share, each = stage.self_s / total, 1000 * stage.total_s / stage.calls
+        lines.append(f"{name:18}{stage.calls:8}{stage.self_s:10.3f}{share:8.1%}{stage.total_s:10.3f}{each:13.2f}")
+    rest = total - sum(stage.self_s for stage in stages.values())
     lines.append(f"{'everything else':18}{'':8}{rest:10.3f}{rest / total:8.1%}")
     lines += [f"{'total':18}{'':8}{total:10.3f}", ""]
-    lines.append("own: without the stages inside it; whole: with them. Stages are timed over the whole run.")
+    lines.append("self: without the stages inside it; total: with them. Stages are timed over the whole run.")
     if not operations:
         return "\n".join([*lines, "No network ran on the main thread: there is no trace.", ""])
     lines += [f"Operations of {traced:.1f} s from the first time that the network ran (trace.json.gz):", ""]
-    lines.append(f"{'operation':44}{'calls':>8}{'own s':>10}{'share':>8}")
+    lines.append(f"{'operation':44}{'calls':>8}{'self s':>10}{'share':>8}")
     for row in operations:
-        lines.append(f"{row['name'][:43]:44}{row['calls']:8}{row['own']:10.3f}{row['own'] / traced:8.1%}")
+        lines.append(f"{row['name'][:43]:44}{row['calls']:8}{row['self_s']:10.3f}{row['self_s'] / traced:8.1%}")
     return "\n".join([*lines, "", "Open the trace in chrome://tracing or ui.perfetto.dev.", ""])
 
 

@@ -25,6 +25,7 @@ from persistworld_cli.extraction.publish import Changing, Encoder
 from persistworld_cli.extraction.report import ExtractReport, Progress, merge_reports, path_of
 from persistworld_cli.models import vae as vae_room
 from persistworld_cli.reports.progress import Meter
+from persistworld_cli.stages import stage
 from persistworld_cli.training.run import Run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,6 +78,7 @@ class Vae:
         torch.nn.Module.to(vae, self._device, self._dtype)  # diffusers' own warns of layers that this VAE does not have
         self._vae = vae
 
+    @stage("encoding")
     def __call__(self, frames_u8: torch.Tensor) -> torch.Tensor:
         """uint8 (N, V, H, W, 3) to latents (N, C, h, w), float32, on the encoder's device."""
         return vae_room.encode_images(self._vae, frames_u8, self._device, self._settings.model.posterior)

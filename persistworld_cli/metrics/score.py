@@ -15,6 +15,7 @@ from persistworld_cli.config.settings import RewardSettings, WorldSettings
 from persistworld_cli.errors import PersistWorldError, UsageError, nearest
 from persistworld_cli.metrics.referees import Referee
 from persistworld_cli.metrics.registry import REWARDS, Metric
+from persistworld_cli.stages import stage
 
 
 class _Images:
@@ -100,6 +101,7 @@ class Scorer:
         return scorer
 
     @torch.no_grad()
+    @stage("scoring")
     def metrics(self, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Every metric of every image.
 
@@ -121,6 +123,7 @@ class Scorer:
         }
 
     @torch.no_grad()
+    @stage("scoring")
     def local(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
         """The weighted sum of metrics in each cell of a grid of rows x columns of each image: (B, N, V, *grid).
 

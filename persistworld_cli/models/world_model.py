@@ -23,6 +23,7 @@ from persistworld_cli.models.layers import set_norm_groups
 from persistworld_cli.models.precision import small_products
 from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.unet import FrameLevelUNet
+from persistworld_cli.stages import stage
 
 CARRIED = "image_encoder"  # in checkpoints because Ctrl-World's strict loading wants it; nothing computes with it
 # What goes through the decoder at once: so many images, and more of small ones (on two cores 120 of 48 x 80 pixels
@@ -144,11 +145,13 @@ class WorldModel(nn.Module):
     # -- images -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @stage("encoding")
     def encode_frames(self, frames_u8: torch.Tensor) -> torch.Tensor:
         """uint8 images (N, V, H, W, 3) to latents (N, C, h, w), float32."""
         return vae_room.encode_images(self.vae, frames_u8, self.device, self.settings.posterior)
 
     @torch.no_grad()
+    @stage("decoding")
     def decode_latents(self, latents: torch.Tensor, chunk: int = 0, rows: int = 0) -> torch.Tensor:
         """Latents (N, C, h, w) or (B, N, C, h, w) to images (..., V, 3, H, W) in [0, 1].
 
@@ -201,6 +204,7 @@ class WorldModel(nn.Module):
 
     # -- the network ----------------------------------------------------------------------------------------------
 
+    @stage("network")
     def network(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
         """Raw output F (B, L, C, h, w) for noisy frames x (B, L, C, h, w) at levels sigma (B,), in x's type.
 

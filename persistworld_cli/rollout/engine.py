@@ -25,6 +25,7 @@ from persistworld_cli.models.world_model import Condition, WorldModel
 from persistworld_cli.rollout.history import Memory
 from persistworld_cli.rollout.recording import NoiseKey, Start, require_same_shape
 from persistworld_cli.seeding import generator
+from persistworld_cli.stages import stage
 
 
 def rollout_noise(keys: Iterable[NoiseKey], shape: tuple[int, ...]) -> torch.Tensor:
@@ -181,6 +182,7 @@ class RolloutEngine:
         )
 
     @torch.no_grad()
+    @stage("sampling")
     def sample(self, condition: Condition, noise: torch.Tensor) -> torch.Tensor:
         """One clip (B, L, C, h, w) from unit noise of that shape."""
         sigmas = self.sigmas.to(self.model.device)

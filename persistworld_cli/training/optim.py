@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from persistworld_cli.stages import stage
+
 KINDS = ("muon", "adamw")
 
 
@@ -66,6 +68,7 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
+    @stage("optimizer")
     def step(self) -> None:
         """Step and forget the gradients."""
         for kernel, alias in self.kernels:

@@ -32,6 +32,7 @@ from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.training_curves import POST_TRAIN_PANELS, training_curves
 from persistworld_cli.rollout.engine import Inputs, RolloutEngine
 from persistworld_cli.seeding import generator
+from persistworld_cli.stages import stage
 from persistworld_cli.training.action_margin import HeldOutLosses, against_base, held_out_losses
 from persistworld_cli.training.candidates import CandidateMaker, Candidates, GroupPlan
 from persistworld_cli.training.credit import credit
@@ -163,6 +164,7 @@ class PostTrainer:
         """Values (G * k, ...) of this rank's candidates with those of the ranks that share its groups: (G * K, ...)."""
         return self.share.whole(part, self.work.gather)
 
+    @stage("update")
     def learn(
         self, step: int, made: Candidates, rows: torch.Tensor, r: torch.Tensor, draws: Sequence[tuple[int, ...]]
     ) -> dict[str, float]:
@@ -192,7 +194,8 @@ class PostTrainer:
             x0, inputs = made.x0[chunk][rows[part]], made.inputs[chunk].select(rows[part])
             keys = [(*draws[int(i)], chunk, repeat) for i in part]
             loss, numbers = self.loss(x0, inputs, r[part] if r.ndim == 1 else r[part, chunk], keys)
-            (loss.sum() / total).backward()
+            with stage("backward"):
+                (loss.sum() / total).backward()
             for name, value in numbers.items():
                 sums[name] += value.sum().item() / total
         trainable = self.switch.trainable()

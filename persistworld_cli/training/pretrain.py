@@ -27,6 +27,7 @@ from persistworld_cli.models.world_model import WorldModel, build_world_model
 from persistworld_cli.objective.denoising import batch_loss
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.training_curves import PRETRAIN_PANELS, training_curves
+from persistworld_cli.stages import stage
 from persistworld_cli.training.optim import Optimizers, inputs_and_outputs
 from persistworld_cli.training.pretrain_checks import PretrainChecks
 from persistworld_cli.training.resuming import require_same_shapes
@@ -150,7 +151,8 @@ def _train(
                 with work.accelerator.autocast():
                     first = (tick * work.world + work.rank) * len(batch.latents)
                     loss = batch_loss(model, batch, options, options.seed, first)
-                (loss / options.accumulate).backward()
+                with stage("backward"):
+                    (loss / options.accumulate).backward()
             work.average_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
             if not torch.isfinite(norm):

@@ -24,6 +24,7 @@ from persistworld_cli.files import hash_of, whole_file, write_json
 from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae, pixels_to_unit
 from persistworld_cli.read_files import reading
 from persistworld_cli.reports.progress import Meter
+from persistworld_cli.stages import stage
 from persistworld_cli.training.optim import Optimizers, inputs_and_outputs
 from persistworld_cli.training.run import GO_ON, Interrupted, Run
 from persistworld_cli.training.schedule import WeightAverage, lr_factor
@@ -141,7 +142,8 @@ def _train(settings: Settings, work: Run) -> dict[str, Any]:
                 made = vae.decode(latent, num_frames=clip_length(options, step)).sample.float()
             kl = posterior.kl().mean() / latent[0].numel()
             loss = reconstruction_loss(made, real, options) + options.kl * kl
-            loss.backward()
+            with stage("backward"):
+                loss.backward()
             torch.nn.utils.clip_grad_norm_(learned, 1.0)
             optimizers.step()
             average.update(learned)

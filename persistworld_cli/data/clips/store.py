@@ -29,6 +29,7 @@ from persistworld_cli.data.metadata.index import INDEX_FILE, ActionStat, Episode
 from persistworld_cli.data.raw import video
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import natural_key
+from persistworld_cli.stages import stage
 
 __all__ = ["ActionStat", "Annotation", "EpisodeIndex", "EpisodeStore", "natural_key", "open_store"]
 
@@ -73,6 +74,7 @@ class EpisodeStore:
             return []
         return sorted((p.stem for p in folder.iterdir() if p.suffix == ".json" and p.name[0] != "."), key=natural_key)
 
+    @stage("reading data")
     def annotation(self, split: str, episode: str) -> Annotation:
         """Read an episode's annotation (`annotations.read_annotation`).
 
@@ -118,6 +120,7 @@ class EpisodeStore:
             out.append(found[0])
         return out
 
+    @stage("reading data")
     def latents(
         self,
         split: str,
@@ -155,6 +158,7 @@ class EpisodeStore:
                 fix=REDO,
             )
 
+    @stage("reading data")
     def frames(self, split: str, episode: str, frame_ids: Sequence[int]) -> NDArray[np.uint8]:
         """Images decoded from the mp4s: uint8 (N, V, H, W, 3)."""
         folder = self._video_dir(split, episode)
