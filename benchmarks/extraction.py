@@ -39,7 +39,7 @@ from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.extraction.pipeline import Told, extract_latents
 from persistworld_cli.extraction.report import Progress
 from persistworld_cli.extraction.run import DTYPES, Vae, parse_episodes
-from persistworld_cli.models import vae as vae_room
+from persistworld_cli.models.vae import decode, encode_images, unstack_cameras
 
 _MIB = 2**20
 _BATCH = 10  # frames of all cameras: what --batch 32 gives for three
@@ -117,8 +117,8 @@ def storage(options: argparse.Namespace) -> list[dict[str, Any]]:
     with torch.inference_mode():
         for name, dtype in DTYPES.items():
             torch.nn.Module.to(vae, dtype)
-            stacked = vae_room.encode_images(vae, torch.from_numpy(images), torch.device("cpu"))
-            latents = vae_room.unstack_cameras(stacked, len(settings.world.cameras)).flatten(0, 1)
+            stacked = encode_images(vae, torch.from_numpy(images), torch.device("cpu"))
+            latents = unstack_cameras(stacked, len(settings.world.cameras)).flatten(0, 1)
             torch.nn.Module.to(vae, torch.float32)
             whole, half = (_decoded(vae, part) for part in (latents, latents.half().float()))
             best = [psnr(image, real) for image in (whole, half)]
@@ -140,7 +140,7 @@ def storage(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _decoded(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Images (M, 3, H, W) in [0, 1], in 8 bits as they are shown."""
-    made = torch.cat([vae_room.decode(vae, part, 1) for part in latents.split(16)])
+    made = torch.cat([decode(vae, part, 1) for part in latents.split(16)])
     return ((made.clamp(-1, 1) + 1) * 127.5).round() / 255
 
 

@@ -17,7 +17,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
 from persistworld_cli.metrics.lpips import Lpips
-from persistworld_cli.models import vae as vae_room
+from persistworld_cli.models import vae
 from persistworld_cli.models.cpu.attention import diffusers_attention
 from persistworld_cli.models.cpu.fused_blocks import DIFFUSERS
 from persistworld_cli.models.cpu.layers import swapped_classes
@@ -70,9 +70,9 @@ def plain_switching(switch: PolicySwitch) -> Iterator[None]:
 def decode(model: WorldModel, latents: Tensor, chunk: int, dtype: str) -> Tensor:
     """One clip (N, C, h, w), camera by camera in runs of `chunk`, to images (N, V, 3, H, W) in [0, 1]."""
     views = len(model.world.cameras)
-    flat = vae_room.unstack_cameras(latents, views).transpose(0, 1).flatten(0, 1)
+    flat = vae.unstack_cameras(latents, views).transpose(0, 1).flatten(0, 1)
     with small_products(model.device, getattr(torch, dtype), model.vae.dtype):
-        images = vae_room.decode(model.vae, flat, chunk or len(latents)).float()
+        images = vae.decode(model.vae, flat, chunk or len(latents)).float()
     return (images.unflatten(0, (views, len(latents))).transpose(0, 1) / 2 + 0.5).clamp(0, 1)
 
 

@@ -38,59 +38,29 @@ class Stage:
     self_s: float = 0.0
 
 
-class _Trace:
-    """torch's profiler over the first seconds, started and stopped between stages of one thread."""
+class _Profile:
+    """Times the stages of every thread, and records torch's operations on the main thread for the first seconds."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.lasted = seconds, 0.0
-        self.profile: Any = None
-        self._begun: float | None = None
-        self._thread = threading.main_thread()  # the profiler sees the thread that starts it
-
-    @property
-    def running(self) -> bool:
-        return self._begun is not None and not self.lasted
-
-    def look(self, stage: str) -> None:
-        """At the beginning and the end of a stage: begin, or end where it has lasted long enough."""
-        if threading.current_thread() is not self._thread:
-            return
-        if self._begun is None and stage in _BEGIN:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it logs its own start and stop
-            from torch.profiler import ProfilerActivity, profile
-
-            kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if _on_gpu() else [])]
-            self.profile = profile(activities=kinds)
-            self.profile.__enter__()
-            self._begun = time.perf_counter()
-        elif self.running and time.perf_counter() - (self._begun or 0.0) >= self.seconds:
-            self.stop()
-
-    def stop(self) -> None:
-        """End the recording, if it runs."""
-        if self.running and self.profile is not None:
-            self.lasted = max(time.perf_counter() - (self._begun or 0.0), 1e-9)
-            self.profile.__exit__(None, None, None)
-
-
-class _Clock:
-    """Times the stages of every thread."""
-
-    def __init__(self, trace: _Trace) -> None:
-        self.trace, self.stages = trace, dict[str, Stage]()
+    def __init__(self, traced_s: float = TRACED_S) -> None:
+        self.stages: dict[str, Stage] = {}
+        self.trace: Any = None  # torch's profiler, which sees the thread that starts it
+        self.traced_s = 0.0  # how long it recorded; 0 until it ends
+        self._wanted_s, self._begun = traced_s, 0.0
         self._inside = threading.local()
         self._lock = threading.Lock()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time one stage."""
-        self.trace.look(name)
+        from torch.profiler import record_function
+
+        self._start_or_stop_trace(name)
         _wait_for_gpu()
         stack: list[float] = self._inside.__dict__.setdefault("stack", [])
         stack.append(0.0)
         begun = time.perf_counter()
         try:
-            with _named(name) if self.trace.running else nullcontext():
+            with record_function(name) if self._tracing else nullcontext():
                 yield
                 _wait_for_gpu()
         finally:
@@ -103,31 +73,69 @@ class _Clock:
                 stage.calls += 1
                 stage.total_s += total
                 stage.self_s += total - inner
-            self.trace.look(name)
+            self._start_or_stop_trace(name)
+
+    @property
+    def _tracing(self) -> bool:
+        return self.trace is not None and not self.traced_s
+
+    def _start_or_stop_trace(self, stage: str) -> None:
+        """Between stages of the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if self.trace is None and stage in _BEGIN:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it logs its own start and stop
+            from torch.profiler import ProfilerActivity, profile
+
+            kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if _on_gpu() else [])]
+            self.trace = profile(activities=kinds)
+            self.trace.__enter__()
+            self._begun = time.perf_counter()
+        elif time.perf_counter() - self._begun >= self._wanted_s:
+            self.stop_trace()
+
+    def stop_trace(self) -> None:
+        """End the recording, if it runs."""
+        if self._tracing:
+            self.traced_s = max(time.perf_counter() - self._begun, 1e-9)
+            self.trace.__exit__(None, None, None)
+
+    def operations(self) -> list[dict[str, Any]]:
+        """The recorded operations that took longest by themselves, on the GPU where one worked."""
+        rows = [row for row in self.trace.key_averages() if row.key not in self.stages] if self.trace else []
+        side = "self_device_time_total" if any(row.self_device_time_total for row in rows) else "self_cpu_time_total"
+        rows.sort(key=lambda row: -getattr(row, side))
+        return [{"name": row.key, "calls": row.count, "self_s": getattr(row, side) / 1e6} for row in rows[:_TOP]]
+
+    def write(self, folder: Path, total: float) -> None:
+        """``table.txt``, ``profile.json`` and ``trace.json.gz`` of a run of so many seconds."""
+        operations, stages = self.operations(), {name: vars(stage) for name, stage in self.stages.items()}
+        data = {"seconds": total, "stages": stages, "traced_seconds": self.traced_s, "operations": operations}
+        write_json(folder / "profile.json", data)
+        files = [folder / "table.txt"]
+        write_text(files[0], _table(self.stages, operations, self.traced_s, total))
+        if self.trace is not None:
+            files.append(folder / "trace.json.gz")
+            with whole_file(files[1]) as file:
+                self.trace.export_chrome_trace(str(file))  # compressed, by the name's end
+        note(f"profile: {', '.join(map(str, files))}")
 
 
 @contextmanager
-def profiling(folder: Path, seconds: float | None = None) -> Iterator[None]:
-    """Profile what is done inside; writes the files also where it fails.
-
-    Args:
-        folder: gets ``table.txt``, ``profile.json`` and ``trace.json.gz``.
-        seconds: how much is traced.
-    """
-    trace = _Trace(TRACED_S if seconds is None else seconds)
-    clock = _Clock(trace)
-    begun = time.perf_counter()
+def profiling(folder: Path) -> Iterator[None]:
+    """Profile what is done inside; the files in ``folder`` are written also where it fails."""
+    profile, begun = _Profile(), time.perf_counter()
     try:
-        with observe(clock.stage):
+        with observe(profile.stage):
             yield
     finally:
-        trace.stop()
-        _write(folder, clock.stages, trace, time.perf_counter() - begun)
+        profile.stop_trace()
+        profile.write(folder, time.perf_counter() - begun)
 
 
 @contextmanager
 def calls_counted(folder: Path) -> Iterator[None]:
-    """Profile a command that is done in this process: Python's functions, by cProfile; of this thread alone."""
+    """Profile Python's functions on this thread, by cProfile, for a command that runs no model."""
     profile = cProfile.Profile()
     profile.enable()
     try:
@@ -138,41 +146,12 @@ def calls_counted(folder: Path) -> Iterator[None]:
             profile.dump_stats(file)
         with whole_file(folder / "table.txt") as file, file.open("w", encoding="utf-8") as out:
             out.write(
-                "Python's functions by their own time, as cProfile counts it (which slows Python down): of this "
-                "process's main thread; helper processes and other threads are not in it. No network was run.\n"
-                "calls.pstats has all of it: python -m pstats calls.pstats\n"
+                "Python's functions by their own time, as cProfile counts it (which slows Python down), on this "
+                "process's main thread, without helper processes and other threads. No network was run.\n"
+                "All of it: python -m pstats calls.pstats\n"
             )
             pstats.Stats(profile, stream=out).sort_stats("tottime").print_stats(_TOP)
         note(f"profile: {folder / 'table.txt'}")
-
-
-def _write(folder: Path, stages: Mapping[str, Stage], trace: _Trace, total: float) -> None:
-    """The three files, and where they are."""
-    operations = _operations(trace, stages)
-    data = {
-        "seconds": total,
-        "stages": {name: vars(stage) for name, stage in stages.items()},
-        "traced_seconds": trace.lasted,
-        "operations": operations,
-    }
-    write_json(folder / "profile.json", data)
-    files = [folder / "table.txt"]
-    write_text(files[0], _table(stages, operations, trace.lasted, total))
-    if trace.profile is not None:
-        files.append(folder / "trace.json.gz")
-        with whole_file(files[1]) as file:
-            trace.profile.export_chrome_trace(str(file))  # compressed, by the name's end
-    note(f"profile: {', '.join(map(str, files))}")
-
-
-def _operations(trace: _Trace, stages: Mapping[str, Stage]) -> list[dict[str, Any]]:
-    """The traced operations by their own time, on the GPU where one worked."""
-    if trace.profile is None:
-        return []
-    rows = [row for row in trace.profile.key_averages() if row.key not in stages]
-    side = "self_device_time_total" if any(row.self_device_time_total for row in rows) else "self_cpu_time_total"
-    rows.sort(key=lambda row: -getattr(row, side))
-    return [{"name": row.key, "calls": row.count, "self_s": getattr(row, side) / 1e6} for row in rows[:_TOP]]
 
 
 def _table(stages: Mapping[str, Stage], operations: list[dict[str, Any]], traced: float, total: float) -> str:
@@ -192,12 +171,6 @@ def _table(stages: Mapping[str, Stage], operations: list[dict[str, Any]], traced
     for row in operations:
         lines.append(f"{row['name'][:43]:44}{row['calls']:8}{row['self_s']:10.3f}{row['self_s'] / traced:8.1%}")
     return "\n".join([*lines, "", "Open the trace in chrome://tracing or ui.perfetto.dev.", ""])
-
-
-def _named(name: str) -> Any:
-    from torch.profiler import record_function
-
-    return record_function(name)
 
 
 def _on_gpu() -> bool:

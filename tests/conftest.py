@@ -104,7 +104,8 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dry runs of settings that cost the same share one count: it depends on neither weights nor datasets."""
-    from persistworld_cli.commands import cost, run
+    from persistworld_cli.commands import run
+    from persistworld_cli.cost import tables
 
     def counted(task: str, settings: Settings) -> Any:
         model = replace(settings.model, ckpt="", adapter="", tokenizer="")
@@ -117,7 +118,7 @@ def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
             _COUNTED[key] = count(task, settings)
         return _COUNTED[key]
 
-    count = cost.cost_report
+    count = tables.cost_report
     monkeypatch.setattr(run, "cost_report", counted)
 
 

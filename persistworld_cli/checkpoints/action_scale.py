@@ -1,10 +1,10 @@
-"""The scale of actions belongs to the weights: written into every weights file, read with it, held against the data.
+"""The scale of actions belongs to the weights: saved in every weights file, read with it, compared with the data.
 
-Weights expect poses scaled by the 1st and 99th percentiles of the states that they were trained on (method.md 1). Which
-percentiles a command uses is decided here, and nowhere else (`scale_of`):
+Weights expect poses scaled by the 1st and 99th percentiles of the states that they were trained on (method.md 1).
+`scale_of` alone decides which percentiles a command uses:
 
 1. ``model.stat``, where the user names it (environment, ``--set``, a preset of their own);
-2. what the weights carry: a post-training's saved state before its adapter, an adapter before the weights below it;
+2. those in the weights: a post-training's saved state before its adapter, an adapter before the weights below it;
 3. ``model.stat`` of a shipped preset;
 4. the dataset's own percentiles.
 
@@ -23,23 +23,23 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from persistworld_cli.checkpoints.notes import read_notes
-from persistworld_cli.checkpoints.sources import PARTS, locate
+from persistworld_cli.checkpoints.saving import read_notes
+from persistworld_cli.checkpoints.sources import locate
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import Settings
+from persistworld_cli.config.weight_names import USED_PARTS
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.data.metadata.health import state_names
 from persistworld_cli.data.metadata.index import INDEX_FILE, ActionStat, IndexFile
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.models.world_model import CARRIED
 from persistworld_cli.read_files import as_object, parse_json, reading
 
 NOTE = "action_scale"  # in a weights file's notes: the JSON of a stat.json
 CLIPPED = 0.05  # share of a dimension's values that may lie outside the weights' percentiles
 NARROW, WIDE = 0.3, 1.5  # a dimension's p01..p99 range in the data, as a share of the weights'
 # A few episodes seldom cover the range of a whole dataset: each of nine real DROID episodes has a dimension below
-# 0.3, and a tail of the dataset may be much of them. Of so few, a narrow range is told only of the position, and only
-# where that hardly moves; a value counts as clipped that lies outside by more than a tenth of the weights' range.
+# 0.3. Of so few, a narrow range is reported only for a position that hardly moves, and a value counts as clipped only
+# where it lies outside by more than a tenth of the weights' range.
 FEW, STILL, OUTSIDE = 10, 0.05, 0.1
 _ANGLES = ("roll", "pitch", "yaw")
 _POSITION = ("x", "y", "z")
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scale:
-    """Percentiles that actions are scaled by, where they come from, for people, and whether they are the dataset's."""
+    """Percentiles that actions are scaled by, where they come from, and whether they are the dataset's own."""
 
     stat: ActionStat
     origin: str
@@ -89,14 +89,14 @@ def noted_scale(notes: Mapping[str, str], where: str) -> ActionStat | None:
         return ActionStat.of(as_object(parse_json(text)))
 
 
-def carried_scale(source: str | Path) -> ActionStat | None:
-    """The percentiles that weights or an adapter carry; None where they carry none. No tensor is read.
+def stored_scale(source: str | Path) -> ActionStat | None:
+    """The percentiles saved in weights or an adapter; None where there are none. No tensor is read.
 
     Raises:
         PersistWorldError: nothing there, or damaged.
     """
     notes: dict[str, str] = {}
-    for path, _ in locate(source, [part for part in PARTS if part != CARRIED]).files:
+    for path, _ in locate(source, USED_PARTS).files:
         notes |= read_notes(path)
     return noted_scale(notes, str(source))
 
@@ -105,14 +105,13 @@ def carried_scale(source: str | Path) -> ActionStat | None:
 
 
 def scale_of(settings: Settings, store: EpisodeStore, weights: Sequence[str | Path], *, quiet: bool = False) -> Scale:
-    """The percentiles that poses are scaled by for these weights. Where those that the weights carry and those of the
-    settings differ, a warning says so by dimension.
+    """The percentiles that poses are scaled by for these weights, with a warning where the settings name others.
 
     Args:
-        settings: ``model.stat`` and whose word it is.
+        settings: ``model.stat``, and whether the user named it.
         store: the dataset, with the settings' percentiles (`open_store`).
         weights: what the model is made of, the part trained last first: a saved state, an adapter, the weights below.
-        quiet: say nothing (ranks other than 0).
+        quiet: no warning (ranks other than 0).
 
     Raises:
         PersistWorldError: absent weights, damaged or missing percentiles.
@@ -120,24 +119,22 @@ def scale_of(settings: Settings, store: EpisodeStore, weights: Sequence[str | Pa
     named = settings.model.stat
     origin = f"model.stat = {named}" if named else f"the dataset's own ({store.root})"
     of_data = not named or resolve_path(named).absolute() == (store.meta / "stat.json").absolute()
-    found = ((source, carried_scale(source)) for source in weights if str(source))
-    source, carried = next(((source, stat) for source, stat in found if stat is not None), ("", None))
-    if carried is None:
+    found = ((source, stored_scale(source)) for source in weights if str(source))
+    source, stored = next(((source, stat) for source, stat in found if stat is not None), ("", None))
+    if stored is None:
         return Scale(store.stat(), origin, of_data)
-    own = Scale(carried, f"carried by {source}")
+    own = Scale(stored, f"carried by {source}")
     if not named:
         return own
     stat = store.stat()
     used = Scale(stat, origin, of_data) if settings.model.stat_given else own
-    rows = scale_differences(stat, carried)
+    rows = scale_differences(stat, stored)
     if rows and not quiet:
-        lines = [f"  {name:8}{named_range}, the weights' {carried_range}" for name, named_range, carried_range in rows]
-        logger.warning(
-            "warning: the weights carry another scale of actions than %s; used: %s\n%s",
-            origin,
-            used.origin,
-            "\n".join(lines),
+        lines = "".join(
+            f"\n  {name:8}{by_settings}, the weights' {by_weights}" for name, by_settings, by_weights in rows
         )
+        what = "warning: the weights carry another scale of actions than %s; used: %s%s"
+        logger.warning(what, origin, used.origin, lines)
     return used
 
 
@@ -155,7 +152,7 @@ def _range(stat: ActionStat, i: int) -> str:
     return f"{stat.p01[i]:.4g} .. {stat.p99[i]:.4g}"
 
 
-# -- held against the data ----------------------------------------------------------------------------------------
+# -- compared with the data ---------------------------------------------------------------------------------------
 
 
 def weights_stores(
@@ -167,14 +164,12 @@ def weights_stores(
     episodes: Iterable[str] = (),
     quiet: bool = False,
 ) -> list[EpisodeStore]:
-    """The dataset as each of some models wants it: with its percentiles, the poses held against each scale once. Every
-    command that feeds poses to weights opens its data with this.
+    """The dataset with each model's percentiles; every command that feeds poses to weights opens its data with this.
 
     Args:
-        settings, quiet: as for `scale_of`.
-        store: the dataset.
-        models: what each is made of, as for `scale_of`.
-        split, episodes: what will be read, looked at where the dataset has no index.
+        settings, store, quiet: as for `scale_of`.
+        models: the weights of each, as for `scale_of`; each scale is compared with the poses once (`check_poses`).
+        split, episodes: what will be read; compared where the dataset has no index.
 
     Raises:
         PersistWorldError: as `scale_of`; with ``model.strict_actions``, poses that do not look like the weights'.
@@ -198,19 +193,17 @@ def check_poses(
     episodes: Iterable[str] = (),
     quiet: bool = False,
 ) -> list[str]:
-    """Say by dimension where a dataset's poses do not look like those that the weights were trained on.
+    """Warn by dimension where a dataset's poses do not look like those that the weights were trained on.
 
     Returns:
-        One line a dimension (`pose_findings`); [] where the scale is the dataset's own, which tells nothing of weights.
+        The warning's lines (`pose_findings`); [] where the scale is the dataset's own, which says nothing of weights.
 
     Raises:
         PersistWorldError: there are such lines, and ``model.strict_actions`` is set.
     """
-    if scale.of_data:
-        return []
-    poses = sample_poses(store, split or settings.eval.split, episodes)
+    poses = None if scale.of_data else sample_poses(store, split or settings.eval.split, episodes)
     lines = pose_findings(scale.stat, poses) if poses else []
-    if not (lines and poses):
+    if not poses or not lines:
         return lines
     what = "the poses do not look like those that the weights were trained on:\n" + "\n".join(lines)
     where = f"poses: {poses.where}; scale: {scale.origin}"
@@ -252,10 +245,10 @@ def sample_poses(store: EpisodeStore, split: str, episodes: Iterable[str]) -> Po
 
 
 def pose_findings(stat: ActionStat, poses: Poses) -> list[str]:
-    """One line for each dimension that clips too often or whose range is another one; [] where all is well.
+    """One line for each dimension with too many clipped values or another range; [] where all is well.
 
-    An angle that jumps at +-pi has percentiles of a whole turn: nothing between -pi and +pi then counts as clipped, and
-    its range tells nothing. Data that jump there are measured around the circle.
+    An angle that jumps at +-pi has percentiles of a whole turn: its range is not compared, and nothing between -pi and
+    +pi counts as clipped. Data that jump there are measured around the circle.
     """
     states, width = poses.states, poses.states.shape[1]
     if width != len(stat.p01):

@@ -1,13 +1,10 @@
-"""Adapters on disk: PEFT folders with the action encoder beside, and what a post-training saved to resume from.
-
-An adapter is compared with the model it is meant for before anything of the model is touched.
-"""
+"""Adapters on disk: PEFT folders with the action encoder beside, and a post-training's saved state."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +14,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, s
 
 from persistworld_cli.checkpoints.action_scale import scale_note
 from persistworld_cli.checkpoints.compatibility import Shapes, bundled_settings, misfit, preset_shapes, shapes_of
+from persistworld_cli.checkpoints.saving import save_safetensors
 from persistworld_cli.checkpoints.sources import ENCODER, WeightSource, locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
-from persistworld_cli.checkpoints.tensor_writing import save_safetensors
 from persistworld_cli.config.presets import from_json, preset_names
-from persistworld_cli.config.settings import ModelSettings
+from persistworld_cli.config.settings import ModelSettings, PostTrainSettings
 from persistworld_cli.config.weight_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from persistworld_cli.data.metadata.index import ActionStat
 from persistworld_cli.errors import PersistWorldError
@@ -44,7 +41,7 @@ class Adapter:
         config: rank, alpha and target modules.
         lora: tensors under PEFT's names (``base_model.model.<module>.lora_A.weight``).
         encoder: the action encoder's tensors; empty where the adapter leaves it alone.
-        root: where it lies.
+        root: its folder, or its file.
     """
 
     config: PeftConfig
@@ -54,11 +51,7 @@ class Adapter:
 
 
 def read_adapter(source: WeightSource) -> Adapter:
-    """A PEFT folder, or the sampling policy in a post-training's saved state.
-
-    Raises:
-        PersistWorldError: neither of them, or damaged.
-    """
+    """A PEFT folder, or the sampling policy in a post-training's saved state. Raises PersistWorldError for others."""
     if source.kind not in ("adapter", "state"):
         raise PersistWorldError(
             "these are a model's weights, not an adapter",
@@ -67,9 +60,9 @@ def read_adapter(source: WeightSource) -> Adapter:
         )
     config = _state_config(source.root) if source.kind == "state" else _peft_config(source.root)
     tensors = WeightFiles(source).load()
-    lora = {name: t for name, t in tensors.items() if not name.startswith(_ENCODER)}
-    encoder = {name.removeprefix(_ENCODER): t for name, t in tensors.items() if name.startswith(_ENCODER)}
-    return Adapter(config, lora, encoder, source.root)
+    own = [name for name in tensors if name.startswith(_ENCODER)]
+    encoder = {name.removeprefix(_ENCODER): tensors.pop(name) for name in own}
+    return Adapter(config, tensors, encoder, source.root)
 
 
 def _peft_config(folder: Path) -> PeftConfig:
@@ -84,59 +77,46 @@ def _peft_config(folder: Path) -> PeftConfig:
         return config
 
 
-def _check_config(told: dict[str, Any]) -> None:
-    """Raise ValueError for settings that peft takes and fails on later: it compiles names, and counts with ranks."""
+def _check_config(config: dict[str, Any]) -> None:
+    """Raise ValueError for settings that peft accepts and fails on later."""
     for key in ("rank_pattern", "alpha_pattern"):
-        for name, value in as_object(told.get(key) or {}).items():
+        for name, value in as_object(config.get(key) or {}).items():
             re.compile(name)
             whole_number(value, f"{key} of '{name}'", 1, _MOST_RANK)
-    whole_number(told.get("r", 8), "r", 1, _MOST_RANK)
-    positive_number(told.get("lora_alpha", 8), "lora_alpha")
+    whole_number(config.get("r", 8), "r", 1, _MOST_RANK)
+    positive_number(config.get("lora_alpha", 8), "lora_alpha")
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
-        names = told.get(key) or []
+        names = config.get(key) or []
         if isinstance(names, str):
             re.compile(names)
         elif not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{key} is no list of names")
 
 
+def lora_config(options: PostTrainSettings) -> LoraConfig:
+    """Rank, alpha and target modules of a post-training."""
+    targets = list(options.lora_targets)
+    return LoraConfig(r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=targets, bias="none")
+
+
 def _state_config(root: Path) -> PeftConfig:
-    """Rank, alpha and targets of a post-training, from the settings that its run's folder holds."""
+    """The same from the settings that the run's folder holds."""
     step = root if root.is_dir() else root.parent
     path = step.parent.parent / "config.json"
     try:
-        options = from_json(
-            as_object(parse_json(path.read_text(encoding="utf-8"))["settings"]), where=str(path)
-        ).post_train
+        saved = as_object(parse_json(path.read_text(encoding="utf-8"))["settings"])
+        return lora_config(from_json(saved, where=str(path)).post_train)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PersistWorldError(
             "a saved state without its run's config.json", where=str(path), fix="leave the state in its run's folder"
         ) from error
-    return LoraConfig(
-        r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=list(options.lora_targets), bias="none"
-    )
-
-
-def require_adapter_fit(adapter: Adapter, lora_shapes: Shapes, encoder_shapes: Shapes) -> None:
-    """Raise one PersistWorldError where the adapter is not this model's, with the presets whose it is.
-
-    Args:
-        adapter: what is to be merged.
-        lora_shapes: what an adapter of these settings has on this model's UNet, under PEFT's names.
-        encoder_shapes: of this model's action encoder.
-    """
-    text = misfit(lora_shapes, _shapes(adapter.lora))
-    if not text and adapter.encoder:
-        text = misfit(encoder_shapes, _shapes(adapter.encoder))
-    if text:
-        raise _other_model(adapter, text)
 
 
 def require_adapter(source: str | Path, settings: ModelSettings) -> None:
     """Raise PersistWorldError where an adapter is not one of this model's; nothing of the model is built or read."""
     adapter = read_adapter(locate(source))
-    if text := adapter_misfit(adapter, settings):
-        raise _other_model(adapter, text)
+    if why := adapter_misfit(adapter, settings):
+        raise _other_model(adapter, why)
 
 
 def _other_model(adapter: Adapter, why: str) -> PersistWorldError:
@@ -151,19 +131,17 @@ def _other_model(adapter: Adapter, why: str) -> PersistWorldError:
 
 def adapter_presets(adapter: Adapter) -> list[str]:
     """Bundled presets whose model the adapter is made for."""
-    candidates = [name for name in preset_names() if _may_fit(adapter, preset_shapes(name))]
-    return [name for name in candidates if not adapter_misfit(adapter, bundled_settings(name).model)]
+    return [name for name, why in preset_misfits(adapter) if not why]
 
 
-def nearest_misfit(adapter: Adapter) -> tuple[str, str] | None:
-    """A bundled preset with the layers that the adapter changes, and why it does not fit; None where there is none."""
+def preset_misfits(adapter: Adapter) -> Iterator[tuple[str, str]]:
+    """Bundled presets with the layers that the adapter changes, and why it does not fit; "" where it does."""
     for name in preset_names():
-        if _may_fit(adapter, preset_shapes(name)):
-            return name, adapter_misfit(adapter, bundled_settings(name).model)
-    return None
+        if _has_layers(preset_shapes(name), adapter):
+            yield name, adapter_misfit(adapter, bundled_settings(name).model)
 
 
-def _may_fit(adapter: Adapter, shapes: Shapes) -> bool:
+def _has_layers(shapes: Shapes, adapter: Adapter) -> bool:
     """Whether every layer that the adapter changes is there and takes what the adapter takes; quick, without peft."""
     for name, tensor in adapter.lora.items():
         layer, found, _ = name.removeprefix(_LORA_PREFIX).partition(".lora_A.")
@@ -176,16 +154,19 @@ def adapter_misfit(adapter: Adapter, settings: ModelSettings) -> str:
     """Why an adapter does not fit a model of these settings (built without memory); "" where it does."""
     with torch.device("meta"):
         unet, encoder = FrameLevelUNet(**settings.unet), ActionEncoder(settings.action_dim, settings.token_dim)
+    return _wrap(adapter, unet, encoder)[1]
+
+
+def _wrap(adapter: Adapter, unet: FrameLevelUNet, encoder: ActionEncoder) -> tuple[Any, str]:
+    """A network with the adapter's layers, still without their numbers; and why the adapter does not fit, or ""."""
     try:
         wrapped = PeftModel(unet, adapter.config, low_cpu_mem_usage=True)
     except _NO_FIT as error:
-        return str(error).splitlines()[0]
-    text = misfit(_shapes(get_peft_model_state_dict(wrapped)), _shapes(adapter.lora))
-    return text or (misfit(shapes_of(encoder), _shapes(adapter.encoder)) if adapter.encoder else "")
-
-
-def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(t.shape) for name, t in tensors.items()}
+        return None, str(error).splitlines()[0]
+    why = misfit(shapes_of(get_peft_model_state_dict(wrapped)), shapes_of(adapter.lora))
+    if not why and adapter.encoder:
+        why = misfit(shapes_of(encoder.state_dict()), shapes_of(adapter.encoder))
+    return wrapped, why
 
 
 def merge_adapter(model: WorldModel, source: str | Path) -> None:
@@ -199,18 +180,14 @@ def merge_adapter(model: WorldModel, source: str | Path) -> None:
         PersistWorldError: not an adapter, or an adapter of another model.
     """
     adapter = read_adapter(locate(source))
-    frame_level = model.unet.frame_level
-    try:
-        wrapped = PeftModel(model.unet, adapter.config, low_cpu_mem_usage=True)
-    except _NO_FIT as error:
-        raise _other_model(adapter, str(error).splitlines()[0]) from error
-    require_adapter_fit(adapter, _shapes(get_peft_model_state_dict(wrapped)), shapes_of(model.action_encoder))
+    wrapped, why = _wrap(adapter, model.unet, model.action_encoder)
+    if why:
+        raise _other_model(adapter, why)
     dtype = model.unet.conv_in.weight.dtype  # which peft casts to as well; one by one, both copies are never whole
     lora = {name: adapter.lora.pop(name).to(dtype) for name in list(adapter.lora)}
     set_peft_model_state_dict(wrapped, lora, low_cpu_mem_usage=True)
     del lora
     model.unet = wrapped.merge_and_unload()
-    model.unet.frame_level = frame_level
     if adapter.encoder:
         model.action_encoder.load_state_dict(adapter.encoder)
 
@@ -224,9 +201,9 @@ def write_adapter(
     force: bool = False,
     stat: ActionStat | None = None,
 ) -> None:
-    """Write a PEFT folder, and the action encoder beside it if there is one, whole or not at all.
+    """Write a PEFT folder, with the action encoder if there is one, whole or not at all.
 
-    ``stat``, the percentiles that actions are scaled by, goes into every file of it.
+    ``stat``, the percentiles that actions are scaled by, is saved in every file of it.
 
     Raises:
         PersistWorldError: something is there already (without `force`), or it cannot be written.

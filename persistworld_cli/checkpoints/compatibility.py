@@ -1,4 +1,4 @@
-"""Whether tensors fit a model, told in one message; and what they are, if not what was wanted.
+"""Check a state dict against a model in one message, and identify unknown checkpoints.
 
 Shapes alone are compared. Presets are built on the meta device, which takes no memory and a fraction of a second.
 """
@@ -6,31 +6,35 @@ Shapes alone are compared. Presets are built on the meta device, which takes no 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
 
-from persistworld_cli.checkpoints.sources import PARTS
-from persistworld_cli.config.presets import from_json, load_settings, preset_names, to_json
+from persistworld_cli.config.presets import load_settings, preset_names
 from persistworld_cli.config.settings import Settings
+from persistworld_cli.config.weight_names import PARTS, PASSTHROUGH
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.models.world_model import CARRIED, build_world_model
+from persistworld_cli.models.world_model import build_world_model
 
 Shapes = Mapping[str, tuple[int, ...]]
 _LORA = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector")
-# Keys by which a part under its own names, without the part's prefix, is known.
+# Keys that identify a part saved without its prefix.
 _BARE = {"vae": "decoder.conv_in.weight", "unet": "time_embedding.linear_1.weight"}
 
 
-def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's state dict, in its order."""
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of tensors, in their order."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def misfit(expected: Shapes, given: Shapes) -> str:
-    """Counts and first of the missing, unexpected and differently shaped keys; "" where there are none."""
+    """Counts and first of the missing, unexpected and differently shaped keys; "" where there are none.
+
+    The part that nothing computes with may be absent as a whole.
+    """
+    if PASSTHROUGH not in parts_of(given):
+        expected = {k: shape for k, shape in expected.items() if part_of(k) != PASSTHROUGH}
     missing = [k for k in expected if k not in given]
     unexpected = [k for k in given if k not in expected]
     shape = [k for k in expected if k in given and expected[k] != given[k]]
@@ -80,12 +84,17 @@ def nearest_preset(shapes: Shapes) -> str:
     return max(preset_names(), key=lambda name: len(preset_shapes(name).items() & shapes.items()))
 
 
+def part_of(name: str) -> str:
+    """The part that a key belongs to; "" for none."""
+    head = name.partition(".")[0]
+    return head if head in PARTS else ""
+
+
 def parts_of(names: Iterable[str]) -> dict[str, list[str]]:
     """Part -> its keys, in the model's order of parts; "" for keys of no part."""
     parts: dict[str, list[str]] = {part: [] for part in (*PARTS, "")}
     for name in names:
-        head = name.partition(".")[0]
-        parts[head if head in parts else ""].append(name)
+        parts[part_of(name)].append(name)
     return {part: keys for part, keys in parts.items() if keys}
 
 
@@ -115,6 +124,7 @@ def with_prefix(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return dict(shapes)
 
 
+@functools.cache
 def bundled_settings(name: str) -> Settings:
     """A bundled preset as it is shipped: no environment, no overrides."""
     return load_settings(name, (), {}, env={}).settings
@@ -123,62 +133,46 @@ def bundled_settings(name: str) -> Settings:
 @functools.cache
 def preset_shapes(name: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a bundled preset's state dict; one dict for presets of the same architecture."""
-    settings = bundled_settings(name)
-    model = replace(settings.model, ckpt="", adapter="", inference="", stat="")
-    return _architecture_shapes(json.dumps(to_json(replace(settings, model=model)), sort_keys=True))
-
-
-@functools.cache
-def _architecture_shapes(settings: str) -> dict[str, tuple[int, ...]]:
-    return settings_shapes(from_json(json.loads(settings)))
+    models = {other: bundled_settings(other).model for other in preset_names()}
+    bare = {other: replace(own, ckpt="", adapter="", inference="", stat="") for other, own in models.items()}
+    first = next(other for other, own in bare.items() if own == bare[name])
+    return settings_shapes(bundled_settings(name)) if first == name else preset_shapes(first)
 
 
 def settings_shapes(settings: Settings) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the state dict of a preset's model, which is built without memory."""
     with torch.device("meta"):
-        return shapes_of(build_world_model(settings.model, settings.world))
+        return shapes_of(build_world_model(settings.model, settings.world).state_dict())
 
 
-def needed_shapes(name: str, given: Shapes) -> dict[str, tuple[int, ...]]:
-    """A bundled preset's shapes, without the part that nothing computes with where `given` has none of it."""
-    whole, own = preset_shapes(name), parts_of(given)
-    return {k: shape for k, shape in whole.items() if CARRIED in own or k.partition(".")[0] != CARRIED}
-
-
-def fitting_presets(shapes: Shapes) -> list[str]:
-    """Bundled presets whose whole model these shapes are."""
-    return [name for name in preset_names() if not misfit(needed_shapes(name, shapes), shapes)]
-
-
-def partly_fitting(shapes: Shapes) -> dict[str, list[str]]:
-    """Bundled preset -> the parts in `shapes`, where each of them is that preset's."""
-    own = parts_of(with_prefix(shapes))
-    fits = {}
-    for name in preset_names() if own and "" not in own else ():
-        whole = parts_of(preset_shapes(name))
-        pairs = [({k: preset_shapes(name)[k] for k in whole.get(part, ())}, keys) for part, keys in own.items()]
-        if not any(misfit(want, {k: with_prefix(shapes)[k] for k in keys}) for want, keys in pairs):
-            fits[name] = list(own)
+def fitting_presets(shapes: Shapes) -> dict[str, list[str]]:
+    """Bundled presets whose whole model, or whole parts of it, these shapes are -> the parts that are absent."""
+    named = with_prefix(shapes)
+    held, fits = parts_of(named), {}
+    for name in preset_names() if held and "" not in held else ():
+        whole = preset_shapes(name)
+        if not misfit({k: shape for k, shape in whole.items() if part_of(k) in held}, named):
+            fits[name] = [part for part in parts_of(whole) if part not in held]
     return fits
 
 
 def advice(given: Shapes, wanted: str = "model") -> str:
     """What to do with a checkpoint that does not fit where a ``model`` or ``VAE`` was wanted."""
-    kind, whole, part = kind_of(given), fitting_presets(given), partly_fitting(given)
+    kind, fits = kind_of(given), fitting_presets(given)
+    names = " or ".join(fits)
+    absent = next(iter(fits.values()), [])
     if kind == "adapter":
         return "this is an adapter: give it with --adapter, and the weights it belongs on with --ckpt"
     if kind == "unmerged world model":
         return "its LoRA layers are not merged: merge them where it was made (peft: merge_and_unload), and save again"
     if kind == "VAE" and wanted == "model":
-        known = f" (preset {' or '.join(part)})" if part else ""
+        known = f" (preset {names})" if fits else ""
         return f"this is a VAE alone{known}: give it with --vae (extract-latents, or pretrain --scratch)"
-    if whole or (part and wanted == kind):
-        names = whole or list(part)
-        return f"it fits preset {' or '.join(names)}: --preset {names[0]}"
-    if part:
-        name, held = next(iter(part.items()))
-        absent = [p for p in parts_of(preset_shapes(name)) if p not in held]
-        return f"it holds the {_list(held)} of preset {' or '.join(part)}, without {_list(absent)}"
+    if fits and (wanted == kind or set(absent) <= {PASSTHROUGH}):
+        return f"it fits preset {names}: --preset {next(iter(fits))}"
+    if fits:
+        held = list(parts_of(with_prefix(given)))
+        return f"it holds the {_list(held)} of preset {names}, without {_list(absent)}"
     return (
         f"it fits none of the bundled presets ({', '.join(preset_names())}): give the one it was trained with, "
         "--preset FILE.toml"

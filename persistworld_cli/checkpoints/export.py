@@ -1,4 +1,4 @@
-"""Weights out: one file under Ctrl-World's names, or a PEFT folder; whole or not at all."""
+"""Export weights as one file under Ctrl-World's names, or an adapter as a PEFT folder; whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ from typing import Any
 
 import torch
 
-from persistworld_cli.checkpoints.action_scale import carried_scale, scale_note
+from persistworld_cli.checkpoints.action_scale import scale_note, stored_scale
 from persistworld_cli.checkpoints.adapters import adapter_misfit, adapter_presets, read_adapter, write_adapter
 from persistworld_cli.checkpoints.compatibility import (
     bundled_settings,
     nearest_preset,
-    needed_shapes,
+    preset_shapes,
     require_fit,
     require_known,
 )
 from persistworld_cli.checkpoints.inspection import MERGED
 from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.checkpoints.references import weights_ref
+from persistworld_cli.checkpoints.saving import save_safetensors, save_torch
 from persistworld_cli.checkpoints.sources import adapter_at, locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
-from persistworld_cli.checkpoints.tensor_writing import save_safetensors, save_torch
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.presets import preset_names
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.config.weight_names import ADAPTER_CONFIG
+from persistworld_cli.config.weight_names import ADAPTER_CONFIG, PASSTHROUGH
 from persistworld_cli.data.metadata.index import ActionStat
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import require_free
-from persistworld_cli.models.world_model import CARRIED
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +56,14 @@ def export_model(
     settings: Settings | None,
     adapter_sha256: str = "",
 ) -> dict[str, Any]:
-    """Write a whole model, an adapter merged into it, as one file.
+    """Write a whole model as one file.
 
     Args:
         ckpt: weights: file, folder or hub id; an adapter goes on the checkpoint of its preset.
-        adapter: to be merged; "" for none.
+        adapter: merged in float32; "" for none.
         to: ``ctrl-world`` (what `torch.save` writes; Ctrl-World loads it with strict=True) or ``safetensors``.
         output: the file.
-        dtype: of all weights in it; an adapter is merged in float32 first.
+        dtype: of all weights in it.
         force: whether a file there may be replaced.
         settings: of the model; None: those of the bundled preset that it fits.
         adapter_sha256: noted in the file, as the scale of actions is (`export_scale`).
@@ -77,10 +76,10 @@ def export_model(
     if adapter_at(ckpt):
         ckpt, adapter = _base_of(ckpt, adapter, settings)
     named, settings = settings, settings or _settings_of(ckpt)
-    model = load_world_model(settings.model, settings.world, ckpt=ckpt, adapter=adapter, dtype=dtype, carried=True)
-    if to == "ctrl-world" and settings.model.image and not hasattr(model, CARRIED):
+    model = load_world_model(settings.model, settings.world, ckpt=ckpt, adapter=adapter, dtype=dtype, passthrough=True)
+    if to == "ctrl-world" and settings.model.image and not hasattr(model, PASSTHROUGH):
         raise PersistWorldError(
-            f"Ctrl-World loads with strict=True and wants an {CARRIED.replace('_', ' ')}; this checkpoint has none",
+            f"Ctrl-World loads with strict=True and wants an {PASSTHROUGH.replace('_', ' ')}; this checkpoint has none",
             where=ckpt,
             fix="write --to safetensors, which this program loads, or name the checkpoint that has it",
         )
@@ -90,26 +89,12 @@ def export_model(
     stat = export_scale(named, ckpt, adapter)
     notes = scale_note(stat) | ({MERGED: adapter_sha256} if adapter_sha256 else {})
     (save_safetensors if to == "safetensors" else save_torch)(output, tensors, notes)
-    return {
-        "output": str(output),
-        "format": to,
-        "tensors": len(tensors),
-        "parameters": sum(t.numel() for t in tensors.values()),
-        "dtype": str(dtype).removeprefix("torch."),
-        "bytes": output.stat().st_size,
-        "merged": adapter or None,
-        "action_scale": _shown(stat),
-    }
+    return _report(output, to, tensors, dtype, adapter or None, stat)
 
 
 def export_scale(settings: Settings | None, ckpt: str, adapter: str) -> ActionStat | None:
-    """The scale of actions that exported weights carry: what the adapter or the weights carry, else ``model.stat`` of
-    the preset that the user names or whose own weights these are. Weights of which nobody says their scale get none.
-
-    Args:
-        settings: of the preset that the user named; None: none.
-        ckpt: the weights, or an adapter alone.
-        adapter: on top of them, or "".
+    """The scale of actions for exported weights: the adapter's or the weights' own, else ``model.stat`` of the preset
+    that the user names (``settings``) or whose weights these are; None, with a warning, where nothing says it.
 
     Raises:
         PersistWorldError: absent weights, damaged or missing percentiles.
@@ -117,7 +102,7 @@ def export_scale(settings: Settings | None, ckpt: str, adapter: str) -> ActionSt
     if settings is not None and settings.model.stat_given:
         return ActionStat.load(resolve_path(settings.model.stat))
     for source in filter(None, (adapter, ckpt)):
-        if (stat := carried_scale(source)) is not None:
+        if (stat := stored_scale(source)) is not None:
             return stat
     if settings is None and not adapter:
         shipped = (bundled_settings(name) for name in preset_names())
@@ -132,8 +117,26 @@ def export_scale(settings: Settings | None, ckpt: str, adapter: str) -> ActionSt
     return ActionStat.load(resolve_path(settings.model.stat))
 
 
-def _shown(stat: ActionStat | None) -> dict[str, list[float]] | None:
-    return None if stat is None else {"p01": stat.p01.tolist(), "p99": stat.p99.tolist()}
+def _report(
+    output: Path,
+    to: str,
+    tensors: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    merged: str | None,
+    stat: ActionStat | None,
+) -> dict[str, Any]:
+    """What was written, as JSON values."""
+    files = [output] if output.is_file() else list(output.iterdir())
+    return {
+        "output": str(output),
+        "format": to,
+        "tensors": len(tensors),
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes": sum(file.stat().st_size for file in files),
+        "merged": merged,
+        "action_scale": None if stat is None else {"p01": stat.p01.tolist(), "p99": stat.p99.tolist()},
+    }
 
 
 def export_adapter(
@@ -144,10 +147,7 @@ def export_adapter(
     Args:
         ckpt: the adapter (PEFT folder or a post-training's saved state), or the weights that `adapter` belongs on.
         adapter: the adapter where `ckpt` names weights; "" otherwise.
-        output: the folder.
-        dtype: of its tensors.
-        force: whether an adapter there may be replaced.
-        settings: of the model it belongs on; None: a bundled preset that it fits.
+        output, dtype, force, settings: as for `export_model`.
 
     Raises:
         PersistWorldError: an adapter that is absent, damaged, or of another model; the folder cannot be written.
@@ -172,29 +172,16 @@ def export_adapter(
             where=str(found.root),
             fix="name the preset (--preset) and the weights it was trained on",
         )
-    lora = {name: tensor.to(dtype) for name, tensor in found.lora.items()}
-    encoder = {name: tensor.to(dtype) for name, tensor in found.encoder.items()}
+    lora, encoder = ({name: t.to(dtype) for name, t in part.items()} for part in (found.lora, found.encoder))
     _require_finite({**lora, **encoder}, dtype)
     write_adapter(output, found.config, lora, encoder, force=force, stat=stat)
-    return {
-        "output": str(output),
-        "format": "peft",
-        "tensors": len(lora) + len(encoder),
-        "parameters": sum(t.numel() for t in (*lora.values(), *encoder.values())),
-        "dtype": str(dtype).removeprefix("torch."),
-        "bytes": sum(file.stat().st_size for file in output.iterdir()),
-        "merged": None,
-        "action_scale": _shown(stat),
-    }
+    return _report(output, "peft", {**lora, **encoder}, dtype, None, stat)
 
 
 def _base_of(ckpt: str, adapter: str, settings: Settings | None) -> tuple[str, str]:
-    """Weights and adapter where CKPT is an adapter: it goes on the checkpoint of the settings, or of what it fits."""
-    bases = (
-        [settings.model.ckpt]
-        if settings
-        else list(dict.fromkeys(bundled_settings(n).model.ckpt for n in adapter_presets(read_adapter(locate(ckpt)))))
-    )
+    """Weights and adapter where CKPT is an adapter: its settings' weights, or those of a preset that it fits."""
+    fits = [settings] if settings else map(bundled_settings, adapter_presets(read_adapter(locate(ckpt))))
+    bases = list(dict.fromkeys(fit.model.ckpt for fit in fits))
     if len(bases) != 1:
         raise UsageError(
             f"'{ckpt}' is an adapter, " + (f"on any of {', '.join(bases)}" if bases else "of no bundled preset"),
@@ -210,7 +197,7 @@ def _settings_of(ckpt: str) -> Settings:
     shapes = WeightFiles(locate(ckpt)).shapes
     require_known(shapes, ckpt)
     name = nearest_preset(shapes)
-    require_fit(needed_shapes(name, shapes), shapes, ckpt, whose=f"preset {name}")
+    require_fit(preset_shapes(name), shapes, ckpt, whose=f"preset {name}")
     return bundled_settings(name)
 
 

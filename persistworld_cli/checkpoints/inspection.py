@@ -1,29 +1,26 @@
-"""What a checkpoint is: kind, parts, types, and the presets it fits; read from names and shapes alone."""
+"""Describe a checkpoint by names and shapes alone: kind, parts, types, and the presets it fits."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from persistworld_cli.checkpoints.action_scale import NOTE, noted_scale
-from persistworld_cli.checkpoints.adapters import Adapter, adapter_misfit, adapter_presets, nearest_misfit, read_adapter
+from persistworld_cli.checkpoints.adapters import Adapter, adapter_misfit, preset_misfits, read_adapter
 from persistworld_cli.checkpoints.compatibility import (
     fitting_presets,
     kind_of,
     misfit,
     nearest_preset,
-    needed_shapes,
-    partly_fitting,
     parts_of,
     preset_shapes,
     require_known,
     settings_shapes,
     with_prefix,
 )
-from persistworld_cli.checkpoints.sources import WeightSource, locate
+from persistworld_cli.checkpoints.sources import locate
 from persistworld_cli.checkpoints.tensor_files import Info, WeightFiles
 from persistworld_cli.config.settings import Settings
 
@@ -35,7 +32,7 @@ _LAYERS = {
 
 
 def describe(name: str, compare: Settings | None = None) -> dict[str, Any]:
-    """What lies at a path or hub id.
+    """Describe the checkpoint at a path or hub id.
 
     Args:
         name: file, folder or hub id.
@@ -68,30 +65,30 @@ def describe(name: str, compare: Settings | None = None) -> dict[str, Any]:
         "merged_adapter": files.metadata.get(MERGED),
         "action_scale": json.loads(files.metadata[NOTE]) if noted_scale(files.metadata, name) else None,
         "parts": _parts(files),
-        "files": _file_rows(source),
+        "files": [
+            {"file": str(path), "bytes": path.stat().st_size} for path in dict.fromkeys(p for p, _ in source.files)
+        ],
     }
 
 
 def _fit_of_weights(files: WeightFiles, compare: Settings | None) -> dict[str, Any]:
-    shapes = files.shapes
-    partly = partly_fitting(shapes)
-    fits = fitting_presets(shapes) or list(partly)
-    whole = parts_of(preset_shapes(fits[0])) if fits else {}
-    own = parts_of(with_prefix(shapes))
-    result: dict[str, Any] = {"fits": fits, "lacks": [part for part in whole if part not in own], "nearest": None}
-    near = nearest_preset(with_prefix(shapes))
-    if not fits and preset_shapes(near).items() & with_prefix(shapes).items():
-        why = misfit(needed_shapes(near, shapes), with_prefix(shapes))
-        result["nearest"] = {"preset": near, "misfit": why}
+    shapes = with_prefix(files.shapes)
+    fits = fitting_presets(shapes)
+    result: dict[str, Any] = {"fits": list(fits), "lacks": next(iter(fits.values()), []), "nearest": None}
+    near = nearest_preset(shapes)
+    if not fits and preset_shapes(near).items() & shapes.items():
+        result["nearest"] = {"preset": near, "misfit": misfit(preset_shapes(near), shapes)}
     if compare:
-        result["own_preset"] = misfit(settings_shapes(compare), with_prefix(shapes)) or "fits"
+        result["own_preset"] = misfit(settings_shapes(compare), shapes) or "fits"
     return result
 
 
 def _fit_of_adapter(adapter: Adapter, compare: Settings | None) -> dict[str, Any]:
-    result: dict[str, Any] = {"fits": adapter_presets(adapter), "lacks": [], "nearest": None}
-    if not result["fits"] and (near := nearest_misfit(adapter)):
-        result["nearest"] = dict(zip(("preset", "misfit"), near, strict=True))
+    misfits = dict(preset_misfits(adapter))
+    fits = [name for name, why in misfits.items() if not why]
+    result: dict[str, Any] = {"fits": fits, "lacks": [], "nearest": None}
+    if misfits and not fits:
+        result["nearest"] = dict(zip(("preset", "misfit"), next(iter(misfits.items())), strict=True))
     if compare:
         result["own_preset"] = adapter_misfit(adapter, compare.model) or "fits"
     return result
@@ -114,7 +111,7 @@ def _settings_of(adapter: Adapter | None) -> dict[str, Any] | None:
 
 
 def _parts(files: WeightFiles) -> list[dict[str, Any]]:
-    """One row a part, in the model's order."""
+    """One row per part, in the model's order."""
     shapes = with_prefix(files.shapes)
     infos = dict(zip(shapes, files.info.values(), strict=True))
     rows = []
@@ -124,11 +121,6 @@ def _parts(files: WeightFiles) -> list[dict[str, Any]]:
         types = ", ".join(_types(own))
         rows.append({"part": part or rest, "tensors": len(own), "parameters": sum(map(_count, own)), "dtype": types})
     return rows
-
-
-def _file_rows(source: WeightSource) -> list[dict[str, Any]]:
-    paths = dict.fromkeys(path for path, _ in source.files)
-    return [{"file": str(path), "bytes": Path(path).stat().st_size} for path in paths]
 
 
 def _types(infos: list[Info]) -> dict[str, int]:

@@ -1,5 +1,4 @@
-"""Weights in: state dicts (.pt, .safetensors), shards, diffusers folders, hub ids, adapters; one message where they do
-not fit.
+"""Load models: state dicts (.pt, .safetensors), shards, diffusers folders, hub ids, adapters.
 
 Everything is compared by names and shapes before a number is read, and then read one tensor after another into the
 model: loading takes the model's own memory and little more (`benchmarks/loading.py` measures it).
@@ -14,14 +13,16 @@ from dataclasses import replace
 import torch
 
 from persistworld_cli.checkpoints.adapters import merge_adapter
-from persistworld_cli.checkpoints.compatibility import parts_of, require_fit, shapes_of
-from persistworld_cli.checkpoints.sources import PARTS, locate
+from persistworld_cli.checkpoints.compatibility import part_of, parts_of, require_fit, shapes_of
+from persistworld_cli.checkpoints.references import inference_ref
+from persistworld_cli.checkpoints.sources import locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles, fill
 from persistworld_cli.config.settings import ModelSettings, Settings, WorldSettings
+from persistworld_cli.config.weight_names import PARTS, PASSTHROUGH, USED_PARTS
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.compiling import compile_network
 from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae
-from persistworld_cli.models.world_model import CARRIED, WorldModel, build_world_model, sampling_dtype
+from persistworld_cli.models.world_model import WorldModel, build_world_model, sampling_dtype
 
 logger = logging.getLogger(__name__)
 FRESH = ("text_encoder", "action_encoder")  # what Stable Video Diffusion does not have
@@ -37,9 +38,9 @@ def load_world_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     fresh: Sequence[str] = (),
-    carried: bool = False,
+    passthrough: bool = False,
 ) -> WorldModel:
-    """The model of a preset with its weights, on `device`, in eval mode, frozen. The one way in for every subcommand.
+    """The model of a preset with its weights, on `device`, in eval mode, frozen; for every subcommand.
 
     Args:
         settings: architecture and default weights.
@@ -50,8 +51,8 @@ def load_world_model(
         dtype: of all weights, whatever the file's; an adapter is merged in float32 first.
         fresh: of `FRESH`, parts that the checkpoint may lack as a whole: the text encoder then comes from the
             tokenizer's folder or hub id (CLIP), the action encoder starts at random.
-        carried: whether to load the part that nothing computes with too (an image encoder, a quarter of the full-size
-            checkpoint); by default it is compared, where the checkpoint has it, and left on disk.
+        passthrough: whether to load the part that nothing computes with too (an image encoder, a quarter of the
+            full-size checkpoint); by default it is compared, where the checkpoint has it, and left on disk.
 
     Raises:
         PersistWorldError: weights that are absent, damaged, or of another model.
@@ -62,16 +63,16 @@ def load_world_model(
     overlay = settings.adapter if adapter is None else adapter
     with torch.device("meta"):
         model = build_world_model(settings, world).to(torch.float32 if overlay else dtype)
-    files, absent = _open(source, settings, fresh, carried)
-    expected = {k: shape for k, shape in shapes_of(model).items() if k.partition(".")[0] not in absent}
-    require_fit(expected, files.shapes, source)
-    if not carried or CARRIED in absent:
-        model.drop_carried()
+    files, absent = _open(source, settings, fresh, passthrough)
+    expected = shapes_of(model.state_dict())
+    require_fit({k: shape for k, shape in expected.items() if part_of(k) not in absent}, files.shapes, source)
+    if not passthrough or PASSTHROUGH not in parts_of(files.info):
+        model.drop_passthrough()
     model.to_empty(device=device)
     targets = model.state_dict()
     files.rename({name: name for name in files.info if name in targets})
     fill(targets, files)
-    del files, targets  # what is mapped of it, and its names
+    del files, targets
     if "action_encoder" in absent:
         logger.info("'%s' has no action encoder: it begins with random weights", source)
         for layer in model.action_encoder.modules():
@@ -87,7 +88,7 @@ def load_world_model(
 def load_for_sampling(settings: Settings, *, ckpt: str, adapter: str, device: torch.device | str = "cpu") -> WorldModel:
     """`load_world_model` for rollouts: weights in the type that ``settings.sampling`` asks for, compiled if asked.
 
-    Which weights: `references.inference_ref` tells for a preset.
+    `references.inference_ref` has the weights of a preset.
     """
     model = load_world_model(
         settings.model,
@@ -103,19 +104,40 @@ def load_for_sampling(settings: Settings, *, ckpt: str, adapter: str, device: to
     return model
 
 
-def open_carried(source: str) -> WeightFiles:
-    """What a checkpoint carries and nothing computes with, fetched and opened but not read; may hold nothing."""
+def load_model(settings: Settings) -> WorldModel:
+    """The world model that the settings say inference runs (`inference_ref`), on their device.
+
+    Raises:
+        PersistWorldError: weights that are absent, damaged, or of another model; no such device.
+    """
+    ref = inference_ref(settings.model)
+    return load_for_sampling(settings, ckpt=ref.ckpt, adapter=ref.adapter, device=_pick_device(settings.launch.device))
+
+
+def _pick_device(name: str) -> torch.device:
+    """``auto`` (cuda if there is one), ``cpu`` or ``cuda``. Raises PersistWorldError for a GPU that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise PersistWorldError("no CUDA device is available", where="launch.device", fix="--device cpu, or auto")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def open_passthrough(source: str) -> WeightFiles:
+    """The part of a checkpoint that nothing computes with, fetched and opened but not read; may be empty."""
     files = WeightFiles(locate(source))
-    files.rename({name: name for name in files.info if name.startswith(f"{CARRIED}.")})
+    files.rename({name: name for name in files.info if name.startswith(f"{PASSTHROUGH}.")})
     return files
 
 
-def _open(source: str, settings: ModelSettings, fresh: Sequence[str], carried: bool) -> tuple[WeightFiles, list[str]]:
-    """A checkpoint's tensors, with CLIP's text tower's where it may lack its own; and the parts to do without."""
-    located = locate(source, [part for part in PARTS if carried or part != CARRIED])
+def _open(
+    source: str, settings: ModelSettings, fresh: Sequence[str], passthrough: bool
+) -> tuple[WeightFiles, list[str]]:
+    """A checkpoint's tensors, with CLIP's text tower where its own may be absent; and the parts that are absent."""
+    located = locate(source, PARTS if passthrough else USED_PARTS)
     files = WeightFiles(located)
     held = parts_of(files.info)
-    absent = [part for part in (*fresh, CARRIED) if part not in held]
+    absent = [part for part in fresh if part not in held]
     if "unet" not in held or "text_encoder" not in absent:
         return files, absent if "unet" in held else []
     try:
@@ -148,7 +170,7 @@ def load_vae(settings: ModelSettings, source: str) -> AutoencoderKLTemporalDecod
         vae = build_vae(settings.vae, settings.norm_groups)
     if own:
         files.rename(own)
-    require_fit(shapes_of(vae), files.shapes, source, wanted="VAE")
+    require_fit(shapes_of(vae.state_dict()), files.shapes, source, wanted="VAE")
     vae.to_empty(device="cpu")
     fill(vae.state_dict(), files)
     return vae.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Which weights are compared, and how a result proves it."""
+"""Which weights a command runs and compares, by name and by SHA-256."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from persistworld_cli.checkpoints.loading import load_for_sampling
 from persistworld_cli.checkpoints.sources import adapter_at, locate
 from persistworld_cli.config.bundled import resolve_path
-from persistworld_cli.config.settings import ModelSettings, Settings
+from persistworld_cli.config.settings import ModelSettings
 from persistworld_cli.config.weight_names import NO_ADAPTER, adapter_name
-from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.models.world_model import WorldModel
-
-_BLOCK = 1 << 22
+from persistworld_cli.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,7 @@ class ModelRef:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What the model is made of, the part trained last first, as `action_scale.scale_of` wants it."""
+        """Adapter, then checkpoint, for `action_scale.scale_of`."""
         return tuple(part for part in (self.adapter, self.ckpt) if part)
 
     def fingerprint(self) -> dict[str, str]:
@@ -45,17 +39,17 @@ class ModelRef:
 
 
 def weights_ref(weights: str, ckpt: str, adapter: str = "", label: str = "") -> ModelRef:
-    """The one rule for a path or hub id that names what runs: an adapter goes on `ckpt`, anything else stands alone.
+    """What a path or hub id runs: an adapter on `ckpt`, or whole weights alone; in every command.
 
     Args:
-        weights: what was named: a file, a folder, a hub id, ``bundled:NAME``.
+        weights: a file, a folder, a hub id, ``bundled:NAME``.
         ckpt: the settings' checkpoint.
-        adapter: named beside it; goes on `weights`.
+        adapter: named too; goes on `weights`.
         label: of the model.
 
     Raises:
         UsageError: two adapters, or an adapter without weights below.
-        PersistWorldError: the hub cannot tell what a repository holds.
+        PersistWorldError: the hub does not answer.
     """
     own = adapter_at(weights)
     if not own:
@@ -91,11 +85,13 @@ def inference_ref(model: ModelSettings, label: str = "") -> ModelRef:
 def refs_of_eval(model: ModelSettings, baseline: str = "", *, alone: bool = False) -> list[ModelRef]:
     """The baseline, then the model that is judged; the latter alone where there is nothing to compare it with.
 
+    Judged is what the settings say that inference runs (`inference_ref`).
+
     Args:
-        model: says what inference runs (`inference_ref`), which is judged.
-        baseline: weights, an adapter, or "base": the judged checkpoint without its adapter, or ``model.ckpt`` where
-            whole weights are judged. "": base, unless that is judged.
-        alone: without a baseline.
+        model: the settings.
+        baseline: weights, or a PEFT folder on the judged checkpoint; "base" or "": the judged checkpoint without its
+            adapter, or ``model.ckpt`` where whole weights are judged.
+        alone: no baseline.
 
     Raises:
         UsageError: no weights at all, or a model compared with itself.
@@ -104,10 +100,10 @@ def refs_of_eval(model: ModelSettings, baseline: str = "", *, alone: bool = Fals
     if alone:
         return [replace(judged, label=_kind(judged, model))]
     base = ModelRef("", judged.ckpt if judged.adapter else model.ckpt or judged.ckpt)
-    if not baseline and judged == base:
-        return [replace(judged, label="base")]
     if baseline and baseline not in NO_ADAPTER:
         base = weights_ref(baseline, judged.ckpt)
+    elif not baseline and judged == base:
+        return [replace(judged, label="base")]
     if base == judged:
         raise UsageError(
             "the model would be compared with itself",
@@ -119,11 +115,10 @@ def refs_of_eval(model: ModelSettings, baseline: str = "", *, alone: bool = Fals
 
 
 def refs_of_replay(model: ModelSettings, ckpts: Sequence[str] = (), adapters: Sequence[str] = ()) -> list[ModelRef]:
-    """The models of a replay, one for each checkpoint and adapter; without any, `inference_ref`.
+    """The models of a replay, one for each of ``ckpts`` and ``adapters``; without any, `inference_ref`.
 
     Several of one go with the single one of the other; equal numbers pair up in order. Adapters alone go on
-    ``model.ckpt``, weights alone (or an adapter among them, `weights_ref`) go without the settings' adapter.
-    An adapter ``base`` is none.
+    ``model.ckpt``; weights alone go without the settings' adapter. An adapter ``base`` is none.
 
     Raises:
         UsageError: numbers that do not pair up, or no weights.
@@ -131,19 +126,18 @@ def refs_of_replay(model: ModelSettings, ckpts: Sequence[str] = (), adapters: Se
     if not ckpts and not adapters:
         ref = inference_ref(model)
         return [replace(ref, label=_kind(ref, model))]
-    ckpts = list(ckpts) or [model.ckpt]
-    count = max(len(ckpts), len(adapters))
-    if len(ckpts) not in (1, count) or len(adapters) not in (0, 1, count):
+    below, above = list(ckpts) or [model.ckpt], list(adapters) or [""]
+    count = max(len(below), len(above))
+    if len(below) not in (1, count) or len(above) not in (1, count):
         raise UsageError(
             f"{len(ckpts)} checkpoints and {len(adapters)} adapters do not pair up",
             where="--ckpt, --adapter",
             fix="give one of one kind, or as many of both",
         )
-    ckpts = ckpts * count if len(ckpts) == 1 else ckpts
-    adapters = (list(adapters) or [""]) * (count if len(adapters) <= 1 else 1)
-    if not all(ckpts):
+    if not all(below):
         raise UsageError("no weights to replay in", where="model.ckpt", fix="take a preset, or give --ckpt")
-    refs = [weights_ref(ckpt, model.ckpt, adapter_name(own)) for ckpt, own in zip(ckpts, adapters, strict=True)]
+    pairs = zip(below * (count // len(below)), above * (count // len(above)), strict=True)
+    refs = [weights_ref(ckpt, model.ckpt, adapter_name(own)) for ckpt, own in pairs]
     kinds = [_kind(ref, model) for ref in refs]
     if len(refs) > 1 and (len(set(kinds)) < len(kinds) or any(ref.ckpt != model.ckpt for ref in refs)):
         kinds = _names([ref.adapter or ref.ckpt for ref in refs])
@@ -167,7 +161,7 @@ def _labels(baseline: ModelRef, judged: ModelRef) -> list[str]:
 
 
 def _names(paths: list[str]) -> list[str]:
-    """Short, different names for paths: the last parts that tell them apart."""
+    """Short, different names for paths: the last parts that differ."""
     parts = [path.replace("bundled:", "").rstrip("/").split("/") for path in paths]
     for depth in range(1, max(len(part) for part in parts) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
@@ -201,25 +195,5 @@ def _digest(files: Sequence[tuple[Path, str]]) -> str:
         if name:
             whole.update(f"{name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as handle:
-            while block := handle.read(_BLOCK):
-                whole.update(block)
+            hashlib.file_digest(handle, lambda: whole)
     return whole.hexdigest()
-
-
-def load_model(settings: Settings) -> WorldModel:
-    """The world model that the settings say inference runs (`inference_ref`), on their device.
-
-    Raises:
-        PersistWorldError: weights that are absent, damaged, or of another model; no such device.
-    """
-    ref = inference_ref(settings.model)
-    return load_for_sampling(settings, ckpt=ref.ckpt, adapter=ref.adapter, device=pick_device(settings.launch.device))
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` (cuda if there is one), ``cpu`` or ``cuda``. Raises PersistWorldError for a GPU that is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise PersistWorldError("no CUDA device is available", where="launch.device", fix="--device cpu, or auto")
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)

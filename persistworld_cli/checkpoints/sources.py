@@ -1,7 +1,6 @@
-"""Where weights lie: a path, "bundled:PATH" or hub id becomes the files on disk that hold one checkpoint.
+"""Find the files of a checkpoint on disk or on the hub; of a repository only what is needed is fetched.
 
-A folder or hub repository is looked at by its file names alone, so that of a repository only what is needed is
-fetched. HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT are honoured, since the hub's own client does the work.
+The hub's own client does the work, so HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT are honoured.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.weight_names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    PARTS,
     STATE,
     SUFFIXES,
     adapter_folder_in,
@@ -29,7 +29,6 @@ from persistworld_cli.config.weight_names import (
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.read_files import parse_json
 
-PARTS = ("unet", "vae", "image_encoder", "text_encoder", "action_encoder")
 ENCODER = "action_encoder"  # its file beside an adapter's weights
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -46,9 +45,9 @@ class WeightSource:
 
     Attributes:
         name: as it was given.
-        kind: ``weights`` (one file, or the shards of one), ``diffusers`` (folder with a subfolder a part), ``adapter``
-            (PEFT folder), ``state`` (saved state of a training).
-        root: the file, or the folder that was looked at.
+        kind: ``weights`` (one file, or the shards of one), ``diffusers`` (folder with a subfolder for each part),
+            ``adapter`` (PEFT folder), ``state`` (saved state of a training).
+        root: the file, or the folder that holds the files.
         files: (file, prefix of its keys) in a fixed order; a diffusers folder's ``unet/`` has the prefix ``unet.``.
     """
 
@@ -73,40 +72,38 @@ def locate(source: str | Path, parts: Iterable[str] = PARTS) -> WeightSource:
     text = str(source)
     path = resolve_path(text)
     if path.is_file():
-        return _of_file(text, path)
+        beside = frozenset(file.name for file in path.parent.iterdir() if file.is_file())
+        return _of_file(text, _Listing(str(path.parent), "/", beside, path.parent.joinpath), path.name, parts)
     if path.is_dir():
-        return _of_listing(_Listing(text, "/", names_in(path), path.joinpath), path, parts)
-    repo, _, file = text.partition(":")
+        return _of_folder(_Listing(text, "/", names_in(path), path.joinpath), parts)
+    repo, _, name = text.partition(":")
     if not _is_hub_id(repo):
         raise PersistWorldError(f"no such file or folder: '{path}'", where="weights", fix="check the path")
-    return _of_hub(text, repo, file, parts)
+    listing = _listing_of_hub(text, repo)
+    if name in listing.names:
+        return _of_file(text, listing, name, parts)
+    folder = listing.inside(name)
+    if not folder.names:
+        shown = sorted(file for file in listing.names if _is_weights(file))
+        raise listing.error(f"no file '{name}' there", f"it holds: {', '.join(shown) or 'no weights'}")
+    return _of_folder(folder, parts)
 
 
 def adapter_at(source: str) -> str:
     """The adapter that a path or hub id means (`adapter_on_disk`; of a repository only file names are asked for).
 
     Raises:
-        PersistWorldError: the hub cannot tell.
+        PersistWorldError: the hub does not answer.
     """
     if not source or on_disk(source):
         return adapter_on_disk(source)
-    repo, _, file = source.partition(":")
+    repo, _, name = source.partition(":")
     if not _is_hub_id(repo):
         return ""  # whoever loads it says that nothing is there
-    names = _listing_of_hub(source, repo).names
-    inside = [name.removeprefix(f"{file}/") for name in names if name.startswith(f"{file}/")] if file else names
-    beside = PurePosixPath(file).parent / ADAPTER_CONFIG
-    if file in names:
-        return source if _is_adapter_file(file) and beside.as_posix() in names else ""
-    return "" if adapter_folder_in(frozenset(inside)) is None else source
-
-
-def _is_hub_id(text: str) -> bool:
-    return bool(_HUB_ID.fullmatch(text)) and not text.endswith(SUFFIXES)
-
-
-def _is_adapter_file(name: str) -> bool:
-    return PurePosixPath(name).name.startswith(ADAPTER_WEIGHTS)
+    listing = _listing_of_hub(source, repo)
+    if name in listing.names:
+        return source if _is_adapter_file(listing, name) else ""
+    return "" if adapter_folder_in(listing.inside(name).names) is None else source
 
 
 @dataclass(frozen=True)
@@ -118,61 +115,75 @@ class _Listing:
     names: frozenset[str]
     fetch: Callable[[str], Path]
 
-    def says(self, what: str, fix: str) -> PersistWorldError:
+    def inside(self, folder: str) -> _Listing:
+        """Of one of its folders; "" or "." for the whole."""
+        if folder in ("", "."):
+            return self
+        names = frozenset(name.removeprefix(f"{folder}/") for name in self.names if name.startswith(f"{folder}/"))
+        return _Listing(f"{self.name}{self.join}{folder}", "/", names, lambda name: self.fetch(f"{folder}/{name}"))
+
+    def files(self, names: Iterable[str], prefix: str = "") -> tuple[tuple[Path, str], ...]:
+        """Some files, fetched, each with the prefix of its keys."""
+        return tuple((self.fetch(name), prefix) for name in names)
+
+    def error(self, what: str, fix: str) -> PersistWorldError:
         """An error about this folder or repository."""
         return PersistWorldError(what, where=self.name, fix=fix)
 
 
-def _of_file(name: str, path: Path) -> WeightSource:
-    if path.name == STATE:
-        return WeightSource(name, "state", path, ((path, ""),))
-    if _is_adapter_file(path.name) and (path.parent / ADAPTER_CONFIG).is_file():
-        return locate(path.parent)
-    if _INDEX.fullmatch(path.name):
-        listing = _Listing(name, "/", names_in(path.parent), path.parent.joinpath)
-        names = {path.name, *_shards_of(listing, path.name)}
-        return WeightSource(name, "weights", path.parent, _with_prefix(listing, _pick(listing, names), ""))
-    return WeightSource(name, "weights", path, ((path, ""),))
+def _of_file(text: str, listing: _Listing, name: str, parts: Iterable[str]) -> WeightSource:
+    """The checkpoint that one file of a folder or repository means, given as `text`."""
+    if _is_adapter_file(listing, name):
+        return _of_folder(listing.inside(PurePosixPath(name).parent.as_posix()), parts)
+    file = listing.fetch(name)
+    if _INDEX.fullmatch(name):
+        shards = _pick(listing, {name, *_shards_of(listing, name)})
+        return WeightSource(text, "weights", file.parent, listing.files(shards))
+    return WeightSource(text, "state" if file.name == STATE else "weights", file, ((file, ""),))
 
 
-def _of_listing(listing: _Listing, root: Path | None, parts: Iterable[str]) -> WeightSource:
+def _of_folder(listing: _Listing, parts: Iterable[str]) -> WeightSource:
     """What a folder or repository holds: an adapter, a diffusers folder, or one checkpoint."""
     folder = adapter_folder_in(listing.names)
     if folder is not None:
-        return _of_adapter(listing, root, folder)
+        return _of_adapter(listing, folder)
     if STATE in listing.names:
-        return WeightSource(listing.name, "state", listing.fetch(STATE), ((listing.fetch(STATE), ""),))
+        return WeightSource(listing.name, "state", listing.fetch(STATE), listing.files([STATE]))
     weights = [name for name in listing.names if _is_weights(name)]
     top = [name for name in weights if "/" not in name]
     own = {part: [name for name in weights if PurePosixPath(name).parent.as_posix() == part] for part in PARTS}
     if "model_index.json" in listing.names or (not top and (own["unet"] or own["vae"])):
         wanted = [part for part in PARTS if part in set(parts) and own[part]]
-        files = [f for part in wanted for f in _with_prefix(listing, _pick(listing, own[part]), f"{part}.")]
+        files = [file for part in wanted for file in listing.files(_pick(listing, own[part]), f"{part}.")]
         if not files:
-            raise listing.says("the diffusers folder holds none of the parts wanted", f"expected {', '.join(parts)}")
-        return WeightSource(listing.name, "diffusers", root or files[0][0].parents[1], tuple(files))
+            raise listing.error("the diffusers folder holds none of the parts wanted", f"expected {', '.join(parts)}")
+        return WeightSource(listing.name, "diffusers", files[0][0].parents[1], tuple(files))
     nested = [name for name in weights if name.count("/") == 1]
     if not (top or nested):
-        raise listing.says("no weights there", f"expected files ending in {', '.join(SUFFIXES)}")
-    files = list(_with_prefix(listing, _pick(listing, top or nested), ""))
+        raise listing.error("no weights there", f"expected files ending in {', '.join(SUFFIXES)}")
+    files = list(listing.files(_pick(listing, top or nested)))
     return WeightSource(listing.name, "weights", files[0][0] if len(files) == 1 else files[0][0].parent, tuple(files))
 
 
-def _of_adapter(listing: _Listing, root: Path | None, folder: str) -> WeightSource:
+def _of_adapter(listing: _Listing, folder: str) -> WeightSource:
     """A PEFT folder, and the action encoder beside it where there is one."""
     names = [folder + ADAPTER_WEIGHTS + suffix for suffix in (".safetensors", ".bin")]
     found = [name for name in names if name in listing.names][:1]
     if not found:
-        raise listing.says("an adapter without its weights", f"expected {names[0]} beside {ADAPTER_CONFIG}")
-    config = listing.fetch(folder + ADAPTER_CONFIG)
-    files = list(_with_prefix(listing, found, ""))
+        raise listing.error("an adapter without its weights", f"expected {names[0]} beside {ADAPTER_CONFIG}")
+    root = listing.fetch(folder + ADAPTER_CONFIG).parent
     encoders = [name for name in (f"{folder}{ENCODER}{suffix}" for suffix in SUFFIXES) if name in listing.names][:1]
-    files += _with_prefix(listing, encoders, f"{ENCODER}.")
-    return WeightSource(listing.name, "adapter", root / folder if root else config.parent, tuple(files))
+    files = (*listing.files(found), *listing.files(encoders, f"{ENCODER}."))
+    return WeightSource(listing.name, "adapter", root, files)
 
 
-def _with_prefix(listing: _Listing, names: Iterable[str], prefix: str) -> tuple[tuple[Path, str], ...]:
-    return tuple((listing.fetch(name), prefix) for name in names)
+def _is_hub_id(text: str) -> bool:
+    return bool(_HUB_ID.fullmatch(text)) and not text.endswith(SUFFIXES)
+
+
+def _is_adapter_file(listing: _Listing, name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.name.startswith(ADAPTER_WEIGHTS) and (path.parent / ADAPTER_CONFIG).as_posix() in listing.names
 
 
 def _is_weights(name: str) -> bool:
@@ -195,7 +206,7 @@ def _pick(listing: _Listing, names: Iterable[str]) -> list[str]:
         models.setdefault(_model_of(family), []).append(family)
     if len(models) != 1:
         shown = [families[family][0] for family in sorted(families)]
-        raise listing.says(
+        raise listing.error(
             f"{len(models)} checkpoints there: {', '.join(shown[:6])}{', ...' if len(shown) > 6 else ''}",
             f"name one: {listing.name.rstrip('/')}{listing.join}{shown[0]}",
         )
@@ -205,7 +216,7 @@ def _pick(listing: _Listing, names: Iterable[str]) -> list[str]:
     count = int(shard["count"]) if shard else len(files)
     if absent or len(files) != count:
         there = len(files) - len(absent)
-        raise listing.says(f"only {there} of the {count} shards of '{files[0]}' are there", "fetch the others")
+        raise listing.error(f"only {there} of the {count} shards of '{files[0]}' are there", "fetch the others")
     return files
 
 
@@ -231,7 +242,7 @@ def _shards_of(listing: _Listing, index: str) -> list[str]:
         if strays or not shards:
             raise ValueError(f"it names {strays[0]!r}, not a file beside it" if strays else "it names no file")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise listing.says(f"the index '{index}' is damaged: {error}", "fetch it again") from error
+        raise listing.error(f"the index '{index}' is damaged: {error}", "fetch it again") from error
     return [(PurePosixPath(index).parent / shard).as_posix() for shard in shards]
 
 
@@ -246,28 +257,8 @@ def _model_of(family: str) -> str:
     return (path.parent / ("model" if path.stem in _DEFAULTS else path.stem)).as_posix()
 
 
-def _of_hub(name: str, repo: str, file: str, parts: Iterable[str]) -> WeightSource:
-    """A repository's checkpoint, one of its files or folders: what is needed is fetched, or taken from the cache."""
-    listing = _listing_of_hub(name, repo)
-    if not file:
-        return _of_listing(listing, None, parts)
-    if file in listing.names:
-        folder = PurePosixPath(file).parent.as_posix()
-        if not (_is_adapter_file(file) and PurePosixPath(folder, ADAPTER_CONFIG).as_posix() in listing.names):
-            return WeightSource(name, "weights", listing.fetch(file), ((listing.fetch(file), ""),))
-        if folder == ".":
-            return _of_listing(listing, None, parts)
-        file = folder
-    inside = frozenset(n.removeprefix(f"{file}/") for n in listing.names if n.startswith(f"{file}/"))
-    if inside:
-        of_folder = _Listing(f"{repo}:{file}", "/", inside, lambda wanted: listing.fetch(f"{file}/{wanted}"))
-        return _of_listing(of_folder, None, parts)
-    shown = sorted(n for n in listing.names if _is_weights(n))
-    raise listing.says(f"no file '{file}' there", f"it holds: {', '.join(shown) or 'no weights'}")
-
-
 def _listing_of_hub(name: str, repo: str) -> _Listing:
-    """A repository's file names, as the hub tells them, or as they lie in the cache. Raises PersistWorldError."""
+    """A repository's file names, from the hub, or from the cache. Raises PersistWorldError."""
 
     def fetch(wanted: str) -> Path:
         try:
@@ -297,7 +288,7 @@ def _cached(repo: str) -> Path | None:
 
 
 def _hub_error(name: str, error: Exception) -> PersistWorldError:
-    """What the hub's client says, in one line, and what to do about it."""
+    """The client's error in one line, and what to do about it."""
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     fix = "check the path or hub id; offline, fetch it first (hf download) and set HF_HOME"
     if isinstance(error, RepositoryNotFoundError):  # also for a gated or private one

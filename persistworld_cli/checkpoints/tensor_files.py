@@ -1,76 +1,57 @@
-"""Tensors in files: what is there without reading it, then one tensor after another, never a whole file in memory.
+"""Read tensors from files: names and shapes first, then one tensor after another, never a whole file in memory.
 
-No code is run: safetensors hold none, and pickles are read by torch's `weights_only` reader, which refuses all but
-tensors and plain values.
+No code is run: safetensors hold none, and torch's `weights_only` reader refuses all but tensors and plain values.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import mmap
 import pickle
+import re
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 
-from persistworld_cli.checkpoints.notes import read_notes
+from persistworld_cli.checkpoints.saving import read_notes
 from persistworld_cli.checkpoints.sources import WeightSource
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.read_files import reading
 from persistworld_cli.torch_files import load_torch, require_stored
 
-# A mapped file's pages count as this process's memory until they are let go of: so much of it may be mapped at once.
-WINDOW = 16 << 20  # bytes
+WINDOW = 16 << 20  # bytes mapped at once: a mapped file's pages count as this process's memory until they are released
 # Buffers that transformers before 4.31 wrote; models of today hold them outside the state dict and refuse them.
 DROPPED = "position_ids"
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _POLICY = ("switch", "old")  # where a post-training's state holds the sampling policy
 
 
 class Info(NamedTuple):
-    """What is known of a tensor before it is read."""
+    """Shape and type of a tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-
-class _File(Protocol):
-    """One file: names with what they hold, and the tensors, each valid only until the next one is asked for."""
-
-    info: dict[str, Info]
-
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]: ...
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Info:
+        """Those of a tensor; what is mapped is not read."""
+        return cls(tuple(tensor.shape), tensor.dtype)
 
 
 class WeightFiles:
-    """All tensors of a checkpoint under their names there (with the prefix that the source gives a file).
+    """All tensors of a checkpoint under their names there, each with its file's prefix.
 
     Args:
-        sources: where they lie; a name in several of them counts once, the last one.
+        sources: their files; of a name in several of them, the last one counts.
 
     Attributes:
         info: name -> shape and type.
-        metadata: what the files say of themselves (`notes`).
+        metadata: the files' notes (`saving`).
 
     Raises:
         PersistWorldError: a damaged file, one that holds no state dict, or a pickle with code in it.
@@ -80,7 +61,7 @@ class WeightFiles:
         self.info: dict[str, Info] = {}
         self.metadata: dict[str, str] = {}
         self._home: dict[str, tuple[int, str]] = {}  # name -> (file, name there)
-        self._files: list[_File] = []
+        self._files: list[_Safetensors | _Torch] = []
         for path, prefix in (entry for source in sources for entry in source.files):
             file = _open(path)
             self.metadata |= read_notes(path)
@@ -101,7 +82,7 @@ class WeightFiles:
         self._home = {new: self._home[old] for old, new in names.items()}
 
     def read(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor with its name, file by file; on the CPU, to be copied before the next one is asked for."""
+        """Every tensor with its name, file by file; on the CPU, valid until the next one is read."""
         for number, file in enumerate(self._files):
             own = {there: name for name, (home, there) in self._home.items() if home == number}
             for there, tensor in file.read(own):
@@ -120,19 +101,13 @@ def fill(targets: Mapping[str, torch.Tensor], files: WeightFiles) -> None:
 
 
 class _Safetensors:
-    """A safetensors file; opened anew every `WINDOW` bytes, which lets go of what was mapped."""
+    """A safetensors file; opened again every `WINDOW` bytes, which releases what was mapped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with safe_open(str(path), "pt") as file:
             self.order: list[str] = list(file.offset_keys())
-            self.info = {name: self._info(file, name) for name in self.order}
-
-    @staticmethod
-    def _info(file: Any, name: str) -> Info:
-        part = file.get_slice(name)
-        dtype = _DTYPES.get(part.get_dtype())
-        return Info(tuple(part.get_shape()), file.get_tensor(name).dtype if dtype is None else dtype)
+            self.info = {name: Info.of(file.get_tensor(name)) for name in self.order}
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """In the file's order."""
@@ -157,7 +132,7 @@ class _Torch:
         self.path = path
         content = load_torch(path, mapped=mapped)
         self.tensors: dict[str, torch.Tensor] = _state_dict(content, path)
-        self.info = {name: Info(tuple(t.shape), t.dtype) for name, t in self.tensors.items()}
+        self.info = {name: Info.of(tensor) for name, tensor in self.tensors.items()}
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """In the file's order."""
@@ -168,22 +143,17 @@ class _Torch:
                     require_stored(name, tensor)
                 yield name, tensor
                 if self.mapped:
-                    _let_go(tensor)
+                    _release(tensor)
 
 
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
-
-
-def _let_go(tensor: torch.Tensor) -> None:
-    """Tell Linux that a mapped tensor's pages, which nobody wrote to, can go; other systems decide by themselves."""
+def _release(tensor: torch.Tensor) -> None:
+    """Tell Linux that a mapped tensor's pages are no longer needed; other systems decide by themselves."""
     if sys.platform != "linux":
         return
     storage = tensor.untyped_storage()
     begin = storage.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     size = storage.data_ptr() + storage.nbytes() - begin
-    _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), ctypes.c_int(mmap.MADV_DONTNEED))
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
@@ -191,24 +161,17 @@ def _state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     elif isinstance(content, dict) and "step" in content:
-        return _policy(content, path)
-    if not isinstance(content, dict) or not content:
-        raise PersistWorldError("the file holds no state dict", where=str(path), fix="give a file of named tensors")
-    _require_tensors(content, path)
+        content = _policy(content, path)
+    what = "" if isinstance(content, dict) and content else "the file holds no state dict"
+    other = [] if what else [k for k, value in content.items() if not (isinstance(k, str) and torch.is_tensor(value))]
+    if other:
+        what = f"no state dict: {len(other)} of its {len(content)} entries are no tensors (first: {other[0]})"
+    if what:
+        raise PersistWorldError(what, where=str(path), fix="give a file of named tensors")
     return content
 
 
-def _require_tensors(content: dict[Any, Any], path: Path) -> None:
-    other = [name for name, value in content.items() if not (isinstance(name, str) and torch.is_tensor(value))]
-    if other:
-        raise PersistWorldError(
-            f"no state dict: {len(other)} of its {len(content)} entries are no tensors (first: {other[0]})",
-            where=str(path),
-            fix="give a file of named tensors",
-        )
-
-
-def _policy(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
+def _policy(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """The sampling policy of a post-training's state under the names of a PEFT folder."""
     for key in _POLICY:
         if not isinstance(content.get(key), dict):
@@ -218,19 +181,17 @@ def _policy(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
                 fix="its weights lie in the run's folder under weights/",
             )
         content = content[key]
-    _require_tensors(content, path)
-    names = {name: name.replace("unet.", "base_model.model.", 1) for name in content if name.startswith("unet.")}
-    return {names.get(name, name): tensor for name, tensor in content.items()}
+    return {re.sub(r"^unet\.", "base_model.model.", str(name)): value for name, value in content.items()}
 
 
 def _damage(error: Exception) -> str:
-    """What is wrong with a file, in few words: most often that its end is missing."""
+    """What is wrong with a file: most often its end is missing."""
     said = str(error).splitlines()[0].partition(". ")[0] if str(error) else ""
     cut = not said or any(mark in said for mark in ("not fully covered", "invalid header length", "header too small"))
     return "its end is missing" if cut else said
 
 
-def _open(path: Path) -> _File:
+def _open(path: Path) -> _Safetensors | _Torch:
     """A file by what its first bytes say, not by its name.
 
     Raises:

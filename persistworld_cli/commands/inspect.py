@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from persistworld_cli.commands.cost import BYTES, amount
 from persistworld_cli.commands.options import Common, with_common
 from persistworld_cli.commands.run import resolve_if_named, show_plan, write_json
 from persistworld_cli.config.requests import InspectRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import stdout_console
+from persistworld_cli.cost.tables import BYTES, amount
 
 EXAMPLES = (
     "persistworld inspect bundled:presets/tiny/base",

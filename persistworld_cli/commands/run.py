@@ -11,13 +11,13 @@ from typing import Any
 
 import typer
 
-from persistworld_cli.commands.cost import cost_report, pick_accelerator, show_cost
 from persistworld_cli.commands.options import Common
 from persistworld_cli.commands.weights import hints, weights_lines, weights_rows
 from persistworld_cli.config.presets import Resolved, flatten, load_settings, to_json
 from persistworld_cli.config.requests import Request, TaskRequest, request_to_json
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import note, stdout_console, write_out
+from persistworld_cli.cost.tables import cost_report, pick_accelerator, show_cost
 from persistworld_cli.evaluation.benchmarks import load_benchmark
 from persistworld_cli.files import flat
 

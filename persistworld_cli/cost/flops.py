@@ -1,10 +1,8 @@
-"""Counting what a call costs on torch's meta device: FLOPs and bytes, without memory, weights or numbers.
+"""Count a call's FLOPs and bytes on torch's meta device: in seconds, the same on every machine.
 
-Every operation there only says which shapes it would give, so a count takes seconds and is the same on every machine.
-
-FLOPs are those of matrix products, convolutions and attention by torch's own formulas, 2 a multiply-add; norms,
-activation functions and memory traffic are not in them. Bytes are those of all tensors alive at once, operation by
-operation; what kernels need inside themselves, and an allocator's gaps, are not in them.
+FLOPs are those of matrix products, convolutions and attention by torch's formulas, 2 per multiply-add, without norms
+and activation functions. Bytes are those of all tensors alive at once, without kernels' workspaces and an allocator's
+gaps.
 """
 
 from __future__ import annotations
@@ -12,8 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,28 +22,19 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 # What CUDA's autocast computes in the small type, and what in float32; everything else takes what it is given.
-_SMALL: set[Any] = {
-    functional.linear,
-    torch.conv2d,
-    torch.conv3d,
-    torch.matmul,
-    torch.Tensor.matmul,
-    torch.Tensor.__matmul__,
-    torch.bmm,
-    torch.baddbmm,
-}
+_MATMUL = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm)
+_SMALL: set[Any] = {functional.linear, torch.conv2d, torch.conv3d, *_MATMUL}
 _WHOLE: set[Any] = {functional.group_norm, functional.layer_norm, functional.softmax, torch.softmax}
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a call costs: FLOPs, and the most bytes that were alive at once beside what was there before."""
+class Work(NamedTuple):
+    """FLOPs of a call, and the most bytes alive at once beside what was there before."""
 
     flops: int
     peak: int
 
 
-class _Meter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):
     """Adds up FLOPs and follows the bytes alive; ``known`` tensors count nothing."""
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
@@ -63,10 +51,10 @@ class _Meter(TorchDispatchMode):
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self._see(leaf.untyped_storage())
+                self._count(leaf.untyped_storage())
         return out
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
+    def _count(self, storage: torch.UntypedStorage) -> None:
         """Count a storage once, until it is freed; views share theirs."""
         key, size = storage._cdata, storage.nbytes()
         if key in self.seen:
@@ -116,9 +104,8 @@ def measure(
     """Cost of a call on the meta device.
 
     Args:
-        call: computes something; with ``backward``, the gradient of its mean square is computed too.
-        known: tensors that were there before (weights); they count nothing, nor do their gradients, which are made
-            before the count begins.
+        call: what is counted; with ``backward``, the gradient of its mean square too.
+        known: tensors that were there before (weights): neither they nor their gradients are counted.
         dtype: what CUDA's autocast would compute in; float32 for no autocast.
         backward: whether gradients are wanted; else nothing is kept for them.
     """
@@ -128,8 +115,8 @@ def measure(
         for p in learned:
             p.grad = torch.empty_like(p)
         there += [p.grad for p in learned if p.grad is not None]
-    meter = _Meter(there)
-    with meter, nullcontext() if backward else torch.no_grad():
+    counter = _Counter(there)
+    with counter, nullcontext() if backward else torch.no_grad():
         with _LikeCuda(dtype):
             out = call()
         if backward:
@@ -137,7 +124,7 @@ def measure(
     del out
     for p in there:
         p.grad = None
-    return Work(meter.flops, meter.peak)
+    return Work(counter.flops, counter.peak)
 
 
 @contextmanager

@@ -1,7 +1,4 @@
-"""What a world model costs before it exists: parameters, and the work and memory of one interaction.
-
-Counted on the meta device (see `meter`): no weights are read. Shapes: L predicted frames, V cameras.
-"""
+"""Parameters of a world model, and FLOPs and memory of one interaction, counted without weights (see `flops`)."""
 
 from __future__ import annotations
 
@@ -11,13 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from persistworld_cli.config.settings import ModelSettings, SamplingSettings, WorldSettings
-from persistworld_cli.cost.flops import Work, measure
+from persistworld_cli.config.weight_names import PASSTHROUGH
+from persistworld_cli.cost.flops import measure
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.models import vae as vae_room
 from persistworld_cli.models.cpu.hook import as_diffusers
 from persistworld_cli.models.diffusion import karras_sigmas
 from persistworld_cli.models.samplers import find_sampler
-from persistworld_cli.models.world_model import CARRIED, Condition, WorldModel, build_world_model
+from persistworld_cli.models.vae import encode
+from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model
 
 META = torch.device("meta")
 AUTOCAST = {  # sampling.dtype and mixed_precision
@@ -28,13 +26,12 @@ AUTOCAST = {  # sampling.dtype and mixed_precision
 
 @dataclass(frozen=True)
 class InteractionCost:
-    """One interaction step of a model as it samples, adapters merged: L-1 new frames, decoded.
+    """One interaction step of a model as it samples, adapters merged: L - 1 new frames, decoded.
 
     Attributes:
-        calls: clips that go through the network for one clip drawn: the sampler's calls, twice as many with guidance.
+        calls: clips through the network per clip drawn: the sampler's calls, twice as many with guidance.
         network: FLOPs of the network for one clip.
-        network_reference: the same with cross-attention computed at every pixel, as the reference does; here it is
-            computed once a row where there is one token.
+        network_reference: the same with cross-attention computed at every pixel, as the reference does.
         decoding: FLOPs of decoding the L frames of all cameras.
         encoding: FLOPs of encoding one frame of all cameras, with which a rollout from images begins.
         sampling_bytes, decoding_bytes: most bytes alive at once beside the weights.
@@ -84,7 +81,7 @@ def part_sizes(model: WorldModel) -> dict[str, int]:
 
 def weight_bytes(model: WorldModel) -> int:
     """Bytes of the weights that are loaded: all but the part that nothing computes with."""
-    return sum(tensor_bytes(part.parameters()) for name, part in model.named_children() if name != CARRIED)
+    return sum(tensor_bytes(part.parameters()) for name, part in model.named_children() if name != PASSTHROUGH)
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -106,22 +103,6 @@ def predict(model: WorldModel, clips: int, guidance: float = 1.0) -> torch.Tenso
     return model.denoise_guided(empty(frames, *frame), empty(), condition, guidance)
 
 
-def decoding_work(model: WorldModel, chunk: int, dtype: torch.dtype = torch.float32) -> Work:
-    """FLOPs of decoding one clip; bytes of as many clips as go through the decoder together."""
-    frames, views = model.settings.num_frames, len(model.world.cameras)
-    together = 1 if (frames * views) % (chunk or frames) else -(-model.decode_rows // (frames * views))
-    latents = torch.empty(together, frames, *model.latent_shape, device=META)
-    work = measure(lambda: model.decode_latents(latents, chunk), model.parameters(), dtype)
-    return Work(work.flops // together, work.peak)
-
-
-def encoding_work(model: WorldModel, frames: int = 1) -> Work:
-    """Work of encoding some frames of all cameras."""
-    world = model.world
-    images = torch.empty(frames * len(world.cameras), 3, world.height, world.width, device=META)
-    return measure(lambda: vae_room.encode(model.vae, images), model.parameters(), torch.float32)
-
-
 def sampler_calls(sampling: SamplingSettings) -> int:
     """Clips through the network for one clip drawn: the sampler's own calls, each twice under guidance."""
     calls = 0
@@ -140,15 +121,20 @@ def count_interaction(model: WorldModel, sampling: SamplingSettings, rollouts: i
     """Cost of an interaction of a model on the meta device; bytes for ``rollouts`` rollouts advanced together."""
     dtype = AUTOCAST[sampling.dtype] if model.dtype is torch.float32 else torch.float32  # no autocast, as the engine
     sampled = measure(lambda: predict(model, rollouts, sampling.guidance), model.parameters(), dtype)
-    decoded = decoding_work(model, sampling.decode_chunk, AUTOCAST[sampling.decode_dtype])
+    rows, chunk = model.settings.num_frames * len(model.world.cameras), sampling.decode_chunk
+    together = 1 if rows % (chunk or model.settings.num_frames) else -(-model.decode_rows // rows)
+    latents = torch.empty(together, model.settings.num_frames, *model.latent_shape, device=META)
+    decode_dtype = AUTOCAST[sampling.decode_dtype]
+    decoded = measure(lambda: model.decode_latents(latents, chunk), model.parameters(), decode_dtype)
+    images = torch.empty(len(model.world.cameras), 3, model.world.height, model.world.width, device=META)
     with as_diffusers(model.unet):
         reference = measure(lambda: predict(model, 1), model.parameters(), dtype)
     return InteractionCost(
         calls=sampler_calls(sampling),
         network=sampled.flops // (rollouts if sampling.guidance == 1.0 else 2 * rollouts),
         network_reference=reference.flops,
-        decoding=decoded.flops,
-        encoding=encoding_work(model).flops,
+        decoding=decoded.flops // together,
+        encoding=measure(lambda: encode(model.vae, images), model.parameters(), torch.float32).flops,
         sampling_bytes=sampled.peak,
         decoding_bytes=decoded.peak,
     )

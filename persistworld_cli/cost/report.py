@@ -1,4 +1,4 @@
-"""What a run would cost, as rows for a table and as JSON: parameters, FLOPs with their floors, memory."""
+"""A run's cost as rows of tables and as JSON: parameters, FLOPs with their least time, memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from persistworld_cli.models.world_model import sampling_dtype
 GIB = 2**30
 NOTES = (
     "Parameters and FLOPs are counted on a model without memory, built from these settings: no weights were read. "
-    "FLOPs are those of matrix products, convolutions and attention, 2 a multiply-add.",
+    "FLOPs are those of matrix products, convolutions and attention, 2 per multiply-add.",
     "Memory is estimated: the tensors alive at once, operation by operation, with fused attention and the casts of "
     "CUDA's autocast. Workspaces of kernels, gaps of the allocator and the CUDA context come on top (some GiB).",
     "A floor is FLOPs over the peak of dense bf16, with nothing lost. What runs in float32 (the VAE; without mixed "
@@ -37,7 +37,7 @@ class WorkRow:
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """Bytes of one process. Passing ones are not there at the same time: only the largest counts for the peak."""
+    """Bytes of one process. Of those that are passing, one at a time, only the largest counts for the peak."""
 
     key: str
     what: str
@@ -47,7 +47,7 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class CostReport:
-    """Everything there is to tell; ``trained`` holds what learns, by part."""
+    """Everything counted and estimated; ``trained`` holds what learns, by part."""
 
     parameters: dict[str, int]
     work: list[WorkRow]

@@ -1,13 +1,10 @@
-"""What an update costs, counted on the meta device before anything is read (see `models.meter`).
-
-What the training uses is built there: adapters, optimisers, the network with or without gradient checkpointing.
-"""
+"""What an update costs, counted on the meta device (see `flops`) with the training's own adapters and optimisers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -42,21 +39,30 @@ def post_train_report(settings: Settings) -> CostReport:
     model = meta_model(settings.model, settings.world)
     parameters, weights = part_sizes(model), weight_bytes(model)
     interaction = count_interaction(model, sampling, 1)
-    switch = _policies(model, options)
-    local = _local_groups(settings) * _local_candidates(settings)
+    with META:
+        switch = PolicySwitch(model, options)
+    processes = settings.launch.num_processes
+    team = team_size(options, processes)
+    groups, candidates = math.ceil(options.groups * team / processes), math.ceil(options.candidates / team)  # its own
+    local = groups * candidates
+    micro = min(options.micro_batch, groups * min(options.keep_best + options.keep_worst, candidates))
     together = min(local, max(1, options.micro_batch * 4))  # as CandidateMaker draws them
     with switch.use("old", sampling=True):
         drawn = measure(
             lambda: predict(model, together, sampling.guidance), model.parameters(), AUTOCAST[sampling.dtype]
         )
     old = drawn.flops // (together if sampling.guidance == 1.0 else 2 * together)
-    micro, learned = _learning(model, settings)
-    images = local * options.chunks * _image_bytes(model)
-    kept, frames = _latent_bytes(model, local * options.chunks), settings.model.num_frames
+    learned = _learning(model, options, micro)
+    clip_count, frames, world = local * options.chunks, settings.model.num_frames, settings.world
+    latents = (settings.model.num_history + 1 + frames) * math.prod(model.latent_shape)  # also what is predicted from
+    image = len(world.cameras) * 3 * world.height * world.width
     adapters = [p for policy in ("theta", "old") for p in switch.parameters(policy)]
+    learning = switch.trainable()
+    encoder = sum(p.numel() for p in switch.encoders["theta"].parameters() if p.requires_grad)
+    lora = sum(p.numel() for p in learning) - encoder
     return CostReport(
         parameters=parameters,
-        trained=_trained_sizes(switch, options),
+        trained={f"LoRA, rank {options.lora_rank}": lora, "action_encoder": encoder},
         work=[
             *interaction_rows(interaction, settings),
             *_update_rows(settings, interaction, old, learned.flops // micro),
@@ -64,10 +70,16 @@ def post_train_report(settings: Settings) -> CostReport:
         memory=[
             MemoryRow("weights", "weights, float32", weights),
             MemoryRow("adapters", "adapters of the trained and the sampling policy", tensor_bytes(adapters)),
-            *_training_rows(switch.trainable(), options.optimizer),
-            MemoryRow("candidates", f"candidates: {local}, latents and images", kept + (frames - 1) * images),
+            *_training_rows(learning, options.optimizer),
+            MemoryRow(
+                "candidates",
+                f"candidates: {local}, latents and images",
+                clip_count * (latents + (frames - 1) * image) * FLOAT32,
+            ),
             MemoryRow("sampling", f"sampling {clips(together)} at once", drawn.peak, passing=True),
-            MemoryRow("decoding", "decoding", interaction.decoding_bytes + frames * images, passing=True),
+            MemoryRow(
+                "decoding", "decoding", interaction.decoding_bytes + clip_count * frames * image * FLOAT32, passing=True
+            ),
             MemoryRow("learning", f"learning from {clips(micro)} at once{_how(options)}", learned.peak, passing=True),
         ],
     )
@@ -80,9 +92,7 @@ def pretrain_report(settings: Settings) -> CostReport:
     parameters = part_sizes(model)
     learned = trained_parameters(model, options)
     share = max(1, options.batch // processes)
-    with _checkpointed(model, options):
-        dtype = AUTOCAST[options.mixed_precision]
-        step = measure(lambda: predict(model, share), model.parameters(), dtype, backward=True)
+    step = _learning(model, options, share)
     update = step.flops / share * options.batch * options.accumulate
     return CostReport(
         parameters=parameters,
@@ -107,49 +117,17 @@ def mean_prefix(options: PostTrainSettings) -> float:
     return longest if options.prefix == "fixed" else longest / 2
 
 
-def _policies(model: WorldModel, options: PostTrainSettings) -> PolicySwitch:
-    """The adapters that the training puts on the model."""
-    with META:
-        return PolicySwitch(
-            model,
-            rank=options.lora_rank,
-            alpha=options.lora_alpha,
-            targets=options.lora_targets,
-            train_action_encoder=options.train_action_encoder,
-            seed=options.seed,
-        )
-
-
-def _learning(model: WorldModel, settings: Settings) -> tuple[int, Work]:
-    """Clips of a micro batch, and its forward and backward under the trained policy."""
-    options = settings.post_train
-    kept = min(options.keep_best + options.keep_worst, _local_candidates(settings))
-    micro = min(options.micro_batch, _local_groups(settings) * kept)
-    with _checkpointed(model, options):
-        dtype = AUTOCAST[options.mixed_precision]
-        return micro, measure(lambda: predict(model, micro), model.parameters(), dtype, backward=True)
-
-
-def _local_groups(settings: Settings) -> int:
-    """Groups of which a process has candidates."""
-    processes = settings.launch.num_processes
-    return math.ceil(settings.post_train.groups * team_size(settings.post_train, processes) / processes)
-
-
-def _local_candidates(settings: Settings) -> int:
-    """Candidates of each of them that it draws."""
-    return math.ceil(settings.post_train.candidates / team_size(settings.post_train, settings.launch.num_processes))
-
-
-def _checkpointed(model: WorldModel, options: PostTrainSettings | PretrainSettings) -> AbstractContextManager[None]:
+def _learning(model: WorldModel, options: PostTrainSettings | PretrainSettings, count: int) -> Work:
+    """Forward and backward of some clips."""
     dtype = AUTOCAST[options.mixed_precision]
-    return checkpointing(model.unet, dtype) if options.gradient_checkpointing else nullcontext()
+    with checkpointing(model.unet, dtype) if options.gradient_checkpointing else nullcontext():
+        return measure(lambda: predict(model, count), model.parameters(), dtype, backward=True)
 
 
 def _update_rows(settings: Settings, interaction: InteractionCost, old: int, theta: int) -> list[WorkRow]:
-    """An update by its kinds of work, over all processes; ``old`` and ``theta`` are FLOPs of a clip.
+    """An update by its kinds of work, over all processes.
 
-    The sampling policy draws, so its adapters are beside the weights; the reference has none.
+    ``old`` and ``theta`` are FLOPs of a clip with adapters, forward, and forward and backward; the reference has none.
     """
     options, processes = settings.post_train, settings.launch.num_processes
     drawn, prefix = options.groups * options.candidates * options.chunks, mean_prefix(options)
@@ -170,7 +148,7 @@ def _update_rows(settings: Settings, interaction: InteractionCost, old: int, the
     ]
     update = sum(part.flops for part in parts)
     return [
-        WorkRow("drawing", "interaction step while training, adapters beside the weights", draw + interaction.decoding),
+        WorkRow("drawing", "interaction step while training, with adapters", draw + interaction.decoding),
         WorkRow("update", "update", update, processes),
         *parts,
         WorkRow("run", f"run: {options.updates} updates", update * options.updates, processes),
@@ -191,25 +169,7 @@ def _training_rows(
     ]
 
 
-def _trained_sizes(switch: PolicySwitch, options: PostTrainSettings) -> dict[str, int]:
-    """Parameters that learn: the adapters and the action encoder."""
-    encoder = sum(p.numel() for p in switch.encoders["theta"].parameters() if p.requires_grad)
-    lora = sum(p.numel() for p in switch.trainable()) - encoder
-    return {f"LoRA, rank {options.lora_rank}": lora, "action_encoder": encoder}
-
-
-def _latent_bytes(model: WorldModel, count: int) -> int:
-    """Bytes of ``count`` candidates' latents and of what they were predicted from (history, current frame)."""
-    settings = model.settings
-    return count * (settings.num_history + 1 + settings.num_frames) * math.prod(model.latent_shape) * FLOAT32
-
-
-def _image_bytes(model: WorldModel) -> int:
-    """Bytes of one frame of all cameras, decoded."""
-    return len(model.world.cameras) * 3 * model.world.height * model.world.width * FLOAT32
-
-
 def _how(options: PostTrainSettings | PretrainSettings) -> str:
-    """In which precision a training step runs, and what it keeps."""
+    """A training step's precision, and whether it is checkpointed."""
     kept = ", checkpointed" if options.gradient_checkpointing else ""
     return f" ({options.mixed_precision if options.mixed_precision != 'no' else 'float32'}{kept})"

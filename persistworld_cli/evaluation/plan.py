@@ -12,12 +12,13 @@ from accelerate import PartialState
 
 from persistworld_cli.checkpoints.action_scale import weights_stores
 from persistworld_cli.checkpoints.adapters import require_adapter
-from persistworld_cli.checkpoints.compatibility import parts_of, require_fit, shapes_of
+from persistworld_cli.checkpoints.compatibility import require_fit, shapes_of
 from persistworld_cli.checkpoints.loading import load_for_sampling
 from persistworld_cli.checkpoints.references import ModelRef, refs_of_eval
-from persistworld_cli.checkpoints.sources import PARTS, locate
+from persistworld_cli.checkpoints.sources import locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
 from persistworld_cli.config.settings import EvalSettings, SamplingSettings, Settings
+from persistworld_cli.config.weight_names import USED_PARTS
 from persistworld_cli.console import note
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError
@@ -36,7 +37,7 @@ from persistworld_cli.evaluation.results import CEILING, FLOOR
 from persistworld_cli.files import hash_of, jsonable, writing
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.metrics.user_masks import open_masks
-from persistworld_cli.models.world_model import CARRIED, WorldModel, build_world_model
+from persistworld_cli.models.world_model import WorldModel, build_world_model
 from persistworld_cli.reports.tables import benchmark_name
 from persistworld_cli.rollout.closed_loop import ClosedLoop, batches
 from persistworld_cli.rollout.engine import RolloutEngine
@@ -303,11 +304,8 @@ def require_weights(settings: Settings, store: EpisodeStore, items: Sequence[Ite
     """
     with torch.device("meta"):
         model = build_world_model(settings.model, settings.world)
-    whole = shapes_of(model)
     for source in dict.fromkeys(ref.ckpt for ref in refs):
-        given = WeightFiles(locate(source, [part for part in PARTS if part != CARRIED])).shapes
-        carried = CARRIED in parts_of(given)
-        require_fit({k: v for k, v in whole.items() if carried or k.partition(".")[0] != CARRIED}, given, source)
+        require_fit(shapes_of(model.state_dict()), WeightFiles(locate(source, USED_PARTS)).shapes, source)
     for overlay in dict.fromkeys(ref.adapter for ref in refs if ref.adapter):
         require_adapter(overlay, settings.model)
     for episode in dict.fromkeys(item.episode for item in items):

@@ -27,11 +27,12 @@ from scipy.stats import t as student
 
 from persistworld_cli.checkpoints.action_scale import Scale, check_poses, scale_differences, scale_of
 from persistworld_cli.checkpoints.references import ModelRef
-from persistworld_cli.checkpoints.sources import PARTS, locate
+from persistworld_cli.checkpoints.sources import locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.requests import VerifyRequest
 from persistworld_cli.config.settings import Settings
+from persistworld_cli.config.weight_names import USED_PARTS
 from persistworld_cli.data.clips.store import ActionStat, EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation.benchmarks import load_benchmark
@@ -48,7 +49,6 @@ from persistworld_cli.evaluation.published import (
 from persistworld_cli.evaluation.results import build_result
 from persistworld_cli.evaluation.run import measure
 from persistworld_cli.files import hash_of, write_json, write_text
-from persistworld_cli.models.world_model import CARRIED
 from persistworld_cli.reports.tables import benchmark_name
 from persistworld_cli.statistics.paired import episode_means
 
@@ -127,7 +127,7 @@ def run(settings: Settings, request: VerifyRequest) -> dict[str, Any]:
         return {}
     memory, refs = _peak_memory(), [weights.ref for weights in plan.models]
     measured = Measured(build_result(data, {}))
-    files = WeightFiles(locate(refs[-1].ckpt, [part for part in PARTS if part != CARRIED]))
+    files = WeightFiles(locate(refs[-1].ckpt, USED_PARTS))
     if write:
         return _write(write, settings, measured, files)
     assert published is not None

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from persistworld_cli.checkpoints.tensor_writing import save_torch
+from persistworld_cli.checkpoints.saving import save_torch
 from persistworld_cli.command_line import unused_folder, with_changes, with_dataset
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.extraction.locks import Claims

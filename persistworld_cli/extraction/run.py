@@ -23,7 +23,7 @@ from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.extraction.pipeline import Told, extract_latents
 from persistworld_cli.extraction.publish import Changing, Encoder
 from persistworld_cli.extraction.report import ExtractReport, Progress, merge_reports, path_of
-from persistworld_cli.models import vae as vae_room
+from persistworld_cli.models.vae import encode_images
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.stages import stage
 from persistworld_cli.training.run import Run
@@ -81,7 +81,7 @@ class Vae:
     @stage("encoding")
     def __call__(self, frames_u8: torch.Tensor) -> torch.Tensor:
         """uint8 (N, V, H, W, 3) to latents (N, C, h, w), float32, on the encoder's device."""
-        return vae_room.encode_images(self._vae, frames_u8, self._device, self._settings.model.posterior)
+        return encode_images(self._vae, frames_u8, self._device, self._settings.model.posterior)
 
 
 def run(settings: Settings, request: ExtractRequest) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from persistworld_cli.checkpoints.action_scale import weights_stores
-from persistworld_cli.checkpoints.references import inference_ref, load_model
+from persistworld_cli.checkpoints.loading import load_model
+from persistworld_cli.checkpoints.references import inference_ref
 from persistworld_cli.config.requests import LOCALHOST, DriveRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import EpisodeStore, open_store

@@ -1,7 +1,7 @@
 """The network through torch.compile (``--compile``): fused kernels on a CPU, CUDA graphs on a GPU.
 
-Exact to rounding. Weights are taken as constants, so it is for sampling alone, after adapters were merged. Every new
-batch is compiled when it first comes, which is said: minutes on two CPU cores, and again in every process.
+Exact to rounding. Weights become constants: for sampling alone, after adapters are merged. Every new batch size is
+compiled at its first call, which is logged: minutes on two CPU cores, and again in every process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 def compile_network(model: WorldModel) -> None:
-    """Let the UNet of a frozen model, which is where it will stay, compute compiled.
+    """Compile the UNet of a frozen model, which stays on its device.
 
     Raises:
         PersistWorldError: no C++ compiler, where torch needs one.
@@ -57,7 +57,7 @@ def compile_network(model: WorldModel) -> None:
 
 
 def _require_compiler(configured: str | Sequence[str | None]) -> None:
-    """As inductor looks for one: its configured names, of which the first that is there is used."""
+    """Look for a compiler as inductor does: by its configured names."""
     names = [configured] if isinstance(configured, str) else configured
     if not any(name and shutil.which(name) for name in names):
         raise PersistWorldError(

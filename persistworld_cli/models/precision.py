@@ -1,8 +1,7 @@
-"""The type that products are computed in: what was asked for, where the processor has it.
+"""The type that products are computed in: the requested one, where the processor has it.
 
 A CPU without bfloat16 (most laptops: it comes with AVX-512 or newer) computes its products one number at a time: the
-tiny preset's network takes 7 times as long there as in float32, and nothing is won by it. There float32 is taken
-instead, which is nearer to the truth, and said once.
+tiny preset's network takes 7 times as long as in float32. There float32 is used instead, which is logged once.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def cpu_has_bfloat16() -> bool:
-    """Whether torch's products on this processor are made for bfloat16."""
+    """Whether this processor has bfloat16 products."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

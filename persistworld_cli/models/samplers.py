@@ -2,9 +2,9 @@
 
 A sampler takes noise levels that fall to a last 0. The multistep ones solve the ODE in its exponential form (Lu et al.,
 arXiv 2211.01095, section 4, with alpha = 1): with l = -ln sigma, x_t = sigma_t / sigma_s x_s + sigma_t int e^l D dl,
-from l_s to l_t, where a polynomial through past predictions stands for D. The step to 0 gives D itself, so they come
-down to first order there. diffusers has schedulers for these; they bring time steps, scalings and a noise schedule of
-their own, which a denoiser of this form has no use for: they are what the tests compare with.
+from l_s to l_t, where a polynomial through past predictions replaces D. The step to 0 gives D itself, so they come
+down to first order there. diffusers' schedulers for these have time steps, scalings and a noise schedule of their own;
+the tests compare with them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-import numpy as np
 import torch
 
 from persistworld_cli.errors import UsageError, nearest
@@ -23,14 +22,14 @@ Sampler = Callable[[Denoiser, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def euler(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """Euler steps of the ODE (EDM algorithm 1 without its correction): one call a step. x (B, L, C, h, w)."""
+    """Euler steps of the ODE (EDM algorithm 1 without its correction): one call per step. x (B, L, C, h, w)."""
     for sigma, below in pairwise(sigmas):
         x = x + (x - denoise(x, sigma)) / sigma * (below - sigma)
     return x
 
 
 def heun(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """Heun's second-order steps (EDM algorithm 1): two network calls a step but for the last."""
+    """Heun's second-order steps (EDM algorithm 1): two network calls per step but for the last."""
     for sigma, below in pairwise(sigmas):
         slope = (x - denoise(x, sigma)) / sigma
         ahead = x + slope * (below - sigma)
@@ -41,7 +40,7 @@ def heun(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tens
 
 
 def dpmpp_2m(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """DPM-Solver++ (2M) in its data-prediction form (Lu et al., arXiv 2211.01095, algorithm 2): one call a step."""
+    """DPM-Solver++ (2M) in its data-prediction form (Lu et al., arXiv 2211.01095, algorithm 2): one call per step."""
     before: torch.Tensor | None = None
     for i, (sigma, below) in enumerate(pairwise(sigmas)):
         x0 = denoise(x, sigma)
@@ -58,7 +57,7 @@ def dpmpp_2m(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.
 
 
 def dpmpp_3m(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """DPM-Solver++ (3M): the same with a parabola through three predictions, one call a step.
+    """DPM-Solver++ (3M): the same with a parabola through three predictions, one call per step.
 
     The integral's Taylor terms (arXiv 2211.01095, section 4) with D's two derivatives at l_s from divided differences.
     """
@@ -81,7 +80,7 @@ def dpmpp_3m(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.
 
 
 def unipc(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """UniPC of order 2 (Zhao et al., arXiv 2302.04867, algorithms 1 and 2, B(h) = e^h - 1): one call a step.
+    """UniPC of order 2 (Zhao et al., arXiv 2302.04867, algorithms 1 and 2, B(h) = e^h - 1): one call per step.
 
     Each step's prediction also corrects the step that led to it (UniC), which adds an order at no call.
     """
@@ -147,30 +146,20 @@ def _unified(
 
     Args:
         x: at the step's beginning.
-        past: p predictions, newest (the step's beginning) first.
-        levels: p + 1 noise levels, the last one the step's end, the one before it its beginning.
+        past: 1 or 2 predictions, newest (the step's beginning) first.
+        levels: their noise levels, oldest first, then that of the step's end.
         ahead: the prediction at the step's end.
     """
     *_, sigma, below = levels
     h = math.log(sigma / below)
+    shrink = math.expm1(-h)
     places = [math.log(sigma / s) / h for s in reversed(levels[:-2])]  # of the older predictions, in steps
     slopes = [(old - past[0]) / place for old, place in zip(past[1:], places, strict=True)]
     if ahead is not None:
         places, slopes = [*places, 1.0], [*slopes, ahead - past[0]]
-    shrink = math.expm1(-h)
     x = below / sigma * x - shrink * past[0]
-    for weight, slope in zip(_unified_weights(places, h), slopes, strict=True):
-        x = x - shrink * weight * slope
-    return x
-
-
-def _unified_weights(places: Sequence[float], h: float) -> list[float]:
-    """The weights a of arXiv 2302.04867 (section 3, B(h) = e^h - 1) for slopes at ``places``; a single one is 1/2."""
-    if len(places) < 2:
-        return [0.5] * len(places)
-    phi, right = math.expm1(-h), []
-    for k in range(1, len(places) + 1):
-        phi = phi / -h - 1 / math.factorial(k)
-        right.append(phi * math.factorial(k) / math.expm1(-h))
-    weights: list[float] = np.linalg.solve(np.vander(places, increasing=True).T, right).tolist()
-    return weights
+    if len(slopes) == 2:  # the weights a of section 3: a_1 + a_2 = first, a_1 places_1 + a_2 = second
+        first, second = (shrink / -h - 1) / shrink, (2 * (shrink / -h - 1) / -h - 1) / shrink
+        weight = (first - second) / (1 - places[0])
+        return x - shrink * (weight * slopes[0] + (first - weight) * slopes[1])
+    return x - shrink * 0.5 * slopes[0] if slopes else x

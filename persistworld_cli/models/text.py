@@ -13,7 +13,7 @@ from persistworld_cli.errors import PersistWorldError
 
 logger = logging.getLogger(__name__)
 LENGTH = 77  # tokens of CLIP's text tower, begin and end among them
-_told: set[str] = set()  # instructions whose cut was warned about
+_warned: set[str] = set()  # instructions that were cut
 
 
 def build_text_encoder(config: dict[str, Any]) -> CLIPTextModelWithProjection:
@@ -35,11 +35,11 @@ def load_tokenizer(source: str) -> CLIPTokenizer:
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and attention_mask (B, 77). A longer instruction is cut, with one warning a process."""
+    """input_ids and attention_mask (B, 77). A longer instruction is cut, with one warning per process."""
     for text in texts:
         count = len(tokenizer(text, verbose=False)["input_ids"])  # the tokenizer's own warning names no instruction
-        if count > LENGTH and text not in _told:
-            _told.add(text)
+        if count > LENGTH and text not in _warned:
+            _warned.add(text)
             logger.warning("instruction of %d tokens cut to CLIP's %d: '%s...'", count, LENGTH, text[:60])
     batch = tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
     return batch["input_ids"], batch["attention_mask"]

@@ -1,4 +1,4 @@
-"""Action tokens: one conditioning token a frame from its normalised pose and the instruction (Ctrl-World)."""
+"""Action tokens: one conditioning token per frame from its normalised pose and the instruction (Ctrl-World)."""
 
 from __future__ import annotations
 

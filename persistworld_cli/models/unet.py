@@ -1,4 +1,4 @@
-"""SVD's spatio-temporal UNet with one conditioning token a frame (Ctrl-World, arXiv 2510.10125).
+"""SVD's spatio-temporal UNet with one conditioning token per frame (Ctrl-World, arXiv 2510.10125).
 
 Shapes: B batch, N frames, C channels, h, w latent size, T token width.
 """

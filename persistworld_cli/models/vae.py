@@ -1,4 +1,4 @@
-"""Frames to latents and back with SVD's temporal-decoder VAE.
+"""Encode frames to latents and decode them with SVD's temporal-decoder VAE.
 
 Shapes: N frames, V cameras, C latent channels, H x W image, h = V * latent height (cameras stacked), w latent width.
 Pixels are uint8 or [0, 1] outside, [-1, 1] inside; latents are scaled by the VAE's `scaling_factor` outside.
@@ -64,8 +64,7 @@ def encode_images(
         vae: on `device`.
         frames_u8: on the CPU.
         device: where it is computed.
-        posterior: ``mode``, or ``sample`` for a draw that is a function of camera and image alone, so that batches,
-            processes and runs that are resumed give the same.
+        posterior: ``mode``, or ``sample``: a draw seeded by camera and image, the same in every batch and process.
     """
     n, v = frames_u8.shape[:2]
     images = pixels_to_unit(frames_u8.flatten(0, 1).to(device))
@@ -76,23 +75,16 @@ def encode_images(
 def _image_noise(vae: AutoencoderKLTemporalDecoder, frames_u8: torch.Tensor) -> torch.Tensor:
     """Unit noise (N * V, C, h1, w) for images (N, V, H, W, 3), seeded by camera and image."""
     size = latent_size(vae.config, *frames_u8.shape[2:4])
-    draws = [
-        torch.randn(size, generator=generator("posterior", camera, _hash(image)))
-        for frame in frames_u8
-        for camera, image in enumerate(frame)
-    ]
-    return torch.stack(draws)
-
-
-def _hash(image_u8: torch.Tensor) -> int:
-    return zlib.crc32(image_u8.contiguous().numpy().tobytes())
+    numbered = [(camera, image) for frame in frames_u8 for camera, image in enumerate(frame)]
+    seeds = [("posterior", camera, zlib.crc32(image.contiguous().numpy().tobytes())) for camera, image in numbered]
+    return torch.stack([torch.randn(size, generator=generator(*seed)) for seed in seeds])
 
 
 def decode(vae: AutoencoderKLTemporalDecoder, latents: torch.Tensor, chunk: int) -> torch.Tensor:
     """Scaled latents (M, C, h1, w) to images (M, 3, H, W), not clamped, in [-1, 1].
 
-    Runs of `chunk` rows go through the decoder as one clip each, as Ctrl-World does it: with rows ordered camera by
-    camera and a chunk that does not divide a camera's frames, neighbouring cameras mix.
+    Runs of `chunk` rows go through the decoder as one clip each, as in Ctrl-World. Rows are ordered camera by camera:
+    where the chunk does not divide a camera's frames, neighbouring cameras mix.
     """
     latents = (latents / vae.config.scaling_factor).to(vae.dtype)
     runs = [vae.decode(run, num_frames=run.shape[0]).sample for run in latents.split(chunk)]

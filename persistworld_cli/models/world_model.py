@@ -15,19 +15,19 @@ from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithPro
 
 from persistworld_cli.config.settings import ModelSettings, SamplingSettings, WorldSettings
 from persistworld_cli.config.sizes import latent_size
+from persistworld_cli.config.weight_names import PASSTHROUGH
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.models import text as text_room
-from persistworld_cli.models import vae as vae_room
 from persistworld_cli.models.diffusion import precondition
 from persistworld_cli.models.layers import set_norm_groups
 from persistworld_cli.models.precision import small_products
+from persistworld_cli.models.text import build_text_encoder, embed, load_tokenizer, tokenize
 from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.unet import FrameLevelUNet
+from persistworld_cli.models.vae import build_vae, decode, decode_clips, encode_images, unstack_cameras
 from persistworld_cli.stages import stage
 
-CARRIED = "image_encoder"  # in checkpoints because Ctrl-World's strict loading wants it; nothing computes with it
-# What goes through the decoder at once: so many images, and more of small ones (on two cores 120 of 48 x 80 pixels
-# took 1 to 20% less time, at best, than in three runs)
+# Images that go through the decoder at once, or as many small ones as have so many pixels together (on two cores 120
+# of 48 x 80 took 1 to 20% less time than in three runs)
 DECODE_ROWS, DECODE_PIXELS = 48, 2**19
 
 
@@ -35,10 +35,10 @@ DECODE_ROWS, DECODE_PIXELS = 48, 2**19
 class Condition:
     """What a clip is predicted from.
 
-    Args:
+    Attributes:
         history: (B, P, C, h, w) latents of the past, oldest first; noised already where training wants it.
         current: (B, C, h, w) latent of the current frame.
-        tokens: (B, N, T) one conditioning token a frame.
+        tokens: (B, N, T) one conditioning token per frame.
         noise_aug: the third of SVD's added ids (0.0 in training, 0.02 at sampling).
     """
 
@@ -61,11 +61,11 @@ class WorldModel(nn.Module):
         self.unet = FrameLevelUNet(**settings.unet)
         self.unet.frame_level = settings.frame_level
         self.unet.all_tokens = settings.temporal_token == "all"
-        self.vae = vae_room.build_vae(settings.vae, settings.norm_groups)
+        self.vae = build_vae(settings.vae, settings.norm_groups)
         if settings.image:
             self.image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings.image))
         set_norm_groups(self.unet, settings.norm_groups)
-        self.text_encoder = text_room.build_text_encoder(settings.text)
+        self.text_encoder = build_text_encoder(settings.text)
         self.action_encoder = ActionEncoder(settings.action_dim, settings.token_dim)
         self._tokenizer: CLIPTokenizer | None = None
         self._text_cache: dict[str, torch.Tensor] = {}
@@ -82,11 +82,11 @@ class WorldModel(nn.Module):
 
     @property
     def tokenizer(self) -> CLIPTokenizer:
-        """Loaded on first use: only instructions need it."""
+        """Loaded on first use."""
         if self._tokenizer is None:
             from persistworld_cli.config.presets import resolve_path
 
-            self._tokenizer = text_room.load_tokenizer(str(resolve_path(self.settings.tokenizer)))
+            self._tokenizer = load_tokenizer(str(resolve_path(self.settings.tokenizer)))
         return self._tokenizer
 
     @property
@@ -97,18 +97,18 @@ class WorldModel(nn.Module):
 
     @property
     def decode_rows(self) -> int:
-        """Images that go through the decoder at once, where runs can be batched."""
+        """Images that go through the decoder at once."""
         return max(DECODE_ROWS, DECODE_PIXELS // (self.world.height * self.world.width))
 
-    def drop_carried(self) -> None:
-        """Let go of the part that nothing computes with; what is left has all numbers that the model needs."""
-        if hasattr(self, CARRIED):
-            delattr(self, CARRIED)
+    def drop_passthrough(self) -> None:
+        """Remove the part that nothing computes with."""
+        if hasattr(self, PASSTHROUGH):
+            delattr(self, PASSTHROUGH)
 
     def cast_for_sampling(self, sampling: SamplingSettings) -> WorldModel:
-        """Hold the weights in the type that ``sampling`` asks for (``sampling.cast = "model"``); returns itself.
+        """Cast the weights to the type of ``sampling`` (``sampling.cast = "model"``); returns itself.
 
-        SVD's VAE overflows in float16 and then stays in float32, as diffusers' ``force_upcast`` does it.
+        SVD's VAE overflows in float16: it stays in float32, as by diffusers' ``force_upcast``.
         """
         dtype = sampling_dtype(sampling)
         self.to(dtype)
@@ -129,18 +129,16 @@ class WorldModel(nn.Module):
         world, width = self.world, self.settings.action_dim
         if tuple(latent) != self.latent_shape:
             cameras = f"{len(world.cameras)} cameras of {world.height}x{world.width}"
-            raise PersistWorldError(
-                f"the dataset's latents are {tuple(latent)} a frame, this preset's model takes {self.latent_shape} "
-                f"({cameras})",
-                where="world.dataset and the preset",
-                fix="use the preset that the dataset was extracted with (--preset), or extract it with this one",
-            )
-        if numbers != width:
-            raise PersistWorldError(
-                f"the dataset's poses have {numbers} numbers, this preset's model takes {width}",
-                where="world.dataset and model.action_dim",
-                fix="use the preset that the dataset was extracted with (--preset), or extract it with this one",
-            )
+            what = f"latents are {tuple(latent)} per frame, this preset's model takes {self.latent_shape} ({cameras})"
+        elif numbers != width:
+            what = f"poses have {numbers} numbers, this preset's model takes {width}"
+        else:
+            return
+        raise PersistWorldError(
+            f"the dataset's {what}",
+            where="world.dataset and the preset's [model]",
+            fix="use the preset that the dataset was extracted with (--preset), or extract it with this one",
+        )
 
     # -- images -------------------------------------------------------------------------------------------------
 
@@ -148,7 +146,7 @@ class WorldModel(nn.Module):
     @stage("encoding")
     def encode_frames(self, frames_u8: torch.Tensor) -> torch.Tensor:
         """uint8 images (N, V, H, W, 3) to latents (N, C, h, w), float32."""
-        return vae_room.encode_images(self.vae, frames_u8, self.device, self.settings.posterior)
+        return encode_images(self.vae, frames_u8, self.device, self.settings.posterior)
 
     @torch.no_grad()
     @stage("decoding")
@@ -156,26 +154,26 @@ class WorldModel(nn.Module):
         """Latents (N, C, h, w) or (B, N, C, h, w) to images (..., V, 3, H, W) in [0, 1].
 
         An item's rows are ordered camera by camera and decoded in runs of `chunk` (0: all frames of one camera).
-        `rows` bounds how many images go through the decoder at once where runs can be batched (0: what fits).
+        `rows` bounds how many images go through the decoder at once where runs can be batched (0: `decode_rows`).
         """
         rows = rows or self.decode_rows
         batched = latents if latents.ndim == 5 else latents[None]
         b, n = batched.shape[:2]
         v = len(self.world.cameras)
-        split = vae_room.unstack_cameras(batched.flatten(0, 1), v).unflatten(0, (b, n))
+        split = unstack_cameras(batched.flatten(0, 1), v).unflatten(0, (b, n))
         flat = split.transpose(1, 2).flatten(0, 2)  # (B * V * N, C, h1, w): item, camera, frame
         chunk = chunk or n
         if (v * n) % chunk == 0:
             per_call = max(1, rows // chunk) * chunk
-            parts = [vae_room.decode_clips(self.vae, part, chunk) for part in flat.split(per_call)]
+            parts = [decode_clips(self.vae, part, chunk) for part in flat.split(per_call)]
         else:
-            parts = [vae_room.decode(self.vae, item, chunk) for item in flat.split(v * n)]
+            parts = [decode(self.vae, item, chunk) for item in flat.split(v * n)]
         images = torch.cat(parts).float().unflatten(0, (b, v, n)).transpose(1, 2)
         images = (images / 2 + 0.5).clamp(0, 1)
         return images if latents.ndim == 5 else images[0]
 
     def draw(self, latents: torch.Tensor, sampling: SamplingSettings) -> torch.Tensor:
-        """`decode_latents` in the runs and the type that ``sampling`` asks for."""
+        """`decode_latents` in the runs and the type of ``sampling``."""
         with small_products(self.device, getattr(torch, sampling.decode_dtype), self.vae.dtype):
             return self.decode_latents(latents, sampling.decode_chunk)
 
@@ -185,16 +183,16 @@ class WorldModel(nn.Module):
         """Embeddings (B, E) of instructions; remembered unless `grad`."""
         unknown = sorted({t for t in texts if grad or t not in self._text_cache})
         if unknown:
-            ids, mask = text_room.tokenize(self.tokenizer, unknown)
+            ids, mask = tokenize(self.tokenizer, unknown)
             with torch.set_grad_enabled(grad):
-                fresh = text_room.embed(self.text_encoder, ids.to(self.device), mask.to(self.device))
+                fresh = embed(self.text_encoder, ids.to(self.device), mask.to(self.device))
             if grad:
                 return fresh[[unknown.index(t) for t in texts]]
             self._text_cache.update(zip(unknown, fresh, strict=True))
         return torch.stack([self._text_cache[t] for t in texts])
 
     def forget_texts(self) -> None:
-        """The text encoder's weights are others now: what it made of instructions is made again."""
+        """Forget embeddings: the text encoder's weights have changed."""
         self._text_cache.clear()
 
     def tokens(self, actions: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:

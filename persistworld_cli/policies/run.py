@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from persistworld_cli.checkpoints.action_scale import weights_stores
-from persistworld_cli.checkpoints.references import inference_ref, load_model
+from persistworld_cli.checkpoints.loading import load_model
+from persistworld_cli.checkpoints.references import inference_ref
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.requests import PolicyRolloutRequest
 from persistworld_cli.config.settings import PolicySettings, Settings

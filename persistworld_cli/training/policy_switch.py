@@ -1,7 +1,7 @@
-"""Three policies in one network: trained (theta), sampling (old) and reference, by switching adapters (peft).
+"""Three policies in one network, by switching adapters (peft): trained (theta), sampling (old) and reference.
 
-The frozen weights exist once. theta and old each own a LoRA adapter on the UNet and a copy of the action encoder; the
-reference is the network with adapters off and the action encoder as loaded.
+theta and old each have a LoRA adapter on the UNet and a copy of the action encoder; the reference is the network with
+adapters off and the action encoder as loaded.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from persistworld_cli.checkpoints.adapters import write_adapter
+from persistworld_cli.checkpoints.adapters import lora_config, write_adapter
+from persistworld_cli.config.settings import PostTrainSettings
 from persistworld_cli.data.metadata.index import ActionStat
 from persistworld_cli.models.cpu.hook import speed_up
 from persistworld_cli.models.world_model import WorldModel
@@ -27,38 +28,28 @@ POLICIES = ("theta", "old", "reference")
 
 
 class PolicySwitch:
-    """Puts adapters on a model and says which policy its calls use.
+    """Adds adapters to a model and selects the policy of its calls.
 
     Args:
         model: the world model; its UNet gets LoRA layers in place, its weights are frozen.
-        rank, alpha, targets: of the LoRA adapters.
-        train_action_encoder: whether theta's action encoder learns.
-        seed: of the adapters' initial weights (B starts at 0, so theta = old = reference).
+        options: of LoRA, whether theta's action encoder learns, and the seed of the adapters' initial weights (B starts
+            at 0, so theta = old = reference).
     """
 
-    def __init__(
-        self,
-        model: WorldModel,
-        *,
-        rank: int,
-        alpha: int,
-        targets: tuple[str, ...],
-        train_action_encoder: bool,
-        seed: int,
-    ) -> None:
+    def __init__(self, model: WorldModel, options: PostTrainSettings) -> None:
         self.model = model
         model.requires_grad_(False)
-        self.config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none")
+        self.config = lora_config(options)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
-            torch.manual_seed(seed)
+            torch.manual_seed(options.seed)
             for name in ("theta", "old"):
                 inject_adapter_in_model(self.config, model.unet, adapter_name=name)
         speed_up(model.unet)
         self.layers: list[Any] = [m for m in model.unet.modules() if isinstance(m, BaseTunerLayer)]
         reference = model.action_encoder
         self.encoders = {"reference": reference, "theta": copy.deepcopy(reference), "old": copy.deepcopy(reference)}
-        self.encoders["theta"].requires_grad_(train_action_encoder)
+        self.encoders["theta"].requires_grad_(options.train_action_encoder)
         for name, learns in (("theta", True), ("old", False)):
             for _, parameter in self._lora(name):
                 parameter.requires_grad_(learns)
@@ -68,7 +59,7 @@ class PolicySwitch:
     def activate(self, policy: str, *, sampling: bool = False) -> None:
         """Make every later call of the model this policy's; see `use`."""
         for layer in self.layers:
-            # what peft's enable_adapters and set_adapter do, less the walk over parameters, whose flags never change
+            # as peft's enable_adapters and set_adapter, without the walk over parameters, whose flags never change
             layer._disable_adapters = policy == "reference"
             if policy != "reference":
                 layer._active_adapter = [policy]
@@ -81,9 +72,8 @@ class PolicySwitch:
 
         Args:
             policy: theta, old or reference.
-            sampling: nothing learns: adapters are merged into each layer's weight for its call (a second copy of one
-                layer at a time), which spares their passes over the activations. Equal to rounding, and in bfloat16
-                to the rounding of the merged weights: not there where policies' predictions are compared.
+            sampling: nothing learns, and no predictions are compared: layers may merge the adapter into their weight
+                (a second copy of one layer at a time). Equal to rounding, in bfloat16 that of the merged weights.
         """
         self.activate(policy, sampling=sampling)
         try:
@@ -127,9 +117,7 @@ class PolicySwitch:
             self.encoders[name].load_state_dict(encoder)
 
     def save_adapter(self, folder: Path, policy: str = "old", stat: ActionStat | None = None) -> None:
-        """Write a policy as a PEFT folder with `action_encoder.safetensors` beside, whole or not at all; see
-        `write_adapter`.
-        """
+        """Write a policy as a PEFT folder (`write_adapter`)."""
         lora = get_peft_model_state_dict(self.model.unet, adapter_name=policy)
         named = {f"base_model.model.{name}": tensor for name, tensor in lora.items()}
         write_adapter(folder, self.config, named, self.encoders[policy].state_dict(), force=True, stat=stat)

@@ -18,7 +18,7 @@ import torch
 
 from persistworld_cli.checkpoints.action_scale import scale_note, weights_stores
 from persistworld_cli.checkpoints.loading import load_world_model
-from persistworld_cli.checkpoints.tensor_writing import save_torch
+from persistworld_cli.checkpoints.saving import save_torch
 from persistworld_cli.config.requests import PostTrainRequest
 from persistworld_cli.config.settings import PostTrainSettings, Settings
 from persistworld_cli.data.clips.mixture import open_clips
@@ -82,14 +82,7 @@ class PostTrainer:
         )
         if options.gradient_checkpointing:
             self.model.unet.enable_gradient_checkpointing()
-        self.switch = PolicySwitch(
-            self.model,
-            rank=options.lora_rank,
-            alpha=options.lora_alpha,
-            targets=options.lora_targets,
-            train_action_encoder=options.train_action_encoder,
-            seed=options.seed,
-        )
+        self.switch = PolicySwitch(self.model, options)
         # in float32 a merged adapter changes less than 1e-6; in bfloat16 policies that are compared are computed alike
         self.exact = work.device.type == "cpu" and work.accelerator.mixed_precision == "no"
         self.stat = store.stat()

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from persistworld_cli.checkpoints.action_scale import check_poses, scale_note, scale_of
-from persistworld_cli.checkpoints.loading import FRESH, load_vae, load_world_model, open_carried
+from persistworld_cli.checkpoints.loading import FRESH, load_vae, load_world_model, open_passthrough
+from persistworld_cli.checkpoints.saving import save_safetensors
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
-from persistworld_cli.checkpoints.tensor_writing import save_safetensors
 from persistworld_cli.config.requests import PretrainRequest
 from persistworld_cli.config.settings import PretrainSettings, Settings
 from persistworld_cli.config.weight_names import adapter_name
@@ -121,7 +121,7 @@ def _train(
     """The training loop."""
     options = settings.pretrain
     model = initial_model(settings, request, work.device)
-    carried = None if request.scratch else open_carried(settings.model.ckpt)
+    carried = None if request.scratch else open_passthrough(settings.model.ckpt)
     parameters = trained_parameters(model, options)
     if options.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, gather_object
 
-from persistworld_cli.checkpoints.tensor_writing import save_torch
+from persistworld_cli.checkpoints.saving import save_torch
 from persistworld_cli.config.requests import TrainingRequest
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings, VaeSettings
 from persistworld_cli.config.trackers import wanted_trackers

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from persistworld_cli.checkpoints.loading import load_vae
-from persistworld_cli.checkpoints.tensor_writing import save_safetensors
+from persistworld_cli.checkpoints.saving import save_safetensors
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.requests import PretrainVaeRequest
 from persistworld_cli.config.settings import Settings, VaeSettings, WorldSettings

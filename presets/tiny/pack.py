@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from persistworld_cli.checkpoints.notes import read_notes
-from persistworld_cli.checkpoints.tensor_writing import save_safetensors
+from persistworld_cli.checkpoints.saving import read_notes, save_safetensors
 
 
 def main(source: Path, folder: Path, vae: Path | None = None) -> None:

@@ -59,26 +59,24 @@ def test_the_worker_profiles_where_it_is_asked_to(tmp_path: Path) -> None:
 
 
 def test_the_trace_ends_while_the_run_goes_on(tmp_path: Path) -> None:
-    trace = profiling._Trace(0.0)
-    clock = profiling._Clock(trace)
+    profile = profiling._Profile(traced_s=0.0)
     for _ in range(3):
-        with clock.stage("network"):
+        with profile.stage("network"):
             torch.ones(3).sum()
-    assert clock.stages["network"].calls == 3 and trace.lasted > 0
-    (counted,) = [row.count for row in trace.profile.key_averages() if row.key == "aten::sum"]
+    assert profile.stages["network"].calls == 3 and profile.traced_s > 0
+    (counted,) = [row.count for row in profile.trace.key_averages() if row.key == "aten::sum"]
     assert counted == 1
-    profiling._write(tmp_path, clock.stages, trace, 1.0)
+    profile.write(tmp_path, 1.0)
     assert (tmp_path / "trace.json.gz").exists()
 
 
 def test_stages_of_another_thread_are_timed_and_not_traced(tmp_path: Path) -> None:
-    trace = profiling._Trace(1.0)
-    clock = profiling._Clock(trace)
-    thread = threading.Thread(target=clock.stage("network")(lambda: None))
+    profile = profiling._Profile()
+    thread = threading.Thread(target=profile.stage("network")(lambda: None))
     thread.start()
     thread.join()
-    profiling._write(tmp_path, clock.stages, trace, 1.0)
-    assert clock.stages["network"].calls == 1 and trace.profile is None
+    profile.write(tmp_path, 1.0)
+    assert profile.stages["network"].calls == 1 and profile.trace is None
     assert "there is no trace" in (tmp_path / "table.txt").read_text() and not (tmp_path / "trace.json.gz").exists()
 
 

@@ -20,11 +20,10 @@ from run_in_process import run_in_process
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from persistworld_cli.checkpoints.action_scale import Poses, carried_scale, check_poses, pose_findings, scale_of
-from persistworld_cli.checkpoints.notes import read_notes
+from persistworld_cli.checkpoints.action_scale import Poses, check_poses, pose_findings, scale_of, stored_scale
+from persistworld_cli.checkpoints.saving import read_notes, save_safetensors, save_torch
 from persistworld_cli.checkpoints.sources import locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
-from persistworld_cli.checkpoints.tensor_writing import save_safetensors, save_torch
 from persistworld_cli.commands.app import app
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.presets import load_settings
@@ -131,30 +130,30 @@ def test_every_file_carries_it_and_torch_reads_it_as_before(tmp_path: Path) -> N
         save_torch(tmp_path / name, tensors, kept)
     for name in ("a.safetensors", "a.pt"):
         path = tmp_path / name
-        stat = carried_scale(path)
+        stat = stored_scale(path)
         assert stat is not None and stat.p01.tolist() == OWN["state_01"]
         assert WeightFiles(locate(path)).metadata["other"] == "x"
         shutil.copy(path, tmp_path / f"renamed-{name}")
-        assert carried_scale(tmp_path / f"renamed-{name}") is not None
-    assert carried_scale(tmp_path / "plain.pt") is None
+        assert stored_scale(tmp_path / f"renamed-{name}") is not None
+    assert stored_scale(tmp_path / "plain.pt") is None
     for mapped in (False, True):
         again = torch.load(tmp_path / "a.pt", weights_only=True, mmap=mapped)
         assert list(again) == list(tensors) and all(torch.equal(again[k], tensors[k]) for k in tensors)
     save_safetensors(tmp_path / "bad.safetensors", tensors, {"action_scale": '{"state_01": [1]}'})
     with pytest.raises(PersistWorldError, match="damaged scale"):
-        carried_scale(tmp_path / "bad.safetensors")
+        stored_scale(tmp_path / "bad.safetensors")
 
 
 def test_export_carries_the_scale_in_every_form(tmp_path: Path, adapter: Path) -> None:
     tiny = ActionStat.load(resolve_path(TINY.model.stat))
     for to, name in (("ctrl-world", "a.pt"), ("safetensors", "a.safetensors")):
         done = cli("export", BASE, "--preset", "tiny", "--to", to, "--output", tmp_path / name)
-        stat = carried_scale(tmp_path / name)
+        stat = stored_scale(tmp_path / name)
         assert stat is not None and stat.p99.tolist() == tiny.p99.tolist() == done["action_scale"]["p99"]
     assert cli("inspect", tmp_path / "a.pt")["action_scale"]["state_01"] == tiny.p01.tolist()
     # an adapter of which nobody says its scale gets none; one that is named, or carried, travels on
     assert cli("export", adapter, "--to", "peft", "--output", tmp_path / "bare")["action_scale"] is None
-    assert carried_scale(tmp_path / "bare") is None
+    assert stored_scale(tmp_path / "bare") is None
     own = tmp_path / "own.json"
     own.write_text(json.dumps(OWN))
     cli("export", adapter, "--to", "peft", "--set", f"model.stat={own}", "--output", tmp_path / "own")
@@ -185,13 +184,13 @@ def test_trained_weights_carry_their_scale_and_later_commands_take_it(
         trained = Path(pretrain.run(given, PretrainRequest(output=tmp_path / "pre"))["weights"])
     state = next((tmp_path / "pre" / "state").glob("*/state.pt"))
     for file in (trained, state):
-        stat = carried_scale(file)
+        stat = stored_scale(file)
         assert stat is not None and stat.p01.tolist() == OWN["state_01"]
     assert warned(caplog) == ""
     # without model.stat the weights' own scale goes before the dataset's
     plain = load_settings(preset, [*sets, f"model.ckpt={trained}"], env={}).settings
     adapter = Path(post_train.run(plain, PostTrainRequest(output=tmp_path / "post"))["adapter"])
-    stat = carried_scale(adapter)
+    stat = stored_scale(adapter)
     assert stat is not None and stat.p99.tolist() == OWN["state_99"]
     assert scale_of(plain, open_store(plain), [adapter, trained]).origin == f"carried by {adapter}"
     # a shipped preset's word is overridden, the user's own is not; both are told by dimension

@@ -13,7 +13,7 @@ from checkpoint_files import BASE, TINY, Tensors, cli
 from safetensors.torch import load_file
 from torch import nn
 
-from persistworld_cli.checkpoints.loading import load_for_sampling, load_world_model, open_carried
+from persistworld_cli.checkpoints.loading import load_for_sampling, load_world_model, open_passthrough
 from persistworld_cli.config.settings import SamplingSettings
 from persistworld_cli.cost.interaction import meta_model, weight_bytes
 from persistworld_cli.cost.report import interaction_report
@@ -64,7 +64,7 @@ def preset(tmp_path: Path) -> Path:
 def test_what_nothing_computes_with_stays_on_disk(with_image: Path, base: Tensors) -> None:
     held = load_world_model(CARRYING.model, TINY.world, ckpt=str(with_image)).state_dict()
     assert list(held) == list(base) and all(torch.equal(held[k], v) for k, v in base.items())
-    whole = load_world_model(CARRYING.model, TINY.world, ckpt=str(with_image), carried=True).state_dict()
+    whole = load_world_model(CARRYING.model, TINY.world, ckpt=str(with_image), passthrough=True).state_dict()
     stored = torch.load(with_image, weights_only=True)
     assert list(whole) == list(stored) and all(torch.equal(whole[k], v) for k, v in stored.items())
     counted = meta_model(CARRYING.model, TINY.world)
@@ -92,10 +92,10 @@ def test_export_writes_it_from_the_file(with_image: Path, preset: Path, tmp_path
 
 def test_pretraining_hands_it_on_as_it_was(with_image: Path, tmp_path: Path) -> None:
     model = load_world_model(CARRYING.model, TINY.world, ckpt=str(with_image))
-    path = save_weights(model, tmp_path, open_carried(str(with_image)))
+    path = save_weights(model, tmp_path, open_passthrough(str(with_image)))
     saved, stored = load_file(str(path)), torch.load(with_image, weights_only=True)
     assert saved.keys() == stored.keys() and all(torch.equal(saved[k], v) for k, v in stored.items())
-    assert not open_carried(BASE).info
+    assert not open_passthrough(BASE).info
 
 
 # -- types for sampling ------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import torch
 from checkpoint_files import ADAPTER, BASE, TINY, Tensors, cli
 from safetensors.torch import load_file
 
-from persistworld_cli.checkpoints.loading import load_world_model
-from persistworld_cli.checkpoints.references import inference_ref, load_model
+from persistworld_cli.checkpoints.loading import load_model, load_world_model
+from persistworld_cli.checkpoints.references import inference_ref
 from persistworld_cli.checkpoints.sources import locate
 from persistworld_cli.config.presets import from_json, load_settings, to_json
 from persistworld_cli.config.settings import ModelSettings

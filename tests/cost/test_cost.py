@@ -15,7 +15,6 @@ from golden_table import close
 from typer.testing import CliRunner
 
 from persistworld_cli.commands.app import app
-from persistworld_cli.commands.cost import BYTES, FLOPS, SECONDS, amount
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import PostTrainSettings, SamplingSettings
 from persistworld_cli.cost.accelerators import ACCELERATORS, find_accelerator
@@ -29,6 +28,7 @@ from persistworld_cli.cost.interaction import (
     sampler_calls,
 )
 from persistworld_cli.cost.report import CostReport, MemoryRow, WorkRow, interaction_report
+from persistworld_cli.cost.tables import BYTES, FLOPS, SECONDS, amount
 from persistworld_cli.cost.training import mean_prefix, post_train_report, pretrain_report
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.models.cpu import attention
@@ -108,10 +108,10 @@ def clip(model: WorldModel, device: str) -> torch.Tensor:
 def test_counted_bytes_are_those_of_real_tensors(monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
     monkeypatch.setattr(attention, "SHORT", 0)  # fused attention on the CPU too, as it is counted
     counted, real = meta_model(TINY.model, TINY.world), build_world_model(TINY.model, TINY.world).eval()
-    options = {"rank": 4, "alpha": 4, "targets": ("to_q", "to_v"), "train_action_encoder": True, "seed": 0}
+    options = PostTrainSettings(lora_rank=4, lora_alpha=4, lora_targets=("to_q", "to_v"))
     with META:
-        PolicySwitch(counted, **options)
-    PolicySwitch(real, **options)
+        PolicySwitch(counted, options)
+    PolicySwitch(real, options)
     for p in real.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     if recompute:
@@ -174,8 +174,7 @@ def test_an_update_is_the_sum_of_its_parts() -> None:
     assert work["candidates"] + work["images"] == pytest.approx(drawn * work["drawing"])
     assert work["drawing"] > work["interaction"]  # adapters beside the weights
     model = build_world_model(TINY.model, TINY.world)
-    lora = {"rank": post.lora_rank, "alpha": post.lora_alpha, "targets": post.lora_targets}
-    switch = PolicySwitch(model, **lora, train_action_encoder=True, seed=0)
+    switch = PolicySwitch(model, post)
     assert sum(report.trained.values()) == sum(p.numel() for p in switch.trainable())
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from persistworld_cli.checkpoints.tensor_writing import save_safetensors, save_torch
+from persistworld_cli.checkpoints.saving import save_safetensors, save_torch
 from persistworld_cli.data.raw.lerobot_writer import NewEpisode, write_lerobot
 from persistworld_cli.data.raw.video import write_mp4
 from persistworld_cli.files import (

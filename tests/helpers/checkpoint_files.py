@@ -34,9 +34,7 @@ def bundled_model() -> WorldModel:
 def write_run(run: Path) -> Path:
     """A post-training's folder, as far as weights go: adapter, saved state, settings. Returns the adapter's folder."""
     options = replace(TINY.post_train, lora_rank=4, lora_alpha=8)
-    switch = PolicySwitch(
-        bundled_model(), rank=4, alpha=8, targets=options.lora_targets, train_action_encoder=True, seed=0
-    )
+    switch = PolicySwitch(bundled_model(), options)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in switch.parameters("old"):

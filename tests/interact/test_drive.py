@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from websockets.sync.server import ServerConnection
 from websockets.sync.server import serve as listen
 
-from persistworld_cli.checkpoints.references import load_model
+from persistworld_cli.checkpoints.loading import load_model
 from persistworld_cli.config.requests import DriveRequest, PolicyRolloutRequest
 from persistworld_cli.config.settings import (
     DriveSettings,

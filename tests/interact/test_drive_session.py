@@ -11,7 +11,7 @@ import pytest
 from drive_world import arm_world, session
 from eval_world import settings
 
-from persistworld_cli.checkpoints.references import load_model
+from persistworld_cli.checkpoints.loading import load_model
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.requests import DriveRequest
 from persistworld_cli.data.clips.store import open_store

@@ -18,8 +18,7 @@ from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import PretrainSettings, SamplingSettings
 from persistworld_cli.data.clips.store import ActionStat
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.models import text as text_room
-from persistworld_cli.models import vae as vae_room
+from persistworld_cli.models import text, vae
 from persistworld_cli.models.diffusion import karras_sigmas, loss_weight, precondition
 from persistworld_cli.models.precision import cpu_has_bfloat16
 from persistworld_cli.models.samplers import SAMPLERS, euler
@@ -207,25 +206,25 @@ def test_vae_encodes_and_decodes_in_chunks(golden: GoldenFiles) -> None:
     pixels = torch.randint(0, 256, (3, 3, 64, 96), generator=generator, dtype=torch.uint8).permute(0, 2, 3, 1)
     noise = torch.randn(3, 4, 8, 12, generator=generator)
     latents = 0.8 * torch.randn(15, 4, 8, 12, generator=generator)
-    encoded = vae_room.encode(model.vae, vae_room.pixels_to_unit(pixels))
+    encoded = vae.encode(model.vae, vae.pixels_to_unit(pixels))
     close("B vae, latents", thinned(encoded) / model.vae.config.scaling_factor, d["enc_mode"], 1e-5)
-    drawn = vae_room.encode(model.vae, vae_room.pixels_to_unit(pixels), noise)
+    drawn = vae.encode(model.vae, vae.pixels_to_unit(pixels), noise)
     close("B vae, latents drawn from the posterior", thinned(drawn), d["enc_sample_scaled"], 1e-5)
     for chunk in (7, 5, 15, 1):
-        made = vae_room.decode(model.vae, latents, chunk)
+        made = vae.decode(model.vae, latents, chunk)
         close(f"B vae, images in runs of {chunk}", thinned(made, 241), d[f"dec_chunk{chunk}"], 1e-5)
         if chunk == 7:  # a number just below a whole one may fall to either side: one level, seldom
             drawn = torch.from_numpy(to_uint8(made / 2 + 0.5, "down"))
             eight_bit = (thinned(drawn, 241).int() - d["dec_chunk7_uint8"].int()).abs()
             assert eight_bit.max() <= 1 and eight_bit.sum() <= 1
-    runs = vae_room.decode_clips(model.vae, latents, 5)
+    runs = vae.decode_clips(model.vae, latents, 5)
     close("B vae, runs in one batch", thinned(runs, 241), d["dec_chunk5"], 1e-5)
 
 
 def test_images_become_8_bit_as_in_the_reference(golden: GoldenFiles) -> None:
     d = load_file(str(golden / "vae.safetensors"))
     levels = torch.arange(256, dtype=torch.uint8).view(256, 1, 1)
-    close("B pixels to [-1, 1]", vae_room.pixels_to_unit(levels).flatten(), d["lut_uint8_to_fp32_norm"], 1e-6)
+    close("B pixels to [-1, 1]", vae.pixels_to_unit(levels).flatten(), d["lut_uint8_to_fp32_norm"], 1e-6)
     drawn = (d["lut_bf16_in"] / 2 + 0.5).view(3, -1, 1)
     ours = np.moveaxis(to_uint8(drawn, "down"), -1, 0).flatten()
     close("B pixels to 8 bit, fraction cut off", ours, d["lut_fp32_to_uint8"], 0.5)
@@ -301,8 +300,8 @@ def test_an_instruction_that_clip_cannot_hold_is_cut_with_one_warning(
 ) -> None:
     long = "push the red cube towards the far edge of the table " * 20
     short = "push the red cube forward"
-    ids, mask = text_room.tokenize(tiny.tokenizer, [long, short])
-    text_room.tokenize(tiny.tokenizer, [short, long])
+    ids, mask = text.tokenize(tiny.tokenizer, [long, short])
+    text.tokenize(tiny.tokenizer, [short, long])
     assert ids.shape == mask.shape == (2, 77) and mask[0].all() and not mask[1].all()
     warned = [record for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == 1
@@ -374,18 +373,18 @@ def test_decoding_in_batches_equals_one_by_one(tiny: WorldModel) -> None:
 def test_a_draw_from_the_posterior_depends_on_camera_and_image_alone(tiny: WorldModel) -> None:
     frames = torch.randint(0, 256, (3, 3, 48, 80, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
     frames[:, 1] = frames[:, 0]  # two cameras that see the same
-    drawn = vae_room.encode_images(tiny.vae, frames, tiny.device, "sample")
-    mode = vae_room.encode_images(tiny.vae, frames, tiny.device)
-    alone = torch.cat([vae_room.encode_images(tiny.vae, one[None], tiny.device, "sample") for one in frames])
+    drawn = vae.encode_images(tiny.vae, frames, tiny.device, "sample")
+    mode = vae.encode_images(tiny.vae, frames, tiny.device)
+    alone = torch.cat([vae.encode_images(tiny.vae, one[None], tiny.device, "sample") for one in frames])
     assert drawn.shape == mode.shape == (3, *tiny.latent_shape) and worst(drawn, alone) < 1e-5
-    first, second, _ = vae_room.unstack_cameras(drawn, 3).unbind(1)
+    first, second, _ = vae.unstack_cameras(drawn, 3).unbind(1)
     assert worst(drawn, mode) > 1e-3 and worst(first, second) > 1e-3
 
 
 @torch.no_grad()
 def test_cameras_keep_their_order_through_stacking() -> None:
     latent = torch.arange(2 * 3 * 4 * 5 * 6.0).view(2, 3, 4, 5, 6)
-    assert worst(vae_room.unstack_cameras(vae_room.stack_cameras(latent), 3), latent) == 0
+    assert worst(vae.unstack_cameras(vae.stack_cameras(latent), 3), latent) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

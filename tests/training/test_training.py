@@ -160,7 +160,7 @@ def test_two_processes_equal_one(world: Settings, tmp_path: Path, split: bool) -
 
 def test_policies_share_frozen_weights_and_start_equal(world: Settings) -> None:
     model = load_world_model(world.model, world.world)
-    switch = PolicySwitch(model, rank=4, alpha=4, targets=("to_q", "to_v"), train_action_encoder=True, seed=0)
+    switch = PolicySwitch(model, PostTrainSettings(lora_rank=4, lora_alpha=4, lora_targets=("to_q", "to_v")))
     c, h, w = model.latent_shape
     x = torch.randn(1, 11, 2 * c, h, w)
     tokens = torch.randn(1, 11, model.settings.token_dim)
@@ -184,7 +184,7 @@ def test_policies_share_frozen_weights_and_start_equal(world: Settings) -> None:
 
 def test_a_saved_adapter_merges_into_the_policy_it_was(world: Settings, tmp_path: Path) -> None:
     model = load_world_model(world.model, world.world)
-    switch = PolicySwitch(model, rank=4, alpha=4, targets=("to_q", "to_v"), train_action_encoder=True, seed=0)
+    switch = PolicySwitch(model, PostTrainSettings(lora_rank=4, lora_alpha=4, lora_targets=("to_q", "to_v")))
     with torch.no_grad():
         for p in switch.parameters("theta"):
             p.add_(0.05 * torch.randn_like(p))

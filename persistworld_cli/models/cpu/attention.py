@@ -1,9 +1,8 @@
 """Attention for this model's special cases: one context token, very short sequences, and sequences along time.
 
-Every token sequence that is cross-attended has length 1 (method.md section 3): softmax over one key is 1, so the result
-is `to_out(to_v(token))`, the same at every pixel, and is computed once a row. Temporal attention runs over 11 frames at
-every pixel: a plain product is faster there than a fused kernel made for long sequences (CPU, bfloat16: one training
-step of the tiny model 1.3 s instead of 1.7 s).
+Cross-attention to one token (method.md section 3) is `to_out(to_v(token))`, the same at every pixel: computed once per
+row. Temporal attention runs over 11 frames at every pixel: a plain product is faster there than a fused kernel made for
+long sequences (CPU, bfloat16: one training step of the tiny model 1.3 s instead of 1.7 s).
 
 Shapes: B items, T frames, S pixels, C width, H heads, D width of a head.
 """

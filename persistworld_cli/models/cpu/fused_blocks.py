@@ -1,13 +1,11 @@
-"""diffusers' spatio-temporal blocks with the same weights and numbers (to rounding), and fewer passes over memory.
-
-A small network's time goes into moving activations as much as into products. What is spared here:
+"""diffusers' spatio-temporal blocks with fewer passes over memory: a small network moves as much as it multiplies.
 
 - Images keep their channels last through the whole network, so that a convolution, a transformer and a temporal
-  convolution each see them without reordering. (diffusers' transformer ends with a copy to channels first.)
-- Temporal blocks leave their activations (item, frame, pixel, channel): only the attention's queries, keys and values
-  are put pixel by pixel, not everything around them.
-- Cross-attention to one token is one addition, and its norm, whose result nobody looks at, is not computed. The
-  temporal blocks' token is projected once an item, not once a pixel.
+  convolution each read them without reordering (diffusers' transformer ends with a copy to channels first).
+- Temporal blocks leave their activations (item, frame, pixel, channel): only queries, keys and values are put pixel by
+  pixel.
+- Cross-attention to one token is one addition, without its norm. The temporal blocks' token is projected once per item,
+  not once per pixel.
 - Two branches are blended in one pass.
 
 Shapes: B items, T frames, S pixels, C channels.
@@ -24,7 +22,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from torch import nn
 
 from persistworld_cli.models.cpu.attention import across_frames
-from persistworld_cli.models.cpu.fused_resnets import RESNETS
+from persistworld_cli.models.cpu.fused_resnets import RESNETS, FirstConv
 from persistworld_cli.models.cpu.layers import effective_weight
 from persistworld_cli.models.cpu.native import feed_forward as native_ff
 from persistworld_cli.models.cpu.native import gate as native_gate
@@ -140,4 +138,5 @@ FUSED: dict[type, type] = {
     **RESNETS,
 }
 
-DIFFUSERS = {fused: own for own, fused in FUSED.items()}  # to count or to measure against
+# To count or to measure against
+DIFFUSERS: dict[type, type] = {FirstConv: nn.Conv2d, **{fused: own for own, fused in FUSED.items()}}

@@ -1,11 +1,11 @@
-"""diffusers' ResNet blocks with the same weights and numbers (to rounding), in fewer passes over memory on a CPU.
+"""diffusers' ResNet blocks, as this model configures them, in fewer passes over memory on a CPU.
 
-Each convolution takes its normalisation and activation in as it reads and adds what is added as it writes
-(`native.convolve`); a temporal block's blend with its input is the gain on what it adds. Under an adapter that adds a
-product of its own, normalisation and activation are one step (`native.norm`). Each where there is a kernel for it: not
-on a GPU, and not for weights that learn.
+Where the kernels take a block's weights, each convolution normalises and activates as it reads, and adds embedding and
+residual as it writes (`native.convolve`); a temporal block's blend with its input is the gain on what it adds.
+Elsewhere normalisation and activation are one step (`native.norm`). There are no kernels on a GPU, nor for weights that
+learn.
 
-Shapes: B items, T frames, S pixels, C channels, h, w image.
+Shapes: B items, T frames, C channels, h, w image.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from persistworld_cli.models.cpu.native.norm import norm_silu
 
 def _weights(block: Any, x: torch.Tensor) -> list[torch.Tensor] | None:
     """Of a block's two convolutions, where x (N, C, ...) can go through both by the kernels."""
-    plain = isinstance(block.nonlinearity, nn.SiLU) and not (block.training and block.dropout.p)
     learns = torch.is_grad_enabled() and (block.norm1.weight.requires_grad or block.norm2.weight.requires_grad)
-    if not plain or learns or x.device.type != "cpu":
+    if learns or x.device.type != "cpu" or (block.training and block.dropout.p):
         return None
     weights = [effective_weight(conv) for conv in (block.conv1, block.conv2)]
     fitting = [w for w in weights if w is not None and fits(x, w)]
@@ -50,18 +49,20 @@ def _activated(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
     return norm_silu(x, norm) if norm_fits(x, norm) else functional.silu(norm(x))
 
 
+class FirstConv(nn.Conv2d):
+    """A network's first convolution: what follows keeps the order in memory that it begins with on a CPU."""
+
+    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ordered = x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+        return super()._conv_forward(ordered, weight, bias)
+
+
 class FusedResnet(ResnetBlock2D):
     """A block of images."""
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None, *args: Any) -> torch.Tensor:
         """(N, C, h, w) with embeddings (N, width) to (N, C', h, w)."""
-        x = input_tensor
-        if x.device.type == "cpu":  # where convolutions, norms and transformers then keep this order
-            x = x.contiguous(memory_format=torch.channels_last)
-        usual = self.time_embedding_norm == "default" and not (self.up or self.down) and self.output_scale_factor == 1.0
-        if not usual or not isinstance(self.nonlinearity, nn.SiLU):
-            return super().forward(x, temb, *args)
-        added = None
+        x, added = input_tensor, None
         if self.time_emb_proj is not None:
             added = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
         rest = x
@@ -83,7 +84,7 @@ class FusedTemporalResnet(TemporalResnetBlock):
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
         """(B, C, T, h, w) with embeddings (B, T, width) to (B, C', T, h, w)."""
         x = input_tensor
-        if not isinstance(self.nonlinearity, nn.SiLU) or not norm_fits(x, self.norm1):
+        if not norm_fits(x, self.norm1):
             return super().forward(x, temb)
         x = x.flatten(3)  # as rows: what is written to below must not be a view, or its gradient is copied
         hidden = self.conv1(_activated(self.norm1, x))
@@ -130,14 +131,10 @@ class FusedUpsample(Upsample2D):
 
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any) -> torch.Tensor:
         """(N, C, h, w) to (N, C', 2 h, 2 w)."""
-        x, conv = hidden_states, getattr(self, "conv", None)
-        usual = self.interpolate and self.use_conv and not self.use_conv_transpose and self.norm is None
-        if not usual or output_size is not None or conv is None:
-            return super().forward(x, output_size, *args)
-        weight = effective_weight(conv)
-        if weight is None or not fits(x, weight):
-            return super().forward(x, output_size, *args)
-        out: torch.Tensor = upsampled_conv(_small(x), weight, conv.bias)
+        weight = effective_weight(self.conv)
+        if weight is None or not fits(hidden_states, weight):
+            return super().forward(hidden_states, output_size, *args)
+        out: torch.Tensor = upsampled_conv(_small(hidden_states), weight, self.conv.bias)
         return out
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from persistworld_cli.models.cpu.attention import FewTokens, diffusers_attention
 from persistworld_cli.models.cpu.fused_blocks import DIFFUSERS, FUSED
+from persistworld_cli.models.cpu.fused_resnets import FirstConv
 from persistworld_cli.models.cpu.layers import swap_classes, swapped_classes
 from persistworld_cli.models.cpu.lora_layers import FUSED_LORA
 from persistworld_cli.models.cpu.native.build import available
@@ -22,6 +23,9 @@ def speed_up(model: nn.Module) -> None:
     """Let a model's blocks, attention and LoRA layers compute by this folder; again where adapters were added."""
     if isinstance(model, UNetSpatioTemporalConditionModel):
         model.set_attn_processor(FewTokens())
+    for name, module in model.named_modules():
+        if name.endswith("conv_in") and type(module) is nn.Conv2d:
+            module.__class__ = FirstConv
     swap_classes(model, {**FUSED, **FUSED_LORA})
 
 

@@ -29,7 +29,7 @@ from persistworld_cli.models.cpu.native import linear as native_linear
 from persistworld_cli.models.cpu.native import outer as native_outer
 from persistworld_cli.models.cpu.native.calls import made_of
 
-KEPT = 2**20  # numbers of a merged weight: kernels need up to four times as many beside
+KEPT = 2**20  # numbers of a merged weight; kernels keep up to four times as many
 
 
 class _FusedLora:

@@ -1,7 +1,7 @@
-"""The C++ kernels as a library: compiled once a machine, in seconds, by the g++ that is there.
+"""The C++ kernels as a library: compiled once per machine, in seconds, by its g++.
 
-No g++, another processor or another OpenMP than torch's own: there is no library, and every caller then uses torch. To
-do without: ``PERSISTWORLD_NATIVE=0`` in the environment.
+Without g++, on another processor or with another OpenMP than torch's own, every caller uses torch.
+``PERSISTWORLD_NATIVE=0`` in the environment switches it off.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Convolutions of a ResNet block with what stands around them, through the C++ kernels (`winograd.cpp`, `norm.cpp`).
+"""Convolutions of a ResNet block with norm, activation and residual, by the C++ kernels (`winograd.cpp`, `norm.cpp`).
 
     out = residual + gain (conv(silu(group_norm(x))) + bias + added)
 

@@ -1,6 +1,6 @@
 """Group normalisation and SiLU in two passes over memory through the C++ kernels (`norm.cpp`), forward and backward.
 
-Shapes: x (N, C, ...) with channels last in memory, as `ordered` tells.
+Shapes: x (N, C, ...) with channels last in memory, see `ordered`.
 """
 
 from __future__ import annotations

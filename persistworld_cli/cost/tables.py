@@ -1,8 +1,8 @@
-"""The cost section of a dry run: parameters, FLOPs with their floors, memory, for the commands that run a model."""
+"""The cost section of a dry run: parameters, FLOPs with their least time, memory, for commands that run a model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from persistworld_cli.config.settings import Settings
@@ -32,10 +32,10 @@ def pick_accelerator(name: str | None, *, dry_run: bool) -> Accelerator:
     """The accelerator that ``--accelerator`` names, or the default.
 
     Raises:
-        UsageError: an unknown one; or the flag without ``--dry-run``, where it would mean nothing.
+        UsageError: an unknown one; or the flag without ``--dry-run``.
     """
     if name is not None and not dry_run:
-        raise UsageError("only a dry run tells what an accelerator would need", where="--accelerator", fix="--dry-run")
+        raise UsageError("only a dry run reports an accelerator's cost", where="--accelerator", fix="add --dry-run")
     return find_accelerator(name or DEFAULT_ACCELERATOR)
 
 
@@ -70,10 +70,10 @@ def show_cost(task: str, report: CostReport, accelerator: Accelerator) -> None:
         console.print(table)
         console.print()
     if accelerator.memory_gib is not None:
-        room = f"{accelerator.memory_gib:g} GiB of {accelerator.name}"
-        fits = f"fits into the {room}" if report.fits(accelerator) else f"does not fit into the {room}"
+        memory = f"{accelerator.memory_gib:g} GiB of {accelerator.name}"
+        fits = f"fits into the {memory}" if report.fits(accelerator) else f"does not fit into the {memory}"
         fix = "" if report.fits(accelerator) or task not in _SMALLER else f": {_SMALLER[task]}"
-        console.print(f"{amount(report.peak, BYTES)} a process {fits}{fix}", markup=False)
+        console.print(f"{amount(report.peak, BYTES)} per process {fits}{fix}", markup=False)
     for note in NOTES:
         console.print(note, style="dim", markup=False)
 
@@ -86,45 +86,41 @@ def amount(value: float, scale: _Scale) -> str:
     return f"{number:.{digits}f} {unit}"
 
 
-def _table(*columns: str) -> Table:
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] = ()) -> Table:
     """A plain table whose columns but the first are numbers."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    if total:
+        table.add_row(*total, style="bold")
     return table
 
 
 def _sizes(report: CostReport) -> Table:
-    """Parameters by part, and those that learn."""
-    table = _table("part", "parameters", "trained")
+    """Parameters by part, and those that are trained."""
     counts = (report.parameters, report.trained)
-    for name in dict.fromkeys(name for count in counts for name in count):
-        table.add_row(name, *(f"{count[name]:,}" if name in count else "-" for count in counts))
-    table.add_row("total", *(f"{sum(count.values()):,}" for count in counts), style="bold")
-    return table
+    parts = dict.fromkeys(name for count in counts for name in count)
+    rows = [(name, *(f"{count[name]:,}" if name in count else "-" for count in counts)) for name in parts]
+    return _table(("part", "parameters", "trained"), rows, ("total", *(f"{sum(count.values()):,}" for count in counts)))
 
 
 def _work(report: CostReport, accelerator: Accelerator) -> Table:
-    """FLOPs and floors; what was counted as the reference would compute it stands beside."""
+    """FLOPs and the least time they take."""
     speed = f"{accelerator.tflops:g} TFLOP/s"
     name = accelerator.name if accelerator.name == speed else f"{accelerator.name}, {speed}"
-    table = _table("work", "counted", f"floor ({name})", "processes")
-    for row in report.work:
-        table.add_row(
-            row.what,
-            amount(row.flops, FLOPS),
-            amount(row.floor(accelerator), SECONDS),
-            str(row.processes),
-        )
-    return table
+    rows = [
+        (row.what, amount(row.flops, FLOPS), amount(row.floor(accelerator), SECONDS), str(row.processes))
+        for row in report.work
+    ]
+    return _table(("work", "counted", f"floor ({name})", "processes"), rows)
 
 
 def _memory(report: CostReport) -> Table:
     """Bytes of one process by kind, and its peak."""
-    table = _table("memory a process", "estimated")
-    for row in report.memory:
-        table.add_row(f"{row.what} *" if row.passing else row.what, amount(row.bytes, BYTES))
-    table.add_row("peak (of * only the largest: they come one after another)", amount(report.peak, BYTES), style="bold")
-    return table
+    rows = [(f"{row.what} *" if row.passing else row.what, amount(row.bytes, BYTES)) for row in report.memory]
+    total = ("peak (only the largest of *: they come one after another)", amount(report.peak, BYTES))
+    return _table(("memory per process", "estimated"), rows, total)
