@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ from persistworld_cli.config.settings import ModelSettings, PostTrainSettings
 from persistworld_cli.config.weight_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from persistworld_cli.data.metadata.index import ActionStat
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.files import require_free, whole_folder, write_json
+from persistworld_cli.files import require_free, whole_folder
 from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.unet import FrameLevelUNet
 from persistworld_cli.models.world_model import WorldModel
@@ -214,12 +215,7 @@ def write_adapter(
             if part:
                 plain = {key: t.detach().cpu().contiguous() for key, t in part.items()}
                 save_safetensors(partial / name, plain, scale_note(stat))
+        config = copy.copy(config)
+        for name, value in vars(config).items():  # peft writes sets in an order that changes from run to run
+            setattr(config, name, sorted(value) if isinstance(value, set) else value)
         config.save_pretrained(str(partial))
-        _sort_sets(config, partial / ADAPTER_CONFIG)
-
-
-def _sort_sets(config: PeftConfig, path: Path) -> None:
-    """peft writes sets in the order of this process's hashes: sorted, the same adapter is the same file."""
-    written = read_json(path, "not an adapter's settings")
-    sets = {name for name, value in vars(config).items() if isinstance(value, set)}
-    write_json(path, {name: sorted(value) if name in sets else value for name, value in written.items()}, indent=2)

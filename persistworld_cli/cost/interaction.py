@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from persistworld_cli.config.settings import ModelSettings, SamplingSettings, WorldSettings
+from persistworld_cli.config.settings import ModelSettings, SamplingSettings, Settings, WorldSettings
 from persistworld_cli.config.weight_names import PASSTHROUGH
 from persistworld_cli.cost.flops import measure
+from persistworld_cli.cost.report import CostReport, MemoryRow, WorkRow
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.cpu.hook import as_diffusers
 from persistworld_cli.models.diffusion import karras_sigmas
 from persistworld_cli.models.samplers import find_sampler
 from persistworld_cli.models.vae import encode
-from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model
+from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model, sampling_dtype
 
 META = torch.device("meta")
 AUTOCAST = {  # sampling.dtype and mixed_precision
@@ -138,3 +139,43 @@ def count_interaction(model: WorldModel, sampling: SamplingSettings, rollouts: i
         sampling_bytes=sampled.peak,
         decoding_bytes=decoded.peak,
     )
+
+
+def interaction_rows(cost: InteractionCost, settings: Settings) -> list[WorkRow]:
+    """The network and an interaction step of one rollout, here and as the reference computes them."""
+    sampling = settings.sampling
+    seconds = (settings.model.num_frames - 1) / settings.world.rate_hz
+    guided = ", twice each for guidance" if sampling.guidance != 1.0 else ""
+    steps = f"{sampling.steps} {sampling.sampler} step{'s' if sampling.steps > 1 else ''}{guided}"
+    reference = "  as the reference computes it (cross-attention at every pixel)"
+    return [
+        WorkRow("network", "the network, one clip", cost.network),
+        WorkRow("network_reference", reference, cost.network_reference),
+        WorkRow("interaction", f"interaction step, {seconds:g} s of the world: {steps}, decoding", cost.flops),
+        WorkRow("interaction_reference", reference, cost.flops_reference),
+        WorkRow("decoding", "  decoding alone", cost.decoding),
+        WorkRow("encoding", "encoding one frame of all cameras", cost.encoding),
+    ]
+
+
+def interaction_report(settings: Settings, rollouts: int) -> CostReport:
+    """Cost of an interaction step of ``rollouts`` rollouts advanced together, adapters merged."""
+    model = meta_model(settings.model, settings.world).cast_for_sampling(settings.sampling)
+    cost = count_interaction(model, settings.sampling, rollouts)
+    rows, held = interaction_rows(cost, settings), str(sampling_dtype(settings.sampling)).removeprefix("torch.")
+    if rollouts > 1:
+        rows.append(WorkRow("batch", f"interaction step of {rollouts} rollouts together", rollouts * cost.flops))
+    return CostReport(
+        parameters=part_sizes(model),
+        work=rows,
+        memory=[
+            MemoryRow("weights", f"weights, {held}", weight_bytes(model)),
+            MemoryRow("sampling", f"sampling {clips(rollouts)} at once", cost.sampling_bytes, passing=True),
+            MemoryRow("decoding", "decoding", cost.decoding_bytes, passing=True),
+        ],
+    )
+
+
+def clips(count: int) -> str:
+    """``1 clip``, ``8 clips``."""
+    return "1 clip" if count == 1 else f"{count} clips"

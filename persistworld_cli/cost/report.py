@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from persistworld_cli.config.settings import Settings
 from persistworld_cli.cost.accelerators import Accelerator
-from persistworld_cli.cost.interaction import InteractionCost, count_interaction, meta_model, part_sizes, weight_bytes
-from persistworld_cli.models.world_model import sampling_dtype
 
 GIB = 2**30
 NOTES = (
@@ -86,43 +83,3 @@ class CostReport:
             "estimated": ["memory"],
             "notes": list(NOTES),
         }
-
-
-def interaction_rows(cost: InteractionCost, settings: Settings) -> list[WorkRow]:
-    """The network once, and an interaction step of one rollout, here and as the reference computes them."""
-    sampling = settings.sampling
-    seconds = (settings.model.num_frames - 1) / settings.world.rate_hz
-    guided = ", twice each for guidance" if sampling.guidance != 1.0 else ""
-    steps = f"{sampling.steps} {sampling.sampler} step{'s' if sampling.steps > 1 else ''}{guided}"
-    reference = "  as the reference computes it (cross-attention at every pixel)"
-    return [
-        WorkRow("network", "the network, one clip", cost.network),
-        WorkRow("network_reference", reference, cost.network_reference),
-        WorkRow("interaction", f"interaction step, {seconds:g} s of the world: {steps}, decoding", cost.flops),
-        WorkRow("interaction_reference", reference, cost.flops_reference),
-        WorkRow("decoding", "  decoding alone", cost.decoding),
-        WorkRow("encoding", "encoding one frame of all cameras", cost.encoding),
-    ]
-
-
-def interaction_report(settings: Settings, rollouts: int) -> CostReport:
-    """Cost of an interaction step of ``rollouts`` rollouts advanced together, adapters merged."""
-    model = meta_model(settings.model, settings.world).cast_for_sampling(settings.sampling)
-    cost = count_interaction(model, settings.sampling, rollouts)
-    rows, held = interaction_rows(cost, settings), str(sampling_dtype(settings.sampling)).removeprefix("torch.")
-    if rollouts > 1:
-        rows.append(WorkRow("batch", f"interaction step of {rollouts} rollouts together", rollouts * cost.flops))
-    return CostReport(
-        parameters=part_sizes(model),
-        work=rows,
-        memory=[
-            MemoryRow("weights", f"weights, {held}", weight_bytes(model)),
-            MemoryRow("sampling", f"sampling {clips(rollouts)} at once", cost.sampling_bytes, passing=True),
-            MemoryRow("decoding", "decoding", cost.decoding_bytes, passing=True),
-        ],
-    )
-
-
-def clips(count: int) -> str:
-    """``1 clip``, ``8 clips``."""
-    return "1 clip" if count == 1 else f"{count} clips"

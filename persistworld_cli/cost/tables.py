@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import stdout_console
 from persistworld_cli.cost.accelerators import DEFAULT_ACCELERATOR, Accelerator, find_accelerator
+from persistworld_cli.cost.report import NOTES, CostReport
 from persistworld_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from persistworld_cli.cost.report import CostReport
 
 _Scale = Sequence[tuple[float, str]]  # size of a unit and its name, largest first
 FLOPS: _Scale = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1.0, "FLOP"))
@@ -54,7 +53,7 @@ def cost_report(task: str, settings: Settings) -> CostReport | None:
 
         return pretrain_report(settings)
     if task in ("eval", "replay", "drive", "pi-rollout"):
-        from persistworld_cli.cost.report import interaction_report
+        from persistworld_cli.cost.interaction import interaction_report
 
         return interaction_report(settings, settings.eval.batch if task in ("eval", "replay") else 1)
     return None
@@ -62,8 +61,6 @@ def cost_report(task: str, settings: Settings) -> CostReport | None:
 
 def show_cost(task: str, report: CostReport, accelerator: Accelerator) -> None:
     """The report as tables on standard output."""
-    from persistworld_cli.cost.report import NOTES
-
     console = stdout_console()
     console.print()
     for table in (_sizes(report), _work(report, accelerator), _memory(report)):

@@ -15,14 +15,16 @@ from persistworld_cli.cost.interaction import (
     AUTOCAST,
     META,
     InteractionCost,
+    clips,
     count_interaction,
+    interaction_rows,
     meta_model,
     part_sizes,
     predict,
     tensor_bytes,
     weight_bytes,
 )
-from persistworld_cli.cost.report import CostReport, MemoryRow, WorkRow, clips, interaction_rows
+from persistworld_cli.cost.report import CostReport, MemoryRow, WorkRow
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.training.candidates import prefix_limit
 from persistworld_cli.training.optim import Optimizers, inputs_and_outputs

@@ -69,13 +69,15 @@ def dpmpp_3m(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.
             return past[0]
         order = _order(3, i, len(levels) - 1)
         h = math.log(sigma / below)
-        first, second = _derivatives(past[:order], [math.log(s / sigma) / h for s in levels[max(0, i - 2) : i][::-1]])
+        back = [math.log(s / sigma) / h for s in levels[max(0, i - 2) : i][::-1]]  # to older predictions, in steps
         shrink = math.expm1(-h)
         x = below / sigma * x - shrink * past[0]
-        if first is not None:
-            x = x + (shrink / h + 1) * first
-        if second is not None:
-            x = x - ((shrink + h) / h**2 - 0.5) * second
+        if order == 2:
+            x = x + (shrink / h + 1) * (past[0] - past[1]) / back[0]
+        elif order == 3:
+            near, far = (past[0] - past[1]) / back[0], (past[1] - past[2]) / (back[1] - back[0])
+            second = (near - far) / back[1]
+            x = x + (shrink / h + 1) * (near + back[0] * second) - ((shrink + h) / h**2 - 0.5) * second
     return x
 
 
@@ -118,25 +120,6 @@ def find_sampler(name: str) -> Sampler:
 def _order(most: int, step: int, steps: int) -> int:
     """The order of a step: as many predictions as there are, and down to 1 at the last step, which goes to 0."""
     return min(most, step + 1, steps - step)
-
-
-def _derivatives(
-    past: Sequence[torch.Tensor], distances: Sequence[float]
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """D's first two derivatives in units of the step, from predictions at 0, -distances[0], ...; None beyond the order.
-
-    Args:
-        past: 1 to 3 predictions, newest first.
-        distances: how far back each but the newest lies.
-    """
-    if len(past) == 1:
-        return None, None
-    near = (past[0] - past[1]) / distances[0]
-    if len(past) == 2:
-        return near, None
-    far = (past[1] - past[2]) / (distances[1] - distances[0])
-    second = (near - far) / distances[1]
-    return near + distances[0] * second, second
 
 
 def _unified(

@@ -1,24 +1,18 @@
-"""Instructions to embeddings: CLIP's text tower with projection, and its tokenizer."""
+"""CLIP's tokenizer for instructions."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from persistworld_cli.errors import PersistWorldError
 
 logger = logging.getLogger(__name__)
 LENGTH = 77  # tokens of CLIP's text tower, begin and end among them
 _warned: set[str] = set()  # instructions that were cut
-
-
-def build_text_encoder(config: dict[str, Any]) -> CLIPTextModelWithProjection:
-    """A CLIP text tower of any size from `CLIPTextConfig` keywords."""
-    return CLIPTextModelWithProjection(CLIPTextConfig(**config))
 
 
 def load_tokenizer(source: str) -> CLIPTokenizer:
@@ -43,8 +37,3 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> tuple[torch.Tensor, 
             logger.warning("instruction of %d tokens cut to CLIP's %d: '%s...'", count, LENGTH, text[:60])
     batch = tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
     return batch["input_ids"], batch["attention_mask"]
-
-
-def embed(encoder: CLIPTextModelWithProjection, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Projected text embedding (B, E)."""
-    return encoder(input_ids=ids, attention_mask=mask).text_embeds

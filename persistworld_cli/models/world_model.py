@@ -6,12 +6,18 @@ T token width, D action numbers. Latents are scaled (unit variance, roughly).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from persistworld_cli.config.settings import ModelSettings, SamplingSettings, WorldSettings
 from persistworld_cli.config.sizes import latent_size
@@ -20,7 +26,7 @@ from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.diffusion import precondition
 from persistworld_cli.models.layers import set_norm_groups
 from persistworld_cli.models.precision import small_products
-from persistworld_cli.models.text import build_text_encoder, embed, load_tokenizer, tokenize
+from persistworld_cli.models.text import load_tokenizer, tokenize
 from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.unet import FrameLevelUNet
 from persistworld_cli.models.vae import build_vae, decode, decode_clips, encode_images, unstack_cameras
@@ -47,10 +53,6 @@ class Condition:
     tokens: torch.Tensor
     noise_aug: float
 
-    def select(self, rows: torch.Tensor | slice) -> Condition:
-        """The same for some rows of the batch."""
-        return replace(self, history=self.history[rows], current=self.current[rows], tokens=self.tokens[rows])
-
 
 class WorldModel(nn.Module):
     """UNet, VAE, text and action encoder. Build with `build_world_model`, load with `checkpoints.load_world_model`."""
@@ -65,7 +67,7 @@ class WorldModel(nn.Module):
         if settings.image:
             self.image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings.image))
         set_norm_groups(self.unet, settings.norm_groups)
-        self.text_encoder = build_text_encoder(settings.text)
+        self.text_encoder = CLIPTextModelWithProjection(CLIPTextConfig(**settings.text))
         self.action_encoder = ActionEncoder(settings.action_dim, settings.token_dim)
         self._tokenizer: CLIPTokenizer | None = None
         self._text_cache: dict[str, torch.Tensor] = {}
@@ -150,13 +152,11 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     @stage("decoding")
-    def decode_latents(self, latents: torch.Tensor, chunk: int = 0, rows: int = 0) -> torch.Tensor:
+    def decode_latents(self, latents: torch.Tensor, chunk: int = 0) -> torch.Tensor:
         """Latents (N, C, h, w) or (B, N, C, h, w) to images (..., V, 3, H, W) in [0, 1].
 
         An item's rows are ordered camera by camera and decoded in runs of `chunk` (0: all frames of one camera).
-        `rows` bounds how many images go through the decoder at once where runs can be batched (0: `decode_rows`).
         """
-        rows = rows or self.decode_rows
         batched = latents if latents.ndim == 5 else latents[None]
         b, n = batched.shape[:2]
         v = len(self.world.cameras)
@@ -164,7 +164,7 @@ class WorldModel(nn.Module):
         flat = split.transpose(1, 2).flatten(0, 2)  # (B * V * N, C, h1, w): item, camera, frame
         chunk = chunk or n
         if (v * n) % chunk == 0:
-            per_call = max(1, rows // chunk) * chunk
+            per_call = max(1, self.decode_rows // chunk) * chunk
             parts = [decode_clips(self.vae, part, chunk) for part in flat.split(per_call)]
         else:
             parts = [decode(self.vae, item, chunk) for item in flat.split(v * n)]
@@ -185,10 +185,10 @@ class WorldModel(nn.Module):
         if unknown:
             ids, mask = tokenize(self.tokenizer, unknown)
             with torch.set_grad_enabled(grad):
-                fresh = embed(self.text_encoder, ids.to(self.device), mask.to(self.device))
+                made = self.text_encoder(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).text_embeds
             if grad:
-                return fresh[[unknown.index(t) for t in texts]]
-            self._text_cache.update(zip(unknown, fresh, strict=True))
+                return made[[unknown.index(t) for t in texts]]
+            self._text_cache.update(zip(unknown, made, strict=True))
         return torch.stack([self._text_cache[t] for t in texts])
 
     def forget_texts(self) -> None:

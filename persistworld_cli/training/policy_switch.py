@@ -51,7 +51,7 @@ class PolicySwitch:
         self.encoders = {"reference": reference, "theta": copy.deepcopy(reference), "old": copy.deepcopy(reference)}
         self.encoders["theta"].requires_grad_(options.train_action_encoder)
         for name, learns in (("theta", True), ("old", False)):
-            for _, parameter in self._lora(name):
+            for parameter in self._lora(name):
                 parameter.requires_grad_(learns)
         self.copy_theta(0.0)
         self.activate("theta")
@@ -81,12 +81,12 @@ class PolicySwitch:
         finally:
             self.activate("theta")
 
-    def _lora(self, policy: str) -> list[tuple[str, nn.Parameter]]:
-        return [(n, p) for n, p in self.model.unet.named_parameters() if "lora_" in n and f".{policy}." in n]
+    def _lora(self, policy: str) -> list[nn.Parameter]:
+        return [p for n, p in self.model.unet.named_parameters() if "lora_" in n and f".{policy}." in n]
 
     def parameters(self, policy: str = "theta") -> list[nn.Parameter]:
         """A policy's own parameters, in a fixed order: LoRA, then action encoder."""
-        return [p for _, p in self._lora(policy)] + list(self.encoders[policy].parameters())
+        return self._lora(policy) + list(self.encoders[policy].parameters())
 
     def trainable(self) -> list[nn.Parameter]:
         """theta's parameters that learn."""

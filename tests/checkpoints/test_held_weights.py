@@ -15,8 +15,7 @@ from torch import nn
 
 from persistworld_cli.checkpoints.loading import load_for_sampling, load_world_model, open_passthrough
 from persistworld_cli.config.settings import SamplingSettings
-from persistworld_cli.cost.interaction import meta_model, weight_bytes
-from persistworld_cli.cost.report import interaction_report
+from persistworld_cli.cost.interaction import interaction_report, meta_model, weight_bytes
 from persistworld_cli.cost.training import pretrain_report
 from persistworld_cli.data.clips.store import ActionStat
 from persistworld_cli.errors import PersistWorldError

@@ -23,11 +23,12 @@ from persistworld_cli.cost.interaction import (
     META,
     InteractionCost,
     count_interaction,
+    interaction_report,
     meta_model,
     part_sizes,
     sampler_calls,
 )
-from persistworld_cli.cost.report import CostReport, MemoryRow, WorkRow, interaction_report
+from persistworld_cli.cost.report import CostReport, MemoryRow, WorkRow
 from persistworld_cli.cost.tables import BYTES, FLOPS, SECONDS, amount
 from persistworld_cli.cost.training import mean_prefix, post_train_report, pretrain_report
 from persistworld_cli.errors import PersistWorldError, UsageError

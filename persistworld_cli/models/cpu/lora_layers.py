@@ -190,9 +190,9 @@ class _MergedConv(torch.autograd.Function):
         taps = down.detach().flatten(3)
         padding = (1, taps.shape[3] // 2)
         low = convolve.block_conv(x, taps) if convolve.fits(x, taps) else functional.conv2d(x, taps, padding=padding)
-        rows = _rows(grad)
-        of_low = ctx.scale * _product(rows, up.detach().flatten(1).t().contiguous())
-        of_down = _weight_gradient(of_low.view(*grad.movedim(1, -1).shape[:-1], -1), x, taps)
+        rows, last = _rows(grad), grad.movedim(1, -1).shape[:-1]
+        of_low = ctx.scale * _product(rows, up.detach().flatten(1).t().contiguous()).view(*last, -1)
+        of_down = native_outer.conv_weight_gradient(of_low, x.movedim(1, -1), (taps.shape[2], taps.shape[3]))
         of_up = ctx.scale * _outer(_rows(low), rows).t()
         return grad_x, None, None, of_down.view_as(down), of_up.reshape(up.shape), None
 
@@ -226,18 +226,6 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
 def _outer(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """t' x."""
     return native_outer.outer(t, x) if native_outer.fits(t, x) else t.t() @ x
-
-
-def _weight_gradient(grad: torch.Tensor, x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
-    """Of a convolution of x (N, C, H, W) by `taps` (r, C, 3, k), whose result's gradient is (N, H, W, r)."""
-    given, size = x.movedim(1, -1), (taps.shape[2], taps.shape[3])
-    if native_outer.fits(grad, given):
-        return native_outer.conv_weight_gradient(grad, given, size)
-    padding = (size[0] // 2, size[1] // 2)
-    by_torch: torch.Tensor = torch.ops.aten.convolution_backward(
-        grad.movedim(-1, 1), x, taps, None, (1, 1), padding, (1, 1), False, (0, 0), 1, (False, True, False)
-    )[1]
-    return by_torch
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

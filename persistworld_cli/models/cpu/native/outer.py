@@ -14,7 +14,7 @@ import torch
 from persistworld_cli.models.cpu.native.build import available
 from persistworld_cli.models.cpu.native.calls import LANES, native, pointer
 
-FEWEST = 512  # pixels for which the call is not what takes the time
+FEWEST = 256  # pixels for which the call is not what takes the time
 
 
 class _Call(ctypes.Structure):
