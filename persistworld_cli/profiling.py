@@ -10,7 +10,6 @@ from __future__ import annotations
 import cProfile
 import os
 import pstats
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -85,9 +84,10 @@ class _Profile:
             return
         if self.trace is None and stage in _BEGIN:
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it logs its own start and stop
+            from torch.cuda import is_initialized
             from torch.profiler import ProfilerActivity, profile
 
-            kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if _on_gpu() else [])]
+            kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_initialized() else [])]
             self.trace = profile(activities=kinds)
             self.trace.__enter__()
             self._begun = time.perf_counter()
@@ -173,11 +173,8 @@ def _table(stages: Mapping[str, Stage], operations: list[dict[str, Any]], traced
     return "\n".join([*lines, "", "Open the trace in chrome://tracing or ui.perfetto.dev.", ""])
 
 
-def _on_gpu() -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.cuda.is_available() and torch.cuda.is_initialized())
-
-
 def _wait_for_gpu() -> None:
-    if _on_gpu():
-        sys.modules["torch"].cuda.synchronize()
+    from torch import cuda
+
+    if cuda.is_initialized():
+        cuda.synchronize()

@@ -80,18 +80,13 @@ def _image_noise(vae: AutoencoderKLTemporalDecoder, frames_u8: torch.Tensor) -> 
     return torch.stack([torch.randn(size, generator=generator(*seed)) for seed in seeds])
 
 
-def decode(vae: AutoencoderKLTemporalDecoder, latents: torch.Tensor, chunk: int) -> torch.Tensor:
+def decode(vae: AutoencoderKLTemporalDecoder, latents: torch.Tensor, chunk: int, together: int = 1) -> torch.Tensor:
     """Scaled latents (M, C, h1, w) to images (M, 3, H, W), not clamped, in [-1, 1].
 
-    Runs of `chunk` rows go through the decoder as one clip each, as in Ctrl-World. Rows are ordered camera by camera:
-    where the chunk does not divide a camera's frames, neighbouring cameras mix.
+    Runs of `chunk` rows go through the decoder as one clip each, as in Ctrl-World, `together` of them at once (1 unless
+    M is a multiple of chunk). Rows are ordered camera by camera: where the chunk does not divide a camera's frames,
+    neighbouring cameras mix.
     """
     latents = (latents / vae.config.scaling_factor).to(vae.dtype)
-    runs = [vae.decode(run, num_frames=run.shape[0]).sample for run in latents.split(chunk)]
-    return torch.cat(runs)
-
-
-def decode_clips(vae: AutoencoderKLTemporalDecoder, latents: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Like `decode` with M a multiple of chunk, all runs in one batch: the same numbers, one call."""
-    latents = (latents / vae.config.scaling_factor).to(vae.dtype)
-    return vae.decode(latents, num_frames=chunk).sample
+    parts = latents.split(chunk * together)
+    return torch.cat([vae.decode(part, num_frames=min(chunk, len(part))).sample for part in parts])

@@ -29,7 +29,7 @@ from persistworld_cli.models.precision import small_products
 from persistworld_cli.models.text import load_tokenizer, tokenize
 from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.unet import FrameLevelUNet
-from persistworld_cli.models.vae import build_vae, decode, decode_clips, encode_images, unstack_cameras
+from persistworld_cli.models.vae import build_vae, decode, encode_images, unstack_cameras
 from persistworld_cli.stages import stage
 
 # Images that go through the decoder at once, or as many small ones as have so many pixels together (on two cores 120
@@ -164,11 +164,10 @@ class WorldModel(nn.Module):
         flat = split.transpose(1, 2).flatten(0, 2)  # (B * V * N, C, h1, w): item, camera, frame
         chunk = chunk or n
         if (v * n) % chunk == 0:
-            per_call = max(1, self.decode_rows // chunk) * chunk
-            parts = [decode_clips(self.vae, part, chunk) for part in flat.split(per_call)]
+            images = decode(self.vae, flat, chunk, max(1, self.decode_rows // chunk))
         else:
-            parts = [decode(self.vae, item, chunk) for item in flat.split(v * n)]
-        images = torch.cat(parts).float().unflatten(0, (b, v, n)).transpose(1, 2)
+            images = torch.cat([decode(self.vae, item, chunk) for item in flat.split(v * n)])
+        images = images.float().unflatten(0, (b, v, n)).transpose(1, 2)
         images = (images / 2 + 0.5).clamp(0, 1)
         return images if latents.ndim == 5 else images[0]
 
