@@ -35,37 +35,28 @@ def load_result(path: str) -> dict[str, Any]:
     return result
 
 
-def compare_results(first: Mapping[str, Any], second: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The judged model of one result against that of another, rollout by rollout.
+def compare_files(first: str, second: str) -> tuple[dict[str, Any], Table]:
+    """Two finished results, by their paths (the first is the baseline): `compare_results`, and its table.
 
-    Args:
-        first, second: what `load_result` gives; the first is the baseline.
-        where: both, for messages.
+    Raises:
+        PersistWorldError: as `load_result`; the protocols differ; or a result is damaged.
+    """
+    where = f"{first} and {second}"
+    results = load_result(first), load_result(second)
+    with reading("cannot compare the results", where, "give the eval.json of two finished evaluations"):
+        against = compare_results(*results, where)
+        return against, eval_table(against)
+
+
+def compare_results(first: Mapping[str, Any], second: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The judged model of one result against that of another, rollout by rollout; the first is the baseline.
 
     Returns:
         A result that `reports.tables.eval_table` shows.
 
     Raises:
-        PersistWorldError: the protocols differ, or a result is damaged.
+        PersistWorldError: the protocols differ; ``where`` names the results.
     """
-    with reading("cannot compare the results", where, "give the eval.json of two finished evaluations"):
-        return _compared(first, second, where)
-
-
-def compare_files(first: str, second: str) -> tuple[dict[str, Any], Table]:
-    """Two finished results, by their paths, against each other: what `compare_results` gives, and its table.
-
-    Raises:
-        PersistWorldError: as `load_result` and `compare_results`.
-    """
-    where = f"{first} and {second}"
-    against = compare_results(load_result(first), load_result(second), where)
-    with reading("cannot compare the results", where, "give the eval.json of two finished evaluations"):
-        return against, eval_table(against)
-
-
-def _compared(first: Mapping[str, Any], second: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`compare_results`, which names the files of whatever is raised here."""
     require_same(first["protocol"], second["protocol"], where)
     models = [first["models"][-1], second["models"][-1]]
     labels = _labels([model["label"] for model in models])

@@ -41,7 +41,7 @@ from persistworld_cli.models.world_model import WorldModel, build_world_model
 from persistworld_cli.reports.tables import benchmark_name
 from persistworld_cli.rollout.closed_loop import ClosedLoop, batches
 from persistworld_cli.rollout.engine import RolloutEngine
-from persistworld_cli.rollout.recording import Item, check_item, require_same_shape, row_ids
+from persistworld_cli.rollout.recording import Item, check_item, row_ids
 from persistworld_cli.rollout.scoring import SHOWN, ScoringOptions
 
 
@@ -309,6 +309,5 @@ def require_weights(settings: Settings, store: EpisodeStore, items: Sequence[Ite
     for overlay in dict.fromkeys(ref.adapter for ref in refs if ref.adapter):
         require_adapter(overlay, settings.model)
     for episode in dict.fromkeys(item.episode for item in items):
-        split = settings.eval.split
-        got, views = store.latent_shape(split, episode), store.num_cameras(split, episode)
-        require_same_shape(episode, views, got, len(settings.world.cameras), model.latent_shape)
+        poses = store.annotation(settings.eval.split, episode).states
+        model.check_data(store.latent_shape(settings.eval.split, episode), poses.shape[1])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from persistworld_cli.evaluation.action_following import following_result
 from persistworld_cli.evaluation.fvd import FeatureNet, fvd_result
@@ -24,13 +25,7 @@ _CURVES = ("rho_by_step", "variance", "error", "points")  # of a trust row: in t
 
 
 def write_report(data: EvalData, output: Path, video_net: FeatureNet | None = None) -> dict[str, Any]:
-    """Write every file of the report; returns `summary`.
-
-    Args:
-        data: finished rollouts.
-        output: folder.
-        video_net: the network of the Fréchet video distance, if one was given.
-    """
+    """Write every file of the report; a Fréchet video distance only with a network for it. Returns `summary`."""
     extra = {"following": following_result(data), "trust": trust_result(data)}
     result = build_result(data, extra | {"fvd": fvd_result(data, video_net)})
     write_csv(output / "rollouts.csv", rollout_rows(data))
@@ -85,15 +80,11 @@ def summary(result: Mapping[str, Any], output: Path, sheets: Sequence[Path], vid
     }
 
 
-def write_comparison(against: Mapping[str, Any], output: Path) -> dict[str, Any]:
-    """``compare.json`` and its table, of this run against another result (`comparing.compare_results`).
-
-    Returns:
-        What the summary says of it.
-    """
+def write_comparison(against: Mapping[str, Any], table: Table, output: Path) -> dict[str, Any]:
+    """Write ``compare.json`` and its table (`comparing.compare_files`); returns its part of the summary."""
     write_json(output / "compare.json", against)
     text = output / "table.txt"
-    write_text(text, text.read_text(encoding="utf-8") + "\n" + plain(eval_table(against)))
+    write_text(text, text.read_text(encoding="utf-8") + "\n" + plain(table))
     return {"compared": against["paired"], "compare_json": str(output / "compare.json")}
 
 

@@ -18,7 +18,7 @@ from persistworld_cli.checkpoints.references import ModelRef
 from persistworld_cli.config.requests import EvalRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.evaluation.action_following import commands_of
-from persistworld_cli.evaluation.comparing import compare_results, load_result
+from persistworld_cli.evaluation.comparing import compare_files
 from persistworld_cli.evaluation.plan import EvalPlan, Weights, make_plan
 from persistworld_cli.evaluation.protocol import provenance
 from persistworld_cli.evaluation.report import write_comparison, write_report
@@ -54,9 +54,7 @@ def run(settings: Settings, request: EvalRequest) -> dict[str, Any]:
         return {}
     summary = write_report(data, output, plan.video_net)
     if other:
-        own = str(output / "eval.json")
-        against = compare_results(load_result(other), load_result(own), f"{other} and {own}")
-        summary |= write_comparison(against, output)
+        summary |= write_comparison(*compare_files(other, str(output / "eval.json")), output)
     if study and request.study:
         summary["study"] = write_study(study, request.study, settings, data.items, data.labels, data.draw)
     return summary

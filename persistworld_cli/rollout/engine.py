@@ -23,7 +23,7 @@ from persistworld_cli.models.precision import small_products
 from persistworld_cli.models.samplers import find_sampler
 from persistworld_cli.models.world_model import Condition, WorldModel
 from persistworld_cli.rollout.history import Memory
-from persistworld_cli.rollout.recording import NoiseKey, Start, require_same_shape
+from persistworld_cli.rollout.recording import NoiseKey, Start
 from persistworld_cli.seeding import generator
 from persistworld_cli.stages import stage
 
@@ -210,7 +210,7 @@ def first_latent(model: WorldModel, store: EpisodeStore, start: Start, encode_mi
     """(C, h, w): the stored latent of a start's frame; ``encode_missing``: from the videos where none was extracted.
 
     Raises:
-        PersistWorldError: latents missing, or cameras or size not the model's.
+        PersistWorldError: latents missing, or data of another preset.
     """
     split, episode, frame = start.split, start.item.episode, [start.item.start]
     try:
@@ -222,6 +222,5 @@ def first_latent(model: WorldModel, store: EpisodeStore, start: Start, encode_mi
         latent = model.encode_frames(torch.from_numpy(images)[None])[0].cpu()
     else:
         latent = store.latents(split, episode, frame)[0]
-    cameras = len(model.world.cameras)
-    require_same_shape(episode, store.num_cameras(split, episode), tuple(latent.shape), cameras, model.latent_shape)
+    model.check_data(tuple(latent.shape), len(start.pose))
     return latent

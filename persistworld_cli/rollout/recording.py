@@ -141,23 +141,6 @@ def check_item(store: EpisodeStore, split: str, item: Item) -> Annotation:
     return annotation
 
 
-def require_same_shape(
-    episode: str, views: int, latents: tuple[int, ...], cameras: int, wanted: tuple[int, ...]
-) -> None:
-    """Refuse a recording whose cameras or latents (C, h, w) are not the model's.
-
-    Raises:
-        PersistWorldError: saying which numbers differ.
-    """
-    if latents != wanted or views != cameras:
-        raise PersistWorldError(
-            f"episode '{episode}' has {views} cameras and latents {latents}, "
-            f"the model wants {cameras} cameras and {wanted}",
-            where="the dataset and the preset",
-            fix="extract the dataset with this preset, or use the preset it was extracted with",
-        )
-
-
 def load_recording(store: EpisodeStore, split: str, item: Item, steps: int, num_frames: int) -> Recording:
     """Read the recorded frames and poses of one rollout of S ``steps`` with L ``num_frames`` each.
 
