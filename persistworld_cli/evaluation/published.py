@@ -24,6 +24,7 @@ import tomli
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.errors import PersistWorldError, UsageError, nearest
 from persistworld_cli.files import write_text
+from persistworld_cli.read_files import reading
 
 METRICS = ("ssim", "psnr", "lpips")
 GROUPS = ("exterior", "wrist")
@@ -70,31 +71,32 @@ def load_published(name: str) -> Published:
             fix="--published FILE.toml, or write one from weights that you trust: --write-published FILE.toml",
         )
     path = resolve_path(name)
-    try:
+    with reading("cannot read the figures", path, "give a TOML file of figures", UsageError):
         data = tomli.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read the figures: {error}", where=str(path), fix="give a TOML file") from error
-    for key in data:
-        if key not in _KEYS:
-            raise UsageError(f"unknown key '{key}'", where=str(path), fix=nearest(key, _KEYS))
-    figures = _groups({group: data[group] for group in GROUPS if group in data}, path, "")
-    if not figures:
-        raise UsageError("neither [exterior] nor [wrist]", where=str(path), fix="state the figures of a camera group")
-    tables = {name: _groups(data.get(name, {}), path, name) for name in _TABLES}
-    for name in ("tolerance", "widest"):
-        for group, own in figures.items():
-            if lacking := [metric for metric in own if metric not in tables[name].get(group, {})]:
-                raise UsageError(f"[{name}.{group}] does not say {', '.join(lacking)}", where=str(path))
-    own_keys: dict[str, Any] = {key: str(data[key]) for key in ("stat", "dtype", "protocol") if key in data}
-    return Published(
-        path=path,
-        description=str(data.get("description", path.stem)),
-        figures=figures,
-        lpips=str(data.get("lpips_backbone", TRAINED)),
-        **own_keys | tables,
-        items=tuple((str(episode), int(start), int(seed)) for episode, start, seed in data.get("items", ())),
-        rollouts=data.get("rollouts", {}),
-    )
+        for key in data:
+            if key not in _KEYS:
+                raise UsageError(f"unknown key '{key}'", where=str(path), fix=nearest(key, _KEYS))
+        figures = _groups({group: data[group] for group in GROUPS if group in data}, path, "")
+        if not figures:
+            raise UsageError("neither [exterior] nor [wrist]", where=str(path), fix="state the figures of cameras")
+        tables = {name: _groups(data.get(name, {}), path, name) for name in _TABLES}
+        items = tuple((str(episode), int(start), int(seed)) for episode, start, seed in data.get("items", ()))
+        rollouts = data.get("rollouts", {})
+        needed = {"tolerance": tables["tolerance"], "widest": tables["widest"]}
+        for table, given in (needed | ({"same": tables["same"], "rollouts": rollouts} if items else {})).items():
+            for group, own in figures.items():
+                if lacking := [metric for metric in own if metric not in given.get(group, {})]:
+                    raise UsageError(f"[{table}.{group}] does not say {', '.join(lacking)}", where=str(path))
+        own_keys: dict[str, Any] = {key: str(data[key]) for key in ("stat", "dtype", "protocol") if key in data}
+        return Published(
+            path=path,
+            description=str(data.get("description", path.stem)),
+            figures=figures,
+            lpips=str(data.get("lpips_backbone", TRAINED)),
+            items=items,
+            rollouts=rollouts,
+            **own_keys | tables,
+        )
 
 
 def has_gain(name: str) -> bool:
@@ -132,15 +134,10 @@ def write_published(
     lpips: str,
     stat: Path,
 ) -> None:
-    """Write what was measured as a file of figures, whole or not at all.
-
-    Raises:
-        PersistWorldError: it cannot be written.
-    """
-    lines = [f"{key} = {json.dumps(value)}" for key, value in (("description", description), ("dtype", dtype))]
-    lines.append(f"lpips_backbone = {json.dumps(lpips)}")
-    lines += [f"stat = {json.dumps(str(stat))}", f"protocol = {json.dumps(protocol)}"]
-    lines.append(f"items = {json.dumps([list(item) for item in items])}")
+    """Write what was measured as a file of figures, whole or not at all. Raises CannotWrite."""
+    texts = {"description": description, "dtype": dtype, "lpips_backbone": lpips, "stat": str(stat)}
+    top = texts | {"protocol": protocol, "items": [list(item) for item in items]}
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in top.items()]
     tables: dict[str, Mapping[str, Any]] = dict(figures)
     for name, values in (("tolerance", _TOLERANCE), ("widest", _WIDEST), ("same", _SAME)):
         tables |= {f"{name}.{group}": {metric: values[metric] for metric in own} for group, own in figures.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ _MARK = "# Written by persistworld frontier"
 
 
 def require_writable(path: Path) -> None:
-    """Refuse a path that cannot be a preset, or is a file that somebody else wrote. Raises UsageError."""
+    """Refuse a path that is no TOML file, or exists and was not written here. Raises UsageError."""
     if path.suffix != ".toml":
         raise UsageError(f"'{path.name}' is no TOML file", where="--write-preset", fix="write --write-preset fast.toml")
     if path.is_dir() or (path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(_MARK)):
@@ -24,13 +25,13 @@ def require_writable(path: Path) -> None:
 
 
 def write_preset(path: Path, extends: str, sampling: SamplingSettings, result: Mapping[str, Any]) -> Path:
-    """Write the preset: everything of ``sampling`` that the extended preset has otherwise, and where it comes from.
+    """Write the sampling settings that differ from those of the preset that it ``extends``, and where they come from.
 
     Args:
         path: the file.
         extends: name or path of the preset that the measurement was made with.
         sampling: the chosen one.
-        result: `judge.build_frontier`'s, for the comment.
+        result: `build_frontier`'s, for the comment.
     """
     parent = load_settings(extends, env={}).settings
     before, after = (to_json(Settings(sampling=one))["sampling"] for one in (parent.sampling, sampling))
@@ -46,18 +47,11 @@ def write_preset(path: Path, extends: str, sampling: SamplingSettings, result: M
         f"its worst figure is at most {chosen['worst_loss_high']:+.2f}% off (above 0: worse).",
         f"# Weights: {result['model']['ckpt']} {result['model']['adapter']}".rstrip(),
         "# persistworld eval: a benchmark pins its own sampler, so add --benchmark none there.",
-        f"extends = {_toml(extends)}",
+        f"extends = {json.dumps(extends, ensure_ascii=False)}",
         "",
         "[sampling]",
-        *(f"{key} = {_toml(value)}" for key, value in values.items()),
+        *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()),
     ]
     write_text(path, "\n".join(lines) + "\n")
     load_settings(str(path), env={})  # what is written is what loads
     return path
-
-
-def _toml(value: Any) -> str:
-    """A sampling setting's value as TOML."""
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return "[" + ", ".join(map(_toml, value)) + "]" if isinstance(value, list) else repr(value)

@@ -63,10 +63,6 @@ class ScoringOptions:
             pred = to_unit(to_uint8(pred, self.levels))
         return self.cut(pred)
 
-    def names(self, scorer: Scorer) -> list[str]:
-        """Every metric that `score_frames` gives."""
-        return [*scorer.names, MOVING, *(f"{kind}@{masks.name}" for masks in self.masks for kind in ("psnr", "ssim"))]
-
     def describe(self) -> dict[str, Any]:
         """Exact parameters of the masked metrics, for result files."""
         moving = {"label": MOVING_LABEL, "threshold": self.motion, "blur": BLUR}
