@@ -58,14 +58,14 @@ def following_result(data: EvalData) -> dict[str, Any]:
     """Margins of every model, wrong action, camera group and metric, with intervals over episodes.
 
     Returns:
-        ``{"steps", "kinds", "metric", "words", "rows": [{model, actions, cameras, metric, ...}]}``; ``kinds`` is empty
-        where nothing was rolled out, and ``words`` gives the reason.
+        ``{"steps", "kinds", "metric", "note", "rows": [{model, actions, cameras, metric, ...}]}``; ``kinds`` is empty
+        where nothing was rolled out, and ``note`` gives the reason.
     """
     asked = data.settings.eval.following
     kinds = list(next(iter(data.wrong.values()), {}))
     if not kinds:
-        words = "actions cannot be swapped with a single episode" if asked else "not requested (eval.following)"
-        return {"steps": 0, "kinds": [], "metric": "", "words": words, "rows": []}
+        note = "actions cannot be swapped with a single episode" if asked else "not requested (eval.following)"
+        return {"steps": 0, "kinds": [], "metric": "", "note": note, "rows": []}
     steps = min(data.settings.eval.steps, data.settings.eval.following_steps)
     frames = slice(0, steps * (data.settings.model.num_frames - 1))
     rows = []
@@ -83,7 +83,7 @@ def following_result(data: EvalData) -> dict[str, Any]:
                         {"model": model, "actions": kind, "cameras": group, "metric": info.label, **_margin(pair)}
                     )
     headline = data.metrics[HEADLINE].label
-    return {"steps": steps, "kinds": kinds, "metric": headline, "words": _words(asked, kinds), "rows": rows}
+    return {"steps": steps, "kinds": kinds, "metric": headline, "note": _note(asked, kinds), "rows": rows}
 
 
 def _margin(pair: Any) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _margin(pair: Any) -> dict[str, Any]:
         "margin": pair.change,
         "low": pair.change_low,
         "high": pair.change_high,
-        "won": pair.wins,
+        "wins": pair.wins,
         "rollouts": pair.rollouts,
         "episodes": pair.episodes,
         "sign_p": pair.sign_p,
@@ -102,6 +102,6 @@ def _margin(pair: Any) -> dict[str, Any]:
     }
 
 
-def _words(asked: Sequence[str], kinds: Sequence[str]) -> str:
+def _note(asked: Sequence[str], kinds: Sequence[str]) -> str:
     left = [kind for kind in asked if kind not in kinds]
     return f"{', '.join(left)}: needs a second episode" if left else ""

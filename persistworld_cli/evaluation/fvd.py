@@ -115,11 +115,11 @@ def fvd_result(data: EvalData, net: FeatureNet | None) -> dict[str, Any]:
     """The distance of every model's rollouts, and of the first frame repeated, from the recordings.
 
     Returns:
-        ``{"label", "rows": [{model, cameras, value, clips}], "words"}``; no rows, and why in ``words``, without a
+        ``{"label", "rows": [{model, cameras, value, clips}], "note"}``; no rows, and why in ``note``, without a
         network.
     """
     if net is None:
-        return {"label": "", "rows": [], "words": "needs a feature network: --fvd PATH"}
+        return {"label": "", "rows": [], "note": "needs a feature network: --fvd PATH"}
     recorded = ""
     found: dict[tuple[str, str], list[NDArray[np.float64]]] = {}
     with Meter("eval: fvd", len(data.items)) as meter:
@@ -137,9 +137,9 @@ def fvd_result(data: EvalData, net: FeatureNet | None) -> dict[str, Any]:
         for group in data.groups:
             known, made = (np.concatenate(found.get((name, group), [np.zeros((0, 1))])) for name in (recorded, row))
             rows.append({"model": row, "cameras": group, "value": frechet(known, made), "clips": len(made)})
-    clips, words = min(row["clips"] for row in rows), ""
+    clips, note = min(row["clips"] for row in rows), ""
     if clips < 2:
-        words = f"needs two clips of {CLIP} recorded frames: longer or more rollouts"
+        note = f"needs two clips of {CLIP} recorded frames: longer or more rollouts"
     elif clips < FEW:
-        words = f"{clips} clips of {CLIP} frames are few: biased upwards, comparable only at this number"
-    return {"label": net.label, "rows": rows, "words": words}
+        note = f"{clips} clips of {CLIP} frames are few: biased upwards, comparable only at this number"
+    return {"label": net.label, "rows": rows, "note": note}

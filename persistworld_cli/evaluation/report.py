@@ -13,20 +13,25 @@ from rich.table import Table
 from persistworld_cli.evaluation.action_following import following_result
 from persistworld_cli.evaluation.fvd import FeatureNet, fvd_result
 from persistworld_cli.evaluation.results import EvalData, build_result
-from persistworld_cli.evaluation.uncertainty import trust_result
+from persistworld_cli.evaluation.uncertainty import uncertainty_result
 from persistworld_cli.files import jsonable, write_json, write_text
-from persistworld_cli.reports.curves import change_plot, horizon_curves, trust_plot
+from persistworld_cli.reports.curves import change_plot, horizon_curves, uncertainty_plot
 from persistworld_cli.reports.page import write_page
 from persistworld_cli.reports.tables import diagnostics_table, eval_table, plain, reward_words, write_csv
 from persistworld_cli.reports.videos import write_rollout_sheet, write_rollout_video
 from persistworld_cli.statistics.paired import mean
 
-_CURVES = ("rho_by_step", "variance", "error", "points")  # of a trust row: in the file, too long for a terminal
+_CURVES = (
+    "rho_by_step",
+    "variance",
+    "error",
+    "points",
+)  # in the file, too long for a terminal
 
 
 def write_report(data: EvalData, output: Path, video_net: FeatureNet | None = None) -> dict[str, Any]:
     """Write every file of the report; a Fréchet video distance only with a network for it. Returns `summary`."""
-    extra = {"following": following_result(data), "trust": trust_result(data)}
+    extra = {"action_following": following_result(data), "uncertainty": uncertainty_result(data)}
     result = build_result(data, extra | {"fvd": fvd_result(data, video_net)})
     write_csv(output / "rollouts.csv", rollout_rows(data))
     write_csv(output / "steps.csv", step_rows(data))
@@ -35,9 +40,9 @@ def write_report(data: EvalData, output: Path, video_net: FeatureNet | None = No
     if len(data.labels) > 1:
         images.append(output / "changes.png")
         change_plot(images[1], result)
-    if result["trust"]["rows"]:
-        images.append(output / "trust.png")
-        trust_plot(images[-1], result)
+    if result["uncertainty"]["rows"]:
+        images.append(output / "uncertainty.png")
+        uncertainty_plot(images[-1], result)
     sheets, videos = draw_picks(data, output)
     tables = [plain(eval_table(result)), plain(diagnostics_table(result))]
     write_text(output / "table.txt", "\n".join(tables))
@@ -48,33 +53,36 @@ def write_report(data: EvalData, output: Path, video_net: FeatureNet | None = No
 
 
 def summary(result: Mapping[str, Any], output: Path, sheets: Sequence[Path], videos: Sequence[Path]) -> dict[str, Any]:
-    """What the command prints: the table, the comparison, and where things lie."""
-    keys = ("cameras", "metric", "base", "new", "change", "change_low", "change_high")
+    """What the command prints: the table, the comparison, and the paths of the files."""
+    keys = (
+        "cameras",
+        "metric",
+        "base",
+        "new",
+        "change",
+        "change_low",
+        "change_high",
+        "win_rate",
+        "win_low",
+        "win_high",
+    )
     paired = [
         {key: row[key] for key in keys}
-        | {"win_rate": row["win_rate"], "win_low": row["win_low"], "win_high": row["win_high"], "n": row["rollouts"]}
-        | {"p": row["wilcoxon_p_episodes"], "verdict": row["verdict"]}
+        | {"n": row["rollouts"], "p": row["wilcoxon_p_episodes"], "verdict": row["verdict"]}
         for row in result["paired"]
     ]
+    rows = [{key: value for key, value in row.items() if key not in _CURVES} for row in result["uncertainty"]["rows"]]
+    files = {"report": "report.html", "text": "table.txt", "json": "eval.json", "curves": "curves.png"}
     return {
         "output": str(output),
-        "rollouts": result["n"]["rollouts"],
-        "episodes": result["n"]["episodes"],
-        "steps": result["n"]["steps"],
+        **{key: result["n"][key] for key in ("rollouts", "episodes", "steps")},
         "table": result["table"],
-        **({"paired": paired} if paired else {}),
-        **({"reward": reward_words(result)} if paired else {}),
-        "drift_per_s": result["drift_per_s"],
-        "following": result["following"],
-        "trust": {**result["trust"], "rows": [_without(row, _CURVES) for row in result["trust"]["rows"]]},
-        "fvd": result["fvd"],
-        "benchmark": result["benchmark"],
+        **({"paired": paired, "reward": reward_words(result)} if paired else {}),
+        **{key: result[key] for key in ("drift_per_s", "action_following", "fvd", "benchmark")},
+        "uncertainty": {**result["uncertainty"], "rows": rows},
         "protocol": result["protocol"]["hash"],
-        "report": str(output / "report.html"),
-        "text": str(output / "table.txt"),
-        "json": str(output / "eval.json"),
+        **{name: str(output / file) for name, file in files.items()},
         "csv": [str(output / "rollouts.csv"), str(output / "steps.csv")],
-        "curves": str(output / "curves.png"),
         "sheets": [str(sheet) for sheet in sheets],
         "videos": [str(video) for video in videos],
     }
@@ -86,10 +94,6 @@ def write_comparison(against: Mapping[str, Any], table: Table, output: Path) -> 
     text = output / "table.txt"
     write_text(text, text.read_text(encoding="utf-8") + "\n" + plain(table))
     return {"compared": against["paired"], "compare_json": str(output / "compare.json")}
-
-
-def _without(row: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in keys}
 
 
 def rollout_rows(data: EvalData) -> list[dict[str, Any]]:

@@ -47,16 +47,16 @@ def step_errors(data: EvalData, model: str, rows: list[int]) -> FloatArray:
     return mean(mean(by_step, 2), 0)
 
 
-def trust_result(data: EvalData) -> dict[str, Any]:
+def uncertainty_result(data: EvalData) -> dict[str, Any]:
     """Variance, error and their rank correlation for every model and camera group.
 
     Returns:
-        ``{"seeds", "pairs", "words", "rows": [{model, cameras, rho, low, high, within_step, ...}]}``; no rows, and why
-        in ``words``, with one seed.
+        ``{"seeds", "pairs", "note", "rows": [{model, cameras, rho, low, high, within_step, ...}]}``; no rows, and why
+        in ``note``, with one seed.
     """
     groups = seed_groups(data)
     if not groups:
-        return {"seeds": 1, "pairs": 0, "words": NEEDED, "rows": []}
+        return {"seeds": 1, "pairs": 0, "note": NEEDED, "rows": []}
     cameras = len(data.settings.world.cameras)
     episodes = [episode for episode, _ in groups]
     rows = []
@@ -70,8 +70,8 @@ def trust_result(data: EvalData) -> dict[str, Any]:
             a, b = (mean(np.stack(part)[..., list(own)], -1) for part in (spread, error))  # (G, S) each
             rows.append({"model": model, "cameras": group, **_correlate(a, b, episodes, data.settings.eval.bootstrap)})
     enough = len(set(episodes)) >= FEWEST
-    words = "" if enough else f"too few to tell: {len(set(episodes))} episodes, use at least {FEWEST}"
-    return {"seeds": min(len(m) for m in groups.values()), "pairs": len(groups), "words": words, "rows": rows}
+    note = "" if enough else f"too few to tell: {len(set(episodes))} episodes, use at least {FEWEST}"
+    return {"seeds": min(len(m) for m in groups.values()), "pairs": len(groups), "note": note, "rows": rows}
 
 
 def _correlate(spread: FloatArray, error: FloatArray, episodes: list[str], samples: int) -> dict[str, Any]:

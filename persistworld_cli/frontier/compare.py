@@ -90,8 +90,8 @@ def build_frontier(
                 deciding += losses[-1:] if name in SHOWN else []
         verdicts = {loss["within"] for loss in deciding}
         return described(trial) | {
-            "fewer": reference.setting.calls / trial.setting.calls,
-            "less_work": reference.flops / trial.flops,
+            "calls_ratio": reference.setting.calls / trial.setting.calls,
+            "flops_ratio": reference.flops / trial.flops,
             "within": next((word for word in (FEW, NO, OPEN) if word in verdicts), YES),
             "worst_loss_high": max(loss["loss_high"] for loss in deciding),
             "losses": losses,
@@ -115,7 +115,7 @@ def build_frontier(
             "reference": described(reference) | {"figures": figures},
             "settings": rows,
             "chosen": chosen["name"] if chosen else None,
-            "words": _words(reference.setting, chosen, n["episodes"], percent, other_weights),
+            "conclusion": _conclusion(reference.setting, chosen, n["episodes"], percent, other_weights),
         }
     )
     return result
@@ -135,7 +135,7 @@ def _verdict(low: float, high: float, percent: float, episodes: int) -> str:
     return NO if low > percent else OPEN
 
 
-def _words(
+def _conclusion(
     reference: Setting, chosen: Mapping[str, Any] | None, episodes: int, percent: float, other_weights: bool
 ) -> str:
     """The outcome in a sentence or two."""
@@ -145,7 +145,7 @@ def _words(
         return f"no setting with fewer network calls is shown to be within {percent:g}% of {reference.name}"
     text = (
         f"{chosen['name']}: {chosen['calls']} network calls per clip instead of {reference.calls} "
-        f"({chosen['fewer']:.3g}x fewer), within {percent:g}% of {reference.name} in every figure"
+        f"({chosen['calls_ratio']:.3g}x fewer), within {percent:g}% of {reference.name} in every figure"
     )
     if chosen["worst_loss_high"] < 0:
         text += ", and better in every one" + ("" if other_weights else ": more calls do not make this model better")

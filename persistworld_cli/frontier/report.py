@@ -67,7 +67,7 @@ def _caption(result: Mapping[str, Any]) -> str:
         f"within: yes, if the worse end of each interval of {decisive}",
         f"is at most {result['percent']:g}% worse; no, if the better end of one is worse than that; open: too few",
         "episodes to decide. *: fewest calls that qualify.",
-        f"{result['words']}.",
+        f"{result['conclusion']}.",
     ]
     if "untrained" in decisive:
         lines.append(UNTRAINED_NOTE)

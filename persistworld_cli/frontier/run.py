@@ -76,12 +76,12 @@ def run(settings: Settings, request: FrontierRequest) -> dict[str, Any]:
     table = output / "table.txt"
     write_text(table, plain(frontier_table(result)))
     write_json(output / "frontier.json", result)
-    keys = ("name", "calls", "fewer", "within", "seconds_per_interaction", "worst_loss_high")
+    keys = ("name", "calls", "calls_ratio", "within", "seconds_per_interaction", "worst_loss_high")
     rows = [{key: row[key] for key in keys} for row in result["settings"]]
     summary = {"text": table, "json": output / "frontier.json", "plot": image, "chosen": result["chosen"]}
-    summary |= {"words": result["words"], "settings": rows}
+    summary |= {"conclusion": result["conclusion"], "settings": rows}
     if target and result["chosen"] is None:
-        note(f"no preset was written: {result['words']}")
+        note(f"no preset was written: {result['conclusion']}")
         summary["exit_code"] = 1
     elif target:
         chosen = next(one.setting for one in plan.grid if one.setting.name == result["chosen"])

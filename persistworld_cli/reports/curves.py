@@ -105,15 +105,15 @@ def change_plot(path: Path, result: Mapping[str, Any]) -> None:
     save_figure(figure, path)
 
 
-def trust_plot(path: Path, result: Mapping[str, Any]) -> None:
+def uncertainty_plot(path: Path, result: Mapping[str, Any]) -> None:
     """Variance between seeds against the error: one dot per episode and interaction, coloured by time.
 
     Args:
         path: PNG to write.
-        result: ``eval.json``'s dictionary with ``trust.rows``.
+        result: ``eval.json``'s dictionary with ``uncertainty.rows``.
     """
     groups, models = result["groups"], [model["label"] for model in result["models"]]
-    rows = {(row["model"], row["cameras"]): row for row in result["trust"]["rows"]}
+    rows = {(row["model"], row["cameras"]): row for row in result["uncertainty"]["rows"]}
     figure, axes = plt.subplots(
         len(groups), len(models), figsize=(4.6 * len(models) + 0.8, 3.5 * len(groups)), squeeze=False, layout="tight"
     )
@@ -132,7 +132,9 @@ def trust_plot(path: Path, result: Mapping[str, Any]) -> None:
             plot.set_ylabel("squared error (images)", fontsize=9)
             style_axes(plot)
             figure.colorbar(dots, ax=plot, label="time in the rollout (s)")
-    dots_are = f"{result['trust']['pairs']} starts, {result['trust']['seeds']} seeds, one dot per start and step"
+    dots_are = (
+        f"{result['uncertainty']['pairs']} starts, {result['uncertainty']['seeds']} seeds, one dot per start and step"
+    )
     figure.suptitle(f"seed variance against error: {dots_are}", fontsize=10)
     save_figure(figure, path)
 

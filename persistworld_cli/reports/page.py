@@ -53,7 +53,7 @@ def write_page(path: Path, result: Mapping[str, Any], images: Sequence[Path], vi
     page = render(
         Path(__file__).with_name("report.html"),
         title=" against ".join(model["label"] for model in reversed(result["models"])),
-        tables=[eval_table(result), *([diagnostics_table(result)] if "following" in result else [])],
+        tables=[eval_table(result), *([diagnostics_table(result)] if "action_following" in result else [])],
         figures=[(_heading(stem), [file for file in files if file.stem == stem]) for stem in stems],
         cameras=_camera_table(result),
         provenance=_provenance(result).items(),

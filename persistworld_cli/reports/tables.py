@@ -103,11 +103,11 @@ def diagnostics_table(result: Mapping[str, Any]) -> Table:
     Args:
         result: ``eval.json``'s dictionary.
     """
-    following, trust, fvd = (result[key] for key in ("following", "trust", "fvd"))
+    following, uncertainty, fvd = (result[key] for key in ("action_following", "uncertainty", "fvd"))
     columns = ["drift\npsnr dB per second"]
     columns += [f"gain over {kind} actions\n{following['metric']} dB" for kind in following["kinds"]]
     columns += [f"{fvd['label']} ↓"] if fvd["rows"] else []
-    columns += ["variance and error\nrho (within a step)"] if trust["rows"] else []
+    columns += ["variance and error\nrho (within a step)"] if uncertainty["rows"] else []
     title = "Diagnostics: mean [95% interval over episodes]"
     table = new_table(title, ["cameras", ""], columns, _diagnostics_caption(result))
     for group in result["groups"]:
@@ -120,7 +120,7 @@ def diagnostics_table(result: Mapping[str, Any]) -> Table:
             ]
             cells += [
                 Text(f"{_span(r['rho'], r['low'], r['high'])} ({number(r['within_step'], 'psnr', signed=True)})")
-                for r in trust["rows"]
+                for r in uncertainty["rows"]
                 if (r["model"], r["cameras"]) == (model, group)
             ]
             table.add_row(escape(group) if index == 0 else "", escape(model), *cells)
@@ -135,7 +135,7 @@ def _span(value: float | None, low: float | None, high: float | None) -> str:
 
 
 def _margin(result: Mapping[str, Any], group: str, model: str, kind: str) -> Text:
-    following = result["following"]
+    following = result["action_following"]
     row = next(
         row
         for row in following["rows"]
@@ -147,29 +147,29 @@ def _margin(result: Mapping[str, Any], group: str, model: str, kind: str) -> Tex
 
 
 def _diagnostics_caption(result: Mapping[str, Any]) -> str:
-    following, trust, fvd = (result[key] for key in ("following", "trust", "fvd"))
+    following, uncertainty, fvd = (result[key] for key in ("action_following", "uncertainty", "fvd"))
     lines = []
     if following["kinds"]:
         lines.append(
             f"gain: the first {following['steps']} interactions under the recorded actions, less the same under "
             "another episode's (swapped) or none (null)."
         )
-    if following["words"]:
-        lines.append(f"action following: {following['words']}.")
+    if following["note"]:
+        lines.append(f"action following: {following['note']}.")
     if fvd["rows"]:
         floor = ", ".join(
             f"{row['cameras']} {number(row['value'], 'psnr')}" for row in fvd["rows"] if row["model"] == result["floor"]
         )
         lines.append(f"{fvd['label']}: torchvision's network, not papers' I3D; {result['floor']}: {floor}.")
-        if fvd["words"]:
-            lines.append(f"{fvd['label']}: {fvd['words']}.")
-    if trust["rows"]:
+        if fvd["note"]:
+            lines.append(f"{fvd['label']}: {fvd['note']}.")
+    if uncertainty["rows"]:
         lines.append(
-            f"rho: Spearman's, of the variance between {trust['seeds']} seeds and the squared error, step by step; "
-            "both grow with time, within a step they cannot."
+            f"rho: Spearman's, of the variance between {uncertainty['seeds']} seeds and the squared error, step by "
+            "step; both grow with time, within a step they cannot."
         )
-    if trust["words"]:
-        lines.append(f"trust: {trust['words']}.")
+    if uncertainty["note"]:
+        lines.append(f"uncertainty: {uncertainty['note']}.")
     return "\n".join(lines)
 
 

@@ -159,14 +159,14 @@ def test_eval_end_to_end_continues_and_gives_the_same_numbers(root: Path, monkey
 
 def check_conduct(result: dict[str, Any]) -> None:
     """Action following and trust of the run above: two episodes, two seeds, following over one interaction."""
-    following, trust = result["following"], result["trust"]
+    following, trust = result["action_following"], result["uncertainty"]
     assert following["kinds"] == ["swapped", "null"] and following["steps"] == 1
     assert len(following["rows"]) == 2 * 2 * 2 * 4 and {row["verdict"] for row in following["rows"]} == {"too few"}
     margins = {(row["model"], row["actions"]): row["margin"] for row in following["rows"] if row["metric"] == "psnr"}
     assert all(margin != 0 for margin in margins.values())  # other actions, other images
     own = np.array(result["rollouts"]["exterior"]["psnr"]["base.safetensors"])
     assert own.shape == (4,) and np.isfinite(own).all()
-    assert trust["seeds"] == 2 and trust["pairs"] == 2 and "too few" in trust["words"]
+    assert trust["seeds"] == 2 and trust["pairs"] == 2 and "too few" in trust["note"]
     for row in trust["rows"]:
         variance = np.array(row["points"]["variance"], dtype=float)
         assert variance.shape == (2, 2) and (variance[np.isfinite(variance)] > 0).all()

@@ -13,7 +13,7 @@ from scipy import stats as scipy_stats
 
 from persistworld_cli.evaluation.action_following import commands_of, following_result, partners, wrong_kinds
 from persistworld_cli.evaluation.results import CEILING, FLOOR, EvalData, build_result
-from persistworld_cli.evaluation.uncertainty import NEEDED, seed_variance, trust_result
+from persistworld_cli.evaluation.uncertainty import NEEDED, seed_variance, uncertainty_result
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.tables import diagnostics_table, plain
 from persistworld_cli.rollout.closed_loop import ScoredRollout
@@ -69,35 +69,37 @@ def test_following_says_how_much_wrong_actions_cost(tmp_path: Path) -> None:
     swapped, null = rows["swapped", "wrist"], rows["null", "wrist"]
     assert told["metric"] == "psnr (moving)" and told["steps"] == 2
     assert swapped["margin"] == pytest.approx(2.0, abs=1e-5) and swapped["verdict"] == "follows"
-    assert swapped["low"] == pytest.approx(2.0, abs=1e-5) and swapped["won"] == 16
+    assert swapped["low"] == pytest.approx(2.0, abs=1e-5) and swapped["wins"] == 16
     assert null["margin"] == 0 and null["verdict"] == "not shown"
 
 
 def test_conduct_in_the_table(tmp_path: Path) -> None:
     data = made_up(tmp_path)
-    no_fvd = {"label": "", "rows": [], "words": ""}
-    result = build_result(data, {"following": following_result(data), "trust": trust_result(data), "fvd": no_fvd})
+    no_fvd = {"label": "", "rows": [], "note": ""}
+    result = build_result(
+        data, {"action_following": following_result(data), "uncertainty": uncertainty_result(data), "fvd": no_fvd}
+    )
     drift = result["drift_per_s"]["exterior"]["psnr"]["base"]
     assert drift["mean"] == pytest.approx(-1.0, abs=1e-4) and drift["low"] == pytest.approx(-1.0, abs=1e-4)
     text = plain(diagnostics_table(result))
     assert "-1.00 [-1.00, -1.00]" in text and "+2.00 [+2.00, +2.00]" in text and "rho" in text
     assert "follows" in text and "not shown" in text
     few = replace(data, settings=replace(data.settings, eval=replace(data.settings.eval, following=())), wrong={})
-    result |= {"following": following_result(few), "trust": trust_result(made_up(tmp_path, (0,)))}
+    result |= {"action_following": following_result(few), "uncertainty": uncertainty_result(made_up(tmp_path, (0,)))}
     text = " ".join(plain(diagnostics_table(result)).split())  # the caption is wrapped
     assert "not requested" in text and NEEDED in text and "rho" not in text
 
 
-def test_trust_is_the_rank_correlation_of_variance_and_error(tmp_path: Path) -> None:
-    told = trust_result(made_up(tmp_path))
-    assert told["seeds"] == 2 and told["pairs"] == EPISODES and told["words"] == ""
+def test_uncertainty_is_the_rank_correlation_of_variance_and_error(tmp_path: Path) -> None:
+    told = uncertainty_result(made_up(tmp_path))
+    assert told["seeds"] == 2 and told["pairs"] == EPISODES and told["note"] == ""
     row = next(row for row in told["rows"] if row["cameras"] == "wrist")
     variance = np.array([[(1 + e) ** 2 * (1 + s) ** 2 / 2 for s in range(STEPS)] for e in range(EPISODES)])
     np.testing.assert_allclose(row["points"]["variance"], variance, rtol=1e-2)
     want = scipy_stats.spearmanr(variance.ravel(), row["points"]["error"].ravel()).statistic
     assert row["rho"] == pytest.approx(want) and row["low"] <= row["rho"] <= row["high"]
     assert row["within_step"] == pytest.approx(1.0)  # the worse start is the less certain one at every step
-    assert trust_result(made_up(tmp_path, (0,)))["words"] == NEEDED
+    assert uncertainty_result(made_up(tmp_path, (0,)))["note"] == NEEDED
 
 
 def test_variance_between_seeds_is_per_step_and_camera() -> None:

@@ -126,13 +126,13 @@ def test_close_enough_is_a_matter_of_the_whole_interval() -> None:
     assert far["loss"] == pytest.approx(100 * 0.05 / 0.57, rel=1e-4) and far["change"] == pytest.approx(-0.05, abs=1e-6)
     worse = next(loss for loss in result["settings"][0]["losses"] if loss["metric"].startswith("lpips"))
     assert worse["loss"] == pytest.approx(100 * 0.05 / 0.43, rel=1e-4)  # up is worse there
-    assert "12.5x fewer" in result["words"] and "do not make this model better" in result["words"]
+    assert "12.5x fewer" in result["conclusion"] and "do not make this model better" in result["conclusion"]
 
 
 def test_few_episodes_settle_nothing() -> None:
     result = judged([trial("same", 1, [0.5, 0.52])], episodes=2)
     assert result["chosen"] is None and result["settings"][0]["within"] == "too few"
-    assert "2 episodes are too few" in result["words"]
+    assert "2 episodes are too few" in result["conclusion"]
 
 
 # -- the whole of it ---------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def test_the_reference_may_be_other_weights(root: Path) -> None:
     # with the same sampling, either is the other's reference
     assert losses[0]["value"] == third and losses[1]["value"] == first
     assert losses[0]["change"] == pytest.approx(-losses[1]["change"]) and losses[0]["change"] != 0
-    assert alone["chosen"] == "euler 1" and "do not make" not in results[1]["words"]
+    assert alone["chosen"] == "euler 1" and "do not make" not in results[1]["conclusion"]
 
 
 def test_no_preset_is_written_where_nothing_qualifies(root: Path) -> None:
