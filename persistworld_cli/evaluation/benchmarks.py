@@ -17,6 +17,7 @@ from persistworld_cli.config.bundled import bundled_root, resolve_path
 from persistworld_cli.config.presets import Pinned, flatten
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.errors import UsageError, nearest
+from persistworld_cli.files import jsonable
 from persistworld_cli.read_files import read_toml
 
 NONE = "none"
@@ -83,17 +84,10 @@ class Benchmark:
 
     def stamp(self, settings: Settings, there: Collection[str]) -> dict[str, Any]:
         """What a result says of it: name, version, hash, what was changed (key -> [pinned, used]), and the `subset`."""
-        used = flatten(settings)
-        changed = {
-            key: [value, _plain(used[key])] for key, value in self.pinned.values if not _same(value, _plain(used[key]))
-        }
-        return {
-            "name": self.name,
-            "version": self.version,
-            "sha256": self.sha256,
-            "changed": changed,
-            "subset": self.subset(settings, there),
-        }
+        used = jsonable(flatten(settings))
+        changed = {key: [value, used[key]] for key, value in self.pinned.values if value != used[key]}
+        own = {"name": self.name, "version": self.version, "sha256": self.sha256}
+        return {**own, "changed": changed, "subset": self.subset(settings, there)}
 
 
 def benchmark_names() -> list[str]:
@@ -121,8 +115,7 @@ def load_benchmark(name: str) -> Benchmark | None:
         raise UsageError(f"source = {source!r} is no hub id", where=str(path), fix="write source = 'owner/name'")
     _check_metrics(metrics, path)
     tables = {key: value for key, value in data.items() if key not in _META}
-    strays = [key for key, value in tables.items() if not isinstance(value, dict)]
-    if strays:
+    if strays := [key for key, value in tables.items() if not isinstance(value, dict)]:
         raise UsageError(f"unknown key '{strays[0]}'", where=str(path), fix=nearest(strays[0], _META))
     values = tuple((f"{table}.{key}", value) for table, entries in tables.items() for key, value in entries.items())
     _check_keys([key for key, _ in values], path)
@@ -133,16 +126,14 @@ def load_benchmark(name: str) -> Benchmark | None:
 def _path(name: str) -> Path:
     """The file of a name or path. Raises UsageError."""
     if name.endswith(".toml") or "/" in name or name.startswith("bundled:"):
-        path = resolve_path(name)
+        path, fix = resolve_path(name), "give the path of a TOML file"
         if not path.is_file():
-            raise UsageError(
-                f"no benchmark file '{name}'", where=str(path.absolute()), fix="give the path of a TOML file"
-            )
+            raise UsageError(f"no benchmark file '{name}'", where=str(path.absolute()), fix=fix)
         return path
     path = bundled_root() / FOLDER / f"{name}.toml"
     if not path.is_file():
-        known = [*benchmark_names(), NONE]
-        raise UsageError(f"unknown benchmark '{name}'", where="--benchmark", fix=nearest(name, known))
+        fix = nearest(name, [*benchmark_names(), NONE])
+        raise UsageError(f"unknown benchmark '{name}'", where="--benchmark", fix=fix)
     return path
 
 
@@ -152,8 +143,7 @@ def _check_keys(keys: list[str], path: Path) -> None:
     for key in keys:
         if key not in allowed:
             raise UsageError(f"a benchmark cannot set '{key}'", where=str(path), fix=nearest(key, allowed))
-    missing = [key for key in REQUIRED if key not in keys]
-    if missing:
+    if missing := [key for key in REQUIRED if key not in keys]:
         raise UsageError(
             f"the benchmark does not say {', '.join(missing[:6])}{' and more' if len(missing) > 6 else ''}",
             where=str(path),
@@ -171,14 +161,3 @@ def _check_metrics(metrics: Any, path: Path) -> None:
     for name in metrics:
         if name not in METRICS:
             raise UsageError(f"unknown metric '{name}'", where=str(path), fix=nearest(name, METRICS))
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _same(pinned: Any, used: Any) -> bool:
-    """Equal, with 2 and 2.0 taken alike."""
-    if isinstance(pinned, list) and isinstance(used, list):
-        return len(pinned) == len(used) and all(_same(a, b) for a, b in zip(pinned, used, strict=True))
-    return bool(pinned == used)

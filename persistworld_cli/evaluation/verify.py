@@ -126,10 +126,11 @@ def run(settings: Settings, request: VerifyRequest) -> dict[str, Any]:
     if data is None:
         return {}
     memory, refs = _peak_memory(), [weights.ref for weights in plan.models]
+    title = settings.model.inference or settings.model.adapter or settings.model.ckpt
     measured = Measured(build_result(data, {}))
     files = WeightFiles(locate(refs[-1].ckpt, USED_PARTS))
     if write:
-        return _write(write, settings, measured, files)
+        return _write(write, title, _backbone(settings), measured, files)
     assert published is not None
     scale = scale_of(settings, store, refs[-1].parts, quiet=True)
     result = measured.result
@@ -145,7 +146,7 @@ def run(settings: Settings, request: VerifyRequest) -> dict[str, Any]:
         checks.append(_check("base", "these are the base's weights" if len(prints) < 2 else "", "not the base's"))
     verdicts = [*(check.verdict for check in checks), *(figure.verdict for figure in figures)]
     fits = not {DIFFERS, UNDECIDED} & set(verdicts)
-    text = block(measured, checks, figures, title=_title(settings), published=published.description, memory=memory)
+    text = block(measured, checks, figures, title=title, published=published.description, memory=memory)
     write_text(output / "verify.txt", text)
     summary = {
         "fits": fits,
@@ -183,10 +184,6 @@ def _few(settings: Settings, store: EpisodeStore, count: int | None) -> Settings
         )
     few = replace(ev, episodes=tuple(named), seeds=ev.seeds[:1], following=(), masks=(), fvd="")
     return replace(settings, eval=few)
-
-
-def _title(settings: Settings) -> str:
-    return settings.model.inference or settings.model.adapter or settings.model.ckpt
 
 
 def _backbone(settings: Settings) -> str:
@@ -247,8 +244,13 @@ def _weights(refs: Sequence[ModelRef], result: Mapping[str, Any]) -> list[Check]
     return lines
 
 
+def _dtypes(files: WeightFiles) -> Counter[str]:
+    """Type -> how many tensors have it."""
+    return Counter(str(info.dtype).removeprefix("torch.") for info in files.info.values())
+
+
 def _types(files: WeightFiles, published: Published) -> Check:
-    counts = Counter(str(info.dtype).removeprefix("torch.") for info in files.info.values())
+    counts = _dtypes(files)
     own = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
     text = f"{len(files.info)} tensors, all that the preset has; {own}"
     if not published.dtype:
@@ -324,7 +326,7 @@ def interval(values: np.ndarray, episodes: Sequence[str]) -> tuple[float, float]
     return float(means.mean()), half
 
 
-def _write(path: Path, settings: Settings, measured: Measured, files: WeightFiles) -> dict[str, Any]:
+def _write(path: Path, title: str, lpips: str, measured: Measured, files: WeightFiles) -> dict[str, Any]:
     """What was measured as a file of figures (with its scale beside)."""
     groups = measured.result["groups"]
 
@@ -339,17 +341,17 @@ def _write(path: Path, settings: Settings, measured: Measured, files: WeightFile
     low, high = measured.result["models"][-1]["state_percentiles"]
     stat = path.absolute().with_suffix(".stat.json")
     write_json(stat, {"state_01": low, "state_99": high})
-    kinds = {str(info.dtype).removeprefix("torch.") for info in files.info.values()}
+    dtypes = list(_dtypes(files))
     write_published(
         path,
-        description=f"{_title(settings)}, measured here",
+        description=f"{title}, measured here",
         figures=figures,
         gain=gain,
         rollouts={g: {metric: measured.values(g, metric).tolist() for metric in METRICS} for g in groups},
         items=measured.items,
         protocol=measured.protocol,
-        dtype=kinds.pop() if len(kinds) == 1 else "",
-        lpips=_backbone(settings),
+        dtype=dtypes[0] if len(dtypes) == 1 else "",
+        lpips=lpips,
         stat=stat,
     )
     return {"published": str(path), "figures": figures, "gain": gain}

@@ -123,12 +123,10 @@ def _panel(plot: Axes, result: Mapping[str, Any], group: str, metric: Mapping[st
     plot.axhspan(-percent, 0, color="#228833", alpha=0.08, linewidth=0)
     plot.axhline(0, color="#444444", linewidth=0.8)
     for index, (name, rows) in enumerate(_lines(result).items()):
-        colour = MODEL_COLOURS[index % len(MODEL_COLOURS)]
+        colour, calls = MODEL_COLOURS[index % len(MODEL_COLOURS)], [row["calls"] for row in rows]
         losses = [_loss(row, group, metric["label"]) for row in rows]
-        calls = [row["calls"] for row in rows]
         gain, worse, better = (
-            -np.array([np.nan if loss[key] is None else loss[key] for loss in losses], dtype=float)
-            for key in ("loss", "loss_high", "loss_low")
+            -np.array([loss[key] for loss in losses], dtype=float) for key in ("loss", "loss_high", "loss_low")
         )
         dashes = ("-", "--", ":", "-.")[index // len(MODEL_COLOURS) % 4]
         marker, width = "osD^v"[index % 5], 2.6 - 0.3 * (index % 5)  # lines that lie on one another stay visible
