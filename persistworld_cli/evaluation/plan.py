@@ -41,7 +41,7 @@ from persistworld_cli.models.world_model import WorldModel, build_world_model
 from persistworld_cli.reports.tables import benchmark_name
 from persistworld_cli.rollout.closed_loop import ClosedLoop, batches
 from persistworld_cli.rollout.engine import RolloutEngine
-from persistworld_cli.rollout.recording import Item, check_item, row_ids
+from persistworld_cli.rollout.recording import Item, make_items, require_episodes, row_ids
 from persistworld_cli.rollout.scoring import SHOWN, ScoringOptions
 
 
@@ -240,25 +240,12 @@ def eval_items(store: EpisodeStore, settings: Settings, *, partly: bool = False)
     """
     ev = settings.eval
     there = store.episodes(ev.split)
-    episodes = list(dict.fromkeys(ev.episodes)) or there
-    if not episodes:
-        raise PersistWorldError(
-            f"split '{ev.split}' has no episodes",
-            where=str(store.root / "annotation"),
-            fix=f"set eval.split to one of: {', '.join(store.splits)}",
-        )
+    episodes = list(dict.fromkeys(ev.episodes)) or require_episodes(store, ev.split)
     absent = sorted(set(episodes) - set(there), key=episodes.index)
     benchmark = _named_by_benchmark(ev) if absent else None
     if absent and not (partly and benchmark and len(absent) < len(episodes)):
         raise _absent(benchmark, absent, len(episodes), ev.split, there, store)
-    episodes = [episode for episode in episodes if episode not in absent]
-    seeds, starts = dict.fromkeys(ev.seeds), dict.fromkeys(ev.starts)
-    items = [Item(episode, start, seed) for episode in episodes for start in starts for seed in seeds]
-    if not items:
-        raise PersistWorldError("nothing to roll out", where="eval.starts, eval.seeds", fix="name at least one of each")
-    for item in items:
-        check_item(store, ev.split, item)
-    return items
+    return make_items(store, ev.split, [e for e in episodes if e not in absent], ev.starts, ev.seeds)
 
 
 def _named_by_benchmark(ev: EvalSettings) -> Benchmark | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
@@ -34,7 +34,7 @@ class Setting:
 
 
 def make_grid(settings: Settings, request: FrontierRequest) -> tuple[Setting, list[Setting]]:
-    """The reference, and what is compared with it, by calls; settings that draw the same clips stand there once.
+    """The reference, and what is compared with it, by calls; settings that draw the same clips count once.
 
     Args:
         settings: whose ``sampling`` says all that is not varied; it is itself one of the settings tried.
@@ -58,7 +58,8 @@ def make_grid(settings: Settings, request: FrontierRequest) -> tuple[Setting, li
             changes = dict(zip((key for key, _ in varied), values, strict=True))
             tried.append(replace(own, sampler=sampler, steps=steps_taken, **changes))
     for sampling in tried:
-        check(replace(settings, sampling=sampling), dict.fromkeys(_keys(), "--vary, --calls"))
+        keys = [f"sampling.{field.name}" for field in fields(SamplingSettings)]
+        check(replace(settings, sampling=sampling), dict.fromkeys(keys, "--vary, --calls"))
     seen = set() if request.baseline else {_identity(reference.sampling)}
     grid = []
     for setting in sorted((_setting(own, sampling) for sampling in tried), key=lambda s: s.calls):
@@ -66,14 +67,9 @@ def make_grid(settings: Settings, request: FrontierRequest) -> tuple[Setting, li
             seen.add(same)
             grid.append(setting)
     if not grid:
-        raise UsageError(
-            "nothing but the reference itself would be tried", where="--calls", fix="write --calls 1,2,4,8"
-        )
+        what, fix = "nothing but the reference itself would be tried", "write --calls 1,2,4,8"
+        raise UsageError(what, where="--calls", fix=fix)
     return reference, grid
-
-
-def _keys() -> list[str]:
-    return [f"sampling.{field.name}" for field in fields(SamplingSettings)]
 
 
 def _known(sampler: str, where: str) -> str:
@@ -106,11 +102,8 @@ def _varied(text: str) -> tuple[str, list[Any]]:
 
 def _setting(own: SamplingSettings, sampling: SamplingSettings) -> Setting:
     """A setting and its name: sampler and steps, then what else differs from the settings' own."""
-    others = [
-        f"{key} {value:g}"
-        for key, value in asdict(sampling).items()
-        if key in VARIED and value != getattr(own, key)
-    ]  # fmt: skip
+    values = {key: getattr(sampling, key) for key in VARIED}
+    others = [f"{key} {value:g}" for key, value in values.items() if value != getattr(own, key)]
     return Setting(", ".join([f"{sampling.sampler} {sampling.steps}", *others]), sampling, sampler_calls(sampling))
 
 

@@ -10,7 +10,6 @@ from persistworld_cli.checkpoints.references import inference_ref
 from persistworld_cli.config.requests import LOCALHOST, DriveRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
-from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.interact.live import drive_live
 from persistworld_cli.interact.outputs import write_all
 from persistworld_cli.interact.session import DriveSession
@@ -19,7 +18,7 @@ from persistworld_cli.interact.web_server import open_server
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.robot.keyboard import parse_keys
 from persistworld_cli.rollout.interactive import InteractiveRollout, make_start
-from persistworld_cli.rollout.recording import Item, Start
+from persistworld_cli.rollout.recording import Item, Start, require_episodes
 
 
 def run(settings: Settings, request: DriveRequest) -> dict[str, Any]:
@@ -69,14 +68,5 @@ def _drive_keys(session: DriveSession, keys: list[str]) -> None:
 def _find_start(settings: Settings, store: EpisodeStore) -> Start:
     """The start frame that the settings name."""
     drive, split = settings.drive, settings.eval.split
-    episode = drive.episode
-    if not episode:
-        known = store.episodes(split)
-        if not known:
-            raise PersistWorldError(
-                f"split '{split}' has no episodes",
-                where=str(store.root),
-                fix="name one that has: --set eval.split=train",
-            )
-        episode = known[0]
+    episode = drive.episode or require_episodes(store, split)[0]
     return make_start(store, Item(episode, drive.start, drive.seed), split)

@@ -18,7 +18,7 @@ from persistworld_cli.checkpoints.references import ModelRef, refs_of_replay
 from persistworld_cli.config.requests import ReplayRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
-from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.errors import UsageError
 from persistworld_cli.files import jsonable, write_json, write_text
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.progress import Meter
@@ -27,7 +27,7 @@ from persistworld_cli.reports.videos import write_rollout_sheet, write_rollout_v
 from persistworld_cli.rollout.closed_loop import ClosedLoop, ScoredRollout, batches
 from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.rollout.images import draw_frames
-from persistworld_cli.rollout.recording import Item, check_item, load_recording
+from persistworld_cli.rollout.recording import Item, load_recording, make_items, require_episodes
 from persistworld_cli.rollout.scoring import SHOWN, metric_infos
 from persistworld_cli.statistics.paired import mean
 
@@ -69,19 +69,8 @@ def replay_items(store: EpisodeStore, settings: Settings) -> list[Item]:
         PersistWorldError: an empty split, an absent episode, a start beyond its end.
     """
     ev, split = settings.eval, settings.eval.split
-    episodes = ev.episodes or store.episodes(split)[:1]
-    if not episodes:
-        raise PersistWorldError(
-            f"split '{split}' has no episodes",
-            where=str(store.root),
-            fix=f"set eval.split to one of: {', '.join(store.splits)}",
-        )
-    items = [Item(episode, start, seed) for episode in episodes for start in ev.starts for seed in ev.seeds]
-    if not items:
-        raise PersistWorldError("nothing to replay", where="eval.starts, eval.seeds", fix="name at least one of each")
-    for item in items:
-        check_item(store, split, item)
-    return items
+    episodes = ev.episodes or require_episodes(store, split)[:1]
+    return make_items(store, split, episodes, ev.starts, ev.seeds)
 
 
 def _roll_out(

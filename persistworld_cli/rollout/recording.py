@@ -6,7 +6,9 @@ F = S (L-1) new frames, V cameras, H, W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,6 +126,17 @@ class Recording(Start):
         return self.commanded[row_ids(0, interaction, num_frames)]
 
 
+def require_episodes(store: EpisodeStore, split: str) -> list[str]:
+    """The episodes of a split. Raises PersistWorldError where it has none."""
+    if episodes := store.episodes(split):
+        return episodes
+    raise PersistWorldError(
+        f"split '{split}' has no episodes",
+        where=str(store.root / "annotation"),
+        fix=f"set eval.split to one of: {', '.join(store.splits)}",
+    )
+
+
 def check_item(store: EpisodeStore, split: str, item: Item) -> Annotation:
     """The annotation of an item's episode.
 
@@ -139,6 +152,19 @@ def check_item(store: EpisodeStore, split: str, item: Item) -> Annotation:
             fix=f"start between 0 and {annotation.num_frames - 2}",
         )
     return annotation
+
+
+def make_items(
+    store: EpisodeStore, split: str, episodes: Sequence[str], starts: Sequence[int], seeds: Sequence[int]
+) -> list[Item]:
+    """Every (episode, start, seed), each once. Raises PersistWorldError: there is none, or as `check_item`."""
+    each = product(dict.fromkeys(episodes), dict.fromkeys(starts), dict.fromkeys(seeds))
+    items = [Item(episode, start, seed) for episode, start, seed in each]
+    if not items:
+        raise PersistWorldError("nothing to roll out", where="eval.starts, eval.seeds", fix="name at least one of each")
+    for item in items:
+        check_item(store, split, item)
+    return items
 
 
 def load_recording(store: EpisodeStore, split: str, item: Item, steps: int, num_frames: int) -> Recording:

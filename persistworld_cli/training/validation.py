@@ -17,7 +17,7 @@ from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.rollout.closed_loop import ClosedLoop, ScoredRollout, reward_of
 from persistworld_cli.rollout.engine import RolloutEngine
-from persistworld_cli.rollout.recording import Item, check_item
+from persistworld_cli.rollout.recording import Item, make_items
 from persistworld_cli.training.run import Run
 
 Active = Callable[[], AbstractContextManager[object]]  # puts some weights in place for a block
@@ -62,10 +62,7 @@ class HeldOut:
             )
         count = min(self.count, len(episodes))
         chosen = [episodes[i * len(episodes) // count] for i in range(count)]
-        items = [Item(episode, self.settings.eval.starts[0], self.settings.eval.seeds[0]) for episode in chosen]
-        for item in items:
-            check_item(self.store, split, item)
-        return items
+        return make_items(self.store, split, chosen, self.settings.eval.starts[:1], self.settings.eval.seeds[:1])
 
     def roll(self, scorer: Scorer, *, keep_latents: bool = False) -> list[ScoredRollout]:
         """This rank's rollouts (every n-th) with the weights that are in place."""
