@@ -137,11 +137,10 @@ def profiling(folder: Path) -> Iterator[None]:
 def calls_counted(folder: Path) -> Iterator[None]:
     """Profile Python's functions on this thread, by cProfile, for a command that runs no model."""
     profile = cProfile.Profile()
-    profile.enable()
     try:
-        yield
+        with profile:
+            yield
     finally:
-        profile.disable()
         with whole_file(folder / "calls.pstats") as file:
             profile.dump_stats(file)
         with whole_file(folder / "table.txt") as file, file.open("w", encoding="utf-8") as out:

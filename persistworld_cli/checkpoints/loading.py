@@ -110,17 +110,11 @@ def load_model(settings: Settings) -> WorldModel:
     Raises:
         PersistWorldError: weights that are absent, damaged, or of another model; no such device.
     """
-    ref = inference_ref(settings.model)
-    return load_for_sampling(settings, ckpt=ref.ckpt, adapter=ref.adapter, device=_pick_device(settings.launch.device))
-
-
-def _pick_device(name: str) -> torch.device:
-    """``auto`` (cuda if there is one), ``cpu`` or ``cuda``. Raises PersistWorldError for a GPU that is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
+    ref, device, gpu = inference_ref(settings.model), settings.launch.device, torch.cuda.is_available()
+    if device == "cuda" and not gpu:
         raise PersistWorldError("no CUDA device is available", where="launch.device", fix="--device cpu, or auto")
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    device = ("cuda" if gpu else "cpu") if device == "auto" else device
+    return load_for_sampling(settings, ckpt=ref.ckpt, adapter=ref.adapter, device=device)
 
 
 def open_passthrough(source: str) -> WeightFiles:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from persistworld_cli.checkpoints.sources import adapter_at, locate
 from persistworld_cli.config.bundled import resolve_path
@@ -179,21 +178,15 @@ def sha256_of(path: str) -> str:
     if not path:
         return ""
     root = resolve_path(path)
-    if root.is_file():
-        return _digest([(root, "")])
     if root.is_dir():
-        files = sorted(file for file in root.rglob("*") if file.is_file())
-        return _digest([(file, str(file.relative_to(root))) for file in files])
-    source = locate(path)
-    return _digest([(file, file.name if len(source.files) > 1 else "") for file, _ in source.files])
-
-
-def _digest(files: Sequence[tuple[Path, str]]) -> str:
-    """SHA-256 of files, each after its name and size where it has a name."""
-    whole = hashlib.sha256()
+        files = [(file, str(file.relative_to(root))) for file in sorted(root.rglob("*")) if file.is_file()]
+    else:
+        found = [root] if root.is_file() else [file for file, _ in locate(path).files]
+        files = [(file, file.name if len(found) > 1 else "") for file in found]
+    digest = hashlib.sha256()
     for file, name in files:
         if name:
-            whole.update(f"{name}\0{file.stat().st_size}\0".encode())
+            digest.update(f"{name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as handle:
-            hashlib.file_digest(handle, lambda: whole)
-    return whole.hexdigest()
+            hashlib.file_digest(handle, lambda: digest)
+    return digest.hexdigest()
