@@ -288,7 +288,7 @@ def test(settings: Settings, output: Path, seeds: Sequence[int], ablated: Sequen
         "training_seeds": {name: len(own) for name, own in {**found, **changed}.items()},
         "base": means,
         "tables": {
-            title: {label: {k: p.as_dict() for k, p in cells.items()} for label, cells in rows.items()}
+            title: {label: {k: vars(p) for k, p in cells.items()} for label, cells in rows.items()}
             for title, rows in tables.items()
         },
     }

@@ -68,7 +68,7 @@ def compare_results(first: Mapping[str, Any], second: Mapping[str, Any], where: 
             label = metric["label"]
             base, new = (rollout_values(result, group, label, model) for result, model in own)
             pair = compare(base, new, episodes, higher_is_better=metric["higher_is_better"])
-            paired.append({"cameras": group, "metric": label, **pair.as_dict()})
+            paired.append({"cameras": group, "metric": label, **vars(pair)})
     references = [row for row in second["table"] if row["model"] in (second["floor"], second["ceiling"])]
     table = []
     for group in second["groups"]:

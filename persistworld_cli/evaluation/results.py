@@ -187,7 +187,7 @@ def _paired(data: EvalData, base: str, new: str) -> list[dict[str, Any]]:
     def entry(group: str, metric: str, a: FloatArray, b: FloatArray, higher_is_better: bool) -> dict[str, Any]:
         samples = data.settings.eval.bootstrap
         pair = compare(a, b, data.episodes, higher_is_better=higher_is_better, samples=samples)
-        return {"cameras": group, "metric": metric, **pair.as_dict()}
+        return {"cameras": group, "metric": metric, **vars(pair)}
 
     metrics = [
         entry(group, info.label, data.means(base, name, cams), data.means(new, name, cams), info.higher_is_better)

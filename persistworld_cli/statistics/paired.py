@@ -1,15 +1,15 @@
 """Paired statistics of two models on the same rollouts.
 
 A rollout of one model is compared with the other model's rollout of the same episode, start and noise. Rollouts of one
-episode (other starts or seeds) resemble each other, so intervals resample whole *episodes*, and what is said in words
-rests on episodes, not on rollouts or frames.
+episode (other starts or seeds) resemble each other, so intervals resample whole *episodes*, and verdicts rest on
+episodes, not on rollouts or frames.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,29 +40,29 @@ def wilson(wins: float, n: int, confidence: float = 0.95) -> tuple[float, float]
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p of the sign test; ties are left out by the caller. 1 where nothing was won or lost."""
-    if wins + losses == 0:
-        return 1.0
-    return float(scipy_stats.binomtest(wins, wins + losses).pvalue)
+    """Two-sided p of the sign test of decided pairs; 1 without any."""
+    return float(scipy_stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def wilcoxon(differences: FloatArray) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test of paired differences (n,), zeros left out. 1 where all are zero."""
+    """Two-sided p of Wilcoxon's signed-rank test of paired differences (n,), zeros left out; 1 where all are zero."""
     kept = differences[differences != 0]
-    if kept.size == 0:
-        return 1.0
-    return float(scipy_stats.wilcoxon(kept).pvalue)
+    return float(scipy_stats.wilcoxon(kept).pvalue) if kept.size else 1.0
+
+
+def _episode_sums(values: FloatArray, episodes: Sequence[str]) -> tuple[list[str], FloatArray, FloatArray]:
+    """Episodes in order of first appearance; of (n, m) values, each episode's sum and count (E, m), NaN left out."""
+    names = list(dict.fromkeys(episodes))
+    member = np.array([[episode == name for episode in episodes] for name in names], dtype=np.float64)
+    known = np.isfinite(values)
+    return names, member @ np.where(known, values, 0.0), member @ known.astype(np.float64)
 
 
 def episode_means(values: FloatArray, episodes: Sequence[str]) -> tuple[list[str], FloatArray]:
     """Mean of each episode's rollouts, NaN left out: (n, ...) -> names, (E, ...) in order of first appearance."""
-    names = list(dict.fromkeys(episodes))
-    member = np.array([[episode == name for episode in episodes] for name in names], dtype=np.float64)
-    there = np.isfinite(values)
-    total = np.tensordot(member, np.where(there, values, 0.0), axes=1)
-    count = np.tensordot(member, there.astype(np.float64), axes=1)
-    with np.errstate(invalid="ignore"):
-        return names, np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    names, total, count = _episode_sums(values.reshape(len(values), -1), episodes)
+    means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return names, means.reshape(len(names), *values.shape[1:])
 
 
 def cluster_bootstrap(
@@ -71,25 +71,19 @@ def cluster_bootstrap(
     """Percentile interval of the mean when whole episodes are drawn again with replacement.
 
     Args:
-        values: (n, ...) one entry a rollout; NaN means "no value here" (a recording that ended).
+        values: (n, ...) one entry per rollout; NaN where there is none (a recording that ended).
         episodes: n episode ids, the clusters.
-        samples: how many times to resample.
-        seed: of the resampling.
+        samples, seed: of the bootstrap.
         confidence: coverage of the interval.
 
     Returns:
         (low, high), each of the shape ``values.shape[1:]``; both are NaN where there is no value at all.
     """
-    names = list(dict.fromkeys(episodes))
-    member = np.array([[episode == name for episode in episodes] for name in names], dtype=np.float64)
-    flat = values.reshape(values.shape[0], -1)
-    there = np.isfinite(flat)
-    total = member @ np.where(there, flat, 0.0)
-    count = member @ there.astype(np.float64)
+    names, total, count = _episode_sums(values.reshape(len(values), -1), episodes)
     draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=samples)
     with np.errstate(invalid="ignore", divide="ignore"):
         means = (draws @ total) / (draws @ count)
-    edges = np.full((2, flat.shape[1]), np.nan)
+    edges = np.full((2, means.shape[1]), np.nan)
     known = np.isfinite(means).any(axis=0)
     tail = (1 - confidence) / 2
     edges[:, known] = np.nanquantile(means[:, known], [tail, 1 - tail], axis=0)
@@ -102,8 +96,7 @@ def spearman(a: FloatArray, b: FloatArray) -> float:
     a, b = a[both], b[both]
     if a.size < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return math.nan
-    ranks = [scipy_stats.rankdata(part) for part in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(scipy_stats.spearmanr(a, b).statistic)
 
 
 def bootstrap_interval(
@@ -114,15 +107,15 @@ def bootstrap_interval(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> tuple[float, float]:
-    """Percentile interval of any statistic of rows when whole episodes are drawn again with replacement.
+    """As `cluster_bootstrap`, of any statistic of rows.
 
     Args:
-        statistic: row indices (with repeats) -> number; NaN where it cannot be said, left out.
+        statistic: row indices (with repeats) -> number; NaN where undefined, left out.
         episodes: the episode of each row.
         samples, seed, confidence: as for `cluster_bootstrap`.
 
     Returns:
-        (low, high); NaN both with fewer than 2 episodes.
+        (low, high); both are NaN with fewer than 2 episodes.
     """
     names = list(dict.fromkeys(episodes))
     members = [np.flatnonzero([episode == name for episode in episodes]) for name in names]
@@ -133,13 +126,13 @@ def bootstrap_interval(
     known = values[np.isfinite(values)]
     if not known.size:
         return math.nan, math.nan
-    low, high = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    low, high = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
+    return low, high
 
 
 @dataclass(frozen=True)
 class Paired:
-    """One metric of two models over the same rollouts; "better" already has the metric's direction in it.
+    """One metric of two models over the same rollouts; "better" accounts for the metric's direction.
 
     Attributes:
         rollouts, episodes: how many of each.
@@ -173,31 +166,23 @@ class Paired:
     verdict: str
     words: str
 
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
-
 
 def _verdict(episodes: int, low: float, high: float, p: float, better_up: bool) -> tuple[str, str]:
     """Verdict and sentence from the interval of the change and the p over episodes."""
     if episodes < FEWEST:
         many = "1 episode" if episodes == 1 else f"{episodes} episodes"
-        chance = 2 * 0.5**episodes if episodes else 1.0
         return "too few", (
-            f"too few to tell: with {many}, even if all went one way, chance alone does that "
-            f"{100 * min(1.0, chance):.0f}% of the time; use at least {FEWEST}"
+            f"too few to decide: with {many}, even if all agree, chance alone gives that "
+            f"{100 * min(1.0, 2 * 0.5**episodes):.0f}% of the time; use at least {FEWEST}"
         )
-    apart = low > 0 or high < 0
-    if apart and p < ALPHA:
-        good = (low > 0) == better_up
-        word = "better" if good else "worse"
-        return word, f"{word} (p = {p:.2g} over {episodes} episodes)"
-    if apart:
-        return (
-            "undecided",
-            f"not settled with {episodes} episodes: the interval excludes no change, p = {p:.2g} does not",
+    if low <= 0 <= high or math.isnan(low):
+        return "undecided", f"no difference shown with {episodes} episodes (p = {p:.2g})"
+    if p >= ALPHA:
+        return "undecided", (
+            f"undecided with {episodes} episodes: the interval excludes no change, p = {p:.2g} does not"
         )
-    return "undecided", f"no difference shown with {episodes} episodes (p = {p:.2g})"
+    word = "better" if (low > 0) == better_up else "worse"
+    return word, f"{word} (p = {p:.2g} over {episodes} episodes)"
 
 
 def compare(
@@ -212,7 +197,7 @@ def compare(
     """Compare two models rollout by rollout.
 
     Args:
-        base, new: (n,) one number a rollout; pairs with a NaN are left out.
+        base, new: (n,) one number per rollout; pairs with a NaN are left out.
         episodes: n episode ids.
         higher_is_better: the metric's direction.
         samples, seed: of the bootstrap.
@@ -222,33 +207,30 @@ def compare(
     base, new = base[both], new[both]
     difference = new - base
     gain = difference if higher_is_better else -difference
-    wins, losses = int((gain > 0).sum()), int((gain < 0).sum())
-    n = int(difference.size)
-    if n == 0:
-        nan = math.nan
-        verdict, words = _verdict(0, nan, nan, 1.0, higher_is_better)
-        return Paired(0, 0, 0, 0, 0, nan, 0.0, 1.0, 1.0, 1.0, 1.0, nan, nan, nan, nan, nan, verdict, words)
+    n, wins, losses = len(gain), int((gain > 0).sum()), int((gain < 0).sum())
     ties = n - wins - losses
-    score = wins + ties / 2
-    low, high = (float(edge) for edge in cluster_bootstrap(difference, names, samples=samples, seed=seed))
-    means = episode_means(difference, names)[1]
+    low = high = math.nan
+    means = episode_means(difference, names)[1] if n else difference
+    if n:
+        low, high = (float(edge) for edge in cluster_bootstrap(difference, names, samples=samples, seed=seed))
     p_episodes = wilcoxon(means)
-    verdict, words = _verdict(means.size, low, high, p_episodes, higher_is_better)
+    win_low, win_high = wilson(wins + ties / 2, n)
+    verdict, words = _verdict(len(means), low, high, p_episodes, higher_is_better)
     return Paired(
         rollouts=n,
-        episodes=int(means.size),
+        episodes=len(means),
         wins=wins,
         losses=losses,
         ties=ties,
-        win_rate=score / n,
-        win_low=wilson(score, n)[0],
-        win_high=wilson(score, n)[1],
+        win_rate=(wins + ties / 2) / n if n else math.nan,
+        win_low=win_low,
+        win_high=win_high,
         sign_p=sign_test(wins, losses),
         wilcoxon_p=wilcoxon(difference),
         wilcoxon_p_episodes=p_episodes,
-        base=float(base.mean()),
-        new=float(new.mean()),
-        change=float(difference.mean()),
+        base=float(base.mean()) if n else math.nan,
+        new=float(new.mean()) if n else math.nan,
+        change=float(difference.mean()) if n else math.nan,
         change_low=low,
         change_high=high,
         verdict=verdict,

@@ -1,6 +1,6 @@
-"""Statistics of people's preferences: which of two models they prefer, how strong models are, whether people agree.
+"""Statistics of people's preferences: preference rate, Elo ratings of models, agreement between raters.
 
-Shape legend: N things judged, K categories, M models, E episodes.
+Shape legend: N items rated, K categories, M models, E episodes.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ def preference(scores: FloatArray, episodes: Sequence[str], *, samples: int = 20
     """How often the new model is preferred.
 
     Args:
-        scores: (n,) one number an answer: 1 the new model, 0 the baseline, 1/2 cannot tell.
-        episodes: n episode ids; answers about one episode resemble each other.
+        scores: (n,) one number per response: 1 the new model, 0 the baseline, 1/2 cannot tell.
+        episodes: n episode ids; responses about one episode resemble each other.
         samples, seed: of the bootstrap.
 
     Returns:
-        `stats.Paired`: ``win_rate`` is the preference rate with its Wilson interval over answers, ``sign_p`` the
-        two-sided binomial p of the decided answers, ``(1 + change) / 2`` the rate again with its interval over
-        episodes, ``verdict`` and ``words`` rest on episodes.
+        ``win_rate`` is the preference rate with its Wilson interval over responses, ``sign_p`` the two-sided binomial p
+        of the decided ones, ``(1 + change) / 2`` the rate again with its interval over episodes; ``verdict`` and
+        ``words`` rest on episodes.
     """
     return compare(1 - scores, scores, episodes, higher_is_better=True, samples=samples, seed=seed)
 
 
 def fleiss_kappa(counts: NDArray[np.int64]) -> float:
-    """Fleiss' kappa: agreement of raters beyond chance, 1 at most, 0 where chance would do the same.
+    """Fleiss' kappa: agreement of raters beyond chance; 1 at most, 0 at chance.
 
-    Fleiss, Psychological Bulletin 76 (1971), eq. 4-7, in the form for any number of raters a thing: what fewer than two
-    have judged says nothing about agreement and is left out.
+    Fleiss, Psychological Bulletin 76 (1971), eq. 4-7, in the form for any number of raters per item; items with fewer
+    than two are left out.
 
     Args:
-        counts: (N, K) how many raters put each thing into each category.
+        counts: (N, K) how many raters put each item into each category.
 
     Returns:
-        NaN where it is not defined: no thing with two answers, or all answers in one category.
+        NaN where undefined: no item with two responses, or all responses in one category.
     """
     counts = np.asarray(counts, dtype=np.float64)
     counts = counts[counts.sum(axis=1) >= 2]
@@ -68,10 +68,10 @@ def kappa_words(kappa: float) -> str:
 
 
 def elo(wins: FloatArray) -> FloatArray:
-    """Elo ratings by maximum likelihood (Bradley-Terry), which do not depend on the order of the games.
+    """Elo ratings by maximum likelihood (Bradley-Terry), independent of the order of the games.
 
     A model that is 400 points ahead is preferred 10 times of 11. One drawn game is added to every pair that met, so
-    that a model that won every game has a finite rating. Models that no chain of games connects are rated apart.
+    that a model that won every game has a finite rating. Models that no chain of games connects are rated separately.
 
     Args:
         wins: (..., M, M) games that the row's model won against the column's; a draw is half a win for both.
@@ -102,9 +102,7 @@ def islands(met: NDArray[np.bool_]) -> list[list[int]]:
 
 
 def elo_interval(wins: FloatArray, *, samples: int = 1000, seed: int = 0) -> tuple[FloatArray, FloatArray]:
-    """95% interval of `elo` when whole episodes are drawn again with replacement.
-
-    Nothing to resample from makes no interval: NaN below 6 episodes, and where all episodes say the same.
+    """95% bootstrap interval of `elo` over episodes; NaN below 6 episodes, and where all episodes agree.
 
     Args:
         wins: (E, M, M) games of each episode.
@@ -115,8 +113,7 @@ def elo_interval(wins: FloatArray, *, samples: int = 1000, seed: int = 0) -> tup
     """
     count = len(wins)
     if count < FEWEST:
-        nothing = np.full(wins.shape[-1], np.nan)
-        return nothing, nothing
+        return np.full(wins.shape[-1], np.nan), np.full(wins.shape[-1], np.nan)
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=samples)
     ratings = elo(np.tensordot(draws.astype(np.float64), wins, axes=1))
     low, high = np.quantile(ratings, [0.025, 0.975], axis=0)

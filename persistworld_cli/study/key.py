@@ -1,4 +1,4 @@
-"""The key of a blind study: which model each side of each video is. Whoever answers must not have it.
+"""The key of a blind study: which model is on each side of each video. Raters must not have it.
 
 Sides are a pure function of a secret that is drawn once and kept in the key file: a seed that can be guessed would be
 a key that can be guessed.
@@ -7,28 +7,22 @@ a key that can be guessed.
 from __future__ import annotations
 
 import random
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import hash_of, write_json
-from persistworld_cli.read_files import parse_json
+from persistworld_cli.read_files import as_object, parse_json, reading
 
 KIND = "persistworld study key"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One question to the rater: a rollout seen by some cameras.
+    """One question to the rater: a rollout (episode, start, seed) seen by a camera group.
 
-    Attributes:
-        id: names the video; says nothing about what is in it.
-        episode, start, seed: the rollout.
-        cameras: the camera group shown.
-        first: index of the model that is "a" in the video; the other one is "b".
+    `id` names the video and reveals nothing of it; `first` is the index of the model that is "a" in the video.
     """
 
     id: str
@@ -41,12 +35,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class StudyKey:
-    """Everything that a report needs beside the answers.
+    """Everything that a report needs beside the responses.
 
     Attributes:
-        study: id; answers carry it too.
-        secret: what sides and ids are drawn from.
-        models: two of them, the baseline first: ``label`` and hashes, as in ``eval.json``.
+        study: id, which responses carry too.
+        secret: sides and ids are drawn from it.
+        models: two, the baseline first: ``label`` and hashes, as in ``eval.json``.
         trials: all questions.
     """
 
@@ -61,13 +55,8 @@ class StudyKey:
 
 
 def key_path(folder: Path) -> Path:
-    """Where the key of the study in a folder lies: beside the folder, so that handing out the folder keeps it back."""
+    """The key of the study in a folder: a file beside the folder, so that the folder can be handed out."""
     return folder.with_name(f"{folder.name}.key.json")
-
-
-def new_secret() -> str:
-    """128 random bits as hex."""
-    return secrets.token_hex(16)
 
 
 def make_key(
@@ -78,16 +67,14 @@ def make_key(
     protocol: Mapping[str, Any],
     limit: int = 0,
 ) -> StudyKey:
-    """Draw the questions and their sides; the same secret draws the same.
-
-    Each model is "a" in half of the videos.
+    """Draw the questions and their sides from a secret; each model is "a" in half of the videos.
 
     Args:
-        secret: from `new_secret`, or of a key that is there.
+        secret: random text.
         rollouts: (episode, start, seed) of each.
-        groups: camera groups; each rollout is asked about once for each.
-        models: two of them, the baseline first; names, paths and hashes are kept.
-        protocol: what else makes a study another one.
+        groups: camera groups; each rollout gives one question per group.
+        models: two, the baseline first; names, paths and hashes are kept.
+        protocol: what else distinguishes studies.
         limit: at most so many questions, drawn at random; 0: all.
     """
     draw = random.Random(secret)
@@ -104,40 +91,24 @@ def make_key(
     return StudyKey(study, secret, kept, trials)
 
 
-def _sound(key: StudyKey) -> bool:
-    """Whether everything in a key is of the kind that it should be."""
-    texts = [
-        key.study,
-        key.secret,
-        *(text for trial in key.trials for text in (trial.id, trial.episode, trial.cameras)),
-    ]
+def _check(key: StudyKey) -> None:
+    """Raise ValueError where a value of a key has the wrong type."""
+    texts = [key.study, key.secret, *(text for model in key.models for text in (model["label"], *model.values()))]
+    texts += [text for trial in key.trials for text in (trial.id, trial.episode, trial.cameras)]
     numbers = [number for trial in key.trials for number in (trial.start, trial.seed, trial.first)]
-    texts += [text for model in key.models for text in (model["label"], *model.values())]
-    return (
-        len(key.models) == 2
-        and all(isinstance(text, str) for text in texts)
-        and all(type(number) is int for number in numbers)
-        and all(trial.first in (0, 1) for trial in key.trials)
-    )
+    sound = all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers)
+    if not sound or len(key.models) != 2 or any(trial.first not in (0, 1) for trial in key.trials):
+        raise ValueError("values of another kind")
 
 
 def load_key(path: Path) -> StudyKey:
-    """Read a key file.
-
-    Raises:
-        PersistWorldError: no such file, or no key.
-    """
+    """Read a key file. Raises PersistWorldError: it cannot be read, or is no key."""
     fix = "name the .key.json that `persistworld eval --study` wrote beside the study's folder"
-    try:
-        data = parse_json(path.read_text(encoding="utf-8"))
+    with reading("not the key of a study", path, fix):
+        data = as_object(parse_json(path.read_text(encoding="utf-8")))
         if data.pop("kind") != KIND:
             raise ValueError("another kind of file")
         trials = tuple(Trial(**trial) for trial in data.pop("trials"))
         key = StudyKey(trials=trials, models=tuple(data.pop("models")), **data)
-        if not _sound(key):
-            raise ValueError("values of another kind")
+        _check(key)
         return key
-    except OSError as error:
-        raise PersistWorldError(f"the key cannot be read: {error.strerror}", where=str(path), fix=fix) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise PersistWorldError("this file is no study's key", where=str(path), fix=fix) from error

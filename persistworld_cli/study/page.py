@@ -1,7 +1,7 @@
-"""The page and the videos of a blind study: nothing in them says which model is which.
+"""The page and the videos of a blind study: nothing in them reveals which model is which.
 
 A trial's video has three panes side by side in every frame: the recording, model "a", model "b". So they are in step by
-construction; the page (``study.html``) cuts them apart, and decides for each rater which of a and b stands left.
+construction; the page (``study.html``) cuts them apart and chooses for each rater which of a and b is on the left.
 
 Shape legend: F frames, V cameras, H, W pixels.
 """
@@ -28,14 +28,10 @@ QUESTION = "Which of the two is closer to the recording?"
 
 @dataclass(frozen=True)
 class Question:
-    """What the page knows of a trial.
+    """What the page knows of a trial, whose video is ``videos/<id>.mp4``.
 
-    Attributes:
-        id: the trial's; its video is ``videos/<id>.mp4``.
-        cameras: names of the views shown.
-        text: the robot's instruction.
-        width, height: of a pane in the video, in pixels.
-        seconds: length of the video.
+    `cameras` are the names of the views shown, `text` is the robot's instruction, `width` and `height` are those of a
+    pane in pixels, `seconds` is the length of the video.
     """
 
     id: str

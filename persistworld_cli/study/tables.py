@@ -14,10 +14,10 @@ from persistworld_cli.reports.tables import COLOURS, new_table
 
 
 def study_tables(result: Mapping[str, Any]) -> Group:
-    """Preference by camera group, ratings, raters; and in words what they say.
+    """Preference by camera group, ratings, raters; and the verdicts in words.
 
     Args:
-        result: what `evaluation.answers.study_result` returns.
+        result: what `study.responses.study_result` returns.
     """
     return Group(_preference(result), Text(), _elo(result), Text(), _raters(result), Text(), Text(_words(result)))
 
@@ -27,8 +27,8 @@ def _preference(result: Mapping[str, Any]) -> Table:
         "Preference: which is closer to the recording",
         ["new against base", "cameras"],
         ["new", "base", "neither", "prefers new", "p", "kappa", "over episodes", "verdict"],
-        "rate: cannot tell counts half; 95% Wilson interval over answers, p: two-sided binomial of the decided "
-        "ones.\nAnswers about one episode resemble each other: the verdict rests on episodes (interval and p at the "
+        "rate: cannot tell counts half; 95% Wilson interval over responses, p: two-sided binomial of the decided "
+        "ones.\nResponses about one episode resemble each other: the verdict rests on episodes (interval and p at the "
         "right).",
     )
     last = None
@@ -75,7 +75,7 @@ def _elo(result: Mapping[str, Any]) -> Table:
     )
     if not result["elo_comparable"]:
         caption += "\nno chain of studies connects all of these models: compare within such chains only"
-    table = new_table("Elo", ["model"], ["elo", "95%", "answers"], caption)
+    table = new_table("Elo", ["model"], ["elo", "95%", "responses"], caption)
     for row in result["elo"]:
         span = "-" if row["low"] is None else f"[{row['low']:.0f}, {row['high']:.0f}]"
         table.add_row(escape(row["model"]), f"{row['elo']:.0f}", span, f"{row['games']:.0f}")
@@ -83,13 +83,13 @@ def _elo(result: Mapping[str, Any]) -> Table:
 
 
 def _raters(result: Mapping[str, Any]) -> Table:
-    table = new_table("Raters", ["rater"], ["answered", "cannot tell", "chose left", "seconds (median)"])
+    table = new_table("Raters", ["rater"], ["responses", "cannot tell", "chose left", "seconds (median)"])
     table.add_column("file")
     for row in result["raters"]:
-        whole = row["answered"] == row["of"]
+        whole = row["responses"] == row["questions"]
         table.add_row(
             escape(row["rater"]),
-            Text(f"{row['answered']} of {row['of']}", "" if whole else "yellow"),
+            Text(f"{row['responses']} of {row['questions']}", "" if whole else "yellow"),
             str(row["cannot_tell"]),
             "-" if row["left"] is None else f"{100 * row['left']:.0f}%",
             "-" if row["median_seconds"] is None else f"{row['median_seconds']:.1f}",
@@ -99,7 +99,7 @@ def _raters(result: Mapping[str, Any]) -> Table:
 
 
 def _words(result: Mapping[str, Any]) -> str:
-    """The verdicts in sentences, and who is not done."""
+    """The verdicts in sentences, and whose responses are incomplete."""
     lines = [
         f"{row['new']} against {row['base']}, {row['cameras']} cameras: {row['words']}"
         for row in result["preference"]
@@ -107,9 +107,9 @@ def _words(result: Mapping[str, Any]) -> str:
     ]
     if result["incomplete"]:
         names = ", ".join(
-            f"{row['rater']} ({row['answered']} of {row['of']})"
+            f"{row['rater']} ({row['responses']} of {row['questions']})"
             for row in result["raters"]
-            if row["answered"] < row["of"]
+            if row["responses"] < row["questions"]
         )
-        lines.append(f"not complete, counted as far as they go: {names}")
+        lines.append(f"incomplete, counted as far as they go: {names}")
     return "\n".join(lines)

@@ -162,7 +162,7 @@ def test_study_mistakes_are_named_before_any_compute(world: Path, tmp_path: Path
         plan_study(tmp_path / "s", replace(s, eval=replace(s.eval, study_trials=1)), items, MODELS, {})
     assert plan_study(tmp_path / "s", s, items, MODELS, {}) == load_key(tmp_path / "s.key.json")
     (tmp_path / "t.key.json").write_text("[]")
-    with pytest.raises(PersistWorldError, match="no study's key"):
+    with pytest.raises(PersistWorldError, match="not the key of a study"):
         plan_study(tmp_path / "t", s, items, MODELS, {})
 
 
@@ -276,11 +276,11 @@ def test_sides_and_order_differ_between_raters_and_who_only_presses_one_key_pref
         orders.append([answer["trial"] for answer in json.loads(files[-1].read_text())["answers"]])
         page.click("#other")
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
-    keys, sheets = read_study(files, [key_path(folder)])
-    told = study_result(keys, sheets, samples=50)
+    keys, read = read_study(files, [key_path(folder)])
+    told = study_result(keys, read, samples=50)
     assert [row["left"] for row in told["raters"]] == [1.0, 1.0]
-    for sheet in sheets:  # each saw each video's "a" on the left in half of the trials
-        letters = Counter(vote.chosen == vote.trial.first for vote in sheet.votes)
+    for file in read:  # each saw each video's "a" on the left in half of the trials
+        letters = Counter(one.chosen == one.trial.first for one in file.responses)
         assert letters == {True: 3, False: 3}
 
 
@@ -328,16 +328,16 @@ def test_report_counts_by_camera_group_and_says_who_is_not_done(tmp_path: Path) 
     shown = report(*files)
     assert shown.exit_code == 0, shown.stderr
     assert "new against base" in shown.stdout and "12 of 16" in shown.stdout and "0 of 16" in shown.stdout
-    assert "not complete, counted as far as they go: bob (12 of 16), carl (0 of 16)" in shown.stdout
+    assert "incomplete, counted as far as they go: bob (12 of 16), carl (0 of 16)" in shown.stdout
     told = json.loads(report(*files, "--json").stdout)
     rows = {row["cameras"]: row for row in told["preference"]}
     neither = key.trials[11].cameras
     for group, model in (("exterior", "prefer_new"), ("wrist", "prefer_base")):
         own = 8 + sum(trial.cameras == group for trial in key.trials[:12])
-        assert rows[group]["answers"] == own and rows[group][model] == own - (group == neither)
+        assert rows[group]["responses"] == own and rows[group][model] == own - (group == neither)
         assert rows[group]["raters"] == 2 and rows[group]["episodes"] == 8
     assert rows["exterior"]["verdict"] == "better" and rows["wrist"]["verdict"] == "worse"
-    assert rows["all"]["answers"] == 28 and 0.5 < rows["all"]["kappa"] < 1
+    assert rows["all"]["responses"] == 28 and 0.5 < rows["all"]["kappa"] < 1
     assert rows["exterior"]["low"] < rows["exterior"]["rate"] <= rows["exterior"]["high"]
     assert [row["model"] for row in told["elo"]].count("new") == 1 and told["incomplete"] == 2
 
@@ -345,15 +345,15 @@ def test_report_counts_by_camera_group_and_says_who_is_not_done(tmp_path: Path) 
 def test_report_rates_models_of_several_studies_together(tmp_path: Path) -> None:
     third = {"label": "new", "ckpt_sha256": "cccccccc"}
     first, second = small_key(), small_key("t", models=(MODELS[1], third))
-    keys, sheets = read_study(
+    keys, files = read_study(
         [*handed_in(tmp_path / "1", first, ann=[1] * 8), *handed_in(tmp_path / "2", second, ann=[1] * 8)]
     )
-    told = study_result(keys, sheets, samples=20)
+    told = study_result(keys, files, samples=20)
     assert [row["model"] for row in told["elo"]] == ["new cccccc", "new bb", "base"] and told["elo_comparable"]
     assert {tuple(study["models"]) for study in told["studies"]} == {("base", "new bb"), ("new bb", "new cccccc")}
     apart = study_result(
         {**{first.study: first}, "x": replace(small_key("u", models=(third, {"label": "z"})), study="x")},
-        sheets[:1],
+        files[:1],
         samples=20,
     )
     assert not apart["elo_comparable"]
@@ -381,15 +381,15 @@ def test_report_refuses_what_it_cannot_count(tmp_path: Path) -> None:
     for bad in ([{**answer, "trial": other.trials[0].id}], [{**answer, "choice": "left"}], [answer, answer], ["a"]):
         assert "an answer that the study does not have" in told({"answers": bad}, *given)
     for arguments, words in (
-        ([tmp_path / "absent.json"], "cannot be read: No such file"),
+        ([tmp_path / "absent.json"], "cannot be read: there is no such file"),
         ([tmp_path], "this is a folder"),
         ([tmp_path / "study.key.json"], "is a study's key, not answers"),
-        ([good, "--key", good], "no study's key"),
-        ([good, "--key", tmp_path / "absent"], "the key cannot be read"),
+        ([good, "--key", good], "not the key of a study"),
+        ([good, "--key", tmp_path / "absent"], "not the key of a study: there is no such file"),
     ):
         result = report(*arguments)
         assert result.exit_code in (1, 2) and words in result.stderr, result.stderr
     good.write_text(json.dumps(answers_of(key, "anna", [])))
     assert "nobody has answered anything" in report(good, *given).stderr
     good.write_text("{")
-    assert "no JSON file" in report(good, *given).stderr
+    assert "cannot be read" in report(good, *given).stderr
