@@ -3,10 +3,10 @@
 `python -m benchmarks.judging [--dataset DIR] [--raw DIR] [--episodes 80] [--json]`
 
 No simulator and no model: frames are decoded from the extracted world, the truth is the raw recording's
-`sim.object_pose`. Told are (1) how far the objects are placed from where they were, (2) each episode's own instruction
-against `is_episode_successful` (which is settled when the instructed motion ends; later motions may undo or do it) and
-against the same rule on the true places, and (3) every instruction that the scene's objects allow, after 4, 8 and 14 s,
-against that rule: most of those did not come true, so failures are tested as well.
+`sim.object_pose`. Reported are (1) the distance of located objects from their true positions, (2) each episode's own
+instruction against `is_episode_successful` (decided when the instructed motion ends; later motions may undo or do it)
+and against the same rule on the true positions, and (3) every instruction that the scene's objects allow, after 4, 8
+and 14 s, against that rule: most of those did not come true, so failures are tested as well.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
-from persistworld_cli.policies.bundled_world.judge import locate, say
+from persistworld_cli.policies.bundled_world.judge import decide, find_condition, locate
+from persistworld_cli.policies.bundled_world.rules import DIRECTIONS, Condition, pad_positions
 from persistworld_cli.policies.bundled_world.scene import find_recorded, true_positions
-from persistworld_cli.policies.bundled_world.success import DIRECTIONS, Aim, outcome, pad_positions, read_instruction
 from persistworld_cli.policies.judge import Evidence, SceneObject
 from persistworld_cli.rollout.interactive import make_start
 from persistworld_cli.rollout.recording import Item
@@ -33,7 +33,7 @@ CUTS = (20, 40, 70)  # frames at 5 Hz
 
 
 def instructions(objects: tuple[SceneObject, ...]) -> list[str]:
-    """Everything that can be asked of these objects."""
+    """Every instruction that these objects allow."""
     small, large = ([item.name for item in objects if item.graspable is kind] for kind in (True, False))
     texts = [f"pick up the {name} and place it further {way}" for name in small for way in DIRECTIONS]
     texts += [f"push the {name} {way}" for name in large for way in DIRECTIONS]
@@ -63,13 +63,19 @@ def judge_episode(settings: Settings, store: EpisodeStore, split: str, episode: 
     seen, pads = locate(evidence, range(len(recorded.objects))), pad_positions(evidence.poses)
 
     def row(text: str, frames: int) -> dict[str, Any]:
-        aim = read_instruction(text, recorded.objects)
-        assert isinstance(aim, Aim)
-        verdict = say(aim, recorded.objects, seen[:frames], pads[:frames], settings.world.rate_hz)
-        truth = outcome(aim, recorded.objects, true[:frames], pads[:frames], settings.world.rate_hz)
+        condition, rate_hz = find_condition(text, recorded.objects), settings.world.rate_hz
+        assert isinstance(condition, Condition)
+        verdict = decide(condition, recorded.objects, seen[:frames], pads[:frames], rate_hz)
+        truth = condition.outcome(true[:frames], pads[:frames], rate_hz)
         assert truth is not None
-        told = {"judged": verdict.success, "progress": verdict.progress, "true_progress": truth.progress}
-        return {"kind": aim.kind, "frames": frames, "true": truth.success, **told}
+        return {
+            "kind": condition.task.kind,
+            "frames": frames,
+            "judged": verdict.success,
+            "true": truth.success,
+            "progress": verdict.progress,
+            "true_progress": truth.progress,
+        }
 
     return {
         "apart": np.linalg.norm(seen - true, axis=-1),
@@ -81,14 +87,13 @@ def judge_episode(settings: Settings, store: EpisodeStore, split: str, episode: 
 def table(rows: list[dict[str, Any]], against: str = "true") -> dict[str, int]:
     """Confusion table: judged / true."""
     counts = Counter((row["judged"], row[against]) for row in rows)
-    names = {True: "success", False: "failure", None: "cannot tell"}
+    names = {True: "success", False: "failure", None: "undecided"}
     return {f"{names[a]} / {names[b]}": counts[a, b] for a in (True, False, None) for b in (True, False)}
 
 
-def agreeing(rows: list[dict[str, Any]], against: str = "true") -> float:
-    """Share of the told ones."""
-    told = [row for row in rows if row["judged"] is not None]
-    return float(np.mean([row["judged"] == row[against] for row in told]))
+def accuracy(rows: list[dict[str, Any]], against: str = "true") -> float:
+    """Accuracy over the decided rows."""
+    return float(np.mean([row["judged"] == row[against] for row in rows if row["judged"] is not None]))
 
 
 def measure(dataset: str | None, raw: str | None, episodes: int) -> dict[str, Any]:
@@ -99,11 +104,11 @@ def measure(dataset: str | None, raw: str | None, episodes: int) -> dict[str, An
     found = [judge_episode(settings, store, *one) for one in wanted]
     apart = np.concatenate([one["apart"].ravel() for one in found])
     own, rows = [one["own"] for one in found], [row for one in found for row in one["all"]]
-    told = [row for row in rows if row["judged"] is not None]
+    decided = [row for row in rows if row["judged"] is not None]
     known = apart[np.isfinite(apart)]
     return {
         "episodes": len(found),
-        "placed": {
+        "located": {
             "share": len(known) / apart.size,
             "median_cm": 100 * float(np.median(known)),
             "p90_cm": 100 * float(np.percentile(known, 90)),
@@ -112,14 +117,14 @@ def measure(dataset: str | None, raw: str | None, episodes: int) -> dict[str, An
         "own_instruction": {
             "against_recorded": table(own, "recorded"),
             "against_rule": table(own),
-            "agree_recorded": agreeing(own, "recorded"),
-            "agree_rule": agreeing(own),
+            "accuracy_recorded": accuracy(own, "recorded"),
+            "accuracy_rule": accuracy(own),
         },
         "any_instruction": {
             "n": len(rows),
-            "told": len(told),
-            "agree": agreeing(rows),
-            "progress_r": pearson([r["progress"] for r in told], [r["true_progress"] for r in told]),
+            "decided": len(decided),
+            "accuracy": accuracy(rows),
+            "progress_r": pearson([r["progress"] for r in decided], [r["true_progress"] for r in decided]),
             "table": table(rows),
             "kinds": {
                 kind: table([r for r in rows if r["kind"] == kind]) for kind in ("pick", "push", "reach", "stack")
@@ -136,21 +141,21 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=80)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    told = measure(options.dataset, options.raw, options.episodes)
+    result = measure(options.dataset, options.raw, options.episodes)
     if options.json:
-        print(json.dumps(told, indent=1))
+        print(json.dumps(result, indent=1))
         return
-    placed, own, every = told["placed"], told["own_instruction"], told["any_instruction"]
-    print(f"{told['episodes']} recorded episodes; tables read judged / true")
+    located, own, every = result["located"], result["own_instruction"], result["any_instruction"]
+    print(f"{result['episodes']} recorded episodes; tables read judged / true")
     print(
-        f"objects placed in {placed['share']:.0%} of frames: median {placed['median_cm']:.1f} cm, 90% within "
-        f"{placed['p90_cm']:.1f} cm, {placed['beyond_5_cm']:.1%} beyond 5 cm"
+        f"objects located in {located['share']:.0%} of frames: median error {located['median_cm']:.1f} cm, 90% within "
+        f"{located['p90_cm']:.1f} cm, {located['beyond_5_cm']:.1%} beyond 5 cm"
     )
-    for key, what in (("recorded", "is_episode_successful"), ("rule", "rule on true places")):
-        print(f"own instruction against {what}: {own[f'agree_{key}']:.1%} of told; {own[f'against_{key}']}")
+    for key, what in (("recorded", "is_episode_successful"), ("rule", "rule on true positions")):
+        print(f"own instruction against {what}: accuracy {own[f'accuracy_{key}']:.1%}; {own[f'against_{key}']}")
     print(
-        f"any instruction: {every['agree']:.1%} of {every['told']} told (n = {every['n']}), progress r "
-        f"{every['progress_r']:.3f}; {every['table']}"
+        f"any instruction: accuracy {every['accuracy']:.1%} of {every['decided']} decided "
+        f"(n = {every['n']}), progress r {every['progress_r']:.3f}; {every['table']}"
     )
     for kind, counts in every["kinds"].items():
         print(f"  {kind:>5}: {counts}")

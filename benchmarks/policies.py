@@ -1,9 +1,9 @@
-"""Policies of graded skill for the bundled world: they know the recording, and act on it more or less well.
+"""Policies of graded skill for the bundled world: they repeat its recordings more or less well.
 
 `persistworld pi-rollout --policy benchmarks.policies:Recorded --against sim` in the repository's root.
 
-A policy recognises the episode by its instruction and where the arm stands, and answers with the velocities and gripper
-positions that follow there, with a correction towards where the recorded arm was.
+A policy recognises the episode by its instruction and the arm's joints, and answers with the recorded velocities and
+gripper positions from there on, corrected towards the recorded arm.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _recordings() -> list[tuple[str, dict[str, NDArray[Any]]]]:
 
 
 class Recorded:
-    """Does what was recorded."""
+    """Repeats the recording."""
 
     speed, noise, gripper = 1.0, 0.0, True
 
@@ -69,7 +69,7 @@ class Recorded:
 
 
 class Noisy(Recorded):
-    """Does so with a wrong drift, another in each interaction."""
+    """With a wrong drift, another in each interaction."""
 
     noise = 0.06
 
@@ -81,7 +81,7 @@ class Shaky(Recorded):
 
 
 class Slow(Recorded):
-    """Goes half of every way."""
+    """Goes half of every distance."""
 
     speed = 0.5
 

@@ -31,13 +31,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.gates import to_unit
-from dataset_example.recorder.design import DESIGNS, EXTERIOR_CAMERAS, Design
+from dataset_example.recorder.design import DESIGNS, Design
 from dataset_example.recorder.episode import Actor, Cameras, World, build_world
 from dataset_example.recorder.robot import FRAME_HZ
 from dataset_example.recorder.scene import CAMERAS, WRIST_CAMERA
 from persistworld_cli.data.raw.resize import resize
 from persistworld_cli.metrics.masks import MOTION, masked_psnr, moving_mask
 from persistworld_cli.metrics.psnr import psnr
+from persistworld_cli.policies.bundled_world.rules import EXTERIOR_VIEWS
 from persistworld_cli.statistics.paired import cluster_bootstrap
 
 HEIGHT, WIDTH, RATE_HZ, AHEAD = 48, 80, 5, 4
@@ -204,7 +205,7 @@ def events(episode: Recorded) -> dict[str, float]:
             found["contacts"] += 1
             found["pushes"] += bool(np.linalg.norm((path[-1] - path[0])[:2]) >= PUSHED and rise < FLAT)
             found["lifts"] += bool(rise >= LIFTED)
-    hidden = episode.shares[:, : len(EXTERIOR_CAMERAS)] < HIDDEN  # NaN, out of the image, is not hidden
+    hidden = episode.shares[:, : len(EXTERIOR_VIEWS)] < HIDDEN  # NaN, out of the image, is not hidden
     speed = np.linalg.norm(np.diff(episode.positions, axis=0), axis=2).max(axis=1) * FRAME_HZ
     seconds = speed[: len(speed) // FRAME_HZ * FRAME_HZ].reshape(-1, FRAME_HZ)
     return {

@@ -24,7 +24,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="which world (default: %(default)s)")
     parser.add_argument("--first-id", type=int, default=0, help="id of the first episode (default: %(default)s)")
-    parser.add_argument("--fps", type=int, default=15, choices=(15, 5, 3, 1), help="frames a second (default: 15)")
+    parser.add_argument("--fps", type=int, default=15, choices=(15, 5, 3, 1), help="frames per second (default: 15)")
     parser.add_argument("--seconds", type=float, default=14.0, help="length of an episode (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
     options = parser.parse_args(arguments)

@@ -13,8 +13,8 @@ from .design import DEFAULT, DESIGNS
 from .episode import record_episode
 from .lerobot import recorded, write_episode, write_meta
 
-# MuJoCo's EGL contexts do not give back all of their memory: a worker lives for so many episodes.
-EPISODES_A_WORKER = 40
+# MuJoCo's EGL contexts leak memory: a worker process ends after so many episodes.
+EPISODES_PER_WORKER = 40
 
 
 class OtherWorldError(Exception):
@@ -50,11 +50,11 @@ def record(
         if not jobs:
             return
         context = multiprocessing.get_context("spawn")
-        with context.Pool(workers, _leave_interrupts_to_parent, maxtasksperchild=EPISODES_A_WORKER) as pool:
+        with context.Pool(workers, _leave_interrupts_to_parent, maxtasksperchild=EPISODES_PER_WORKER) as pool:
             for count, (episode_id, text, success) in enumerate(pool.imap_unordered(_record_one, jobs), start=1):
                 pace = (time.monotonic() - started) / count
                 outcome = "done" if success else "failed"
-                line = f"[{count}/{len(jobs)}] episode {episode_id}: {text} ({outcome}), {pace:.1f} s an episode"
+                line = f"[{count}/{len(jobs)}] episode {episode_id}: {text} ({outcome}), {pace:.1f} s per episode"
                 print(line, file=sys.stderr, flush=True)
     finally:
         write_meta(root, fps, validation)

@@ -1,12 +1,12 @@
-"""Designs of the bundled world: every number that may differ between two worlds, in one frozen dataclass.
+"""Designs of the bundled world: every number that may differ between worlds, in one frozen dataclass.
 
 `varied` is the world of the shipped recordings and model: everything varies between episodes. `steady` is easier to
 learn: most episodes share cameras and light, the mat is plain, objects are larger, and the wrist camera sees more and
 turns less, so that its frames overlap. Success rules, instructions, object colours and exterior cameras are the same in
-all designs: the judge of the bundled world (`persistworld_cli/policies/bundled_world`) works in each.
+all designs (`persistworld_cli/policies/bundled_world/rules.py`), so the judge of the bundled world works in each.
 
 Units are metres and radians, but for fields of view (degrees); the world frame is the robot's base frame (x forward,
-y left, z up), with the table top at z = 0. A pair is a range that is drawn from evenly.
+y left, z up), with the table top at z = 0. A pair is the range of a uniform draw.
 """
 
 from __future__ import annotations
@@ -18,10 +18,6 @@ from types import MappingProxyType
 
 Pair = tuple[float, float]
 Triple = tuple[float, float, float]
-
-SMALL_SHAPES = ("cube", "cylinder")
-LARGE_SHAPES = ("box", "drum")
-EXTERIOR_CAMERAS = ("exterior_1_left", "exterior_2_left")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,15 +77,12 @@ class Light:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Views:
-    """Cameras. An exterior one is (azimuth, elevation, distance, vertical field of view), seen from `look_at`.
+    """The wrist camera, and how far an episode's cameras may deviate (the last four numbers).
 
     The wrist camera is given in the flange's frame: `wrist_from`, `wrist_to`, `wrist_fovy`; `wrist_case` is the middle
-    of the case that the exterior cameras see. The last four numbers say how far an episode's cameras may stand from
-    these places.
+    of the case that the exterior cameras see.
     """
 
-    look_at: Triple
-    exterior: Mapping[str, tuple[float, float, float, float]]
     wrist_from: Triple
     wrist_to: Triple
     wrist_fovy: float
@@ -122,8 +115,7 @@ class Motion:
 class Design:
     """A whole world. Object centres stay between `work_low` and `work_high` (x, y); a pushing finger may go further.
 
-    `steady` is the share of episodes whose cameras stand exactly where `views` says, under the lamp's mean light; in
-    the others both vary.
+    `steady` is the share of episodes without deviation of cameras and with the lamp's mean light; in others both vary.
     """
 
     name: str
@@ -138,15 +130,6 @@ class Design:
     push_low: Pair = (0.36, -0.28)
     push_high: Pair = (0.67, 0.28)
 
-
-# The judge knows the exterior cameras by these numbers, so all designs share them.
-_LOOK_AT = (0.51, 0.0, 0.07)
-_EXTERIOR = MappingProxyType(
-    {
-        "exterior_1_left": (math.radians(-42.0), math.radians(30.0), 1.0, 23.5),
-        "exterior_2_left": (math.radians(58.0), math.radians(33.0), 1.02, 23.5),
-    }
-)
 
 VARIED = Design(
     name="varied",
@@ -187,8 +170,6 @@ VARIED = Design(
         shadow_map=512,
     ),
     views=Views(
-        look_at=_LOOK_AT,
-        exterior=_EXTERIOR,
         wrist_from=(0.0, -0.095, 0.045),
         wrist_to=(0.0, 0.0, 0.215),
         wrist_fovy=68.0,
@@ -247,8 +228,6 @@ STEADY = Design(
         shadow_map=1024,
     ),
     views=Views(
-        look_at=_LOOK_AT,
-        exterior=_EXTERIOR,
         wrist_from=(0.0, -0.13, -0.02),
         wrist_to=(0.0, 0.0, 0.215),
         wrist_fovy=72.0,

@@ -11,12 +11,14 @@ import dataclasses
 import mujoco
 import numpy as np
 
+from persistworld_cli.policies.bundled_world.rules import FLANGE_TO_PADS, IMAGE_HEIGHT, IMAGE_WIDTH
+
 from .design import DEFAULT, Design
-from .robot import CONTROL_HZ, FRAME_HZ, TCP_OFFSET, VELOCITY_GAIN, ArmController, Waypoint, flange_pose, pose_vector
-from .scene import CAMERAS, IMAGE_HEIGHT, IMAGE_WIDTH, ObjectSpec, build_model, sample_scene
+from .robot import CONTROL_HZ, FRAME_HZ, VELOCITY_GAIN, ArmController, Waypoint, flange_pose, pose_vector
+from .scene import CAMERAS, ObjectSpec, build_model, sample_scene
 from .tasks import Director, Snapshot, start_waypoint
 
-PHYSICS_STEPS = 5  # a control period, at 300 Hz
+PHYSICS_STEPS = 5  # per control period, at 300 Hz
 LOST = 0.06  # m between the fingers and an object that they should hold
 
 
@@ -80,7 +82,7 @@ def record_episode(
 
 
 def build_world(seed: int, episode_id: int, design: Design) -> tuple[World, Director]:
-    """An episode's world as it begins, and who will say what happens in it."""
+    """An episode's world at its start, and the director of what happens in it."""
     rng = np.random.default_rng([seed, episode_id])
     scene = sample_scene(rng, design)
     start = start_waypoint(rng, design)
@@ -156,7 +158,7 @@ class World:
         rotations = self.data.xmat[self._bodies].reshape(3, 3, 3)
         flange = self.flange()
         return Snapshot(
-            self.data.xpos[self._bodies].copy(), rotations.copy(), flange[:3, 3] + TCP_OFFSET * flange[:3, 2]
+            self.data.xpos[self._bodies].copy(), rotations.copy(), flange[:3, 3] + FLANGE_TO_PADS * flange[:3, 2]
         )
 
     def observe(self) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""LeRobot v2.1 on disk, as DROID is published: one parquet and three mp4 files an episode, and `meta/`.
+"""LeRobot v2.1 on disk, as DROID is published: one parquet and three mp4 files per episode, and `meta/`.
 
 An episode is written into a folder of its own beside the data and moved in place, its parquet last: it counts as
 recorded if its parquet exists. The parquet's schema metadata also carries the episode's line of `episodes.jsonl`, so
@@ -16,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from persistworld_cli.policies.bundled_world.rules import IMAGE_HEIGHT, IMAGE_WIDTH, all_instructions
+
 from .design import VARIED
 from .episode import Episode
-from .scene import CAMERAS, IMAGE_HEIGHT, IMAGE_WIDTH
-from .tasks import all_instructions
+from .scene import CAMERAS
 
 CHUNK = 1000
 DATA_PATH = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
@@ -139,7 +140,7 @@ def _line(episode: Episode) -> dict:
 def recorded(root: Path) -> dict[int, dict]:
     """Episode id -> its entry (design, seed, fps, success, line), of every complete episode on disk.
 
-    Recordings made before there were designs do not name one: they are of `VARIED`.
+    Recordings without a design's name are of `VARIED`.
     """
     entries = {}
     for path in sorted(root.glob("data/chunk-*/episode_*.parquet")):

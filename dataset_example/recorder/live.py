@@ -1,8 +1,7 @@
 """The world, driven from outside: a recorded episode's scene at one of its frames, moved by joint targets.
 
 `restore` builds the scene of (design, seed, episode id) again, cameras, colours and textures included, with arm,
-gripper and objects where the recording has them. Targets are then what the arm follows, as the dataset's actions define
-them.
+gripper and objects where the recording has them. The arm then follows targets as the dataset's actions define them.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ from .design import DESIGNS, VARIED
 from .episode import PHYSICS_STEPS, Actor, Cameras, World, build_world
 from .robot import CONTROL_HZ, FRAME_HZ, JOINT_HIGH, JOINT_LOW, VELOCITY_GAIN
 from .scene import ObjectSpec
-from .tasks import Snapshot, holds, read_task
 
-__all__ = ["DESIGNS", "VARIED", "LiveWorld", "restore", "success_rule"]
+__all__ = ["DESIGNS", "VARIED", "LiveWorld", "restore"]
 
 REPEATED = 1e-3  # m, rad: closer than this to the record, a repetition is the recorded motion
 
@@ -34,8 +32,9 @@ class LiveWorld:
         """The recorder's columns of now: joints, gripper, flange pose, objects."""
         return self._world.observe()
 
-    def snapshot(self) -> Snapshot:
-        return self._world.snapshot()
+    def positions(self) -> np.ndarray:
+        """(3, 3): the objects' centres, m."""
+        return self._world.snapshot().positions
 
     def images(self) -> np.ndarray:
         """uint8 (cameras, height, width, 3). Raises RuntimeError without rendering."""
@@ -45,7 +44,7 @@ class LiveWorld:
         return self._cameras.look()
 
     def drive(self, velocity: np.ndarray, gripper: float) -> None:
-        """One tick along joint velocities (7,): a velocity of 1 moves a target by `VELOCITY_GAIN` a tick."""
+        """One tick along joint velocities (7,): a velocity of 1 moves a target by `VELOCITY_GAIN` per tick."""
         joints = self._target[:7] + VELOCITY_GAIN * np.clip(velocity, -1, 1)
         self.tick(np.clip(joints, JOINT_LOW + 0.02, JOINT_HIGH - 0.02), gripper)
 
@@ -74,17 +73,17 @@ def restore(
     objects: np.ndarray,
     render: bool = True,
 ) -> tuple[LiveWorld, float]:
-    """The scene of an episode as it was after so many 15 Hz frames, and how far the repetition was off (m, or rad).
+    """The scene of an episode after so many 15 Hz frames, and the error of the repetition (m or rad).
 
-    The recorded motion is simulated again up to there, so that speeds and grasps are there too. Where this MuJoCo
-    does not repeat the recording (another version), everything is put where the recording has it, at rest.
+    The recorded motion is simulated again up to there, so that speeds and grasps are restored too. Where this MuJoCo
+    (of another version) does not repeat the recording, everything is placed where the recording has it, at rest.
 
     Args:
         seed, episode_id: of the recording.
         ticks: frames from its beginning.
         design: name of the recording's world, one of `DESIGNS`.
         joints, gripper, objects: as recorded there: (7,) rad, 0 open .. 1 closed, (3, 7) position and quaternion.
-        render: whether images will be asked for.
+        render: whether images will be needed.
     """
     world, director = build_world(seed, episode_id, DESIGNS[design])
     actor = Actor(world, director)
@@ -96,9 +95,3 @@ def restore(
     if off > REPEATED:
         world.place(joints, gripper, objects)
     return LiveWorld(world, director.objects, render), off
-
-
-def success_rule(text: str, objects: tuple[ObjectSpec, ...], before: Snapshot):
-    """The recorder's own condition for an instruction, as a function of a snapshot; None for an unknown instruction."""
-    task = read_task(text, objects)
-    return None if task is None else lambda now: holds(task, objects, before, now)

@@ -14,6 +14,8 @@ import dataclasses
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from persistworld_cli.policies.bundled_world.rules import FLANGE_TO_PADS
+
 # Franka's modified DH table: a, d, alpha of each joint; the flange follows joint 7 at FLANGE_D along z.
 DH = np.array(
     [
@@ -30,7 +32,6 @@ FLANGE_D = 0.107
 JOINT_LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
 JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
 REST = np.array([0.0, 0.05, 0.0, -2.25, 0.0, 2.5, -np.pi / 2])
-TCP_OFFSET = 0.15  # m along the flange's z to between the finger pads
 
 CONTROL_HZ = 60
 FRAME_HZ = 15  # DROID's rate: actions are defined between its frames
@@ -87,7 +88,7 @@ def solve_step(joints: np.ndarray, tcp: np.ndarray, euler: np.ndarray, damping: 
     """One damped Gauss-Newton step towards a finger position and flange angles, drawn to `REST` in the null space."""
     frames = joint_frames(joints)
     flange, goal = frames[7], Rotation.from_euler("xyz", euler).as_matrix()
-    point = flange[:3, 3] + TCP_OFFSET * flange[:3, 2]
+    point = flange[:3, 3] + FLANGE_TO_PADS * flange[:3, 2]
     turn = 0.5 * np.cross(flange[:3, :3], goal, axis=0).sum(axis=1)  # small-angle rotation vector
     error = np.concatenate([tcp - point, turn])
     axes, origins = frames[:7, :3, 2], frames[:7, :3, 3]
@@ -162,4 +163,4 @@ class ArmController:
 
     def _error(self, position: np.ndarray) -> float:
         flange = joint_frames(self.joints)[7]
-        return float(np.linalg.norm(flange[:3, 3] + TCP_OFFSET * flange[:3, 2] - position))
+        return float(np.linalg.norm(flange[:3, 3] + FLANGE_TO_PADS * flange[:3, 2] - position))

@@ -1,38 +1,41 @@
-"""What an episode looks like: objects, table, lights and cameras, drawn at random, and their MJCF.
+"""The look of an episode: objects, table, lights and cameras, drawn at random, and their MJCF.
 
 Units are metres and radians; the world frame is the robot's base frame (x forward, y left, z up); the table top is at
-z = 0. Everything a rollout can only know from its history varies here: colours, sizes, pattern, light and camera poses.
+z = 0. What a rollout can only know from its history varies here: colours, sizes, pattern, light and camera poses.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import mujoco
 import numpy as np
 
-from .arm_mjcf import ARM_ACTUATORS, arm_body
-from .design import EXTERIOR_CAMERAS, LARGE_SHAPES, SMALL_SHAPES, Design, SizeRange, Surfaces, Views
+from persistworld_cli.policies.bundled_world.rules import (
+    EXTERIOR_VIEWS,
+    FIELD_OF_VIEW,
+    IMAGE_HEIGHT,
+    IMAGE_WIDTH,
+    LARGE_SHAPES,
+    LOOK_AT,
+    OBJECT_COLOURS,
+    ROUND_SHAPES,
+    SMALL_SHAPES,
+)
 
-# Saturated object colours, far from each other, from every table and from the robot.
-OBJECT_COLOURS: dict[str, tuple[float, float, float]] = {
-    "red": (0.88, 0.08, 0.06),
-    "green": (0.08, 0.68, 0.12),
-    "blue": (0.08, 0.20, 0.90),
-    "yellow": (0.98, 0.82, 0.05),
-    "magenta": (0.90, 0.10, 0.68),
-    "cyan": (0.05, 0.78, 0.85),
-}
+from .arm_mjcf import ARM_ACTUATORS, arm_body
+from .design import Design, SizeRange, Surfaces, Views
+
 # The tray's rim around the work area stops what rolls.
 TRAY_CENTRE = (0.51, 0.0)
 TRAY_HALF = (0.195, 0.275)
 TEXTURE_SIDE = 128
 
 WRIST_CAMERA = "wrist_left"
-CAMERAS = (*EXTERIOR_CAMERAS, WRIST_CAMERA)
-IMAGE_HEIGHT, IMAGE_WIDTH = 180, 320
+CAMERAS = (*EXTERIOR_VIEWS, WRIST_CAMERA)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,7 @@ class ObjectSpec:
 
     @property
     def round(self) -> bool:
-        return self.shape in ("cylinder", "drum")
+        return self.shape in ROUND_SHAPES
 
     @property
     def radius(self) -> float:
@@ -111,7 +114,7 @@ def sample_scene(rng: np.random.Generator, design: Design) -> SceneSpec:
 
 
 def _middle(low: float, high: float, size: int | None = None) -> float | np.ndarray:
-    """What an even draw gives on average."""
+    """The mean of a uniform draw."""
     middle = (low + high) / 2
     return middle if size is None else np.full(size, middle)
 
@@ -149,13 +152,13 @@ def _sample_cameras(draw: Callable[..., Any], views: Views) -> dict[str, CameraS
         return draw(-most, most, size)
 
     cameras = {}
-    for name, (azimuth, elevation, distance, fovy) in views.exterior.items():
-        azimuth, elevation = np.array([azimuth, elevation]) + off(views.angle_off, 2)
+    for name, (azimuth, elevation, distance) in EXTERIOR_VIEWS.items():
+        azimuth, elevation = np.array([math.radians(azimuth), math.radians(elevation)]) + off(views.angle_off, 2)
         away = np.array([np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)])
-        target = np.array(views.look_at) + off(views.target_off, 3)
+        target = np.array(LOOK_AT) + off(views.target_off, 3)
         distance += off(views.distance_off)
         cameras[name] = CameraSpec(
-            position=target + distance * away, target=target, up=np.array([0.0, 0.0, 1.0]), fovy=fovy
+            position=target + distance * away, target=target, up=np.array([0.0, 0.0, 1.0]), fovy=FIELD_OF_VIEW
         )
     cameras[WRIST_CAMERA] = CameraSpec(
         position=np.array(views.wrist_from) + off(views.wrist_off, 3),
@@ -199,10 +202,10 @@ def build_mjcf(scene: SceneSpec) -> str:
 
     Contacts: objects (1) meet everything; hand (2) and table (4) meet objects only, so the hand cannot jam.
     """
-    exterior = "".join(_camera(name, scene.cameras[name]) for name in EXTERIOR_CAMERAS)
+    exterior = "".join(_camera(name, scene.cameras[name]) for name in EXTERIOR_VIEWS)
     objects = "".join(_object_body(index, item) for index, item in enumerate(scene.objects))
     light, strength = scene.light_position, scene.light_strength
-    beam, case = np.array(scene.design.views.look_at) - light, _vec(scene.design.views.wrist_case)
+    beam, case = np.array(LOOK_AT) - light, _vec(scene.design.views.wrist_case)
     return f"""<mujoco model="persistworld-example">
 <compiler angle="radian"/>
 <option timestep="{1 / 300!r}" integrator="implicitfast" cone="elliptic" impratio="10"/>

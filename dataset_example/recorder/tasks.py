@@ -1,27 +1,30 @@
 """Scripted motions: what the robot does next, the instruction that names it, and whether it came true.
 
-An episode's main task comes first, and once more if it failed; afterwards the robot goes on moving things until time is
-up, so that something moves, hides or comes to light most of the time. Directions are the robot's: left is +y, forward
+An episode's main task comes first, and once more if it failed; afterwards the robot keeps moving things until time is
+up, so that something moves, hides or reappears most of the time. Directions are the robot's: left is +y, forward
 is +x.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
 
-from .design import LARGE_SHAPES, SMALL_SHAPES, Design
-from .robot import Waypoint
-from .scene import OBJECT_COLOURS, ObjectSpec
+from persistworld_cli.policies.bundled_world.rules import (
+    DIRECTIONS,
+    EXTERIOR_VIEWS,
+    Condition,
+    Task,
+    instruction,
+)
 
-DIRECTIONS = {
-    "to the left": np.array([0.0, 1.0]),
-    "to the right": np.array([0.0, -1.0]),
-    "forward": np.array([1.0, 0.0]),
-    "back": np.array([-1.0, 0.0]),
-}
+from .design import Design
+from .robot import Waypoint
+from .scene import ObjectSpec
+
 LEAN = np.pi - 0.22  # roll of the flange at work
 YAW = np.pi / 2
 UP = np.array([0.0, 0.0, 1.0])
@@ -38,89 +41,29 @@ class Snapshot:
     tcp: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """`kind` is pick, push, stack or reach; `direction` for pick and push; `onto` is the object below for stack."""
-
-    kind: str
-    target: int
-    direction: str = ""
-    onto: int | None = None
-
-
-def instruction(task: Task, objects: tuple[ObjectSpec, ...]) -> str:
-    name = objects[task.target].name
-    if task.kind == "stack":
-        return f"put the {name} on top of the {objects[task.onto].name}"
-    return _phrase(task.kind, name, task.direction)
-
-
-def _phrase(kind: str, name: str, direction: str) -> str:
-    if kind == "pick":
-        return f"pick up the {name} and place it further {direction}"
-    return f"push the {name} {direction}" if kind == "push" else f"move the gripper above the {name}"
-
-
-def all_instructions() -> list[str]:
-    """Every instruction there can be, in a fixed order: `task_index` counts into it, whatever was recorded."""
-    small = [f"{colour} {shape}" for colour in OBJECT_COLOURS for shape in SMALL_SHAPES]
-    large = [f"{colour} {shape}" for colour in OBJECT_COLOURS for shape in LARGE_SHAPES]
-    texts = [_phrase("pick", name, direction) for name in small for direction in DIRECTIONS]
-    texts += [_phrase("push", name, direction) for name in small + large for direction in DIRECTIONS]
-    texts += [_phrase("reach", name, "") for name in small + large]
-    texts += [
-        f"put the {top} on top of the {below}" for top in small for below in large if top.split()[0] != below.split()[0]
-    ]
-    return texts
-
-
-def holds(task: Task, objects: tuple[ObjectSpec, ...], before: Snapshot, now: Snapshot) -> bool:
-    """Whether what `task` asks for is so, `before` being how things stood when it began."""
-    item = objects[task.target]
-    start, end = before.positions[task.target], now.positions[task.target]
-    if task.kind == "reach":
-        return bool(np.linalg.norm(now.tcp[:2] - end[:2]) < 0.05)
-    if task.kind == "stack":
-        below = now.positions[task.onto]
-        gap = objects[task.onto].half[2] + item.half[2]
-        return bool(np.linalg.norm(end[:2] - below[:2]) < 0.05 and abs(end[2] - below[2] - gap) < 0.02)
-    on_table = end[2] < 1.5 * max(item.half)
-    return bool(on_table and (end - start)[:2] @ DIRECTIONS[task.direction] > 0.05)
-
-
-def read_task(text: str, objects: tuple[ObjectSpec, ...]) -> Task | None:
-    """The task that an instruction means among these objects; None if it means none."""
-    kinds = [Task("reach", target) for target in range(len(objects))]
-    kinds += [
-        Task(kind, target, way) for kind in ("pick", "push") for target in range(len(objects)) for way in DIRECTIONS
-    ]
-    kinds += [Task("stack", target, onto=onto) for target in range(len(objects)) for onto in range(len(objects))]
-    return next((task for task in kinds if instruction(task, objects) == text), None)
-
-
 class Director:
     """Chooses scripts for one episode, from the state of the world and its own random stream.
 
-    `task` is the main task, chosen on the first call of `next_script`; `success` says whether it held when its script
-    ended.
+    `task` is the main task, chosen on the first call of `next_script`; `success` is whether its condition held when its
+    script ended.
     """
 
     def __init__(self, objects: tuple[ObjectSpec, ...], rng: np.random.Generator, design: Design) -> None:
         self.objects = objects
         self.rng = rng
         self.motion = design.motion
-        self._azimuths = [view[0] for view in design.views.exterior.values()]
+        self._azimuths = [math.radians(azimuth) for azimuth, _, _ in EXTERIOR_VIEWS.values()]
         self._low, self._high = np.array(design.work_low), np.array(design.work_high)
         self._push_low, self._push_high = np.array(design.push_low), np.array(design.push_high)
         self.task: Task | None = None
         self.success = False
         self._tries = 0
-        self._before: Snapshot | None = None
+        self._condition: Condition | None = None
         self._last = -1
 
     @property
     def instruction(self) -> str:
-        return instruction(self.task, self.objects)
+        return instruction(self.task, [item.name for item in self.objects])
 
     def next_script(self, now: Snapshot) -> list[Waypoint]:
         """Waypoints of the next motion; never empty."""
@@ -128,17 +71,19 @@ class Director:
         return self._over(now, now.tcp, script[0], FINGER_BELOW, None) + script
 
     def judge(self, now: Snapshot) -> None:
-        """Settles `success` while the main task is the latest thing tried; later motions do not change it."""
+        """Decides `success` while the main task is the latest motion; later motions do not change it."""
         if self._tries in (1, 2) and not self.success:
-            self.success = self._holds(now)
+            self.success = bool(self._condition.holds(now.positions[None], now.tcp[None])[0] == 1)
 
     def _main(self, now: Snapshot) -> list[Waypoint]:
         """The main task's script: first of all, and once more if it failed."""
         if self.task is None:
-            self._before, script = now, []
+            script = []
             while not script:
                 self.task = self._choose_task()
                 script = self._script_for(self.task, now)
+            half = np.array([item.half for item in self.objects])
+            self._condition = Condition(self.task, half, now.positions)
             self._tries = 1
             return script
         self.judge(now)
@@ -147,9 +92,6 @@ class Director:
             return self._script_for(self.task, now)
         self._tries = 3
         return []
-
-    def _holds(self, now: Snapshot) -> bool:
-        return holds(self.task, self.objects, self._before, now)
 
     # What to do -----------------------------------------------------------------------------------------------------
 

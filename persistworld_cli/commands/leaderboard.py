@@ -1,4 +1,4 @@
-"""``persistworld leaderboard``: policies by what was imagined of them, against what really came of it."""
+"""``persistworld leaderboard``: rank policies by world-model success rate; correlate with real success."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXAMPLES = (
 
 @with_common("none", without=("output", "preset", "sets"))
 def command(common: Common, request: LeaderboardRequest) -> None:
-    """Success and progress of policies' rollouts; with real results, Pearson's r and mean maximum rank violation."""
+    """Rank policies by world-model success rate; with real results, Pearson's r and mean maximum rank violation."""
     if common.dry_run:
         show_plan(common, request)
         return

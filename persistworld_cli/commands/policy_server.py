@@ -19,20 +19,20 @@ EXAMPLES = ("persistworld policy-server --policy hold", "persistworld policy-ser
     setting("policy.seed", "Seed of everything that is drawn."),
 )
 def command(common: Common, request: PolicyServerRequest) -> None:
-    """Serve a policy that needs no network and no GPU, as openpi's policy server does, until it is interrupted."""
+    """Serve a policy that needs no network and no GPU, as openpi's policy server does, until interrupted."""
     resolved = resolve(common)
     own = resolved.settings.policy
     if common.dry_run:
         show_plan(common, request, resolved, output=f"ws://{own.host}:{own.port}")
         return
-    from persistworld_cli.policies.observation import find_layout
+    from persistworld_cli.policies.observation import LAYOUTS
     from persistworld_cli.policies.source import API_KEY_VARIABLE, serve_embedded
     from persistworld_cli.serving import is_loopback
 
     key = os.environ.get(API_KEY_VARIABLE)
     server = serve_embedded(
         request.policy,
-        find_layout(own.layout),
+        LAYOUTS[own.layout],
         own.seed,
         host=own.host,
         port=own.port,

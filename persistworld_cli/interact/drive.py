@@ -62,7 +62,7 @@ def _drive_keys(session: DriveSession, keys: list[str]) -> None:
     """One step a key."""
     with Meter("drive", len(keys)) as meter:
         for key in keys:
-            meter.advance(seconds_a_step=session.press(key).seconds)
+            meter.advance(seconds_per_step=session.press(key).seconds)
 
 
 def _find_start(settings: Settings, store: EpisodeStore) -> Start:

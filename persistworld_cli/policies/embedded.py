@@ -1,7 +1,6 @@
-"""Policies that run here: the embedded defaults of the policy server, and any class of the user's.
+"""Policies that run here: the embedded ones of the policy server, and any class of the user's.
 
-A policy has ``infer(obs) -> {"actions": (R, 8)}`` and ``reset()``; observation and answer as in `rollout.observation`.
-To add one: write the class, add a line to `POLICIES`.
+To add one: write a class (see `observation.Policy`) and a line in `POLICIES`.
 """
 
 from __future__ import annotations
@@ -9,37 +8,34 @@ from __future__ import annotations
 import traceback
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from persistworld_cli.config.plugins import make_plugin
 from persistworld_cli.errors import PersistWorldError, UsageError, nearest
-from persistworld_cli.policies.observation import ACTIONS, GRIPPER, JOINTS, PROMPT, Layout
+from persistworld_cli.policies.bundled_world.rules import FLANGE_TO_PADS
+from persistworld_cli.policies.observation import ACTIONS, GRIPPER, JOINTS, PROMPT, ActionLayout, Policy
 from persistworld_cli.robot.adapter import DEFAULT_GAIN
 from persistworld_cli.robot.kinematics import PANDA, forward, jacobian
 
 Float = NDArray[np.float64]
 
 
-class Policy(Protocol):
-    """Anything that turns an observation into a chunk of actions."""
+class _Embedded:
+    """What embedded policies share: a layout, a seed, and how often they were called in the episode."""
 
-    def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
-        """One observation -> a map with ``actions`` (R, 8)."""
-        ...
+    def __init__(self, layout: ActionLayout, seed: int = 0) -> None:
+        self._layout, self._seed, self._calls = layout, seed, 0
 
     def reset(self) -> None:
-        """Forget the episode so far."""
-        ...
+        """Start a new episode."""
+        self._calls = 0
 
 
-class HoldPolicy:
-    """Stands still: zero velocities, the gripper as it is. The lower bound of a leaderboard."""
-
-    def __init__(self, layout: Layout, seed: int = 0) -> None:
-        self._layout = layout
+class HoldPolicy(_Embedded):
+    """Keeps still: zero velocities, the gripper as it is. The lower bound of a leaderboard."""
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """Zeros, and the observed gripper position."""
@@ -47,24 +43,18 @@ class HoldPolicy:
         actions[:, 7] = read_joints(obs)[7]
         return {ACTIONS: actions}
 
-    def reset(self) -> None:
-        """Nothing to forget."""
 
-
-class RandomPolicy:
+class RandomPolicy(_Embedded):
     """A random direction for each chunk, the gripper open or closed at random.
 
-    What is drawn depends on the seed, the number of the call, the joints and the instruction only, so a rollout does
-    not change when others run beside it.
+    Draws depend on the seed, the number of the call, the joints and the instruction only, so a rollout does not change
+    when others run beside it.
     """
 
     speed = 0.4  # standard deviation of a joint's velocity
 
-    def __init__(self, layout: Layout, seed: int = 0) -> None:
-        self._layout, self._seed, self._calls = layout, seed, 0
-
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
-        """One velocity a joint, fading in and out over the chunk."""
+        """One velocity per joint, fading in and out over the chunk."""
         joints = read_joints(obs)
         known = zlib.crc32(np.round(joints, 6).tobytes() + str(obs.get(PROMPT, "")).encode())
         rng = np.random.default_rng([self._seed, self._calls, known])
@@ -74,28 +64,21 @@ class RandomPolicy:
         gripper = np.full((self._layout.rows, 1), float(rng.integers(2)))
         return {ACTIONS: np.concatenate([velocity, gripper], axis=1)}
 
-    def reset(self) -> None:
-        """Start the sequence of draws again."""
-        self._calls = 0
 
-
-class ScriptedPolicy:
+class ScriptedPolicy(_Embedded):
     """Reaches over a spot of the table, goes down, closes the gripper and lifts.
 
-    A closed loop on joint angles and gripper alone: what it does next follows from where the arm is, so it keeps no
-    state and one instance can serve any number of rollouts. It does not look at the images.
+    A closed loop on joint angles and gripper alone: each action follows from where the arm is, so it keeps no state and
+    one instance can serve any number of rollouts. It ignores the images.
     """
 
-    tool_z = 0.15  # m from the flange to between the finger pads
+    target = np.array([0.51, 0.0])  # m: the spot
+    tool_z = FLANGE_TO_PADS
     hover, grasp, lift = 0.14, 0.035, 0.17  # m above the table: heights of the finger pads
     near = 0.02  # m: close enough to the spot to go down
     closed = 0.5  # from here on the gripper holds
     stride, grip_stride = 0.016, 0.2  # the most that pads (m) and gripper move in a row (1/15 s)
     damping = 2e-3
-
-    def __init__(self, layout: Layout, seed: int = 0, target: tuple[float, float] = (0.51, 0.0)) -> None:
-        self._layout = layout
-        self._target = np.array(target)
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """Plan every row from the joints that the rows before should have reached."""
@@ -109,9 +92,6 @@ class ScriptedPolicy:
             joints = np.append(moved, row[7])
         return {ACTIONS: rows}
 
-    def reset(self) -> None:
-        """Nothing to forget."""
-
     def _pads(self, joints: Float) -> Float:
         """(7,) joints -> (3,) the point between the finger pads."""
         flange = forward(joints)
@@ -121,16 +101,16 @@ class ScriptedPolicy:
     def _goal(self, joints: Float) -> tuple[Float, float]:
         """(8,) joints and gripper -> where the pads should go, and the gripper."""
         pads, gripper = self._pads(joints[:7]), float(joints[7])
-        away = float(np.linalg.norm(pads[:2] - self._target))
+        away = float(np.linalg.norm(pads[:2] - self.target))
         if gripper > self.closed:
-            return np.append(self._target, self.lift), 1.0
+            return np.append(self.target, self.lift), 1.0
         if away < self.near:
             low = pads[2] <= self.grasp + 0.01
-            # Once it began to close it goes on, although the gripper pulls the pads up a little.
-            return np.append(self._target, self.grasp), 1.0 if low else gripper * 0.5
+            # Once begun, closing continues, although the gripper pulls the pads up a little.
+            return np.append(self.target, self.grasp), 1.0 if low else gripper * 0.5
         if away > 3 * self.near and pads[2] < self.hover - 3 * self.near:
             return np.append(pads[:2], self.hover), 0.0  # too low to cross the table: up first
-        return np.append(self._target, self.hover), 0.0
+        return np.append(self.target, self.hover), 0.0
 
     def _velocity(self, joints: Float, goal: Float) -> Float:
         """Joint velocities (at most 1) that take the pads towards the goal without turning the hand."""
@@ -144,32 +124,29 @@ class ScriptedPolicy:
         return velocity / max(1.0, float(np.abs(velocity).max()))
 
 
-POLICIES: Mapping[str, Callable[[Layout, int], Policy]] = {
+POLICIES: Mapping[str, Callable[[ActionLayout, int], Policy]] = {
     "scripted": ScriptedPolicy,
     "hold": HoldPolicy,
     "random": RandomPolicy,
 }
 
 
-def make_policy(name: str, layout: Layout, seed: int = 0) -> Policy:
+def make_policy(name: str, layout: ActionLayout, seed: int = 0) -> Policy:
     """A new policy of the registry. Raises UsageError for an unknown name."""
     if name not in POLICIES:
-        raise UsageError(
-            f"unknown policy '{name}'",
-            where="--policy",
-            fix=f"{nearest(name, POLICIES)} (or module:Class for your own)",
-        )
+        fix = f"{nearest(name, POLICIES)} (or module:Class for your own)"
+        raise UsageError(f"unknown policy '{name}'", where="--policy", fix=fix)
     return POLICIES[name](layout, seed)
 
 
 class LocalPolicy:
-    """A user's policy in this process; what it raises becomes an error that shows its traceback."""
+    """A user's policy in this process; its exceptions become errors that show their traceback."""
 
     def __init__(self, policy: Policy, name: str) -> None:
         self._policy, self.name = policy, name
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
-        """The policy's answer. Raises PersistWorldError with the traceback of whatever it raised."""
+        """The policy's answer. Raises PersistWorldError with the traceback of its exception."""
         try:
             return self._policy.infer(obs)
         except Exception as error:
@@ -180,16 +157,9 @@ class LocalPolicy:
         """Forget the episode so far."""
         self._policy.reset()
 
-    def close(self) -> None:
-        """Nothing is held open."""
-
 
 def load_policy(spec: str) -> LocalPolicy:
-    """``module:Class`` -> an instance, made without arguments.
-
-    Raises:
-        UsageError: the module or the class is not there, or has no ``infer`` and ``reset``.
-    """
+    """An instance of ``module:Class``. Raises UsageError: see `make_plugin`."""
     fix = "a policy has infer(obs) -> dict and reset()"
     return LocalPolicy(make_plugin(spec, "--policy", ("infer", "reset"), fix), spec)
 

@@ -1,6 +1,6 @@
-"""What a judge is: it looks at a rollout and says whether the instruction came true, and how far it got.
+"""Judges: a judge looks at a rollout and decides whether the instruction came true, and how far it got.
 
-To add one: write a class with `judge` (see `Judge`) and add a line to `policies.judges`, or name your own as
+To add one: write a class with `judge` (see `Judge`) and a line in `JUDGES`, or name your own as
 ``--judge module:Class``.
 
 Shape legend: F frames of a rollout (the first is the start), V cameras, H, W pixels, R rows of the trace at 15 Hz.
@@ -9,18 +9,25 @@ A pose is x y z (m), roll pitch yaw (rad), gripper (0 open .. 1 closed), of the 
 
 from __future__ import annotations
 
+import math
+import traceback
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-Float = NDArray[np.float64]
+from persistworld_cli.config.fields import Known
+from persistworld_cli.config.plugins import make_plugin
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.policies.bundled_world.rules import LARGE_SHAPES, Float
+
+JUDGES = {"bundled-world": "persistworld_cli.policies.bundled_world.judge:BundledJudge"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SceneObject:
-    """An object as it was known at the start: colour (0 .. 1), full size (m), position (3,) of its centre (m)."""
+    """An object as it was at the start: colour (0 .. 1), full size (m), position (3,) of its centre (m)."""
 
     name: str
     colour: str
@@ -32,8 +39,8 @@ class SceneObject:
 
     @property
     def graspable(self) -> bool:
-        """Whether the gripper can take it; the large ones can only be pushed."""
-        return self.shape not in ("box", "drum")
+        """Whether the gripper can hold it; the large ones can only be pushed."""
+        return self.shape not in LARGE_SHAPES
 
     @property
     def half(self) -> Float:
@@ -43,17 +50,17 @@ class SceneObject:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What a judge may look at.
+    """What a judge is given.
 
     Attributes:
-        episode, start, seed: which rollout it is.
-        instruction: what was asked.
+        episode, start, seed: the rollout.
+        instruction: of the policy.
         cameras: V names.
         rate_hz: of the frames.
         frames: (F, V, H, W, 3) uint8: what the cameras showed, imagined or not.
         poses: (F, 7) of the flange at each frame.
         joint_pos, joint_vel: (R, 7) what the arm and the policy did between frames.
-        objects: the scene at the start; None where the dataset does not tell.
+        objects: the scene at the start; None where the dataset does not describe it.
     """
 
     episode: str
@@ -71,13 +78,7 @@ class Evidence:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a judge says. None: it cannot tell, and `reason` says why.
-
-    Attributes:
-        success: whether the instruction came true.
-        progress: how far it got, 0 .. 1.
-        reason: in a line.
-    """
+    """A judge's decision: success, progress (0 .. 1), and the reason in a line. None: undecided."""
 
     success: bool | None
     progress: float | None
@@ -87,10 +88,40 @@ class Verdict:
 class Judge(Protocol):
     """Anything that judges a rollout.
 
-    A class may say ``wants_objects = True``: then `Evidence.objects` is never None, and a dataset that does not tell
+    A class may set ``wants_objects = True``: then `Evidence.objects` is never None, and a dataset without a description
     of its objects is refused before anything is rolled out.
     """
 
     def judge(self, evidence: Evidence) -> Verdict:
-        """One rollout -> its verdict."""
+        """The verdict on one rollout."""
         ...
+
+
+def load_judge(name: str) -> Judge:
+    """A judge of the registry, or ``module:Class``, made without arguments.
+
+    Raises:
+        UsageError: no such judge, module or class, or one without ``judge``.
+    """
+    Known("judge", tuple(JUDGES)).check(name, "judge", "--judge")
+    fix = "a judge has judge(evidence) -> Verdict"
+    judge: Judge = make_plugin(JUDGES.get(name, name), "--judge", ("judge",), fix)
+    return judge
+
+
+def ask_judge(judge: Judge, evidence: Evidence, name: str) -> Verdict:
+    """The verdict, checked. Raises PersistWorldError: the judge failed (with its traceback), or returns no verdict."""
+    try:
+        verdict: Any = judge.judge(evidence)
+    except PersistWorldError:
+        raise
+    except Exception as error:
+        raise PersistWorldError(f"the judge failed:\n{traceback.format_exc().rstrip()}", where=name) from error
+    if not isinstance(verdict, Verdict):
+        raise PersistWorldError(f"the judge gave {verdict!r}, not a Verdict", where=name)
+    progress = verdict.progress
+    if progress is not None and not (math.isfinite(progress) and 0 <= progress <= 1):
+        raise PersistWorldError(f"the judge gave progress {progress!r}, not a number from 0 to 1", where=name)
+    if verdict.success not in (True, False, None):
+        raise PersistWorldError(f"the judge gave success {verdict.success!r}, not true, false or none", where=name)
+    return verdict

@@ -1,14 +1,13 @@
-"""A leaderboard of policies: what was imagined of each, against what really came of it.
+"""Rank policies by world-model success rate, and correlate it with real success.
 
-A policy's score is the mean over tasks of the share of its judged rollouts that succeeded. Against real results only
-tasks that both sides have count, so that the scores compare the same.
+A policy's score is the mean over tasks of the success rate of its judged rollouts. Against real results only tasks that
+both sides have count, so that the scores are comparable.
 """
 
 from __future__ import annotations
 
 import csv
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,23 +19,39 @@ from persistworld_cli.read_files import read_json, reading, reason
 from persistworld_cli.statistics.paired import wilson
 from persistworld_cli.statistics.ranking import mmrv, pearson
 
-SIMULATOR = "sim"  # --real sim: what `pi-rollout --against sim` found
+SIMULATOR = "sim"  # --real sim: the results of `pi-rollout --against sim`
 _COLUMNS = ("policy", "task", "success")
+_FOLDER = "give the output folder of persistworld pi-rollout"
 
 
 @dataclass
 class Tally:
-    """Rollouts of one policy in one task."""
+    """Rollouts of one policy in one task; `simulated` is the success of those that the simulator repeated."""
 
     success: list[bool] = field(default_factory=list)
     progress: list[float] = field(default_factory=list)
-    cannot_tell: int = 0
+    undecided: int = 0
     incomplete: int = 0
+    simulated: list[bool] = field(default_factory=list)
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Count one rollout."""
+        if entry.get("sim_success") is not None:
+            self.simulated.append(bool(entry["sim_success"]))
+        if not entry.get("complete", True):
+            self.incomplete += 1
+            return
+        if entry.get("success") is None:
+            self.undecided += 1
+        else:
+            self.success.append(entry["success"])
+        if entry.get("progress") is not None:
+            self.progress.append(float(entry["progress"]))
 
 
 @dataclass(frozen=True)
 class Real:
-    """A real success rate (0 .. 1), and over how many trials; None if that is not told."""
+    """A real success rate (0 .. 1), and over how many trials; None where unknown."""
 
     success: float
     n: int | None
@@ -47,61 +62,57 @@ Results = dict[str, dict[str, Real]]
 
 
 def read_runs(runs: Sequence[str]) -> tuple[Table, Results]:
-    """Rollouts of several runs of `pi-rollout`, and what the simulator said where it was asked.
+    """Rollouts of several runs of `pi-rollout`, and the simulator's results of those that have them.
 
     Args:
-        runs: folders or their ``rollouts.json``, ``NAME=PATH`` to call a run's policy by another name. A rollout's own
-            JSON file counts where it lies beside: a person may have judged it there.
+        runs: folders or their ``rollouts.json``; ``NAME=PATH`` gives a run's policy another name. A rollout's own JSON
+            file beside it takes precedence: a person may have judged it there.
 
     Raises:
-        PersistWorldError: a file that is not there or none of a run's.
+        PersistWorldError: a file that is absent, or not of such a run.
     """
     imagined: Table = {}
-    simulated: dict[str, dict[str, list[bool]]] = {}
     for run in runs:
         name, path = _named(run)
-        told = _read(path)
-        policy, task = name or str(told.get("policy")), str(told.get("task"))
-        tally = imagined.setdefault(policy, {}).setdefault(task, Tally())
-        for entry in told["rollouts"]:
-            _count(tally, _own(path, entry))
-            if entry.get("sim_success") is not None:
-                simulated.setdefault(policy, {}).setdefault(task, []).append(bool(entry["sim_success"]))
+        found = _read(path)
+        tally = imagined.setdefault(name or found["policy"], {}).setdefault(found["task"], Tally())
+        for entry in found["rollouts"]:
+            tally.add(_own(path, entry))
     real = {
-        policy: {task: Real(float(np.mean(values)), len(values)) for task, values in tasks.items()}
-        for policy, tasks in simulated.items()
+        policy: {task: Real(float(np.mean(one.simulated)), len(one.simulated)) for task, one in tasks.items()}
+        for policy, all_tasks in imagined.items()
+        if (tasks := {task: one for task, one in all_tasks.items() if one.simulated})
     }
     return imagined, real
 
 
 def _named(run: str) -> tuple[str, Path]:
     """``NAME=PATH`` or ``PATH`` -> name ('' for none) and the run's file."""
-    name, equals, rest = run.partition("=")
-    path = Path(rest if equals and not Path(run).exists() else run).expanduser()
+    name, rest = "", run
+    if "=" in run and not Path(run).exists():
+        name, _, rest = run.partition("=")
+    path = Path(rest).expanduser()
     path = path / "rollouts.json" if path.is_dir() else path
     if not path.is_file():
-        raise PersistWorldError(
-            "no rollouts.json here", where=str(path), fix="give the output folder of persistworld pi-rollout"
-        )
-    return (name if equals and str(path).startswith(rest) else ""), path
+        raise PersistWorldError("no rollouts.json here", where=str(path), fix=_FOLDER)
+    return name, path
 
 
 def _read(path: Path) -> dict[str, Any]:
-    what, fix = "not a run's rollouts.json", "give the output folder of persistworld pi-rollout"
-    with reading(what, path, fix):
-        told = read_json(path, what, fix)
-        rollouts = told.get("rollouts")
-        if not isinstance(rollouts, list) or not isinstance(told.get("policy"), str):
-            raise ValueError("no policy, task or rollouts")
-        if not isinstance(told.get("task"), str) or not all(isinstance(entry, dict) for entry in rollouts):
+    what = "not a run's rollouts.json"
+    found = read_json(path, what, _FOLDER)
+    with reading(what, path, _FOLDER):
+        rollouts = found.get("rollouts")
+        named = isinstance(found.get("policy"), str) and isinstance(found.get("task"), str)
+        if not named or not isinstance(rollouts, list) or not all(isinstance(entry, dict) for entry in rollouts):
             raise ValueError("no policy, task or rollouts")
         for entry in rollouts:
             _check(entry)
-        return told
+        return found
 
 
 def _check(entry: Mapping[str, Any]) -> None:
-    """Raise ValueError where a rollout does not say how it ended as it should."""
+    """Raise ValueError where a rollout's success or progress has a wrong value."""
     success, progress = entry.get("success"), entry.get("progress")
     if success is not None and not isinstance(success, bool):
         raise ValueError(f"success is {success!r}: write true, false or null")
@@ -112,7 +123,7 @@ def _check(entry: Mapping[str, Any]) -> None:
 
 
 def _own(path: Path, entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A rollout's own JSON, where it lies beside the run's; else its entry there."""
+    """A rollout's own JSON where there is one beside the run's; else its entry there."""
     own = path.parent / Path(str(entry.get("json") or "?")).name
     try:
         if not own.is_file():
@@ -120,25 +131,13 @@ def _own(path: Path, entry: Mapping[str, Any]) -> Mapping[str, Any]:
     except OSError:  # a name that no file can have
         return entry
     with reading("unreadable rollout", own):
-        told = read_json(own, "unreadable rollout")
-        _check(told)
-    return {**entry, "success": told.get("success"), "progress": told.get("progress")}
-
-
-def _count(tally: Tally, entry: Mapping[str, Any]) -> None:
-    if not entry.get("complete", True):
-        tally.incomplete += 1
-        return
-    if entry.get("success") is None:
-        tally.cannot_tell += 1
-    else:
-        tally.success.append(bool(entry["success"]))
-    if entry.get("progress") is not None:
-        tally.progress.append(float(entry["progress"]))
+        found = read_json(own, "unreadable rollout")
+        _check(found)
+    return {**entry, "success": found.get("success"), "progress": found.get("progress")}
 
 
 def read_real(path: Path) -> Results:
-    """Real results: a CSV file with the columns policy, task, success (0 .. 1) and maybe n.
+    """Real results: a CSV file with the columns policy, task, success (0 .. 1) and optionally n.
 
     Raises:
         PersistWorldError: naming the line and what is wrong in it.
@@ -148,127 +147,119 @@ def read_real(path: Path) -> Results:
     header = list(rows[0]) if rows else []
     missing = [name for name in _COLUMNS if name not in header]
     if missing:
-        found = ", ".join(str(name) for name in header) or "none"
-        raise PersistWorldError(
-            f"no column '{missing[0]}' (there: {found})", where=str(path), fix="first line: policy,task,success,n"
-        )
+        what = f"no column '{missing[0]}' (there: {', '.join(str(name) for name in header) or 'none'})"
+        raise PersistWorldError(what, where=str(path), fix="first line: policy,task,success,n")
     real: Results = {}
     for number, row in enumerate(rows, start=2):
+        where = f"{path}, line {number}"
         policy, task = (str(row[name] or "").strip() for name in ("policy", "task"))
         tasks = real.setdefault(policy, {})
         if task in tasks:
-            raise PersistWorldError(
-                f"policy '{policy}', task '{task}' a second time", where=f"{path}, line {number}", fix="keep one"
-            )
-        tasks[task] = _real(row, f"{path}, line {number}")
+            raise PersistWorldError(f"policy '{policy}', task '{task}' appears twice", where=where, fix="keep one")
+        tasks[task] = _real(row, where)
     return real
 
 
 def _real(row: Mapping[str, Any], where: str) -> Real:
+    fix = "write success from 0 to 1, n from 1 (how many trials) or nothing"
     try:
         success, count = float(row["success"]), str(row.get("n") or "").strip()
         trials = int(count) if count else None
     except (TypeError, ValueError) as error:
-        fix = "write success from 0 to 1, and how many trials under n, or nothing"
         raise PersistWorldError(f"not a number: {reason(error)}", where=where, fix=fix) from error
-    if not (math.isfinite(success) and 0 <= success <= 1) or (trials is not None and trials < 1):
-        raise PersistWorldError(
-            f"success {row['success']}, n {count or '-'}", where=where, fix="success from 0 to 1, n from 1"
-        )
+    if not 0 <= success <= 1 or (trials is not None and trials < 1):
+        raise PersistWorldError(f"success {row['success']}, n {count or '-'}", where=where, fix=fix)
     return Real(success, trials)
 
 
 def build_leaderboard(imagined: Table, real: Results | None) -> dict[str, Any]:
-    """Policies in the order of their imagined success, and how well that foretells the real one.
+    """Policies ordered by imagined success, and how well that predicts real success.
 
     Args:
-        imagined: what was imagined.
-        real: what really happened; None: the leaderboard alone.
+        imagined: rollouts in the world model.
+        real: real results; None: the leaderboard alone.
 
     Returns:
-        ``policies`` (a row each), and with real results ``foretold``: n, Pearson's r of success and of progress with
-        real success (None where undefined), mmrv, the same by task, and who is missing on either side.
+        ``policies`` (a row each), and with real results ``predicted``: n, Pearson's r of success and of progress with
+        real success (None where undefined), mmrv, the same by task, and policies that one side lacks.
 
     Raises:
         PersistWorldError: fewer than two policies with results of both kinds in the same task.
     """
     rows = [_row(policy, tasks, real) for policy, tasks in imagined.items()]
     rows.sort(key=lambda row: (row["success"] is None, -(row["success"] or 0), -(row["progress"] or 0), row["policy"]))
-    if real is None:
-        return {"policies": rows}
-    return {"policies": rows, "foretold": _foretold(imagined, real)}
+    return {"policies": rows} if real is None else {"policies": rows, "predicted": _prediction(imagined, real)}
 
 
 def _row(policy: str, tasks: Mapping[str, Tally], real: Results | None) -> dict[str, Any]:
     success = [value for tally in tasks.values() for value in tally.success]
-    low, high = wilson(sum(success), len(success))
+    low, high = wilson(sum(success), len(success)) if success else (None, None)
     row = {
         "policy": policy,
         "tasks": sorted(tasks),
         "n": len(success),
-        "success": _score(tasks, "success"),
-        "low": low if success else None,
-        "high": high if success else None,
-        "progress": _score(tasks, "progress"),
-        "cannot_tell": sum(tally.cannot_tell for tally in tasks.values()),
+        "success": _score(tasks.values(), "success"),
+        "low": low,
+        "high": high,
+        "progress": _score(tasks.values(), "progress"),
+        "undecided": sum(tally.undecided for tally in tasks.values()),
         "incomplete": sum(tally.incomplete for tally in tasks.values()),
     }
     if real is None:
         return row
-    known = {task: one for task, one in real.get(policy, {}).items() if task in tasks}
-    trials = [one.n for one in known.values() if one.n is not None]
-    whole = sum(trials) if known and len(trials) == len(known) else None
-    rate = float(np.mean([one.success for one in known.values()])) if known else None
-    wins = sum(one.success * (one.n or 0) for one in known.values())
-    span = wilson(wins, whole) if whole else (None, None)
-    return {**row, "real": rate, "real_low": span[0], "real_high": span[1], "real_n": whole}
+    known = [one for task, one in real.get(policy, {}).items() if task in tasks]
+    trials = sum(one.n or 0 for one in known) if all(one.n for one in known) else 0
+    low, high = wilson(sum(one.success * (one.n or 0) for one in known), trials) if trials else (None, None)
+    rate = float(np.mean([one.success for one in known])) if known else None
+    return {**row, "real": rate, "real_low": low, "real_high": high, "real_n": trials or None}
 
 
-def _score(tasks: Mapping[str, Tally], what: str) -> float | None:
+def _score(tallies: Iterable[Tally], what: str) -> float | None:
     """Mean over tasks of a share; None without any."""
-    shares = [float(np.mean(values)) for tally in tasks.values() if (values := getattr(tally, what))]
+    shares = [float(np.mean(values)) for tally in tallies if (values := getattr(tally, what))]
     return float(np.mean(shares)) if shares else None
 
 
-def _foretold(imagined: Table, real: Results) -> dict[str, Any]:
+def _prediction(imagined: Table, real: Results) -> dict[str, Any]:
     shared = {
-        policy: sorted(task for task in imagined[policy] if task in real[policy] and imagined[policy][task].success)
-        for policy in imagined
-        if policy in real
+        policy: tasks
+        for policy, own in imagined.items()
+        if (tasks := sorted(task for task in own if task in real.get(policy, {}) and own[task].success))
     }
-    both = [policy for policy, tasks in shared.items() if tasks]
-    if len(both) < 2:
+    if len(shared) < 2:
         raise PersistWorldError(
-            f"{len(both)} policies have judged rollouts and real results in the same task: two at least are needed",
+            f"{len(shared)} policies have judged rollouts and real results in the same task: two at least are needed",
             where=f"imagined: {', '.join(sorted(imagined)) or 'none'}; real: {', '.join(sorted(real)) or 'none'}",
             fix=_names_fix(imagined, real),
         )
-    names = sorted({task for policy in both for task in shared[policy]})
-    common = [task for task in names if all(task in shared[policy] for policy in both)]
-    scored = common or names  # without a task that all have, each policy counts on its own
-    tasks = []
-    for task in names:
-        having = [policy for policy in both if task in shared[policy]]
-        if len(having) > 1:
-            tasks.append({"task": task, **_compared(imagined, real, having, [task])})
+    names = sorted({task for tasks in shared.values() for task in tasks})
+    common = [task for task in names if all(task in tasks for tasks in shared.values())]
+    by_task = {task: [policy for policy, tasks in shared.items() if task in tasks] for task in names}
+    scored = common or names  # without a task that all have, each policy is scored on its own
     return {
-        **_compared(imagined, real, both, scored),
-        "policies": both,
+        **_correlate(imagined, real, list(shared), scored),
+        "policies": list(shared),
         "on_tasks": scored,
         "same_tasks": bool(common),
-        "tasks": tasks,
-        "without_real": sorted(set(imagined) - set(both)),
-        "without_imagined": sorted(set(real) - set(both)),
+        "tasks": [
+            {"task": task, **_correlate(imagined, real, having, [task])}
+            for task, having in by_task.items()
+            if len(having) > 1
+        ],
+        "without_real": sorted(set(imagined) - set(shared)),
+        "without_imagined": sorted(set(real) - set(shared)),
     }
 
 
-def _compared(imagined: Table, real: Results, policies: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
+def _correlate(imagined: Table, real: Results, policies: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
     """r and MMRV of policies by their means over tasks."""
-    own = {policy: [task for task in tasks if task in imagined[policy] and task in real[policy]] for policy in policies}
-    tallies = {policy: {task: imagined[policy][task] for task in own[policy]} for policy in policies}
-    success = [_score(tallies[policy], "success") or 0.0 for policy in policies]
-    progress = [_score(tallies[policy], "progress") for policy in policies]
-    truth = [float(np.mean([real[policy][task].success for task in own[policy]])) for policy in policies]
+    success, progress, truth = [], [], []
+    for policy in policies:
+        own = [task for task in tasks if task in imagined[policy] and task in real[policy]]
+        tallies = [imagined[policy][task] for task in own]
+        success.append(_score(tallies, "success") or 0.0)
+        progress.append(_score(tallies, "progress"))
+        truth.append(float(np.mean([real[policy][task].success for task in own])))
     whole = [value for value in progress if value is not None]
     return {
         "n": len(policies),
@@ -283,4 +274,4 @@ def _names_fix(imagined: Table, real: Results) -> str:
     unknown = next((policy for policy in imagined if policy not in real), None)
     if unknown is None or not real:
         return "give runs of more policies, in tasks that have real results"
-    return f"call a run as the real results do (NAME=PATH); '{unknown}': {nearest(unknown, real)}"
+    return f"name a run as the real results do (NAME=PATH); '{unknown}': {nearest(unknown, real)}"

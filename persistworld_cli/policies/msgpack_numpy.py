@@ -1,7 +1,7 @@
 """openpi's message encoding: msgpack with numpy arrays (method.md section 6).
 
 An array is a map with the byte-string keys `__ndarray__` (true), `data` (its bytes, C order), `dtype` (numpy's string),
-`shape`; a numpy scalar has `__npgeneric__`, `data`, `dtype`. Everything else is plain msgpack; nothing is unpickled.
+`shape`; a numpy scalar has `__npgeneric__`, `data`, `dtype`. All else is plain msgpack; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -18,11 +18,7 @@ _KINDS = "biufSU"  # booleans, numbers, strings: what bytes alone can carry (no 
 
 
 def pack(message: Any) -> bytes:
-    """A message (maps, lists, numbers, strings, numpy arrays and scalars) -> bytes.
-
-    Raises:
-        PersistWorldError: something in it has no encoding.
-    """
+    """A message (maps, lists, numbers, strings, numpy arrays and scalars) -> bytes. Raises PersistWorldError."""
     try:
         packed: bytes = msgpack.packb(message, default=_encode)
     except (TypeError, ValueError, OverflowError) as error:
@@ -32,7 +28,7 @@ def pack(message: Any) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """Bytes -> message; arrays come back as (writable) numpy arrays of the shape and type they had.
+    """Bytes -> message; arrays become writable numpy arrays of their shape and type.
 
     Raises:
         PersistWorldError: not msgpack, or an array whose bytes, shape and type do not agree.
@@ -49,18 +45,18 @@ def unpack(data: bytes) -> Any:
 
 
 def _encode(value: Any) -> dict[bytes, Any]:
-    """msgpack's hook for what it does not know."""
+    """msgpack's hook for other types."""
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in _KINDS:
-        raise TypeError(f"numpy type '{value.dtype}' cannot travel")
+        raise TypeError(f"numpy type '{value.dtype}' cannot be sent")
     if isinstance(value, np.ndarray):
         return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
     if isinstance(value, np.generic):
         return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
-    raise TypeError(f"'{type(value).__name__}' cannot travel")
+    raise TypeError(f"'{type(value).__name__}' cannot be sent")
 
 
 def _decode(entry: dict[Any, Any]) -> Any:
-    """msgpack's hook for every map: those that stand for arrays and scalars become them."""
+    """msgpack's hook for every map: those that encode arrays and scalars are decoded."""
     if b"__ndarray__" in entry:
         dtype = _dtype(entry)
         shape = tuple(int(size) for size in entry.get(b"shape", ()))

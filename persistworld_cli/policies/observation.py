@@ -1,19 +1,20 @@
 """What a policy is shown and what it answers: the DROID layouts of openpi (method.md section 6).
 
-Shapes: R rows of a chunk at 15 Hz; each row is 7 joint velocities and 1 gripper position.
+Shapes: R rows of a chunk at 15 Hz, each 7 joint velocities and 1 gripper position; V cameras, H, W pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from persistworld_cli.errors import PersistWorldError, UsageError, nearest
+from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.robot.adapter import ActionAdapter
 
 Float = NDArray[np.float64]
 
@@ -23,12 +24,24 @@ JOINTS = "observation/joint_position"
 GRIPPER = "observation/gripper_position"
 PROMPT = "prompt"
 ACTIONS = "actions"
-_ANSWER = "serve a policy that answers {'actions': rows of joint velocities and gripper position}"
 MOST = 100.0  # no command is larger: 1 is full speed, and full grip
+_ANSWER = "serve a policy that answers {'actions': rows of joint velocities and gripper position}"
+
+
+class Policy(Protocol):
+    """Anything that turns an observation into a chunk of actions: a connection to a server, or an object here."""
+
+    def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
+        """One observation -> a map with ``actions`` (R, 8)."""
+        ...
+
+    def reset(self) -> None:
+        """Forget the episode so far."""
+        ...
 
 
 @dataclass(frozen=True)
-class Layout:
+class ActionLayout:
     """A policy family: how many rows of how many numbers it answers with. The observation is the same for all."""
 
     name: str
@@ -36,16 +49,84 @@ class Layout:
     width: int = 8
 
 
-LAYOUTS: Mapping[str, Layout] = {
-    layout.name: layout for layout in (Layout("pi05", 15), Layout("pi0", 10), Layout("pi0-fast", 10))
+LAYOUTS: Mapping[str, ActionLayout] = {
+    layout.name: layout for layout in (ActionLayout("pi05", 15), ActionLayout("pi0", 10), ActionLayout("pi0-fast", 10))
 }
 
 
-def find_layout(name: str) -> Layout:
-    """The layout called ``name``. Raises UsageError with the nearest known name."""
-    if name not in LAYOUTS:
-        raise UsageError(f"unknown policy layout '{name}'", where="policy.layout", fix=nearest(name, LAYOUTS))
-    return LAYOUTS[name]
+@dataclass(frozen=True, kw_only=True)
+class PolicyView:
+    """What a policy is shown of the world, and how its answer is read.
+
+    Attributes:
+        layout: of its answers.
+        adapter: joint velocities -> joints.
+        skip: every skip-th row of an answer is a pose of the world model.
+        gripper_cap: the most that the gripper may close.
+        cap_current: whether that also limits the current gripper.
+        camera, wrist_camera: index of the exterior and of the wrist camera shown.
+        resize: (height, width) that images are brought to before they are padded; empty: none.
+        image_size: side of the padded images.
+        rows: L.
+
+    Raises:
+        UsageError: the layout has too few rows for the skip.
+    """
+
+    layout: ActionLayout
+    adapter: ActionAdapter
+    skip: int = 2
+    gripper_cap: float = 1.0
+    cap_current: bool = False
+    camera: int = 1
+    wrist_camera: int = 2
+    resize: tuple[int, ...] = ()
+    image_size: int = 224
+    rows: int = 5
+
+    def __post_init__(self) -> None:
+        if self.advance >= self.layout.rows:
+            raise UsageError(
+                f"skip {self.skip} needs {self.advance + 1} rows of actions, "
+                f"layout '{self.layout.name}' has {self.layout.rows}",
+                where="policy.skip, or the task's",
+                fix=f"--set policy.skip={(self.layout.rows - 1) // (self.rows - 1)}",
+            )
+
+    @property
+    def advance(self) -> int:
+        """Rows of an answer that pass in an interaction."""
+        return (self.rows - 1) * self.skip
+
+
+def ask_policy(policy: Policy, view: PolicyView, images: NDArray[np.uint8], joints: Float, prompt: str) -> Float:
+    """One question to a policy.
+
+    Args:
+        policy: the one to ask.
+        view: what it is shown.
+        images: (V, H, W, 3) uint8.
+        joints: (8,) seven joint angles (rad) and the gripper (0 open .. 1 closed).
+        prompt: the instruction.
+
+    Returns:
+        (R, 8) joint velocities and gripper position.
+
+    Raises:
+        PersistWorldError: it failed, or its answer does not fit the layout.
+    """
+    return check_actions(policy.infer(build_observation(view, images, joints, prompt)), view.layout, "the policy")
+
+
+def build_observation(view: PolicyView, images: NDArray[np.uint8], joints: Float, prompt: str) -> dict[str, Any]:
+    """One request; arguments as for `ask_policy`."""
+    return {
+        EXTERIOR: resize_with_pad(images[view.camera], view.image_size, view.resize),
+        WRIST: resize_with_pad(images[view.wrist_camera], view.image_size, view.resize),
+        JOINTS: np.array(joints[:7], dtype=np.float64),  # copies: a policy in this process may keep its observations
+        GRIPPER: np.array(joints[7:8], dtype=np.float64),
+        PROMPT: prompt,
+    }
 
 
 def resize_with_pad(image: NDArray[np.uint8], size: int, first: Sequence[int] = ()) -> NDArray[np.uint8]:
@@ -70,38 +151,11 @@ def _resize(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uin
     return np.asarray(source.resize((width, height), Image.Resampling.BILINEAR))
 
 
-def build_observation(
-    exterior: NDArray[np.uint8],
-    wrist: NDArray[np.uint8],
-    joints: Float,
-    prompt: str,
-    size: int = 224,
-    resize: Sequence[int] = (),
-) -> dict[str, Any]:
-    """One request.
-
-    Args:
-        exterior: (H, W, 3) uint8 image of the exterior camera shown to the policy.
-        wrist: (H, W, 3) uint8.
-        joints: (8,) seven joint angles (rad) and the gripper (0 open .. 1 closed).
-        prompt: the instruction.
-        size: side of the images sent.
-        resize: (height, width) that they are brought to before they are padded; empty: none.
-    """
-    return {
-        EXTERIOR: resize_with_pad(exterior, size, resize),
-        WRIST: resize_with_pad(wrist, size, resize),
-        JOINTS: np.array(joints[:7], dtype=np.float64),  # copies: a policy in this process may keep what it was shown
-        GRIPPER: np.array(joints[7:8], dtype=np.float64),
-        PROMPT: prompt,
-    }
-
-
-def check_actions(answer: Any, layout: Layout, source: str) -> Float:
+def check_actions(answer: Any, layout: ActionLayout, source: str) -> Float:
     """The chunk in a policy's answer, checked.
 
     Args:
-        answer: what `infer` gave back.
+        answer: what `infer` returned.
         layout: what the policy should answer with.
         source: the policy, for messages.
 
@@ -109,21 +163,20 @@ def check_actions(answer: Any, layout: Layout, source: str) -> Float:
         (R, 8) float64: 7 joint velocities and the gripper position of each row.
 
     Raises:
-        PersistWorldError: no ``actions``, not numbers, a wrong shape, a NaN, or one beyond `MOST`; says which.
+        PersistWorldError: no ``actions``, not numbers, a wrong shape, a NaN, or one beyond `MOST`; names the entry.
     """
     if not isinstance(answer, Mapping):
         what = f"the policy answered with {type(answer).__name__}, not a map"
         raise PersistWorldError(what, where=source, fix=_ANSWER)
     if ACTIONS not in answer:
-        got = ", ".join(sorted(str(key) for key in answer)) or "nothing"
-        raise PersistWorldError(
-            f"the policy's answer has no field 'actions' (it has: {got})", where=source, fix=_ANSWER
-        )
+        keys = ", ".join(sorted(str(key) for key in answer)) or "nothing"
+        what = f"the policy's answer has no field 'actions' (it has: {keys})"
+        raise PersistWorldError(what, where=source, fix=_ANSWER)
     try:
         actions = np.asarray(answer[ACTIONS])
     except (ValueError, OverflowError) as error:  # rows of different lengths
         raise PersistWorldError(
-            "field 'actions' is no array: its rows differ in length or kind",
+            "field 'actions' is no array: its rows differ in length or type",
             where=source,
             fix=f"answer with {layout.rows} rows of {layout.width} numbers",
         ) from error
@@ -134,12 +187,10 @@ def check_actions(answer: Any, layout: Layout, source: str) -> Float:
         raise PersistWorldError(
             f"field 'actions' has shape {actions.shape}, but layout '{layout.name}' is {(layout.rows, layout.width)}",
             where=source,
-            fix=f"--set policy.layout={fitting[0]}"
-            if fitting
-            else "serve a policy with DROID's joint-velocity actions",
+            fix=f"--set policy.layout={fitting[0]}" if fitting else "serve a policy with DROID's joint velocities",
         )
     actions = actions.astype(np.float64)
-    bad = np.argwhere(~(np.abs(actions) <= MOST))  # so put, NaN is bad
+    bad = np.argwhere(~(np.abs(actions) <= MOST))  # so written, NaN is bad
     if len(bad):
         row, column = (int(i) for i in bad[0])
         part = f"velocity of joint {column + 1}" if column < 7 else "gripper position"

@@ -1,4 +1,4 @@
-"""What a policy's rollouts leave behind: video, contact sheet and JSON of each, and a LeRobot dataset of them all.
+"""Output of policy rollouts: video, contact sheet and JSON of each, and a LeRobot dataset of all.
 
 Shape legend: S interactions, L rows of one (row 0 the current frame), F = 1 + S (L-1) frames, V cameras, H, W pixels,
 R = S (L-1) skip rows of a policy's answers at 15 Hz.
@@ -24,22 +24,23 @@ from persistworld_cli.reports.videos import write_imagined_sheet, write_imagined
 from persistworld_cli.rollout.interactive import Float
 from persistworld_cli.rollout.recording import Start
 
-POLICY_HZ = 15.0  # rows of a chunk a second (DROID)
+POLICY_HZ = 15.0  # rows of a chunk per second (DROID)
+_SUMMARY = ("episode", "start", "seed", "steps", "complete", "success", "progress", "judged")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollout:
-    """One rollout, as far as it came.
+class PolicyRollout:
+    """One rollout of a policy, up to an error if there is one.
 
     Attributes:
         start: where it began.
         frames: (F, V, H, W, 3).
         poses: (S, L, 7).
         trace: what the arm did at 15 Hz.
-        joints_end: (8,) where the arm is.
-        skip: rows of the policy's answer that make a frame.
-        seconds: of work, an interaction.
-        error: why it ended early; None for a whole one.
+        joints_end: (8,) joints and gripper at the end.
+        skip: rows of the policy's answer per frame.
+        seconds: of work per interaction.
+        error: why it ended early; None for a complete one.
     """
 
     start: Start
@@ -48,12 +49,12 @@ class Rollout:
     trace: PolicyTrace
     joints_end: Float
     skip: int
-    seconds: Sequence[float]
+    seconds: Sequence[float] = ()
     error: PersistWorldError | None = None
 
     @property
     def fps(self) -> float:
-        """Frames a second."""
+        """Frames per second."""
         return POLICY_HZ / self.skip
 
     @property
@@ -62,7 +63,7 @@ class Rollout:
         return np.concatenate([self.start.pose[None], *(rows[1:] for rows in self.poses)])
 
     def evidence(self, cameras: Sequence[str], objects: tuple[SceneObject, ...] | None) -> Evidence:
-        """What a judge is shown of it."""
+        """What a judge is given of it."""
         item = self.start.item
         return Evidence(
             episode=item.episode,
@@ -82,8 +83,8 @@ class Rollout:
 def save_rollout(
     output: Path,
     settings: Settings,
-    rollout: Rollout,
-    told: Mapping[str, Any],
+    rollout: PolicyRollout,
+    extra: Mapping[str, Any],
     verdict: Verdict | None,
     beside: Mapping[str, NDArray[np.uint8]] | None = None,
 ) -> dict[str, Any]:
@@ -93,16 +94,16 @@ def save_rollout(
         output: folder.
         settings: for the cameras' names.
         rollout: what happened.
-        told: further keys of the JSON; ``policy`` and ``task`` among them.
+        extra: further keys of the JSON; ``policy`` and ``task`` among them.
         verdict: a judge's; None: to be judged by a person.
         beside: name -> frames that are shown under the world model's.
     """
-    start, done = rollout.start, len(rollout.poses)
-    title = f"{told['policy']}, {told['task']}: episode {start.item.episode}, frame {start.item.start}: {start.text}"
-    name = f"{told['task']}_{start.item.name}"
-    video, sheet, record = (output / f"{name}.{suffix}" for suffix in ("mp4", "png", "json"))
-    write_imagined_video(video, title, settings, rollout.frames, [str(told["policy"])] * done, rollout.fps, beside)
-    write_imagined_sheet(sheet, title, settings, rollout.frames, [f"step {i}" for i in range(1, done + 1)], beside)
+    start, done, policy, task = rollout.start, len(rollout.poses), str(extra["policy"]), extra["task"]
+    title = f"{policy}, {task}: episode {start.item.episode}, frame {start.item.start}: {start.text}"
+    paths = {kind: output / f"{task}_{start.item.name}.{kind}" for kind in ("mp4", "png", "json")}
+    write_imagined_video(paths["mp4"], title, settings, rollout.frames, [policy] * done, rollout.fps, beside)
+    steps = [f"step {i}" for i in range(1, done + 1)]
+    write_imagined_sheet(paths["png"], title, settings, rollout.frames, steps, beside)
     entry: dict[str, Any] = {
         "success": verdict and verdict.success,  # None: to be judged by a person
         "progress": verdict and verdict.progress,
@@ -116,33 +117,25 @@ def save_rollout(
         "split": start.split,
         "start": start.item.start,
         "seed": start.item.seed,
-        **told,
+        **extra,
         "steps": done,
         "skip": rollout.skip,
         "fps": rollout.fps,
         "seconds": [round(seconds, 4) for seconds in rollout.seconds],
     }
-    arrays = {
-        "joint_pos": rollout.trace.joint_pos,
-        "joint_vel": rollout.trace.joint_vel,
-        "state_fk": rollout.trace.state_fk,
-        "poses": rollout.poses.tolist(),
-    }
-    write_json(record, {**entry, **arrays})
-    shown = {
-        key: entry[key] for key in ("episode", "start", "seed", "steps", "complete", "success", "progress", "judged")
-    }
-    return {**shown, "video": str(video), "sheet": str(sheet), "json": str(record)}
+    write_json(paths["json"], {**entry, **vars(rollout.trace), "poses": rollout.poses})
+    named = {"video": str(paths["mp4"]), "sheet": str(paths["png"]), "json": str(paths["json"])}
+    return {**{key: entry[key] for key in _SUMMARY}, **named}
 
 
-def write_episodes(root: Path, settings: Settings, rollouts: Sequence[Rollout]) -> list[int | None]:
-    """The whole rollouts as one LeRobot v3.0 dataset of imagined episodes; a dataset that lies there is replaced.
+def write_episodes(root: Path, settings: Settings, rollouts: Sequence[PolicyRollout]) -> list[int | None]:
+    """Complete rollouts as one LeRobot v3.0 dataset of imagined episodes; a dataset that is there is replaced.
 
-    State and action are those of `drive`'s episodes (the pose commanded at a frame, and at the next one); the joints,
-    and the policy's mean velocities over a frame, come with them.
+    State and action are those of `drive`'s episodes (the pose commanded at a frame, and at the next one), with the
+    joints, and the policy's mean velocities over a frame.
 
     Returns:
-        Each rollout's number in the dataset; None for one that broke off, which is left out.
+        Each rollout's number in the dataset; None for an incomplete one, which is left out.
     """
     whole = [rollout for rollout in rollouts if rollout.error is None and len(rollout.poses)]
     if whole:
@@ -155,10 +148,9 @@ def write_episodes(root: Path, settings: Settings, rollouts: Sequence[Rollout]) 
     return [numbers.get(id(rollout)) for rollout in rollouts]
 
 
-def _episode(settings: Settings, rollout: Rollout) -> NewEpisode:
+def _episode(settings: Settings, rollout: PolicyRollout) -> NewEpisode:
     poses = rollout.frame_poses
-    joints = np.array(rollout.trace.joint_pos)[:: rollout.skip]
-    joints = np.concatenate([joints, rollout.joints_end[None, :7]])
+    joints = np.array([*rollout.trace.joint_pos[:: rollout.skip], rollout.joints_end[:7]])
     velocities = np.array(rollout.trace.joint_vel).reshape(len(joints) - 1, rollout.skip, 7).mean(axis=1)
     columns: dict[str, Float] = {}
     for name, later in (("observation.state", 0), ("action", 1)):

@@ -1,15 +1,15 @@
-"""`pi-rollout`: a policy acts in the world, in closed loop (method.md section 6).
+"""`pi-rollout`: a policy acts in the world model, in closed loop (method.md section 6).
 
-Each interaction the policy is asked once for each rollout, shown the world's own frames, and its joint velocities
-become the world model's next poses. Written for each rollout: the mp4 and a JSON with Ctrl-World's keys; of all that
-are whole, a LeRobot dataset. A judge may say what came of them, and the simulator what would have.
+Each interaction, the policy of each rollout gets the predicted frames, and its joint velocities become the world
+model's next poses. Written are a video and a JSON with Ctrl-World's keys for each rollout, and a LeRobot dataset of the
+complete ones. A judge may decide their success; the simulator may repeat them.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,13 @@ from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import write_json, write_text
 from persistworld_cli.models.world_model import WorldModel
-from persistworld_cli.policies.bundled_world.compare import Simulated, compare, simulate
+from persistworld_cli.policies.bundled_world.compare import Simulated, compare
 from persistworld_cli.policies.bundled_world.scene import RecordedStart, find_recorded
-from persistworld_cli.policies.bundled_world.simulator import check_simulator
-from persistworld_cli.policies.controller import ActingPolicy, PolicyController, PolicyView
-from persistworld_cli.policies.judge import Judge, Verdict
-from persistworld_cli.policies.judges import ask_judge, load_judge
-from persistworld_cli.policies.observation import find_layout
-from persistworld_cli.policies.outputs import Rollout, save_rollout, write_episodes
+from persistworld_cli.policies.bundled_world.simulator import check_simulator, roll_in_simulator
+from persistworld_cli.policies.controller import PolicyController
+from persistworld_cli.policies.judge import Judge, Verdict, ask_judge, load_judge
+from persistworld_cli.policies.observation import LAYOUTS, Policy, PolicyView
+from persistworld_cli.policies.outputs import PolicyRollout, save_rollout, write_episodes
 from persistworld_cli.policies.source import check_policy, open_policies
 from persistworld_cli.policies.tasks import Task, TaskStart, load_task
 from persistworld_cli.reports.policy_tables import rollout_tables
@@ -42,84 +41,156 @@ from persistworld_cli.robot.adapter import ActionAdapter, load_adapter
 from persistworld_cli.rollout.interactive import InteractiveRollout, find_split, make_start
 from persistworld_cli.rollout.recording import Item, Start
 
-BUNDLED_JUDGE = "bundled-world"  # judges what is compared with the simulator, if no other is named
+BUNDLED_JUDGE = "bundled-world"  # compares with the simulator unless another judge is named
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What will be rolled out, settled before the model is read."""
+class PolicyRolloutPlan:
+    """What will be rolled out, checked before the model is read."""
 
     policy: str
     task: Task
     view: PolicyView
     steps: int
     starts: list[Start]
-    absent: list[str]  # the task's episodes that this dataset does not hold
+    missing: list[str]  # the task's episodes that are not in this dataset
 
 
 @dataclass(frozen=True)
-class Court:
-    """Who judges, and what is known of each start's scene; `simulate`: the simulator is asked too."""
+class JudgeSetup:
+    """The judge, and what is known of each start's scene; `simulate`: every rollout is repeated in the simulator."""
 
     name: str = ""
     judge: Judge | None = None
     scenes: Sequence[RecordedStart | None] = ()
     simulate: bool = False
 
+    def verdict(self, rollout: PolicyRollout, scene: RecordedStart | None, cameras: Sequence[str]) -> Verdict | None:
+        """None without a judge. Raises PersistWorldError: the judge failed."""
+        if self.judge is None:
+            return None
+        return ask_judge(self.judge, rollout.evidence(cameras, scene.objects if scene else None), self.name)
+
 
 @dataclass
-class Gathered:
-    """Rollouts as they come, each with its verdict, what the simulator made of it, and its entry in the summary."""
+class RolloutResults:
+    """Rollouts as they come, each with its verdict, its counterpart in the simulator, and its entry in the summary."""
 
-    rollouts: list[Rollout] = field(default_factory=list)
+    settings: Settings
+    plan: PolicyRolloutPlan
+    judging: JudgeSetup
+    output: Path
+    rollouts: list[PolicyRollout] = field(default_factory=list)
     verdicts: list[Verdict | None] = field(default_factory=list)
-    simulated: list[Simulated] = field(default_factory=list)
+    simulated: list[Simulated | None] = field(default_factory=list)
     entries: list[dict[str, Any]] = field(default_factory=list)
     error: PersistWorldError | None = None
+
+    def record_rollout(self, rollout: PolicyRollout) -> None:
+        """Judge a rollout, repeat it in the simulator if requested, and save it; a failure is kept in `error`."""
+        plan, judging = self.plan, self.judging
+        scene = judging.scenes[len(self.rollouts)] if judging.scenes else None
+        verdict: Verdict | None = None
+        simulated: Simulated | None = None
+        try:
+            if rollout.error is None:
+                verdict = judging.verdict(rollout, scene, self.settings.world.cameras)
+            if verdict is not None and judging.simulate and scene is not None and self.error is None:
+                simulated = self._simulate(rollout.start, scene)
+        except PersistWorldError as failed:
+            self.error = self.error or failed
+        extra: dict[str, Any] = {
+            "policy": plan.policy,
+            "task": plan.task.name,
+            "judge": judging.name or None,
+            "steps_planned": plan.steps,
+            "gripper_cap": plan.view.gripper_cap,
+        }
+        shown, images = {}, None
+        if simulated is not None:
+            extra["sim"], images = simulated.entry(), {"simulator": simulated.rolled.rollout.frames}
+            shown = {"sim_success": extra["sim"]["success"], "sim_progress": extra["sim"]["progress"]}
+        entry = save_rollout(self.output, self.settings, rollout, extra, verdict, images)
+        self.rollouts.append(rollout)
+        self.verdicts.append(verdict)
+        self.simulated.append(simulated)
+        self.entries.append({**entry, **shown})
+        self.error = self.error or rollout.error
+
+    def _simulate(self, start: Start, scene: RecordedStart) -> Simulated | None:
+        """The same rollout in the simulator, judged from its images."""
+        plan, settings = self.plan, self.settings
+        with open_policies(plan.policy, settings.policy, 1) as (policy,):
+            rolled = roll_in_simulator(settings, start, scene, policy, plan.view, plan.steps)
+        verdict = self.judging.verdict(rolled.rollout, scene, settings.world.cameras)
+        return Simulated(rolled, verdict) if verdict else None
+
+    def summary(self) -> dict[str, Any]:
+        """Of the whole run, as written to ``rollouts.json``; writes the LeRobot dataset."""
+        plan, folder = self.plan, self.output / "lerobot"
+        numbers = write_episodes(folder, self.settings, self.rollouts)
+        left_out = numbers.count(None)
+        if left_out:
+            logger.warning("incomplete, so not in the LeRobot dataset: %d of %d rollouts", left_out, len(numbers))
+        result: dict[str, Any] = {
+            "policy": plan.policy,
+            "task": plan.task.name,
+            "steps": plan.steps,
+            "complete": self.error is None,
+            "not_started": len(plan.starts) - len(self.entries),
+            "missing_episodes": plan.missing,
+            "judge": self.judging.name or None,
+        }
+        judged = [verdict for verdict in self.verdicts if verdict is not None]
+        if judged:
+            result["undecided"] = sum(verdict.success is None for verdict in judged)
+        both = [(v, s) for v, s in zip(self.verdicts, self.simulated, strict=True) if v is not None and s is not None]
+        if both:
+            result["against_sim"] = compare([v for v, _ in both], [s for _, s in both])
+        result["rollouts"] = [{**entry, "lerobot": one} for entry, one in zip(self.entries, numbers, strict=True)]
+        result["lerobot"] = str(folder) if left_out < len(numbers) else None
+        return {**result, "json": str(self.output / "rollouts.json")}
 
 
 def run(settings: Settings, request: PolicyRolloutRequest) -> dict[str, Any]:
     """Roll a policy out and write what happened.
 
     Args:
-        settings: resolved settings; `policy` tells server, layout, task, adapter.
-        request: the policy, its starts and who judges them.
+        settings: resolved settings; `policy` has server, layout, task, adapter.
+        request: the policy, its starts and its judge.
 
     Returns:
-        ``rollouts`` (one entry each, with the paths), ``complete``, ``policy``, ``task``, ``judge``, the paths
-        ``lerobot`` and ``json``, and ``against_sim`` (see `against_sim.compare`) where it was asked for.
+        `RolloutResults.summary`, and ``text`` (path) where a judge was named.
 
     Raises:
-        UsageError: a policy, task, judge or layout that means nothing, a skip that the layout is too short for.
+        UsageError: an unknown policy, task, judge or layout, a skip that the layout is too short for.
         PersistWorldError: no server in time; nothing to judge by; no simulator; or policy or judge failed in
-            mid-rollout, after what was rolled out has been saved (what is not whole marked ``"complete": false``).
+            mid-rollout, after the rollouts have been saved (incomplete ones marked ``"complete": false``).
     """
     store = open_store(settings)
     plan = make_plan(settings, request, store)
-    court = _court(settings, request, plan)
-    output = request.output
-    gathered = _roll_all(settings, store, plan, court, output)
-    result = _summary(settings, plan, court, gathered, output)
-    write_json(output / "rollouts.json", result)
-    if court.judge is not None:
-        write_text(output / "rollouts.txt", plain(rollout_tables(result)))
-        result["text"] = str(output / "rollouts.txt")
-    error = gathered.error
-    if error is not None:
-        whole = all(entry["complete"] for entry in gathered.entries)
-        state = "" if whole else " as far as they came (marked incomplete)"
-        saved = f"{len(gathered.entries)} of {len(plan.starts)} rollouts saved{state} in {output}"
+    results = RolloutResults(settings, plan, _judge_setup(settings, request, plan), request.output)
+    _roll_all(results, store)
+    output, summary = results.output, results.summary()
+    write_json(output / "rollouts.json", summary)
+    if results.judging.judge is not None:
+        write_text(output / "rollouts.txt", plain(rollout_tables(summary)))
+        summary["text"] = str(output / "rollouts.txt")
+    if (error := results.error) is not None:
+        whole = all(entry["complete"] for entry in results.entries)
+        state = "" if whole else " up to the error (marked incomplete)"
+        saved = f"{len(results.entries)} of {len(plan.starts)} rollouts saved{state} in {output}"
         raise PersistWorldError(f"{error.what}\n{saved}", where=error.where, fix=error.fix) from error
-    return result
+    return summary
 
 
-def _roll_all(settings: Settings, store: EpisodeStore, plan: Plan, court: Court, output: Path) -> Gathered:
+def _roll_all(results: RolloutResults, store: EpisodeStore) -> None:
     """All starts, batch by batch, each saved when it is done; an error after the first batch is kept, not raised."""
+    settings, plan = results.settings, results.plan
     batch = max(1, settings.eval.batch)
     model: WorldModel | None = None
-    gathered = Gathered()
     with Meter("pi-rollout", plan.steps * -(-len(plan.starts) // batch)) as meter:
         for first in range(0, len(plan.starts), batch):
             starts = plan.starts[first : first + batch]
@@ -127,95 +198,68 @@ def _roll_all(settings: Settings, store: EpisodeStore, plan: Plan, court: Court,
                 # A connection is a new episode. It is opened before the weights are read: no server, no minutes lost.
                 with open_policies(plan.policy, settings.policy, len(starts)) as policies:
                     if model is None:
-                        store = _scaled(settings, store, plan)  # missing percentiles are told before the weights load
+                        store = _scaled(settings, store, plan)  # before the weights load: it may refuse
                         model = load_model(settings)
-                    rollouts = _roll(model, store, settings, plan, starts, list(policies), meter)
+                    world = InteractiveRollout(model, store, starts, settings, policy=True)
+                    rollouts = _roll(world, plan, starts, policies, meter)
             except PersistWorldError as failed:
-                if not gathered.entries:
+                if not results.entries:
                     raise
-                gathered.error = failed  # the server went between two batches
+                results.error = failed  # the server went between two batches
                 break
             for rollout in rollouts:
-                _settle(gathered, settings, plan, court, rollout, output)
-            gathered.error = gathered.error or rollouts[0].error
-            if gathered.error is not None:
+                results.record_rollout(rollout)
+            if results.error is not None:
                 break
-    return gathered
 
 
-def _scaled(settings: Settings, store: EpisodeStore, plan: Plan) -> EpisodeStore:
-    """The dataset with the weights' own percentiles, the plan's poses held against them."""
+def _roll(
+    world: InteractiveRollout, plan: PolicyRolloutPlan, starts: list[Start], policies: Sequence[Policy], meter: Meter
+) -> list[PolicyRollout]:
+    """One batch, until the end or a policy's error."""
+    joints = np.stack([start.joints for start in starts])
+    controller = PolicyController(policies, plan.view, joints, [start.text for start in starts])
+    frames, steps, error = [world.images[:, None]], [], None
+    for policy in policies:
+        policy.reset()
+    for _ in range(plan.steps):
+        try:
+            poses = controller.poses(world.images)
+        except PersistWorldError as failed:
+            error = failed
+            break
+        steps.append(world.step(poses))
+        frames.append(steps[-1].images)
+        meter.advance(seconds_per_step=steps[-1].seconds)
+    return [
+        PolicyRollout(
+            start=start,
+            frames=np.concatenate([part[row] for part in frames]),
+            poses=np.array([step.poses[row] for step in steps]).reshape(-1, world.num_frames, 7),
+            trace=controller.traces[row],
+            joints_end=controller.joints[row],
+            skip=plan.view.skip,
+            seconds=[step.seconds / len(starts) for step in steps],
+            error=error,
+        )
+        for row, start in enumerate(starts)
+    ]
+
+
+def _scaled(settings: Settings, store: EpisodeStore, plan: PolicyRolloutPlan) -> EpisodeStore:
+    """The dataset with the weights' own percentiles, the plan's poses checked against them."""
     first = plan.starts[0].split
     episodes = [start.item.episode for start in plan.starts if start.split == first]
     (scaled,) = weights_stores(settings, store, [inference_ref(settings.model).parts], split=first, episodes=episodes)
     return scaled
 
 
-def _settle(gathered: Gathered, settings: Settings, plan: Plan, court: Court, rollout: Rollout, output: Path) -> None:
-    """Judge a rollout, roll it out in the simulator if that is asked for, and save it, whatever fails on the way."""
-    scene = court.scenes[len(gathered.rollouts)] if court.scenes else None
-    verdict: Verdict | None = None
-    beside: Simulated | None = None
-    try:
-        if court.judge is not None and rollout.error is None:
-            evidence = rollout.evidence(settings.world.cameras, scene.objects if scene else None)
-            verdict = ask_judge(court.judge, evidence, court.name)
-            if court.simulate and scene is not None and gathered.error is None:
-                asked = (plan.policy, plan.view, plan.steps, court.judge, court.name)
-                beside = simulate(settings, rollout.start, scene, *asked)
-    except PersistWorldError as failed:
-        gathered.error = gathered.error or failed
-    told: dict[str, Any] = {
-        "policy": plan.policy,
-        "task": plan.task.name,
-        "judge": court.name or None,
-        "steps_planned": plan.steps,
-        "gripper_cap": plan.view.gripper_cap,
-    }
-    shown: dict[str, Any] = {}
-    if beside is not None:
-        told["sim"] = beside.entry()
-        shown = {"sim_success": told["sim"]["success"], "sim_progress": told["sim"]["progress"]}
-        gathered.simulated.append(beside)
-    images = {"simulator": beside.rolled.rollout.frames} if beside is not None else None
-    entry = save_rollout(output, settings, rollout, told, verdict, images)
-    gathered.rollouts.append(rollout)
-    gathered.verdicts.append(verdict)
-    gathered.entries.append({**entry, **shown})
-
-
-def _summary(settings: Settings, plan: Plan, court: Court, gathered: Gathered, output: Path) -> dict[str, Any]:
-    """What is told of the whole run; writes the LeRobot dataset."""
-    numbers = write_episodes(output / "lerobot", settings, gathered.rollouts)
-    left_out = numbers.count(None)
-    if left_out:
-        logger.warning("not in the LeRobot dataset, since they broke off: %d of %d rollouts", left_out, len(numbers))
-    entries = [{**entry, "lerobot": number} for entry, number in zip(gathered.entries, numbers, strict=True)]
-    told = [verdict for verdict in gathered.verdicts if verdict is not None]
-    result: dict[str, Any] = {
-        "policy": plan.policy,
-        "task": plan.task.name,
-        "steps": plan.steps,
-        "complete": gathered.error is None,
-        "not_started": len(plan.starts) - len(entries),
-        "absent_episodes": plan.absent,
-        "judge": court.name or None,
-    }
-    if told:
-        result["cannot_tell"] = sum(verdict.success is None for verdict in told)
-    if gathered.simulated:
-        pairs = zip(gathered.verdicts, gathered.entries, strict=True)
-        result["against_sim"] = compare([v for v, entry in pairs if v and "sim_success" in entry], gathered.simulated)
-    paths = {"lerobot": str(output / "lerobot") if left_out < len(numbers) else None}
-    return {**result, "rollouts": entries, **paths, "json": str(output / "rollouts.json")}
-
-
-def _court(settings: Settings, request: PolicyRolloutRequest, plan: Plan) -> Court:
-    """Who judges, looked for before anything is computed. Raises UsageError and PersistWorldError."""
+def _judge_setup(settings: Settings, request: PolicyRolloutRequest, plan: PolicyRolloutPlan) -> JudgeSetup:
+    """The judge, checked before anything is computed. Raises UsageError and PersistWorldError."""
     against = request.against
     name = request.judge or (BUNDLED_JUDGE if against else "")
     if not name:
-        return Court()
+        return JudgeSetup()
     judge = load_judge(name)
     scenes: list[RecordedStart | None] = []
     for start in plan.starts:
@@ -227,17 +271,16 @@ def _court(settings: Settings, request: PolicyRolloutRequest, plan: Plan) -> Cou
             scenes.append(None)
     if against:
         check_simulator()
-    return Court(name, judge, scenes, bool(against))
+    return JudgeSetup(name, judge, scenes, bool(against))
 
 
-def make_plan(settings: Settings, request: PolicyRolloutRequest, store: EpisodeStore) -> Plan:
-    """Settle everything that can be wrong before the model is read. Raises UsageError and PersistWorldError."""
+def make_plan(settings: Settings, request: PolicyRolloutRequest, store: EpisodeStore) -> PolicyRolloutPlan:
+    """Check everything that can be wrong before the model is read. Raises UsageError and PersistWorldError."""
     check_policy(request.policy)
     own = settings.policy
     task = load_task(own.task)
-    layout = find_layout(own.layout)
     view = PolicyView(
-        layout=layout,
+        layout=LAYOUTS[own.layout],
         adapter=_adapter(own, store),
         skip=own.skip or task.skip,
         gripper_cap=own.gripper_cap or task.gripper_cap,
@@ -248,15 +291,8 @@ def make_plan(settings: Settings, request: PolicyRolloutRequest, store: EpisodeS
         image_size=own.image_size,
         rows=settings.model.num_frames,
     )
-    needed = (view.rows - 1) * view.skip + 1
-    if needed > layout.rows:
-        raise UsageError(
-            f"skip {view.skip} needs {needed} rows of actions, layout '{layout.name}' has {layout.rows}",
-            where="policy.skip" if own.skip else f"task '{task.name}'",
-            fix=f"--set policy.skip={(layout.rows - 1) // (view.rows - 1)}",
-        )
-    starts, absent = _starts(settings, request, store, task)
-    return Plan(request.policy, task, view, own.steps or task.steps, starts, absent)
+    starts, missing = _starts(settings, request, store, task)
+    return PolicyRolloutPlan(request.policy, task, view, own.steps or task.steps, starts, missing)
 
 
 def _adapter(settings: PolicySettings, store: EpisodeStore) -> ActionAdapter:
@@ -267,7 +303,7 @@ def _adapter(settings: PolicySettings, store: EpisodeStore) -> ActionAdapter:
 
 
 def _camera(index: int, key: str, settings: Settings) -> int:
-    """A camera of the world. Raises UsageError for one that it has not."""
+    """The index of a camera, checked. Raises UsageError."""
     if not 0 <= index < len(settings.world.cameras):
         raise UsageError(
             f"{key} = {index}, but there are {len(settings.world.cameras)} cameras", where=key, fix="count from 0"
@@ -278,69 +314,31 @@ def _camera(index: int, key: str, settings: Settings) -> int:
 def _starts(
     settings: Settings, request: PolicyRolloutRequest, store: EpisodeStore, task: Task
 ) -> tuple[list[Start], list[str]]:
-    """The starts of a task in this dataset, and the task's episodes that the dataset lacks."""
+    """The starts of a task in this dataset, and the task's episodes that are missing."""
     split = settings.eval.split
     wanted = [TaskStart(episode=name) for name in request.episodes] or list(task.starts)
     spread = [
-        (entry, name) for entry in wanted for name in ([entry.episode] if entry.episode else store.episodes(split))
+        replace(entry, episode=name)
+        for entry in wanted
+        for name in ([entry.episode] if entry.episode else store.episodes(split))
     ]
-    absent = [name for _, name in spread if find_split(store, name, split) is None]
-    if absent and request.episodes:
-        raise PersistWorldError(f"no episode '{absent[0]}' in this dataset", where=str(store.root))
-    found = [(entry, name) for entry, name in spread if name not in absent][: request.rollouts]
+    missing = [entry.episode for entry in spread if find_split(store, entry.episode, split) is None]
+    if missing and request.episodes:
+        raise PersistWorldError(f"no episode '{missing[0]}' in this dataset", where=str(store.root))
+    found = [entry for entry in spread if entry.episode not in missing][: request.rollouts]
     if not found:
         raise PersistWorldError(
-            f"no episode of task '{task.name}' is in this dataset ({', '.join(absent) or f'split {split} is empty'})",
+            f"no episode of task '{task.name}' is in this dataset ({', '.join(missing) or f'split {split} is empty'})",
             where=str(store.root),
             fix="name the task's dataset (--dataset), another --task, or --episode",
         )
-    if absent:
-        logger.warning("task '%s': episodes %s are not in this dataset", task.name, ", ".join(absent))
+    if missing:
+        logger.warning("task '%s': episodes %s are not in this dataset", task.name, ", ".join(missing))
     starts = []
-    for entry, name in found:
+    for entry in found:
         frame = entry.start if request.start is None else request.start
-        item = Item(name, frame, settings.policy.seed)
+        item = Item(entry.episode, frame, settings.policy.seed)
         start = make_start(store, item, split, request.instruction or entry.instruction)
-        _ = start.joints  # told now, not after the weights are read
+        _ = start.joints  # refused now, not after the weights are read
         starts.append(start)
-    return starts, absent
-
-
-def _roll(
-    model: WorldModel,
-    store: EpisodeStore,
-    settings: Settings,
-    plan: Plan,
-    starts: list[Start],
-    policies: list[ActingPolicy],
-    meter: Meter,
-) -> list[Rollout]:
-    """One batch, as far as the policy answers."""
-    world = InteractiveRollout(model, store, starts, settings, policy=True)
-    joints = np.stack([start.joints for start in starts])
-    controller = PolicyController(policies, plan.view, joints, [start.text for start in starts])
-    frames, moves, error = [world.images[:, None]], [], None
-    for policy in policies:
-        policy.reset()
-    for step in range(plan.steps):
-        try:
-            poses = controller.poses(step, world.poses, world.images)
-        except PersistWorldError as failed:
-            error = failed
-            break
-        moves.append(world.step(poses))
-        frames.append(moves[-1].images)
-        meter.advance(seconds_a_step=moves[-1].seconds)
-    return [
-        Rollout(
-            start=start,
-            frames=np.concatenate([part[row] for part in frames]),
-            poses=np.array([moved.poses[row] for moved in moves]).reshape(-1, world.num_frames, 7),
-            trace=controller.traces[row],
-            joints_end=controller.joints[row],
-            skip=plan.view.skip,
-            seconds=[moved.seconds / len(starts) for moved in moves],
-            error=error,
-        )
-        for row, start in enumerate(starts)
-    ]
+    return starts, missing

@@ -1,7 +1,7 @@
 """A policy server that speaks openpi's websocket protocol (method.md section 6), for the embedded policies.
 
 Every connection gets a policy of its own, so that the rollouts of a batch share no state. `GET /healthz` answers 200.
-Browsers are refused (they send an Origin), so no web page can talk to a policy on loopback.
+Browsers are refused (they send an Origin), so no web page can reach a policy on loopback.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from websockets.sync.server import Server, ServerConnection
 
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.policies.client import MAX_MESSAGE
-from persistworld_cli.policies.embedded import Policy, make_policy
+from persistworld_cli.policies.embedded import make_policy
 from persistworld_cli.policies.msgpack_numpy import pack, unpack
-from persistworld_cli.policies.observation import Layout
+from persistworld_cli.policies.observation import ActionLayout, Policy
 from persistworld_cli.serving import is_loopback, listen, same_secret
 
 _INTERNAL_ERROR = 1011
@@ -34,13 +34,13 @@ class PolicyServer:
     Args:
         make: makes the policy of a connection.
         metadata: the first message of every connection.
-        host: address to listen on; loopback unless another is asked for.
-        port: 0 takes a free one; `port` tells which.
-        api_key: if given, connections must bring it as ``Authorization: Api-Key ...``.
-        keyless: listen beyond loopback without a key all the same.
+        host: address to listen on.
+        port: 0 takes a free one, which attribute `port` then holds.
+        api_key: if given, connections must send it as ``Authorization: Api-Key ...``.
+        keyless: allow other hosts than loopback without a key.
 
     Raises:
-        UsageError: others could reach it, and it asks for no key.
+        UsageError: other machines could reach it without a key.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class PolicyServer:
         return f"ws://{self.host}:{self.port}"
 
     def start(self) -> PolicyServer:
-        """Listen. Raises PersistWorldError when the port cannot be had."""
+        """Listen. Raises PersistWorldError when the address is not available."""
         self._server = listen(
             self._serve_connection,
             self.host,
@@ -90,7 +90,7 @@ class PolicyServer:
         return self
 
     def wait(self) -> None:
-        """Block until `close` is called, or the process is interrupted."""
+        """Block until `close` is called or the process is interrupted."""
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(timeout=0.5)  # in slices, so that Ctrl-C arrives
 
@@ -158,23 +158,12 @@ class PolicyServer:
             pass  # nobody is left to read it
 
 
-def serve_embedded(
-    name: str,
-    layout: Layout,
-    seed: int = 0,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    api_key: str | None = None,
-    keyless: bool = False,
-) -> PolicyServer:
-    """A server (not started yet) of one of the embedded policies; the rest as for `PolicyServer`.
+def serve_embedded(name: str, layout: ActionLayout, seed: int = 0, **options: Any) -> PolicyServer:
+    """A server (not started yet) of one of the embedded policies; ``options`` as for `PolicyServer`.
 
     Raises:
         UsageError: an unknown name, or others could reach it without a key.
     """
-    make_policy(name, layout, seed)
+    make_policy(name, layout, seed)  # refuses an unknown name
     metadata = {"policy": name, "layout": layout.name, "action_rows": layout.rows, "action_width": layout.width}
-    return PolicyServer(
-        lambda: make_policy(name, layout, seed), metadata, host=host, port=port, api_key=api_key, keyless=keyless
-    )
+    return PolicyServer(lambda: make_policy(name, layout, seed), metadata, **options)

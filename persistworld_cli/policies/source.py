@@ -1,8 +1,9 @@
-"""From the name of a policy to something that answers: the embedded server, another server, or a class here."""
+"""From the name of a policy to one that answers: the embedded server, another server, or a class here."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -10,79 +11,73 @@ from contextlib import ExitStack, contextmanager
 
 from persistworld_cli.config.settings import PolicySettings
 from persistworld_cli.policies.client import PolicyClient, policy_uri
-from persistworld_cli.policies.controller import ActingPolicy
 from persistworld_cli.policies.embedded import POLICIES, load_policy, make_policy
-from persistworld_cli.policies.observation import find_layout
+from persistworld_cli.policies.observation import LAYOUTS, Policy
 from persistworld_cli.policies.server import API_KEY_VARIABLE, serve_embedded
 
 _LOCAL = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _ADDRESS = re.compile(r"(?P<host>[^/\s]+):(?P<port>\d+)")
-_SAY_EVERY_S = 5.0
+_LOG_EVERY_S = 5.0
 
 logger = logging.getLogger(__name__)
 
 
 def check_policy(name: str) -> None:
-    """Refuse a name that means nothing, before any compute. Raises UsageError."""
+    """Refuse an unknown name before any compute. Raises UsageError."""
     if name not in (*POLICIES, "", "server") and "://" not in name and not _ADDRESS.fullmatch(name):
         if _LOCAL.fullmatch(name):
-            load_policy(name).close()
+            load_policy(name)
         else:
-            make_policy(name, find_layout("pi05"))  # raises, with the nearest name
+            make_policy(name, LAYOUTS["pi05"])  # raises, with the nearest name
 
 
 @contextmanager
-def open_policies(name: str, settings: PolicySettings, count: int) -> Iterator[Sequence[ActingPolicy]]:
-    """``count`` policies that keep nothing in common, closed on leaving.
+def open_policies(name: str, settings: PolicySettings, count: int) -> Iterator[Sequence[Policy]]:
+    """``count`` policies that share no state, closed on leaving.
 
     Args:
-        name: ``scripted``, ``hold`` or ``random``: served from here on a free port of loopback, and asked over the
-            websocket as any other; ``server`` (or nothing): the server at `policy.host` and `policy.port`;
-            ``ws://...`` or ``host:port``: a server there; ``module:Class``: in this process.
+        name: ``scripted``, ``hold`` or ``random``: served on a free port of loopback; ``server`` (or nothing): the
+            server at `policy.host` and `policy.port`; ``ws://...`` or ``host:port``: a server there;
+            ``module:Class``: in this process.
         settings: host, port, timeouts, layout, seed. The API key comes from the environment variable
             ``PERSISTWORLD_POLICY_API_KEY``.
-        count: number of rollouts: each has a connection (or an instance) of its own.
+        count: number of rollouts; each has its own connection (or instance).
 
     Raises:
-        UsageError: a name that means nothing. PersistWorldError: no server in time.
+        UsageError: an unknown name. PersistWorldError: no server in time.
     """
-    layout = find_layout(settings.layout)
+    if _LOCAL.fullmatch(name) and "://" not in name:
+        yield [load_policy(name) for _ in range(count)]
+        return
     with ExitStack() as stack:
+        key = None
         if name in POLICIES:
-            server = stack.enter_context(serve_embedded(name, layout, settings.seed))
-            uri, key = server.uri, None
-        elif _LOCAL.fullmatch(name) and "://" not in name:
-            yield [load_policy(name) for _ in range(count)]
-            return
+            uri = stack.enter_context(serve_embedded(name, LAYOUTS[settings.layout], settings.seed)).uri
         else:
             uri, key = _address(name, settings), os.environ.get(API_KEY_VARIABLE)
-        clients = []
-        for _ in range(count):
-            client = PolicyClient(
-                uri, timeout_s=settings.timeout_s, wait_s=settings.wait_s, api_key=key, on_wait=_countdown(uri)
-            )
-            stack.callback(client.close)
-            clients.append(client)
-        yield clients
+        times = {"timeout_s": settings.timeout_s, "wait_s": settings.wait_s}
+        yield [
+            stack.enter_context(PolicyClient(uri, api_key=key, on_wait=_countdown(uri), **times)) for _ in range(count)
+        ]
 
 
 def _address(name: str, settings: PolicySettings) -> str:
-    """The websocket that a policy's name or the settings mean."""
+    """The websocket address of a policy's name, or else of the settings."""
     if "://" in name:
         return name
-    match = _ADDRESS.fullmatch(name)
-    if match:
+    if match := _ADDRESS.fullmatch(name):
         return policy_uri(match["host"].strip("[]"), int(match["port"]))
     return policy_uri(settings.host, settings.port)
 
 
 def _countdown(uri: str) -> Callable[[float], None]:
-    """Says every few seconds how long a server that is not there will still be waited for."""
-    said: list[float] = []
+    """Logs every few seconds how long a server will still be waited for."""
+    last = math.inf
 
     def on_wait(left: float) -> None:
-        if not said or said[-1] - left >= _SAY_EVERY_S:
-            said.append(left)
+        nonlocal last
+        if last - left >= _LOG_EVERY_S:
+            last = left
             logger.warning("no policy server at %s yet: waiting %.0f s more", uri, left)
 
     return on_wait

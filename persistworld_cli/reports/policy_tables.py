@@ -14,7 +14,7 @@ from persistworld_cli.reports.tables import new_table
 
 
 def rollout_tables(result: Mapping[str, Any]) -> Group:
-    """A judged run: a row for each rollout; against the simulator, the agreement and what it means in words.
+    """A judged run: a row for each rollout; against the simulator, the confusion matrices and a summary in words.
 
     Args:
         result: ``rollouts.json``.
@@ -30,28 +30,28 @@ def rollout_tables(result: Mapping[str, Any]) -> Group:
         cells += [_yes(row["success"]), _share(row["progress"])]
         if against:
             cells += [_yes(row.get("sim_success")), _share(row.get("sim_progress"))]
-        table.add_row(*cells, escape(str(row.get("judged") or ("" if row["complete"] else "broke off"))))
+        table.add_row(*cells, escape(str(row.get("judged") or ("" if row["complete"] else "incomplete"))))
     parts: list[RenderableType] = [table]
     if against:
-        parts += [Text(), _agreement(against), Text(), Text(_words(against))]
+        parts += [Text(), _confusion(against), Text(), Text(_words(against))]
     return Group(*parts)
 
 
-def _agreement(against: Mapping[str, Any]) -> Table:
-    """The 2x2 tables: judge on imagined and on simulated images, each against the simulator's truth."""
-    columns = ["n", "both", "only judged", "only true", "neither", "cannot tell", "agree", "progress r"]
-    table = new_table("Success against the simulator's own state", ["judged from"], columns)
+def _confusion(against: Mapping[str, Any]) -> Table:
+    """The confusion matrices: judge on imagined and on simulated images, each against the simulator's truth."""
+    columns = ["n", "true pos.", "false pos.", "false neg.", "true neg.", "undecided", "accuracy", "progress r"]
+    table = new_table("Predicted success against the simulator's own state", ["judged from"], columns)
     for name, one, r in (
         ("imagined images", against["success"], against["progress"]["pearson_r"]),
         ("simulated images", against["judge_on_simulated"], against["judge_on_simulated"]["pearson_r"]),
     ):
-        keys = ("n", "both_succeed", "only_foretold", "only_true", "both_fail", "not_told")
-        table.add_row(name, *(str(one[key]) for key in keys), _percent(one["agreement"]), _r(r))
+        keys = ("n", "true_positive", "false_positive", "false_negative", "true_negative", "undecided")
+        table.add_row(name, *(str(one[key]) for key in keys), _percent(one["accuracy"]), _r(r))
     return table
 
 
 def _words(against: Mapping[str, Any]) -> str:
-    imagined, simulated, gap = against["imagined"], against["simulated"], against["progress"]["mean_gap"]
+    imagined, simulated, gap = against["imagined"], against["simulated"], against["progress"]["mean_absolute_error"]
     lines = [
         f"success imagined {_percent(imagined['success'])} of {imagined['n']}, "
         f"simulated {_percent(simulated['success'])} of {simulated['n']}; "
@@ -59,7 +59,7 @@ def _words(against: Mapping[str, Any]) -> str:
     ]
     if against["progress"]["pearson_r"] is None:
         lines.append("r is undefined: fewer than two rollouts, or one side is constant.")
-    lines.append(f"The simulator stood {against['restored_off']:.1g} (m, rad) off the recording at the starts.")
+    lines.append(f"The simulator was reset within {against['reset_error']:.1g} (m, rad) of the recording.")
     return "\n".join(lines)
 
 
@@ -67,34 +67,34 @@ def leaderboard_tables(result: Mapping[str, Any]) -> Group:
     """Policies by imagined success, and how well that predicts the real one.
 
     Args:
-        result: what `evaluation.leaderboard.build_leaderboard` returns.
+        result: what `policies.leaderboard.build_leaderboard` returns.
     """
-    foretold = result.get("foretold")
+    predicted = result.get("predicted")
     table = new_table(
         "Leaderboard: success [95% Wilson interval]",
         ["policy", "tasks"],
-        ["imagined success", "n", "progress", "cannot tell", "broke off", *(["real success", "n"] if foretold else [])],
+        ["imagined success", "n", "progress", "undecided", "incomplete", *(["real success", "n"] if predicted else [])],
         "means over tasks; intervals over all rollouts as if they were one task's",
     )
     for row in result["policies"]:
         cells = [_span(row["success"], row["low"], row["high"]), str(row["n"]), _share(row["progress"])]
-        cells += [str(row["cannot_tell"]), str(row["incomplete"])]
-        if foretold:
+        cells += [str(row["undecided"]), str(row["incomplete"])]
+        if predicted:
             cells += [_span(row["real"], row["real_low"], row["real_high"]), str(row["real_n"] or "-")]
         table.add_row(escape(row["policy"]), escape(", ".join(row["tasks"])), *cells)
-    if not foretold:
+    if not predicted:
         return Group(table)
-    return Group(table, Text(), _foretold(foretold), Text(_warnings(foretold)))
+    return Group(table, Text(), _prediction(predicted), Text(_warnings(predicted)))
 
 
-def _foretold(foretold: Mapping[str, Any]) -> Table:
+def _prediction(predicted: Mapping[str, Any]) -> Table:
     table = new_table(
         "How well imagined success predicts real success",
         ["tasks"],
         ["policies", "r", "r of progress", "MMRV"],
         "r: Pearson's, 1 is best; MMRV: mean maximum rank violation (SIMPLER), 0 is best",
     )
-    rows = [("all", foretold)] + [(one["task"], one) for one in foretold["tasks"] if len(foretold["tasks"]) > 1]
+    rows = [("all", predicted)] + [(one["task"], one) for one in predicted["tasks"] if len(predicted["tasks"]) > 1]
     for name, one in rows:
         table.add_row(
             escape(name), str(one["n"]), _r(one["pearson_r"]), _r(one["pearson_r_progress"]), f"{one['mmrv']:.3f}"
@@ -102,15 +102,15 @@ def _foretold(foretold: Mapping[str, Any]) -> Table:
     return table
 
 
-def _warnings(foretold: Mapping[str, Any]) -> str:
-    lines = [f"r is undefined: all policies have the same {side} success." for side in foretold["constant"]]
-    if foretold["n"] < 4:
-        lines.append(f"{foretold['n']} policies: r of so few says little.")
-    if not foretold["same_tasks"]:
+def _warnings(predicted: Mapping[str, Any]) -> str:
+    lines = [f"r is undefined: all policies have the same {side} success." for side in predicted["constant"]]
+    if predicted["n"] < 4:
+        lines.append(f"{predicted['n']} policies: r of so few says little.")
+    if not predicted["same_tasks"]:
         lines.append("No task has results of all policies: each is scored on tasks of its own.")
     for key, what in (("without_real", "real results"), ("without_imagined", "judged rollouts")):
-        if foretold[key]:
-            lines.append(f"Left out, no {what} in the same task: {', '.join(foretold[key])}.")
+        if predicted[key]:
+            lines.append(f"Left out, no {what} in the same task: {', '.join(predicted[key])}.")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """Make the tiny preset's CLIP tokenizer: byte-level BPE over the recorder's instructions, in CLIP's file format.
 
-Run from the repository's root: `python presets/tiny/make_tokenizer.py presets/tiny/tokenizer` (needs the extra `sim`).
+Run from the repository's root: `python presets/tiny/make_tokenizer.py presets/tiny/tokenizer`.
 Any other text still has tokens: all 256 bytes are in the vocabulary.
 """
 
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from dataset_example.recorder.tasks import all_instructions
+from persistworld_cli.policies.bundled_world.rules import all_instructions
 
 
 def main(folder: Path) -> None:

@@ -47,11 +47,11 @@ from persistworld_cli.interact.web import _Host, _read
 from persistworld_cli.interact.web_server import DriveServer
 from persistworld_cli.policies.client import PolicyClient
 from persistworld_cli.policies.msgpack_numpy import pack
-from persistworld_cli.policies.observation import MOST, check_actions, find_layout
+from persistworld_cli.policies.observation import LAYOUTS, MOST, check_actions
 from persistworld_cli.policies.server import PolicyServer, serve_embedded
 from persistworld_cli.reports.progress import Meter
 
-PI05 = find_layout("pi05")
+PI05 = LAYOUTS["pi05"]
 # Clears the screen, sets the title, CSI as one character, overwrites the line, turns text round, half a surrogate pair.
 NASTY = "a\x1b[2Jb\x1b]0;title\x07c\x9b31md\re\x08f\u202eg\ud800h\x7fi"
 SHOWN = r"a\u001b[2Jb\u001b]0;title\u0007c\u009b31md\u000de\u0008f\u202eg\ud800h\u007fi"

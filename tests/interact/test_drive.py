@@ -35,10 +35,10 @@ from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.interact import drive
 from persistworld_cli.interact.session import KeyboardController
 from persistworld_cli.policies import run as policy_rollout
-from persistworld_cli.policies.controller import PolicyController, PolicyView
+from persistworld_cli.policies.controller import PolicyController
 from persistworld_cli.policies.embedded import make_policy
 from persistworld_cli.policies.msgpack_numpy import pack, unpack
-from persistworld_cli.policies.observation import find_layout
+from persistworld_cli.policies.observation import LAYOUTS, PolicyView
 from persistworld_cli.robot.adapter import load_adapter
 from persistworld_cli.robot.keyboard import KeyMap
 from persistworld_cli.rollout.engine import RolloutEngine, first_latent
@@ -205,7 +205,7 @@ def failing_server(respond: Callable[[int, ServerConnection], None]) -> Any:
     def handle(connection: ServerConnection) -> None:
         nonlocal count
         connection.send(pack({"policy": "failing"}))
-        policy = make_policy("hold", find_layout("pi05"))
+        policy = make_policy("hold", LAYOUTS["pi05"])
         for message in connection:
             with lock:
                 count += 1
@@ -325,11 +325,11 @@ def test_policy_in_the_loop_equals_the_reference(golden: GoldenFiles, tag: str, 
         def close(self) -> None: ...
 
     adapter = load_adapter(str(golden / "action_adapter_weights.safetensors"))
-    view = PolicyView(layout=find_layout("pi05"), adapter=adapter, skip=skip, gripper_cap=0.75)
+    view = PolicyView(layout=LAYOUTS["pi05"], adapter=adapter, skip=skip, gripper_cap=0.75)
     controller = PolicyController([Recorded()], view, data["joint_in"][:1].numpy(), ["go"])
     images = np.zeros((1, 3, 8, 8, 3), np.uint8)
     for i, noise in enumerate(data["noise"]):
-        poses = controller.poses(i, state.memory.current[1], images)
+        poses = controller.poses(images)
         close(f"I policy {tag}, poses", poses[0], data["poses_taken"][i], 1e-5)
         predicted = engine.step(state, poses, noise[None])
         close(f"I policy {tag}, {len(data['noise'])} interactions", predicted[0], data["pred"][i], 5e-5)

@@ -17,9 +17,9 @@ from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.data.raw.video import count_frames, read_frames
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.policies import run as policy_rollout
+from persistworld_cli.policies.bundled_world.rules import Outcome
 from persistworld_cli.policies.bundled_world.scene import find_recorded
 from persistworld_cli.policies.bundled_world.simulator import check_simulator, restored, roll_in_simulator
-from persistworld_cli.policies.bundled_world.success import Outcome
 from persistworld_cli.policies.run import make_plan
 
 PICK, PUSH = 60, 65
@@ -58,7 +58,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / error))
 
 
-# -- restoring --------------------------------------------------------------------------------------------------------
+# -- reset ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("episode", "start"), [(PICK, 0), (PICK, 12), (PUSH, 9)])
@@ -69,8 +69,8 @@ def test_a_recorded_start_is_restored_and_repeats_the_recording(
     recorded = find_recorded(bundled, recorded_start(bundled, episode, start))
     columns = recorded.raw.read(episode, list(COLUMNS))
     videos = [recorded.raw.video(episode, camera)[0] for camera in bundled.world.cameras]
-    with restored(recorded) as (world, off):
-        assert off < 1e-3  # m and rad: this MuJoCo repeats the recorded motion
+    with restored(recorded) as (world, error):
+        assert error < 1e-3  # m and rad: this MuJoCo repeats the recorded motion
         for tick in range(31):
             row = recorded.row + tick
             now = world.observe()
@@ -92,9 +92,9 @@ def test_a_simulator_that_does_not_repeat_is_put_right(drawing: None, bundled: S
 
     joints = recorded.raw.read(PICK, [COLUMNS[1]])[COLUMNS[1]][recorded.row]
     there = {"joints": joints, "gripper": 0.2, "objects": poses}
-    world, off = restore(0, PICK, 0, design="varied", **there, render=False)  # the start of the motion
+    world, error = restore(0, PICK, 0, design="varied", **there, render=False)  # the start of the motion
     now = world.observe()
-    assert off > 0.01
+    assert error > 0.01
     assert np.abs(now["sim.object_pose"].reshape(3, 7)[:, :3] - poses[:, :3]).max() < 1e-6
     assert np.abs(now[COLUMNS[1]] - joints).max() < 1e-6
     assert now["observation.state.gripper_position"] == pytest.approx(0.2)
@@ -137,11 +137,11 @@ def test_a_policy_acts_in_the_simulator(drawing: None, bundled: Settings, record
 def test_imagined_and_simulated_are_compared(drawing: None, bundled: Settings, tmp_path: Path) -> None:
     output, own = tmp_path / "run", replace(bundled, policy=PolicySettings(steps=1))
     result = policy_rollout.run(own, PolicyRolloutRequest(policy="scripted", against="sim", output=output))
-    assert "Success against the simulator's own state" in Path(result["text"]).read_text()
+    assert "Predicted success against the simulator's own state" in Path(result["text"]).read_text()
     summary = json.loads((output / "rollouts.json").read_text())
     against, entry = summary["against_sim"], summary["rollouts"][0]
-    assert against["rollouts"] == 1 and against["restored_off"] < 1e-3
-    assert sum(against["success"][key] for key in ("n", "not_told")) == 1
+    assert against["rollouts"] == 1 and against["reset_error"] < 1e-3
+    assert sum(against["success"][key] for key in ("n", "undecided")) == 1
     assert entry["sim_success"] is False and 0 <= entry["sim_progress"] <= 1
     record = json.loads(Path(entry["json"]).read_text())
     assert np.shape(record["sim"]["object_positions"]) == (5, 3, 3)

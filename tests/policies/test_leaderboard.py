@@ -1,4 +1,4 @@
-"""Leaderboard of policies: r, MMRV and agreement against values computed by hand, files, and the command."""
+"""Leaderboard of policies: r, MMRV and confusion matrix against values computed by hand, files, and the command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from persistworld_cli.commands.app import app
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.policies.leaderboard import build_leaderboard, read_real, read_runs
-from persistworld_cli.statistics.ranking import agreement, mmrv, pearson
+from persistworld_cli.statistics.ranking import confusion, mmrv, pearson
 
 
 def command(*arguments: str | Path) -> Any:
@@ -51,18 +51,18 @@ def test_pearson_by_hand() -> None:
     assert pearson([0.5], [0.5]) is None
 
 
-def test_agreement_by_hand() -> None:
-    told = agreement([True, True, False, None, False, False], [True, False, True, True, False, False])
-    assert told == {
+def test_confusion_by_hand() -> None:
+    matrix = confusion([True, True, False, None, False, False], [True, False, True, True, False, False])
+    assert matrix == {
         "n": 5,
-        "not_told": 1,
-        "both_succeed": 1,
-        "only_foretold": 1,
-        "only_true": 1,
-        "both_fail": 2,
-        "agreement": 0.6,
+        "undecided": 1,
+        "true_positive": 1,
+        "false_positive": 1,
+        "false_negative": 1,
+        "true_negative": 2,
+        "accuracy": 0.6,
     }
-    assert agreement([None], [True])["agreement"] is None
+    assert confusion([None], [True])["accuracy"] is None
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -85,9 +85,9 @@ def test_a_leaderboard_by_hand(tmp_path: Path) -> None:
     assert (good["n"], good["success"], good["progress"]) == (4, 0.75, pytest.approx(0.875))
     # Wilson, 3 of 4: centre (0.75 + 0.4802) / 1.9604, half (1.96 sqrt(0.75 * 0.25 / 4 + 0.06002)) / 1.9604
     assert (good["low"], good["high"]) == (pytest.approx(0.3006, abs=1e-4), pytest.approx(0.9544, abs=1e-4))
-    assert (fair["n"], fair["cannot_tell"], fair["success"]) == (4, 1, 0.25)
+    assert (fair["n"], fair["undecided"], fair["success"]) == (4, 1, 0.25)
     assert (good["real"], good["real_n"]) == (0.9, 20)
-    told = result["foretold"]
+    told = result["predicted"]
     assert told["policies"] == ["good", "fair", "poor"]
     assert told["mmrv"] == pytest.approx((0 + 0.4 + 0.4) / 3)
     # imagined (0.75, 0.25, 0.5), real (0.9, 0.6, 0.2): deviations (0.25, -0.25, 0) and (1, 0.1, -1.1) / 3
@@ -105,7 +105,7 @@ def test_only_tasks_that_all_have_are_compared(tmp_path: Path) -> None:
     real = tmp_path / "real.csv"
     real.write_text("policy, task, success\np, cubes, 0.8\np, towel, 0.1\nq, cubes, 0.3\nq, towel, 0.9\n")
     imagined, _ = read_runs([str(run) for run in runs])
-    told = build_leaderboard(imagined, read_real(real))["foretold"]
+    told = build_leaderboard(imagined, read_real(real))["predicted"]
     assert (told["on_tasks"], told["same_tasks"], told["mmrv"]) == (["cubes"], True, 0)
     assert told["pearson_r"] == pytest.approx(1)
     assert [row["task"] for row in told["tasks"]] == ["cubes"]
@@ -113,7 +113,7 @@ def test_only_tasks_that_all_have_are_compared(tmp_path: Path) -> None:
 
 def test_a_person_may_judge_in_the_rollouts_own_file(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", "p", [None], json="elsewhere/cubes_7_0_0.json")
-    assert read_runs([str(run)])[0]["p"]["cubes"].cannot_tell == 1
+    assert read_runs([str(run)])[0]["p"]["cubes"].undecided == 1
     (run / "cubes_7_0_0.json").write_text(json.dumps({"success": True, "progress": None}))
     assert read_runs([f"mine={run}"])[0]["mine"]["cubes"].success == [True]
     (run / "cubes_7_0_0.json").write_text(json.dumps({"success": "yes"}))
@@ -128,7 +128,7 @@ def test_the_simulator_may_be_what_is_real(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert [(row["policy"], row["real"], row["real_n"]) for row in told["policies"]] == [("p", 1.0, 2), ("q", 0.0, 2)]
-    assert told["foretold"]["pearson_r"] == pytest.approx(1)
+    assert told["predicted"]["pearson_r"] == pytest.approx(1)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_what_cannot_be_said_is_said(tmp_path: Path) -> None:
         ("policy,task,success\np,cubes,40%\n", "line 2"),
         ("policy,task,success\np,cubes,40\n", "success from 0 to 1"),
         ("policy,task,success,n\np,cubes,0.4,0\n", "n from 1"),
-        ("policy,task,success\np,cubes,0.4\np,cubes,0.5\n", "a second time"),
+        ("policy,task,success\np,cubes,0.4\np,cubes,0.5\n", "appears twice"),
         ("policy,task,success\npi05,cubes,0.4\npi0,cubes,0.5\n", "did you mean 'pi05'?"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from safetensors.numpy import load_file
 
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.interact.session import KeyboardController
-from persistworld_cli.policies.controller import PolicyController, PolicyView, RecordedController, interpret_chunk
+from persistworld_cli.policies.controller import PolicyController, interpret_chunk
 from persistworld_cli.policies.embedded import POLICIES, make_policy
-from persistworld_cli.policies.observation import build_observation, check_actions, find_layout, resize_with_pad
+from persistworld_cli.policies.observation import LAYOUTS, PolicyView, build_observation, check_actions, resize_with_pad
 from persistworld_cli.policies.tasks import load_task, task_names
 from persistworld_cli.robot.adapter import GainAdapter
 from persistworld_cli.robot.keyboard import KeyMap
@@ -37,7 +38,8 @@ def test_images_keep_their_aspect_and_are_padded() -> None:
 
 
 def test_observation_has_the_described_fields() -> None:
-    obs = build_observation(np.zeros((192, 320, 3), np.uint8), np.ones((192, 320, 3), np.uint8), REST, "go")
+    view = PolicyView(layout=PI05, adapter=GainAdapter())
+    obs = build_observation(view, np.zeros((3, 192, 320, 3), np.uint8), REST, "go")
     shapes = {key: np.shape(value) for key, value in obs.items()}
     assert shapes == {
         "observation/exterior_image_1_left": (224, 224, 3),
@@ -63,8 +65,6 @@ def test_wrong_answers_name_the_field() -> None:
     ):
         with pytest.raises(PersistWorldError, match=text):
             check_actions(answer, PI05, "p")
-    with pytest.raises(UsageError, match="pi07"):
-        find_layout("pi07")
 
 
 # -- policies ---------------------------------------------------------------------------------------------------------
@@ -107,9 +107,9 @@ def test_scripted_policy_rises_before_it_crosses_the_table() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
-@pytest.mark.parametrize("layout", ["pi05", "pi0", "pi0-fast"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_policy_answers_in_every_layout(name: str, layout: str) -> None:
-    actions = check_actions(make_policy(name, find_layout(layout), 3).infer(observation()), find_layout(layout), name)
+    actions = check_actions(make_policy(name, LAYOUTS[layout], 3).infer(observation()), LAYOUTS[layout], name)
     assert np.abs(actions[:, :7]).max() <= 1.0
     with pytest.raises(PersistWorldError, match="observation/joint_position"):
         make_policy(name, PI05).infer({"prompt": "x"})
@@ -150,12 +150,14 @@ class RecordedAdapter:
 @pytest.mark.parametrize(("tag", "skip"), [("skip2", 2), ("skip3", 3)])
 def test_chunks_become_poses_as_in_the_reference(golden: GoldenFiles, tag: str, skip: int) -> None:
     data = reference_rollout(golden, tag)
+    view = PolicyView(layout=PI05, adapter=RecordedAdapter(data), skip=skip, gripper_cap=0.75)
+    taken = slice(0, view.advance + 1, skip)
     for i, (actions, joints) in enumerate(zip(data["chunk"], data["joint_in"], strict=True)):
-        chunk = interpret_chunk(actions, joints, RecordedAdapter(data), skip=skip, gripper_cap=0.75)
-        close(f"I policy {tag}, joints", chunk.joints[:, :7], data["fk_joints"][i], 1e-6)
-        close(f"I policy {tag}, states", chunk.states, data["fk_states"][i], 1e-6)
-        close(f"I policy {tag}, poses of a chunk", chunk.poses_taken, data["poses_taken"][i], 1e-6)
-        close(f"I policy {tag}, joints of a chunk", chunk.joints_taken, data["joints_taken"][i], 1e-6)
+        arm, states = interpret_chunk(actions, joints, view)
+        close(f"I policy {tag}, joints", arm[:, :7], data["fk_joints"][i], 1e-6)
+        close(f"I policy {tag}, states", states, data["fk_states"][i], 1e-6)
+        close(f"I policy {tag}, poses of a chunk", states[taken], data["poses_taken"][i], 1e-6)
+        close(f"I policy {tag}, joints of a chunk", arm[taken], data["joints_taken"][i], 1e-6)
 
 
 def test_policy_controller_follows_the_reference_through_a_rollout(golden: GoldenFiles) -> None:
@@ -179,9 +181,8 @@ def test_policy_controller_follows_the_reference_through_a_rollout(golden: Golde
     controller = PolicyController(policies, view, np.stack([data["joint_in"][0]] * 2), ["a", "b"])
     images = np.zeros((2, 3, 8, 8, 3), np.uint8)
     images[:, 1], images[:, 2] = 10, 20
-    current = np.zeros((2, 7))
     for i in range(4):
-        poses = controller.poses(i, current, images)
+        poses = controller.poses(images)
         assert np.abs(poses - data["poses_taken"][i]).max() < 1e-5
     assert np.abs(policies[1].asked[3]["observation/joint_position"] - data["joint_in"][3, :7]).max() < 1e-5
     assert policies[1].asked[0]["prompt"] == "b"
@@ -195,24 +196,21 @@ def test_policy_controller_follows_the_reference_through_a_rollout(golden: Golde
 
 def test_a_chunk_too_short_for_its_skip_is_refused() -> None:
     with pytest.raises(UsageError, match="skip 3 needs 13 rows") as short:
-        interpret_chunk(np.zeros((10, 8)), REST, GainAdapter(), skip=3, gripper_cap=1.0)
-    assert "at most 2" in str(short.value)
+        PolicyView(layout=LAYOUTS["pi0"], adapter=GainAdapter(), skip=3)
+    assert "policy.skip=2" in str(short.value)
 
 
 def test_the_gripper_of_now_is_capped_only_where_asked() -> None:
     now = np.append(REST[:7], 0.9)
     actions = np.ones((15, 8)) * [0, 0, 0, 0, 0, 0, 0, 1.5]
-    chunk = interpret_chunk(actions, now, GainAdapter(), skip=2, gripper_cap=0.75)
-    assert np.allclose(chunk.poses_taken[:, 6], [0.9, 0.75, 0.75, 0.75, 0.75])
-    capped = interpret_chunk(actions, now, GainAdapter(), skip=2, gripper_cap=0.75, cap_current=True)
-    assert np.allclose(capped.poses_taken[:, 6], 0.75)
+    view = PolicyView(layout=PI05, adapter=GainAdapter(), skip=2, gripper_cap=0.75)
+    _, states = interpret_chunk(actions, now, view)
+    assert np.allclose(states[:9:2, 6], [0.9, 0.75, 0.75, 0.75, 0.75])
+    _, capped = interpret_chunk(actions, now, replace(view, cap_current=True))
+    assert np.allclose(capped[:9:2, 6], 0.75)
 
 
-def test_recorded_and_keyboard_controllers() -> None:
-    states = np.arange(12 * 7, dtype=float).reshape(12, 7)
-    poses = RecordedController([states, states], [0, 5]).poses(1, np.zeros((2, 7)))
-    assert np.array_equal(poses[0], states[4:9])
-    assert np.array_equal(poses[1], states[[9, 10, 11, 11, 11]])  # clipped to the last
+def test_the_keyboard_controller_takes_a_key_per_step() -> None:
     start = np.array([[0.5, 0.0, 0.3, 3.0, 0.0, 0.0, 0.0]] * 2)
     keys = KeyboardController(KeyMap(), "lo")
     assert np.allclose(keys.poses(0, start)[:, -1, 1], -0.08)
@@ -248,8 +246,10 @@ def test_task_files_are_checked(tmp_path: Path, shared_data: Path) -> None:
     assert load_task(str(own)).starts[0].episode == "7"
     for text, message in (
         ("skips = 1", "skips.*\n.*\n.*skip"),
-        ("skip = 1.5", "type int"),
-        ("skip = 0", "from 1"),
+        ("skip = 1.5", "expected a whole number"),
+        ("skip = 0", "must be at least 1"),
+        ("gripper_cap = 1.5", "must be more than 0 and at most 1"),
+        ("[[starts]]\nstart = -1", "must be at least 0"),
         ("starts = 3", "tables"),
         ("skip =", "not TOML"),
     ):

@@ -156,7 +156,7 @@ def test_something_moves_most_of_the_time(simulated) -> None:
 
 
 def test_instructions_have_an_index(simulated) -> None:
-    from dataset_example.recorder.tasks import all_instructions
+    from persistworld_cli.policies.bundled_world.rules import all_instructions
 
     texts = all_instructions()
     assert len(set(texts)) == len(texts)

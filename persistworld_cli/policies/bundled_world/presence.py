@@ -1,7 +1,7 @@
-"""Are the objects still there? A referee for training on the bundled world (``post_train.referees``).
+"""Object presence: a referee for training on the bundled world (``post_train.referees``).
 
-The world's objects have six saturated colours. In each image, each colour that the record shows should fill about as
-many pixels in the prediction, wherever they lie: a lost or faded object is told from one that stands a little aside.
+The world's objects have six saturated colours. In each image, each colour of the recording should fill about as many
+pixels in the prediction, anywhere: a lost or faded object counts, one that is a little aside does not.
 
 Shape legend: as in `metrics.registry.Metric`.
 """
@@ -16,17 +16,17 @@ from torch import Tensor
 from persistworld_cli.metrics.masks import HUE_OF_OBJECT, SATURATION, VALUE, hsv, hue_distance
 
 HUES = {"red": 1.0, "yellow": 50.0, "green": 124.0, "cyan": 187.0, "blue": 232.0, "magenta": 316.0}  # degrees
-SMALLEST = 8  # pixels: fewer in the record say nothing
+SMALLEST = 8  # pixels: fewer in the recording are ignored
 
 
 class ObjectsKept:
-    """Share of the record's coloured area that the prediction shows, by colour, each at most 1; 1: all is there."""
+    """Share of the recording's coloured area that the prediction shows, mean over colours, each at most 1."""
 
     label = "objects_kept"
     higher_is_better = True
 
     def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Images (M,3,H,W) and (T,3,H,W) in [0,1] -> (M,); 1 where the record shows no object."""
+        """Images (M,3,H,W) and (T,3,H,W) in [0,1] -> (M,); 1 where the recording shows no object."""
         known = _areas(target).repeat(pred.shape[0] // target.shape[0], axis=0)
         there = known >= SMALLEST
         share = np.where(there, np.minimum(1.0, _areas(pred) / np.maximum(known, 1)), 0.0).sum(axis=1)

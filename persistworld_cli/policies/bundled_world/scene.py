@@ -1,6 +1,6 @@
-"""What a raw recording of the bundled world tells of its objects: the scene at a rollout's start, and true positions.
+"""The objects in a raw recording of the bundled world: the scene at a rollout's start, and true positions.
 
-`meta/episodes.jsonl` names the objects (colour, shape, size), column `sim.object_pose` says where they were.
+`meta/episodes.jsonl` describes the objects (colour, shape, size), column `sim.object_pose` has their poses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FIX = "take the bundled world (persistworld extract-latents), with world.raw na
 
 @dataclass(frozen=True)
 class RecordedStart:
-    """Where a start lies in the raw recording: the episode's number there, and the row of its start frame."""
+    """A start in the raw recording: the episode's number, the row of the start frame, the objects there."""
 
     raw: RawDataset
     index: int
@@ -37,29 +37,27 @@ class RecordedStart:
 
 
 def find_recorded(settings: Settings, start: Start) -> RecordedStart:
-    """The start in the raw recording that its dataset was extracted from, with the objects as they stood.
+    """A start in the raw recording that its dataset was extracted from.
 
     Raises:
-        PersistWorldError: `world.raw` does not name a recording of the bundled world, or not this dataset's.
+        PersistWorldError: `world.raw` is no recording of the bundled world, or not this dataset's.
     """
     root = resolve_path(settings.world.raw) if settings.world.raw else None
     if root is None or not (root / "meta" / "info.json").is_file():
-        raise PersistWorldError(
-            "where the objects are is not known: no raw recording of the bundled world is at hand",
-            where=f"world.raw = '{settings.world.raw}'",
-            fix=_FIX,
-        )
-    raw, index = RawDataset(root), _number(start.item.episode)
+        what = "the objects' positions are unknown: there is no raw recording of the bundled world"
+        raise PersistWorldError(what, where=f"world.raw = '{settings.world.raw}'", fix=_FIX)
+    episode, known = start.item.episode, start.annotation.joints
+    raw, index = RawDataset(root), int(episode) if episode.isdecimal() else -1
     described = _described(root).get(index)
     if described is None or OBJECT_POSE not in raw.features:
-        raise PersistWorldError(
-            f"the raw recording does not tell of the objects of episode '{start.item.episode}'",
-            where=str(root),
-            fix=_FIX,
-        )
+        what = f"the raw recording does not describe the objects of episode '{episode}'"
+        raise PersistWorldError(what, where=str(root), fix=_FIX)
     row = round(start.item.start * raw.fps / settings.world.rate_hz)
     columns = raw.read(index, [OBJECT_POSE, _JOINTS])
-    _require_same(start, columns[_JOINTS], row, root)
+    joints = columns[_JOINTS]
+    if row >= len(joints) or known is None or np.abs(joints[row] - known[start.item.start, :7]).max() >= _SAME:
+        what = f"episode '{episode}' of the dataset is not episode {index} of the recording"  # the arm is elsewhere
+        raise PersistWorldError(what, where=str(root), fix=_FIX)
     poses = columns[OBJECT_POSE][row].reshape(-1, 7)
     objects = tuple(
         SceneObject(
@@ -77,32 +75,15 @@ def find_recorded(settings: Settings, start: Start) -> RecordedStart:
 
 
 def true_positions(recorded: RecordedStart) -> Float:
-    """(T, N, 3): where the objects were at every row of the raw recording, m."""
+    """(T, N, 3): the objects' positions at every row of the raw recording, m."""
     poses = recorded.raw.read(recorded.index, [OBJECT_POSE])[OBJECT_POSE]
     positions: Float = poses.reshape(len(poses), -1, 7)[:, :, :3]
     return positions
 
 
-def _number(episode: str) -> int:
-    """An episode's number in the raw recording; -1 for a name that is none."""
-    return int(episode) if episode.isdecimal() else -1
-
-
-def _require_same(start: Start, joints: Float, row: int, root: Path) -> None:
-    """Refuse a raw recording whose arm stood elsewhere: it is not what the dataset was extracted from."""
-    known = start.annotation.joints
-    if row < len(joints) and known is not None and np.abs(joints[row] - known[start.item.start, :7]).max() < _SAME:
-        return
-    raise PersistWorldError(
-        f"episode '{start.item.episode}' of the dataset is not episode {_number(start.item.episode)} of the recording",
-        where=str(root),
-        fix=_FIX,
-    )
-
-
 @lru_cache(maxsize=4)
 def _described(root: Path) -> dict[int, list[dict[str, Any]]]:
-    """Episode number -> its objects, of those that `meta/episodes.jsonl` tells of."""
+    """Episode number -> its objects, as `meta/episodes.jsonl` describes them."""
     path = root / "meta" / "episodes.jsonl"
     if not path.is_file():
         return {}

@@ -1,9 +1,10 @@
-"""How well success in the world model foretells success in the simulator, over policies of graded skill.
+"""How well success in the world model predicts success in the simulator, over policies of graded skill.
 
-`python -m benchmarks.foretelling [--dataset DIR] [--rollouts 20] [--steps 10] [--output DIR] [--json]`
+`python -m benchmarks.sim_agreement [--dataset DIR] [--rollouts 20] [--steps 10] [--output DIR] [--json]`
 
 Each policy (`benchmarks.policies` and the embedded ones) is rolled out by `persistworld pi-rollout --against sim` from
-the same held-out starts, then `persistworld leaderboard --real sim` compares. A run that is there is not made again.
+the same held-out starts, then `persistworld leaderboard --real sim` compares. Finished runs are kept; one of an earlier
+version is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+PARTS = ("true_positive", "false_positive", "false_negative", "true_negative", "undecided")
 ROOT = Path(__file__).resolve().parents[1]
 POLICIES = {
     "recorded": "benchmarks.policies:Recorded",
@@ -39,13 +41,21 @@ def persistworld(*arguments: str, capture: bool = False) -> str:
     return done.stdout or ""
 
 
+def against_sim(path: Path) -> dict[str, Any]:
+    """The comparison with the simulator in a run's summary."""
+    found = json.loads(path.read_text())["against_sim"]
+    if "true_positive" not in found["success"]:
+        raise SystemExit(f"{path} is of an earlier version: remove {path.parent} and run again")
+    return found
+
+
 def main() -> None:
     """Roll out, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="the bundled world, extracted; the preset's by default")
     parser.add_argument("--rollouts", type=int, default=20)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--output", type=Path, default=Path("outputs/foretelling"))
+    parser.add_argument("--output", type=Path, default=Path("outputs/sim_agreement"))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     dataset = ["--dataset", options.dataset] if options.dataset else []
@@ -55,21 +65,17 @@ def main() -> None:
             sizes = ["--rollouts", str(options.rollouts), "--steps", str(options.steps), "--output", str(folder)]
             persistworld("pi-rollout", "--preset", "tiny", "--policy", policy, "--against", "sim", *sizes, *dataset)
     runs = [f"{name}={options.output / name}" for name in POLICIES]
-    told: dict[str, Any] = json.loads(persistworld("leaderboard", *runs, "--real", "sim", "--json", capture=True))
-    told["agreement"] = {
-        name: json.loads((options.output / name / "rollouts.json").read_text())["against_sim"] for name in POLICIES
-    }
+    result: dict[str, Any] = json.loads(persistworld("leaderboard", *runs, "--real", "sim", "--json", capture=True))
+    result["against_sim"] = {name: against_sim(options.output / name / "rollouts.json") for name in POLICIES}
     if options.json:
-        print(json.dumps(told, indent=1))
+        print(json.dumps(result, indent=1))
         return
     print(persistworld("leaderboard", *runs, "--real", "sim", capture=True))
     for key, what in (("success", "imagined"), ("judge_on_simulated", "simulated")):
-        counts = [sum(one[key][part] for one in told["agreement"].values()) for part in PARTS]
+        counts = [sum(one[key][part] for one in result["against_sim"].values()) for part in PARTS]
         words = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in zip(PARTS, counts, strict=True))
         print(f"judge on {what} images against the simulator's state: {words}")
 
-
-PARTS = ("both_succeed", "only_foretold", "only_true", "both_fail", "not_told")
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
-"""How closely the simulator, restored at a recorded start, repeats the recording when driven by its recorded targets.
+"""Reset error of the simulator: restored at a recorded start, how closely it repeats the recording along its targets.
 
-`python -m benchmarks.restoring [--dataset DIR] [--episodes 20] [--starts 0 9] [--json]`
+`python -m benchmarks.sim_reset [--dataset DIR] [--episodes 20] [--starts 0 9] [--json]`
 
 The targets are known at 15 Hz, the recorder moved them at 60 Hz: the arm follows almost the same path, and contacts
 make small differences larger with time. Distances are those of the object that is farthest off; PSNR (the least of
@@ -29,21 +29,23 @@ _FIELDS = ("sim.object_pose", "action")
 
 
 def repeat(settings: Settings, store: EpisodeStore, split: str, item: Item) -> list[tuple[float, float, float]]:
-    """At each of `TICKS`: the farthest object (m), the least PSNR (dB); and how far restoring was off."""
+    """At each of `TICKS`: the farthest object (m), the least PSNR (dB), and the reset error at the start."""
     recorded = find_recorded(settings, make_start(store, item, split))
     columns = recorded.raw.read(recorded.index, list(_FIELDS))
     videos = [recorded.raw.video(recorded.index, camera)[0] for camera in settings.world.cameras]
-    told = []
-    with restored(recorded) as (world, off):
+    rows = []
+    with restored(recorded) as (world, error):
         for tick in range(TICKS[-1] + 1):
             row = recorded.row + tick
             if tick in TICKS:
                 gap = (world.observe()[_FIELDS[0]] - columns[_FIELDS[0]][row]).reshape(3, 7)[:, :3]
                 true = np.stack([read_frames(video, [row])[0] for video in videos]).astype(np.float64)
-                error = ((world.images() - true) ** 2).mean(axis=(1, 2, 3))
-                told.append((float(np.linalg.norm(gap, axis=1).max()), float(10 * np.log10(255**2 / error.max())), off))
+                squared = ((world.images() - true) ** 2).mean(axis=(1, 2, 3))
+                rows.append(
+                    (float(np.linalg.norm(gap, axis=1).max()), float(10 * np.log10(255**2 / squared.max())), error)
+                )
             world.tick(columns[_FIELDS[1]][row, :7], columns[_FIELDS[1]][row, 7])
-    return told
+    return rows
 
 
 def measure(dataset: str | None, episodes: int, starts: list[int]) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def measure(dataset: str | None, episodes: int, starts: list[int]) -> dict[str, 
         apart, close = 1000 * found[:, index, 0], found[:, index, 1]
         quantiles = dict(zip(("median_mm", "p90_mm", "max_mm"), np.percentile(apart, [50, 90, 100]), strict=True))
         rows.append({"seconds": tick / 15, **quantiles, "median_db": np.median(close), "least_db": close.min()})
-    return {"n": len(items), "restored_off": float(found[..., 2].max()), "rows": rows}
+    return {"n": len(items), "reset_error": float(found[..., 2].max()), "rows": rows}
 
 
 def main() -> None:
@@ -69,12 +71,12 @@ def main() -> None:
     parser.add_argument("--starts", type=int, nargs="+", default=[0, 9])
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    told = measure(options.dataset, options.episodes, options.starts)
+    result = measure(options.dataset, options.episodes, options.starts)
     if options.json:
-        print(json.dumps(told, indent=1))
+        print(json.dumps(result, indent=1))
         return
-    print(f"{told['n']} starts; restored within {told['restored_off']:.1g} (m, rad) of the recording")
-    for row in told["rows"]:
+    print(f"{result['n']} starts; reset within {result['reset_error']:.1g} (m, rad) of the recording")
+    for row in result["rows"]:
         apart = f"{row['median_mm']:.1f} mm (median), {row['p90_mm']:.1f} (p90), {row['max_mm']:.1f} (max)"
         close = f"{row['median_db']:.1f} dB (median), {row['least_db']:.1f} (least)"
         print(f"after {row['seconds']:.0f} s: farthest object {apart}; worst camera {close}")
