@@ -36,7 +36,7 @@ class BundledJudge:
         objects = evidence.objects or ()
         condition = find_condition(evidence.instruction, objects)
         if isinstance(condition, str):
-            return Verdict(success=None, progress=None, reason=f"undecided: {condition}")
+            return _undecided(condition)
         positions = locate(evidence, condition.task.objects)
         return decide(condition, objects, positions, pad_positions(evidence.poses), evidence.rate_hz)
 
@@ -87,14 +87,18 @@ def decide(
     names = " and ".join(objects[number].name for number in condition.task.objects)
     seen = f"{names} seen in {known.sum()} of {len(known)} frames"
     found = condition.outcome(positions, pads, rate_hz)
-    if found is None:
-        return Verdict(success=None, progress=None, reason=f"undecided: {seen}")
     at_end = known[-2 * frames_kept(rate_hz) :].any()
+    if found is None:
+        return _undecided(seen)
     if not found.success and (known.mean() < MOST_UNSEEN or not at_end):
-        return Verdict(success=None, progress=None, reason=f"undecided: {seen}{'' if at_end else ', not at the end'}")
+        return _undecided(seen if at_end else f"{seen}, not at the end")
     last = int(np.flatnonzero(known)[-1])
     reason = f"{_distance(condition, positions[last], pads[last])}; {seen}"
     return Verdict(success=found.success, progress=round(found.progress, 4), reason=reason)
+
+
+def _undecided(why: str) -> Verdict:
+    return Verdict(success=None, progress=None, reason=f"undecided: {why}")
 
 
 def _distance(condition: Condition, positions: Float, pads: Float) -> str:
