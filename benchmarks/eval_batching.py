@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from benchmarks import plain
 from benchmarks.worker_process import become_worker
 from persistworld_cli.checkpoints.loading import load_for_sampling
-from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.presets import resolve_settings
 from persistworld_cli.data.clips.store import open_store
 from persistworld_cli.evaluation.benchmarks import load_benchmark
 from persistworld_cli.evaluation.plan import eval_items
@@ -41,7 +41,7 @@ def measure(dataset: str | None, episodes: int, steps: int, batch: int, repeats:
     """Times of both ways, in turn."""
     benchmark = load_benchmark("bundled")
     flags = {"world.dataset": dataset, "eval.steps": steps}
-    settings = load_settings("tiny", flags=flags, pinned=benchmark.pinned if benchmark else None).settings
+    settings = resolve_settings("tiny", flags=flags, pinned=benchmark.pinned if benchmark else None).settings
     store = open_store(settings)
     items = eval_items(store, settings)[:episodes]
     model = load_for_sampling(settings, ckpt=settings.model.ckpt, adapter="")

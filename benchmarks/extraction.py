@@ -46,7 +46,7 @@ _BATCH = 10  # frames of all cameras: what --batch 32 gives for three
 
 
 def _settings(preset: str) -> Settings:
-    return load_settings(preset, [], {}, env={}).settings
+    return load_settings(preset, [], {}, env={})
 
 
 def child(preset: str, episodes: str, workers: int, out: Path) -> dict[str, Any]:

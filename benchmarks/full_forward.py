@@ -80,7 +80,7 @@ def forward(model: WorldModel) -> torch.Tensor:
 def run(preset: str, asked: str, repeats: int, plainly: bool) -> dict[str, Any]:
     """Build and time in this process."""
     free_main_thread()
-    settings, dtype = load_settings(preset, [], {}, env={}).settings, getattr(torch, asked)
+    settings, dtype = load_settings(preset, [], {}, env={}), getattr(torch, asked)
     counted = meta_model(settings.model, settings.world)
     work = measure(lambda: predict(counted, 1), counted.parameters(), dtype)
     libraries = peak_bytes()

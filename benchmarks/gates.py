@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--gates", default="vae,clip,loop")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    settings = load_settings(options.preset, [], {}).settings
+    settings = load_settings(options.preset, [], {})
     world = replace(settings.world, dataset=str(options.dataset), raw=options.raw or settings.world.raw)
     settings = replace(settings, world=world)
     store = open_store(settings)

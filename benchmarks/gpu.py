@@ -82,7 +82,7 @@ def peak_of(name: str) -> Accelerator | None:
 
 def measure(preset: str, device: torch.device, repeats: int) -> dict[str, Any]:
     """Every way, in turn."""
-    settings = load_settings(preset, env={}).settings
+    settings = load_settings(preset, env={})
     counted = meta_model(settings.model, settings.world)
     dtype = sampling_dtype(settings.sampling)
     model = build(settings, dtype, device, ("unet", "action_encoder", "vae"))

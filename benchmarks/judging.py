@@ -98,7 +98,7 @@ def accuracy(rows: list[dict[str, Any]], against: str = "true") -> float:
 
 def measure(dataset: str | None, raw: str | None, episodes: int) -> dict[str, Any]:
     """All episodes of all splits, the held-out ones first."""
-    settings = load_settings("tiny", flags={"world.dataset": dataset, "world.raw": raw}).settings
+    settings = load_settings("tiny", flags={"world.dataset": dataset, "world.raw": raw})
     store = open_store(settings)
     wanted = [(split, name) for split in reversed(store.splits) for name in store.episodes(split)][:episodes]
     found = [judge_episode(settings, store, *one) for one in wanted]

@@ -34,7 +34,7 @@ def write_weights(preset: str, dtype: torch.dtype, path: Path) -> None:
     """Random weights under the preset's names, in the format of `path`'s suffix."""
     from safetensors.torch import save_file
 
-    settings = load_settings(preset, [], {}, env={}).settings
+    settings = load_settings(preset, [], {}, env={})
     with torch.device("meta"):
         model = build_world_model(settings.model, settings.world)
     shapes = {name: t.shape for name, t in model.state_dict().items()}
@@ -50,7 +50,7 @@ def measure(preset: str, path: Path, asked: str) -> dict[str, Any]:
     from persistworld_cli.checkpoints.compatibility import settings_shapes
     from persistworld_cli.checkpoints.loading import load_world_model
 
-    settings = load_settings(preset, [], {}, env={}).settings
+    settings = load_settings(preset, [], {}, env={})
     libraries = peak_bytes()
     begun = time.perf_counter()
     model = load_world_model(settings.model, settings.world, ckpt=str(path), adapter="", dtype=getattr(torch, asked))

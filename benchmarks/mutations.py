@@ -402,7 +402,7 @@ def _adapters(folder: Path) -> list[Case]:
     step = folder / "run" / "state" / "step-00000001"
     step.mkdir(parents=True)
     torch.save({"step": 1, "switch": {"old": {"unet.layer.weight": torch.ones(2)}}}, step / "state.pt")
-    settings = to_json(load_settings("tiny", (), {}, env={}).settings)
+    settings = to_json(load_settings("tiny", (), {}, env={}))
     (folder / "run" / "config.json").write_text(json.dumps({"task": "post-train", "settings": settings}))
 
     def peft() -> Any:
@@ -515,7 +515,7 @@ def _settings(folder: Path) -> list[Case]:
     (folder / "accelerate.yaml").write_text(text + "machine_rank: 0\nmixed_precision: 'no'\nuse_cpu: false\n")
 
     def preset() -> Any:
-        return flatten(load_settings(str(folder / "own.toml"), (), {}, env={}).settings)
+        return flatten(load_settings(str(folder / "own.toml"), (), {}, env={}))
 
     def benchmark() -> Any:
         found = load_benchmark(str(folder / "bench.toml"))

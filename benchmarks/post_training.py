@@ -123,7 +123,7 @@ def plain_update(trainer: PostTrainer, step: int, lpips: Lpips) -> None:
 def settings_of(dataset: str | None, changes: dict[str, Any]) -> Settings:
     """The tiny preset's, with the paper's credit."""
     flags = {"world.dataset": dataset, "post_train.credit": "rollout", "launch.trackers": ("none",), **changes}
-    return load_settings("tiny", flags=flags).settings
+    return load_settings("tiny", flags=flags)
 
 
 def gradients_apart(dataset: str | None) -> float:

@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 
 from benchmarks.worker_process import become_worker
 from persistworld_cli.checkpoints.loading import load_for_sampling
-from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.presets import resolve_settings
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import open_store
 from persistworld_cli.evaluation.benchmarks import load_benchmark
@@ -312,7 +312,7 @@ def main() -> None:
     become_worker("benchmarks.proof")
     benchmark = load_benchmark("bundled")
     flags = {"world.dataset": options.dataset}
-    settings = load_settings("tiny", flags=flags, pinned=benchmark.pinned if benchmark else None).settings
+    settings = resolve_settings("tiny", flags=flags, pinned=benchmark.pinned if benchmark else None).settings
     settings = replace(settings, eval=replace(settings.eval, seeds=tuple(range(options.noise_seeds))))
     seeds = [int(text) for text in options.training_seeds.split(",")]
     extra = ablations(settings)

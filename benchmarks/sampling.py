@@ -52,7 +52,7 @@ WITHOUT: dict[str, Callable[[WorldModel], AbstractContextManager[None]]] = {
 def settings_of(size: str, steps: int) -> Settings:
     """The tiny preset's in float32, guided; or with a wider network."""
     flags = {"sampling.steps": steps, "sampling.guidance": GUIDANCE, "sampling.dtype": "float32"}
-    settings = load_settings("tiny", flags={**flags, "sampling.decode_dtype": "float32"}).settings
+    settings = load_settings("tiny", flags={**flags, "sampling.decode_dtype": "float32"})
     if (widths := WIDTHS[size]) is None:
         return settings
     unet = {**settings.model.unet, "block_out_channels": list(widths), "num_attention_heads": [4, 8, 16]}

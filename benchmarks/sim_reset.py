@@ -51,7 +51,7 @@ def repeat(settings: Settings, store: EpisodeStore, split: str, item: Item) -> l
 def measure(dataset: str | None, episodes: int, starts: list[int]) -> dict[str, Any]:
     """Held-out episodes, every start of each."""
     check_simulator()
-    settings = load_settings("tiny", flags={"world.dataset": dataset}).settings
+    settings = load_settings("tiny", flags={"world.dataset": dataset})
     store, split = open_store(settings), settings.eval.split
     items = [Item(name, start, 0) for name in store.episodes(split)[:episodes] for start in starts]
     found = np.array([repeat(settings, store, split, item) for item in items])  # (n, ticks, 3)

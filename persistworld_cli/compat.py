@@ -1,4 +1,4 @@
-"""What other packages need before they import, kept in one place and switched on only where it is needed."""
+"""Workarounds for other packages and the operating system, each applied only where it is needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 _MISSING = re.compile(r"operator torchvision::(\w+) does not exist")
 _SCHEMAS = {name: f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor" for name in ("nms", "qnms")}
-_declared: dict[str, Any] = {}  # schema -> Library, which takes its operators with it when it is collected
+_declared: dict[str, Any] = {}  # schema -> Library, whose operators vanish when it is collected
 
 
 def ensure_torchvision() -> None:
@@ -19,12 +19,12 @@ def ensure_torchvision() -> None:
 
     PyPI's torchvision is built against PyPI's (CUDA) torch. Beside a CPU-only torch wheel its C++ operators cannot be
     loaded; torchvision tolerates that except where it registers a fake kernel for ``torchvision::nms`` (0.28: and
-    ``qnms``), which fails because nobody declared the operator. The failed import then breaks lpips, transformers and
-    peft, which use none of these operators. So, only when exactly that failure happens: forget the half-imported
-    modules, declare the operator's schema (without a kernel: calling it still fails, as it must), and import again.
+    ``qnms``), which fails because the operator is not declared. That breaks lpips, transformers and peft, which use
+    none of these operators. Only on exactly that failure: forget the half-imported modules, declare the operator's
+    schema (without a kernel: calling it still fails), and import again.
 
     Raises:
-        ImportError: torchvision is not installed, or fails in another way (passed on unchanged).
+        ImportError: torchvision is not installed. Other failures pass unchanged.
     """
     for _ in range(len(_SCHEMAS) + 1):
         try:
@@ -55,11 +55,11 @@ def _declare(schema: str) -> None:
 
 
 def free_main_thread() -> None:
-    """Let the main thread run on every CPU again, where the launcher bound OpenMP's threads to cores.
+    """Let the main thread run on every CPU, where the launcher bound OpenMP's threads to cores.
 
-    With ``OMP_PROC_BIND`` libgomp also ties the thread that loads it to the first core, and every thread and process
-    started from there inherits that one core: decoders and data loaders would queue behind the training loop. OpenMP's
-    other threads stay where they are bound. Does nothing unless the launcher left ``PERSISTWORLD_CPUS``.
+    With ``OMP_PROC_BIND`` libgomp binds the thread that loads it to the first core, and its child threads and processes
+    (decoders, data loaders) inherit that one core. OpenMP's other threads stay bound. Does nothing unless the launcher
+    set ``PERSISTWORLD_CPUS``.
     """
     cpus = os.environ.pop("PERSISTWORLD_CPUS", "")
     if not cpus or not hasattr(os, "sched_setaffinity"):
@@ -72,7 +72,7 @@ def free_main_thread() -> None:
 
 
 def end_with_parent(number: int | None = None) -> None:
-    """Ask Linux for a signal (SIGTERM) when this process's parent dies: a killed launcher leaves no workers behind."""
+    """Get a signal (SIGTERM) when the parent process dies, on Linux: a killed launcher leaves no workers behind."""
     if not sys.platform.startswith("linux"):
         return
     import ctypes

@@ -1,7 +1,7 @@
-"""The one place that writes to the terminal: messages to standard error, data to standard output.
+"""All terminal output: messages to standard error, data to standard output.
 
-Text may come from others: an instruction of a dataset, a tensor's name, the traceback of a policy server. Control
-characters in it could clear the screen, set the window's title or hide a line, so every text passes `escaped` here.
+Text may be untrusted: a dataset's instruction, a tensor's name, a policy server's traceback. Control characters in it
+could clear the screen, set the window's title or hide a line, so `escaped` is applied to all of it.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ if TYPE_CHECKING:
 
 # Control characters but tab and newline, marks that reorder or break lines, and lone surrogates (no encoding has them).
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_PLAIN_WIDTH = 140  # where nobody watches, lines need not fit a window
+_PLAIN_WIDTH = 140  # columns where the output is not a terminal
 
 
 def escaped(text: str) -> str:
-    """`text` with what a terminal would obey written out: ``\\u001b[2J``. A JSON document keeps its value."""
+    """`text` with control characters as escapes: ``\\u001b[2J``. The value of a JSON document is unchanged."""
     if text.isprintable():  # the usual case
         return text
     return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text.replace("\r\n", "\n"))
 
 
 def write_out(text: str) -> None:
-    """Data on standard output, as it is but for what `escaped` writes out."""
+    """Data on standard output, `escaped`."""
     sys.stdout.write(escaped(text))
 
 
 def show_traceback() -> None:
-    """The traceback of the error that is being handled, on standard error."""
+    """The traceback of the current error, on standard error."""
     sys.stderr.write(escaped(traceback.format_exc()))
     sys.stderr.flush()
 
 
 def stderr_console() -> Console:
-    """A Rich console on standard error; plain and wide where that is no terminal."""
+    """A Rich console on standard error; plain and wide unless it is a terminal."""
     return _console(stderr=True)
 
 
 def stdout_console() -> Console:
-    """A Rich console on standard output, for tables that are a command's result."""
+    """A Rich console on standard output, for tables of results."""
     return _console(stderr=False)
 
 
 def file_console(file: IO[str], width: int) -> Console:
-    """A Rich console that writes plain text of some width into `file`."""
+    """A Rich console that writes plain text, `width` columns wide, into `file`."""
     return _console_class()(file=file, width=width, color_system=None, highlight=False, emoji=False)
 
 
@@ -68,12 +68,12 @@ def _console(*, stderr: bool) -> Console:
 
 @cache
 def _console_class() -> type[Console]:
-    """Rich's console with `escaped` in it. Made on first use: most of `--help` needs no Rich."""
+    """Rich's console with `escaped` applied; imported on first use, since `--help` needs no Rich."""
     from rich.console import Console
     from rich.segment import Segment
 
     class EscapingConsole(Console):
-        """Escapes strings before they are measured (tables stay aligned), ready-made texts when they are drawn."""
+        """Escapes strings before they are measured (tables stay aligned) and segments when they are rendered."""
 
         def render_str(self, text: str, **options: Any) -> Text:
             return super().render_str(escaped(text), **options)
@@ -86,7 +86,7 @@ def _console_class() -> type[Console]:
 
 
 def show_error(error: PersistWorldError) -> None:
-    """A user's mistake as one block: what is wrong, where, and what to do."""
+    """A user's error as one block: what is wrong, where, and how to fix it."""
     from rich.text import Text
 
     block = Text("error: ", style="bold red")
@@ -99,7 +99,7 @@ def show_error(error: PersistWorldError) -> None:
 
 
 class _Stderr(logging.Handler):
-    """Writes to whatever standard error is at that moment (tests and progress bars replace it)."""
+    """Looks up `sys.stderr` for every record: tests and progress bars replace it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """One line."""
@@ -107,7 +107,7 @@ class _Stderr(logging.Handler):
 
 
 def listen_to_library(rank: int = 0) -> None:
-    """Show what the library logs on standard error: notices of rank 0, warnings of every rank."""
+    """Show the library's log on standard error: all of rank 0, warnings of the other ranks."""
     logger = logging.getLogger("persistworld_cli")
     if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
         handler = _Stderr()
@@ -117,10 +117,10 @@ def listen_to_library(rank: int = 0) -> None:
 
 
 def note(text: str) -> None:
-    """One line for the person at the terminal."""
+    """One line for the user, on standard error."""
     stderr_console().print(text, markup=False, soft_wrap=True)
 
 
 def debug_wanted() -> bool:
-    """Whether tracebacks of user mistakes are wanted (``--debug`` or ``PERSISTWORLD_DEBUG=1``)."""
+    """Whether user errors show tracebacks (``--debug`` or ``PERSISTWORLD_DEBUG=1``)."""
     return os.environ.get("PERSISTWORLD_DEBUG", "") not in ("", "0")

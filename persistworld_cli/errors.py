@@ -1,4 +1,4 @@
-"""The one error for what a user can fix: what is wrong, where, and what to do about it."""
+"""Errors that a user can fix: what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable
 
 
 class PersistWorldError(Exception):
-    """A mistake the user can fix.
+    """An error that the user can fix.
 
     Args:
         what: what is wrong, with the offending value in it.
-        where: the file, setting or flag it was found in.
-        fix: what to do about it.
+        where: the file, setting or flag.
+        fix: how to fix it.
     """
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
@@ -20,7 +20,7 @@ class PersistWorldError(Exception):
         self.what, self.where, self.fix = what, where, fix
 
     def __str__(self) -> str:
-        """All three parts, one a line."""
+        """All three parts, one per line."""
         parts = [self.what]
         if self.where:
             parts.append(f"  where: {self.where}")
@@ -30,7 +30,7 @@ class PersistWorldError(Exception):
 
 
 class UsageError(PersistWorldError):
-    """A command line or preset that cannot be meant: exit code 2."""
+    """An invalid command line or preset: exit code 2."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

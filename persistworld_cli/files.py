@@ -1,8 +1,7 @@
-"""Files and folders that are there whole or not at all; the one place that writes them. No torch.
+"""Atomic writes of files and folders, and what goes into them as JSON. No torch.
 
-They are written beside their place under a hidden name, brought onto the disk, then renamed: a reader, a kill, a power
-cut and a full disk find the old one or the whole new one. New files have the rights that the umask leaves. What cannot
-be written is one `CannotWrite`. Also here: any value as JSON can hold it, a hash of one, and natural order of names.
+A file is written beside its place under a hidden name, synced, then renamed: after a kill, a power cut or a full disk
+there is the old one or the complete new one. New files get the umask's mode. A failed write is one `CannotWrite`.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)  # folders of some network file systems
 _PARTIAL = re.compile(r"\.(?P<stem>.*)\.\d+\.(?P<kind>partial|parts|old)(?P<suffix>(\.[^.]*)?)")
-_ROOM = 1 << 16  # bytes; a library's own words for a full disk are replaced where less than this is free
+_ROOM = 1 << 16  # bytes; with less free, any failed write is a full disk
 
 
 class CannotWrite(PersistWorldError):
-    """The disk is full or closed to us, whatever was to be written."""
+    """The disk is full or not writable."""
 
 
 @contextmanager
 def writing(path: Path, fix: str = "", closed: str = "") -> Iterator[None]:
-    """Turn an OSError of the block, which does nothing but write `path`, into a CannotWrite.
+    """Turn an OSError of the block, which only writes `path`, into a CannotWrite.
 
     Args:
         path: file or folder.
-        fix: what to do about a full disk.
-        closed: what to do where rights are missing.
+        fix: how to fix a full disk.
+        closed: how to fix missing permissions.
     """
     try:
         yield
@@ -48,14 +47,14 @@ def writing(path: Path, fix: str = "", closed: str = "") -> Iterator[None]:
         if error.errno is None or error.errno in NO_ROOM:
             fix = fix or "free some disk and try again"
         elif error.errno in _NO_RIGHTS:
-            fix = closed or "check its rights and those of its folder"
+            fix = closed or "check its permissions and those of its folder"
         else:
-            fix = "check the disk and what lies there"
+            fix = "check the disk"
         raise CannotWrite(f"cannot be written: {_reason(error, path)}", where=str(path), fix=fix) from error
 
 
 def _reason(error: OSError, path: Path) -> str:
-    """Why, in a few words: numpy, torch and safetensors tell of a full disk each in their own."""
+    """Why, in a few words: numpy, torch and safetensors word a full disk differently."""
     if error.errno is not None:
         return os.strerror(error.errno)
     folder = next(folder for folder in path.absolute().parents if folder.is_dir())
@@ -66,26 +65,26 @@ def _reason(error: OSError, path: Path) -> str:
 
 @contextmanager
 def whole_file(path: Path, fix: str = "") -> Iterator[Path]:
-    """An empty file beside `path` to write to; it takes `path`'s place when the block ends well, else it is removed.
+    """An empty file to write to, which replaces `path` when the block succeeds and is removed when it fails.
 
-    The block does nothing but write. The name ends as `path`'s does, for libraries that go by that.
+    The block only writes. The file has `path`'s suffix, which some libraries need.
 
     Args:
-        path: the file; folders above it are made.
-        fix: what to do about a full disk.
+        path: the file; missing folders are made.
+        fix: how to fix a full disk.
 
     Raises:
-        CannotWrite: the disk is full or closed to us.
+        CannotWrite: the disk is full or not writable.
     """
     partial = _beside(path, "partial")
     try:
         with writing(path, fix):
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.unlink(missing_ok=True)  # of a process of the same number that was killed
+            partial.unlink(missing_ok=True)  # of a killed process with the same id
             with partial.open("xb") as file:
                 rights = os.fstat(file.fileno()).st_mode & 0o777
             yield partial
-            if partial.stat().st_mode & 0o777 != rights:  # safetensors leaves its files to their owner alone
+            if partial.stat().st_mode & 0o777 != rights:  # safetensors makes its files private
                 partial.chmod(rights)
             sync(partial)
             partial.replace(path)
@@ -97,12 +96,12 @@ def whole_file(path: Path, fix: str = "") -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path, fix: str = "") -> Iterator[Path]:
-    """An empty folder beside `path` to write into, which takes its place when the block ends well; as `whole_file`."""
+    """An empty folder to write into, which replaces `path` when the block succeeds; as `whole_file`."""
     partial, old = _beside(path, "partial"), _beside(path, "old")
     try:
         with writing(path, fix):
             path.parent.mkdir(parents=True, exist_ok=True)
-            for left in (partial, old):  # of a process of the same number that was killed
+            for left in (partial, old):  # of a killed process with the same id
                 shutil.rmtree(left, ignore_errors=True)
             partial.mkdir()
             yield partial
@@ -129,7 +128,7 @@ def whole_folder(path: Path, fix: str = "") -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path` for what it is made from, removed in the end. Raises CannotWrite."""
+    """A temporary folder beside `path`, for its parts. Raises CannotWrite."""
     scratch = _beside(path, "parts")
     try:
         with writing(path):
@@ -146,7 +145,7 @@ def _beside(path: Path, kind: str) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Bring a file's content, or a folder's names, onto the disk."""
+    """fsync a file, or a folder's names."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -158,7 +157,7 @@ def sync(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left beside the files of a folder that nobody else writes to."""
+    """Remove what killed processes left in a folder that no other process writes to."""
     for left in list(folder.iterdir()) if folder.is_dir() else ():
         if not (found := _PARTIAL.fullmatch(left.name)):
             continue
@@ -179,51 +178,49 @@ def remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str, fix: str = "") -> None:
-    """A text in UTF-8, whole or not at all. Raises CannotWrite."""
+    """Write a text in UTF-8, atomically. Raises CannotWrite."""
     with whole_file(path, fix) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, data: Any, *, indent: int | None = 1, fix: str = "") -> None:
-    """Anything that `jsonable` takes as JSON, whole or not at all. Raises CannotWrite."""
+    """Write anything that `jsonable` takes as JSON, atomically. Raises CannotWrite."""
     text = json.dumps(jsonable(data), indent=indent, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n", fix)
 
 
 def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
-    """Sort key under which digits count as numbers: '9' < '10', '0008' < '0011'; any two names compare."""
+    """Natural sort key: '9' < '10', '0008' < '0011'."""
     parts = re.findall(r"\d+|\D+", name)
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts], name
 
 
 def require_free(path: Path, *, force: bool, marker: str = "") -> None:
-    """Raise where `path` cannot be written, before the work is done that would be written there.
+    """Raise where an output cannot be written, before its work is done.
 
     Args:
-        path: file or folder that will be written.
-        force: whether a file there may be replaced.
-        marker: a file that a folder must hold to be replaced: no other folder is ever removed.
+        path: the file or folder.
+        force: whether it may be replaced.
+        marker: for a folder, the file that it must hold to be replaced: no other folder is ever removed.
 
     Raises:
-        UsageError: what is there may not be replaced.
-        PersistWorldError: it lies in no folder that can be written to.
+        UsageError: it exists and may not be replaced.
+        PersistWorldError: its folder is not writable.
     """
     if not path.exists():
         above = next(folder for folder in path.absolute().parents if folder.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
-            raise PersistWorldError(
-                f"nothing can be written in '{above}'", where=str(path), fix="give another --output"
-            )
+            raise PersistWorldError(f"'{above}' is not writable", where=str(path), fix="give another --output")
         return
     if path.is_dir() != bool(marker) or (marker and not (path / marker).is_file()):
         what = "a folder" if path.is_dir() else "a file"
-        raise UsageError(f"there is {what} of another kind already", where=str(path), fix="give another --output")
+        raise UsageError(f"it is {what} of another kind", where=str(path), fix="give another --output")
     if not force:
-        raise UsageError("it is there already", where=str(path), fix="give another --output, or replace it: --force")
+        raise UsageError("it exists already", where=str(path), fix="give another --output, or replace it: --force")
 
 
 def jsonable(value: Any) -> Any:
-    """Any value as plain JSON: arrays and numpy's numbers, dataclasses, sets, paths; NaN and infinities as None."""
+    """Any value as plain JSON: arrays, numpy's numbers, dataclasses, sets, paths; NaN and infinities become None."""
     if isinstance(value, Mapping):
         return {str(key): jsonable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -236,15 +233,15 @@ def jsonable(value: Any) -> Any:
 
 
 def hash_of(value: Any) -> str:
-    """Twelve hex digits of anything that JSON can write (dataclasses too)."""
+    """Twelve hex digits that identify a value of JSON's types or dataclasses."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()[:12]
 
 
 def _plain(value: Any) -> Any:
-    """What json itself cannot write as something that it can."""
+    """A value of another type than JSON's, as one of JSON's."""
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
-    if isinstance(value, set | frozenset):  # in one order, whatever the process's hashes
+    if isinstance(value, set | frozenset):  # in one order in every process
         return sorted(value, key=str)
     return value.tolist() if hasattr(value, "tolist") else str(value)
 

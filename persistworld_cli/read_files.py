@@ -1,8 +1,7 @@
-"""Files that others wrote, read so that whatever is wrong with them is one error: what, which file, what to do.
+"""Reading untrusted files: whatever is wrong with one becomes one error that names it. No torch.
 
-A file may be cut, overwritten, of another kind, or hold values of another type than expected, and the libraries raise
-dozens of types for that. `reading` turns all of them into a PersistWorldError; keep in its block what parses and checks
-the file, and nothing else. No torch.
+A file may be truncated, overwritten, of another kind or hold unexpected types, for which libraries raise dozens of
+exceptions. `reading` turns them into a PersistWorldError; its block only parses and checks the file.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import string
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,23 +21,22 @@ from persistworld_cli.errors import PersistWorldError, UsageError
 AGAIN = "fetch the file again, or repair it"
 DAMAGED_NOTES = "put the file back, or extract into another folder"
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
-_FIELD = re.compile(r"0?\d{0,2}d?")  # of a template: plain whole numbers, at most 99 wide
 
 
 @contextmanager
 def reading(
     what: str, path: Path | str, fix: str = AGAIN, error: type[PersistWorldError] = PersistWorldError
 ) -> Iterator[None]:
-    """Whatever parsing a file raises becomes one error.
+    """Turn whatever parsing a file raises into one error.
 
     Args:
-        what: how the message begins: ``unreadable list of tasks``.
+        what: the start of the message: ``unreadable list of tasks``.
         path: the file.
-        fix: what to do about it.
+        fix: how to fix it.
         error: the class to raise.
 
     Raises:
-        PersistWorldError: the block failed; one that it raises itself passes.
+        PersistWorldError: the block failed; its own PersistWorldError passes.
     """
     try:
         yield
@@ -70,7 +67,7 @@ def parse_json(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: not JSON, or a text in it is no Unicode (half a surrogate pair), which nothing could write again.
+        ValueError: not JSON, or a string in it has half a surrogate pair, which cannot be encoded again.
         RecursionError: nested too deep.
     """
     value = json.loads(text)
@@ -79,7 +76,7 @@ def parse_json(text: str) -> Any:
 
 
 def require_unicode(value: Any, text: str) -> None:
-    """Raise ValueError where a value that was parsed from a JSON text holds half a surrogate pair."""
+    """Raise ValueError where a value parsed from a JSON text has half a surrogate pair."""
     if _HALF_PAIR.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -93,14 +90,14 @@ def read_json(
     """The object in a JSON file; arguments as for `reading`.
 
     Raises:
-        PersistWorldError: absent, not UTF-8, not JSON, nested too deep, or no object at the top.
+        PersistWorldError: absent, not UTF-8, not JSON, nested too deep, or not an object.
     """
     with reading(what, path, fix, error):
         return as_object(parse_json(path.read_text(encoding="utf-8")))
 
 
 def read_json_lines(path: Path, what: str, fix: str = AGAIN) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object per line; empty lines are left out.
+    """The objects of a JSON Lines file; empty lines are skipped.
 
     Raises:
         PersistWorldError: as `read_json`; it names the line.
@@ -116,14 +113,14 @@ def read_json_lines(path: Path, what: str, fix: str = AGAIN) -> list[dict[str, A
 
 
 def read_toml(path: Path) -> tuple[str, dict[str, Any]]:
-    """The text of a TOML file, as its bytes have it, and its tables.
+    """The text of a TOML file, and its tables.
 
     Raises:
         UsageError: not UTF-8, not TOML, or nested too deep. PersistWorldError: it cannot be read.
     """
     with reading("cannot be read", path):
         raw = path.read_bytes()
-    with reading("not TOML", path, "fix the file at the place that is named", UsageError):
+    with reading("not TOML", path, "fix the file at that place", UsageError):
         text = raw.decode("utf-8")
         return text, tomli.loads(text)
 
@@ -153,28 +150,29 @@ def positive_number(value: Any, name: str) -> float:
 def fill_template(template: Any, names: Mapping[str, str | int]) -> str:
     """A path out of a template such as ``data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet``.
 
-    Python's own formatting would let a file reach into objects (``{a.b}``) or ask for gigabytes (``{a:2000000000d}``).
+    `str.format` would let a file reach into objects (``{a.b}``) or ask for gigabytes (``{a:2000000000d}``).
 
     Args:
         template: text with the fields of `names`, each with at most a width.
         names: field -> value.
 
     Raises:
-        ValueError: no text, or a field that is unknown or formatted in another way.
+        ValueError: not text, a NUL, or a field that is unknown or formatted in another way.
     """
     if not isinstance(template, str):
         raise ValueError(f"a path template is {_shown(template)}, not text")
-    parts: list[str] = []
-    for text, field, spec, conversion in string.Formatter().parse(template):
-        parts.append(text)
-        if field is None:
-            continue
-        if field not in names or conversion or not _FIELD.fullmatch(spec or ""):
-            known = ", ".join(f"{{{name}}}" for name in names)
-            raise ValueError(f"path template {_shown(template)}: a field other than {known} with a width up to 99")
-        value = names[field]
-        parts.append(format(value, spec or "") if isinstance(value, int) else value)
-    path = "".join(parts)
+
+    def fill(found: re.Match[str]) -> str:
+        if found[1] is None:  # {{ or }}
+            return found[0][0]
+        value = names[found[1]]
+        return format(value, found[2] or "") if isinstance(value, int) else value
+
+    fields = re.compile(rf"\{{\{{|\}}\}}|\{{({'|'.join(names)})(?::(0?\d{{0,2}}d?))?\}}")
+    if set("{}") & set(fields.sub("", template)):
+        known = ", ".join(f"{{{name}}}" for name in names)
+        raise ValueError(f"path template {_shown(template)}: a field other than {known} with a width up to 99")
+    path = fields.sub(fill, template)
     if "\0" in path:
         raise ValueError(f"path template {_shown(template)} holds a NUL")
     return path

@@ -1,7 +1,6 @@
-"""What the servers of this package have in common: who can reach them, and what a malformed request gets.
+"""What both websocket servers, `drive --web` and `policy-server`, share.
 
-`drive --web` and `policy-server` listen for websockets. A request that cannot be read is answered with 400, never with
-a traceback in the server's terminal: anyone who reaches the port can send one.
+Anyone who reaches the port can send a malformed request: it gets a 400, and no traceback in the server's terminal.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from websockets.sync.server import Server, ServerConnection, serve
 from persistworld_cli.errors import PersistWorldError
 
 _log = logging.getLogger("persistworld_cli.websockets")
-_log.setLevel(logging.WARNING)  # every connection that opens or closes is told at INFO
+_log.setLevel(logging.WARNING)  # at INFO, it logs every connection
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens there."""
+    """Whether only this machine can reach a server at `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -32,7 +31,7 @@ def is_loopback(host: str) -> bool:
 
 
 def same_secret(sent: str, own: str) -> bool:
-    """Whether two secrets are equal, compared in constant time; any text may have been sent."""
+    """Whether two secrets are equal, in constant time; `sent` may be any text."""
     return hmac.compare_digest(sent.encode(errors="replace"), own.encode(errors="replace"))
 
 
@@ -46,27 +45,27 @@ def listen(
     fix: str,
     **options: Any,
 ) -> Server:
-    """A websocket server that holds its port; `serve_forever` is the caller's.
+    """A websocket server bound to its port; the caller calls `serve_forever`.
 
     Args:
-        handle: called in a thread of its own for every websocket.
-        host, port: to listen on; port 0 takes a free one.
-        answer: what a request gets before it becomes a websocket; None lets it become one.
-        where, fix: of the error when the address cannot be had.
-        options: further ones of `websockets.sync.server.serve`.
+        handle: called in its own thread for every websocket.
+        host, port: to listen on; port 0: a free one.
+        answer: the HTTP response to a request; None upgrades it to a websocket.
+        where, fix: of the error when the address is unavailable.
+        options: more of `websockets.sync.server.serve`.
 
     Raises:
-        PersistWorldError: the address cannot be had.
+        PersistWorldError: the address is unavailable.
     """
 
     def checked(connection: ServerConnection, request: Request) -> Response | None:
         try:
             return answer(connection, request)
         except (LookupError, ValueError, InvalidHeader, InvalidMessage):  # a header twice, a path that is no URL
-            return connection.respond(HTTPStatus.BAD_REQUEST, "this request cannot be read\n")
+            return connection.respond(HTTPStatus.BAD_REQUEST, "malformed request\n")
 
     try:
         return serve(handle, host, port, process_request=checked, compression=None, logger=_log, **options)
-    except (OSError, OverflowError, ValueError) as error:  # ValueError: a name that no address can have
+    except (OSError, OverflowError, ValueError) as error:  # ValueError: not a host name
         what = f"cannot listen on {host}:{port} ({getattr(error, 'strerror', None) or error})"
         raise PersistWorldError(what, where=where, fix=fix) from error

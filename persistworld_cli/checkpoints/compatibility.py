@@ -127,7 +127,7 @@ def with_prefix(shapes: Shapes) -> dict[str, tuple[int, ...]]:
 @functools.cache
 def bundled_settings(name: str) -> Settings:
     """A bundled preset as it is shipped: no environment, no overrides."""
-    return load_settings(name, (), {}, env={}).settings
+    return load_settings(name, (), {}, env={})
 
 
 @functools.cache

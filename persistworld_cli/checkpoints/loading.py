@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from persistworld_cli.checkpoints.action_scale import weights_stores
 from persistworld_cli.checkpoints.adapters import merge_adapter
 from persistworld_cli.checkpoints.compatibility import part_of, parts_of, require_fit, shapes_of
 from persistworld_cli.checkpoints.references import inference_ref
@@ -19,6 +20,7 @@ from persistworld_cli.checkpoints.sources import locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles, fill
 from persistworld_cli.config.settings import ModelSettings, Settings, WorldSettings
 from persistworld_cli.config.weight_names import PARTS, PASSTHROUGH, USED_PARTS
+from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.compiling import compile_network
 from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae
@@ -102,6 +104,17 @@ def load_for_sampling(settings: Settings, *, ckpt: str, adapter: str, device: to
     if settings.launch.compile:
         compile_network(model)
     return model
+
+
+def open_dataset(settings: Settings) -> EpisodeStore:
+    """The dataset that the settings name, with the action scale of the weights that `load_model` loads.
+
+    Raises:
+        UsageError: they name none.
+        PersistWorldError: it is not there, or as `weights_stores`.
+    """
+    (store,) = weights_stores(settings, open_store(settings), [inference_ref(settings.model).parts])
+    return store
 
 
 def load_model(settings: Settings) -> WorldModel:

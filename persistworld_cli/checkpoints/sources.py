@@ -24,7 +24,6 @@ from persistworld_cli.config.weight_names import (
     adapter_folder_in,
     adapter_on_disk,
     names_in,
-    on_disk,
 )
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.read_files import parse_json
@@ -95,7 +94,7 @@ def adapter_at(source: str) -> str:
     Raises:
         PersistWorldError: the hub does not answer.
     """
-    if not source or on_disk(source):
+    if not source or resolve_path(source).exists():
         return adapter_on_disk(source)
     repo, _, name = source.partition(":")
     if not _is_hub_id(repo):

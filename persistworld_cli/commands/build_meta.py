@@ -10,7 +10,8 @@ import typer
 
 from persistworld_cli.commands.options import Common, setting, with_common
 from persistworld_cli.commands.run import resolve, show_plan, show_result
-from persistworld_cli.config.presets import Resolved, resolve_path
+from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.config.presets import Resolved
 from persistworld_cli.config.requests import BuildMetaRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.config.sizes import latent_size

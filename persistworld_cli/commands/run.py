@@ -13,7 +13,7 @@ import typer
 
 from persistworld_cli.commands.options import Common
 from persistworld_cli.commands.weights import hints, weights_lines, weights_rows
-from persistworld_cli.config.presets import Resolved, flatten, load_settings, to_json
+from persistworld_cli.config.presets import Resolved, flatten, load_settings, resolve_settings, to_json
 from persistworld_cli.config.requests import Request, TaskRequest, request_to_json
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import note, stdout_console, write_out
@@ -29,9 +29,9 @@ def resolve(common: Common) -> Resolved:
     pinned = None
     if "eval.benchmark" in common.flags:  # of the commands that measure on one
         named = common.flags["eval.benchmark"]
-        found = load_benchmark(named or load_settings(common.preset, common.sets or ()).settings.eval.benchmark)
+        found = load_benchmark(named or load_settings(common.preset, common.sets or ()).eval.benchmark)
         pinned = found.pinned if found else None
-    resolved = load_settings(
+    resolved = resolve_settings(
         common.preset, common.sets or (), common.all_flags(), flag_names=common.names, pinned=pinned
     )
     if resolved.implied:

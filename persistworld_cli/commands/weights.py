@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from persistworld_cli.commands.options import Common
 from persistworld_cli.config import requests
+from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.presets import Resolved, load_settings
 from persistworld_cli.config.requests import EvalRequest, PretrainRequest, ReplayRequest, Request, option
-from persistworld_cli.config.weight_names import NO_ADAPTER, adapter_name, adapter_on_disk, on_disk
+from persistworld_cli.config.weight_names import NO_ADAPTER, adapter_name, adapter_on_disk
 from persistworld_cli.errors import UsageError
 from persistworld_cli.evaluation.published import has_gain
 
@@ -44,7 +45,7 @@ def start_from(common: Common, ckpt: str | None, *, adapter_fits: bool) -> None:
     if ckpt is None:
         return
     common.names.update({"model.ckpt": "--ckpt", "model.adapter": "--ckpt"})
-    if not (adapter_on_disk(ckpt) if common.dry_run or on_disk(ckpt) else _on_hub(ckpt)):
+    if not (adapter_on_disk(ckpt) if common.dry_run or resolve_path(ckpt).exists() else _on_hub(ckpt)):
         common.flags.update({"model.ckpt": ckpt, "model.adapter": ""})
         return
     if not adapter_fits:
@@ -98,7 +99,7 @@ def weights_rows(resolved: Resolved, request: Request) -> list[dict[str, str]]:
         ]
     if model.inference:
         row = _row(model.inference, model.ckpt)
-        known = row["adapter"] or on_disk(model.inference)
+        known = row["adapter"] or resolve_path(model.inference).exists()
         more = "" if known else f"; if it holds an adapter, on {model.ckpt}"
         rows = [{"use": "runs", **row, "adapter": row["adapter"] or overlay, "why": why("model.inference") + more}]
     else:
@@ -135,7 +136,7 @@ def weights_lines(rows: list[dict[str, str]]) -> list[str]:
 
 def hints(resolved: Resolved, request: Request) -> list[str]:
     """What a pretraining from the finished Ctrl-World says of the other preset; nothing where that does not fit."""
-    finished = load_settings("ctrl-world", (), {}, env={}).settings.model.ckpt
+    finished = load_settings("ctrl-world", (), {}, env={}).model.ckpt
     if not isinstance(request, PretrainRequest) or request.scratch or resolved.settings.model.ckpt != finished:
         return []
     return ["these are finished weights, which learn on; to train from Stable Video Diffusion: --preset ctrl-world-svd"]

@@ -1,4 +1,4 @@
-"""Where the files that travel with the program lie: presets and the bundled world."""
+"""Paths of the shipped files: presets and the bundled world."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _PREFIX = "bundled:"
 def bundled_root() -> Path:
     """The folder that holds ``presets/`` and ``dataset_example/``.
 
-    In a wheel they were put inside the package (``_bundled``); in an editable install they lie in the repository.
+    A wheel has them inside the package (``_bundled``), an editable install in the repository.
 
     Raises:
-        PersistWorldError: neither is there (a broken installation).
+        PersistWorldError: a broken installation.
     """
     package = Path(__file__).resolve().parents[1]
     for root in (package / "_bundled", package.parent):
@@ -29,11 +29,11 @@ def bundled_root() -> Path:
 
 
 def resolve_path(value: str | Path) -> Path:
-    """A path as settings write it -> a path on disk; ``bundled:NAME`` is taken from `bundled_root`, ``~`` is expanded.
+    """A path in settings -> a path on disk: ``bundled:NAME`` lies in `bundled_root`, ``~`` is expanded.
 
     Raises:
         UsageError: ``bundled:NAME`` leaves the bundled folder.
-        PersistWorldError: ``bundled:NAME`` names nothing that is shipped.
+        PersistWorldError: ``bundled:NAME`` is not shipped.
     """
     text = str(value)
     if not text.startswith(_PREFIX):

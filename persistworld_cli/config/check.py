@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from typing import NoReturn
 
 from persistworld_cli.config.fields import check_fields
-from persistworld_cli.config.keys import check_drive
-from persistworld_cli.config.settings import Settings
-from persistworld_cli.config.sizes import check_image_size
-from persistworld_cli.errors import UsageError
+from persistworld_cli.config.keys import ACTIONS, SESSION_KEYS
+from persistworld_cli.config.settings import DriveSettings, LaunchSettings, Settings
+from persistworld_cli.config.sizes import vae_factor
+from persistworld_cli.errors import UsageError, nearest
 
-_Place = Callable[..., str]
+_Refuse = Callable[..., NoReturn]  # (what is wrong, what to do, *dotted keys)
 
 
 def check(settings: Settings, where: Mapping[str, str] | None = None) -> None:
@@ -30,145 +31,126 @@ def check(settings: Settings, where: Mapping[str, str] | None = None) -> None:
         """Where the keys were written; the key itself where it is a default."""
         return "; ".join(dict.fromkeys(places.get(key, f"{key} (default)") for key in keys))
 
-    _check_precision(settings, place)
+    def refuse(what: str, fix: str, *keys: str) -> NoReturn:
+        raise UsageError(what, where=place(*keys), fix=fix)
+
+    _check_precision(settings, refuse)
     for table in fields(settings):
         check_fields(getattr(settings, table.name), f"{table.name}.", place)
-    _check_world(settings, place)
-    check_image_size(settings, place)
-    check_drive(settings.drive, place)
-    _check_sampling(settings, place)
-    _check_post_train(settings, place)
-    _check_eval(settings, place)
-    _check_launch(settings, place)
+    _check_cameras(settings, refuse)
+    _check_sizes(settings, refuse)
+    _check_drive(settings.drive, refuse)
+    _check_sampling(settings, refuse)
+    _check_training(settings, refuse)
+    _check_launch(settings.launch, refuse)
 
 
-def _check_precision(settings: Settings, place: _Place) -> None:
+def _check_precision(settings: Settings, refuse: _Refuse) -> None:
     """Say why fp16, which other programs offer, is not among the choices."""
-    for key in ("pretrain", "vae", "post_train"):
-        if getattr(settings, key).mixed_precision == "fp16":
-            raise UsageError(
-                f"{key}.mixed_precision = 'fp16' is not offered: gradients vanish in it without loss scaling",
-                where=place(f"{key}.mixed_precision"),
-                fix="use 'bf16', which needs none, or 'no' (float32)",
-            )
+    for table in ("pretrain", "vae", "post_train"):
+        if getattr(settings, table).mixed_precision == "fp16":
+            key = f"{table}.mixed_precision"
+            what = f"{key} = 'fp16' is not offered: gradients vanish in it without loss scaling"
+            refuse(what, "use 'bf16', which needs none, or 'no' (float32)", key)
 
 
-def _check_world(settings: Settings, place: _Place) -> None:
-    world, count = settings.world, len(settings.world.cameras)
+def _check_cameras(settings: Settings, refuse: _Refuse) -> None:
+    world, rewards, count = settings.world, settings.rewards, len(settings.world.cameras)
     if not count:
-        raise UsageError("world.cameras is empty", where=place("world.cameras"), fix="name at least one camera")
+        refuse("world.cameras is empty", "name at least one camera", "world.cameras")
     if len(set(world.cameras)) != count:
-        raise UsageError(
-            f"world.cameras names a camera twice: {', '.join(world.cameras)}",
-            where=place("world.cameras"),
-            fix="name each camera once",
-        )
+        names = ", ".join(world.cameras)
+        refuse(f"world.cameras names a camera twice: {names}", "name each camera once", "world.cameras")
     for key, ids in (("world.exterior", world.exterior), ("world.wrist", world.wrist)):
-        outside = [i for i in ids if not 0 <= i < count]
-        if outside:
-            raise UsageError(
-                f"{key} names camera {outside[0]}, but there are {count} (0..{count - 1})",
-                where=place(key, "world.cameras"),
-                fix=f"set world.exterior and world.wrist too: places of world.cameras, from 0 to {count - 1}",
-            )
-    resize = settings.policy.resize
-    if resize and len(resize) != 2:
-        raise UsageError(
-            f"policy.resize = {list(resize)} is not a height and a width",
-            where=place("policy.resize"),
-            fix="write policy.resize = [180, 320], or [] for images as they are sampled",
-        )
-    weights = settings.rewards.camera_weights
-    if weights and len(weights) != count:
-        raise UsageError(
-            f"rewards.camera_weights has {len(weights)} entries for {count} cameras",
-            where=place("rewards.camera_weights", "world.cameras"),
-            fix="give one weight a camera, or none for equal weights",
-        )
-    if not settings.rewards.weights:
-        raise UsageError("rewards.weights is empty", where=place("rewards.weights"), fix="name at least one reward")
+        if outside := [i for i in ids if not 0 <= i < count]:
+            what = f"{key} names camera {outside[0]}, but there are {count} (0..{count - 1})"
+            fix = f"set world.exterior and world.wrist too: indices into world.cameras, from 0 to {count - 1}"
+            refuse(what, fix, key, "world.cameras")
+    if len(rewards.camera_weights) not in (0, count):
+        what = f"rewards.camera_weights has {len(rewards.camera_weights)} entries for {count} cameras"
+        fix = "give one weight per camera, or none for equal weights"
+        refuse(what, fix, "rewards.camera_weights", "world.cameras")
+    if rewards.camera_weights and not any(rewards.camera_weights):
+        refuse("rewards.camera_weights are all 0", "give one camera a weight above 0", "rewards.camera_weights")
+    if not rewards.weights:
+        refuse("rewards.weights is empty", "name at least one reward", "rewards.weights")
 
 
-def _check_sampling(settings: Settings, place: _Place) -> None:
-    sampling, model = settings.sampling, settings.model
+def _check_sizes(settings: Settings, refuse: _Refuse) -> None:
+    factor, world = vae_factor(settings.model.vae), settings.world
+    for key, side in (("world.height", world.height), ("world.width", world.width)):
+        if side % factor:
+            below = side // factor * factor
+            sizes = " or ".join(str(size) for size in (below, below + factor) if size)
+            what = f"{key} = {side} is not a multiple of {factor}, by which this VAE downsamples"
+            refuse(what, f"set {key} = {sizes}", key, "model.vae")
+    crop, resize = settings.eval.crop, settings.policy.resize
+    if sum(crop[:2]) >= world.height or sum(crop[2:]) >= world.width:
+        what = f"eval.crop = {list(crop)} leaves nothing of {world.height}x{world.width} pixels"
+        fix = "write pixels to leave out at the top, bottom, left and right: eval.crop = [0, 0, 0, 0]"
+        refuse(what, fix, "eval.crop", "world.height", "world.width")
+    if len(resize) not in (0, 2):
+        what = f"policy.resize = {list(resize)} is not a height and a width"
+        refuse(what, "write policy.resize = [180, 320], or [] for images as they are sampled", "policy.resize")
+
+
+def _check_drive(drive: DriveSettings, refuse: _Refuse) -> None:
+    low, high = drive.workspace_low, drive.workspace_high
+    if any(a >= b for a, b in zip(low, high, strict=True)):
+        what = f"drive.workspace {low} .. {high} is empty"
+        refuse(what, "write three numbers in each, low below high", "drive.workspace_low", "drive.workspace_high")
+    if not drive.keys:
+        refuse("drive.keys is empty", 'write, for example, l = "-y"', "drive.keys")
+    for key, action in drive.keys.items():
+        if action not in ACTIONS:
+            refuse(f"drive.keys: '{action}' of key '{key}' is not an action", nearest(action, ACTIONS), "drive.keys")
+        if len(key) != 1 or not key.isascii() or not key.isalpha():
+            refuse(f"drive.keys: '{key}' is not one letter", "use a letter", "drive.keys")
+        if key in SESSION_KEYS:
+            refuse(f"drive.keys: '{key}' is taken, for {SESSION_KEYS[key]}", "use another letter", "drive.keys")
+
+
+def _check_sampling(settings: Settings, refuse: _Refuse) -> None:
+    sampling, count = settings.sampling, settings.model.num_history
     if sampling.sigma_max <= sampling.sigma_min:
-        raise UsageError(
-            f"sampling.sigma_max = {sampling.sigma_max:g} must be more than sigma_min = {sampling.sigma_min:g}",
-            where=place("sampling.sigma_max", "sampling.sigma_min"),
-            fix="raise sigma_max, or lower sigma_min",
-        )
+        what = f"sampling.sigma_max = {sampling.sigma_max:g} must be more than sigma_min = {sampling.sigma_min:g}"
+        refuse(what, "raise sigma_max, or lower sigma_min", "sampling.sigma_max", "sampling.sigma_min")
     for key, entries in (("sampling.history", sampling.history), ("sampling.history_policy", sampling.history_policy)):
-        if len(entries) != model.num_history:
-            raise UsageError(
-                f"{key} has {len(entries)} entries, but model.num_history = {model.num_history}",
-                where=place(key, "model.num_history"),
-                fix=f"write {model.num_history} entries",
-            )
+        if len(entries) != count:
+            what = f"{key} has {len(entries)} entries, but model.num_history = {count}"
+            refuse(what, f"write {count} entries", key, "model.num_history")
         if any(not -sampling.buffer_fill <= entry < sampling.buffer_fill for entry in entries):
-            raise UsageError(
-                f"{key} = {list(entries)} reaches beyond the buffer's first {sampling.buffer_fill} entries",
-                where=place(key, "sampling.buffer_fill"),
-                fix="write entries that the buffer has at the start",
-            )
-    if settings.clips.zero_history_prob + settings.clips.rollout_history_prob > 1.0:
-        raise UsageError(
-            "clips.zero_history_prob and clips.rollout_history_prob add up to more than 1",
-            where=place("clips.zero_history_prob", "clips.rollout_history_prob"),
-            fix="lower one of them",
-        )
-    weights = settings.clips.datasets
-    if weights and not any(weights.values()):
-        raise UsageError(
-            f"clips.datasets = {weights}: all weights are 0",
-            where=place("clips.datasets"),
-            fix="write a weight above 0 for one dataset at least",
-        )
+            what = f"{key} = {list(entries)} reaches beyond the buffer's first {sampling.buffer_fill} entries"
+            refuse(what, "write entries that the buffer has at the start", key, "sampling.buffer_fill")
 
 
-def _check_post_train(settings: Settings, place: _Place) -> None:
-    post = settings.post_train
+def _check_training(settings: Settings, refuse: _Refuse) -> None:
+    clips, post = settings.clips, settings.post_train
+    if clips.zero_history_prob + clips.rollout_history_prob > 1.0:
+        what = "clips.zero_history_prob and clips.rollout_history_prob add up to more than 1"
+        refuse(what, "lower one of them", "clips.zero_history_prob", "clips.rollout_history_prob")
+    if clips.datasets and not any(clips.datasets.values()):
+        what = f"clips.datasets = {clips.datasets}: all weights are 0"
+        refuse(what, "write a weight above 0 for one dataset at least", "clips.datasets")
     kept = post.keep_best + post.keep_worst
     if not 2 <= kept <= post.candidates:
-        raise UsageError(
-            f"post_train.keep_best + keep_worst = {kept} must be at least 2 and at most candidates = {post.candidates}",
-            where=place("post_train.keep_best", "post_train.keep_worst", "post_train.candidates"),
-            fix="keep fewer candidates, or draw more",
-        )
+        keys = ("post_train.keep_best", "post_train.keep_worst", "post_train.candidates")
+        what = f"post_train.keep_best + keep_worst = {kept} must be at least 2 and at most candidates"
+        refuse(f"{what} = {post.candidates}", "keep fewer candidates, or sample more", *keys)
 
 
-def _check_eval(settings: Settings, place: _Place) -> None:
-    crop, world = settings.eval.crop, settings.world
-    if sum(crop[:2]) >= world.height or sum(crop[2:]) >= world.width:
-        raise UsageError(
-            f"eval.crop = {list(crop)} leaves nothing of {world.height}x{world.width} pixels",
-            where=place("eval.crop", "world.height", "world.width"),
-            fix="write pixels to leave out at the top, bottom, left and right: eval.crop = [0, 0, 0, 0]",
-        )
-
-
-def _check_launch(settings: Settings, place: _Place) -> None:
-    launch = settings.launch
+def _check_launch(launch: LaunchSettings, refuse: _Refuse) -> None:
     if "none" in launch.trackers and len(set(launch.trackers)) > 1:
-        raise UsageError(
-            f"launch.trackers = {', '.join(launch.trackers)}: 'none' stands alone",
-            where=place("launch.trackers"),
-            fix="leave 'none' out, or the others",
-        )
+        what = f"launch.trackers = {', '.join(launch.trackers)}: 'none' excludes the others"
+        refuse(what, "leave 'none' out, or the others", "launch.trackers")
     if launch.machine_rank >= launch.num_machines:
-        raise UsageError(
-            f"launch.machine_rank = {launch.machine_rank}, but launch.num_machines = {launch.num_machines}",
-            where=place("launch.machine_rank", "launch.num_machines"),
-            fix="machines are counted from 0",
-        )
-    if launch.num_machines > 1 and (not launch.main_process_ip or not launch.main_process_port):
-        raise UsageError(
-            "several machines need one address to meet at",
-            where=place("launch.num_machines", "launch.main_process_ip", "launch.main_process_port"),
-            fix="add --main-process-ip ADDRESS --main-process-port PORT, the same on every machine",
-        )
+        what = f"launch.machine_rank = {launch.machine_rank}, but launch.num_machines = {launch.num_machines}"
+        refuse(what, "ranks of machines begin at 0", "launch.machine_rank", "launch.num_machines")
+    if launch.num_machines > 1 and not (launch.main_process_ip and launch.main_process_port):
+        keys = ("launch.num_machines", "launch.main_process_ip", "launch.main_process_port")
+        fix = "add --main-process-ip ADDRESS --main-process-port PORT, the same on every machine"
+        refuse("several machines need one address to meet at", fix, *keys)
     if launch.num_processes % launch.num_machines:
-        raise UsageError(
-            f"launch.num_processes = {launch.num_processes} is not divisible by num_machines = {launch.num_machines}",
-            where=place("launch.num_processes", "launch.num_machines"),
-            fix="num_processes counts the processes of all machines together",
-        )
+        what = f"launch.num_processes = {launch.num_processes} is not divisible by num_machines = {launch.num_machines}"
+        fix = "num_processes counts the processes of all machines together"
+        refuse(what, fix, "launch.num_processes", "launch.num_machines")

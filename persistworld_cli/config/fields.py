@@ -1,4 +1,4 @@
-"""How a setting is declared: its type, bounds and choices stand in its annotation, and one pass checks them all.
+"""How a setting is declared: type, bounds and choices are its annotation, and one pass checks them all.
 
     steps: Annotated[int, Bounds(ge=1)] = 50
     decay: Literal["constant", "cosine"] = "constant"

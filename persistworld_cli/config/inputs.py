@@ -1,4 +1,4 @@
-"""The files that a run begins from, as its config.json remembers them: where they are, and what they hold."""
+"""The input files of a run, as its config.json records them: path and content."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.resume import PATHS, USES
 from persistworld_cli.errors import PersistWorldError
 
-_READ_WHOLE = 64 * 2**20  # bytes; of larger files, size and time of change are kept, since the parent must not wait
+_READ_WHOLE = 64 * 2**20  # bytes; of larger ones, size and time of change are recorded: hashing takes too long
 _BLOCK = 1 << 20
 
 
 def describe_inputs(task: str, settings: Mapping[str, Mapping[str, Any]], request: Mapping[str, Any]) -> dict[str, Any]:
-    """``setting -> {path, sha256 | bytes and modified}`` of every file or folder that is there; {} for tasks without.
+    """``setting -> {path, sha256 | bytes and modified}`` of every file or folder on this machine.
 
-    A hub's repository, and what does not exist, has no entry: its name alone is compared.
+    A hub repository or a missing file has no entry: only its name is compared.
     """
     if task not in USES:
         return {}
@@ -33,29 +33,29 @@ def describe_inputs(task: str, settings: Mapping[str, Mapping[str, Any]], reques
 
 
 def _describe(key: str, value: str, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """One of them; None where it is no file or folder here."""
+    """One of them; None unless it is a file or folder on this machine."""
     try:
         path = resolve_path(value)
     except PersistWorldError:
-        return None  # said by whoever reads it
+        return None  # its reader reports it
     if not path.exists():
         return None
     path = path.absolute()
     entry: dict[str, Any] = {"path": value if value.startswith("bundled:") else str(path)}
     if key == "world.raw":  # may grow
         return entry
-    if key == "world.dataset":  # may grow; what a model is shown of it hangs on the scale of its actions
+    if key == "world.dataset":  # may grow; only the scale of its actions changes a model's inputs
         stat = path / "meta" / "stat.json"
         own = not settings["model"]["stat"] and stat.is_file()
         return entry | ({"sha256": _digest([stat], path)} if own else {})
     try:
         return entry | describe_content(path)
-    except OSError:  # a running training just replaced a file; what cannot be read is said by who reads it
+    except OSError:  # a running training replaced it; other failures are reported by its reader
         return entry
 
 
 def describe_content(path: Path) -> dict[str, Any]:
-    """What a file or folder holds: ``{sha256}``, or ``{bytes, modified}`` where it is large."""
+    """The content of a file or folder: ``{sha256}``, or ``{bytes, modified}`` where it is large."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     stats = [file.stat() for file in files]
     size = sum(one.st_size for one in stats)

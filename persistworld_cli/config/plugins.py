@@ -1,40 +1,64 @@
-"""Classes of the user's own, named as ``module:Class`` on the command line: policies, judges."""
+"""Classes of the user's own, named as ``module:Class``: policies, judges, referees, rewards and samplers."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import inspect
+import traceback
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from persistworld_cli.errors import UsageError
+from persistworld_cli.errors import PersistWorldError, UsageError, nearest
 
 
-def make_plugin(spec: str, option: str, methods: Sequence[str], fix: str) -> Any:
+def make_plugin(spec: str, known: Collection[str], *, kind: str, where: str, needs: Sequence[str], fix: str) -> Any:
     """An instance of ``module:Class``, made without arguments.
 
     Args:
-        spec: what was named.
-        option: the flag it was named with.
-        methods: that it must have.
-        fix: said where one is missing.
+        spec: what was named; not one of `known`.
+        known: the names of the kind's built-in ones, for the nearest.
+        kind: what it should be: ``judge``.
+        where: the option or setting that named it.
+        needs: the attributes that it must have.
+        fix: what such a class looks like.
 
     Raises:
-        UsageError: the module or the class is not there, it cannot be made without arguments, or a method is missing.
+        UsageError: no such name, module or class, a class that takes arguments, or an attribute is missing.
+        PersistWorldError: its module or its constructor fails; with the traceback.
     """
-    where = f"{option} {spec}"
-    module_name, _, class_name = spec.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"no module '{error.name}'", where=where, fix="is it on PYTHONPATH?") from error
-    made = getattr(module, class_name, None)
-    if not callable(made):
-        raise UsageError(f"'{module_name}' has no class '{class_name}'", where=where, fix="check the name")
-    try:
+    module_name, colon, class_name = spec.partition(":")
+    if not colon:
+        raise UsageError(
+            f"unknown {kind} '{spec}'", where=where, fix=f"{nearest(spec, known)} (or module:Class for your own)"
+        )
+    where = f"{where} {spec}"
+    with running(kind, where):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise UsageError(f"no module '{error.name}'", where=where, fix="is it on PYTHONPATH?") from error
+        made = getattr(module, class_name, None)
+        if not callable(made):
+            raise UsageError(f"'{module_name}' has no class '{class_name}'", where=where, fix="check the name")
+        try:
+            inspect.signature(made).bind()
+        except TypeError as error:
+            raise UsageError(f"'{spec}' cannot be made without arguments: {error}", where=where, fix=fix) from error
         plugin = made()
-    except TypeError as error:
-        raise UsageError(f"'{spec}' cannot be made without arguments: {error}", where=where, fix=fix) from error
-    for name in methods:
-        if not callable(getattr(plugin, name, None)):
-            raise UsageError(f"'{spec}' has no method '{name}'", where=where, fix=fix)
+    missing = [name for name in needs if not hasattr(plugin, name)]
+    if missing:
+        raise UsageError(f"'{spec}' has no '{missing[0]}'", where=where, fix=fix)
     return plugin
+
+
+@contextmanager
+def running(kind: str, where: str) -> Iterator[None]:
+    """Turn whatever the user's code in the block raises into one PersistWorldError that shows its traceback."""
+    try:
+        yield
+    except PersistWorldError:
+        raise
+    except Exception as error:
+        shown = traceback.format_exc().rstrip()
+        raise PersistWorldError(f"the {kind} failed:\n{shown}", where=where) from error

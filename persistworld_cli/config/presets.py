@@ -8,31 +8,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_origin
 
 from persistworld_cli.config.bundled import bundled_root, resolve_path
 from persistworld_cli.config.check import check
-from persistworld_cli.config.fields import coerce, parse_text
+from persistworld_cli.config.fields import coerce, field_types, parse_text
 from persistworld_cli.config.settings import Settings, setting_types
 from persistworld_cli.errors import UsageError, nearest
 from persistworld_cli.read_files import read_toml
-
-__all__ = [
-    "DEFAULT_PRESET",
-    "Pinned",
-    "Resolved",
-    "bundled_root",
-    "check",
-    "flatten",
-    "from_json",
-    "load_settings",
-    "preset_names",
-    "resolve_path",
-    "to_json",
-]
 
 DEFAULT_PRESET = "tiny"
 ENV_PREFIX = "PERSISTWORLD_"
@@ -46,7 +34,7 @@ class Resolved:
     settings: Settings
     origin: dict[str, str]
     preset: str  # name or path of the preset
-    implied: bool  # no preset was named: the bundled world was taken
+    implied: bool  # no preset was named: the bundled world's is used
 
     @property
     def label(self) -> str:
@@ -56,7 +44,7 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Pinned:
-    """Values that a file beside the preset sets: (dotted key, value) pairs, the layer's name, the file and its text."""
+    """A layer from another file (a benchmark's): (dotted key, value) pairs, its name, the file and its text."""
 
     values: tuple[tuple[str, Any], ...]
     origin: str
@@ -71,7 +59,7 @@ class Pinned:
 
 @dataclass(frozen=True)
 class _Value:
-    """A value on its way into the settings: the layer's name, and where it was written, for messages."""
+    """A value of a layer, the layer's name, and where it was written, for messages."""
 
     value: Any
     origin: str
@@ -89,13 +77,23 @@ def load_settings(
     sets: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
     env: Mapping[str, str] = os.environ,
+) -> Settings:
+    """The settings of `resolve_settings`, without where each came from: ``load_settings("tiny", ["eval.steps=4"])``."""
+    return resolve_settings(preset, sets, flags, env).settings
+
+
+def resolve_settings(
+    preset: str | None = None,
+    sets: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] = os.environ,
     flag_names: Mapping[str, str] | None = None,
     pinned: Pinned | None = None,
 ) -> Resolved:
     """Settings of a preset with everything that overrides it, checked.
 
     Args:
-        preset: bundled name or path of a TOML file; None takes the bundled world's.
+        preset: bundled name or path of a TOML file; None: the bundled world's.
         sets: ``table.key=value`` as given to ``--set``; the value is TOML, or a plain string.
         flags: dotted key -> value; None values are flags that were not given.
         env: environment; ``PERSISTWORLD_POST_TRAIN__BETA`` sets ``post_train.beta``.
@@ -112,22 +110,19 @@ def load_settings(
         layers = {
             key: dataclasses.replace(v, origin=f"{v.origin} (bundled world, no --preset)") for key, v in layers.items()
         }
-    below = dict(layers)
-    if pinned:
-        layers |= {k: _Value(_typed(k, v, pinned.where(k)), pinned.origin, pinned.where(k)) for k, v in pinned.values}
-    _add_environment(layers, env)
-    _leave_out_weights(layers, below)
-    below = dict(layers)
-    for item in sets:
-        _add_set(layers, item)
-    _leave_out_weights(layers, below)
-    below = dict(layers)
-    for key, value in (flags or {}).items():
-        if value is None:
-            continue
-        spelling = (flag_names or {}).get(key) or "--" + key.rpartition(".")[2].replace("_", "-")
-        layers[key] = _Value(_typed(key, value, spelling), spelling, spelling)
-    _leave_out_weights(layers, below)
+    with _layer(layers):
+        if pinned:
+            for key, value in pinned.values:
+                layers[key] = _Value(_typed(key, value, pinned.where(key)), pinned.origin, pinned.where(key))
+        _add_environment(layers, env)
+    with _layer(layers):
+        for item in sets:
+            _add_set(layers, item)
+    with _layer(layers):
+        for key, value in (flags or {}).items():
+            if value is not None:
+                spelling = (flag_names or {}).get(key) or "--" + key.rpartition(".")[2].replace("_", "-")
+                layers[key] = _Value(_typed(key, value, spelling), spelling, spelling)
     _note_given_stat(layers)
     origin = dict.fromkeys(flatten(Settings()), "default") | {key: v.origin for key, v in layers.items()}
     settings = _build({key: v.value for key, v in layers.items()})
@@ -136,7 +131,7 @@ def load_settings(
 
 
 def _note_given_stat(layers: dict[str, _Value]) -> None:
-    """Remember whether the user named the percentiles: weights that carry their own go before a shipped preset's."""
+    """Note that the user named the percentiles: only those of a shipped preset yield to the weights' own."""
     stat = layers.get("model.stat")
     said = layers.get("model.stat_given")  # a file with every setting says both
     if stat is not None and stat.value and not stat.shipped and (said is None or said.origin != stat.origin):
@@ -145,11 +140,7 @@ def _note_given_stat(layers: dict[str, _Value]) -> None:
 
 def flatten(settings: Settings) -> dict[str, Any]:
     """``table.key`` -> value, in the order of the classes."""
-    return {
-        f"{table.name}.{field.name}": getattr(getattr(settings, table.name), field.name)
-        for table in dataclasses.fields(settings)
-        for field in dataclasses.fields(getattr(settings, table.name))
-    }
+    return {key: attrgetter(key)(settings) for key in setting_types()}
 
 
 def to_json(settings: Settings) -> dict[str, dict[str, Any]]:
@@ -176,9 +167,8 @@ def from_json(tables: Mapping[str, Mapping[str, Any]], where: str = "config.json
 def _build(values: Mapping[str, Any]) -> Settings:
     """Settings with the given (already typed) values in place of the defaults."""
     tables = {}
-    for table in dataclasses.fields(Settings):
-        own = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(table.name + ".")}
-        tables[table.name] = dataclasses.replace(getattr(Settings(), table.name), **own)
+    for table, cls in field_types(Settings).items():
+        tables[table] = cls(**{key.partition(".")[2]: v for key, v in values.items() if key.startswith(f"{table}.")})
     return Settings(**tables)
 
 
@@ -196,7 +186,7 @@ def _unknown_key(key: str, where: str) -> UsageError:
     table, _, name = key.partition(".")
     tables = sorted({k.partition(".")[0] for k in known})
     if table not in tables:
-        # The key alone may be right and only its table forgotten or misspelt.
+        # Only the table may be missing or misspelt.
         same = [k for k in known if k.endswith("." + (name or table))]
         hint = f"did you mean '{same[0]}'?" if same else nearest(table, tables)
         return UsageError(f"unknown table '{table}'" if name else f"unknown key '{table}'", where=where, fix=hint)
@@ -245,42 +235,35 @@ def _read_preset(name: str, layers: dict[str, _Value], chain: tuple[Path, ...]) 
         parent = data["extends"]
         beside = path.parent / parent
         _read_preset(str(beside) if beside.is_file() else parent, layers, (*chain, path))
-    below = dict(layers)
     shipped = path.parent == (bundled_root() / "presets").resolve()
     label = f"preset {name}" if shipped else f"preset {path}"
-    for table, entries in data.items():
-        if table in _META_KEYS:
-            continue
-        for key, value in _dotted(table, entries, _place(path, text, "", table)):
-            where = _place(path, text, table, key.partition(".")[2])
-            layers[key] = _Value(_typed(key, value, where), label, where, shipped)
-    _leave_out_weights(layers, below)
+    with _layer(layers):
+        for table in [table for table in data if table not in _META_KEYS]:
+            for key, value in _dotted(table, data[table], _place(path, text, "", table)):
+                where = _place(path, text, table, key.partition(".")[2])
+                layers[key] = _Value(_typed(key, value, where), label, where, shipped)
 
 
-# Weights that a later layer names take the place of these, where an earlier layer named them.
-_REPLACED = {"model.ckpt": ("model.inference",), "model.adapter": ("model.inference",)} | {
-    "model.inference": ("model.adapter",)
-}
+# weights -> those of an earlier layer that they replace
+_REPLACED = {"model.ckpt": "model.inference", "model.adapter": "model.inference", "model.inference": "model.adapter"}
 
 
-def _leave_out_weights(layers: dict[str, _Value], below: Mapping[str, _Value]) -> None:
-    """What a layer says of weights goes before what those below it say: ``--set model.ckpt`` before a preset's
-    ``model.inference``, ``--ckpt`` before its ``model.adapter``.
-
-    Args:
-        layers: with the layer.
-        below: without it.
+@contextmanager
+def _layer(layers: dict[str, _Value]) -> Iterator[None]:
+    """The block writes one layer. The weights it names replace those of earlier layers: ``--set model.ckpt`` a preset's
+    ``model.inference``.
     """
+    below = dict(layers)
+    yield
     written = [key for key in _REPLACED if key in layers and layers[key] is not below.get(key)]
     for key in written:
-        for other in _REPLACED[key]:
-            if other not in written and other in layers and layers[other].value:
-                by = layers[key]
-                layers[other] = _Value("", f"left out: {key} is set later ({by.origin})", by.where)
+        other, by = _REPLACED[key], layers[key]
+        if other not in written and other in layers and layers[other].value:
+            layers[other] = _Value("", f"left out: {key} is set later ({by.origin})", by.where)
 
 
 def _place(path: Path, text: str, table: str, key: str) -> str:
-    """``file:line`` of a key, as far as a look at the lines can tell (inline tables point to their line)."""
+    """``file:line`` of a key, found by its spelling (inline tables point to their line); else the file."""
     current = ""
     for number, raw in enumerate(text.splitlines(), start=1):
         line = raw.strip()
@@ -298,7 +281,7 @@ def _place(path: Path, text: str, table: str, key: str) -> str:
 
 
 def _add_environment(layers: dict[str, _Value], env: Mapping[str, str]) -> None:
-    """Overrides named ``PERSISTWORLD_<TABLE>__<KEY>``; other PERSISTWORLD_ names are switches, not settings."""
+    """Overrides named ``PERSISTWORLD_<TABLE>__<KEY>``; other PERSISTWORLD_ variables are not settings."""
     for variable in sorted(env):
         table, mark, name = variable.removeprefix(ENV_PREFIX).partition("__")
         if not variable.startswith(ENV_PREFIX) or not mark:

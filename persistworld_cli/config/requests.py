@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from persistworld_cli.config.fields import Bounds, Count, NonNegative, Port, Whole, check_fields, coerce, field_types
 from persistworld_cli.config.presets import DEFAULT_PRESET
+from persistworld_cli.config.settings import SAMPLER_NAMES, Sampler
 from persistworld_cli.errors import UsageError, nearest
 from persistworld_cli.files import jsonable
 
@@ -221,8 +222,8 @@ class FrontierRequest(ContinuingRequest):
         "Weights that the reference is sampled with; base: without the adapter.  \\[the same]",
         metavar="PATH|HUB_ID",
     )
-    samplers: tuple[str, ...] = option(
-        ("euler", "heun", "dpmpp-2m", "dpmpp-3m", "unipc"), "Samplers to try.", flag="--sampler", commas=True
+    samplers: tuple[Sampler, ...] = option(
+        SAMPLER_NAMES, "Samplers to try, or your own.", flag="--sampler", metavar="NAME|MODULE:CLASS", commas=True
     )
     calls: tuple[Count, ...] = option(
         (1, 2, 3, 4, 5, 6, 8, 12),
@@ -380,7 +381,7 @@ class PolicyServerRequest(Request):
     """Serve a policy."""
 
     task: ClassVar[str] = "policy-server"
-    policy: str = option("scripted", "scripted, hold or random.")
+    policy: str = option("scripted", "scripted, hold or random; or your own.", metavar="NAME|MODULE:CLASS")
     no_key: bool = option(False, "Listen beyond this machine without a key: everyone who reaches it may use it.")
 
 

@@ -1,7 +1,7 @@
-"""Which settings of a saved run may change when it is resumed, task by task, and how two sets of settings differ.
+"""Which settings of a saved run may change when it is resumed, by task, and how two sets of settings differ.
 
-Whether a setting may change is a property of the setting (``metadata`` in config/settings.py). Here: which settings a
-task uses, since no other counts for it, and which fields of its request.
+Whether a setting may change is declared with it (`free` in config/settings.py). Here: which settings, and which fields
+of its request, a task uses; no other is compared.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from persistworld_cli.config.settings import FREE, ClipSettings, Settings
+from persistworld_cli.config.fields import FREE
+from persistworld_cli.config.settings import ClipSettings, Settings, setting_types
 
 _EXTRACTION = ("world.raw", "world.state_fields", "world.joint_fields", "world.val_rule")
 _STARTS = ("eval.split", "eval.starts", "eval.seeds")  # of the held-out rollouts of a training
@@ -23,15 +24,15 @@ _POLICY = ("sampling.history_policy",)
 
 @dataclass(frozen=True)
 class Uses:
-    """What a task that keeps finished work uses.
+    """What the result of a resumable task depends on.
 
     Attributes:
         tables: whole tables of settings.
-        keys: single settings of other tables; they may not change, whatever they are for the task they belong to.
+        keys: single settings of other tables; they may not change, even where they are `free`.
         unused: settings of those tables that the task does not read.
-        logged: settings of other tables that only what is logged hangs on; they may change.
+        logged: settings of other tables that affect only what is logged; they may change.
         request: fields of the request that change the result.
-        follows_weights: results are kept by the content of the weights, so weights may change in their place.
+        follows_weights: results are stored by the content of the weights, so the weights' files may change.
     """
 
     tables: tuple[str, ...]
@@ -71,7 +72,7 @@ USES: dict[str, Uses] = {
     "eval": _ROLLOUTS,
     "frontier": dataclasses.replace(_ROLLOUTS, request=(*_ROLLOUTS.request, "reference")),
 }
-# What names a file or folder: compared by where it is and what it holds, not by how it is written.
+# Settings that name a file or folder: compared by place and content, not by spelling.
 PATHS = (
     *("world.dataset", "world.raw", "model.ckpt", "model.adapter", "model.inference", "model.stat", "model.tokenizer"),
     *("rewards.lpips_backbone", "request.baseline", "request.vae"),
@@ -80,7 +81,7 @@ PATHS = (
 
 @dataclass(frozen=True)
 class Change:
-    """One difference between a saved run and the one that is asked for."""
+    """One difference between a saved run and the requested one."""
 
     key: str
     old: Any
@@ -92,7 +93,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Changes:
-    """How what is asked for differs from a saved run.
+    """How the requested run differs from a saved one.
 
     Attributes:
         refused: what would change the result.
@@ -109,16 +110,10 @@ class Changes:
 
 
 def used_keys(task: str) -> list[str]:
-    """Dotted names of the settings that count for a task, and ``request.NAME`` for fields of its request."""
+    """Dotted names of the settings that are compared for a task, and ``request.NAME`` for fields of its request."""
     uses = USES[task]
-    own = [
-        f"{table.name}.{field.name}"
-        for table in dataclasses.fields(Settings)
-        for field in dataclasses.fields(table.default_factory)  # type: ignore[arg-type]
-        if table.name in uses.tables
-    ]
-    counted = [key for key in own if key not in uses.unused] + [*uses.keys, *uses.logged, *_LAUNCH]
-    return counted + [f"request.{name}" for name in uses.request]
+    own = [key for key in setting_types() if key.partition(".")[0] in uses.tables and key not in uses.unused]
+    return [*own, *uses.keys, *uses.logged, *_LAUNCH, *(f"request.{name}" for name in uses.request)]
 
 
 def is_free(task: str, key: str) -> bool:
@@ -128,9 +123,9 @@ def is_free(task: str, key: str) -> bool:
         return True
     if table == "request" or key in USES[task].keys:
         return False
-    whole = next(field for field in dataclasses.fields(Settings) if field.name == table)
-    fields = {field.name: field for field in dataclasses.fields(whole.default_factory)}  # type: ignore[arg-type]
-    return FREE in (dict(whole.metadata), dict(fields[name].metadata))
+    whole = Settings.__dataclass_fields__[table]
+    own = getattr(Settings(), table).__dataclass_fields__[name]
+    return FREE in (dict(whole.metadata), dict(own.metadata))
 
 
 def find_changes(task: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:

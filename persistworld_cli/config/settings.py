@@ -30,9 +30,11 @@ from persistworld_cli.config.fields import (
 
 Reward = Annotated[str, Known("reward", ("lpips", "ssim", "psnr"))]  # metrics/registry.py has them
 Referee = Annotated[str, Known("referee", ("sharpness_gap", "st_lpips"))]  # metrics/referees.py
-Sampler = Annotated[str, Known("sampler", ("euler", "heun", "dpmpp-2m", "dpmpp-3m", "unipc"))]  # models/samplers.py
+SAMPLER_NAMES = ("euler", "heun", "dpmpp-2m", "dpmpp-3m", "unipc")
+Sampler = Annotated[str, Known("sampler", SAMPLER_NAMES)]  # models/samplers.py
 Tracker = Literal["tensorboard", "wandb", "trackio", "none"]  # each the name of its package
 Precision = Literal["no", "bf16"]
+_KEYS = {"l": "-y", "r": "+y", "f": "+x", "b": "-x", "u": "+z", "d": "-z", "o": "open", "c": "close"}
 Optimizer = Literal["muon", "adamw"]  # muon: matrices and kernels; AdamW for the rest
 
 
@@ -278,18 +280,7 @@ class DriveSettings:
     step_m: Positive = 0.08
     gripper_open: Share = 0.0
     gripper_closed: Share = 0.70
-    keys: dict[str, str] = field(  # letter = action (config.keys.ACTIONS)
-        default_factory=lambda: {
-            "l": "-y",
-            "r": "+y",
-            "f": "+x",
-            "b": "-x",
-            "u": "+z",
-            "d": "-z",
-            "o": "open",
-            "c": "close",
-        }
-    )
+    keys: dict[str, str] = field(default_factory=_KEYS.copy)  # letter = action (config.keys.ACTIONS)
     display: Literal["auto", "kitty", "iterm", "sixel", "blocks", "blocks-256", "none"] = "auto"  # of drive --live
     workspace_low: tuple[float, float, float] = (0.3, -0.5, 0.01)
     workspace_high: tuple[float, float, float] = (0.8, 0.5, 0.5)

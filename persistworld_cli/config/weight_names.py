@@ -1,4 +1,4 @@
-"""Names of weights as settings and options write them, and adapters on disk; needs no torch."""
+"""Names of weights in settings and options, and adapters on disk; needs no torch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _ADAPTER_FOLDERS = ("", "adapter/", "weights/adapter/")  # an adapter, a post-tr
 PARTS = ("unet", "vae", "image_encoder", "text_encoder", "action_encoder")  # of a world model's checkpoint
 PASSTHROUGH = "image_encoder"  # in checkpoints because Ctrl-World's strict loading wants it; nothing computes with it
 USED_PARTS = tuple(part for part in PARTS if part != PASSTHROUGH)
-NO_ADAPTER = ("base", "none")  # words for "the checkpoint as it is" where an adapter or a baseline is named
+NO_ADAPTER = ("base", "none")  # as an adapter or baseline: the checkpoint alone
 
 
 def adapter_name(name: str) -> str:
-    """What ``model.adapter`` or ``--adapter`` names: "" for none, the PEFT folder where a run's folder was named."""
+    """``model.adapter`` or ``--adapter`` resolved: "" for none, the PEFT folder of a run's folder."""
     return "" if name in NO_ADAPTER else adapter_on_disk(name) or name
 
 
 def adapter_on_disk(name: str) -> str:
-    """The adapter that a path means, spelled as it was given; "" where nothing is there or it is something else.
+    """The adapter at a path, spelled as it was given; "" where there is none.
 
     An adapter is a PEFT folder, a file of one, a run's folder or its ``weights``, or a saved state of post-training.
 
@@ -43,9 +43,9 @@ def adapter_on_disk(name: str) -> str:
 
 
 def adapter_folder_in(names: Collection[str]) -> str | None:
-    """Of a folder's or repository's files, the folder (``"adapter/"``; "" for the top) of its adapter; None without.
+    """The folder of the adapter among a folder's or repository's files (``"adapter/"``; "" for the top), or None.
 
-    Beside the usual folders, any other one counts if all weights lie in it.
+    Outside the usual folders, it must hold all the weights.
     """
     for folder in _ADAPTER_FOLDERS:
         if folder + ADAPTER_CONFIG in names:
@@ -56,11 +56,6 @@ def adapter_folder_in(names: Collection[str]) -> str | None:
 
 
 def names_in(folder: Path) -> frozenset[str]:
-    """Files of a folder, its subfolders and a run's adapter; not deeper: a run's folder holds a whole history."""
+    """Files of a folder, its subfolders and a run's adapter; not deeper, since a run's folder holds many."""
     found = [*folder.glob("*"), *folder.glob("*/*"), *folder.glob("weights/adapter/*")]
     return frozenset(path.relative_to(folder).as_posix() for path in found if path.is_file())
-
-
-def on_disk(name: str) -> bool:
-    """Whether a path is there, ``bundled:NAME`` among them. Raises as `adapter_on_disk`."""
-    return Path(resolve_path(name)).exists()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from persistworld_cli.config.plugins import running
 from persistworld_cli.config.settings import ModelSettings, SamplingSettings, Settings, WorldSettings
 from persistworld_cli.config.weight_names import PASSTHROUGH
 from persistworld_cli.cost.flops import measure
@@ -14,7 +15,7 @@ from persistworld_cli.cost.report import CostReport, MemoryRow, WorkRow
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.cpu.hook import as_diffusers
 from persistworld_cli.models.diffusion import karras_sigmas
-from persistworld_cli.models.samplers import find_sampler
+from persistworld_cli.models.samplers import SAMPLERS, find_sampler
 from persistworld_cli.models.vae import encode
 from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model, sampling_dtype
 
@@ -105,7 +106,11 @@ def predict(model: WorldModel, clips: int, guidance: float = 1.0) -> torch.Tenso
 
 
 def sampler_calls(sampling: SamplingSettings) -> int:
-    """Clips through the network for one clip drawn: the sampler's own calls, each twice under guidance."""
+    """Clips through the network per sampled clip: the sampler's own calls on a clip of zeros, twice under guidance.
+
+    Raises:
+        PersistWorldError: a sampler of the user's own fails on it.
+    """
     calls = 0
 
     def count(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -114,7 +119,8 @@ def sampler_calls(sampling: SamplingSettings) -> int:
         return x
 
     sigmas = karras_sigmas(sampling.steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
-    find_sampler(sampling.sampler)(count, torch.zeros(1), sigmas)
+    with running("sampler", f"sampling.sampler {sampling.sampler}"):
+        find_sampler(sampling.sampler)(count, torch.zeros(1, 1, 1, 1, 1), sigmas)
     return calls if sampling.guidance == 1.0 else 2 * calls
 
 
@@ -147,6 +153,8 @@ def interaction_rows(cost: InteractionCost, settings: Settings) -> list[WorkRow]
     seconds = (settings.model.num_frames - 1) / settings.world.rate_hz
     guided = ", twice each for guidance" if sampling.guidance != 1.0 else ""
     steps = f"{sampling.steps} {sampling.sampler} step{'s' if sampling.steps > 1 else ''}{guided}"
+    if sampling.sampler not in SAMPLERS:
+        steps += f" ({cost.calls} network calls, counted on a clip of zeros)"
     reference = "  as the reference computes it (cross-attention at every pixel)"
     return [
         WorkRow("network", "the network, one clip", cost.network),

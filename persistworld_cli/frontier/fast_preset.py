@@ -33,7 +33,7 @@ def write_preset(path: Path, extends: str, sampling: SamplingSettings, result: M
         sampling: the chosen one.
         result: `build_frontier`'s, for the comment.
     """
-    parent = load_settings(extends, env={}).settings
+    parent = load_settings(extends, env={})
     before, after = (to_json(Settings(sampling=one))["sampling"] for one in (parent.sampling, sampling))
     values = {key: value for key, value in after.items() if key in ("sampler", "steps") or value != before[key]}
     if extends.endswith(".toml"):

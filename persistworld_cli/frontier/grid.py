@@ -13,7 +13,7 @@ from persistworld_cli.config.settings import SamplingSettings, Settings, setting
 from persistworld_cli.cost.interaction import sampler_calls
 from persistworld_cli.errors import UsageError, nearest
 from persistworld_cli.models.diffusion import karras_sigmas
-from persistworld_cli.models.samplers import find_sampler
+from persistworld_cli.models.samplers import SAMPLERS, find_sampler
 
 VARIED = ("guidance", "sigma_min", "sigma_max", "rho")  # what --vary may name: read anew for every clip drawn
 
@@ -45,7 +45,7 @@ def make_grid(settings: Settings, request: FrontierRequest) -> tuple[Setting, li
             of range, or nothing to compare.
     """
     own, varied = settings.sampling, [_varied(text) for text in request.vary]
-    name, mark, steps = request.reference.partition(":")
+    name, mark, steps = request.reference.rpartition(":")
     if not mark or not steps.isdecimal() or int(steps) < 1:
         raise UsageError(f"'{request.reference}' is not SAMPLER:STEPS", where="--reference", fix="write euler:50")
     reference = _setting(own, replace(own, sampler=_known(name, "--reference"), steps=int(steps)))
@@ -108,7 +108,7 @@ def _setting(own: SamplingSettings, sampling: SamplingSettings) -> Setting:
 
 
 def _identity(sampling: SamplingSettings) -> tuple[Any, ...]:
-    """Equal for settings that draw the same clip: with one step, every sampler gives the first prediction."""
+    """Equal for settings that draw the same clip: with one step, every sampler of ours gives the first prediction."""
     sigmas = karras_sigmas(sampling.steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
-    method = sampling.sampler if sampling.steps > 1 else ""
+    method = sampling.sampler if sampling.steps > 1 or sampling.sampler not in SAMPLERS else ""
     return method, sampling.guidance, tuple(sigmas.tolist())

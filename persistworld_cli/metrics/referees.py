@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from persistworld_cli.config.plugins import make_plugin
-from persistworld_cli.errors import UsageError, nearest
 from persistworld_cli.metrics.sharpness import SharpnessGap
 from persistworld_cli.metrics.st_lpips import EXTRA, StLpips, find_weights
 
@@ -48,18 +47,14 @@ def load_referees(names: Sequence[str], device: torch.device) -> dict[str, Refer
     """Label -> referee. Shift-tolerant LPIPS is left out, and said to be, where its package is not installed.
 
     Raises:
-        UsageError: no such referee, module or class.
+        UsageError: no such referee, module or class (as `make_plugin`).
     """
-    where = "post_train.referees"
     loaded: dict[str, Referee] = {}
     for name in names:
-        if ":" in name:
+        if name not in REFEREES:
+            needs = ("label", "higher_is_better", "__call__")
             fix = "a referee has label, higher_is_better and __call__(pred, target)"
-            made = make_plugin(name, where, ("__call__",), fix)
-            if not isinstance(getattr(made, "label", None), str) or not hasattr(made, "higher_is_better"):
-                raise UsageError(f"'{name}' has no label or no higher_is_better", where=where, fix=fix)
-        elif name not in REFEREES:
-            raise UsageError(f"unknown referee '{name}'", where=where, fix=nearest(name, REFEREES))
+            made = make_plugin(name, REFEREES, kind="referee", where="post_train.referees", needs=needs, fix=fix)
         elif name == StLpips.label and find_weights() is None:
             logger.info("%s is not installed, and is no referee of this run: %s", name, EXTRA)
             continue

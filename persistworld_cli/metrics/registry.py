@@ -1,25 +1,33 @@
-"""The rewards by name: one file and one line here for each.
+"""The rewards by name: one file and one line here for each, or a class of the user's own.
 
 A metric scores images one by one; which of them make the reward, and with what weight, is a setting
-(``rewards.weights``). Lower-is-better metrics simply carry a negative weight.
+(``rewards.weights``). Lower-is-better metrics simply carry a negative weight. A class of the user's own, named as
+``module:Class``, subclasses `Metric` (docs/python.md).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from persistworld_cli.config.plugins import make_plugin
 from persistworld_cli.config.settings import RewardSettings
+from persistworld_cli.errors import UsageError
 from persistworld_cli.metrics.lpips import Lpips
 from persistworld_cli.metrics.psnr import Psnr
 from persistworld_cli.metrics.ssim import Ssim
 
+_LABEL = re.compile(r"[A-Za-z][\w.-]{0,39}")  # it is a key of JSON, a name in logs and a column of tables
+_TAKEN = ("reward", "psnr_moving")  # what results hold beside the rewards
+
 
 class Metric(Protocol):
-    """What a registered reward must be.
+    """What a reward must be. A class of the user's own is made without arguments and needs `label`,
+    `higher_is_better` and `__call__`.
 
     Attributes:
         label: the name that every table, JSON and plot shows.
@@ -28,27 +36,28 @@ class Metric(Protocol):
     """
 
     label: str
-    unit: str
+    unit: str = ""
     higher_is_better: bool
 
     def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Images (M,3,H,W) against (T,3,H,W), both in [0,1], M a multiple of T -> (M,) float32.
+        """Images (M,3,H,W) against (T,3,H,W), both in [0,1], M a multiple of T -> (M,) float32, finite.
 
-        Target t belongs to the images t*M/T .. (t+1)*M/T - 1 (candidates of one recording share it).
+        Target t belongs to the images t*M/T .. (t+1)*M/T - 1 (candidates of one recording share it). No gradient is
+        taken; both are on the device of the run.
         """
         ...
 
     def maps(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
         """The same in each cell of a grid of rows x columns: (M, rows, columns) float32, for credit by place.
 
-        Its mean over the cells need not be the image's value (PSNR is a logarithm); where a metric knows no places,
-        every cell gets the image's.
+        Its mean over the cells need not be the image's value (PSNR is a logarithm); here, for a metric that knows no
+        places, every cell gets the image's.
         """
-        ...
+        return self(pred, target)[:, None, None].expand(-1, *grid)
 
     def describe(self) -> dict[str, object]:
         """Everything that two results must share to be comparable (goes into the JSON)."""
-        ...
+        return {"label": self.label, "class": f"{type(self).__module__}:{type(self).__qualname__}"}
 
 
 REWARDS: dict[str, Callable[[RewardSettings, torch.device], Metric]] = {
@@ -56,3 +65,24 @@ REWARDS: dict[str, Callable[[RewardSettings, torch.device], Metric]] = {
     "ssim": lambda settings, device: Ssim(),
     "psnr": lambda settings, device: Psnr(),
 }
+
+
+def make_reward(name: str, settings: RewardSettings, device: torch.device) -> tuple[str, Metric]:
+    """A reward and its key in results: its name here, or the label of a class ``module:Class``.
+
+    Raises:
+        UsageError: as `make_plugin`, or a label that is taken or no plain word.
+    """
+    if name in REWARDS:
+        return name, REWARDS[name](settings, device)
+    where = "rewards.weights"
+    fix = "subclass persistworld_cli.metrics.registry.Metric with label, higher_is_better and __call__(pred, target)"
+    needs = ("label", "unit", "higher_is_better", "__call__", "maps", "describe")
+    metric: Metric = make_plugin(name, REWARDS, kind="reward", where=where, needs=needs, fix=fix)
+    label = str(metric.label)
+    if label in (*REWARDS, *_TAKEN) or not _LABEL.fullmatch(label):
+        fix = "take letters, digits, '_', '-' and '.', at most 40, and another name than " + ", ".join(
+            (*REWARDS, *_TAKEN)
+        )
+        raise UsageError(f"the reward '{name}' has the label '{label}'", where=where, fix=fix)
+    return label, metric

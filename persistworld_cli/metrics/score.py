@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from persistworld_cli.config.settings import RewardSettings, WorldSettings
-from persistworld_cli.errors import PersistWorldError, UsageError, nearest
+from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.metrics.referees import Referee
-from persistworld_cli.metrics.registry import REWARDS, Metric
+from persistworld_cli.metrics.registry import Metric, make_reward
 from persistworld_cli.stages import stage
 
 
@@ -45,6 +45,12 @@ class _Images:
                 fix="the predicted images hold NaN: check the weights, the learning rate, the number format",
             )
         batch, frames, views = self.shape
+        if value.shape[:1] != self.drawn.shape[:1]:
+            raise PersistWorldError(
+                f"{label} gives values of shape {tuple(value.shape)} for {len(self.drawn)} images",
+                where="rewards.weights",
+                fix="return one value per predicted image",
+            )
         apart = value.unflatten(0, (self.groups, frames, views, batch // self.groups))
         return apart.movedim(3, 1).flatten(0, 1)
 
@@ -64,7 +70,7 @@ class Scorer:
         self,
         rewards: RewardSettings,
         world: WorldSettings,
-        device: torch.device | str,
+        device: torch.device | str = "cpu",
         names: Iterable[str] | None = None,
     ) -> None:
         """Build the metrics that have a weight, and those in ``names`` beside them (for reports).
@@ -73,11 +79,6 @@ class Scorer:
             UsageError: a name that is not registered, or camera weights that do not fit the cameras.
         """
         self.device = torch.device(device)
-        self.weights = dict(rewards.weights)
-        wanted = list(dict.fromkeys([*(names or ()), *self.weights]))
-        for name in wanted:
-            if name not in REWARDS:
-                raise UsageError(f"unknown reward '{name}'", where="rewards.weights", fix=nearest(name, REWARDS))
         cameras = len(world.cameras)
         given = tuple(rewards.camera_weights) or (1.0,) * cameras
         if len(given) != cameras or min(given) < 0 or sum(given) <= 0:
@@ -87,8 +88,16 @@ class Scorer:
                 fix="give one weight >= 0 a camera, not all 0, or none at all for equal weights",
             )
         self.camera_weights = torch.tensor(given, dtype=torch.float32, device=self.device) / sum(given)
-        self.registered: dict[str, Metric] = {name: REWARDS[name](rewards, self.device) for name in wanted}
-        self.names = tuple(wanted)
+        self.weights: dict[str, float] = {}
+        self.registered: dict[str, Metric] = {}
+        for name in dict.fromkeys([*(names or ()), *rewards.weights]):
+            key, metric = make_reward(name, rewards, self.device)
+            if key in self.registered:
+                raise UsageError(f"two rewards have the label '{key}'", where="rewards.weights", fix="change one")
+            self.registered[key] = metric
+            if name in rewards.weights:
+                self.weights[key] = rewards.weights[name]
+        self.names = tuple(self.registered)
         self.labels = {name: metric.label for name, metric in self.registered.items()}
         self.referees: dict[str, Referee] = {}
         self.caveat = ", ".join(label for label in self.labels.values() if "untrained" in label)

@@ -1,4 +1,5 @@
-"""Samplers: from noise to a clip, given the clean prediction D(x, sigma). Each is one function and one table line.
+"""Samplers: from noise to a clip, given the clean prediction D(x, sigma). Each is one function and one table line, or
+a class of the user's own (``sampling.sampler = "module:Class"``; docs/python.md).
 
 A sampler takes noise levels that fall to a last 0. The multistep ones solve the ODE in its exponential form (Lu et al.,
 arXiv 2211.01095, section 4, with alpha = 1): with l = -ln sigma, x_t = sigma_t / sigma_s x_s + sigma_t int e^l D dl,
@@ -15,7 +16,7 @@ from itertools import pairwise
 
 import torch
 
-from persistworld_cli.errors import UsageError, nearest
+from persistworld_cli.config.plugins import make_plugin
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, 0-d sigma) -> x0, same shape as x
 Sampler = Callable[[Denoiser, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -111,10 +112,14 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def find_sampler(name: str) -> Sampler:
-    """The sampler called ``name``. Raises UsageError with the nearest known name."""
-    if name not in SAMPLERS:
-        raise UsageError(f"unknown sampler '{name}'", where="sampling.sampler", fix=nearest(name, SAMPLERS))
-    return SAMPLERS[name]
+    """The sampler called ``name``, or of a class ``module:Class``. Raises as `make_plugin`."""
+    if name in SAMPLERS:
+        return SAMPLERS[name]
+    fix = "a sampler has __call__(denoise, x, sigmas), which returns a clip of x's shape"
+    sampler: Sampler = make_plugin(
+        name, SAMPLERS, kind="sampler", where="sampling.sampler", needs=("__call__",), fix=fix
+    )
+    return sampler
 
 
 def _order(most: int, step: int, steps: int) -> int:

@@ -86,7 +86,7 @@ class WorldModel(nn.Module):
     def tokenizer(self) -> CLIPTokenizer:
         """Loaded on first use."""
         if self._tokenizer is None:
-            from persistworld_cli.config.presets import resolve_path
+            from persistworld_cli.config.bundled import resolve_path
 
             self._tokenizer = load_tokenizer(str(resolve_path(self.settings.tokenizer)))
         return self._tokenizer

@@ -5,7 +5,6 @@ To add one: write a class (see `observation.Policy`) and a line in `POLICIES`.
 
 from __future__ import annotations
 
-import traceback
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from persistworld_cli.config.plugins import make_plugin
-from persistworld_cli.errors import PersistWorldError, UsageError, nearest
+from persistworld_cli.config.plugins import make_plugin, running
+from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.policies.bundled_world.rules import FLANGE_TO_PADS
 from persistworld_cli.policies.observation import ACTIONS, GRIPPER, JOINTS, PROMPT, ActionLayout, Policy
 from persistworld_cli.robot.adapter import DEFAULT_GAIN
@@ -132,11 +131,12 @@ POLICIES: Mapping[str, Callable[[ActionLayout, int], Policy]] = {
 
 
 def make_policy(name: str, layout: ActionLayout, seed: int = 0) -> Policy:
-    """A new policy of the registry. Raises UsageError for an unknown name."""
-    if name not in POLICIES:
-        fix = f"{nearest(name, POLICIES)} (or module:Class for your own)"
-        raise UsageError(f"unknown policy '{name}'", where="--policy", fix=fix)
-    return POLICIES[name](layout, seed)
+    """A new policy of the registry, or of a class ``module:Class``. Raises as `make_plugin`."""
+    if name in POLICIES:
+        return POLICIES[name](layout, seed)
+    fix = "a policy has infer(obs) -> dict and reset()"
+    policy: Policy = make_plugin(name, POLICIES, kind="policy", where="--policy", needs=("infer", "reset"), fix=fix)
+    return policy
 
 
 class LocalPolicy:
@@ -147,21 +147,12 @@ class LocalPolicy:
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """The policy's answer. Raises PersistWorldError with the traceback of its exception."""
-        try:
+        with running("policy", self.name):
             return self._policy.infer(obs)
-        except Exception as error:
-            shown = traceback.format_exc().rstrip()
-            raise PersistWorldError(f"the policy failed:\n{shown}", where=self.name) from error
 
     def reset(self) -> None:
         """Forget the episode so far."""
         self._policy.reset()
-
-
-def load_policy(spec: str) -> LocalPolicy:
-    """An instance of ``module:Class``. Raises UsageError: see `make_plugin`."""
-    fix = "a policy has infer(obs) -> dict and reset()"
-    return LocalPolicy(make_plugin(spec, "--policy", ("infer", "reset"), fix), spec)
 
 
 def read_joints(obs: Mapping[str, Any]) -> Float:

@@ -10,15 +10,13 @@ A pose is x y z (m), roll pitch yaw (rad), gripper (0 open .. 1 closed), of the 
 from __future__ import annotations
 
 import math
-import traceback
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from persistworld_cli.config.fields import Known
-from persistworld_cli.config.plugins import make_plugin
+from persistworld_cli.config.plugins import make_plugin, running
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.policies.bundled_world.rules import LARGE_SHAPES, Float
 
@@ -98,25 +96,17 @@ class Judge(Protocol):
 
 
 def load_judge(name: str) -> Judge:
-    """A judge of the registry, or ``module:Class``, made without arguments.
-
-    Raises:
-        UsageError: no such judge, module or class, or one without ``judge``.
-    """
-    Known("judge", tuple(JUDGES)).check(name, "judge", "--judge")
+    """A judge of the registry, or of a class ``module:Class``. Raises as `make_plugin`."""
     fix = "a judge has judge(evidence) -> Verdict"
-    judge: Judge = make_plugin(JUDGES.get(name, name), "--judge", ("judge",), fix)
+    spec = JUDGES.get(name, name)
+    judge: Judge = make_plugin(spec, JUDGES, kind="judge", where="--judge", needs=("judge",), fix=fix)
     return judge
 
 
 def ask_judge(judge: Judge, evidence: Evidence, name: str) -> Verdict:
     """The verdict, checked. Raises PersistWorldError: the judge failed (with its traceback), or returns no verdict."""
-    try:
+    with running("judge", name):
         verdict: Any = judge.judge(evidence)
-    except PersistWorldError:
-        raise
-    except Exception as error:
-        raise PersistWorldError(f"the judge failed:\n{traceback.format_exc().rstrip()}", where=name) from error
     if not isinstance(verdict, Verdict):
         raise PersistWorldError(f"the judge gave {verdict!r}, not a Verdict", where=name)
     progress = verdict.progress

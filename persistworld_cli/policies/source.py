@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 from persistworld_cli.config.settings import PolicySettings
 from persistworld_cli.policies.client import PolicyClient, policy_uri
-from persistworld_cli.policies.embedded import POLICIES, load_policy, make_policy
+from persistworld_cli.policies.embedded import POLICIES, LocalPolicy, make_policy
 from persistworld_cli.policies.observation import LAYOUTS, Policy
 from persistworld_cli.policies.server import API_KEY_VARIABLE, serve_embedded
 
@@ -25,10 +25,7 @@ logger = logging.getLogger(__name__)
 def check_policy(name: str) -> None:
     """Refuse an unknown name before any compute. Raises UsageError."""
     if name not in (*POLICIES, "", "server") and "://" not in name and not _ADDRESS.fullmatch(name):
-        if _LOCAL.fullmatch(name):
-            load_policy(name)
-        else:
-            make_policy(name, LAYOUTS["pi05"])  # raises, with the nearest name
+        make_policy(name, LAYOUTS["pi05"])
 
 
 @contextmanager
@@ -47,7 +44,8 @@ def open_policies(name: str, settings: PolicySettings, count: int) -> Iterator[S
         UsageError: an unknown name. PersistWorldError: no server in time.
     """
     if _LOCAL.fullmatch(name) and "://" not in name:
-        yield [load_policy(name) for _ in range(count)]
+        layout = LAYOUTS[settings.layout]
+        yield [LocalPolicy(make_policy(name, layout, settings.seed), name) for _ in range(count)]
         return
     with ExitStack() as stack:
         key = None

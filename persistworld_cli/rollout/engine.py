@@ -193,7 +193,12 @@ class RolloutEngine:
                 return self.model.denoise_guided(x, sigma.expand(x.shape[0]), condition, guidance).float()
 
         x = noise.to(self.model.device) * (sigmas[0] ** 2 + 1).sqrt()
-        return self.sampler(denoise, x, sigmas)
+        clip = self.sampler(denoise, x, sigmas)
+        if clip.shape != x.shape:
+            raise PersistWorldError(
+                f"the sampler returned {tuple(clip.shape)} for a clip of {tuple(x.shape)}", where="sampling.sampler"
+            )
+        return clip
 
     @torch.no_grad()
     def step(self, state: RolloutState, poses: np.ndarray, noise: torch.Tensor) -> torch.Tensor:

@@ -37,8 +37,8 @@ class Item:
     """One rollout to make: an episode, the frame it starts from, the seed of its noise."""
 
     episode: str
-    start: int
-    seed: int
+    start: int = 0
+    seed: int = 0
 
     @property
     def name(self) -> str:

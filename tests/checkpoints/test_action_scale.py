@@ -26,7 +26,7 @@ from persistworld_cli.checkpoints.sources import locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
 from persistworld_cli.commands.app import app
 from persistworld_cli.config.bundled import resolve_path
-from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.presets import load_settings, resolve_settings
 from persistworld_cli.config.requests import PostTrainRequest, PretrainRequest, ReplayRequest
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.data.metadata.index import ActionStat
@@ -65,22 +65,22 @@ def test_presets_name_the_scale_of_the_published_weights(golden: GoldenFiles) ->
     published = json.loads((golden / "ctrl_world_stat.json").read_text())
     assert DROID.p01.tolist() == published["state_01"] and DROID.p99.tolist() == published["state_99"]
     for name in ("ctrl-world", "persistworld"):
-        model = load_settings(name, env={}).settings.model
+        model = load_settings(name, env={}).model
         assert resolve_path(model.stat) == resolve_path("bundled:presets/ctrl-world/stat.json") and not model.stat_given
 
 
 def test_the_users_word_is_known_from_a_shipped_presets(tmp_path: Path) -> None:
     mine = tmp_path / "mine.toml"
     mine.write_text('extends = "ctrl-world"\n')
-    assert not load_settings(str(mine), env={}).settings.model.stat_given
+    assert not load_settings(str(mine), env={}).model.stat_given
     for resolved in (
-        load_settings("ctrl-world", ["model.stat=other.json"], env={}),
-        load_settings("ctrl-world", env={"PERSISTWORLD_MODEL__STAT": "other.json"}),
+        resolve_settings("ctrl-world", ["model.stat=other.json"], env={}),
+        resolve_settings("ctrl-world", env={"PERSISTWORLD_MODEL__STAT": "other.json"}),
     ):
         assert resolved.settings.model.stat_given
-    assert not load_settings("ctrl-world", ['model.stat=""'], env={}).settings.model.stat_given  # nobody's word
+    assert not load_settings("ctrl-world", ['model.stat=""'], env={}).model.stat_given  # nobody's word
     mine.write_text('extends = "ctrl-world"\n[model]\nstat = "other.json"\n')
-    assert load_settings(str(mine), env={}).settings.model.stat_given
+    assert load_settings(str(mine), env={}).model.stat_given
 
 
 def test_right_poses_are_quiet_and_wrong_ones_are_told_by_dimension() -> None:
@@ -111,7 +111,7 @@ def test_angles_are_measured_around_the_circle() -> None:
 
 def test_real_droid_is_quiet_one_episode_as_well_as_all(shared_data: Path) -> None:
     store = EpisodeStore(shared_data / "droid_subset")
-    own = load_settings("ctrl-world", [f"world.dataset={store.root}", "model.strict_actions=true"], env={}).settings
+    own = load_settings("ctrl-world", [f"world.dataset={store.root}", "model.strict_actions=true"], env={})
 
     scale = scale_of(own, open_store(own), [])
     for split in store.splits:
@@ -179,7 +179,7 @@ def test_trained_weights_carry_their_scale_and_later_commands_take_it(
         "post_train.validate_every=0",
     ]
     preset = str(write_preset(tmp_path / "small.toml", settings(world)))
-    given = load_settings(preset, [*sets, f"model.stat={own}"], env={}).settings
+    given = load_settings(preset, [*sets, f"model.stat={own}"], env={})
     with caplog.at_level(logging.WARNING, "persistworld_cli"):
         trained = Path(pretrain.run(given, PretrainRequest(output=tmp_path / "pre"))["weights"])
     state = next((tmp_path / "pre" / "state").glob("*/state.pt"))
@@ -188,7 +188,7 @@ def test_trained_weights_carry_their_scale_and_later_commands_take_it(
         assert stat is not None and stat.p01.tolist() == OWN["state_01"]
     assert warned(caplog) == ""
     # without model.stat the weights' own scale goes before the dataset's
-    plain = load_settings(preset, [*sets, f"model.ckpt={trained}"], env={}).settings
+    plain = load_settings(preset, [*sets, f"model.ckpt={trained}"], env={})
     adapter = Path(post_train.run(plain, PostTrainRequest(output=tmp_path / "post"))["adapter"])
     stat = stored_scale(adapter)
     assert stat is not None and stat.p99.tolist() == OWN["state_99"]
@@ -253,7 +253,7 @@ def test_a_command_says_that_poses_are_55_times_too_small(
 def test_training_refuses_wrong_poses_before_anything_is_loaded(world: Path, tmp_path: Path) -> None:
 
     preset = shrink(world, tmp_path, index=True)
-    own = load_settings(str(preset), ["model.strict_actions=true", "clips.workers=0"], env={}).settings
+    own = load_settings(str(preset), ["model.strict_actions=true", "clips.workers=0"], env={})
     for task, kind in ((pretrain.run, PretrainRequest), (post_train.run, PostTrainRequest)):
         with pytest.raises(PersistWorldError, match="do not look like") as refused:
             task(own, kind(output=tmp_path / "run"))

@@ -69,7 +69,7 @@ def test_a_vae_alone_loads_under_either_name(base: Tensors, tmp_path: Path) -> N
         with pytest.raises(PersistWorldError, match="keys missing") as error:
             load_world_model(TINY.model, TINY.world, ckpt=str(tmp_path / file))
         assert re.search(r"this is a VAE alone \(preset .*tiny\): give it with --vae", str(error.value.fix))
-    full = load_settings("ctrl-world", (), {}, env={}).settings
+    full = load_settings("ctrl-world", (), {}, env={})
     with pytest.raises(PersistWorldError, match="does not fit this preset's VAE") as error:
         load_vae(full.model, str(tmp_path / "vae.safetensors"))
     assert re.fullmatch(r"it fits preset .*tiny: --preset \S+", str(error.value.fix))

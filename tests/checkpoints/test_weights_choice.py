@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from persistworld_cli.checkpoints.loading import load_model, load_world_model
 from persistworld_cli.checkpoints.references import inference_ref
 from persistworld_cli.checkpoints.sources import locate
-from persistworld_cli.config.presets import from_json, load_settings, to_json
+from persistworld_cli.config.presets import from_json, resolve_settings, to_json
 from persistworld_cli.config.settings import ModelSettings
 
 INFERENCE = ("eval", "frontier", "replay", "drive", "pi-rollout")
@@ -59,7 +59,7 @@ def test_later_weights_go_before_earlier_ones(tmp_path: Path) -> None:
         file = tmp_path / "mine.toml"
         file.write_text(text)
         keys = {f"model.{name}": value for name, value in flags.items()}
-        resolved = load_settings(str(file), sets, keys, env={})
+        resolved = resolve_settings(str(file), sets, keys, env={})
         if not resolved.settings.model.inference:
             assert "model.ckpt is set later" in resolved.origin["model.inference"] or "adapter" in text or flags
         assert from_json(to_json(resolved.settings)) == resolved.settings

@@ -41,7 +41,7 @@ def test_readme_command_resolves(command: str, tmp_path: Path, monkeypatch: pyte
 def test_reference_behaviour_tells_the_presets_values() -> None:
     text = (README.parent / "docs" / "reference-behaviour.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\|[^|]+\| `(\w+)\.(\w+)` \| `([^`]+)` \|", text, flags=re.MULTILINE)
-    presets = {name: to_json(load_settings(name, env={}).settings) for name in ("ctrl-world", "persistworld")}
+    presets = {name: to_json(load_settings(name, env={})) for name in ("ctrl-world", "persistworld")}
     assert len(rows) > 20
     for table, key, value in rows:
         told = tomli.loads(f"value = {value}")["value"]

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from persistworld_cli.config.bundled import bundled_root, resolve_path
 from persistworld_cli.config.presets import (
-    bundled_root,
     flatten,
     from_json,
     load_settings,
     preset_names,
-    resolve_path,
+    resolve_settings,
     to_json,
 )
 from persistworld_cli.config.settings import Settings
@@ -29,7 +29,7 @@ def preset(folder: Path, text: str, name: str = "own.toml") -> str:
 
 @pytest.mark.parametrize("name", preset_names())
 def test_bundled_presets_load_and_survive_json(name: str) -> None:
-    settings = load_settings(name, env={}).settings
+    settings = load_settings(name, env={})
     assert from_json(json.loads(json.dumps(to_json(settings)))) == settings
 
 
@@ -38,25 +38,25 @@ def test_three_presets_are_bundled() -> None:
 
 
 def test_full_presets_hold_the_papers_numbers() -> None:
-    settings = load_settings("persistworld", env={}).settings
+    settings = load_settings("persistworld", env={})
     post = settings.post_train
     assert (post.candidates, post.keep_best, post.keep_worst, post.chunks, post.prefix_max) == (16, 5, 5, 1, 9)
     assert (post.lora_rank, post.lora_alpha, post.lr, post.optimizer) == (64, 64, 1e-4, "muon")
     assert settings.sampling.steps == 50 and settings.sampling.guidance == 1.0
     assert (post.prefix, post.ema, post.ema_rate, post.ema_max) == ("uniform", "ramp", 0.001, 0.5)
     assert settings.rewards.weights == {"lpips": -1.0, "ssim": 1.0, "psnr": 1 / 32} and settings.eval.steps == 14
-    base = load_settings("ctrl-world", env={}).settings
+    base = load_settings("ctrl-world", env={})
     assert base.sampling.guidance == 2.0 and base.sampling.noise_aug == 0.02 and base.pretrain.noise_aug == 0.0
     assert base.sampling.decode_chunk == 7 and base.sampling.buffer_fill == 24
     assert base.sampling.history == (0, 0, -8, -6, -4, -2)
     assert base.sampling.history_policy == (0, 0, -12, -9, -6, -3)
     # Taken over from the preset it extends.
-    assert settings.model.unet == load_settings("ctrl-world", env={}).settings.model.unet
+    assert settings.model.unet == load_settings("ctrl-world", env={}).model.unet
 
 
 def test_every_layer_overrides_the_one_below_and_is_named(tmp_path: Path) -> None:
     own = preset(tmp_path, "[post_train]\nbeta = 0.1\nkl = 0.1\nlr = 0.1\ngroups = 3\n")
-    resolved = load_settings(
+    resolved = resolve_settings(
         own,
         ["post_train.lr=0.3", "post_train.groups=5"],
         {"post_train.groups": 7, "post_train.seed": None},
@@ -73,15 +73,17 @@ def test_every_layer_overrides_the_one_below_and_is_named(tmp_path: Path) -> Non
 
 
 def test_without_a_preset_the_bundled_world_is_taken_and_said() -> None:
-    resolved = load_settings(None, env={})
+    resolved = resolve_settings(None, env={})
     assert resolved.implied and resolved.preset == "tiny"
-    assert resolved.settings == load_settings("tiny", env={}).settings
+    assert resolved.settings == load_settings("tiny", env={})
     assert "no --preset" in resolved.origin["world.raw"]
 
 
 def test_extends_a_file_beside_and_a_bundled_name(tmp_path: Path) -> None:
     preset(tmp_path, 'extends = "ctrl-world"\n[sampling]\nsteps = 10\n', "mine.toml")
-    child = load_settings(preset(tmp_path, 'extends = "mine.toml"\n[sampling]\nguidance = 3\n', "child.toml"), env={})
+    child = resolve_settings(
+        preset(tmp_path, 'extends = "mine.toml"\n[sampling]\nguidance = 3\n', "child.toml"), env={}
+    )
     assert (child.settings.sampling.steps, child.settings.sampling.guidance) == (10, 3.0)
     assert isinstance(child.settings.sampling.guidance, float)
     assert child.settings.model.ckpt == "yjguo/Ctrl-World"
@@ -135,7 +137,7 @@ def test_a_wrong_type_names_key_value_and_line(tmp_path: Path, line: str, expect
 
 
 def test_whole_numbers_pass_as_numbers_and_infinity_does_not(tmp_path: Path) -> None:
-    value = load_settings(preset(tmp_path, "[post_train]\nbeta = 1\n"), env={}).settings.post_train.beta
+    value = load_settings(preset(tmp_path, "[post_train]\nbeta = 1\n"), env={}).post_train.beta
     assert value == 1.0 and isinstance(value, float)
     for bad in ("inf", "nan"):
         with pytest.raises(UsageError, match="not finite"):
@@ -201,14 +203,14 @@ def test_set_takes_toml_plain_strings_lists_and_entries_of_tables() -> None:
             "model.ckpt=a=b",
         ],
         env={},
-    ).settings
+    )
     assert settings.eval.split == "train"
     assert settings.eval.episodes == ("0001", "99")
     assert settings.eval.seeds == (1, 2)
     assert settings.rewards.weights == {"lpips": -1.0, "ssim": 1.0, "psnr": 0.5}
     assert settings.model.unet["layers_per_block"] == 1 and settings.model.unet["in_channels"] == 8
     assert settings.model.ckpt == "a=b"
-    assert load_settings("tiny", ["rewards.weights={psnr = 1}"], env={}).settings.rewards.weights == {"psnr": 1.0}
+    assert load_settings("tiny", ["rewards.weights={psnr = 1}"], env={}).rewards.weights == {"psnr": 1.0}
 
 
 @pytest.mark.parametrize("item", ["beta", "=1", "post_train=1", "post_train.nothing.here=1"])

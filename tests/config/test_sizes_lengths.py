@@ -20,7 +20,7 @@ from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.models.vae import build_vae, encode_images
 from persistworld_cli.rollout.recording import Item, check_item
 
-TINY = load_settings("tiny", env={}).settings
+TINY = load_settings("tiny", env={})
 
 
 def test_the_latent_s_size_is_what_the_vae_makes() -> None:
@@ -45,7 +45,7 @@ def test_the_latent_s_size_is_what_the_vae_makes() -> None:
     ],
 )
 def test_a_size_that_the_vae_would_cut_is_refused_with_the_settings(preset: str, size: str, fix: str) -> None:
-    with pytest.raises(UsageError, match="is no multiple of") as error:
+    with pytest.raises(UsageError, match="is not a multiple of") as error:
         load_settings(preset, [size], env={})
     assert error.value.fix == fix and "--set" in str(error.value.where)
     key, _, good = fix.removeprefix("set ").partition(" = ")

@@ -37,13 +37,13 @@ from persistworld_cli.models.cpu.native.build import without_kernels
 from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model
 from persistworld_cli.training.policy_switch import PolicySwitch
 
-TINY = load_settings("tiny", [], {}).settings
+TINY = load_settings("tiny", [], {})
 
 
 @pytest.fixture(scope="module")
 def full() -> tuple[WorldModel, InteractionCost]:
     """The full-size model without memory, and its interaction as Ctrl-World samples (guidance)."""
-    settings = load_settings("ctrl-world", [], {}).settings
+    settings = load_settings("ctrl-world", [], {})
     model = meta_model(settings.model, settings.world)
     return model, count_interaction(model, settings.sampling, 1)
 

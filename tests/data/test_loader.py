@@ -169,11 +169,14 @@ def test_a_mixture_is_written_as_a_table(tmp_path: Path) -> None:
     preset = tmp_path / "mine.toml"
     text = 'extends = "tiny"\n[world]\ndataset = "a"\n[clips]\nworkers = 3\n[clips.datasets]\n"a" = 0.8\n"b/c" = 0.2\n'
     preset.write_text(text)
-    clip_settings = load_settings(str(preset), env={}).settings.clips
+    clip_settings = load_settings(str(preset), env={}).clips
     assert clip_settings.datasets == {"a": 0.8, "b/c": 0.2} and clip_settings.workers == 3
-    for wrong in ('"a" = -1', '"a" = 0.0'):
+    for wrong, message in (
+        ('"a" = -1', "clips.datasets.a = -1.0 must be at least 0"),
+        ('"a" = 0.0', "all weights are 0"),
+    ):
         preset.write_text(f'extends = "tiny"\n[clips.datasets]\n{wrong}\n')
-        with pytest.raises(UsageError, match="weights must be at least 0, and one of them more"):
+        with pytest.raises(UsageError, match=message):
             load_settings(str(preset), env={})
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from persistworld_cli import commands
 from persistworld_cli.commands import app as _app  # noqa: F401  (fills commands.app)
 from persistworld_cli.config.bundled import bundled_root
-from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.presets import load_settings, resolve_settings
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation.benchmarks import METRICS, benchmark_names, load_benchmark
 from persistworld_cli.evaluation.comparing import compare_results, load_result
@@ -33,8 +33,8 @@ def test_shipped_benchmarks_pin_what_this_version_computes(name: str) -> None:
     benchmark = load_benchmark(name)
     assert benchmark is not None and len(benchmark.sha256) == 64
     preset = "tiny" if name == "bundled" else "persistworld"
-    resolved = load_settings(preset, pinned=benchmark.pinned)
-    assert load_settings(preset).settings.eval.benchmark == name
+    resolved = resolve_settings(preset, pinned=benchmark.pinned)
+    assert load_settings(preset).eval.benchmark == name
     assert (
         resolved.origin["sampling.steps"] == f"benchmark {name}"
         and not benchmark.stamp(resolved.settings, resolved.settings.eval.episodes)["changed"]
@@ -52,7 +52,7 @@ def test_benchmark_lies_between_preset_and_flags() -> None:
     benchmark = load_benchmark("bundled")
     assert benchmark is not None and load_benchmark("none") is None and load_benchmark("") is None
     env = {"PERSISTWORLD_SAMPLING__STEPS": "9"}
-    resolved = load_settings("ctrl-world", ["eval.steps=3"], {"eval.seeds": (1,)}, env, pinned=benchmark.pinned)
+    resolved = resolve_settings("ctrl-world", ["eval.steps=3"], {"eval.seeds": (1,)}, env, pinned=benchmark.pinned)
     changed = benchmark.stamp(resolved.settings, resolved.settings.eval.episodes)["changed"]
     pinned = dict(benchmark.pinned.values)["sampling.steps"]
     assert changed == {"sampling.steps": [pinned, 9], "eval.steps": [14, 3], "eval.seeds": [[0], [1]]}
@@ -85,7 +85,7 @@ def test_values_of_the_wrong_type_are_told_with_their_line(tmp_path: Path) -> No
     benchmark = load_benchmark(str(path))
     line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if "many" in text)
     with pytest.raises(UsageError, match=r"eval\.steps = 'many'") as error:
-        load_settings("tiny", pinned=benchmark.pinned if benchmark else None)
+        resolve_settings("tiny", pinned=benchmark.pinned if benchmark else None)
     assert f"mine.toml:{line}" in str(error.value)
 
 

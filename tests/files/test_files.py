@@ -1,4 +1,4 @@
-"""The one writer: whole or not at all, one error for a full disk, rights by the umask. A file's limit is the disk."""
+"""Atomic writes, one error for a full disk, modes by the umask. A file's size limit stands in for the disk."""
 
 from __future__ import annotations
 
@@ -114,10 +114,10 @@ def test_others_read_what_the_umask_lets_them(name: str, tmp_path: Path) -> None
     assert all(stat.S_IMODE(folder.stat().st_mode) == 0o750 for folder in folders)
 
 
-def test_missing_rights_are_the_same_error_with_other_advice(tmp_path: Path) -> None:
+def test_missing_permissions_are_the_same_error_with_another_fix(tmp_path: Path) -> None:
     with pytest.raises(CannotWrite, match="Permission denied") as told, writing(tmp_path / "x"):
         raise PermissionError(13, "Permission denied")
-    assert "rights" in str(told.value.fix)
+    assert "permissions" in str(told.value.fix)
     (tmp_path / "file").touch()
     with pytest.raises(CannotWrite, match="File exists") as other:
         write_text(tmp_path / "file" / "below.txt", "")

@@ -126,7 +126,7 @@ def test_archives_that_torch_would_misread(cases: list[Case]) -> None:
         assert "compressed" in refused(case, out.getvalue()).what
     out = io.BytesIO()
     torch.save({"unet.a": torch.zeros(1).expand(1 << 20, 1 << 20)}, out)  # 4 TiB of one number
-    assert "not stored whole" in refused(find(cases, "weights .pt"), out.getvalue()).what
+    assert "not fully stored" in refused(find(cases, "weights .pt"), out.getvalue()).what
 
 
 def test_arrays_without_arrays(cases: list[Case]) -> None:

@@ -171,9 +171,9 @@ def test_end_to_end(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loss = next(x for x in row["losses"] if (x["cameras"], x["metric"]) == ("exterior", "psnr"))
     assert loss["change"] == pytest.approx(means["euler 2"] - means["euler 3"], abs=1e-5) and loss["change"] != 0
 
-    fast = load_settings(str(root / "fast.toml"), env={}).settings
+    fast = load_settings(str(root / "fast.toml"), env={})
     assert (fast.sampling.sampler, fast.sampling.steps, fast.sampling.sigma_max) == ("euler", 1, 80.0)
-    assert fast.model == load_settings("tiny", env={}).settings.model
+    assert fast.model == load_settings("tiny", env={}).model
 
     written = {path: path.stat().st_mtime_ns for path in (root / "out" / "rollouts").rglob("*.npz")}
     assert len(written) == 18

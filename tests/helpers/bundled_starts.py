@@ -34,7 +34,7 @@ if sys.platform.startswith("linux"):  # read when MuJoCo is imported, whichever 
 
 def extract(root: Path, episodes: Sequence[int], frames: int = 40) -> Settings:
     """Write the beginnings of bundled episodes as a dataset (no latents), and the tiny preset's settings for it."""
-    settings = load_settings("tiny", flags={"world.dataset": str(root), "launch.device": "cpu"}).settings
+    settings = load_settings("tiny", flags={"world.dataset": str(root), "launch.device": "cpu"})
     world, raw = settings.world, RawDataset(RAW)
     for episode in episodes:
         columns = raw.read(episode, [*world.state_fields, *world.joint_fields])

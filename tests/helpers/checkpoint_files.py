@@ -21,7 +21,7 @@ from persistworld_cli.config.presets import load_settings, to_json
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.training.policy_switch import PolicySwitch
 
-TINY = load_settings("tiny", (), {}, env={}).settings
+TINY = load_settings("tiny", (), {}, env={})
 BASE, ADAPTER = TINY.model.ckpt, "bundled:presets/tiny/adapter"
 Tensors = dict[str, torch.Tensor]
 

@@ -245,7 +245,7 @@ def test_the_command_refuses_and_prints_what_to_type(tmp_path: Path, monkeypatch
     (state / "state.pt").touch()
     from persistworld_cli.config.presets import load_settings
 
-    first = load_settings("tiny", ["post_train.beta=0.5"]).settings
+    first = load_settings("tiny", ["post_train.beta=0.5"])
     write_json(state.parents[1] / "config.json", record(first, state.parents[1]))
     words = ["post-train", "--set", "post_train.beta=0.1", "--device", "cpu"]
     monkeypatch.setattr("sys.argv", ["persistworld", *words])

@@ -31,7 +31,7 @@ from pathlib import Path
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.requests import SelfcheckRequest
 from persistworld_cli.launch.launcher import run_task
-settings = load_settings("tiny", ["launch.device=cpu", "launch.num_processes=" + sys.argv[1]]).settings
+settings = load_settings("tiny", ["launch.device=cpu", "launch.num_processes=" + sys.argv[1]])
 code, result = run_task(settings, SelfcheckRequest(output=Path(sys.argv[3]), **json.loads(sys.argv[2])))
 print(json.dumps(result))
 sys.exit(code)
@@ -166,16 +166,16 @@ def test_every_task_has_its_function() -> None:
 def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PersistWorldError, match="cannot be written"):
-        run_task(load_settings("tiny", env={}).settings, SelfcheckRequest(output=tmp_path / "file" / "run"))
+        run_task(load_settings("tiny", env={}), SelfcheckRequest(output=tmp_path / "file" / "run"))
 
 
 def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(launcher, "gpu_count", lambda: 0)
-    settings = load_settings("tiny", ["launch.device=cuda"], env={}).settings
+    settings = load_settings("tiny", ["launch.device=cuda"], env={})
     with pytest.raises(PersistWorldError, match=r"no CUDA device|built for CPUs only"):
         run_task(settings, SelfcheckRequest(output=tmp_path))
     monkeypatch.setattr(launcher, "gpu_count", lambda: 2)
-    settings = load_settings("tiny", ["launch.device=cuda", "launch.num_processes=4"], env={}).settings
+    settings = load_settings("tiny", ["launch.device=cuda", "launch.num_processes=4"], env={})
     with pytest.raises(PersistWorldError, match="4 processes on this machine, but 2 GPUs"):
         run_task(settings, SelfcheckRequest(output=tmp_path))
     assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,7 @@ from persistworld_cli.models.world_model import Condition, WorldModel, build_wor
 @pytest.fixture(scope="module")
 def model() -> WorldModel:
     """The tiny preset's, with random weights of which none is at its neutral start."""
-    settings = load_settings("tiny", [], {}).settings
+    settings = load_settings("tiny", [], {})
     torch.manual_seed(0)
     made = build_world_model(settings.model, settings.world).eval()
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_no_convolution_has_to_reorder_its_input(model: WorldModel) -> None:
 
 
 def test_compiled_is_the_same_and_says_when_it_compiles(caplog: pytest.LogCaptureFixture) -> None:
-    settings = load_settings("tiny", [], {}).settings
+    settings = load_settings("tiny", [], {})
     unet = {
         **settings.model.unet,
         "block_out_channels": [32],

@@ -32,7 +32,7 @@ from persistworld_cli.rollout.images import to_uint8
 @pytest.fixture(scope="module")
 def tiny() -> WorldModel:
     """The tiny preset's model with random weights."""
-    settings = load_settings("tiny", [], {}).settings
+    settings = load_settings("tiny", [], {})
     torch.manual_seed(0)
     return build_world_model(settings.model, settings.world).eval()
 
@@ -242,7 +242,7 @@ def test_edm_constants(golden: GoldenFiles) -> None:
 
 def test_full_size_model_has_the_published_keys(golden: GoldenFiles) -> None:
     expected = list(flat(json.loads((golden / "ctrl_world_shapes.json").read_text())))
-    settings = load_settings("ctrl-world", [], {}).settings
+    settings = load_settings("ctrl-world", [], {})
     with torch.device("meta"):
         model = build_world_model(settings.model, settings.world)
     assert [(k, list(v.shape)) for k, v in model.state_dict().items()] == expected and len(expected) == 2525

@@ -115,12 +115,17 @@ def recorded_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_policy_acts_in_the_simulator(drawing: None, bundled: Settings, recorded_policy: str) -> None:
     """Recorded velocities push the drum as they did; asked for something else, that is no success."""
     from persistworld_cli.data.clips.store import open_store
-    from persistworld_cli.policies.embedded import load_policy
+    from persistworld_cli.policies.embedded import LocalPolicy, make_policy
+    from persistworld_cli.policies.observation import LAYOUTS
 
     start = recorded_start(bundled, PUSH)
     recorded = find_recorded(bundled, start)
     view = make_plan(bundled, PolicyRolloutRequest(policy="hold"), open_store(bundled)).view
-    rolled = roll_in_simulator(bundled, start, recorded, load_policy(recorded_policy), view, 6)
+
+    def load(name: str) -> LocalPolicy:
+        return LocalPolicy(make_policy(name, LAYOUTS["pi05"]), name)
+
+    rolled = roll_in_simulator(bundled, start, recorded, load(recorded_policy), view, 6)
     assert rolled.truth == Outcome(True, 1.0)
     assert rolled.rollout.frames.shape == (25, 3, bundled.world.height, bundled.world.width, 3)
     true = RawDataset(recorded.raw.path).read(PUSH, list(COLUMNS))[COLUMNS[0]].reshape(-1, 3, 7)[::STEP][:25, :, :3]
@@ -129,9 +134,9 @@ def test_a_policy_acts_in_the_simulator(drawing: None, bundled: Settings, record
     joints = recorded.raw.read(PUSH, [COLUMNS[1]])[COLUMNS[1]][:72]
     assert np.abs(rolled.rollout.trace.joint_pos - joints).max() < 0.03  # velocities move the arm as they did
     asked_of = replace(start, text=start.text.replace("to the left", "forward"))
-    assert roll_in_simulator(bundled, asked_of, recorded, load_policy(recorded_policy), view, 2).truth != rolled.truth
+    assert roll_in_simulator(bundled, asked_of, recorded, load(recorded_policy), view, 2).truth != rolled.truth
     towel = replace(start, text="fold the towel")
-    assert roll_in_simulator(bundled, towel, recorded, load_policy(recorded_policy), view, 1).truth is None
+    assert roll_in_simulator(bundled, towel, recorded, load(recorded_policy), view, 1).truth is None
 
 
 def test_imagined_and_simulated_are_compared(drawing: None, bundled: Settings, tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def test_bad_judges_are_told(root: Path, tmp_path: Path) -> None:
         ("bundled", "did you mean 'bundled-world'"),
         ("nowhere_x:A", "no module 'nowhere_x'"),
         (f"{__name__}:Nobody", "has no class 'Nobody'"),
-        (f"{__name__}:Unfit", "has no method 'judge'"),
+        (f"{__name__}:Unfit", "has no 'judge'"),
         ("json:loads", "cannot be made without arguments"),
     ):
         with pytest.raises(UsageError, match=text):

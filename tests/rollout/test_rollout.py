@@ -81,7 +81,7 @@ def test_what_the_network_is_shown_is_what_the_reference_shows_it(
 @pytest.fixture(scope="module")
 def engine() -> RolloutEngine:
     """The tiny preset's network with random weights, two sampling steps, float32."""
-    settings = load_settings("tiny", [], {}).settings
+    settings = load_settings("tiny", [], {})
     torch.manual_seed(0)
     model = build_world_model(settings.model, settings.world).eval()
     sampling = replace(settings.sampling, steps=2, dtype="float32")
