@@ -43,6 +43,13 @@ from persistworld_cli.models.vae import decode, encode_images, unstack_cameras
 
 _MIB = 2**20
 _BATCH = 10  # frames of all cameras: what --batch 32 gives for three
+# not by -m: decoding processes import the main module, and this one loads torch
+_CHILD = """
+import json, sys
+from pathlib import Path
+from benchmarks.extraction import child
+print(json.dumps(child(*sys.argv[1:3], int(sys.argv[3]), Path(sys.argv[4]))))
+"""
 
 
 def _settings(preset: str) -> Settings:
@@ -82,8 +89,7 @@ def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
     for _ in range(options.runs):
         for number in kinds:
             with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, "-m", "benchmarks.extraction", "--preset", options.preset]
-                command += ["--episodes", options.episodes, "--child", str(number), folder]
+                command = [sys.executable, "-c", _CHILD, options.preset, options.episodes, str(number), folder]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found[number].append(json.loads(done.stdout))
     rows = []
@@ -167,11 +173,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="rounds, 2 or more")
     parser.add_argument("--only", choices=("speed", "storage"), help="one table alone")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--child", nargs=2, metavar=("WORKERS", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        print(json.dumps(child(options.preset, options.episodes, int(options.child[0]), Path(options.child[1]))))
-        return
     tables = {"speed": speed, "storage": storage}
     result = {name: make(options) for name, make in tables.items() if options.only in (None, name)}
     if options.json:

@@ -1,50 +1,31 @@
 """Decoding processes: raw episodes become chunks of images ahead of the encoder, in bounded memory.
 
-Each process is ``python -m persistworld_cli.extraction.decoding``, a plain child with a pipe in and a pipe out: nothing
-is forked, nothing is shared, and it never loads torch. It prepares one episode at a time (`preparing.prepare`) and
-blocks on its pipe when nobody reads. One thread of the parent reads the pipes into a bounded queue, hands out the next
-episode, and notices a process that died.
-
-Memory, whatever the length of an episode: in the parent at most `Decoders.ahead` + 1 chunks of 16 frames x V cameras;
-in each process one such chunk, the images of one camera's chunk at the recorded size, and one table (of a version 3
-file, the row groups that hold the episode).
+Each process prepares one episode at a time (`preparing.prepare`), never loads torch, and waits while nobody reads its
+pipe. Memory, whatever the length of an episode: one chunk of 16 frames x V cameras here and one in each process, and
+there the images of one camera's chunk at the recorded size and one table (of a version 3 file, the row groups that hold
+the episode).
 """
 
 from __future__ import annotations
 
-import io
-import os
-import queue
-import signal
-import subprocess
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from persistworld_cli.compat import end_with_parent
+from persistworld_cli.data.processes import Worker, WorkerDied
 from persistworld_cli.data.raw.lerobot import RawDataset, RawEpisode
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.extraction.preparing import Begun, Recipe, prepare
+from persistworld_cli.extraction.preparing import EpisodeHeader, Recipe, prepare
 from persistworld_cli.files import CannotWrite
 
-_IGNORED = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-)  # the parent hears them, and ends its children
 _DEATHS = 3  # this many processes died one after the other, none of them having finished an episode: something is amiss
-_POLL_S = 0.2  # how often somebody who waits looks up
+_POLL_S = 0.2  # how often `idle` is called
 
 
 @dataclass(frozen=True)
@@ -67,19 +48,39 @@ class Failed:
     error: PersistWorldError
 
 
-Event = tuple[int, "Begun | NDArray[np.uint8] | Done | Failed"]  # episode and what came of it
-Feed = Callable[[], "Job | None"]  # the next job; None: none at present. Raises StopIteration when there are no more.
+Event = EpisodeHeader | NDArray[np.uint8] | Done | Failed
+Feed = Callable[[], Job | None]  # the next job; None: none at present. Raises StopIteration when there are no more.
 
 
-def in_process(recipe: Recipe, feed: Feed, idle: Callable[[], None]) -> Generator[Event, None, None]:
-    """The same events without other processes: the caller waits for every image.
+@contextmanager
+def decoded(
+    recipe: Recipe, feed: Feed, workers: int, idle: Callable[[], None]
+) -> Iterator[Iterator[tuple[int, Event]]]:
+    """(episode, event) as they come, those of several episodes interleaved. Leaving the context ends all processes.
 
     Args:
         recipe: what all episodes share.
         feed: see `Feed`.
-        idle: called now and then while there is no job at present; may raise.
+        workers: processes; 0: everything is done in this one.
+        idle: called now and then while nothing comes; may raise.
+
+    Raises:
+        PersistWorldError: the disk is full, or processes die again and again.
     """
-    dataset = RawDataset(recipe.raw)
+    decoders = _Decoders(recipe, feed, workers)
+    try:
+        if workers:
+            decoders.hand_out()  # they begin before the first event is asked for
+        with closing(decoders.events(idle) if workers else _here(recipe, feed, idle)) as events:
+            yield events
+    finally:
+        for worker in decoders.jobs:
+            worker.end()
+
+
+def _here(recipe: Recipe, feed: Feed, idle: Callable[[], None]) -> Generator[tuple[int, Event], None, None]:
+    """`decoded` without other processes: the caller waits for every image."""
+    prepared = _Prepared(recipe)
     while True:
         try:
             job = feed()
@@ -89,97 +90,58 @@ def in_process(recipe: Recipe, feed: Feed, idle: Callable[[], None]) -> Generato
             time.sleep(_POLL_S)
             idle()
             continue
-        for event in _prepared(recipe, dataset, job):
+        for event in prepared(job):
             yield job.episode.index, event
 
 
-class Decoders:
-    """Decoding processes and the thread that serves them. Use as a context manager; leaving it ends them all.
+class _Prepared:
+    """All events of a job; a bad recording is one of them, a full disk is not."""
 
-    Args:
-        recipe: what all episodes share.
-        feed: called from the thread; see `Feed`.
-        workers: processes.
-        ahead: chunks that may wait for the encoder.
-    """
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._dataset: RawDataset | None = None  # opened where it is used
 
-    def __init__(self, recipe: Recipe, feed: Feed, workers: int, ahead: int) -> None:
-        self.ahead = ahead
-        self._recipe, self._feed, self._count = recipe, feed, workers
-        self._queue: queue.Queue[Event | BaseException | None] = queue.Queue(ahead)
-        self._workers: dict[Connection, _Child] = {}
-        self._closing = threading.Event()
-        self._deaths = 0
-        self._thread = threading.Thread(target=self._serve, name="decoders")
-
-    def __enter__(self) -> Decoders:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closing.set()
-        for child in list(self._workers.values()):
-            child.kill()
-        while self._thread.is_alive():
-            with suppress(queue.Empty):  # the thread may be waiting for room
-                self._queue.get(timeout=0.05)
-        self._thread.join()
-
-    def events(self, idle: Callable[[], None]) -> Iterator[Event]:
-        """What comes of the episodes, as it comes; those of several episodes mingle.
-
-        Args:
-            idle: called now and then while nothing comes; may raise.
-
-        Raises:
-            PersistWorldError: the disk is full, or processes die again and again.
-        """
-        while True:
-            try:
-                item = self._queue.get(timeout=_POLL_S)
-            except queue.Empty:
-                idle()
-                continue
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    # -- the thread -----------------------------------------------------------------------------------------------
-
-    def _serve(self) -> None:
-        # Children inherit which signals are blocked: a Ctrl-C reaches the whole foreground group, and must end nothing
-        # but the parent's loop.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+    def __call__(self, job: Job) -> Iterator[Event]:
+        self._dataset = self._dataset or RawDataset(self._recipe.raw)
+        self._dataset.adopt(job.episode)
         try:
-            self._work()
-            self._put(None)
-        except BaseException as error:  # every error belongs to the one who reads the queue
-            self._put(error)
-        finally:
-            for child in self._workers.values():
-                child.end()
+            yield from prepare(self._recipe, self._dataset, job.episode.index, job.stage)
+            yield Done()
+        except CannotWrite:
+            raise
+        except PersistWorldError as error:
+            yield Failed(error)
 
-    def _work(self) -> None:
+
+class _Decoders:
+    """The processes, and what each works on; arguments as for `decoded`."""
+
+    def __init__(self, recipe: Recipe, feed: Feed, count: int) -> None:
+        self._recipe, self._feed, self._count = recipe, feed, count
+        self.jobs: dict[Worker, Job | None] = {}
+        self._deaths = 0
+
+    def events(self, idle: Callable[[], None]) -> Generator[tuple[int, Event], None, None]:
+        """See `decoded`."""
         more = True
-        while more or self._workers:
-            if self._closing.is_set():
-                return
-            more = more and self._hand_out()
-            busy = [connection for connection, child in self._workers.items() if child.job is not None]
+        while True:
+            more = more and self.hand_out()
+            busy = {worker.pipe: (worker, job) for worker, job in self.jobs.items() if job}
             if not busy and not more:
                 return
-            for connection in wait(busy, timeout=_POLL_S) if busy else []:
-                self._hear(connection)  # type: ignore[arg-type]
-            if not busy:
-                self._closing.wait(_POLL_S)
+            ready = wait(list(busy), _POLL_S)
+            if not ready:
+                idle()
+            for pipe in ready:
+                worker, job = busy[pipe]
+                event = self._next(worker, job)
+                yield job.episode.index, event
 
-    def _hand_out(self) -> bool:
+    def hand_out(self) -> bool:
         """Give idle processes work, starting them as needed; False when there is no more work."""
         while True:
-            child = next((child for child in self._workers.values() if child.job is None), None)
-            if child is None and len(self._workers) >= self._count:
+            worker = next((worker for worker, job in self.jobs.items() if job is None), None)
+            if worker is None and len(self.jobs) >= self._count:
                 return True
             try:
                 job = self._feed()
@@ -187,158 +149,34 @@ class Decoders:
                 return False
             if job is None:
                 return True
-            if child is None:
-                child = _Child(self._recipe)
-                self._workers[child.out] = child
-            child.give(job)
+            worker = worker or Worker(_Prepared(self._recipe))
+            self.jobs[worker] = job
+            worker.give(job)
 
-    def _hear(self, connection: Connection) -> None:
-        """One message of a process, or its end."""
-        child = self._workers[connection]
-        assert child.job is not None
-        index = child.job.episode.index
+    def _next(self, worker: Worker, job: Job) -> Event:
+        """A process's next event; if it died, its episode failed, and another process will take its place."""
         try:
-            event = child.receive()
-        except (EOFError, OSError):
-            if not self._closing.is_set():
-                self._bury(child)
-            return
-        if isinstance(event, BaseException):
-            raise event
+            event: Event = worker.take()
+        except WorkerDied as died:
+            del self.jobs[worker]
+            self._deaths += 1
+            return Failed(self._error(died.what, job))
         if isinstance(event, Done | Failed):
-            child.job = None
+            self.jobs[worker] = None
             self._deaths = 0
-        self._put((index, event))
+        return event
 
-    def _bury(self, child: _Child) -> None:
-        """A process died: its episode is reported, and another process will take its place."""
-        assert child.job is not None
-        how = child.end(patience=5.0)  # its pipe closes a moment before it is gone
-        del self._workers[child.out]
-        self._deaths += 1
-        error = PersistWorldError(
-            f"its decoding process {how}",
-            where=str(child.job.episode.table),
-            fix="extract it again; if that repeats itself, the recording is damaged or memory is short",
-        )
+    def _error(self, how: str, job: Job) -> PersistWorldError:
+        """Of a process that died. Raises it if several died one after the other."""
+        how += " (out of memory?)" if "SIGKILL" in how else ""
         if self._deaths >= _DEATHS:
             raise PersistWorldError(
                 f"{self._deaths} decoding processes died one after the other; the last one {how}",
-                where=f"episode {child.job.episode.index}",
+                where=f"episode {job.episode.index}",
                 fix="if memory was short, take fewer --workers; --workers 0 decodes in this process",
             )
-        self._put((child.job.episode.index, Failed(error)))
-
-    def _put(self, item: Event | BaseException | None) -> None:
-        """Into the queue, when there is room."""
-        while not self._closing.is_set():
-            with suppress(queue.Full):
-                self._queue.put(item, timeout=_POLL_S)
-                return
-
-
-class _Child:
-    """One decoding process, seen from the parent."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        command = [sys.executable, "-m", "persistworld_cli.extraction.decoding"]
-        path = os.pathsep.join(p for p in sys.path if p)  # finds the package where the parent found it
-        one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**kept, **one, "PYTHONPATH": path}
+        return PersistWorldError(
+            f"its decoding process {how}",
+            where=str(job.episode.table),
+            fix="extract it again; if that repeats itself, the recording is damaged or memory is short",
         )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self.job: Job | None = None
-        self.out = Connection(os.dup(self._process.stdout.fileno()), writable=False)
-        self._jobs = Connection(os.dup(self._process.stdin.fileno()), readable=False)
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._send(recipe)
-
-    def give(self, job: Job) -> None:
-        """Hand over an episode. That the process is dead already shows when its answer is read."""
-        self.job = job
-        self._send(job)
-
-    def receive(self) -> Any:
-        """The next event of its job, or an error that must stop the run."""
-        message = self.out.recv()
-        if not isinstance(message, _Shape):
-            return message
-        images = np.empty(message.shape, np.uint8)
-        self.out.recv_bytes_into(images.data.cast("B"))
-        return images
-
-    def kill(self) -> None:
-        """End it now."""
-        self._process.kill()
-
-    def end(self, patience: float = 0.0) -> str:
-        """End it, unless it ends by itself within ``patience`` seconds; returns in words how it ended."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(patience)
-        self._process.kill()
-        code = self._process.wait()
-        for connection in (self.out, self._jobs):
-            connection.close()
-        if code >= 0:
-            return f"ended with code {code}"
-        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
-        return f"was killed by {signal.Signals(-code).name}{hint}"
-
-    def _send(self, item: Recipe | Job) -> None:
-        with suppress(BrokenPipeError):
-            self._jobs.send(item)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """Announces images: their bytes follow."""
-
-    shape: tuple[int, ...]
-
-
-def _prepared(recipe: Recipe, dataset: RawDataset, job: Job) -> Iterator[Begun | NDArray[np.uint8] | Done | Failed]:
-    """All events of one episode; a bad recording is one of them, a full disk is not."""
-    dataset.adopt(job.episode)
-    try:
-        yield from prepare(recipe, dataset, job.episode.index, job.stage)
-        yield Done()
-    except CannotWrite:
-        raise
-    except PersistWorldError as error:
-        yield Failed(error)
-
-
-def _child_main() -> None:
-    """A decoding process: jobs from standard input until it closes, events to standard output."""
-    end_with_parent(signal.SIGKILL)
-    jobs, out = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
-    os.dup2(2, 1)  # what a library prints must not end up between the events
-    try:
-        recipe: Recipe = jobs.recv()
-        dataset = RawDataset(recipe.raw)
-        while True:
-            job: Job = jobs.recv()
-            for event in _prepared(recipe, dataset, job):
-                if isinstance(event, np.ndarray):
-                    out.send(_Shape(event.shape))
-                    out.send_bytes(event.data.cast("B"))
-                else:
-                    out.send(event)
-    except (EOFError, BrokenPipeError):
-        return  # the parent is done with us, or gone
-    except PersistWorldError as error:
-        out.send(error)
-    except BaseException as error:
-        text = io.StringIO()
-        traceback.print_exc(file=text)
-        out.send(RuntimeError(f"a decoding process failed: {error!r}\n{text.getvalue()}"))
-
-
-if __name__ == "__main__":
-    # under the name by which the parent knows the classes that travel
-    from persistworld_cli.extraction.decoding import _child_main as main
-
-    main()

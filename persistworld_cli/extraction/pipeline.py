@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from persistworld_cli.config.settings import WorldSettings
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.errors import PersistWorldError, nearest
 from persistworld_cli.extraction.batching import Batcher, Encode
-from persistworld_cli.extraction.decoding import Decoders, Done, Event, Failed, Job, in_process
+from persistworld_cli.extraction.decoding import Done, Event, Failed, Job, decoded
 from persistworld_cli.extraction.locks import Claims
-from persistworld_cli.extraction.preparing import CHUNK, Begun, Recipe, split_of
+from persistworld_cli.extraction.preparing import EpisodeHeader, Recipe, split_of
 from persistworld_cli.extraction.publish import SUFFIX, Changing, Encoder, Output
 from persistworld_cli.extraction.report import ExtractReport, Progress, path_of, ranges
 
@@ -175,7 +172,7 @@ class _Loop:
         self._total = len(shares.todo) + len(shares.unknown)
         self._jobs: dict[int, Job] = {}  # claimed, and not yet in place
         self._decoding: set[int] = set()  # of these, the ones whose images are still to come
-        self._begun: dict[int, Begun] = {}
+        self._begun: dict[int, EpisodeHeader] = {}
         self._latents: dict[int, Tensor] = {}  # encoded as a whole
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publisher")
         self._publishing: deque[tuple[int, Future[None]]] = deque()
@@ -188,7 +185,8 @@ class _Loop:
         if not self._todo:
             return
         try:
-            with self._events(recipe, min(workers, len(self._todo))) as events, self._publisher:
+            workers = min(workers, len(self._todo))
+            with decoded(recipe, self._next_job, workers, self._idle) as events, self._publisher:
                 self._told.ready()
                 self._clock = time.perf_counter()
                 for index, event in events:
@@ -203,17 +201,6 @@ class _Loop:
             self.report.frames = self._batcher.frames
             for index in self._jobs:  # of a run that was stopped; nobody writes there any more
                 self._output.unstage(index)
-
-    @contextmanager
-    def _events(self, recipe: Recipe, workers: int) -> Iterator[Iterator[Event]]:
-        """Where the images come from."""
-        if not workers:
-            with closing(in_process(recipe, self._next_job, self._idle)) as events:
-                yield events
-            return
-        ahead = workers + 2 + 2 * -(-self._batcher.size // CHUNK)
-        with Decoders(recipe, self._next_job, workers, ahead) as decoders:
-            yield decoders.events(self._idle)
 
     def _next_job(self) -> Job | None:
         """See `decoding.Feed`. An episode that another run has in hand is looked at again when all else is done."""
@@ -234,9 +221,9 @@ class _Loop:
             raise StopIteration
         return None
 
-    def _take(self, index: int, event: Begun | NDArray[np.uint8] | Done | Failed) -> None:
+    def _take(self, index: int, event: Event) -> None:
         """One event of an episode."""
-        if isinstance(event, Begun):
+        if isinstance(event, EpisodeHeader):
             self._begun[index] = event
             self._batcher.begin(index, event.frames)
         elif isinstance(event, Done):

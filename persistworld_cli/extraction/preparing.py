@@ -43,7 +43,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Begun:
+class EpisodeHeader:
     """Comes first: what is known of an episode once its table was read and its annotation staged."""
 
     split: str
@@ -88,8 +88,10 @@ def split_of(index: int, rule: str, splits: dict[str, tuple[int, int]]) -> str:
     )
 
 
-def prepare(recipe: Recipe, dataset: RawDataset, index: int, stage: Path) -> Iterator[Begun | NDArray[np.uint8]]:
-    """Read, check and decode one episode: first `Begun`, then its images, uint8 (n, V, H, W, 3), n = `CHUNK` or less.
+def prepare(
+    recipe: Recipe, dataset: RawDataset, index: int, stage: Path
+) -> Iterator[EpisodeHeader | NDArray[np.uint8]]:
+    """Read, check and decode one episode: its header, then its images, uint8 (n, V, H, W, 3), n = `CHUNK` or less.
 
     Annotation and videos lie in ``stage`` when this is done. Memory does not depend on the episode's length.
 
@@ -104,7 +106,7 @@ def prepare(recipe: Recipe, dataset: RawDataset, index: int, stage: Path) -> Ite
     with writing(stage, GO_ON):
         stage.mkdir(parents=True)
         (stage / ANNOTATION).write_text(json.dumps(annotation))  # `Output.publish` brings all that is staged into place
-    yield Begun(split, len(ids), bool(annotation["texts"][0].strip()))
+    yield EpisodeHeader(split, len(ids), bool(annotation["texts"][0].strip()))
     with ExitStack() as stack:
         writers = [
             stack.enter_context(video.Mp4Writer(stage / "videos" / f"{c}.mp4", world.rate_hz, reproducible=True))

@@ -275,7 +275,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(clips: ClipMixture, idle: bool) 
             time.sleep(0.2)  # all that was asked for lies ready: the worker dies while it waits
         children = multiprocessing.active_children()
         os.kill(children[0].pid or 0, signal.SIGKILL)
-        deadline(batches, "a process that reads clips was ended by SIGKILL")
+        deadline(batches, "a process that reads clips was killed by SIGKILL")
     assert not multiprocessing.active_children()
 
 

@@ -21,8 +21,8 @@ from persistworld_cli.data.metadata.ctrl_world_meta import SampleLists, export_c
 from persistworld_cli.data.metadata.health import count_starts, findings
 from persistworld_cli.data.metadata.index import ActionStat, IndexFile
 from persistworld_cli.data.metadata.meta import build_meta
-from persistworld_cli.data.metadata.pool import in_order
 from persistworld_cli.data.metadata.scan import facts
+from persistworld_cli.data.processes import in_order
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.extraction.pipeline import extract_latents
 

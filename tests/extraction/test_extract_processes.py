@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import multiprocessing.spawn
 import random
 import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from data_raw import HEIGHT, WIDTH, encode, write_v21
@@ -16,7 +17,6 @@ from extract_process import start_extraction, tree
 
 from persistworld_cli.config.settings import WorldSettings
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.extraction import decoding
 from persistworld_cli.extraction.pipeline import Told, extract_latents
 from persistworld_cli.extraction.report import Progress
 
@@ -38,11 +38,6 @@ def unbroken(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
     return tree(out)
 
 
-def decoders() -> list[psutil.Process]:
-    """This process's decoding processes."""
-    return [p for p in psutil.Process().children() if "persistworld_cli.extraction.decoding" in p.cmdline()]
-
-
 def finish(process: subprocess.Popen[str]) -> tuple[list[str], list[str], list[dict[str, str]]]:
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
@@ -57,7 +52,7 @@ def test_other_processes_give_the_same_bytes(
     report = extract_latents(WORLD, raw, tmp_path, encode, batch_frames=5, workers=workers)
     assert report.done == ["0", "1", "2", "3", "4", "99"] and not report.failed
     assert tree(tmp_path) == unbroken
-    assert not decoders()
+    assert not multiprocessing.active_children()
     assert 0 < report.waited_s <= report.wall_s and report.frames == 7 + 21 + 3 + 11 + 17 + 4
 
 
@@ -78,19 +73,19 @@ def test_a_decoding_process_that_dies_costs_its_episode_and_no_other(tmp_path: P
 
     def kills_once(frames: torch.Tensor) -> torch.Tensor:
         if not killed:
-            killed.extend(decoders())
+            killed.extend(multiprocessing.active_children())
             killed[0].kill()
         return encode(frames)
 
     report = extract_latents(WORLD, raw, tmp_path / "out", kills_once, batch_frames=4, workers=1)
     assert report.done == ["1", "2"]
     assert [f["episode"] for f in report.failed] == ["0"] and "killed by SIGKILL" in report.failed[0]["reason"]
-    assert not decoders() and not any((tmp_path / "out/.staging").iterdir())
+    assert not multiprocessing.active_children() and not any((tmp_path / "out/.staging").iterdir())
     assert extract_latents(WORLD, raw, tmp_path / "out", encode).done == ["0"]
 
 
 def test_processes_that_keep_dying_are_one_error(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding.sys, "executable", "/bin/false")
+    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", b"/bin/false")
     with pytest.raises(PersistWorldError, match="3 decoding processes died one after the other") as caught:
         extract_latents(WORLD, raw, tmp_path, encode, workers=1)
     assert "--workers" in str(caught.value.fix)
@@ -101,7 +96,7 @@ def test_an_interrupt_leaves_nobody_behind(raw: Path, unbroken: dict[str, bytes]
     told = Told(progress=seen.append, stop=lambda: bool(seen))
     with pytest.raises(KeyboardInterrupt):
         extract_latents(WORLD, raw, tmp_path, encode, batch_frames=5, workers=2, told=told)
-    assert not decoders() and not any((tmp_path / ".staging").iterdir())
+    assert not multiprocessing.active_children() and not any((tmp_path / ".staging").iterdir())
     assert extract_latents(WORLD, raw, tmp_path, encode, batch_frames=5).skipped
     assert tree(tmp_path) == unbroken
 

@@ -20,8 +20,8 @@ from persistworld_cli.data.metadata.check_episode import Expected, Seen, inspect
 from persistworld_cli.data.metadata.health import state_names
 from persistworld_cli.data.metadata.index import INDEX_FILE, ActionStat, IndexFile
 from persistworld_cli.data.metadata.known import signatures
-from persistworld_cli.data.metadata.pool import in_order
 from persistworld_cli.data.metadata.scan import Listed, extraction_notes, list_annotations
+from persistworld_cli.data.processes import in_order
 from persistworld_cli.errors import PersistWorldError
 
 _REDO = "delete these annotations and run persistworld extract-latents again: it does only what is missing"

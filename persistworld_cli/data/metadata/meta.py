@@ -24,8 +24,8 @@ from persistworld_cli.data.metadata.ctrl_world_meta import SampleLists
 from persistworld_cli.data.metadata.health import count_starts, findings, start_percentiles, state_table, unusable
 from persistworld_cli.data.metadata.index import INDEX_FILE, ActionStat, StateWriter, write_index
 from persistworld_cli.data.metadata.known import Known, Table
-from persistworld_cli.data.metadata.pool import in_order
 from persistworld_cli.data.metadata.scan import Episode, Listed, extraction_notes, list_annotations, read_episode
+from persistworld_cli.data.processes import in_order
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import write_json
 

@@ -1,0 +1,188 @@
+"""Worker processes: each takes jobs in turn and sends back what comes of them, through one pipe.
+
+A worker hears none of the signals that end a run (its parent does, and ends it) and dies with its parent. A spawned one
+begins anew, with one thread; a forked one (Linux) begins with what this process has in memory. No torch.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from itertools import islice
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+from persistworld_cli.compat import end_with_parent
+from persistworld_cli.errors import PersistWorldError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+_CHUNK = 32  # items of `in_order` handed over together
+_FEW = 256  # items that are not worth starting processes for
+
+
+class WorkerDied(PersistWorldError):
+    """A worker process is gone; `what` says how it ended: ``was killed by SIGKILL``."""
+
+
+class Worker:
+    """One worker process. Use it as a context manager: leaving it ends the process.
+
+    Args:
+        work: job -> its results, sent one by one; importable by name if the process is spawned.
+        method: "spawn" or "fork".
+    """
+
+    def __init__(self, work: Callable[[Any], Iterable[Any]], method: str = "spawn") -> None:
+        context: Any = multiprocessing.get_context(method)
+        if method == "spawn":
+            resource_tracker.ensure_running()  # to start it below would let the signals through again
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_main, args=(work, theirs), daemon=True)
+        with _environment():
+            self.process.start()
+        theirs.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def give(self, job: Any) -> None:
+        """Hand over a job; a worker that is dead is noticed when a result is taken."""
+        with suppress(OSError):
+            self.pipe.send(job)
+
+    def take(self) -> Any:
+        """The next result; waits for it.
+
+        Raises:
+            WorkerDied: the process is gone.
+            PersistWorldError: raised by `work`; any other exception of it is a RuntimeError with its traceback.
+        """
+        try:
+            result = pickle.loads(self.pipe.recv_bytes())
+        except (EOFError, OSError):
+            raise WorkerDied(self.end(patience=5.0)) from None  # the pipe closes a moment before the process is gone
+        if isinstance(result, _Raised):
+            raise result.error
+        return result
+
+    def end(self, patience: float = 0.0) -> str:
+        """Kill the process, unless it ends by itself within ``patience`` seconds; returns in words how it ended."""
+        self.process.join(patience)
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+        code = self.process.exitcode
+        return f"ended with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+
+
+def in_turn(workers: Sequence[Worker], jobs: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """The one result of each job, in the jobs' order. Worker k of W takes jobs k, k + W, ..., ``ahead`` in advance.
+
+    Raises:
+        WorkerDied: a worker is gone. Whatever `Worker.take` raises, at the job that it concerns.
+    """
+    left = iter(jobs)
+    busy: deque[Worker] = deque()
+    for worker, job in zip([*workers] * ahead, left, strict=False):
+        worker.give(job)
+        busy.append(worker)
+    while busy:
+        worker = busy.popleft()
+        result = worker.take()
+        for job in islice(left, 1):
+            worker.give(job)
+            busy.append(worker)
+        yield result
+
+
+def in_order(function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None) -> Iterator[Result]:
+    """``function`` of every item, in order; in ``workers`` spawned processes where there are many items.
+
+    Results never pile up: at most two chunks of items per worker are under way. Closing the generator ends the workers.
+
+    Args:
+        function: importable by name, or a partial of such; its module should need no torch.
+        items: picklable.
+        workers: processes; one per core by default, 1 does everything in this process.
+
+    Raises:
+        PersistWorldError: a worker was killed; or raised by ``function``.
+    """
+    count = _default_workers() if workers is None else workers
+    if count <= 1 or len(items) < _FEW:
+        yield from map(function, items)
+        return
+    chunks = (items[begin : begin + _CHUNK] for begin in range(0, len(items), _CHUNK))
+    with ExitStack() as stack:
+        pool = [stack.enter_context(Worker(partial(_chunk, function))) for _ in range(count)]
+        try:
+            for results in in_turn(pool, chunks, ahead=2):
+                yield from results
+        except WorkerDied as error:
+            raise PersistWorldError(
+                "a worker process was killed", where="reading the dataset", fix="is there memory left? run it again"
+            ) from error
+
+
+def _default_workers() -> int:
+    """One per core that this process may use, at most 16: beyond that it waits for the disk."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16)
+
+
+def _chunk(function: Callable[[Item], Result], items: Sequence[Item]) -> list[list[Result]]:
+    return [[function(item) for item in items]]
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """What a process is started in: deaf to `_SIGNALS`, one thread, not the launcher's settings for malloc."""
+    kept, blocked = dict(os.environ), signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        for name in [name for name in kept if name.startswith("MALLOC_")]:
+            del os.environ[name]
+        os.environ.update(_ONE_THREAD)
+        yield
+    finally:
+        for name in _ONE_THREAD:
+            del os.environ[name]
+        os.environ.update(kept)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+class _Raised:
+    """An error on its way to the parent."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _main(work: Callable[[Any], Iterable[Any]], pipe: Connection) -> None:
+    """A worker's life: jobs until the parent closes the pipe."""
+    end_with_parent(signal.SIGKILL)
+    with suppress(EOFError, OSError):
+        while True:
+            job = pipe.recv()
+            try:
+                for result in work(job):
+                    pipe.send_bytes(pickle.dumps(result, pickle.HIGHEST_PROTOCOL))
+            except PersistWorldError as error:
+                pipe.send_bytes(pickle.dumps(_Raised(error)))
+            except Exception:
+                text = f"a worker process failed:\n{traceback.format_exc()}"
+                pipe.send_bytes(pickle.dumps(_Raised(RuntimeError(text))))
