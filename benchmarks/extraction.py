@@ -36,8 +36,7 @@ from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.data.raw.lerobot import RawDataset
-from persistworld_cli.extraction.pipeline import Told, extract_latents
-from persistworld_cli.extraction.report import Progress
+from persistworld_cli.extraction.pipeline import ExtractCallbacks, extract_latents
 from persistworld_cli.extraction.run import DTYPES, Vae, parse_episodes
 from persistworld_cli.models.vae import decode, encode_images, unstack_cameras
 
@@ -64,12 +63,12 @@ def child(preset: str, episodes: str, workers: int, out: Path) -> dict[str, Any]
     chosen = parse_episodes(episodes, RawDataset(raw).episodes)
     largest = [0]
 
-    def look(at: Progress) -> None:
+    def look(settled: int, total: int, waited: float) -> None:
         largest[0] = max([largest[0], *(p.memory_info().rss for p in psutil.Process().children())])
 
-    told = Told(ready=encoder.load, progress=look)
+    callbacks = ExtractCallbacks(ready=encoder.load, progress=look)
     report = extract_latents(
-        settings.world, raw, out, encoder, episodes=chosen, workers=workers, batch_frames=_BATCH, told=told
+        settings.world, raw, out, encoder, episodes=chosen, workers=workers, batch_frames=_BATCH, callbacks=callbacks
     )
     spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {

@@ -129,12 +129,15 @@ def clip_gate(
     clips_settings = replace(settings.clips, zero_history_prob=0.0, rollout_history_prob=1.0, max_step=1)
     source = ClipSource(store, "val", clips_settings, sampling=settings.sampling)
     rng = np.random.default_rng(7)
-    clips = [source.clip(rng) for _ in range(count)]
-    latents = torch.stack([torch.as_tensor(c.latents) for c in clips]).float()
-    actions = torch.stack([torch.as_tensor(c.actions) for c in clips])
+    rows, ids = zip(*(source.draw_ids(rng) for _ in range(count)), strict=True)
+    clips = [(source.index.ids[row], frames) for row, frames in zip(rows, ids, strict=True)]
+    latents = torch.stack([store.latents("val", episode, frames) for episode, frames in clips])
+    actions = torch.from_numpy(source.actions(rows, np.array(ids)))
     p = settings.model.num_history
-    inputs = Inputs(latents[:, :p], latents[:, p], actions, model.text_embeds([c.text for c in clips]))
-    real = torch.stack([to_unit(store.frames("val", c.episode, [c.ids[p], c.ids[-1]])) for c in clips])
+    inputs = Inputs(
+        latents[:, :p], latents[:, p], actions, model.text_embeds([source.index.texts[row] for row in rows])
+    )
+    real = torch.stack([to_unit(store.frames("val", episode, [frames[p], frames[-1]])) for episode, frames in clips])
     copy = psnr(real[:, 0], real[:, 1]).mean(1)
     out: dict[str, Any] = {"clips": count, "copy": round(copy.mean().item(), 3), "steps": {}}
     for n in steps:

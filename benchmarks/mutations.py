@@ -41,7 +41,7 @@ from persistworld_cli.config.presets import flatten, load_settings, to_json
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.data.metadata.ctrl_world_meta import SampleLists, export_ctrl_world
 from persistworld_cli.data.metadata.index import ActionStat, IndexFile
-from persistworld_cli.data.metadata.known import Known, signatures
+from persistworld_cli.data.metadata.index_rows import PreviousIndex, signatures
 from persistworld_cli.data.metadata.meta import build_meta
 from persistworld_cli.data.metadata.scan import extraction_notes, list_annotations, read_episode
 from persistworld_cli.data.raw.lerobot import RawDataset
@@ -295,10 +295,10 @@ def _dataset(folder: Path) -> list[Case]:
     item, one = list_annotations(folder)[0], folder / "annotation" / "train" / "0.json"
 
     def annotation() -> Any:
-        return [EpisodeStore(folder).annotation("train", "0"), read_episode(folder, True, (item, True))]
+        return [EpisodeStore(folder).annotation("train", "0"), read_episode(folder, (item, True))]
 
     def rows() -> Any:
-        file, known = IndexFile(meta / "index.safetensors"), Known(meta, "latents checked")
+        file, known = IndexFile(meta / "index.safetensors"), PreviousIndex(meta)
         return [file.split("train"), signatures(file), len(known)]
 
     def latents_of(episode: str) -> Callable[[], Any]:

@@ -14,11 +14,9 @@ from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.presets import Resolved
 from persistworld_cli.config.requests import BuildMetaRequest
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.config.sizes import latent_size
 from persistworld_cli.console import note
 
 if TYPE_CHECKING:
-    from persistworld_cli.data.metadata.check_episode import Expected
     from persistworld_cli.data.metadata.meta import MetaReport
 
 EXAMPLES = (
@@ -92,7 +90,7 @@ def _build(settings: Settings, request: BuildMetaRequest, *, as_json: bool) -> N
                 dataset,
                 num_frames=frames,
                 lists=SampleLists(request.lists) if request.lists else None,
-                reach=lambda joints: forward(joints)[:, :3, 3],
+                hand_position=lambda joints: forward(joints)[:, :3, 3],
                 fresh=request.fresh,
                 workers=request.workers,
                 progress=show,
@@ -211,9 +209,11 @@ def _check(resolved: Resolved, named: bool, request: BuildMetaRequest, *, as_jso
     from persistworld_cli.data.metadata.check_dataset import check_dataset
 
     dataset = resolve_path(resolved.settings.world.dataset)
-    expected = None if resolved.implied and named else _expected(resolved)
+    settings = None if resolved.implied and named else resolved.settings
     with _metered("check") as show:
-        report = check_dataset(dataset, expected, sample=request.sample, workers=request.workers, progress=show)
+        report = check_dataset(
+            dataset, settings, resolved.label, sample=request.sample, workers=request.workers, progress=show
+        )
     rows, errors = report.rows(), report.errors
     verdict = f"{errors} kinds of findings must be fixed" if errors else "fit for use"
     result = {"dataset": str(dataset), "ok": not errors, "errors": errors, "warnings": len(rows) - errors}
@@ -227,19 +227,3 @@ def _check(resolved: Resolved, named: bool, request: BuildMetaRequest, *, as_jso
         show_result({"findings": shown or "none", **report.checked, str(dataset): verdict}, as_json=False)
     if errors:
         raise typer.Exit(1)
-
-
-def _expected(resolved: Resolved) -> Expected:
-    """What the preset takes."""
-    from persistworld_cli.data.metadata.check_episode import Expected
-
-    world, model = resolved.settings.world, resolved.settings.model
-    return Expected(
-        preset=resolved.label,
-        cameras=world.cameras,
-        height=world.height,
-        width=world.width,
-        rate_hz=world.rate_hz,
-        numbers=model.action_dim,
-        latent=latent_size(model.vae, world.height, world.width),
-    )

@@ -9,11 +9,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
+import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from multiprocessing import resource_tracker
@@ -30,6 +32,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _CHUNK = 32  # items of `in_order` handed over together
 _FEW = 256  # items that are not worth starting processes for
+_UNREAD = 2  # results that wait in a worker while nobody reads them
 
 
 class WorkerDied(PersistWorldError):
@@ -37,12 +40,7 @@ class WorkerDied(PersistWorldError):
 
 
 class Worker:
-    """One worker process. Use it as a context manager: leaving it ends the process.
-
-    Args:
-        work: job -> its results, sent one by one; importable by name if the process is spawned.
-        method: "spawn" or "fork".
-    """
+    """One worker process; whoever starts it ends it. ``work``: job -> its results; importable by name if spawned."""
 
     def __init__(self, work: Callable[[Any], Iterable[Any]], method: str = "spawn") -> None:
         context: Any = multiprocessing.get_context(method)
@@ -53,12 +51,6 @@ class Worker:
         with _environment():
             self.process.start()
         theirs.close()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
 
     def give(self, job: Any) -> None:
         """Hand over a job; a worker that is dead is noticed when a result is taken."""
@@ -110,7 +102,9 @@ def in_turn(workers: Sequence[Worker], jobs: Iterable[Any], ahead: int) -> Itera
         yield result
 
 
-def in_order(function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None) -> Iterator[Result]:
+def in_order(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None
+) -> Generator[Result, None, None]:
     """``function`` of every item, in order; in ``workers`` spawned processes where there are many items.
 
     Results never pile up: at most two chunks of items per worker are under way. Closing the generator ends the workers.
@@ -128,15 +122,18 @@ def in_order(function: Callable[[Item], Result], items: Sequence[Item], workers:
         yield from map(function, items)
         return
     chunks = (items[begin : begin + _CHUNK] for begin in range(0, len(items), _CHUNK))
-    with ExitStack() as stack:
-        pool = [stack.enter_context(Worker(partial(_chunk, function))) for _ in range(count)]
-        try:
-            for results in in_turn(pool, chunks, ahead=2):
-                yield from results
-        except WorkerDied as error:
-            raise PersistWorldError(
-                "a worker process was killed", where="reading the dataset", fix="is there memory left? run it again"
-            ) from error
+    pool: list[Worker] = []
+    try:
+        pool.extend(Worker(partial(_chunk, function)) for _ in range(count))
+        for results in in_turn(pool, chunks, ahead=2):
+            yield from results
+    except WorkerDied as error:
+        raise PersistWorldError(
+            "a worker process was killed", where="reading the dataset", fix="is there memory left? run it again"
+        ) from error
+    finally:
+        for worker in pool:
+            worker.end()
 
 
 def _default_workers() -> int:
@@ -173,16 +170,25 @@ class _Raised:
 
 
 def _main(work: Callable[[Any], Iterable[Any]], pipe: Connection) -> None:
-    """A worker's life: jobs until the parent closes the pipe."""
+    """A worker's life: jobs until the parent closes the pipe. It works on while nobody reads: a thread sends."""
     end_with_parent(signal.SIGKILL)
+    results: queue.Queue[Any] = queue.Queue(_UNREAD)
+    threading.Thread(target=_send, args=(results, pipe), daemon=True).start()
     with suppress(EOFError, OSError):
         while True:
             job = pipe.recv()
             try:
                 for result in work(job):
-                    pipe.send_bytes(pickle.dumps(result, pickle.HIGHEST_PROTOCOL))
+                    results.put(result)
             except PersistWorldError as error:
-                pipe.send_bytes(pickle.dumps(_Raised(error)))
+                results.put(_Raised(error))
             except Exception:
-                text = f"a worker process failed:\n{traceback.format_exc()}"
-                pipe.send_bytes(pickle.dumps(_Raised(RuntimeError(text))))
+                results.put(_Raised(RuntimeError(f"a worker process failed:\n{traceback.format_exc()}")))
+
+
+def _send(results: queue.Queue[Any], pipe: Connection) -> None:
+    """In a worker's thread."""
+    with suppress(OSError):
+        while True:
+            pipe.send_bytes(pickle.dumps(results.get(), pickle.HIGHEST_PROTOCOL))
+    os._exit(0)  # the parent is done with this process, or gone

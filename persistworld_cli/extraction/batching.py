@@ -1,8 +1,8 @@
-"""Images of many episodes through the encoder in batches that are always full.
+"""Images of many episodes through the encoder in batches of one size, the last one padded.
 
-Every batch has the same size, the last one padded: an encoder's sums may depend on the size of its batch in their last
-digit (convolutions choose their way of computing by it), but not on what else is in it. So an episode's latents are the
-same bytes whichever episodes were encoded beside it, and a run that was stopped ends with what an unbroken one gives.
+An encoder's sums may depend on the size of its batch in their last digit (convolutions choose their algorithm by it),
+but not on what else is in it. So an episode's latents are the same bytes whichever episodes were encoded beside it, and
+a resumed run ends with what an unbroken one gives.
 
 Legend: N frames in a batch, n in a chunk, T of an episode, V cameras, H, W image pixels, C latent channels,
 h = V * h1 latent rows of the stacked cameras, w latent width.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,28 +23,10 @@ from persistworld_cli.errors import PersistWorldError
 Encode = Callable[[Tensor], Tensor]  # uint8 (N, V, H, W, 3) -> (N, C, h, w), cameras stacked, on any device
 
 
-@dataclass
-class _Open:
-    """An episode that is being encoded."""
-
-    frames: int  # T
-    taken: int = 0  # frames that are in a batch
-    latents: list[Tensor] = field(default_factory=list)
-
-    @property
-    def encoded(self) -> int:
-        return sum(len(part) for part in self.latents)
-
-
 class Batcher:
-    """Collects images, encodes them, and hands whole episodes back.
+    """Collects images, encodes them in batches of ``size`` frames, and hands whole episodes back.
 
-    One encoded batch stays where it was computed until the next one is under way, so that a GPU does not wait for the
-    copy.
-
-    Args:
-        encode: see `Encode`.
-        size: frames N of a batch.
+    A batch is copied from the GPU when the next one is under way, so that the GPU does not wait for the copy.
     """
 
     def __init__(self, encode: Encode, size: int) -> None:
@@ -55,11 +36,11 @@ class Batcher:
         self._filled = 0
         self._rows: list[tuple[int, int]] = []  # (episode, frames), in the order of the batch
         self._flying: tuple[Tensor, list[tuple[int, int]]] | None = None
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, tuple[int, list[Tensor]]] = {}  # episode -> frames T, latents so far
 
     def begin(self, episode: int, frames: int) -> None:
         """An episode of so many frames will come."""
-        self._open[episode] = _Open(frames)
+        self._open[episode] = frames, []
 
     def drop(self, episode: int) -> None:
         """Forget an episode; what is encoded of it is lost."""
@@ -116,8 +97,7 @@ class Batcher:
         at = 0
         for episode, count in batch[1]:
             part, at = latents[at : at + count], at + count
-            known = self._open.get(episode)
-            if known is None:
+            if episode not in self._open:
                 continue
             if not torch.isfinite(part).all():
                 raise PersistWorldError(
@@ -125,7 +105,8 @@ class Batcher:
                     where=f"encoder, episode {episode}",
                     fix="check its weights; fp16 is too narrow for some VAEs: take --dtype bf16 or fp32",
                 )
-            known.latents.append(part)
-            if known.encoded == known.frames:
+            frames, parts = self._open[episode]
+            parts.append(part)
+            if sum(map(len, parts)) == frames:
                 del self._open[episode]
-                yield episode, torch.cat(known.latents)
+                yield episode, torch.cat(parts)

@@ -1,9 +1,9 @@
 """Decoding processes: raw episodes become chunks of images ahead of the encoder, in bounded memory.
 
 Each process prepares one episode at a time (`preparing.prepare`), never loads torch, and waits while nobody reads its
-pipe. Memory, whatever the length of an episode: one chunk of 16 frames x V cameras here and one in each process, and
-there the images of one camera's chunk at the recorded size and one table (of a version 3 file, the row groups that hold
-the episode).
+results. Memory, whatever the length of an episode: one chunk of 16 frames x V cameras here and four in each process,
+and there the images of one camera's chunk at the recorded size and one table (of a version 3 file, the row groups that
+hold the episode).
 """
 
 from __future__ import annotations
@@ -38,17 +38,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """Comes last: all images were handed on, annotation and videos are staged."""
+    """Comes last: annotation and videos are staged; or, with an error, the episode cannot be used."""
+
+    error: PersistWorldError | None = None
 
 
-@dataclass(frozen=True)
-class Failed:
-    """Comes last: the episode cannot be used."""
-
-    error: PersistWorldError
-
-
-Event = EpisodeHeader | NDArray[np.uint8] | Done | Failed
+Event = EpisodeHeader | NDArray[np.uint8] | Done
 Feed = Callable[[], Job | None]  # the next job; None: none at present. Raises StopIteration when there are no more.
 
 
@@ -110,7 +105,7 @@ class _Prepared:
         except CannotWrite:
             raise
         except PersistWorldError as error:
-            yield Failed(error)
+            yield Done(error)
 
 
 class _Decoders:
@@ -160,8 +155,8 @@ class _Decoders:
         except WorkerDied as died:
             del self.jobs[worker]
             self._deaths += 1
-            return Failed(self._error(died.what, job))
-        if isinstance(event, Done | Failed):
+            return Done(self._error(died.what, job))
+        if isinstance(event, Done):
             self.jobs[worker] = None
             self._deaths = 0
         return event

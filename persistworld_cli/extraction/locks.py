@@ -1,8 +1,8 @@
-"""Who works on what: locks by which several runs over the same output do no work twice.
+"""Locks by which several runs over the same output do no work twice.
 
-One file, of which a run locks one byte an episode (POSIX record locks). The system lets go of a lock when its process
-ends, however it ends, so that nothing is left to clean up. They hold between the machines of an NFS mount too, where
-the server runs a lock service (v4 always does); where locks are refused, that is said once and nothing is locked.
+One file, of which a run locks one byte per episode (POSIX record locks). The system releases a lock when its process
+ends, however it ends, so nothing is left to clean up. They work between the machines of an NFS mount too, where the
+server runs a lock service (v4 always does); where locks are refused, one warning says so and nothing is locked.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _REFUSED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 _log = logging.getLogger(__name__)
 
 
-class Claims:
+class EpisodeLocks:
     """The locks of one run on an output folder.
 
-    Only one object a process and folder may be open: closing any of them would let go of the locks of all.
+    Only one object per process and folder may be open: closing any of them would release the locks of all.
     """
 
     def __init__(self, out: Path) -> None:
@@ -34,15 +34,15 @@ class Claims:
         self._works = True
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Unlock everything."""
         os.close(self._fd)
 
-    def take(self, episode: int) -> bool:
-        """Claim an episode; False while another run has it."""
+    def acquire(self, episode: int) -> bool:
+        """Lock an episode; False while another run has it."""
         return self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, episode)
 
-    def drop(self, episode: int) -> None:
-        """Let go of an episode."""
+    def release(self, episode: int) -> None:
+        """Unlock an episode."""
         self._lock(fcntl.LOCK_UN, episode)
 
     def share_settings(self) -> None:

@@ -1,7 +1,7 @@
 """From raw LeRobot recordings to a processed dataset: images at the model's rate and size, latents, annotations.
 
 Decoding processes prepare episodes (`decoding`, `preparing`), batches of them go through the encoder (`batching`),
-finished ones are put in place (`publish`). Runs over the same output share the work by locks (`claims`). An annotation
+finished ones are put in place (`publish`). Runs over the same output share the work by locks (`locks`). An annotation
 means a finished episode, so a stopped run continues where it was.
 """
 
@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -20,31 +20,30 @@ from persistworld_cli.config.settings import WorldSettings
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.errors import PersistWorldError, nearest
 from persistworld_cli.extraction.batching import Batcher, Encode
-from persistworld_cli.extraction.decoding import Done, Event, Failed, Job, decoded
-from persistworld_cli.extraction.locks import Claims
-from persistworld_cli.extraction.preparing import EpisodeHeader, Recipe, split_of
-from persistworld_cli.extraction.publish import SUFFIX, Changing, Encoder, Output
-from persistworld_cli.extraction.report import ExtractReport, Progress, path_of, ranges
+from persistworld_cli.extraction.decoding import Done, Event, Job, decoded
+from persistworld_cli.extraction.locks import EpisodeLocks
+from persistworld_cli.extraction.preparing import SUFFIX, EpisodeHeader, Recipe, split_of
+from persistworld_cli.extraction.publish import Changing, Encoder, Output
+from persistworld_cli.extraction.report import ExtractReport, path_of, ranges
 
 _UNNAMED, _REFUSED = Encoder(), Changing()
 _PUBLISHING = 2  # episodes that may wait to be put in place
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """Whom a run talks to.
+class ExtractCallbacks:
+    """Functions that a run calls.
 
     Args:
-        ready: called once, when episodes are being decoded; the encoder may be loaded meanwhile.
-        progress: called after every episode.
-        stop: asked often; True ends the run with KeyboardInterrupt.
-        strict: raise at the first bad episode instead of naming it in the report.
+        ready: once, when decoding has begun; the encoder may be loaded meanwhile.
+        progress: after every episode: how many of this process's episodes are done or failed, of how many, and the
+            share of the time so far in which the encoder was idle.
+        stop: often; True ends the run with KeyboardInterrupt.
     """
 
     ready: Callable[[], None] = lambda: None
-    progress: Callable[[Progress], None] = lambda at: None
+    progress: Callable[[int, int, float], None] = lambda settled, total, waited: None
     stop: Callable[[], bool] = lambda: False
-    strict: bool = False
 
 
 def extract_latents(
@@ -55,12 +54,12 @@ def extract_latents(
     *,
     episodes: set[int] | None = None,
     layout: str = "native",
-    split_rule: str | None = None,
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
     batch_frames: int = 32,
-    told: Told = Told(),
+    strict: bool = False,
+    callbacks: ExtractCallbacks = ExtractCallbacks(),
     encoder: Encoder = _UNNAMED,
     changes: Changing = _REFUSED,
     run: str = "",
@@ -68,16 +67,16 @@ def extract_latents(
     """Extract this process's share of the episodes of ``raw`` into ``out``; finished ones are skipped.
 
     Args:
-        world: cameras, image size, rate and state columns.
+        world: cameras, image size, rate, state columns and split rule.
         raw, out: raw dataset and processed dataset.
         encode: images uint8 (N, V, H, W, 3) to scaled latents (N, C, h, w), cameras stacked along height.
         episodes: only these indices; all on disk by default.
         layout: 'native' (.npy float16) or 'ctrl-world' (.pt float32).
-        split_rule: see `split_of`; ``world.val_rule`` by default.
         rank, world_size: number of this process among those that share the episodes.
         workers: decoding processes; 0: this one decodes too.
         batch_frames: frames (of all cameras) encoded at once.
-        told: who hears of it.
+        strict: raise at the first bad episode instead of naming it in the report.
+        callbacks: see `ExtractCallbacks`.
         encoder: what makes the latents; a dataset never mixes two.
         changes: what becomes of a dataset that was begun with other settings.
         run: its name, where other processes or runs write to the same dataset: the report is then a part of one.
@@ -89,25 +88,23 @@ def extract_latents(
         raise PersistWorldError(f"unknown latent layout '{layout}'", where="--layout", fix=f"use one of {[*SUFFIX]}")
     dataset = RawDataset(raw)
     _check_world(world, dataset)
-    rule = split_rule or world.val_rule
-    split_of(0, "every-2" if rule == "info-splits" else rule, {})  # an unknown rule is no fault of the episodes
-    output, claims = Output(out, layout), Claims(out)
+    output, locks = Output(out, Recipe(raw, world, layout)), EpisodeLocks(out)
     try:
-        output.settle(claims, Recipe(raw, world, rule, SUFFIX[layout]), encoder, changes)
-        output.clean(claims)
-        shares = _Shares.of(dataset, episodes, rank, world_size, output)
-        loop = _Loop(shares, dataset, output, claims, Batcher(encode, batch_frames), len(world.cameras), told)
+        output.settle(locks, encoder, changes)
+        output.clean(locks)
+        extraction = _Extraction(dataset, output, locks, Batcher(encode, batch_frames), callbacks, strict)
         try:
-            loop.run(Recipe(raw, world, rule, SUFFIX[layout]), workers)
+            extraction.run(episodes, rank, world_size, workers)
         finally:
-            loop.report.write(path_of(out, rank, run) if run or world_size > 1 else path_of(out))
-        return loop.report
+            extraction.report.write(path_of(out, rank, run) if run or world_size > 1 else path_of(out))
+        return extraction.report
     finally:
-        claims.close()
+        locks.close()
 
 
 def _check_world(world: WorldSettings, dataset: RawDataset) -> None:
-    """Refuse cameras or columns that the whole dataset lacks: that is the preset's fault, not each episode's."""
+    """Refuse what no episode could be extracted with: that is the preset's fault, not each episode's."""
+    split_of(0, "every-2" if world.val_rule == "info-splits" else world.val_rule, {})
     for name, known, what in (
         *((c, dataset.cameras, "camera") for c in world.cameras),
         *((c, tuple(dataset.features), "column") for c in (*world.state_fields, *world.joint_fields)),
@@ -121,177 +118,168 @@ def _check_world(world: WorldSettings, dataset: RawDataset) -> None:
 
 
 @dataclass
-class _Shares:
-    """This process's episodes as they were found at the start."""
+class _Episode:
+    """An episode that is locked and not yet in place."""
 
-    todo: list[int]
-    finished: list[int]
-    unknown: dict[int, PersistWorldError]  # asked for by number, but not there
-    absent: list[int]  # of all processes
-
-    @classmethod
-    def of(cls, dataset: RawDataset, episodes: set[int] | None, rank: int, world_size: int, output: Output) -> _Shares:
-        """Shared out before finished ones are dropped: every process sees the same shares whenever it starts."""
-        present = set(dataset.episodes)
-        absent = set(dataset.declared if episodes is None else episodes) - present
-        there = output.finished()
-        shares = cls([], [], {}, sorted(absent))
-        for index in sorted(present if episodes is None else episodes)[rank::world_size]:
-            if str(index) in there:
-                shares.finished.append(index)
-                continue
-            try:
-                dataset.episode(index)
-                shares.todo.append(index)
-            except PersistWorldError as error:
-                shares.unknown[index] = error
-        return shares
+    job: Job
+    header: EpisodeHeader | None = None
+    decoded: bool = False  # all of its images came
+    latents: Tensor | None = None  # all of them
 
 
-class _Loop:
-    """What happens while images come: they are encoded; episodes are put in place and told of."""
+@dataclass
+class _Extraction:
+    """One run: images come and are encoded, episodes are put in place and reported."""
 
-    def __init__(
-        self,
-        shares: _Shares,
-        dataset: RawDataset,
-        output: Output,
-        claims: Claims,
-        batcher: Batcher,
-        cameras: int,
-        told: Told,
-    ) -> None:
-        self.report = ExtractReport(
-            skipped=[str(index) for index in shares.finished],
-            absent=len(shares.absent),
-            absent_ids=ranges(shares.absent),
-        )
-        self._shares, self._dataset, self._output, self._claims = shares, dataset, output, claims
-        self._batcher, self._cameras, self._told = batcher, cameras, told
-        self._todo, self._elsewhere = deque(shares.todo), deque[int]()
-        self._total = len(shares.todo) + len(shares.unknown)
-        self._jobs: dict[int, Job] = {}  # claimed, and not yet in place
-        self._decoding: set[int] = set()  # of these, the ones whose images are still to come
-        self._begun: dict[int, EpisodeHeader] = {}
-        self._latents: dict[int, Tensor] = {}  # encoded as a whole
-        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publisher")
-        self._publishing: deque[tuple[int, Future[None]]] = deque()
-        self._clock = time.perf_counter()
+    dataset: RawDataset
+    output: Output
+    locks: EpisodeLocks
+    batcher: Batcher
+    callbacks: ExtractCallbacks
+    strict: bool
+    report: ExtractReport = field(default_factory=ExtractReport)
+    todo: deque[int] = field(default_factory=deque)
+    elsewhere: deque[int] = field(default_factory=deque)  # in the hands of another run
+    open: dict[int, _Episode] = field(default_factory=dict)
+    publisher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "publisher"))
+    publishing: deque[tuple[int, Future[None]]] = field(default_factory=deque)
+    clock: float = field(default_factory=time.perf_counter)
+    total: int = 0  # episodes to do
 
-    def run(self, recipe: Recipe, workers: int) -> None:
-        """All episodes, to the end."""
-        for index, error in self._shares.unknown.items():
+    def run(self, episodes: set[int] | None, rank: int, world_size: int, workers: int) -> None:
+        """All episodes of this process, to the end."""
+        for index, error in self._share(episodes, rank, world_size).items():
             self._fail(index, error)
-        if not self._todo:
+        if not self.todo:
             return
         try:
-            workers = min(workers, len(self._todo))
-            with decoded(recipe, self._next_job, workers, self._idle) as events, self._publisher:
-                self._told.ready()
-                self._clock = time.perf_counter()
+            workers = min(workers, len(self.todo))
+            with decoded(self.output.recipe, self._next_job, workers, self._idle) as events, self.publisher:
+                self.callbacks.ready()
+                self.clock = time.perf_counter()
                 for index, event in events:
                     self._take(index, event)
                     self._look_up()
-                self._complete(self._batcher.flush())
-                while self._publishing:
+                self._complete(self.batcher.flush())
+                while self.publishing:
                     self._published()
         finally:
-            self.report.wall_s = time.perf_counter() - self._clock
-            self.report.waited_s = max(0.0, self.report.wall_s - self._batcher.encode_s)
-            self.report.frames = self._batcher.frames
-            for index in self._jobs:  # of a run that was stopped; nobody writes there any more
-                self._output.unstage(index)
+            self.report.wall_s = time.perf_counter() - self.clock
+            self.report.waited_s = max(0.0, self.report.wall_s - self.batcher.encode_s)
+            self.report.frames = self.batcher.frames
+            for index in self.open:  # of a run that was stopped; nobody writes there any more
+                self.output.unstage(index)
+
+    def _share(self, episodes: set[int] | None, rank: int, world_size: int) -> dict[int, PersistWorldError]:
+        """Note what this process has to do; returns what was asked for by number and is not there.
+
+        Shared out before finished ones are dropped: every process sees the same shares whenever it starts.
+        """
+        present, finished = set(self.dataset.episodes), self.output.finished()
+        absent = sorted(set(self.dataset.declared if episodes is None else episodes) - present)
+        self.report.absent, self.report.absent_ids = len(absent), ranges(absent)
+        unknown: dict[int, PersistWorldError] = {}
+        for index in sorted(present if episodes is None else episodes)[rank::world_size]:
+            if str(index) in finished:
+                self.report.skipped.append(str(index))
+                continue
+            try:
+                self.dataset.episode(index)
+                self.todo.append(index)
+            except PersistWorldError as error:
+                unknown[index] = error
+        self.total = len(self.todo) + len(unknown)
+        return unknown
 
     def _next_job(self) -> Job | None:
         """See `decoding.Feed`. An episode that another run has in hand is looked at again when all else is done."""
-        queue = self._todo or self._elsewhere
+        queue = self.todo or self.elsewhere
         for _ in range(len(queue)):
             index = queue.popleft()
-            if not self._claims.take(index):
-                self._elsewhere.append(index)
-            elif self._output.has(index):  # another run has finished it meanwhile
-                self._claims.drop(index)
-                self._total -= 1
+            if not self.locks.acquire(index):
+                self.elsewhere.append(index)
+            elif self.output.has(index):  # another run has finished it meanwhile
+                self.locks.release(index)
+                self.total -= 1
                 self.report.skipped.append(str(index))
             else:
-                self._decoding.add(index)
-                self._jobs[index] = Job(self._dataset.episode(index), self._output.stage(index))
-                return self._jobs[index]
-        if not self._todo and not self._elsewhere:
+                job = Job(self.dataset.episode(index), self.output.stage(index))
+                self.open[index] = _Episode(job)
+                return job
+        if not self.todo and not self.elsewhere:
             raise StopIteration
         return None
 
     def _take(self, index: int, event: Event) -> None:
         """One event of an episode."""
         if isinstance(event, EpisodeHeader):
-            self._begun[index] = event
-            self._batcher.begin(index, event.frames)
-        elif isinstance(event, Done):
-            self._decoding.remove(index)
+            self.open[index].header = event
+            self.batcher.begin(index, event.frames)
+        elif not isinstance(event, Done):
+            self._complete(self.batcher.add(index, event))
+        elif event.error is None:
+            self.open[index].decoded = True
             self._publish(index)
-        elif isinstance(event, Failed):
-            self._decoding.remove(index)
-            self._batcher.drop(index)
-            self._latents.pop(index, None)
-            self._begun.pop(index, None)
-            self._jobs.pop(index)
-            self._output.unstage(index)
-            self._claims.drop(index)
-            self._fail(index, event.error)
         else:
-            self._complete(self._batcher.add(index, event))
+            self.batcher.drop(index)
+            del self.open[index]
+            self.output.unstage(index)
+            self.locks.release(index)
+            self._fail(index, event.error)
 
     def _complete(self, episodes: Iterable[tuple[int, Tensor]]) -> None:
-        """Episodes whose latents are there as a whole."""
+        """Episodes whose latents are all there."""
         for index, latents in episodes:
-            self._latents[index] = latents
+            self.open[index].latents = latents
             self._publish(index)
 
     def _publish(self, index: int) -> None:
         """Put an episode in place, in another thread, if both its latents and its videos are there."""
-        if index in self._decoding or index not in self._latents:
+        episode = self.open[index]
+        if not episode.decoded or episode.latents is None or episode.header is None:
             return
-        latents, begun, stage = self._latents.pop(index), self._begun[index], self._jobs[index].stage
-        work = self._publisher.submit(self._output.publish, index, begun.split, stage, latents, self._cameras)
-        self._publishing.append((index, work))
-        while len(self._publishing) > _PUBLISHING:
+        latents, episode.latents = episode.latents, None
+        work = self.publisher.submit(self.output.publish, index, episode.header.split, episode.job.stage, latents)
+        self.publishing.append((index, work))
+        while len(self.publishing) > _PUBLISHING:
             self._published()
 
     def _published(self) -> None:
         """Wait for the oldest episode that is being put in place."""
-        index, work = self._publishing.popleft()
+        index, work = self.publishing.popleft()
         work.result()
-        del self._jobs[index]
-        self._claims.drop(index)
+        header = self.open.pop(index).header
+        self.locks.release(index)
         self.report.done.append(str(index))
-        if not self._begun.pop(index).told:
-            self.report.untold.append(str(index))
-        self._tell(index, "done")
+        if header is not None and not header.has_instruction:
+            self.report.without_instruction.append(str(index))
+        self._progress()
 
     def _fail(self, index: int, error: PersistWorldError) -> None:
         """Name a bad episode."""
-        if self._told.strict:
+        if self.strict:
             raise error
-        self.report.fail(index, error)
-        self._tell(index, "failed")
+        where = f" ({error.where})" if error.where else ""
+        self.report.failed.append({"episode": str(index), "reason": f"{error.what}{where}"})
+        self._progress()
 
-    def _tell(self, index: int, outcome: str) -> None:
-        elapsed = time.perf_counter() - self._clock
+    def _progress(self) -> None:
+        elapsed = time.perf_counter() - self.clock
         settled = len(self.report.done) + len(self.report.failed)
-        waited = 1 - self._batcher.encode_s / elapsed if elapsed > self._batcher.encode_s else 0.0
-        self._told.progress(Progress(settled, self._total, str(index), outcome, waited))
+        waited = 1 - self.batcher.encode_s / elapsed if elapsed > self.batcher.encode_s else 0.0
+        self.callbacks.progress(settled, self.total, waited)
 
     def _look_up(self) -> None:
         """Between two events: what is done elsewhere, and whether to stop."""
-        while self._publishing and self._publishing[0][1].done():
+        while self.publishing and self.publishing[0][1].done():
             self._published()
-        if self._told.stop():
+        if self.callbacks.stop():
             raise KeyboardInterrupt
 
     def _idle(self) -> None:
         """While nothing comes. Where all that is left is in the hands of another run, half-filled batches must not wait
         for it: that run may wait for the episodes in them.
         """
-        if not self._decoding:
-            self._complete(self._batcher.flush())
+        if all(episode.decoded for episode in self.open.values()):
+            self._complete(self.batcher.flush())
         self._look_up()

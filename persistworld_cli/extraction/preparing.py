@@ -1,6 +1,4 @@
-"""One raw episode made ready for the encoder: its annotation, its small videos, its images in chunks.
-
-Everything that needs no torch: this is what decoding processes do, and they import nothing else.
+"""One raw episode made ready for the encoder: its annotation, its small videos, its images in chunks. No torch.
 
 Legend: T frames at the model rate, n of them in a chunk, V cameras, H, W image pixels.
 """
@@ -25,10 +23,11 @@ from persistworld_cli.data.raw.resize import resize
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import writing
 
+SUFFIX = {"native": ".npy", "ctrl-world": ".pt"}  # latent layout -> suffix of its files
 CHUNK = 16  # frames (of all cameras) that are decoded, resized and handed on at once
 ANNOTATION = "annotation.json"  # in the staging folder, beside videos/
 _LISTED = ("observation.state.", "action.", "sim.")  # columns copied at the raw rate; sim.: the bundled world's
-GO_ON = "free some disk and run the same command again: it goes on where it was"
+GO_ON = "free some disk and run the same command again: it continues where it was"
 _FETCH = "fetch the episode again, or leave it out"
 
 
@@ -38,24 +37,20 @@ class Recipe:
 
     raw: Path
     world: WorldSettings
-    rule: str  # see `split_of`
-    suffix: str  # of the latent files
+    layout: str  # of the latents, a key of `SUFFIX`
 
 
 @dataclass(frozen=True)
 class EpisodeHeader:
-    """Comes first: what is known of an episode once its table was read and its annotation staged."""
+    """Comes first, when the table was read and the annotation staged."""
 
     split: str
     frames: int  # T
-    told: bool  # whether an instruction is recorded
+    has_instruction: bool
 
 
 def resample_ids(length: int, raw_fps: float, rate_hz: float) -> NDArray[np.int64]:
-    """Raw frame numbers of the model's frames: every k-th for a whole ratio (15 -> 5 Hz: 0, 3, ...), else the nearest.
-
-    Frame i stands at raw frame ``i * raw_fps / rate_hz``; there are as many as have a nearest raw frame.
-    """
+    """Raw frame numbers of the model's frames: frame i is the raw frame nearest to ``i * raw_fps / rate_hz``."""
     ratio = raw_fps / rate_hz
     ids = np.floor(np.arange(int(length / ratio) + 2) * ratio + 0.5 + 1e-9).astype(np.int64)
     return ids[ids < length]
@@ -100,7 +95,7 @@ def prepare(
         PersistWorldError: something is wrong with the episode.
     """
     world = recipe.world
-    split = split_of(index, recipe.rule, dataset.splits)
+    split = split_of(index, world.val_rule, dataset.splits)
     annotation, ids = _annotation(recipe, dataset, index, split)
     views = [_images(dataset, index, camera, ids) for camera in world.cameras]
     with writing(stage, GO_ON):
@@ -109,17 +104,17 @@ def prepare(
     yield EpisodeHeader(split, len(ids), bool(annotation["texts"][0].strip()))
     with ExitStack() as stack:
         writers = [
-            stack.enter_context(video.Mp4Writer(stage / "videos" / f"{c}.mp4", world.rate_hz, reproducible=True))
+            stack.enter_context(video.mp4_writer(stage / "videos" / f"{c}.mp4", world.rate_hz, reproducible=True))
             for c in range(len(views))
         ]
         for begin in range(0, len(ids), CHUNK):
             count = min(CHUNK, len(ids) - begin)
             chunk = np.empty((count, len(views), world.height, world.width, 3), np.uint8)
-            for number, (view, writer) in enumerate(zip(views, writers, strict=True)):
+            for number, (view, add) in enumerate(zip(views, writers, strict=True)):
                 images = np.stack(list(islice(view, count)))
                 chunk[:, number] = resize(images, world.height, world.width)
                 for image in chunk[:, number]:
-                    writer.add(image)
+                    add(image)
             yield chunk
         for view in views:
             next(view, None)  # lets the reader count what is left of the file
@@ -149,7 +144,7 @@ def _annotation(
     ids = resample_ids(length, dataset.fps, world.rate_hz)
     states = np.concatenate([data[n].reshape(length, -1) for n in world.state_fields], axis=1)[ids]
     joints = [data[n].reshape(length, -1) for n in world.joint_fields]
-    cameras = range(len(world.cameras))
+    cameras, suffix = range(len(world.cameras)), SUFFIX[recipe.layout]
     return {
         "texts": [dataset.instruction(index)],
         "episode_id": index,
@@ -160,7 +155,7 @@ def _annotation(
         "raw_fps": dataset.fps,
         "rate_hz": world.rate_hz,
         "videos": [{"video_path": f"videos/{split}/{index}/{c}.mp4"} for c in cameras],
-        "latent_videos": [{"latent_video_path": f"latent_videos/{split}/{index}/{c}{recipe.suffix}"} for c in cameras],
+        "latent_videos": [{"latent_video_path": f"latent_videos/{split}/{index}/{c}{suffix}"} for c in cameras],
         "states": states.tolist(),
         # a robot may have none on record
         **({"joints": np.concatenate(joints, axis=1)[ids].tolist()} if joints else {}),

@@ -1,7 +1,7 @@
 """Finished episodes: from the staging folder into place, whole or not at all; and what a dataset was made with.
 
-The annotation is renamed last, so that one that stands means a finished episode. Files are on the disk before they are
-renamed: not only a killed process but a machine that loses power leaves whole episodes.
+The annotation is renamed last: where there is one, the episode is finished. Files are synced to the disk before they
+are renamed, so that a machine that loses power leaves whole episodes too.
 
 Legend: T frames, V cameras, C latent channels, h1 latent height of one camera, w latent width.
 """
@@ -21,14 +21,12 @@ from torch import Tensor
 
 from persistworld_cli.checkpoints.saving import save_torch
 from persistworld_cli.command_line import unused_folder, with_changes, with_dataset
+from persistworld_cli.data.metadata.scan import NOTES, extraction_notes
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.extraction.locks import Claims
-from persistworld_cli.extraction.preparing import ANNOTATION, GO_ON, Recipe
+from persistworld_cli.extraction.locks import EpisodeLocks
+from persistworld_cli.extraction.preparing import ANNOTATION, GO_ON, SUFFIX, Recipe
 from persistworld_cli.files import sync, write_json, writing
-from persistworld_cli.read_files import DAMAGED_NOTES, read_json
 
-SUFFIX = {"native": ".npy", "ctrl-world": ".pt"}  # latent layout -> suffix of its files
-_SHARED = "extract.json"  # what all episodes of a dataset have in common
 _STAGING = ".staging"
 _log = logging.getLogger(__name__)
 _DEFAULTS = {"dtype": "fp32"}  # of settings that older datasets do not name
@@ -46,29 +44,19 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Changing:
-    """What becomes of a dataset that was begun with other settings.
+    """What happens to a dataset that was begun with other settings."""
 
-    Args:
-        wanted: go on all the same, where episodes of both kinds can be read side by side.
-        command: as it was typed, and the dataset as it is named there: for the refusal.
-    """
-
-    wanted: bool = False
-    command: tuple[str, ...] = ()
-    dataset: str = ""
+    wanted: bool = False  # continue with the new ones, where episodes of both kinds can be read side by side
+    command: tuple[str, ...] = ()  # as it was typed, for the refusal
+    dataset: str = ""  # as it is named there
 
 
 @dataclass(frozen=True)
 class Output:
-    """A processed dataset that is being written.
-
-    Args:
-        root: its folder.
-        layout: of the latents, a key of `SUFFIX`.
-    """
+    """A processed dataset that is being written."""
 
     root: Path
-    layout: str
+    recipe: Recipe
 
     def stage(self, index: int) -> Path:
         """The staging folder of an episode that was just claimed; what a killed run left of it is removed."""
@@ -80,13 +68,13 @@ class Output:
         for left in (self.root / _STAGING).glob(f"{index}-*"):
             shutil.rmtree(left, ignore_errors=True)
 
-    def clean(self, claims: Claims) -> None:
+    def clean(self, locks: EpisodeLocks) -> None:
         """Remove what killed runs left staged of episodes that nobody works on."""
         for left in (self.root / _STAGING).glob("*-*"):
             index = left.name.partition("-")[0]
-            if index.isdigit() and claims.take(int(index)):
+            if index.isdigit() and locks.acquire(int(index)):
                 shutil.rmtree(left, ignore_errors=True)
-                claims.drop(int(index))
+                locks.release(int(index))
 
     def finished(self) -> set[str]:
         """Ids of all finished episodes, of any split."""
@@ -96,14 +84,10 @@ class Output:
         """Whether an episode is finished."""
         return next((self.root / "annotation").glob(f"*/{index}.json"), None) is not None
 
-    def publish(self, index: int, split: str, stage: Path, latents: Tensor, cameras: int) -> None:
-        """Put a staged episode in place, with its latents (T, C, V * h1, w), float32.
-
-        Raises:
-            CannotWrite: the disk is full or closed to us.
-        """
+    def publish(self, index: int, split: str, stage: Path, latents: Tensor) -> None:
+        """Put a staged episode in place, with its latents (T, C, V * h1, w), float32. Raises CannotWrite."""
         with writing(self.root, GO_ON):
-            self._write(stage, latents, cameras)
+            self._write(stage, latents)
             for name in ("videos", "latent_videos"):
                 target = self.root / name / split / str(index)
                 shutil.rmtree(target, ignore_errors=True)  # left by a run stopped between its renames
@@ -114,68 +98,68 @@ class Output:
             (stage / ANNOTATION).replace(target)
             shutil.rmtree(stage)
 
-    def _write(self, stage: Path, latents: Tensor, cameras: int) -> None:
+    def _write(self, stage: Path, latents: Tensor) -> None:
         """Latents beside the videos in the staging folder, and all of it onto the disk."""
         folder = stage / "latent_videos"
         folder.mkdir()
-        for camera, view in enumerate(latents.chunk(cameras, dim=2)):
-            path = folder / f"{camera}{SUFFIX[self.layout]}"
-            if self.layout == "native":
+        for camera, view in enumerate(latents.chunk(len(self.recipe.world.cameras), dim=2)):
+            path = folder / f"{camera}{SUFFIX[self.recipe.layout]}"
+            if self.recipe.layout == "native":
                 np.save(path, view.to(torch.float16).numpy())
             else:
                 save_torch(path, view.clone(memory_format=torch.contiguous_format))
         for path in stage.rglob("*"):
             sync(path)
 
-    def settle(self, claims: Claims, recipe: Recipe, encoder: Encoder, changing: Changing) -> None:
+    def settle(self, locks: EpisodeLocks, encoder: Encoder, changing: Changing) -> None:
         """Note what all episodes share, or refuse to add episodes made otherwise.
 
         Raises:
             UsageError: the folder's episodes were made with other settings.
             PersistWorldError: nobody knows with which.
         """
-        world = recipe.world
+        world = self.recipe.world
         shared = {
             "cameras": list(world.cameras),
             "height": world.height,
             "width": world.width,
             "rate_hz": world.rate_hz,
-            "layout": self.layout,
-            "val_rule": recipe.rule,
+            "layout": self.recipe.layout,
+            "val_rule": world.val_rule,
             "encoder": encoder.name,
             "dtype": encoder.dtype,
-            "raw": str(recipe.raw.absolute()),
+            "raw": str(self.recipe.raw.absolute()),
             "state_fields": list(world.state_fields),
             "joint_fields": list(world.joint_fields),
             "encoder_sha256": encoder.sha256,
         }
-        alone = claims.own_settings()
+        alone = locks.own_settings()
         if not alone:
-            claims.share_settings()
-        path, finished = self.root / _SHARED, len(self.finished())
+            locks.share_settings()
+        path, finished = self.root / NOTES, len(self.finished())
         if alone and not finished:
             write_json(path, shared)
         elif not path.is_file():
             raise PersistWorldError(
-                f"the folder holds episodes of unknown origin (no {_SHARED})",
+                f"the folder holds episodes of unknown origin (no {NOTES})",
                 where=str(self.root),
                 fix="give another output folder",
             )
         else:
             _log.info(f"resuming: {finished} episodes are there")
-            before = read_json(path, "unreadable notes of the extraction", DAMAGED_NOTES)
+            before = extraction_notes(self.root)
             if changed := _compare(path, before, shared, changing, alone=alone):
                 past = [*before.get("changes", []), {"from_episodes": finished, **changed}]
                 write_json(path, shared | {"changes": past})
-        claims.share_settings()
+        locks.share_settings()
 
 
 def _compare(
     path: Path, before: dict[str, Any], shared: dict[str, Any], changing: Changing, *, alone: bool
 ) -> dict[str, list[Any]]:
-    """What goes on with other settings than the ones on record, key -> [old, new]; refused where it was not asked for.
+    """The settings that change, key -> [old, new]; refused unless it was asked for.
 
-    A key that the record does not have (an older version's) is told, not refused.
+    A key that the record does not have (an older version's) is logged, not refused.
     """
     before = _DEFAULTS | before
     if unknown := [key for key in shared if key not in before]:
@@ -190,7 +174,7 @@ def _compare(
         fresh = with_dataset(changing.command, changing.dataset, unused_folder(path.parent))
         ways = f"write another dataset:\n    {fresh}"
         if mixable:
-            ways += f"\n  or go on with the new ones from here:\n    {with_changes(changing.command)}"
+            ways += f"\n  or continue with the new ones from here:\n    {with_changes(changing.command)}"
         raise UsageError(f"this dataset was begun with other settings:{lines}", where=str(path), fix=ways)
     if changed:
         _log.info(f"changed on request:{lines}")

@@ -1,4 +1,4 @@
-"""What an extraction tells of its episodes: while it runs, and in ``extract_report.json``."""
+"""Progress and report (``extract_report.json``) of an extraction."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import write_json
 from persistworld_cli.read_files import read_json, reading
 
@@ -20,17 +19,12 @@ class ExtractReport:
     done: list[str] = field(default_factory=list)  # ids, as all of these
     skipped: list[str] = field(default_factory=list)  # already there
     failed: list[dict[str, str]] = field(default_factory=list)  # {episode, reason}
-    untold: list[str] = field(default_factory=list)  # done, but no instruction is recorded
+    without_instruction: list[str] = field(default_factory=list)  # done, but none is recorded
     absent: int = 0  # named by the raw metadata but not on disk: normal for a part of a dataset
     absent_ids: str = ""  # which, as 12:95,99
     wall_s: float = 0.0  # from when the encoder was ready until the last episode was in place
-    waited_s: float = 0.0  # of which the encoder stood still
+    waited_s: float = 0.0  # of which the encoder was idle
     frames: int = 0  # encoded, of all cameras at once
-
-    def fail(self, index: int, error: PersistWorldError) -> None:
-        """Name a bad episode with its reason."""
-        where = f" ({error.where})" if error.where else ""
-        self.failed.append({"episode": str(index), "reason": f"{error.what}{where}"})
 
     @classmethod
     def read(cls, path: Path) -> ExtractReport:
@@ -41,28 +35,14 @@ class ExtractReport:
 
     def write(self, path: Path) -> None:
         """Write to a file of `path_of`."""
-        for ids in (self.done, self.skipped, self.untold):
+        for ids in (self.done, self.skipped, self.without_instruction):
             ids.sort(key=int)
         self.failed.sort(key=lambda failure: int(failure["episode"]))
         write_json(path, self)
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Sent after every episode: how many of this process's episodes are settled, of how many, and the last one."""
-
-    settled: int
-    total: int
-    episode: str
-    outcome: str  # done | failed
-    waited: float  # share of the time so far in which the encoder stood still
-
-
 def path_of(out: Path, rank: int | None = None, run: str = "") -> Path:
-    """``<out>/extract_report.json``; with a rank, where that process of a run writes its part.
-
-    Several runs may work on one dataset, so the parts bear the run's name.
-    """
+    """``<out>/extract_report.json``; with a rank, where that process of the run writes its part."""
     return out / (_NAME if rank is None else f".extract_report.{run}.{rank}.json")
 
 
@@ -71,7 +51,7 @@ def merge_reports(out: Path, world_size: int, run: str) -> ExtractReport:
     merged = ExtractReport()
     for rank in range(world_size):
         part = ExtractReport.read(path_of(out, rank, run))
-        for name in ("done", "skipped", "failed", "untold"):
+        for name in ("done", "skipped", "failed", "without_instruction"):
             getattr(merged, name).extend(getattr(part, name))
         merged.absent, merged.absent_ids = part.absent, part.absent_ids
         merged.wall_s += part.wall_s / world_size

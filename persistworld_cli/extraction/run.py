@@ -1,7 +1,4 @@
-"""`persistworld extract-latents`, the work of one process: its share of the episodes through the VAE.
-
-It stands among the trainings because it needs what they need: processes, weights and progress.
-"""
+"""`persistworld extract-latents`, the work of one process: its share of the episodes through the VAE."""
 
 from __future__ import annotations
 
@@ -20,9 +17,9 @@ from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import note
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.extraction.pipeline import Told, extract_latents
+from persistworld_cli.extraction.pipeline import ExtractCallbacks, extract_latents
 from persistworld_cli.extraction.publish import Changing, Encoder
-from persistworld_cli.extraction.report import ExtractReport, Progress, merge_reports, path_of
+from persistworld_cli.extraction.report import ExtractReport, merge_reports, path_of
 from persistworld_cli.models.vae import encode_images
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.stages import stage
@@ -36,7 +33,7 @@ def parse_episodes(text: str | None, present: list[int]) -> set[int] | None:
     """`0:100,199` as a set: of a range, what is on disk; single numbers as they are. None for all.
 
     Raises:
-        UsageError: something else is written, or nothing on disk is meant by it.
+        UsageError: not of this form, or it names no episode on disk.
     """
     if not text:
         return None
@@ -53,20 +50,13 @@ def parse_episodes(text: str | None, present: list[int]) -> set[int] | None:
     if not chosen:
         there = f"{present[0]} to {present[-1]}" if present else "none"
         raise UsageError(
-            f"no episode on disk is meant by '{text}'", where="--episodes", fix=f"on disk are {there}; 0:100 ends at 99"
+            f"'{text}' names no episode on disk", where="--episodes", fix=f"on disk are {there}; 0:100 ends at 99"
         )
     return chosen
 
 
 class Vae:
-    """The VAE, loaded when it is asked to be: meanwhile episodes are decoded.
-
-    Args:
-        settings: whose `model.vae` it is.
-        source: its weights.
-        dtype: fp32 | bf16 | fp16.
-        device: where it runs.
-    """
+    """The VAE of the settings with weights ``source``, in fp32 | bf16 | fp16; decoding begins before it is loaded."""
 
     def __init__(self, settings: Settings, source: str, dtype: str, device: torch.device) -> None:
         self._settings, self._source, self._dtype, self._device = settings, source, DTYPES[dtype], device
@@ -88,7 +78,7 @@ def run(settings: Settings, request: ExtractRequest) -> dict[str, Any]:
     """Extract `settings.world.raw` into `settings.world.dataset`; continues where an earlier run stopped.
 
     Returns counts of done, skipped, failed and absent episodes over all processes, the failures with reasons, and the
-    share of the time in which the encoder stood still.
+    share of the time in which the encoder was idle.
     """
     work = Run(request.output, cpu=settings.launch.device == "cpu")
     raw, out = resolve_path(settings.world.raw), Path(resolve_path(settings.world.dataset))
@@ -116,7 +106,7 @@ def run(settings: Settings, request: ExtractRequest) -> dict[str, Any]:
         "done": len(report.done),
         "already there": len(report.skipped),
         "failed": report.failed,
-        "without instruction": len(report.untold),
+        "without instruction": len(report.without_instruction),
         "not on disk": report.absent,
         "seconds": round(report.wall_s, 2),
         "frames": report.frames,
@@ -135,9 +125,9 @@ def _extract(
     label = "extract-latents" if work.world == 1 else f"extract-latents, process 1 of {work.world}"
     with Meter(label, 0, quiet=not work.main) as meter:
 
-        def progress(at: Progress) -> None:
-            meter.total = at.total
-            meter.advance(at.settled - meter.done, **{"encoder waited (%)": round(100 * at.waited)})
+        def progress(settled: int, total: int, waited: float) -> None:
+            meter.total = total
+            meter.advance(settled - meter.done, **{"encoder waited (%)": round(100 * waited)})
 
         return extract_latents(
             settings.world,
@@ -150,7 +140,8 @@ def _extract(
             world_size=work.world,
             workers=_workers(settings, request),
             batch_frames=max(1, request.batch // len(settings.world.cameras)),
-            told=Told(ready=encoder.load, progress=progress, stop=work.should_stop_here, strict=request.strict),
+            strict=request.strict,
+            callbacks=ExtractCallbacks(ready=encoder.load, progress=progress, stop=work.should_stop_here),
             encoder=Encoder(
                 source if posterior == "mode" else f"{source}, posterior {posterior}",
                 request.dtype,
@@ -178,8 +169,8 @@ def _workers(settings: Settings, request: ExtractRequest) -> int:
 def _joined(out: Path, work: Run, run: str) -> ExtractReport:
     """The report over all processes, on each of them.
 
-    They are waited for by their reports and not by a collective: one process may have hours more to do than another,
-    and collectives give up after minutes.
+    Processes wait for each other's reports, not in a collective, which would give up after minutes: one process may
+    have hours more to do than another.
     """
     while not all(path_of(out, rank, run).exists() for rank in range(work.world)):
         if work.should_stop_here():

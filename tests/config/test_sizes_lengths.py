@@ -101,6 +101,6 @@ def test_what_disagrees_is_refused_by_metadata_and_rollouts_alike(
 ) -> None:
     write(dataset, **changed)
     (item,) = list_annotations(dataset)
-    assert read_episode(dataset, True, (item, False)).problem.startswith(message)
+    assert read_episode(dataset, (item, False)).problem.startswith(message)
     with pytest.raises(PersistWorldError, match=message):
         check_item(EpisodeStore(dataset), "val", Item("9", 0, 0))

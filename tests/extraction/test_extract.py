@@ -15,10 +15,10 @@ from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.data.metadata.annotations import load_annotation
 from persistworld_cli.data.raw import video
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.extraction.pipeline import Told, extract_latents
+from persistworld_cli.extraction.pipeline import ExtractCallbacks, extract_latents
 from persistworld_cli.extraction.preparing import resample_ids, split_of
 from persistworld_cli.extraction.publish import Changing, Encoder
-from persistworld_cli.extraction.report import Progress, merge_reports
+from persistworld_cli.extraction.report import merge_reports
 
 WORLD = WorldSettings(height=HEIGHT, width=WIDTH)
 
@@ -59,10 +59,11 @@ def test_split_rules() -> None:
 
 def test_an_episode_comes_out_whole(tmp_path: Path) -> None:
     raw = write_v21(tmp_path / "raw", {0: 20, 99: 10})
-    seen: list[Progress] = []
-    report = extract_latents(WORLD, raw, tmp_path / "out", encode, batch_frames=3, told=Told(progress=seen.append))
+    seen: list[tuple[int, int]] = []
+    callbacks = ExtractCallbacks(progress=lambda settled, total, waited: seen.append((settled, total)))
+    report = extract_latents(WORLD, raw, tmp_path / "out", encode, batch_frames=3, callbacks=callbacks)
     assert (report.done, report.skipped, report.failed) == (["0", "99"], [], [])
-    assert [(p.settled, p.total, p.outcome) for p in seen] == [(1, 2, "done"), (2, 2, "done")]
+    assert seen == [(1, 2), (2, 2)]
     store = EpisodeStore(tmp_path / "out")
     assert store.episodes("train") == ["0"] and store.episodes("val") == ["99"]
     note = store.annotation("train", "0")

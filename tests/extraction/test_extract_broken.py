@@ -14,7 +14,7 @@ from data_raw import HEIGHT, WIDTH, encode, write_v21, write_v30
 from persistworld_cli.config.settings import WorldSettings
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.extraction.pipeline import Told, extract_latents
+from persistworld_cli.extraction.pipeline import extract_latents
 from persistworld_cli.extraction.report import ExtractReport, path_of
 
 WORLD = WorldSettings(height=HEIGHT, width=WIDTH)
@@ -53,7 +53,7 @@ def test_the_others_are_done_and_nothing_is_left_behind(extracted: tuple[Path, i
     whole = ["0", str(len(BROKEN) + 1)]
     report = ExtractReport.read(path_of(out))
     assert report.done == whole and EpisodeStore(out).episodes("train") == whole
-    assert report.untold == [whole[1]] and EpisodeStore(out).annotation("train", whole[1]).text == ""
+    assert report.without_instruction == [whole[1]] and EpisodeStore(out).annotation("train", whole[1]).text == ""
     assert not any((out / ".staging").iterdir())
     for folder in ("videos", "latent_videos", "annotation"):
         assert {path.stem for path in (out / folder / "train").iterdir()} == set(whole)
@@ -62,7 +62,7 @@ def test_the_others_are_done_and_nothing_is_left_behind(extracted: tuple[Path, i
 @pytest.mark.parametrize("name", BROKEN)
 def test_strict_fails_at_once(raw: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(PersistWorldError, match=BROKEN[name][1]) as caught:
-        extract_latents(WORLD, raw, tmp_path, encode, episodes={NUMBER[name]}, told=Told(strict=True))
+        extract_latents(WORLD, raw, tmp_path, encode, episodes={NUMBER[name]}, strict=True)
     assert caught.value.where and caught.value.fix
     assert not any((tmp_path / ".staging").glob("*"))
 

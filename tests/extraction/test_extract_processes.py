@@ -17,8 +17,7 @@ from extract_process import start_extraction, tree
 
 from persistworld_cli.config.settings import WorldSettings
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.extraction.pipeline import Told, extract_latents
-from persistworld_cli.extraction.report import Progress
+from persistworld_cli.extraction.pipeline import ExtractCallbacks, extract_latents
 
 WORLD = WorldSettings(height=HEIGHT, width=WIDTH)
 PATIENCE = 300.0  # seconds, for machines that do much else
@@ -92,10 +91,10 @@ def test_processes_that_keep_dying_are_one_error(raw: Path, tmp_path: Path, monk
 
 
 def test_an_interrupt_leaves_nobody_behind(raw: Path, unbroken: dict[str, bytes], tmp_path: Path) -> None:
-    seen: list[Progress] = []
-    told = Told(progress=seen.append, stop=lambda: bool(seen))
+    seen: list[int] = []
+    callbacks = ExtractCallbacks(progress=lambda settled, total, waited: seen.append(settled), stop=lambda: bool(seen))
     with pytest.raises(KeyboardInterrupt):
-        extract_latents(WORLD, raw, tmp_path, encode, batch_frames=5, workers=2, told=told)
+        extract_latents(WORLD, raw, tmp_path, encode, batch_frames=5, workers=2, callbacks=callbacks)
     assert not multiprocessing.active_children() and not any((tmp_path / ".staging").iterdir())
     assert extract_latents(WORLD, raw, tmp_path, encode, batch_frames=5).skipped
     assert tree(tmp_path) == unbroken

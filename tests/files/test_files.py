@@ -73,7 +73,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "rows.csv": lambda path: write_csv(path, [{"a": "x" * 999}]),
     "model.safetensors": lambda path: save_safetensors(path, {"t": torch.ones(999)}),
     "model.pt": lambda path: save_torch(path, {"t": torch.ones(999)}),
-    "film.mp4": lambda path: write_mp4(path, NOISE, 5) and None,
+    "film.mp4": lambda path: write_mp4(path, NOISE, 5),
     "sheet.png": lambda path: contact_sheet(path, "t", ["a"], [SheetBlock("b", [("c", NOISE[:1], ())])]),
     "curves.png": lambda path: save_figure(Figure(), path),
     "7_0_0.npz": lambda path: save_rollout(

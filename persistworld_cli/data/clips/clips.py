@@ -1,34 +1,19 @@
-"""Clips of one dataset: which frames, their latents and normalised actions (method.md section 2).
+"""Clips of one dataset: which frames, and their normalised actions (method.md section 2).
 
-Legend: N = num_history + num_frames frames, C latent channels, h latent height of the stacked cameras,
-w latent width, D action numbers.
+Legend: N = num_history + num_frames frames of a clip, D action numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from persistworld_cli.config.settings import ClipSettings, SamplingSettings
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.data.metadata.index import ActionStat
 from persistworld_cli.errors import PersistWorldError
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One clip: latents (N, C, h, w) float32, actions (N, D) float32 in [-1, 1], frame ids (N,) within the episode."""
-
-    latents: Tensor
-    actions: Tensor
-    text: str
-    episode: str
-    ids: tuple[int, ...]
 
 
 def clip_ids(
@@ -44,16 +29,16 @@ def clip_ids(
 
 
 def rollout_history_ids(now: int, start: int, history: Sequence[int], fill: int, stride: int) -> tuple[int, ...]:
-    """Frame ids that a rollout begun at ``start`` holds as history once its current frame is ``now`` (ours).
+    """Frame ids that a rollout from ``start`` has as history when its current frame is ``now`` (ours).
 
-    The rollout's buffer is ``fill`` copies of the start frame, then one entry an interaction: start + stride, ..., now.
-    ``history`` are entries of that buffer (negative: from its end), oldest first.
+    The rollout's buffer is ``fill`` copies of the start frame, then one entry per interaction (start + stride,
+    ..., now). ``history`` are entries of that buffer (negative: from its end), oldest first.
 
     Raises:
-        ValueError: ``now`` is no frame at which such a rollout stands.
+        ValueError: such a rollout never comes to ``now``.
     """
     if start > now or (now - start) % stride:
-        raise ValueError(f"a rollout from {start} in steps of {stride} does not stand at {now}")
+        raise ValueError(f"a rollout from {start} in steps of {stride} never comes to {now}")
     buffer = [start] * fill + list(range(start + stride, now + 1, stride))
     return tuple(buffer[entry] for entry in history)
 
@@ -68,7 +53,6 @@ class ClipSource:
         num_history, num_frames: frames of history, and of prediction (the first is the current frame).
         sampling: layout of a rollout's history, for ``settings.rollout_history_prob`` of the clips.
         stat: percentiles to normalise with; the store's own by default.
-        rollout_max: longest rollout, in interactions, that a rollout-like history pretends to.
 
     Raises:
         PersistWorldError: no metadata, or no episodes.
@@ -82,18 +66,15 @@ class ClipSource:
         num_history: int = 6,
         num_frames: int = 5,
         sampling: SamplingSettings | None = None,
-        *,
         stat: ActionStat | None = None,
-        rollout_max: int | None = None,
     ) -> None:
         self.store, self.split, self.settings = store, split, settings
         self.num_history, self.num_frames = num_history, num_frames
         self.sampling = sampling or SamplingSettings()
-        self.rollout_max = rollout_max
         self._check()
         self.index = store.index(split)
         self.stat = stat or store.stat()
-        self._states = np.asarray(self.index.states)  # memory-mapped as before, without numpy.memmap's cost at each use
+        self._states = np.asarray(self.index.states)  # still memory-mapped, without numpy.memmap's cost at each use
         # one sample for every start frame that leaves num_frames - 1 frames after it; short episodes give one
         self.starts = np.maximum(1, self.index.lengths - (num_frames - 1))
         if self.index.start_offsets is not None:  # Ctrl-World's own lists name them
@@ -119,26 +100,13 @@ class ClipSource:
         last = int(self.index.lengths[row]) - 1
         stride = self.num_frames - 1
         if rollout < cfg.rollout_history_prob:
-            longest = now // stride if self.rollout_max is None else min(now // stride, self.rollout_max)
-            start = now - stride * int(back * (longest + 1))
+            start = now - stride * int(back * (now // stride + 1))
             past = rollout_history_ids(now, start, self.sampling.history, self.sampling.buffer_fill, stride)
             future = clip_ids(now, 1, last, num_history=0, num_frames=self.num_frames)
             return row, past + future
         spacing = 0 if zero < cfg.zero_history_prob else cfg.history_stride * step
         ids = clip_ids(now, step, last, num_history=self.num_history, num_frames=self.num_frames, history_step=spacing)
         return row, ids
-
-    def clip(self, rng: np.random.Generator) -> Clip:
-        """Draw one clip."""
-        return self.fetch(*self.draw_ids(rng))
-
-    def fetch(self, row: int, ids: Sequence[int], out: Tensor | None = None) -> Clip:
-        """The clip of given frames of the episode in row ``row`` of the index; latents into ``out`` if given."""
-        frames = tuple(int(i) for i in ids)
-        episode = self.index.ids[row]
-        latents = self.store.latents(self.split, episode, frames, out)
-        actions = torch.from_numpy(self.actions([row], np.asarray([frames]))[0])
-        return Clip(latents=latents, actions=actions, text=self.index.texts[row], episode=episode, ids=frames)
 
     def actions(self, rows: Sequence[int], ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Normalised actions (clips, N, D) of clips with frames ``ids`` (clips, N) of the episodes in these rows."""
@@ -150,7 +118,7 @@ class ClipSource:
         return self.store.latent_shape(self.split, self.index.ids[0])
 
     def _check(self) -> None:
-        """Refuse settings that cannot be meant."""
+        """Refuse invalid settings."""
         cfg, sampling = self.settings, self.sampling
         if cfg.max_step < 1 or self.num_frames < 2:
             raise PersistWorldError(

@@ -18,14 +18,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from persistworld_cli.data.metadata.annotations import REDO
-from persistworld_cli.data.metadata.latent_header import read_header
+from persistworld_cli.data.metadata.annotations import REDO, Unreadable
+from persistworld_cli.data.metadata.latent_header import Layout, read_layout
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.read_files import reason
 
 _SHORTER = "run persistworld build-meta again to leave the episode out, or delete its annotation and extract it again"
 _REMEMBERED = 200_000  # episodes whose layout is kept: about 350 bytes each
@@ -35,32 +35,8 @@ _THREAD = threading.local()
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
-class Layout(NamedTuple):
-    """Where the numbers of a latent file lie: frame t at ``offset + t * frame_bytes``, frames one after another."""
-
-    suffix: str
-    offset: int
-    length: int
-    frame: tuple[int, int, int]
-    dtype: str
-
-    @property
-    def frame_bytes(self) -> int:
-        """Bytes of one frame."""
-        return math.prod(self.frame) * _DTYPES[self.dtype].itemsize
-
-
-class _Episode(NamedTuple):
-    """The layouts of an episode's files in camera order, and what the files looked like when they were read."""
-
-    layouts: tuple[Layout, ...]
-    stamp: int
-
-
 class LatentReader:
-    """Reads frames of an episode's latent files, and remembers how the files are laid out (bounded).
-
-    A file that was replaced since is noticed by its size, time or inode, and its header read again.
+    """Reads frames of latent files and remembers their layouts; a replaced file is noticed by size, time or inode.
 
     Args:
         root: the folder that holds ``<split>/<episode>/{0,1,...}.{npy,pt}``.
@@ -69,23 +45,19 @@ class LatentReader:
 
     def __init__(self, root: Path, find: Callable[[str, str], list[Path]]) -> None:
         self._root, self._find = str(root), find
-        self._known: OrderedDict[str, _Episode] = OrderedDict()
+        self._known: OrderedDict[str, tuple[tuple[Layout, ...], int]] = OrderedDict()  # and the files' `_stamp`
         self._shared: dict[tuple[Layout, ...], tuple[Layout, ...]] = {}  # most episodes differ in length alone
 
     def layouts(self, split: str, episode: str) -> tuple[Layout, ...]:
-        """The layout of each camera's file, read anew.
-
-        Raises:
-            PersistWorldError: missing or unreadable files.
-        """
+        """The layout of each camera's file, read anew. Raises PersistWorldError: missing or unreadable files."""
         paths = self._find(split, episode)
         layouts = tuple(read_layout(path) for path in paths)
         layouts = self._shared.setdefault(layouts, layouts)
         try:
             stamp = _stamp([os.stat(path) for path in paths])
         except OSError as error:
-            raise _unreadable(paths[0], error) from error
-        self._known[f"{split}/{episode}"] = _Episode(layouts, stamp)
+            raise Unreadable("unreadable latents", paths[0], reason(error)) from error
+        self._known[f"{split}/{episode}"] = layouts, stamp
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
         return layouts
@@ -115,17 +87,20 @@ class LatentReader:
         for camera, (file, layout) in enumerate(files):
             path = self._path(split, episode, camera, layout)
             if low < 0 or high >= layout.length:
-                raise _too_short(path, layout, low if low < 0 else high)
+                frame = low if low < 0 else high
+                what = f"frame {frame} asked of a file with {layout.length} latents: it is shorter than the index says"
+                raise PersistWorldError(what, where=path, fix=_SHORTER)
             direct, size = layout.dtype == "float32" and out.is_contiguous(), layout.frame_bytes
             block = out if direct else _scratch(len(frames) * size)
-            places = _in_place(out, top, layout) if direct else [[part] for part in _frames(block, size)]
+            places = (
+                _in_place(out, top, layout) if direct else [[part] for part in block.view(len(frames), size).numpy()]
+            )
             if waiting or not _fill(path, file, layout, runs, places, _NOWAIT):
                 if not waiting:
                     _announce(files[camera:], runs)
                 waiting = _fill(path, file, layout, runs, places, 0)
             if not direct:
-                frame = block.view(_DTYPES[layout.dtype]).view(-1, *layout.frame)
-                out[:, :, top : top + layout.frame[1]] = frame
+                out[:, :, top : top + layout.frame[1]] = block.view(_DTYPES[layout.dtype]).view(-1, *layout.frame)
             top += layout.frame[1]
         return out
 
@@ -147,7 +122,7 @@ class LatentReader:
         """Open an episode's files; their layouts, from memory if nothing changed since."""
         key = f"{split}/{episode}"
         for known in (self._known.get(key), None):
-            layouts = known.layouts if known else self.layouts(split, episode)
+            layouts = known[0] if known else self.layouts(split, episode)
             for camera, layout in enumerate(layouts):
                 path = self._path(split, episode, camera, layout)
                 try:
@@ -155,9 +130,9 @@ class LatentReader:
                 except FileNotFoundError:
                     break  # replaced by the other kind, or gone: looked for again, and then named by `find`
                 except OSError as error:
-                    raise _unreadable(path, error) from error
+                    raise Unreadable("unreadable latents", path, reason(error)) from error
             else:
-                if _stamp([os.fstat(file) for file in opened]) == self._known[key].stamp:
+                if _stamp([os.fstat(file) for file in opened]) == self._known[key][1]:
                     return layouts
             del self._known[key]
             while opened:
@@ -172,47 +147,8 @@ class LatentReader:
         return f"{self._root}/{split}/{episode}/{camera}{layout.suffix}"
 
 
-def read_layout(path: Path) -> Layout:
-    """How a latent file is laid out, from its header alone.
-
-    Raises:
-        PersistWorldError: no such file, damaged, cut short, or not float16 / float32 frames (T, C, h1, w).
-    """
-    try:
-        header = read_header(path)
-    except Exception as error:  # a damaged header raises many kinds
-        raise _unreadable(path, error) from error
-    if header is None:
-        raise PersistWorldError(
-            "latents are in torch's format from before version 1.6, which cannot be read in place",
-            where=str(path),
-            fix="load the file with torch.load and write it again with torch.save",
-        )
-    if len(header.shape) != 4 or min(header.shape) < 1:
-        raise PersistWorldError(f"latents are not of shape (T, C, h, w) but {header.shape}", where=str(path), fix=REDO)
-    if header.dtype not in _DTYPES:
-        raise PersistWorldError(
-            f"latents are {header.dtype}, not float32 or float16", where=str(path), fix="save them as float32"
-        )
-    length, channels, height, width = header.shape
-    return Layout(path.suffix, header.offset, length, (channels, height, width), header.dtype)
-
-
 def _stamp(stats: Sequence[os.stat_result]) -> int:
     return hash(tuple((s.st_size, s.st_mtime_ns, s.st_ino) for s in stats))
-
-
-def _unreadable(path: Path | str, error: Exception) -> PersistWorldError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
-    return PersistWorldError(f"unreadable latents: {reason}", where=str(path), fix=REDO)
-
-
-def _too_short(path: str, layout: Layout, frame: int) -> PersistWorldError:
-    return PersistWorldError(
-        f"frame {frame} asked of a file with {layout.length} latents: it is shorter than the index says",
-        where=path,
-        fix=_SHORTER,
-    )
 
 
 def _scratch(size: int) -> Tensor:
@@ -221,12 +157,6 @@ def _scratch(size: int) -> Tensor:
     if kept is None or len(kept) < size:
         kept = _THREAD.scratch = torch.empty(size, dtype=torch.uint8)
     return kept[:size]
-
-
-def _frames(scratch: Tensor, size: int) -> list[memoryview]:
-    """A tensor of bytes cut into frames."""
-    memory = scratch.numpy().data
-    return [memory[begin : begin + size] for begin in range(0, len(scratch), size)]
 
 
 def _runs(frames: Sequence[int]) -> list[tuple[int, int]]:
@@ -280,7 +210,7 @@ def _fill(
             except OSError as error:
                 if flags:  # not in the cache, or a file system that cannot tell
                     return False
-                raise _unreadable(path, error) from error
+                raise Unreadable("unreadable latents", path, reason(error)) from error
             if not got:
                 raise PersistWorldError("latents are cut short", where=path, fix=f"the file is damaged; {REDO}")
             offset, left = offset + got, left - got

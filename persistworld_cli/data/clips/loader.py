@@ -32,8 +32,7 @@ class ClipLoader:
     Make it early: the workers start at once, as copies of this process, and should not copy a model as well.
 
     Args:
-        clips: what is read.
-        size: clips of a batch (on this process).
+        clips, size: what is read, and how many clips a batch has (on this process).
         workers: processes; 0 reads in this process, when a batch is asked for. Linux only: elsewhere 0 is taken.
         ahead: batches that each of them may read in advance.
     """

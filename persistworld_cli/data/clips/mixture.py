@@ -1,4 +1,4 @@
-"""Batches of clips from one dataset or several, in an order that is a function of the seed and the clip's number alone.
+"""Batches of clips from one dataset or several; their order is a function of the seed and the clip's number alone.
 
 Legend: B batch, N frames of a clip, C latent channels, h latent height of the stacked cameras, w latent width, D action
 numbers.
@@ -6,6 +6,8 @@ numbers.
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,6 @@ from torch import Tensor
 
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.clips.batch_memory import BatchMemory
 from persistworld_cli.data.clips.clips import ClipSource
 from persistworld_cli.data.clips.order import Order
 from persistworld_cli.data.clips.store import ActionStat, EpisodeStore, open_store
@@ -38,6 +39,28 @@ class ClipBatch:
     episodes: list[str]
     ids: Tensor
     sources: list[int]
+
+
+class BatchMemory:
+    """Float32 tensors whose memory is used again once nobody holds them, or a view of them, any more.
+
+    Fresh memory is zeroed by the kernel page by page, which took a third of the time of reading a clip.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[NDArray[np.float32]] = []
+
+    def take(self, shape: Sequence[int]) -> Tensor:
+        """An uninitialised tensor."""
+        size = math.prod(shape)
+        self._free = [block for block in self._free if len(block) == size]
+        block = self._free.pop() if self._free else np.empty(size, np.float32)
+        lent = block[:]  # the tensor's storage holds this view, and its end gives the block back
+        weakref.finalize(lent, self._free_again, block).atexit = False
+        return torch.from_numpy(lent).view(*shape)
+
+    def _free_again(self, block: NDArray[np.float32]) -> None:
+        self._free.append(block)
 
 
 class ClipMixture:
@@ -71,8 +94,8 @@ class ClipMixture:
     def batch(self, seed: int, step: int, size: int, rank: int = 0, world: int = 1) -> ClipBatch:
         """The ``size`` clips of process ``rank`` at step ``step``: a pure function of its arguments.
 
-        They are the clips number ``(step * world + rank) * size + i`` of the run, so two processes of size 1 see what
-        one of size 2 sees, and a run that is resumed sees what an unbroken one would have seen.
+        They are the clips ``(step * world + rank) * size + i`` of the run: two processes of size 1 see what one of size
+        2 sees, and a resumed run what an unbroken one sees.
 
         Raises:
             PersistWorldError: latents that are missing, damaged or shorter than the index says.
@@ -91,14 +114,13 @@ class ClipMixture:
         drawn = [self.draw(seed, first + i) for i in range(len(latents))]
         ids = np.array([frames for _, _, frames in drawn])
         actions = self._actions(drawn, ids)  # all before the first latents, which drive everything else out of caches
-        texts = [self.sources[source].index.texts[row] for source, row, _ in drawn]
         episodes = [self.sources[source].index.ids[row] for source, row, _ in drawn]
         for out, episode, (source, _, frames) in zip(latents, episodes, drawn, strict=True):
             self.sources[source].store.latents(self.sources[source].split, episode, frames, out)
         return ClipBatch(
             latents=latents,
             actions=torch.from_numpy(actions),
-            texts=texts,
+            texts=[self.sources[source].index.texts[row] for source, row, _ in drawn],
             episodes=episodes,
             ids=torch.from_numpy(ids),
             sources=[source for source, _, _ in drawn],
@@ -138,8 +160,7 @@ class ClipMixture:
 def open_clips(settings: Settings, split: str = "train", stat: ActionStat | None = None) -> ClipMixture:
     """The clips that settings name: for training ``clips.datasets`` with their weights; else ``world.dataset`` alone.
 
-    All are normalised by the same percentiles, whatever the mixture: ``stat``, else those of ``model.stat`` or of
-    ``world.dataset``. Evaluation, replay, driving and post-training normalise by the same.
+    All are normalised by the same percentiles: ``stat``, else those of ``model.stat`` or of ``world.dataset``.
 
     Raises:
         PersistWorldError: a dataset is missing, has no metadata or does not fit to the others.
@@ -147,28 +168,14 @@ def open_clips(settings: Settings, split: str = "train", stat: ActionStat | None
     own = settings.world.dataset
     shares = training_shares(settings) if split == "train" else {own: 1.0}
     stat = stat or open_store(settings).stat()
-    model = settings.model
-    sources = [
-        ClipSource(
-            EpisodeStore(resolve_path(name)),
-            split,
-            settings.clips,
-            model.num_history,
-            model.num_frames,
-            settings.sampling,
-            stat=stat,
-        )
-        for name in shares
-    ]
+    frames = settings.model.num_history, settings.model.num_frames
+    stores = [EpisodeStore(resolve_path(name)) for name in shares]
+    sources = [ClipSource(store, split, settings.clips, *frames, settings.sampling, stat) for store in stores]
     return ClipMixture(sources, list(shares.values()))
 
 
 def training_shares(settings: Settings) -> dict[str, float]:
-    """Dataset -> weight, without those of weight 0.
-
-    Raises:
-        UsageError: no dataset at all, or ``world.dataset`` is not among them.
-    """
+    """Dataset -> weight, if above 0. Raises UsageError: no dataset, or ``world.dataset`` is not among them."""
     own, datasets = settings.world.dataset, settings.clips.datasets
     if not own:
         raise UsageError("no dataset to train on", where="world.dataset", fix="give --dataset, or take a preset")

@@ -1,8 +1,8 @@
-"""The order of samples: which dataset and which start frame clip number n of a run is, as a pure function of (seed, n).
+"""The order of samples: dataset and start frame of clip n of a run, as a pure function of (seed, n).
 
-Datasets are mixed by their shares: of the first n clips, dataset d has n times its share (less than one clip off for
-two datasets, a few for many), not only on average. Within a dataset every start frame comes once an epoch, and every
-epoch has an order of its own: a permutation computed place by place, which costs no memory at ten million samples.
+Of the first n clips, a dataset has n times its share (less than one clip off for two datasets, a few for many), not
+only on average. Within a dataset every start frame comes once per epoch, and every epoch has an order of its own: a
+permutation computed place by place, which needs no memory at ten million samples.
 """
 
 from __future__ import annotations
@@ -25,12 +25,7 @@ class Place(NamedTuple):
 
 
 class Order:
-    """The order of clips over some datasets.
-
-    Args:
-        sizes: samples of each dataset, at least 1.
-        weights: their shares of the clips, more than 0; they need not add up to 1.
-    """
+    """The order of clips over datasets of ``sizes`` samples, each with its weight (above 0) of the sum of weights."""
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float]) -> None:
         if len(sizes) != len(weights) or min(sizes) < 1 or min(weights) <= 0:
@@ -66,7 +61,7 @@ class Order:
 def permuted(index: int, size: int, key: int) -> int:
     """Where the permutation of 0 .. size - 1 with this key takes ``index``.
 
-    A Feistel network permutes the next power of two; what falls outside is taken on until it falls inside.
+    A Feistel network permutes the next power of two; results outside are permuted again until they fall inside.
     """
     bits = (size - 1).bit_length()
     low, high = bits - bits // 2, bits // 2

@@ -6,8 +6,8 @@
                                           {0,1,2}.pt      float32 (T, C, h1, w): Ctrl-World's, read in place
     <root>/meta/{index.safetensors, stat.json, adapter.json}  from `persistworld build-meta`
 
-Legend: T frames at the model rate, D state numbers, C latent channels, V cameras, h1 latent height of one camera,
-h = V * h1 (cameras stacked along height in their order), w latent width, N frames asked for, H, W image pixels.
+Legend: T frames at the model rate, C latent channels, V cameras, h1 latent height of one camera, h = V * h1 (cameras
+stacked along height in their order), w latent width, N requested frames, H, W image pixels.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from torch import Tensor
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.latent_files import LatentReader
-from persistworld_cli.data.metadata.annotations import REDO, Annotation, read_annotation
+from persistworld_cli.data.metadata import scan
+from persistworld_cli.data.metadata.annotations import Annotation, read_annotation
 from persistworld_cli.data.metadata.index import INDEX_FILE, ActionStat, EpisodeIndex, IndexFile
 from persistworld_cli.data.raw import video
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import natural_key
 from persistworld_cli.stages import stage
-
-__all__ = ["ActionStat", "Annotation", "EpisodeIndex", "EpisodeStore", "natural_key", "open_store"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ class EpisodeStore:
         root: its folder.
         meta: folder of its metadata; ``<root>/meta`` by default (give another for a read-only dataset).
         stat: file of the percentiles that actions are scaled by; ``<meta>/stat.json`` by default. Weights expect those
-            of the data that they were trained on, whatever they are shown later.
+            of the data that they were trained on.
 
     Raises:
         PersistWorldError: the folder holds no processed dataset.
@@ -54,12 +53,7 @@ class EpisodeStore:
         self.meta = Path(meta) if meta else self.root / "meta"
         self._stat = stat or self.meta / "stat.json"
         self._scale: ActionStat | None = None
-        if not (self.root / "annotation").is_dir():
-            raise PersistWorldError(
-                "no processed dataset here (folder annotation/ is missing)",
-                where=str(self.root),
-                fix="run persistworld extract-latents, or give the folder that holds annotation/ and videos/",
-            )
+        scan.require_processed(self.root)
         self._reader = LatentReader(self.root / "latent_videos", self.latent_files)
 
     @property
@@ -76,11 +70,7 @@ class EpisodeStore:
 
     @stage("reading data")
     def annotation(self, split: str, episode: str) -> Annotation:
-        """Read an episode's annotation (`annotations.read_annotation`).
-
-        Raises:
-            PersistWorldError: no such episode, unreadable, or lengths in it that disagree.
-        """
+        """Read an episode's annotation. Raises PersistWorldError: none, or as `annotations.read_annotation`."""
         path = self.root / "annotation" / split / f"{episode}.json"
         if not path.is_file():
             raise PersistWorldError(
@@ -91,50 +81,18 @@ class EpisodeStore:
         return read_annotation(path)
 
     def num_cameras(self, split: str, episode: str) -> int:
-        """Number of cameras V, from the episode's video folder (latent folder if there are no videos)."""
-        for folder in (self._video_dir(split, episode), self._latent_dir(split, episode)):
-            stems = {p.stem for p in folder.glob("[0-9]*.*")} if folder.is_dir() else set()
-            if stems:
-                missing = {str(i) for i in range(len(stems))} - stems
-                if missing:
-                    raise PersistWorldError(f"camera {min(missing)} is missing", where=str(folder), fix=REDO)
-                return len(stems)
-        raise PersistWorldError("episode has no videos", where=str(self._video_dir(split, episode)), fix=REDO)
+        """Number of cameras V; raises as `scan.num_cameras`."""
+        return scan.num_cameras(self.root, split, episode)
 
     def latent_files(self, split: str, episode: str) -> list[Path]:
-        """The latent files of an episode in camera order (.npy preferred to .pt).
-
-        Raises:
-            PersistWorldError: there are none, or one camera is missing.
-        """
-        folder = self._latent_dir(split, episode)
-        out: list[Path] = []
-        for camera in range(self.num_cameras(split, episode)):
-            found = [p for p in (folder / f"{camera}.npy", folder / f"{camera}.pt") if p.is_file()]
-            if not found:
-                raise PersistWorldError(
-                    f"latents of camera {camera} of episode '{episode}' are missing",
-                    where=str(folder),
-                    fix="run persistworld extract-latents on the raw recordings",
-                )
-            out.append(found[0])
-        return out
+        """The latent files of an episode in camera order; raises as `scan.latent_files`."""
+        return scan.latent_files(self.root, split, episode)
 
     @stage("reading data")
     def latents(
-        self,
-        split: str,
-        episode: str,
-        frame_ids: Sequence[int] | NDArray[np.int64],
-        out: Tensor | None = None,
+        self, split: str, episode: str, frame_ids: Sequence[int] | NDArray[np.int64], out: Tensor | None = None
     ) -> Tensor:
-        """Latents of the frames asked for: float32 (N, C, h, w), cameras stacked; only those frames are read.
-
-        They are written into ``out`` if given, which must have that shape.
-
-        Raises:
-            PersistWorldError: missing or unreadable files, a frame beyond the episode, another shape than ``out``'s.
-        """
+        """Latents of some frames: float32 (N, C, h, w), cameras stacked; else as `LatentReader.read`."""
         return self._reader.read(split, episode, [int(i) for i in frame_ids], out)
 
     def latent_shape(self, split: str, episode: str) -> tuple[int, int, int]:
@@ -143,32 +101,19 @@ class EpisodeStore:
         return frames[0][0], sum(height for _, height, _ in frames), frames[0][2]
 
     def require_latents(self, split: str, annotation: Annotation) -> None:
-        """Refuse an episode with fewer latents than states, as build-meta does; nothing where a dataset has no latents.
-
-        Raises:
-            PersistWorldError: too few, or files that are missing or unreadable.
-        """
-        if not (self.root / "latent_videos").is_dir():
-            return
-        lengths = [layout.length for layout in self._reader.layouts(split, annotation.episode_id)]
-        if min(lengths) < annotation.num_frames:
-            raise PersistWorldError(
-                f"latents are shorter than the states: {min(lengths)} for {annotation.num_frames}",
-                where=str(self._latent_dir(split, annotation.episode_id)),
-                fix=REDO,
-            )
+        """Refuse an episode whose latents are fewer than its states, missing or unreadable; as `scan.check_files`."""
+        if (self.root / "latent_videos").is_dir():
+            scan.check_files(self.root, split, annotation.episode_id, annotation.num_frames)
 
     @stage("reading data")
     def frames(self, split: str, episode: str, frame_ids: Sequence[int]) -> NDArray[np.uint8]:
         """Images decoded from the mp4s: uint8 (N, V, H, W, 3)."""
-        folder = self._video_dir(split, episode)
+        folder = self.root / "videos" / split / episode
         cameras = range(self.num_cameras(split, episode))
         return np.stack([video.read_frames(folder / f"{c}.mp4", frame_ids) for c in cameras], axis=1)
 
     def stat(self) -> ActionStat:
-        """Percentiles that actions are scaled by: those of `scaled_by`, of the constructor's file, of build-meta, or
-        Ctrl-World's own where the dataset has only those.
-        """
+        """Percentiles that actions are scaled by; Ctrl-World's own where the dataset has only those."""
         if self._scale is not None:
             return self._scale
         path = self._stat
@@ -185,11 +130,7 @@ class EpisodeStore:
         return other
 
     def index(self, split: str) -> EpisodeIndex:
-        """The index of a split, from build-meta.
-
-        Raises:
-            PersistWorldError: metadata missing, or the split has no episodes.
-        """
+        """The index of a split, from build-meta. Raises PersistWorldError: none, or the split has no episodes."""
         path = self.meta / INDEX_FILE
         lists = sorted((self.root / "meta_info").glob("*/train_sample.json"))
         if not path.is_file() and lists:
@@ -199,12 +140,6 @@ class EpisodeStore:
                 fix=f"persistworld build-meta {self.root} --import {lists[0].parent}",
             )
         return IndexFile(path).split(split)
-
-    def _video_dir(self, split: str, episode: str) -> Path:
-        return self.root / "videos" / split / episode
-
-    def _latent_dir(self, split: str, episode: str) -> Path:
-        return self.root / "latent_videos" / split / episode
 
 
 def open_store(settings: Settings) -> EpisodeStore:

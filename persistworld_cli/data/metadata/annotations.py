@@ -29,7 +29,14 @@ _SPACE = " \t\r\n"
 
 
 class Unreadable(PersistWorldError):
-    """An annotation that training could not use; ``what`` reads the same for all episodes with the same trouble."""
+    """An episode that training could not use; ``what`` reads the same for all episodes with the same trouble.
+
+    ``detail`` has this episode's own numbers, ``kind`` is, for latents, one of `check_dataset.KINDS`.
+    """
+
+    def __init__(self, what: str, path: Path | str = "", detail: object = "", kind: str = "", fix: str = REDO) -> None:
+        super().__init__(what, where=f"{path}: {detail}" if detail else str(path), fix=fix)
+        self.detail, self.kind = str(detail), kind
 
 
 def read_keys(text: str, wanted: Collection[str]) -> dict[str, Any]:
@@ -85,23 +92,19 @@ def _skip(text: str, at: int) -> int:
 
 
 def load_annotation(path: Path, wanted: Collection[str] | None = None) -> dict[str, Any]:
-    """An annotation's object: the ``wanted`` keys, or all, strictly parsed.
-
-    Raises:
-        Unreadable: absent, no JSON, or no object.
-    """
+    """The ``wanted`` keys of an annotation, or all, strictly parsed. Raises Unreadable: absent, or no JSON object."""
     try:
         text = path.read_bytes().decode()
         raw = parse_json(text) if wanted is None else read_keys(text, wanted)
         if wanted is not None:
             require_unicode(raw, text)
     except FileNotFoundError as error:
-        raise Unreadable("the annotation is gone", where=str(path), fix="run persistworld build-meta again") from error
+        raise Unreadable("the annotation is gone", path, fix="run persistworld build-meta again") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise Unreadable("unreadable annotation", where=f"{path} ({error})", fix=REDO) from error
-    if not isinstance(raw, Mapping):
-        raise Unreadable("unreadable annotation", where=f"{path} (no JSON object)", fix=REDO)
-    return dict(raw)
+        raise Unreadable("unreadable annotation", path, error) from error
+    if not isinstance(raw, dict):
+        raise Unreadable("unreadable annotation", path, "no JSON object")
+    return raw
 
 
 @dataclass(frozen=True)
@@ -121,62 +124,46 @@ class Annotation:
 
 
 def read_annotation(path: Path) -> Annotation:
-    """An episode's annotation; only ``states`` must be there.
-
-    Raises:
-        Unreadable: absent, no JSON, or states, joints and ``video_length`` that disagree.
-    """
+    """An episode's annotation; only ``states`` must be there. Raises Unreadable."""
     raw = load_annotation(path, KEYS)
-    states = read_states(raw, path)
-    return Annotation(path.stem, read_text(raw), states, read_joints(raw, path, len(states)), read_success(raw))
+    states, joints = read_states(raw, path)
+    return Annotation(path.stem, read_text(raw), states, joints, read_success(raw))
 
 
-def read_joints(raw: Mapping[str, Any], path: Path, length: int) -> NDArray[np.float64] | None:
-    """The joints (T, J) of an annotation, None where it has none.
-
-    Raises:
-        Unreadable: of unequal width, no numbers, or not `length` of them.
-    """
-    if not raw.get("joints"):
-        return None
-    joints = _rows(raw["joints"], "joints", path)
-    if len(joints) != length:
-        raise Unreadable("there are not as many joints as states", where=str(path), fix=REDO)
-    return joints
-
-
-def read_states(raw: Mapping[str, Any], path: Path) -> NDArray[np.float64]:
-    """The states (T, D) of an annotation, all of its ``video_length``.
+def read_states(raw: Mapping[str, Any], path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    """The states (T, D) of an annotation, all of its ``video_length``, and its joints (T, J) or None.
 
     Raises:
-        Unreadable: missing, empty, of unequal or no width, no numbers, or not as many as ``video_length``.
+        Unreadable: no states, no rows of numbers of one width, or lengths that disagree.
     """
-
     if raw.get("states") is None:
-        raise Unreadable("states are missing", where=str(path), fix=REDO)
+        raise Unreadable("states are missing", path)
     states = _rows(raw["states"], "states", path)
     length = raw.get("video_length", len(states))
     if not isinstance(length, int) or length != len(states):
-        raise Unreadable("video_length is not the number of states", where=str(path), fix=REDO)
-    return states
+        detail = f"video_length is {length!r}, there are {len(states)} states"
+        raise Unreadable("video_length is not the number of states", path, detail)
+    joints = _rows(raw["joints"], "joints", path) if raw.get("joints") else None
+    if joints is not None and len(joints) != len(states):
+        detail = f"there are {len(joints)} joints and {len(states)} states"
+        raise Unreadable("there are not as many joints as states", path, detail)
+    return states, joints
 
 
 def _rows(value: Any, name: str, path: Path) -> NDArray[np.float64]:
     """Rows of numbers (T, D) under a key. Raises Unreadable."""
-
-    def bad(what: str) -> Unreadable:
-        return Unreadable(f"{name} {what}", where=str(path), fix=REDO)
-
     try:
         rows = np.asarray(value, dtype=np.float64)
     except OverflowError as error:
-        raise bad("hold a number that is too large") from error
+        raise Unreadable(f"{name} hold a number that is too large", path) from error
     except (ValueError, TypeError) as error:
-        raise bad("are not rows of numbers of one width") from error
-    if rows.ndim != 2 or not rows.size:
-        raise bad("are empty" if not rows.size else "are not rows of numbers of one width")
+        raise Unreadable(f"{name} are not rows of numbers of one width", path) from error
+    if not rows.size:
+        raise Unreadable(f"{name} are empty", path)
+    if rows.ndim != 2:
+        raise Unreadable(f"{name} are not rows of numbers of one width", path)
     if not np.isfinite(rows).all():
-        raise bad("hold values that are no numbers")
+        raise Unreadable(f"{name} hold values that are no numbers", path)
     return rows
 
 

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from persistworld_cli.data.metadata.check_episode import Expected, Seen, inspect
+from persistworld_cli.config.settings import Settings
+from persistworld_cli.config.sizes import latent_size
+from persistworld_cli.data.metadata.check_episode import Seen, inspect
 from persistworld_cli.data.metadata.health import state_names
 from persistworld_cli.data.metadata.index import INDEX_FILE, ActionStat, IndexFile
-from persistworld_cli.data.metadata.known import signatures
-from persistworld_cli.data.metadata.scan import Listed, extraction_notes, list_annotations
+from persistworld_cli.data.metadata.index_rows import signatures
+from persistworld_cli.data.metadata.scan import AnnotationStat, extraction_notes, list_annotations
 from persistworld_cli.data.processes import in_order
 from persistworld_cli.errors import PersistWorldError
 
@@ -45,7 +47,7 @@ KINDS: dict[str, tuple[bool, str, str]] = {
         "keep other robots' episodes in another dataset",
     ),
     "raw-lists": (False, "lists at the raw rate differ in length", "the action adapter is not fitted on them"),
-    "no-instruction": (False, "no instruction", "the model is told nothing there; that may be meant"),
+    "no-instruction": (False, "no instruction", "the model gets an empty text there; that may be intended"),
     "video-missing": (True, "video of a camera is missing", _REDO),
     "video-unreadable": (True, "video cannot be decoded", _REDO),
     "video-length": (True, "video is shorter than the states", _REDO),
@@ -94,27 +96,25 @@ class Report:
         return sum(KINDS[kind][0] for kind in self.found)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a kind, those that must be fixed first."""
+        """One row per kind, those that must be fixed first."""
         order = sorted(self.found, key=lambda kind: (not KINDS[kind][0], list(KINDS).index(kind)))
-        return [self._row(kind) for kind in order]
-
-    def _row(self, kind: str) -> dict[str, Any]:
-        must, what, fix = KINDS[kind]
-        entries = self.found[kind]
-        first = [f"{name} ({detail})" if detail else name for name, detail in entries[:_NAMED]]
-        return {
-            "level": "error" if must else "warning",
-            "finding": what,
-            "count": len(entries),
-            "first": first,
-            "to do": fix,
-            "kind": kind,
-        }
+        return [
+            {
+                "level": "error" if KINDS[kind][0] else "warning",
+                "finding": KINDS[kind][1],
+                "count": len(self.found[kind]),
+                "first": [f"{name} ({detail})" if detail else name for name, detail in self.found[kind][:_NAMED]],
+                "to do": KINDS[kind][2],
+                "kind": kind,
+            }
+            for kind in order
+        ]
 
 
 def check_dataset(
     root: Path,
-    expected: Expected | None = None,
+    settings: Settings | None = None,
+    preset: str = "",
     *,
     sample: int = 100,
     workers: int | None = None,
@@ -124,9 +124,10 @@ def check_dataset(
 
     Args:
         root: its folder.
-        expected: what the preset takes; None: not compared.
+        settings: those of the preset that it is compared with, if any.
+        preset: its name.
         sample: episodes whose videos are opened and whose latents are read whole; 0: all.
-        workers: processes; one a core by default.
+        workers: processes; one per core by default.
         progress: called with (episodes looked at, episodes in all).
     """
     report = Report()
@@ -136,20 +137,22 @@ def check_dataset(
     listed = list_annotations(root)
     there = ((root / "videos").is_dir(), (root / "latent_videos").is_dir())
     _folders(report, listed, there)
-    chosen = _spread(len(listed), sample)
+    wanted = min(sample, len(listed)) if sample else len(listed)
+    chosen = set(np.linspace(0, len(listed) - 1, wanted).round().astype(int).tolist())  # evenly spread
     seen: list[Seen] = []
     requests = [(item, number in chosen) for number, item in enumerate(listed)]
-    look = functools.partial(inspect, root, there)
-    items: Any = in_order(look, requests, workers)
-    with closing(items):
-        for item, one in zip(listed, items, strict=True):
+    with closing(in_order(functools.partial(inspect, root, there), requests, workers)) as found:
+        for item, one in zip(listed, found, strict=True):
             seen.append(one)
             for kind, detail in one.troubles:
                 report.add(kind, item.name, detail)
             if progress:
                 progress(len(seen), len(listed))
     usual = _compare(report, listed, seen)
-    _preset(report, root, usual, expected)
+    if settings is None:
+        report.add("no-preset", "")
+    else:
+        _preset(report, usual, extraction_notes(root), settings, f"preset {preset}")
     _metadata(report, root, listed, usual.numbers)
     report.checked = {
         "annotations parsed": len(listed),
@@ -159,13 +162,7 @@ def check_dataset(
     return report
 
 
-def _spread(count: int, sample: int) -> set[int]:
-    """``sample`` of ``count`` rows, evenly spread; all for 0."""
-    wanted = count if not sample else min(sample, count)
-    return {int(i) for i in np.linspace(0, count - 1, wanted).round()} if wanted else set()
-
-
-def _folders(report: Report, listed: Sequence[Listed], there: tuple[bool, bool]) -> None:
+def _folders(report: Report, listed: Sequence[AnnotationStat], there: tuple[bool, bool]) -> None:
     """Splits and folders."""
     splits = Counter(item.split for item in listed)
     for split in ("train", "val"):
@@ -183,52 +180,42 @@ def _folders(report: Report, listed: Sequence[Listed], there: tuple[bool, bool])
             report.add("two-splits", item.episode, f"{homes[item.episode]} and {item.split}")
 
 
-def _compare(report: Report, listed: Sequence[Listed], seen: Sequence[Seen]) -> Seen:
+def _compare(report: Report, listed: Sequence[AnnotationStat], seen: Sequence[Seen]) -> Seen:
     """Name the episodes that are unlike most; returns what most are like."""
     usual = Seen()
-    for name, kind in (
-        ("cameras", "cameras"),
-        ("numbers", "state-width"),
-        ("latent", "latent-size"),
-        ("images", "image"),
-    ):
+    for name, kind in (("cameras", "cameras"), ("numbers", "state-width"), ("latent", "latent-size"), ("images", "")):
         values = [getattr(one, name) for one in seen]
-        known = Counter(value for value in values if value and value != (0, 0))
-        if not known:
+        if not any(values):
             continue
-        common = known.most_common(1)[0][0]
+        common = Counter(value for value in values if value).most_common(1)[0][0]
         setattr(usual, name, common)
         for item, value in zip(listed, values, strict=True):
-            if value and value not in (common, (0, 0)) and kind in KINDS:
+            if kind and value and value != common:
                 report.add(kind, item.name, f"{value}, most have {common}")
     return usual
 
 
-def _preset(report: Report, root: Path, usual: Seen, expected: Expected | None) -> None:
+def _preset(report: Report, usual: Seen, noted: dict[str, Any], settings: Settings, name: str) -> None:
     """Compare what most episodes are like, and what extract-latents noted, with the preset."""
-    if expected is None:
-        report.add("no-preset", "")
-        return
-    noted = extraction_notes(root)
-    wanted = f"preset {expected.preset}"
-    cameras = len(expected.cameras)
+    world, numbers = settings.world, settings.model.action_dim
+    cameras, latent = len(world.cameras), latent_size(settings.model.vae, world.height, world.width)
     if usual.cameras not in (0, cameras):
-        names = ", ".join(expected.cameras)
-        report.add("preset-cameras", wanted, f"the dataset has {usual.cameras} cameras, the preset {cameras}: {names}")
-    elif list(noted.get("cameras", expected.cameras)) != list(expected.cameras):
-        report.add("preset-cameras", wanted, f"{', '.join(noted['cameras'])} against {', '.join(expected.cameras)}")
-    if usual.numbers not in (0, expected.numbers):
-        report.add("preset-numbers", wanted, f"states of {usual.numbers} numbers, the preset takes {expected.numbers}")
-    if usual.latent not in ((), expected.latent):
-        report.add("preset-latent", wanted, f"{usual.latent} a camera, the preset takes {expected.latent}")
+        names = ", ".join(world.cameras)
+        report.add("preset-cameras", name, f"the dataset has {usual.cameras} cameras, the preset {cameras}: {names}")
+    elif list(noted.get("cameras", world.cameras)) != list(world.cameras):
+        report.add("preset-cameras", name, f"{', '.join(noted['cameras'])} against {', '.join(world.cameras)}")
+    if usual.numbers not in (0, numbers):
+        report.add("preset-numbers", name, f"states of {usual.numbers} numbers, the preset takes {numbers}")
+    if usual.latent not in ((), latent):
+        report.add("preset-latent", name, f"{usual.latent} per camera, the preset takes {latent}")
     size = (noted["height"], noted["width"]) if {"height", "width"} <= set(noted) else usual.images
-    if size not in ((0, 0), (expected.height, expected.width)):
-        report.add("preset-image", wanted, f"{size[0]}x{size[1]}, the preset takes {expected.height}x{expected.width}")
-    if noted.get("rate_hz", expected.rate_hz) != expected.rate_hz:
-        report.add("preset-rate", wanted, f"{noted['rate_hz']:g} Hz, the preset's is {expected.rate_hz:g}")
+    if size not in ((), (world.height, world.width)):
+        report.add("preset-image", name, f"{size[0]}x{size[1]}, the preset takes {world.height}x{world.width}")
+    if noted.get("rate_hz", world.rate_hz) != world.rate_hz:
+        report.add("preset-rate", name, f"{noted['rate_hz']:g} Hz, the preset's is {world.rate_hz:g}")
 
 
-def _metadata(report: Report, root: Path, listed: Sequence[Listed], numbers: int) -> None:
+def _metadata(report: Report, root: Path, listed: Sequence[AnnotationStat], numbers: int) -> None:
     """Index and percentiles."""
     path = root / "meta" / INDEX_FILE
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Percentiles of the training states, and what a person should know of a dataset before training on it.
+"""Percentiles of the training states, and the health report of a dataset.
 
 Legend: E episodes, N frames of all of them, D numbers of a state. States are read block by block.
 """
@@ -39,13 +39,7 @@ def start_percentiles(
     training: NDArray[np.bool_],
     num_frames: int,
 ) -> ActionStat:
-    """1st and 99th percentile over the state of every start frame of the training episodes (formats.md).
-
-    Args:
-        states: (N, D).
-        lengths, training: (E,) of the episodes in order.
-        num_frames: frames that a clip predicts.
-    """
+    """1st and 99th percentile of the states (N, D) at all start frames of the training episodes (formats.md)."""
     chosen = _start_frames(lengths, training, num_frames)
     p01, p99 = np.empty(states.shape[1]), np.empty(states.shape[1])
     column = np.empty(int(chosen.sum()), dtype=np.float64)
@@ -62,7 +56,7 @@ def start_percentiles(
 def _start_frames(lengths: NDArray[np.int64], training: NDArray[np.bool_], num_frames: int) -> NDArray[np.bool_]:
     """(N,) whether a frame is a start frame of a training episode."""
     chosen, ends = np.repeat(training, lengths), running(lengths)[1:]
-    for back in range(1, num_frames):  # the last frames have too little behind them, unless nothing else is there
+    for back in range(1, num_frames):  # the last frames are followed by too few, unless there is nothing else
         chosen[ends[lengths > back] - back] = False
     return chosen
 
@@ -96,17 +90,11 @@ def state_table(
 def findings(
     names: Sequence[str], lengths: NDArray[np.int64], texts: Sequence[str], facts: NDArray[np.float64], rate_hz: float
 ) -> list[dict[str, Any]]:
-    """What is odd about usable episodes: {finding, count, share, first, means}; only what was found.
-
-    Args:
-        names, lengths, texts: (E,).
-        facts: (E, 6), `scan.Facts`.
-        rate_hz: frames a second, for speeds.
-    """
+    """What is odd about usable episodes (E,) with their `scan.Facts` (E, 6); only what was found."""
     column = dict(zip(Facts._fields, facts.T, strict=True))
-    still = column["reach"] < STILL_M
+    still = column["extent"] < STILL_M
     if np.isnan(column["jump"]).all():  # numbers without a known unit: only those that never change are surely still
-        still = column["reach"] == 0
+        still = column["extent"] == 0
     outside = (column["grip_low"] < -GRIP_SLACK) | (column["grip_high"] > 1 + GRIP_SLACK)
     wrapped = column["wraps"] > 0
     found = (
@@ -137,7 +125,7 @@ def findings(
             "usual with DROID (a gripper that points down); the action jumps between -1 and 1 there",
         ),
         ("shorter than a clip", lengths < 5, "the last frame is repeated"),
-        ("without an instruction", np.array([not t.strip() for t in texts], bool), "the model is told nothing"),
+        ("without an instruction", np.array([not t.strip() for t in texts], bool), "the model gets an empty text"),
     )
     return [_finding(what, np.flatnonzero(mask), names, means) for what, mask, means in found if mask.any()]
 

@@ -1,14 +1,14 @@
 """The episode index: one file, its states memory-mapped.
 
-``<dataset>/meta/index.safetensors``: safetensors' container (a JSON header, then plain arrays), so that any reader of
-it will do. The metadata in the header hold a checksum of each array, compared when it is first used, which reads it
-once. One row an annotation, splits one after another, episodes in natural order. Legend: E annotations, N frames of
-all usable ones, D numbers of a state, U different instructions.
+``<dataset>/meta/index.safetensors``: safetensors' container (a JSON header, then plain arrays), which any reader of
+that format opens. The header has a checksum of each array, compared when the array is first used. One row per
+annotation, splits one after another, episodes in natural order. Legend: E annotations, N frames of all usable ones,
+D numbers of a state, U different instructions.
 
     states (N, D) float32, or float64 where float32 would lose something;  lengths (E,)  0: not usable
     ids, texts, problems        bytes of JSON lists: E ids, U instructions, reasons ("" = usable)
     text_of, problem_of (E,)    rows of these;  splits: bytes of a JSON list, split_of (E,) its rows
-    size, mtime, videos, latents (E,)   by which a changed episode is known;  success (E,) 1, 0 or -1 (unknown)
+    size, mtime, videos, latents (E,)   `scan.AnnotationStat`;  success (E,) 1, 0 or -1 (unknown)
     facts (E, 6)                `scan.Facts`
     motion (R, 2, J), motion_of (K,), motion_length (K,)   raw joints and velocities that the adapter is fitted on
     starts, starts_of (K,)      only with Ctrl-World's own lists: start frames and their rows
@@ -18,11 +18,12 @@ Needs no torch.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,16 +77,10 @@ class ActionStat:
 
     @classmethod
     def load(cls, path: Path) -> ActionStat:
-        """Read a stat.json with ``state_01`` and ``state_99``.
-
-        Raises:
-            PersistWorldError: missing or unreadable file.
-        """
+        """Read a stat.json with ``state_01`` and ``state_99``. Raises PersistWorldError: missing or unreadable file."""
+        what, fix = "unreadable percentiles", "run persistworld build-meta on it"
         if not path.is_file():
-            raise PersistWorldError(
-                "percentiles of the states are missing", where=str(path), fix="run persistworld build-meta on it"
-            )
-        what = "unreadable percentiles"
+            raise PersistWorldError("percentiles of the states are missing", where=str(path), fix=fix)
         with reading(what, path, REBUILD):
             return cls.of(read_json(path, what, REBUILD))
 
@@ -104,9 +99,8 @@ class ActionStat:
 class EpisodeIndex:
     """What clip drawing needs of every episode of one split. Episode e owns rows offsets[e]:offsets[e+1] of states.
 
-    ``states`` is memory-mapped: reading a row reads its page. ``starts`` are the start frames to draw from where
-    Ctrl-World's own lists were imported: ``starts[start_offsets[e]:start_offsets[e+1]]``, ascending; None: every one
-    that leaves the predicted frames behind it.
+    ``states`` is memory-mapped. ``starts`` are the start frames to draw from where Ctrl-World's lists were imported,
+    ``starts[start_offsets[e]:start_offsets[e+1]]``, ascending; None: all that are followed by the predicted frames.
     """
 
     ids: tuple[str, ...]
@@ -123,11 +117,7 @@ class NoEpisodes(PersistWorldError):
 
 
 class IndexFile:
-    """An index on disk; arrays are memory-mapped, and what the operating system must read is read when it is touched.
-
-    Raises:
-        PersistWorldError: absent, damaged, or of another version.
-    """
+    """An index on disk, memory-mapped. Raises PersistWorldError: absent, damaged, or of another version."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
@@ -142,18 +132,27 @@ class IndexFile:
             self._begin, self._entries = 8 + length, header
             whole = self._begin + max((_checked(name, entry) for name, entry in header.items()), default=0)
         self._sound: set[str] = set()
-        if self.info.get("format") != FORMAT or whole != path.stat().st_size:
-            what = "the index is cut off" if self.info.get("format") == FORMAT else "the index is of another version"
-            raise PersistWorldError(what, where=str(path), fix=REBUILD)
+        if self.info.get("format") != FORMAT:
+            raise PersistWorldError("the index is of another version", where=str(path), fix=REBUILD)
+        if whole != path.stat().st_size:
+            raise PersistWorldError("the index is cut off", where=str(path), fix=REBUILD)
 
     def array(self, name: str) -> NDArray[Any]:
         """An array, memory-mapped. Raises PersistWorldError where it is absent, or does not have its checksum."""
-        entry = self._entry(name)
+        dtype, shape, offset = self._place(name)
+        return np.memmap(self.path, dtype, "r", offset, shape) if math.prod(shape) else np.empty(shape, dtype)
+
+    def states(self) -> StateRows:
+        """The states, to be read block by block without being mapped. Raises PersistWorldError as `array`."""
+        return StateRows(self.path, *self._place("states"))
+
+    def _place(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+        """Type, shape and offset in the file of an array that has its checksum."""
+        if name not in self._entries:
+            raise PersistWorldError(f"the index is damaged: no array '{name}'", where=str(self.path), fix=REBUILD)
         self._check(name)
-        dtype, shape = np.dtype(_CODES[entry["dtype"]]), tuple(entry["shape"])
-        if not int(np.prod(shape)):
-            return np.empty(shape, dtype)
-        return np.memmap(self.path, dtype, "r", self._begin + entry["data_offsets"][0], shape)
+        entry = self._entries[name]
+        return np.dtype(_CODES[entry["dtype"]]), tuple(entry["shape"]), self._begin + entry["data_offsets"][0]
 
     def check(self) -> None:
         """Read everything. Raises PersistWorldError where an array does not have its checksum."""
@@ -175,47 +174,18 @@ class IndexFile:
             )
         self._sound.add(name)
 
-    def has(self, name: str) -> bool:
-        """Whether the index holds an array."""
-        return name in self._entries
-
     def names(self, name: str) -> list[str]:
         """A list of texts. Raises PersistWorldError where it is none."""
         with reading("the index is damaged", self.path, REBUILD):
             texts = parse_json(self.array(name).tobytes().decode())
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 raise TypeError(f"'{name}' is no list of texts")
-        return texts
-
-    def _entry(self, name: str) -> dict[str, Any]:
-        if name not in self._entries:
-            raise PersistWorldError(f"the index is damaged: no array '{name}'", where=str(self.path), fix=REBUILD)
-        entry: dict[str, Any] = self._entries[name]
-        return entry
-
-    def states(self) -> StateRows:
-        """The states, to be read block by block without being mapped. Raises PersistWorldError as `array`."""
-        entry = self._entry("states")
-        self._check("states")
-        return StateRows(
-            self.path, np.dtype(_CODES[entry["dtype"]]), tuple(entry["shape"]), self._begin + entry["data_offsets"][0]
-        )
+            return texts
 
     @cached_property
     def offsets(self) -> NDArray[np.int64]:
         """(E + 1,) where each row's states begin."""
         return running(self.array("lengths"))
-
-    def split(self, name: str) -> EpisodeIndex:
-        """The usable episodes of a split.
-
-        Raises:
-            NoEpisodes: it has none.
-            PersistWorldError: the index is damaged.
-        """
-        with reading("the index is damaged", self.path, REBUILD):
-            self.require_whole()
-            return self._split(name)
 
     def require_whole(self) -> None:
         """Raise where arrays that belong together do not fit: numpy would wrap or cut them without a word."""
@@ -223,39 +193,42 @@ class IndexFile:
         codes = {"split_of": len(self.names("splits")), "text_of": len(self.names("texts"))}
         if lengths.ndim != 1 or len(ids) != len(lengths) or (lengths < 0).any():
             raise ValueError("ids and lengths do not fit")
-        if int(lengths.sum()) != self._entry("states")["shape"][0]:
+        if int(lengths.sum()) != self._entries["states"]["shape"][0]:
             raise ValueError("lengths and states do not fit")
         for name, count in codes.items():
             rows = np.asarray(self.array(name))
             if rows.shape != lengths.shape or ((rows < 0) | (rows >= max(1, count))).any():
                 raise ValueError(f"'{name}' does not fit")
 
-    def _split(self, name: str) -> EpisodeIndex:
-        splits, lengths = self.names("splits"), np.asarray(self.array("lengths"))
-        usable = lengths > 0
-        mine = (self.array("split_of") == splits.index(name)) if name in splits else np.zeros(len(lengths), bool)
-        rows = np.flatnonzero(mine & usable)
-        if not len(rows):
-            known = sorted({splits[code] for code in np.unique(self.array("split_of")[usable])})
-            raise NoEpisodes(
-                f"split '{name}' has no episodes", where=str(self.path), fix=f"take one of: {', '.join(known)}"
+    def split(self, name: str) -> EpisodeIndex:
+        """The usable episodes of a split. Raises NoEpisodes: it has none; PersistWorldError: the index is damaged."""
+        with reading("the index is damaged", self.path, REBUILD):
+            self.require_whole()
+            splits, lengths = self.names("splits"), np.asarray(self.array("lengths"))
+            usable = lengths > 0
+            mine = (self.array("split_of") == splits.index(name)) if name in splits else np.zeros(len(lengths), bool)
+            rows = np.flatnonzero(mine & usable)
+            if not len(rows):
+                known = sorted({splits[code] for code in np.unique(self.array("split_of")[usable])})
+                raise NoEpisodes(
+                    f"split '{name}' has no episodes", where=str(self.path), fix=f"take one of: {', '.join(known)}"
+                )
+            first, last = int(self.offsets[rows[0]]), int(self.offsets[rows[-1] + 1])
+            ids, texts, text_of = self.names("ids"), self.names("texts"), self.array("text_of")[rows].tolist()
+            starts, start_offsets = self._starts(rows)
+            return EpisodeIndex(
+                ids=tuple(ids[row] for row in rows.tolist()),
+                texts=tuple(texts[code] for code in text_of),
+                lengths=lengths[rows],
+                offsets=running(lengths[rows]),
+                states=self.array("states")[first:last],
+                starts=starts,
+                start_offsets=start_offsets,
             )
-        first, last = int(self.offsets[rows[0]]), int(self.offsets[rows[-1] + 1])
-        ids, texts, text_of = self.names("ids"), self.names("texts"), self.array("text_of")[rows].tolist()
-        starts, start_offsets = self._starts(rows)
-        return EpisodeIndex(
-            ids=tuple(ids[row] for row in rows.tolist()),
-            texts=tuple(texts[code] for code in text_of),
-            lengths=lengths[rows],
-            offsets=running(lengths[rows]),
-            states=self.array("states")[first:last],
-            starts=starts,
-            start_offsets=start_offsets,
-        )
 
     def _starts(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int32] | None, NDArray[np.int64] | None]:
         """Imported start frames of some rows, if there are any."""
-        if not self.has("starts"):
+        if "starts" not in self._entries:
             return None, None
         of = self.array("starts_of")
         low, high = (np.searchsorted(of, [rows[0], rows[-1]], side=side) for side in ("left", "right"))
@@ -293,79 +266,70 @@ class StateRows:
 
 
 class StateWriter:
-    """States appended to a file beside the index: float32 as long as that loses nothing, float64 from then on.
-
-    Raises:
-        PersistWorldError: it cannot be written.
-    """
+    """States appended to a file beside the index, as float64. Raises PersistWorldError: it cannot be written."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.width, self.count = path, 0, 0
-        self._wider = path.with_name(path.name + ".wide")
-        self.dtype: np.dtype[Any] = np.dtype("<f4")
+        self.path, self._width, self._count, self._lossless = path, 0, 0, True
         with writing(path.parent, _NO_ROOM, closed=_CLOSED):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = path.open("wb")
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What the index holds them as: float32 if that loses nothing."""
+        return np.dtype("<f4" if self._lossless else "<f8")
+
     def append(self, states: NDArray[np.floating[Any]]) -> None:
         """(T, D) more; D is the same every time."""
-        if self.dtype.itemsize == 4 and states.dtype.itemsize > 4 and not np.array_equal(states.astype("<f4"), states):
-            self._widen()
-        self.width, self.count = states.shape[1], self.count + len(states)
+        self._lossless = self._lossless and np.array_equal(states.astype("<f4"), states)
+        self._width, self._count = states.shape[1], self._count + len(states)
         with writing(self.path.parent, _NO_ROOM):
-            self._file.write(np.ascontiguousarray(states, self.dtype).data)
+            self._file.write(np.ascontiguousarray(states, "<f8").data)
 
     def rows(self) -> StateRows:
         """What was written."""
         with writing(self.path.parent, _NO_ROOM):
             self._file.flush()
-        return StateRows(self.path, self.dtype, (self.count, self.width))
+        return StateRows(self.path, np.dtype("<f8"), (self._count, self._width))
 
     def close(self) -> None:
         """Close and remove the file, and its folder if nothing else is in it."""
         with suppress(OSError):  # what is still to be written is not wanted any more
             self._file.close()
-        for path in (self.path, self._wider):
-            path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
         with suppress(OSError):  # a folder that nothing was written to
             self.path.parent.rmdir()
 
-    def _widen(self) -> None:
-        """Write again what there is, as float64."""
-        before = self.rows()
-        self._file.close()
-        with writing(self.path.parent, _NO_ROOM):
-            self._file = self._wider.open("wb")
-            for begin, end in before.blocks():
-                self._file.write(before.read(begin, end).astype("<f8").data)
-            self._wider.replace(self.path)
-        self.dtype = np.dtype("<f8")
 
+def write_index(
+    path: Path, columns: Mapping[str, NDArray[Any]], states: StateRows, dtype: np.dtype[Any], info: Mapping[str, str]
+) -> None:
+    """Write an index, whole or not at all, with its states as ``dtype``; the wider types first, to lie aligned."""
 
-def write_index(path: Path, columns: Mapping[str, NDArray[Any]], states: StateRows, info: Mapping[str, str]) -> None:
-    """Write an index, whole or not at all; the wider types first, so that every array lies aligned."""
-    sizes = {name: (array.dtype, array.shape) for name, array in columns.items()}
-    sizes["states"] = (states.dtype, states.shape)
-    sums = {name: f"{zlib.crc32(np.ascontiguousarray(array).data):08x}" for name, array in columns.items()}
-    sums["states"] = _sum_of(states.path, states.offset, int(np.prod(states.shape)) * states.dtype.itemsize)
+    def parts(name: str) -> Iterator[memoryview]:
+        if name != "states":
+            yield np.ascontiguousarray(columns[name]).data
+            return
+        for begin, end in states.blocks():
+            yield states.read(begin, end).astype(dtype).data
+
+    sizes = {name: (array.dtype, array.shape) for name, array in columns.items()} | {"states": (dtype, states.shape)}
+    sums = {name: f"{functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts(name), 0):08x}" for name in sizes}
     ordered = sorted(sizes, key=lambda name: (-sizes[name][0].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT, _SUMS: json.dumps(sums), **info}}
     at = 0
     for name in ordered:
-        dtype, shape = sizes[name]
-        end = at + int(np.prod(shape)) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        kind, shape = sizes[name]
+        end = at + int(np.prod(shape)) * kind.itemsize
+        header[name] = {"dtype": _NAMES[kind], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with whole_file(path) as partial, partial.open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for name in ordered:
-            if name != "states":
-                out.write(np.ascontiguousarray(columns[name]).data)
-                continue
-            for begin, end in states.blocks():
-                out.write(states.read(begin, end).data)
+            for part in parts(name):
+                out.write(part)
 
 
 def _sum_of(path: Path, offset: int, size: int) -> str:

@@ -1,16 +1,23 @@
-"""Shape and type of a latent file without reading its numbers, and without torch: 287,000 of them are looked at."""
+"""Layout of a latent file without reading its numbers, and without torch: DROID has 287,000 of them.
+
+Legend: T frames, C latent channels, h, w latent size of one camera.
+"""
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from persistworld_cli.data.metadata.annotations import Unreadable
+from persistworld_cli.read_files import reason
 
 _STORAGES = {
     "FloatStorage": "float32",
@@ -21,26 +28,47 @@ _STORAGES = {
 _LOCAL = struct.Struct("<26xHH")  # of a zip member's own header: lengths of its name and of its extra field
 
 
-@dataclass(frozen=True)
-class LatentHeader:
-    """Shape (T, C, h, w), name of the type, and where the numbers begin in the file (row-major)."""
+_Header = tuple[tuple[int, ...], str, int]  # shape, name of the type, and where the numbers begin (row-major)
 
-    shape: tuple[int, ...]
-    dtype: str
+
+class Layout(NamedTuple):
+    """Where the numbers of a latent file lie: frame t at ``offset + t * frame_bytes``, frames one after another."""
+
+    suffix: str
     offset: int
+    length: int  # T
+    frame: tuple[int, int, int]  # C, h, w of one camera
+    dtype: str
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one frame."""
+        return math.prod(self.frame) * np.dtype(self.dtype).itemsize
 
 
-def read_header(path: Path) -> LatentHeader | None:
-    """The header of a ``.npy``, or of a ``.pt`` that holds one tensor; None for torch's format from before 1.6.
+def read_layout(path: Path) -> Layout:
+    """How a ``.npy``, or a ``.pt`` that holds one tensor, is laid out, from its header alone.
 
     Raises:
-        ValueError: damaged, cut off, or no tensor.
-        OSError: not readable.
+        Unreadable: no such file, damaged, cut off, or not float16 / float32 frames (T, C, h, w).
     """
-    return _npy(path) if path.suffix == ".npy" else _pt(path)
+    try:
+        header = _npy(path) if path.suffix == ".npy" else _pt(path)
+    except Exception as error:  # a damaged header raises many kinds
+        raise Unreadable("unreadable latents", path, reason(error), "latent-unreadable") from error
+    if header is None:
+        fix = "load the file with torch.load and write it again with torch.save"
+        raise Unreadable("latents are in torch's format from before version 1.6", path, "", "latent-old", fix)
+    shape, dtype, offset = header
+    if len(shape) != 4 or min(shape) < 1:
+        raise Unreadable("latents are not of shape (T, C, h, w)", path, shape, "latent-shape")
+    if dtype not in ("float16", "float32"):
+        fix = "save them as float32, or extract again"
+        raise Unreadable("latents are neither float16 nor float32", path, dtype, "latent-type", fix)
+    return Layout(path.suffix, offset, shape[0], (shape[1], shape[2], shape[3]), dtype)
 
 
-def _npy(path: Path) -> LatentHeader:
+def _npy(path: Path) -> _Header:
     """numpy's own header; the file must be as long as it says."""
     with path.open("rb") as file:
         version = np.lib.format.read_magic(file)
@@ -51,11 +79,11 @@ def _npy(path: Path) -> LatentHeader:
         raise ValueError("not a plain row-major array of little-endian numbers")
     if size - begin < int(np.prod(shape)) * dtype.itemsize:
         raise ValueError("the file is cut off")
-    return LatentHeader(shape, dtype.name, begin)
+    return shape, dtype.name, begin
 
 
-def _pt(path: Path) -> LatentHeader | None:
-    """torch's zip archive: ``data.pkl`` says how the tensor lies in the member ``data/0``."""
+def _pt(path: Path) -> _Header | None:
+    """torch's zip archive: ``data.pkl`` says how the tensor lies in the member ``data/0``; None for its old format."""
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
             if file.read(2) == b"\x80\x02":  # a bare pickle: torch's format before 1.6
@@ -80,9 +108,7 @@ def _pt(path: Path) -> LatentHeader | None:
     with path.open("rb") as file:
         file.seek(member.header_offset)
         lengths = _LOCAL.unpack(file.read(_LOCAL.size))
-    return LatentHeader(
-        tensor.shape, tensor.dtype, member.header_offset + _LOCAL.size + sum(lengths) + tensor.begin * itemsize
-    )
+    return tensor.shape, tensor.dtype, member.header_offset + _LOCAL.size + sum(lengths) + tensor.begin * itemsize
 
 
 @dataclass(frozen=True)

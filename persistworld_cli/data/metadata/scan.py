@@ -1,4 +1,4 @@
-"""What build-meta takes from an episode, and which episodes it has to read again.
+"""What build-meta reads of an episode, and by what a changed one is known.
 
 Legend: T frames at the model rate, R raw frames, D numbers of a state, J joints. Needs no torch: workers import it.
 """
@@ -18,23 +18,23 @@ from persistworld_cli.data.metadata.annotations import (
     KEYS,
     Unreadable,
     load_annotation,
-    read_joints,
     read_states,
     read_success,
     read_text,
 )
-from persistworld_cli.data.metadata.latent_header import read_header
+from persistworld_cli.data.metadata.latent_header import read_layout
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import natural_key
 from persistworld_cli.read_files import DAMAGED_NOTES, positive_number, read_json, reading
 
 VELOCITY = "action.joint_velocity"
 JOINTS = "observation.state.joint_position"
+NOTES = "extract.json"  # what all episodes of a dataset have in common
 POSE = 7  # x y z, roll pitch yaw, gripper: the only state whose numbers have a meaning here
 
 
-class Listed(NamedTuple):
-    """An annotation on disk, and what tells whether it or the episode's folders changed (0: no such folder)."""
+class AnnotationStat(NamedTuple):
+    """An annotation on disk, and by what a change of it or of the episode's folders is known (0: no such folder)."""
 
     split: str
     episode: str
@@ -45,15 +45,15 @@ class Listed(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As people are told of it."""
+        """As messages name it."""
         return f"{self.split}/{self.episode}"
 
 
 class Facts(NamedTuple):
     """What the health report asks of an episode; the last five are nan where states are no poses of 7 numbers."""
 
-    reach: float  # the widest range of any coordinate (a pose: of x, y, z; m)
-    jump: float  # longest way in one frame, m
+    extent: float  # the widest range of any coordinate (a pose: of x, y, z; m)
+    jump: float  # longest distance in one frame, m
     turn: float  # largest rotation in one frame, rad
     wraps: float  # how often roll jumps between +pi and -pi
     grip_low: float
@@ -72,16 +72,26 @@ class Episode:
     motion: NDArray[np.float32] | None  # (R, 2, J) joint positions (rad) and velocities, where they were asked for
 
 
-def list_annotations(root: Path) -> list[Listed]:
+def require_processed(root: Path) -> None:
+    """Raise PersistWorldError where a folder is no processed dataset."""
+    if not (root / "annotation").is_dir():
+        raise PersistWorldError(
+            "no processed dataset here (folder annotation/ is missing)",
+            where=str(root),
+            fix="run persistworld extract-latents, or give the folder that holds annotation/ and videos/",
+        )
+
+
+def list_annotations(root: Path) -> list[AnnotationStat]:
     """Every annotation of a dataset: splits in order of name, episodes in natural order."""
-    out: list[Listed] = []
+    out: list[AnnotationStat] = []
     for split in sorted(e.name for e in os.scandir(root / "annotation") if e.is_dir()):
         videos, latents = _changed(root / "videos" / split), _changed(root / "latent_videos" / split)
         for entry in os.scandir(root / "annotation" / split):
             if entry.name.endswith(".json") and not entry.name.startswith("."):
                 episode, stat = entry.name.removesuffix(".json"), entry.stat()
                 folders = videos.get(episode, 0), latents.get(episode, 0)
-                out.append(Listed(split, episode, stat.st_size, stat.st_mtime_ns, *folders))
+                out.append(AnnotationStat(split, episode, stat.st_size, stat.st_mtime_ns, *folders))
     return sorted(out, key=lambda item: (item.split, natural_key(item.episode)))
 
 
@@ -91,12 +101,8 @@ def _changed(folder: Path) -> dict[str, int]:
 
 
 def extraction_notes(root: Path) -> dict[str, Any]:
-    """What extract-latents noted of the dataset (extract.json); empty for datasets of other origin.
-
-    Raises:
-        PersistWorldError: it is damaged.
-    """
-    path = root / "extract.json"
+    """What extract-latents noted of the dataset (extract.json), {} if another tool made it. Raises if damaged."""
+    path = root / NOTES
     if not path.is_file():
         return {}
     with reading("unreadable notes of the extraction", path, DAMAGED_NOTES):
@@ -106,7 +112,7 @@ def extraction_notes(root: Path) -> dict[str, Any]:
         return noted
 
 
-def read_episode(root: Path, check_latents: bool, request: tuple[Listed, bool]) -> Episode:
+def read_episode(root: Path, request: tuple[AnnotationStat, bool]) -> Episode:
     """Read and check one episode; ``request``: which, and whether its motion is wanted for the adapter's fit."""
     item, wanted = request
     path = root / "annotation" / item.split / f"{item.episode}.json"
@@ -114,46 +120,43 @@ def read_episode(root: Path, check_latents: bool, request: tuple[Listed, bool]) 
     try:
         raw = load_annotation(path, (*KEYS, VELOCITY, JOINTS) if wanted else KEYS)
         text, success = read_text(raw), read_success(raw)
-        states = read_states(raw, path)
-        read_joints(raw, path, len(states))
-        check_files(root, item.split, item.episode, len(states), check_latents)
+        states, _ = read_states(raw, path)
+        check_files(root, item.split, item.episode, len(states))
     except PersistWorldError as error:
         return Episode(text, success, error.what, np.empty((0, 0)), _NO_FACTS, None)
     return Episode(text, success, "", states, facts(states), _motion(raw) if wanted else None)
 
 
-def check_files(root: Path, split: str, episode: str, length: int, latents: bool) -> None:
-    """Raise for an episode whose files training could not use.
+def check_files(root: Path, split: str, episode: str, length: int) -> None:
+    """Raise Unreadable where files of an episode are missing, damaged, or hold fewer latents than ``length`` states."""
+    num_cameras(root, split, episode)
+    for path in latent_files(root, split, episode) if (root / "latent_videos").is_dir() else ():
+        layout = read_layout(path)
+        if layout.length < length:
+            raise Unreadable("latents are shorter than the states", path, f"{layout.length} for {length}")
 
-    Args:
-        root: the dataset.
-        split, episode: which.
-        length: frames that its states have.
-        latents: also look into the latent files (where the dataset has any).
-    """
-    folder = root / "latent_videos" / split / episode
-    cameras = camera_files(root / "videos" / split / episode) or camera_files(folder)
+
+def num_cameras(root: Path, split: str, episode: str) -> int:
+    """Cameras V of an episode, by its videos, else by its latents. Raises Unreadable: none, or one is missing."""
+    folder = root / "videos" / split / episode
+    cameras = camera_files(folder) or camera_files(root / "latent_videos" / split / episode)
     if not cameras:
-        raise Unreadable("no videos and no latents", where=str(folder))
+        raise Unreadable("episode has no videos and no latents", folder)
     lost = next((number for number, camera in enumerate(sorted(cameras)) if camera != number), None)
     if lost is not None:
-        raise Unreadable(f"camera {lost} is missing", where=str(folder))
-    if not latents or not (root / "latent_videos").is_dir():
-        return
+        raise Unreadable(f"camera {lost} is missing", folder)
+    return len(cameras)
+
+
+def latent_files(root: Path, split: str, episode: str) -> list[Path]:
+    """An episode's latent files in camera order (.npy preferred to .pt). Raises Unreadable: one is missing."""
+    folder = root / "latent_videos" / split / episode
     files = camera_files(folder)
-    for camera in sorted(cameras):
+    for camera in range(num_cameras(root, split, episode)):
         if camera not in files:
-            raise Unreadable(f"latents of camera {camera} are missing", where=str(folder))
-        try:
-            header = read_header(files[camera])
-        except Exception as error:  # a damaged header raises many kinds
-            raise Unreadable("unreadable latents", where=f"{files[camera]} ({error})") from error
-        if header is None:
-            raise Unreadable("latents are in torch's format from before version 1.6", where=str(files[camera]))
-        if len(header.shape) != 4:
-            raise Unreadable("latents are not of shape (T, C, h, w)", where=str(files[camera]))
-        if header.shape[0] < length:
-            raise Unreadable("latents are shorter than the states", where=str(files[camera]))
+            fix = "run persistworld extract-latents on the raw recordings"
+            raise Unreadable(f"latents of camera {camera} are missing", folder, fix=fix)
+    return [files[camera] for camera in sorted(files)]
 
 
 def camera_files(folder: Path) -> dict[int, Path]:
@@ -171,7 +174,7 @@ def facts(states: NDArray[np.float64]) -> Facts:
     place, grip = states[:, :3], states[:, 6]
     steps = np.linalg.norm(np.diff(place, axis=0), axis=1)
     return Facts(
-        reach=float(np.ptp(place, axis=0).max()),
+        extent=float(np.ptp(place, axis=0).max()),
         jump=float(steps.max(initial=0.0)),
         turn=float(_rotations(states[:, 3:6]).max(initial=0.0)),
         wraps=float((np.abs(np.diff(states[:, 3])) > np.pi).sum()),
@@ -186,14 +189,9 @@ _NO_FACTS = Facts(*[np.nan] * 6)
 def _rotations(angles: NDArray[np.float64]) -> NDArray[np.float64]:
     """Angles (T - 1,) rad between consecutive orientations (T, 3): roll, pitch, yaw (extrinsic xyz), by quaternions."""
     (sx, sy, sz), (cx, cy, cz) = np.sin(angles.T / 2), np.cos(angles.T / 2)
-    turns = np.stack(
-        [
-            cx * cy * cz + sx * sy * sz,
-            sx * cy * cz - cx * sy * sz,
-            cx * sy * cz + sx * cy * sz,
-            cx * cy * sz - sx * sy * cz,
-        ]
-    )
+    real, i = cx * cy * cz + sx * sy * sz, sx * cy * cz - cx * sy * sz
+    j, k = cx * sy * cz + sx * cy * sz, cx * cy * sz - sx * sy * cz
+    turns = np.stack([real, i, j, k])
     return 2 * np.arccos(np.clip(np.abs((turns[:, 1:] * turns[:, :-1]).sum(axis=0)), 0.0, 1.0))
 
 

@@ -1,7 +1,7 @@
-"""Reader of raw LeRobot datasets, versions 2.0, 2.1 (one file an episode) and 3.0 (many episodes a file).
+"""Reader of raw LeRobot datasets, versions 2.0, 2.1 (one file per episode) and 3.0 (many episodes per file).
 
-Every path comes from the templates in ``meta/info.json``. A part of a dataset on disk is normal: an episode of which no
-video is there is simply not listed (the tables of all episodes are small, and usually there).
+Every path comes from the templates in ``meta/info.json``. A dataset may be there in part: an episode without any video
+on disk is not listed (the tables of all episodes are small, and usually there).
 """
 
 from __future__ import annotations
@@ -53,8 +53,12 @@ class RawEpisode:
 class RawDataset:
     """A raw LeRobot dataset on disk.
 
-    Args:
+    Attributes:
         path: its root folder (with ``meta/info.json``).
+        info: what info.json holds.
+        fps: recording rate in Hz.
+        features: columns and cameras as info.json declares them.
+        cameras: their names without the ``observation.images.`` in front.
 
     Raises:
         PersistWorldError: no such dataset, an unknown version, or unreadable metadata.
@@ -79,40 +83,25 @@ class RawDataset:
         if missing:
             raise PersistWorldError(f"{', '.join(missing)} missing", where=str(info_file), fix="repair the file")
         with reading("unreadable dataset description", info_file, _REPAIR):
+            self.fps = positive_number(self.info["fps"], "fps")
+            self.features: dict[str, dict[str, Any]] = as_object(self.info["features"])
+            if odd := [name for name, feature in self.features.items() if not isinstance(feature, dict)]:
+                raise ValueError(f"feature '{odd[0]}' is no table")
+            self.cameras = tuple(k.removeprefix(_IMAGES) for k, v in self.features.items() if v.get("dtype") == "video")
             self._check_info()
         self._known: dict[int, RawEpisode] = {}
         self._file: tuple[Path, pq.ParquetFile, list[set[int] | None]] | None = None
         self._table: tuple[Path, tuple[int, ...], pa.Table] | None = None
 
     def _check_info(self) -> None:
-        """Raise where info.json holds values of another kind than it should."""
-        positive_number(self.info["fps"], "fps")
+        """Raise where the rest of info.json holds values of another kind than it should."""
         whole_number(self.info.get("chunks_size", 1000), "chunks_size", 1, _MOST)
         as_object(self.info.get("splits") or {})
-        for name, feature in as_object(self.info["features"]).items():
-            if not isinstance(feature, dict):
-                raise ValueError(f"feature '{name}' is no table")
-        names: dict[str, int | str] = dict.fromkeys(("episode_chunk", "episode_index"), 0)
-        if self.version.startswith("v3"):
-            names = dict.fromkeys(("chunk_index", "file_index"), 0)
+        fields = _PLACE if self.version.startswith("v3") else ("episode_chunk", "episode_index")
+        names: dict[str, int | str] = dict.fromkeys(fields, 0)
         fill_template(self.info["data_path"], names)
         if self.cameras:
             fill_template(self.info.get("video_path"), {"video_key": "", **names})
-
-    @property
-    def fps(self) -> float:
-        """Recording rate in Hz."""
-        return float(self.info["fps"])
-
-    @property
-    def features(self) -> dict[str, Any]:
-        """Columns and cameras as info.json declares them."""
-        return dict(self.info["features"])
-
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        """Camera names without the ``observation.images.`` in front."""
-        return tuple(k.removeprefix(_IMAGES) for k, v in self.features.items() if v.get("dtype") == "video")
 
     @property
     def splits(self) -> dict[str, tuple[int, int]]:
@@ -143,11 +132,7 @@ class RawDataset:
         self._known[episode.index] = episode
 
     def episode(self, index: int) -> RawEpisode:
-        """Where episode ``index`` lies.
-
-        Raises:
-            PersistWorldError: the metadata does not name it, or it is not on disk.
-        """
+        """Where episode ``index`` lies. Raises PersistWorldError: not in the metadata, or not on disk."""
         if index in self._known:
             return self._known[index]
         if index in self._present:
@@ -200,7 +185,7 @@ class RawDataset:
         return path, first, episode.length
 
     def instruction(self, index: int) -> str:
-        """What the robot was told, '' if nothing is recorded.
+        """The instruction, '' if none is recorded.
 
         From column ``language_instruction``, else the episode's first task, else the task that ``task_index`` names.
         """
@@ -244,9 +229,9 @@ class RawDataset:
             if path == lines:
                 rows = read_json_lines(lines, what, _FETCH)
             else:  # pandas wrote the tasks as its index, under a name of its own
-                told = pq.read_table(table)
-                _require_once(told.column_names)
-                rows = [{"task": row.get("__index_level_0__"), **row} for row in told.to_pylist()]
+                listed = pq.read_table(table)
+                _require_once(listed.column_names)
+                rows = [{"task": row.get("__index_level_0__"), **row} for row in listed.to_pylist()]
             return {whole_number(row["task_index"], "task_index"): str(row["task"] or "") for row in rows}
 
     def _episodes_v2(self) -> dict[int, RawEpisode]:
@@ -260,13 +245,7 @@ class RawDataset:
             with reading(f"entry {number} is unreadable", path, _FETCH):
                 index = whole_number(row["episode_index"], "episode_index", 0, _MOST)
                 names = {"episode_chunk": index // chunk, "episode_index": index}
-                out[index] = RawEpisode(
-                    index=index,
-                    length=whole_number(row["length"], "length", 0, _MOST),
-                    tasks=_texts(row.get("tasks")),
-                    table=self.path / fill_template(self.info["data_path"], names),
-                    videos={c: (self._video_file(c, names), 0) for c in self.cameras},
-                )
+                out[index] = self._episode(row, names, {c: (self._video_file(c, names), 0) for c in self.cameras})
         return out
 
     def _episodes_v3(self) -> dict[int, RawEpisode]:
@@ -296,6 +275,10 @@ class RawDataset:
             first = round(float(row[head + "from_timestamp"]) * self.fps)
             videos[camera] = (self._video_file(camera, names), whole_number(first, "from_timestamp * fps", 0, _MOST))
         names = {name: whole_number(row[f"data/{name}"], f"data/{name}", 0, _MOST) for name in _PLACE}
+        return self._episode(row, names, videos)
+
+    def _episode(self, row: dict[str, Any], names: dict[str, int], videos: dict[str, tuple[Path, int]]) -> RawEpisode:
+        """An episode from its row in the list; ``names``: what the template of its table asks for."""
         return RawEpisode(
             index=whole_number(row["episode_index"], "episode_index", 0, _MOST),
             length=whole_number(row["length"], "length", 0, _MOST),
@@ -348,14 +331,14 @@ class RawDataset:
 
 
 def _require_once(names: Sequence[str]) -> None:
-    """Raise ValueError where a table has two columns of one name: nobody could say which one is meant."""
+    """Raise ValueError where a table has two columns of one name: which one counts is unknown."""
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"column '{twice}' is there twice")
 
 
 def _episodes_of(file: pq.ParquetFile) -> list[set[int] | None]:
-    """The episodes in each row group; None where the table does not tell.
+    """The episodes in each row group; None where the table does not say.
 
     From the column itself: asking a damaged file for a column's statistics ends the whole process (pyarrow 26).
     """

@@ -1,6 +1,4 @@
-"""Writer of LeRobot v3.0 datasets: what was imagined, in the form in which recordings come.
-
-Every episode gets a file of its own under `data/` and, for each camera, under `videos/`, which the format allows.
+"""Writer of LeRobot v3.0 datasets, for generated rollouts. One file per episode and camera, which the format allows.
 
 Shape legend: T frames, D numbers, H, W pixels.
 """
@@ -25,42 +23,24 @@ from persistworld_cli.files import write_json
 _DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEOS = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 _CHUNK = 1000  # files of a folder
-_ALWAYS = {
-    "timestamp": "float32",
-    "frame_index": "int64",
-    "episode_index": "int64",
-    "index": "int64",
-    "task_index": "int64",
-}
+_ALWAYS = {"timestamp": "float32"} | dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), "int64")
 _PANDAS_INDEX = "__index_level_0__"
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewEpisode:
-    """An episode to write.
+    """An episode to write."""
 
-    Attributes:
-        task: the instruction.
-        columns: name -> (T, D) numbers, written as float32.
-        images: camera -> uint8 (T, H, W, 3), written as ``observation.images.<camera>``.
-    """
-
-    task: str
-    columns: Mapping[str, NDArray[np.floating[Any]]]
-    images: Mapping[str, NDArray[np.uint8]]
+    task: str  # the instruction
+    columns: Mapping[str, NDArray[np.floating[Any]]]  # name -> (T, D), written as float32
+    images: Mapping[str, NDArray[np.uint8]]  # camera -> (T, H, W, 3), written as ``observation.images.<camera>``
 
     def __len__(self) -> int:
         return len(next(iter(self.images.values())))
 
 
 def write_lerobot(root: Path, episodes: Sequence[NewEpisode], fps: float, robot: str) -> None:
-    """Write a dataset.
-
-    Args:
-        root: its folder, new or empty.
-        episodes: all with the same columns and cameras.
-        fps: frames a second.
-        robot: ``robot_type``.
+    """Write episodes with the same columns and cameras into a new or empty folder; ``robot`` is the ``robot_type``.
 
     Raises:
         PersistWorldError: there is something in the folder, or no episode.
@@ -95,7 +75,7 @@ def _videos(episode: NewEpisode) -> dict[str, NDArray[np.uint8]]:
 
 
 def _table(episode: NewEpisode, index: int, first: int, task: int, fps: float) -> dict[str, NDArray[Any]]:
-    """Columns of an episode: (T, D) float32, and those that LeRobot wants in every table, (T,)."""
+    """Columns of an episode: (T, D) float32, and those that LeRobot requires in every table, (T,)."""
     count = np.arange(len(episode))
     own = {name: np.asarray(values, dtype=np.float32) for name, values in episode.columns.items()}
     always = {
@@ -109,26 +89,22 @@ def _table(episode: NewEpisode, index: int, first: int, task: int, fps: float) -
 
 
 def _arrow(table: Mapping[str, NDArray[Any]]) -> pa.Table:
-    """Lists of fixed length; one number a row stands alone."""
+    """Lists of fixed length; plain numbers where a row has one."""
     arrays = {}
     for name, values in table.items():
-        flat = pa.array(values.reshape(-1))
-        wide = values.shape[1] if values.ndim > 1 else 1
-        arrays[name] = flat if wide == 1 else pa.FixedSizeListArray.from_arrays(flat, wide)
+        flat, width = pa.array(values.reshape(-1)), values.shape[1] if values.ndim > 1 else 1
+        arrays[name] = flat if width == 1 else pa.FixedSizeListArray.from_arrays(flat, width)
     return pa.table(arrays)
 
 
 def _stats(table: Mapping[str, NDArray[Any]], episode: NewEpisode) -> dict[str, dict[str, Any]]:
-    """Least, largest, mean and spread of every feature; of images by colour, in [0, 1], shaped (3, 1, 1)."""
-    numbers = {name: _moments(values.reshape(len(values), -1).astype(np.float64)) for name, values in table.items()}
-    colours = {key: _moments(frames.reshape(-1, 3) / 255.0) for key, frames in _videos(episode).items()}
-    shaped = {
-        key: {
-            name: [[[value]] for value in values] if name != "count" else [len(episode)] for name, values in one.items()
-        }
-        for key, one in colours.items()
-    }
-    return numbers | shaped
+    """Minimum, maximum, mean and deviation of every feature; of images by colour, in [0, 1], shaped (3, 1, 1)."""
+    out = {name: _moments(values.reshape(len(values), -1).astype(np.float64)) for name, values in table.items()}
+    for key, frames in _videos(episode).items():
+        colours = _moments(frames.reshape(-1, 3) / 255.0)
+        out[key] = {name: [[[value]] for value in values] for name, values in colours.items()}
+        out[key]["count"] = [len(episode)]
+    return out
 
 
 def _moments(values: NDArray[np.float64]) -> dict[str, list[Any]]:
@@ -190,16 +166,10 @@ def _write_meta(
 def _tasks(tasks: list[str]) -> pa.Table:
     """Tasks as LeRobot reads them: the index of a pandas table (written without pandas)."""
     table = pa.table({"task_index": np.arange(len(tasks), dtype=np.int64), _PANDAS_INDEX: tasks})
-    columns: list[dict[str, Any]] = [
-        {"name": "task_index", "field_name": "task_index", "pandas_type": "int64", "numpy_type": "int64"},
-        {"name": None, "field_name": _PANDAS_INDEX, "pandas_type": "unicode", "numpy_type": "object"},
-    ]
-    described = {
-        "index_columns": [_PANDAS_INDEX],
-        "column_indexes": [],
-        "columns": [{**column, "metadata": None} for column in columns],
-        "pandas_version": "2.0.0",
-    }
+    kinds = (("task_index", "task_index", "int64", "int64"), (None, _PANDAS_INDEX, "unicode", "object"))
+    keys = ("name", "field_name", "pandas_type", "numpy_type")
+    columns = [dict(zip(keys, kind, strict=True)) | {"metadata": None} for kind in kinds]
+    described = {"index_columns": [_PANDAS_INDEX], "column_indexes": [], "columns": columns, "pandas_version": "2.0.0"}
     return table.replace_schema_metadata({b"pandas": json.dumps(described).encode()})
 
 
@@ -207,20 +177,13 @@ def _features(episode: NewEpisode, fps: float) -> dict[str, Any]:
     """info.json's description of columns and cameras."""
     features: dict[str, Any] = {}
     for key, frames in _videos(episode).items():
-        high, wide = (side + side % 2 for side in frames.shape[1:3])  # as the video's writer pads them
-        told = {
-            "height": high,
-            "width": wide,
-            "codec": "h264",
-            "pix_fmt": "yuv420p",
-            "is_depth_map": False,
-            "channels": 3,
-        }
+        h, w = (side + side % 2 for side in frames.shape[1:3])  # as the video's writer pads them
+        stream = {"height": h, "width": w, "codec": "h264", "pix_fmt": "yuv420p", "is_depth_map": False, "channels": 3}
         features[key] = {
             "dtype": "video",
-            "shape": [high, wide, 3],
+            "shape": [h, w, 3],
             "names": ["height", "width", "channels"],
-            "info": {f"video.{name}": value for name, value in told.items()} | {"video.fps": fps, "has_audio": False},
+            "info": {f"video.{name}": value for name, value in stream.items()} | {"video.fps": fps, "has_audio": False},
         }
     for name, values in episode.columns.items():
         features[name] = {"dtype": "float32", "shape": [int(np.shape(values)[1])], "names": None}

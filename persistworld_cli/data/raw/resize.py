@@ -9,7 +9,6 @@ Shapes: frames are uint8 (N, H, W, C).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -20,15 +19,7 @@ _EXACT_FLOAT32 = 2**24  # below this every whole number is a float32
 _COLUMNS, _ROWS = 4, 8  # outputs that share one product: wider ones multiply by more zeros, narrower ones call more
 
 
-@dataclass(frozen=True)
-class _Band:
-    """Outputs ``begin:end`` come from inputs ``low:high`` by ``weights`` (end - begin, high - low)."""
-
-    begin: int
-    end: int
-    low: int
-    high: int
-    weights: NDArray[Any]
+_Bands = tuple[tuple[int, int, NDArray[Any]], ...]  # inputs low:high, and their weights (outputs, high - low)
 
 
 def resize(frames: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
@@ -45,12 +36,12 @@ def resize(frames: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uin
     for frame, target in zip(frames, out, strict=True):
         image: NDArray[Any] = frame.reshape(rows, columns * channels)
         if across:
-            image = image.astype(across[0].weights.dtype)
-            parts = [image[:, band.low * channels : band.high * channels] @ band.weights.T for band in across]
+            image = image.astype(across[0][2].dtype)
+            parts = [image[:, low * channels : high * channels] @ weights.T for low, high, weights in across]
             image = _rounded(np.concatenate(parts, axis=1))
         if down:
-            image = image.astype(down[0].weights.dtype, copy=False)
-            image = _rounded(np.concatenate([band.weights @ image[band.low : band.high] for band in down]))
+            image = image.astype(down[0][2].dtype, copy=False)
+            image = _rounded(np.concatenate([weights @ image[low:high] for low, high, weights in down]))
         target.reshape(height, width * channels)[:] = image
     return out
 
@@ -63,7 +54,7 @@ def _rounded(sums: NDArray[Any]) -> NDArray[Any]:
 
 
 @lru_cache(maxsize=16)
-def _bands(size: int, wanted: int, channels: int, width: int) -> tuple[_Band, ...]:
+def _bands(size: int, wanted: int, channels: int, width: int) -> _Bands:
     """The weights from ``size`` to ``wanted`` pixels in bands of ``width`` outputs, for interleaved channels."""
     scale = size / wanted
     support = max(scale, 1.0)
@@ -85,5 +76,5 @@ def _bands(size: int, wanted: int, channels: int, width: int) -> tuple[_Band, ..
         stop = min(begin + width, wanted)
         low, high = int(first[begin]), int(end[stop - 1])
         block = np.kron(whole[begin:stop, low:high] / 2**bits, np.eye(channels))
-        bands.append(_Band(begin, stop, low, high, np.ascontiguousarray(block.astype(exact))))
+        bands.append((low, high, np.ascontiguousarray(block.astype(exact))))
     return tuple(bands)

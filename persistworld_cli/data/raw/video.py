@@ -5,11 +5,10 @@ Shapes: frames are uint8 RGB arrays (N, H, W, 3). Reading goes through PyAV (FFm
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 
 import av
 import numpy as np
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from persistworld_cli.data.raw.resize import resize as resize
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.files import whole_file, writing
+from persistworld_cli.files import whole_file
 
 Frames = NDArray[np.uint8]
 
@@ -32,11 +31,7 @@ _SEEK_THRESHOLD = 60
 
 
 def count_frames(path: Path) -> int:
-    """Number of frames the container of ``path`` declares (decoded and counted where it declares none).
-
-    Raises:
-        PersistWorldError: the file is missing or is no readable video.
-    """
+    """Number of frames the container declares (decoded and counted where it declares none). Raises as `iter_frames`."""
     try:
         with av.open(str(path)) as container:
             stream = _video_stream(container, path)
@@ -56,8 +51,8 @@ def iter_frames(path: Path, indices: Sequence[int], *, threads: int = 0, whole: 
         path: the video.
         indices: frame numbers.
         threads: of the decoder; 0: as FFmpeg chooses.
-        whole: read on to the end after the last index, and expect this many frames in all. A decoder may drop a damaged
-            frame without a word; all after it would then stand one place too early.
+        whole: read to the end after the last index, and expect this many frames in all. A decoder may silently drop a
+            damaged frame; all after it would then be one place too early.
 
     Raises:
         PersistWorldError: unreadable file, a damaged frame before the last index, or the file ends before it.
@@ -111,76 +106,46 @@ def read_frames(path: Path, indices: Sequence[int]) -> Frames:
     return frames[np.searchsorted(np.asarray(unique), np.asarray(indices, dtype=np.int64))]
 
 
-class Mp4Writer:
-    """Writes frames (H, W, 3) uint8 as h264, whole or not at all.
+@contextmanager
+def mp4_writer(
+    path: Path, fps: float, *, crf: int = 18, reproducible: bool = False
+) -> Iterator[Callable[[Frames], None]]:
+    """A function that takes the frames (H, W, 3) uint8 of an h264 video, which is written whole or not at all.
 
     An odd height or width is padded by repeating the last row or column (yuv420p has half-size colour planes).
-    Use as a context manager; leaving it by an error leaves no file.
 
     Args:
         path: the file.
-        fps: frames a second.
+        fps: frames per second.
         crf: quality of x264, lower is better.
-        reproducible: the same images become the same bytes. One thread, since what x264 writes depends on how many,
-            and no macroblock tree: its assembly reads memory that earlier videos left (measured with x264 165: 12 small
-            videos in random order, encoded again and again, came out in 2 to 3 forms each with it, in one without).
+        reproducible: the same images become the same bytes. One thread, since what x264 writes depends on their number,
+            and no macroblock tree, whose assembly reads memory that earlier videos left (x264 165: 2 to 3 forms each).
 
     Raises:
         CannotWrite: the file cannot be written.
         PersistWorldError: no frames were given.
     """
+    with whole_file(path) as partial, _as_oserror(), av.open(str(partial), "w", format="mp4") as container:
+        streams: list[av.VideoStream] = []  # one, once the size is known
 
-    def __init__(self, path: Path, fps: float, *, crf: int = 18, reproducible: bool = False) -> None:
-        self.path, self.written = path, 0
-        self._fps, self._options, self._reproducible = fps, {"crf": str(crf), "preset": "medium"}, reproducible
-        self._stream: av.VideoStream | None = None
-        self._whole = whole_file(path)
+        def add(image: Frames) -> None:
+            with _as_oserror():
+                image = np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), mode="edge")
+                if not streams:
+                    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+                    stream.height, stream.width = image.shape[:2]
+                    stream.pix_fmt = "yuv420p"
+                    stream.options = {"crf": str(crf), "preset": "medium", **({"mbtree": "0"} if reproducible else {})}
+                    if reproducible:
+                        stream.codec_context.thread_count = 1
+                    streams.append(stream)
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+                container.mux(streams[0].encode(frame.reformat(format="yuv420p", interpolation=_EXACT)))
 
-    def __enter__(self) -> Mp4Writer:
-        partial = self._whole.__enter__()
-        try:
-            with writing(self.path), _as_oserror():
-                self._container = av.open(str(partial), "w", format="mp4")
-        except BaseException as error:
-            self._whole.__exit__(type(error), error, error.__traceback__)
-            raise
-        return self
-
-    def add(self, image: Frames) -> None:
-        """Write one more frame."""
-        with writing(self.path), _as_oserror():
-            image = np.ascontiguousarray(_even(image))
-            if self._stream is None:
-                self._stream = self._begin(*image.shape[:2])
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            self._container.mux(self._stream.encode(frame.reformat(format="yuv420p", interpolation=_EXACT)))
-        self.written += 1
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            with writing(self.path), _as_oserror():
-                if kind is None and self._stream is not None:
-                    self._container.mux(self._stream.encode())
-                self._container.close()
-            if kind is None and not self.written:
-                raise PersistWorldError("no frames to write", where=str(self.path), fix="give at least one frame")
-        except BaseException as broken:
-            self._whole.__exit__(type(broken), broken, broken.__traceback__)
-            raise
-        self._whole.__exit__(kind, error, trace)
-
-    def _begin(self, height: int, width: int) -> av.VideoStream:
-        """The video stream, once the size is known."""
-        stream = self._container.add_stream("libx264", rate=Fraction(self._fps).limit_denominator(1001))
-        stream.height, stream.width = height, width
-        stream.pix_fmt = "yuv420p"
-        stream.options = {**self._options}
-        if self._reproducible:
-            stream.options = {**self._options, "mbtree": "0"}
-            stream.codec_context.thread_count = 1
-        return stream
+        yield add
+        if not streams:
+            raise PersistWorldError("no frames to write", where=str(path), fix="give at least one frame")
+        container.mux(streams[0].encode())
 
 
 @contextmanager
@@ -194,12 +159,11 @@ def _as_oserror() -> Iterator[None]:
         raise OSError(str(error)) from error
 
 
-def write_mp4(path: Path, frames: Iterable[Frames], fps: float, *, crf: int = 18) -> int:
-    """Write all ``frames`` by an `Mp4Writer`; returns how many."""
-    with Mp4Writer(path, fps, crf=crf) as writer:
+def write_mp4(path: Path, frames: Iterable[Frames], fps: float, *, crf: int = 18) -> None:
+    """Write all ``frames`` by an `mp4_writer`."""
+    with mp4_writer(path, fps, crf=crf) as add:
         for image in frames:
-            writer.add(image)
-    return writer.written
+            add(image)
 
 
 def _numbered(
@@ -218,14 +182,6 @@ def _numbered(
     for frame in container.decode(stream):
         if frame.pts is not None:
             yield round((frame.pts - origin) * base * rate), frame
-
-
-def _even(image: Frames) -> Frames:
-    """Pad an odd image (H, W, 3) to even sides by repeating its edge."""
-    height, width = image.shape[:2]
-    if height % 2 == 0 and width % 2 == 0:
-        return image
-    return np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
 def _video_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:
