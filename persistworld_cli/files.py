@@ -13,7 +13,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -235,6 +235,17 @@ def jsonable(value: Any) -> Any:
 def hash_of(value: Any) -> str:
     """Twelve hex digits that identify a value of JSON's types or dataclasses."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()[:12]
+
+
+def hash_files(files: Iterable[tuple[Path, str]]) -> str:
+    """SHA-256 of files in their order, each with the name to count, "" for none."""
+    digest = hashlib.sha256()
+    for path, name in files:
+        if name:
+            digest.update(f"{name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +10,7 @@ from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import ModelSettings
 from persistworld_cli.config.weight_names import NO_ADAPTER, adapter_name
 from persistworld_cli.errors import UsageError
+from persistworld_cli.files import hash_files
 
 
 @dataclass(frozen=True)
@@ -183,10 +183,4 @@ def sha256_of(path: str) -> str:
     else:
         found = [root] if root.is_file() else [file for file, _ in locate(path).files]
         files = [(file, file.name if len(found) > 1 else "") for file in found]
-    digest = hashlib.sha256()
-    for file, name in files:
-        if name:
-            digest.update(f"{name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as handle:
-            hashlib.file_digest(handle, lambda: digest)
-    return digest.hexdigest()
+    return hash_files(files)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.resume import PATHS, USES
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.files import hash_files
 
 _READ_WHOLE = 64 * 2**20  # bytes; of larger ones, size and time of change are recorded: hashing takes too long
-_BLOCK = 1 << 20
 
 
 def describe_inputs(task: str, settings: Mapping[str, Mapping[str, Any]], request: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +46,7 @@ def _describe(key: str, value: str, settings: Mapping[str, Mapping[str, Any]]) -
     if key == "world.dataset":  # may grow; only the scale of its actions changes a model's inputs
         stat = path / "meta" / "stat.json"
         own = not settings["model"]["stat"] and stat.is_file()
-        return entry | ({"sha256": _digest([stat], path)} if own else {})
+        return entry | ({"sha256": hash_files([(stat, "meta/stat.json")])} if own else {})
     try:
         return entry | describe_content(path)
     except OSError:  # a running training replaced it; other failures are reported by its reader
@@ -60,18 +59,6 @@ def describe_content(path: Path) -> dict[str, Any]:
     stats = [file.stat() for file in files]
     size = sum(one.st_size for one in stats)
     if size <= _READ_WHOLE:
-        return {"sha256": _digest(files, path)}
+        return {"sha256": hash_files((file, str(file.relative_to(path)) if file != path else "") for file in files)}
     newest = max(one.st_mtime for one in stats)
     return {"bytes": size, "modified": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(newest))}
-
-
-def _digest(files: list[Path], root: Path) -> str:
-    """SHA-256 of files and, in a folder, their names."""
-    whole = hashlib.sha256()
-    for file in files:
-        if file != root:
-            whole.update(f"{file.relative_to(root)}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as handle:
-            while block := handle.read(_BLOCK):
-                whole.update(block)
-    return whole.hexdigest()

@@ -24,7 +24,6 @@ from accelerate.utils import ProjectConfiguration, gather_object
 from persistworld_cli.checkpoints.saving import save_torch
 from persistworld_cli.config.requests import TrainingRequest
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings, VaeSettings
-from persistworld_cli.config.trackers import wanted_trackers
 from persistworld_cli.files import CannotWrite, sweep, whole_folder, write_text, writing
 from persistworld_cli.models.precision import product_type
 from persistworld_cli.training.resuming import (
@@ -36,7 +35,7 @@ from persistworld_cli.training.resuming import (
     numbered_log,
     read_log,
 )
-from persistworld_cli.training.tracking import Trackers, forget_trackers
+from persistworld_cli.training.tracking import Trackers, forget_trackers, wanted_trackers
 from persistworld_cli.training.whole_states import STATE, set_aside_damaged, states_of
 
 logger = logging.getLogger(__name__)

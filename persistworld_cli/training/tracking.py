@@ -8,20 +8,39 @@ from __future__ import annotations
 import json
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from accelerate import Accelerator
 
 from persistworld_cli.config.presets import flatten
-from persistworld_cli.config.settings import Settings
+from persistworld_cli.config.settings import Settings, Tracker
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import NO_ROOM, write_json, writing
 
 PROJECT = "persistworld"
 _IDENTITY = "tracker.json"
+
+
+def wanted_trackers(names: Iterable[str]) -> tuple[str, ...]:
+    """The trackers to start, each once, in the order they were named; ``none`` is none.
+
+    Raises:
+        PersistWorldError: the package of one is not installed.
+    """
+    wanted = tuple(dict.fromkeys(name for name in names if name != "none"))
+    for name in wanted:
+        if find_spec(name) is None:
+            others = [other for other in get_args(Tracker) if other != name]
+            raise PersistWorldError(
+                f"the tracker '{name}' needs the package '{name}', which is not installed",
+                where="launch.trackers (--tracker)",
+                fix=f"pip install {name}, or take another one: {', '.join(others)}",
+            )
+    return wanted
 
 
 class Trackers:

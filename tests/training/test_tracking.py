@@ -15,11 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import LaunchSettings, Settings
-from persistworld_cli.config.trackers import wanted_trackers
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import CannotWrite
 from persistworld_cli.reports.training_curves import POST_TRAIN_PANELS, training_curves
 from persistworld_cli.training.run import Run
+from persistworld_cli.training.tracking import wanted_trackers
 
 SETTINGS = Settings(launch=LaunchSettings(device="cpu"))
 
