@@ -177,9 +177,8 @@ def plan_rollouts(
     """Resolve and check everything: dataset, episodes, starts, masks, metrics, weights, a result to compare with.
 
     Args:
-        settings: resolved settings.
+        settings, device: of the run.
         refs: the models, the baseline first.
-        device: to compute on.
         fvd: what the protocol says of the Fréchet video distance.
         compare: another result's eval.json, whose protocol must be this one; "" for none.
         quiet: say nothing about actions and subsets (ranks other than 0).
@@ -235,8 +234,7 @@ def make_scoring(settings: Settings, store: EpisodeStore, items: list[Item]) -> 
 def eval_items(store: EpisodeStore, settings: Settings, *, partly: bool = False) -> list[Item]:
     """Every (episode, start, seed); with `partly`, of a benchmark's episodes those that are there (`subset_note`).
 
-    Raises:
-        PersistWorldError: an empty split, absent episodes, a start beyond an episode's end.
+    Raises PersistWorldError: an empty split, absent episodes, a start beyond an episode's end.
     """
     ev = settings.eval
     there = store.episodes(ev.split)
@@ -269,26 +267,19 @@ def _absent(
 ) -> PersistWorldError:
     """The message for episodes that the dataset does not have."""
     some = ", ".join(f"'{name}'" for name in absent[:6]) + (" ..." if len(absent) > 6 else "")
-    kind = "episode" if len(absent) == 1 else "episodes"
-    by = f", of {count} that benchmark '{benchmark.name}' names" if benchmark else ""
-    known = ", ".join(there[:12]) + (" ..." if len(there) > 12 else "") or "none there"
-    fix = f"take one of: {known}"
+    what = f"no episode{'s' if len(absent) > 1 else ''} {some} in split '{split}'"
+    fix = "take one of: " + (", ".join(there[:12]) + (" ..." if len(there) > 12 else "") or "none there")
     if benchmark:
+        what += f", of {count} that benchmark '{benchmark.name}' names"
         own = f", or name your own: --episodes {','.join(there[:3])}" if there else ""
         fix = f"take --benchmark none (all {len(there)} of the split){own}"
         if fetch := benchmark.fetch(absent):
             fix += f"; or fetch them (some are enough), then extract-latents and build-meta: {fetch}"
-    return PersistWorldError(
-        f"no {kind} {some} in split '{split}'{by}", where=str(store.root / "annotation" / split), fix=fix
-    )
+    return PersistWorldError(what, where=str(store.root / "annotation" / split), fix=fix)
 
 
 def require_weights(settings: Settings, store: EpisodeStore, items: Sequence[Item], refs: Sequence[ModelRef]) -> None:
-    """Refuse weights of another preset, and a dataset of another, by names and shapes alone.
-
-    Raises:
-        PersistWorldError: saying which, and which preset they do fit.
-    """
+    """Refuse weights and a dataset of another preset, by names and shapes alone. Raises PersistWorldError."""
     with torch.device("meta"):
         model = build_world_model(settings.model, settings.world)
     for source in dict.fromkeys(ref.ckpt for ref in refs):

@@ -139,10 +139,9 @@ def picks(data: EvalData) -> list[tuple[str, int]]:
     count = min(data.settings.eval.sheets, len(order))
     if count <= 0:
         return []
-    places = [0] if count == 1 else [round(i * (len(order) - 1) / (count - 1)) for i in range(count)]
-    names = {0: "best", len(order) - 1: "worst", (len(order) - 1) // 2: "median", len(order) // 2: "median"}
-    if len(order) < 3:
-        names = {0: "best", len(order) - 1: "worst"}
+    last = len(order) - 1
+    places = [0] if count == 1 else [round(i * last / (count - 1)) for i in range(count)]
+    names = {last // 2: "median", len(order) // 2: "median"} | {last: "worst"} | ({0: "best"} if last else {})
     return [(names.get(place, f"rank{place + 1}"), int(order[place])) for place in dict.fromkeys(places)]
 
 

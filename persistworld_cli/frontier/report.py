@@ -128,18 +128,14 @@ def _panel(plot: Axes, result: Mapping[str, Any], group: str, metric: Mapping[st
         gain, worse, better = (
             -np.array([loss[key] for loss in losses], dtype=float) for key in ("loss", "loss_high", "loss_low")
         )
-        dashes = ("-", "--", ":", "-.")[index // len(MODEL_COLOURS) % 4]
-        marker, width = "osD^v"[index % 5], 2.6 - 0.3 * (index % 5)  # lines that lie on one another stay visible
-        plot.plot(
-            calls, gain, dashes, marker=marker, markersize=2 + 1.6 * width, linewidth=width, color=colour, label=name
-        )
+        style = ("-", "--", ":", "-.")[index // len(MODEL_COLOURS) % 4] + "osD^v"[index % 5]
+        width = 2.6 - 0.3 * (index % 5)  # lines that lie on one another stay visible
+        plot.plot(calls, gain, style, markersize=2 + 1.6 * width, linewidth=width, color=colour, label=name)
         plot.fill_between(calls, worse, better, color=colour, alpha=0.13, linewidth=0)
         seen += [float(value) for value in [*worse, *better] if np.isfinite(value)]
     chosen = next((row for row in result["settings"] if row["name"] == result["chosen"]), None)
-    if chosen and (loss := _loss(chosen, group, metric["label"]))["loss"] is not None:
-        plot.plot(
-            [chosen["calls"]], [-loss["loss"]], "*", color="black", markersize=11, zorder=5, label="chosen", linewidth=0
-        )
+    if chosen and (loss := _loss(chosen, group, metric["label"])["loss"]) is not None:
+        plot.plot([chosen["calls"]], [-loss], "k*", markersize=11, zorder=5, label="chosen")
     high = max(seen)
     low = max(min(seen), -max(_SEEN * percent, 0.25 * high))
     plot.set_ylim(low - 0.06 * (high - low) - 0.1 * percent, high + 0.06 * (high - low) + 0.1 * percent)

@@ -149,16 +149,10 @@ class RolloutEngine:
         keys: Sequence[NoiseKey] | None = None,
         encode_missing: bool = False,
     ) -> RolloutState:
-        """B rollouts from recorded frames of a dataset.
-
-        Args:
-            store: the dataset.
-            starts: the frames.
-            keys: noise keys; those of the starts' items by default.
-            encode_missing: encode frames whose latents were not extracted.
+        """B rollouts from recorded frames; ``keys``: noise keys, by default those of the starts' items.
 
         Raises:
-            PersistWorldError: data of another preset, or latents missing.
+            PersistWorldError: data of another preset; latents missing, unless ``encode_missing`` makes them.
         """
         first = torch.stack([first_latent(self.model, store, start, encode_missing) for start in starts])
         own = [start.item.noise_key for start in starts]

@@ -37,11 +37,7 @@ def draw_images(
 ) -> Tensor:
     """Decode latents (B, N, C, h, w) or (N, C, h, w) to images (..., V, 3, H, W) in [0, 1].
 
-    Args:
-        model: whose VAE decodes.
-        latents: on any device.
-        sampling: runs and type of the decoding.
-        size: (H, W) of the recording, to which images are cut; the model's world's by default.
+    They are cut to ``size``, the (H, W) of a recording; the model's world's by default.
 
     Raises:
         PersistWorldError: images smaller than the recording, or larger by more than a VAE rounds up: another world's.
