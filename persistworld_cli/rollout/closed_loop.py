@@ -20,7 +20,7 @@ from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.rollout.images import draw_images, to_unit
 from persistworld_cli.rollout.recording import Item, Recording, load_recording
-from persistworld_cli.rollout.scoring import PLAIN, Scores, ScoringOptions, metric_infos, score_frames
+from persistworld_cli.rollout.scoring import PLAIN, Scores, ScoringOptions, score_frames
 
 Progress = Callable[[int], None]  # interactions done since the last call
 Commands = Callable[[Recording], NDArray[np.float64]]  # -> poses (F + 1, D) from the start on
@@ -169,7 +169,7 @@ class ClosedLoop:
         """
         new, cameras = self.num_frames - 1, recordings[0].frames.shape[1]
         shape = (len(recordings), self.steps * new, cameras)
-        out = {name: np.full(shape, np.nan, dtype=np.float32) for name in metric_infos(self.scorer, self.scoring)}
+        out: Scores = {}
         first = to_unit([recording.first for recording in recordings])
         for step in range(self.steps):
             frames = slice(step * new, (step + 1) * new)
@@ -184,7 +184,8 @@ class ClosedLoop:
                 for masks in self.scoring.masks
             }
             for name, value in score_frames(self.scorer, draw(step), target, first, self.scoring, marked).items():
-                out[name][:, frames] = np.where(valid[:, :, None], value.cpu().numpy(), np.nan)
+                scores = out.setdefault(name, np.full(shape, np.nan, dtype=np.float32))
+                scores[:, frames] = np.where(valid[:, :, None], value.cpu().numpy(), np.nan)
         return out
 
 
