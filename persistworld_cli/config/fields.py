@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 import types
 import typing
 from collections.abc import Callable, Collection
@@ -33,6 +34,12 @@ _NAMES: dict[Any, str] = {
     str: "a string",
     Path: "a path",
 }
+_RELATIONS = (
+    ("ge", "at least", operator.ge),
+    ("gt", "more than", operator.gt),
+    ("le", "at most", operator.le),
+    ("lt", "less than", operator.lt),
+)
 _PLURALS: dict[Any, str] = {bool: "booleans", int: "whole numbers", float: "numbers", str: "strings"}
 
 
@@ -53,14 +60,9 @@ class Bounds:
 
     def check(self, value: float, key: str, where: str) -> None:
         """Raise UsageError for a number out of bounds."""
-        rules = (
-            (self.ge, "at least", float.__ge__),
-            (self.gt, "more than", float.__gt__),
-            (self.le, "at most", float.__le__),
-            (self.lt, "less than", float.__lt__),
-        )
-        given = [(bound, words, holds) for bound, words, holds in rules if bound is not None]
-        if not all(holds(float(value), float(bound)) for bound, _, holds in given):
+        given = [(getattr(self, name), words, holds) for name, words, holds in _RELATIONS]
+        given = [rule for rule in given if rule[0] is not None]
+        if not all(holds(value, bound) for bound, _, holds in given):
             must = " and ".join(f"{words} {bound:g}" for bound, words, _ in given)
             raise UsageError(f"{key} = {value} must be {must}", where=where, fix=self.fix)
 
