@@ -5,7 +5,6 @@ Precedence, lowest first: default < preset (and what it extends) < environment <
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from persistworld_cli.config.bundled import bundled_root, resolve_path
 from persistworld_cli.config.check import check
@@ -105,11 +104,7 @@ def resolve_settings(
     """
     name = preset if preset is not None else DEFAULT_PRESET
     layers: dict[str, _Value] = {}
-    _read_preset(name, layers, chain=())
-    if preset is None:
-        layers = {
-            key: dataclasses.replace(v, origin=f"{v.origin} (bundled world, no --preset)") for key, v in layers.items()
-        }
+    _read_preset(name, layers, " (bundled world, no --preset)" if preset is None else "")
     with _layer(layers):
         if pinned:
             for key, value in pinned.values:
@@ -218,14 +213,12 @@ def _preset_path(name: str) -> Path:
     return path
 
 
-def _read_preset(name: str, layers: dict[str, _Value], chain: tuple[Path, ...]) -> None:
-    """Put a preset's values over ``layers``, after those of the preset it extends."""
+def _read_preset(name: str, layers: dict[str, _Value], note: str, chain: tuple[Path, ...] = ()) -> None:
+    """Put a preset's values over ``layers``, after those of the preset it extends; ``note`` ends their origin."""
     path = _preset_path(name).resolve()
     if path in chain:
-        circle = " -> ".join(p.name for p in (*chain, path))
-        raise UsageError(
-            f"presets extend one another in a circle: {circle}", where=str(path), fix="remove one 'extends'"
-        )
+        what = "presets extend one another in a circle: " + " -> ".join(p.name for p in (*chain, path))
+        raise UsageError(what, where=str(path), fix="remove one 'extends'")
     text, data = read_toml(path)
     for key in _META_KEYS:
         if key in data and not isinstance(data[key], str):
@@ -234,9 +227,9 @@ def _read_preset(name: str, layers: dict[str, _Value], chain: tuple[Path, ...]) 
     if "extends" in data:
         parent = data["extends"]
         beside = path.parent / parent
-        _read_preset(str(beside) if beside.is_file() else parent, layers, (*chain, path))
+        _read_preset(str(beside) if beside.is_file() else parent, layers, note, (*chain, path))
     shipped = path.parent == (bundled_root() / "presets").resolve()
-    label = f"preset {name}" if shipped else f"preset {path}"
+    label = f"preset {name if shipped else path}{note}"
     with _layer(layers):
         for table in [table for table in data if table not in _META_KEYS]:
             for key, value in _dotted(table, data[table], _place(path, text, "", table)):
@@ -273,9 +266,8 @@ def _place(path: Path, text: str, table: str, key: str) -> str:
                 return f"{path}:{number}"
             continue
         name = line.partition("=")[0].replace(" ", "").replace('"', "")
-        spelled = [f"{current}.{name}" if current else name]
-        wanted = f"{table}.{key}" if table else key
-        if "=" in line and any(s == wanted or s.startswith(wanted + ".") for s in spelled):
+        spelled = f"{current}.{name}" if current else name
+        if "=" in line and f"{spelled}.".startswith(f"{table}.{key}." if table else f"{key}."):
             return f"{path}:{number}"
     return str(path)
 
@@ -305,12 +297,14 @@ def _add_text(layers: dict[str, _Value], key: str, text: str, origin: str, where
     base = f"{table}.{name}"
     if rest and base in types and get_origin(types[base]) is dict:
         before = layers[base].value if base in layers else flatten(Settings())[base]
-        merged = _merge_entry(before, rest, parse_text(text, Any), where)
-        layers[base] = _Value(_typed(base, merged, where), origin, where)
-        return
-    if key not in types:
+        entry = get_args(types[base])[1]
+        names = rest if entry is Any else [".".join(rest)]  # rewards.weights.package.module:Class
+        key, value = base, _merge_entry(before, names, parse_text(text, entry), where)
+    elif key in types:
+        value = parse_text(text, types[key])
+    else:
         raise _unknown_key(key, where)
-    layers[key] = _Value(_typed(key, parse_text(text, types[key]), where), origin, where)
+    layers[key] = _Value(_typed(key, value, where), origin, where)
 
 
 def _merge_entry(before: Mapping[str, Any], path: Sequence[str], value: Any, where: str) -> dict[str, Any]:

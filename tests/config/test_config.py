@@ -199,6 +199,7 @@ def test_set_takes_toml_plain_strings_lists_and_entries_of_tables() -> None:
             "eval.episodes=0001,99",
             "eval.seeds=[1, 2]",
             "rewards.weights.psnr=0.5",
+            "rewards.weights.mine.parts:Error=-1",
             "model.unet.layers_per_block=1",
             "model.ckpt=a=b",
         ],
@@ -207,7 +208,7 @@ def test_set_takes_toml_plain_strings_lists_and_entries_of_tables() -> None:
     assert settings.eval.split == "train"
     assert settings.eval.episodes == ("0001", "99")
     assert settings.eval.seeds == (1, 2)
-    assert settings.rewards.weights == {"lpips": -1.0, "ssim": 1.0, "psnr": 0.5}
+    assert settings.rewards.weights == {"lpips": -1.0, "ssim": 1.0, "psnr": 0.5, "mine.parts:Error": -1.0}
     assert settings.model.unet["layers_per_block"] == 1 and settings.model.unet["in_channels"] == 8
     assert settings.model.ckpt == "a=b"
     assert load_settings("tiny", ["rewards.weights={psnr = 1}"], env={}).rewards.weights == {"psnr": 1.0}
