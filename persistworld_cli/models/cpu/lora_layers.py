@@ -27,7 +27,7 @@ from torch.nn import functional
 from persistworld_cli.models.cpu.native import convolve
 from persistworld_cli.models.cpu.native import linear as native_linear
 from persistworld_cli.models.cpu.native import outer as native_outer
-from persistworld_cli.models.cpu.native.calls import made_of
+from persistworld_cli.models.cpu.native.calls import derived
 
 KEPT = 2**20  # numbers of a merged weight; kernels keep up to four times as many
 
@@ -150,7 +150,7 @@ def merged_weight(own: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale
     if own.device.type != "cpu" or own.numel() > KEPT:
         return make(down)
     stamps = (scale, own.data_ptr(), own._version, up.data_ptr(), up._version)
-    return made_of(down, ("merged", *stamps), make)
+    return derived(down, ("merged", *stamps), make)
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -167,8 +167,8 @@ class _MergedLinear(torch.autograd.Function):
         x, own, down, up = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _product(grad, native_linear.across(merged_weight(own, down, up, ctx.scale)))
-        of_down = ctx.scale * _outer(_product(grad, native_linear.across(up)), x)
+            grad_x = _product(grad, native_linear.transposed(merged_weight(own, down, up, ctx.scale)))
+        of_down = ctx.scale * _outer(_product(grad, native_linear.transposed(up)), x)
         return grad_x, None, None, of_down, ctx.scale * _outer(_product(x, down), grad).t(), None
 
 

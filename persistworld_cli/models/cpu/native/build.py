@@ -26,8 +26,7 @@ from persistworld_cli.files import CannotWrite, whole_file
 SWITCH = "PERSISTWORLD_NATIVE"
 # No -ffast-math, which would change how the whole process rounds small numbers; nothing is fused but what says so
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
-# By what torch finds in the processor; no more than is named, so that a library in a shared home runs on every node
-# that has it
+# By the processor's capability; nothing beyond it, so that a library in a shared home runs on every node that has it
 VECTORS = {"AVX512": ("-mavx512f",), "AVX2": ("-mavx2", "-mfma")}
 _log = logging.getLogger(__name__)
 _wanted = True
@@ -35,7 +34,7 @@ _wanted = True
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The kernels, compiled if they have not been; None where they cannot be had or are not wanted."""
+    """The kernels, compiled at the first call; None where they cannot be compiled or are switched off."""
     compiler = shutil.which("g++")
     if os.environ.get(SWITCH) == "0" or compiler is None or not _fits():
         return None
@@ -52,13 +51,13 @@ def library() -> ctypes.CDLL | None:
 
 @torch.compiler.assume_constant_result
 def available() -> bool:
-    """Whether there are kernels; asked for every call, also while torch.compile looks on."""
+    """Whether there are kernels."""
     return _wanted and library() is not None
 
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """torch's own operations for a block, to measure or to check against."""
+    """torch's own operations for a block of code, to measure or to compare with."""
     global _wanted
     _wanted = False
     try:
@@ -68,7 +67,7 @@ def without_kernels() -> Iterator[None]:
 
 
 def _fits() -> bool:
-    """Whether this processor and this torch are what the kernels were written for."""
+    """Whether the kernels support this processor and this torch."""
     if platform.system() != "Linux" or torch.backends.cpu.get_cpu_capability() not in VECTORS:
         return False
     loaded = {Path(line.split()[-1]).name for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
@@ -92,7 +91,7 @@ def _compiled(compiler: str, sources: list[Path]) -> Path:
 
 
 def _cache() -> Path:
-    """This user's folder for compiled kernels; one for this process alone where there can be none."""
+    """This user's folder for compiled kernels; a temporary one where it cannot be written."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "persistworld"
     try:
         base.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the kernels' callers share: pointers, and what is made once of a weight."""
+"""Shared by the kernels' callers: pointers, and a cache of what is derived from weights."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from persistworld_cli.models.cpu.native.build import library
 
 LANES = 16  # numbers in the longest vector: channels must be a multiple
-# What was made of a weight, as long as that lives and is not written to
-_made: Any = WeakTensorKeyDictionary()
+# What was derived from a weight, as long as that lives and is not written to
+_derived: Any = WeakTensorKeyDictionary()
 
 
 def operation(function: Callable[..., torch.Tensor]) -> Any:
     """A kernel's caller as an operation of torch, for gradients, torch.compile and profiles.
 
-    Where none of these is looking, it is called as the function it is: torch's way to it takes 60 us, of which a single
-    rollout's network call would pay for 160 (a tenth of its time on two cores).
+    Without these it is called directly: torch's dispatch takes 60 us, 160 times per network call of a single rollout (a
+    tenth of its time on two cores).
     """
     seen = torch.library.custom_op(f"persistworld::{function.__name__.strip('_')}", function, mutates_args=())
 
     @functools.wraps(function)
     def call(*arguments: Any) -> torch.Tensor:
-        looking = torch.is_grad_enabled() or torch.compiler.is_compiling() or profiler._is_profiler_enabled
-        out: torch.Tensor = (seen if looking else function)(*arguments)
+        needed = torch.is_grad_enabled() or torch.compiler.is_compiling() or profiler._is_profiler_enabled
+        out: torch.Tensor = (seen if needed else function)(*arguments)
         return out
 
     made: Any = call
@@ -38,7 +38,7 @@ def operation(function: Callable[..., torch.Tensor]) -> Any:
 
 
 def native() -> ctypes.CDLL:
-    """The kernels, which the caller knows to be there."""
+    """The kernels, where `available`."""
     found = library()
     assert found is not None
     return found
@@ -50,35 +50,31 @@ def plain(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def pointer(x: torch.Tensor | None) -> int | None:
-    """Of a tensor that the caller keeps."""
+    """The address of a tensor that the caller keeps."""
     return None if x is None else x.data_ptr()
 
 
 def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
-    """As arguments; the caller keeps the tensors until the call is over."""
+    """Addresses as arguments; the caller keeps the tensors until the call returns."""
     return [ctypes.c_void_p(pointer(x)) for x in tensors]
 
 
 def sizes(*numbers: int) -> list[ctypes.c_int64]:
-    """As arguments."""
+    """Integers as arguments."""
     return [ctypes.c_int64(number) for number in numbers]
 
 
 def require_channels(weight: torch.Tensor, channels: int) -> None:
-    """Refuse a weight (C', C, ...) for an input of other channels: a kernel would read beyond its end.
-
-    Raises:
-        ValueError: they differ.
-    """
+    """Raise ValueError where a weight (C', C, ...) has other channels than its input: a kernel would read beyond it."""
     if weight.shape[1] != channels:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} for {channels} channels")
 
 
-def made_of(weight: torch.Tensor, what: Any, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def derived(weight: torch.Tensor, what: Any, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """`make(weight)`, remembered under `what` until the weight is written to."""
     if weight.is_inference():  # has no version
         return make(weight)
-    known = _made.setdefault(weight, {})
+    known = _derived.setdefault(weight, {})
     version = (weight._version, weight.data_ptr())
     if known.get("version") != version:
         known.clear()
@@ -97,4 +93,4 @@ def packed(weight: torch.Tensor, what: Any, numbers: int, function: str, *argume
         getattr(native(), function)(*pointers(source, out), *arguments)
         return out
 
-    return made_of(weight, what, make)
+    return derived(weight, what, make)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from persistworld_cli.models.cpu.native.build import available
 from persistworld_cli.models.cpu.native.calls import (
     LANES,
-    made_of,
+    derived,
     native,
     operation,
     packed,
@@ -56,7 +56,7 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def tile(height: int, width: int, taps: int) -> int:
-    """The one of `TILES` that takes fewer products."""
+    """The one of `TILES` that needs fewer products."""
     if taps == 1:
         return min(TILES, key=lambda m: -(-height // m) * (m + 2))
     return min(TILES, key=lambda m: -(-height // m) * -(-width // m) * (m + 2) ** 2)
@@ -78,7 +78,7 @@ def block_conv(
 
     Args:
         x: (N, C, H, W) or (B, C, T, S).
-        weight: (C', C, 3, 3) or (C', C, 3, 1[, 1]); one zero is thought at each end.
+        weight: (C', C, 3, 3) or (C', C, 3, 1[, 1]); padded by one zero at each end.
         bias: (C',).
         norm_weight, norm_bias: (C,); group normalisation and SiLU before, neither without them.
         groups, eps: of the normalisation, over (C / groups, H, W) or (C / groups, T, S).
@@ -151,7 +151,7 @@ _block_conv.register_autograd(_backward, setup_context=_keep)
 
 def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The gradient to x of a convolution by `weight`, from that to its result: one by (C, C', ...), taps in reverse."""
-    turned = made_of(weight, "turned", lambda w: w.detach().flip(2, 3).transpose(0, 1).contiguous())
+    turned = derived(weight, "turned", lambda w: w.detach().flip(2, 3).transpose(0, 1).contiguous())
     return block_conv(grad, turned)
 
 
@@ -189,7 +189,7 @@ upsampled_conv.register_autograd(_upsampled_backward, setup_context=_keep_upsamp
 
 
 def _packed(weight: torch.Tensor, channels: int, size: int) -> torch.Tensor:
-    """Transformed weights in the order that the kernels read them, for an input of so many channels."""
+    """Transformed weights in the kernels' order, for an input of so many channels."""
     require_channels(weight, channels)
     cout, cin, _, taps = weight.shape[:4]
     points = (size + 2) ** 2 if taps == 3 else size + 2

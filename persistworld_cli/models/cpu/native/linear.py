@@ -1,7 +1,7 @@
 """A linear layer in float32 through the C++ kernel (`linear.cpp`).
 
 For processors with AVX2 and no AVX-512: torch's products of the tiny preset's shapes reach 60 to 120 GFLOP/s on two
-cores of an EPYC of that kind, this kernel 130 to 190. (With AVX-512 oneDNN is as fast as the processor: see `linears`.)
+cores of an EPYC of that kind, this kernel 130 to 190.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from persistworld_cli.models.cpu.native.build import available
 from persistworld_cli.models.cpu.native.calls import (
     LANES,
-    made_of,
+    derived,
     native,
     operation,
     packed,
@@ -28,7 +28,7 @@ FEWEST = 128  # rows for which the call is not what takes the time
 
 @torch.compiler.assume_constant_result
 def wanted() -> bool:
-    """Whether the processor is one of those; asked for every call, also while torch.compile looks on."""
+    """Whether the processor is one of those."""
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
@@ -68,9 +68,9 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def across(weight: torch.Tensor) -> torch.Tensor:
-    """W' in order, kept as long as W is."""
-    return made_of(weight, "across", lambda w: w.detach().t().contiguous())
+def transposed(weight: torch.Tensor) -> torch.Tensor:
+    """W' in row order, cached with W."""
+    return derived(weight, "transposed", lambda w: w.detach().t().contiguous())
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -79,7 +79,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     """To x; everything else is frozen."""
-    return linear(grad, across(ctx.saved_tensors[0]), None), None, None
+    return linear(grad, transposed(ctx.saved_tensors[0]), None), None, None
 
 
 linear.register_autograd(_backward, setup_context=_keep)
