@@ -105,7 +105,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dry runs of settings that cost the same share one count: it depends on neither weights nor datasets."""
     from persistworld_cli.commands import run
-    from persistworld_cli.cost import tables
+    from persistworld_cli.cost import report
 
     def counted(task: str, settings: Settings) -> Any:
         model = replace(settings.model, ckpt="", adapter="", tokenizer="")
@@ -118,7 +118,7 @@ def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
             _COUNTED[key] = count(task, settings)
         return _COUNTED[key]
 
-    count = tables.cost_report
+    count = report.cost_report
     monkeypatch.setattr(run, "cost_report", counted)
 
 

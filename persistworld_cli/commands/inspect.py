@@ -10,7 +10,7 @@ from persistworld_cli.commands.run import resolve_if_named, show_plan, write_jso
 from persistworld_cli.config.requests import InspectRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import stdout_console
-from persistworld_cli.cost.tables import BYTES, amount
+from persistworld_cli.cost.report import BYTES, amount
 
 EXAMPLES = (
     "persistworld inspect bundled:presets/tiny/base",

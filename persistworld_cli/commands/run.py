@@ -17,7 +17,7 @@ from persistworld_cli.config.presets import Resolved, flatten, load_settings, re
 from persistworld_cli.config.requests import Request, TaskRequest, request_to_json
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import note, stdout_console, write_out
-from persistworld_cli.cost.tables import cost_report, pick_accelerator, show_cost
+from persistworld_cli.cost.report import cost_report, pick_accelerator, show_cost
 from persistworld_cli.evaluation.benchmarks import load_benchmark
 from persistworld_cli.files import flat
 

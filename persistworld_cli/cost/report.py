@@ -1,13 +1,31 @@
-"""A run's cost as rows of tables and as JSON: parameters, FLOPs with their least time, memory."""
+"""A run's cost as tables and as JSON: parameters, FLOPs with their least time, memory."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from persistworld_cli.cost.accelerators import Accelerator
+from persistworld_cli.config.settings import Settings
+from persistworld_cli.console import stdout_console
+from persistworld_cli.cost.accelerators import DEFAULT_ACCELERATOR, Accelerator, find_accelerator
+from persistworld_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 GIB = 2**30
+_Scale = Sequence[tuple[float, str]]  # size of a unit and its name, largest first
+FLOPS: _Scale = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1.0, "FLOP"))
+BYTES: _Scale = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1.0, "B"))
+SECONDS: _Scale = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+# Where memory is short, what to change.
+_SMALLER = {
+    "post-train": "lower post_train.micro_batch",
+    "pretrain": "more processes, or a smaller pretrain.batch with more pretrain.accumulate",
+    "eval": "lower eval.batch",
+    "replay": "lower eval.batch",
+}
 NOTES = (
     "Parameters and FLOPs are counted on a model without memory, built from these settings: no weights were read. "
     "FLOPs are those of matrix products, convolutions and attention, 2 per multiply-add.",
@@ -83,3 +101,99 @@ class CostReport:
             "estimated": ["memory"],
             "notes": list(NOTES),
         }
+
+
+def pick_accelerator(name: str | None, *, dry_run: bool) -> Accelerator:
+    """The accelerator that ``--accelerator`` names, or the default.
+
+    Raises:
+        UsageError: an unknown one; or the flag without ``--dry-run``.
+    """
+    if name is not None and not dry_run:
+        raise UsageError("only a dry run reports an accelerator's cost", where="--accelerator", fix="add --dry-run")
+    return find_accelerator(name or DEFAULT_ACCELERATOR)
+
+
+def cost_report(task: str, settings: Settings) -> CostReport | None:
+    """What a task would cost; None for tasks that have no such section.
+
+    Raises:
+        PersistWorldError: settings that make no model.
+    """
+    if task == "post-train":
+        from persistworld_cli.cost.training import post_train_report
+
+        return post_train_report(settings)
+    if task == "pretrain":
+        from persistworld_cli.cost.training import pretrain_report
+
+        return pretrain_report(settings)
+    if task in ("eval", "replay", "drive", "pi-rollout"):
+        from persistworld_cli.cost.interaction import interaction_report
+
+        return interaction_report(settings, settings.eval.batch if task in ("eval", "replay") else 1)
+    return None
+
+
+def show_cost(task: str, report: CostReport, accelerator: Accelerator) -> None:
+    """The report as tables on standard output."""
+    console = stdout_console()
+    console.print()
+    for table in (_sizes(report), _work(report, accelerator), _memory(report)):
+        console.print(table)
+        console.print()
+    if accelerator.memory_gib is not None:
+        memory = f"{accelerator.memory_gib:g} GiB of {accelerator.name}"
+        fits = f"fits into the {memory}" if report.fits(accelerator) else f"does not fit into the {memory}"
+        fix = "" if report.fits(accelerator) or task not in _SMALLER else f": {_SMALLER[task]}"
+        console.print(f"{amount(report.peak, BYTES)} per process {fits}{fix}", markup=False)
+    for note in NOTES:
+        console.print(note, style="dim", markup=False)
+
+
+def amount(value: float, scale: _Scale) -> str:
+    """A number in the largest unit of which there is at least one, with three digits."""
+    size, unit = next(((size, unit) for size, unit in scale if value >= size), scale[-1])
+    number = value / size
+    digits = 0 if number >= 100 or number == round(number) else 1 if number >= 10 else 2
+    return f"{number:.{digits}f} {unit}"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] = ()) -> Table:
+    """A plain table whose columns but the first are numbers."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    if total:
+        table.add_row(*total, style="bold")
+    return table
+
+
+def _sizes(report: CostReport) -> Table:
+    """Parameters by part, and those that are trained."""
+    counts = (report.parameters, report.trained)
+    parts = dict.fromkeys(name for count in counts for name in count)
+    rows = [(name, *(f"{count[name]:,}" if name in count else "-" for count in counts)) for name in parts]
+    return _table(("part", "parameters", "trained"), rows, ("total", *(f"{sum(count.values()):,}" for count in counts)))
+
+
+def _work(report: CostReport, accelerator: Accelerator) -> Table:
+    """FLOPs and the least time they take."""
+    speed = f"{accelerator.tflops:g} TFLOP/s"
+    name = accelerator.name if accelerator.name == speed else f"{accelerator.name}, {speed}"
+    rows = [
+        (row.what, amount(row.flops, FLOPS), amount(row.floor(accelerator), SECONDS), str(row.processes))
+        for row in report.work
+    ]
+    return _table(("work", "counted", f"floor ({name})", "processes"), rows)
+
+
+def _memory(report: CostReport) -> Table:
+    """Bytes of one process by kind, and its peak."""
+    rows = [(f"{row.what} *" if row.passing else row.what, amount(row.bytes, BYTES)) for row in report.memory]
+    total = ("peak (only the largest of *: they come one after another)", amount(report.peak, BYTES))
+    return _table(("memory per process", "estimated"), rows, total)

@@ -28,8 +28,7 @@ from persistworld_cli.cost.interaction import (
     part_sizes,
     sampler_calls,
 )
-from persistworld_cli.cost.report import CostReport, MemoryRow, WorkRow
-from persistworld_cli.cost.tables import BYTES, FLOPS, SECONDS, amount
+from persistworld_cli.cost.report import BYTES, FLOPS, SECONDS, CostReport, MemoryRow, WorkRow, amount
 from persistworld_cli.cost.training import mean_prefix, post_train_report, pretrain_report
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.models.cpu import attention
