@@ -43,7 +43,7 @@ def weights_ref(weights: str, ckpt: str, adapter: str = "", label: str = "") -> 
     Args:
         weights: a file, a folder, a hub id, ``bundled:NAME``.
         ckpt: the settings' checkpoint.
-        adapter: named too; goes on `weights`.
+        adapter: goes on `weights`.
         label: of the model.
 
     Raises:

@@ -1,7 +1,4 @@
-"""Accelerators for the floors of a dry run: what their makers' data sheets say.
-
-To add one: a line in `ACCELERATORS`.
-"""
+"""Accelerators for a dry run, by their makers' data sheets."""
 
 from __future__ import annotations
 
@@ -19,10 +16,10 @@ class Accelerator:
     """One device.
 
     Attributes:
-        name: as it is asked for.
+        name: of ``--accelerator``.
         tflops: peak of dense bfloat16 matrix products with float32 sums, 1e12 FLOP/s (data sheets also print twice
             this number, for 2:4 sparse matrices).
-        memory_gib: memory a program sees, GiB; None where it is not known.
+        memory_gib: memory that a program sees, GiB; None where it is unknown.
     """
 
     name: str

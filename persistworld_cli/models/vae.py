@@ -58,13 +58,9 @@ def encode(vae: AutoencoderKLTemporalDecoder, images: torch.Tensor, noise: torch
 def encode_images(
     vae: AutoencoderKLTemporalDecoder, frames_u8: torch.Tensor, device: torch.device, posterior: str = "mode"
 ) -> torch.Tensor:
-    """uint8 images (N, V, H, W, 3) to latents with the cameras stacked, (N, C, h, w), float32.
+    """uint8 images (N, V, H, W, 3) on the CPU to latents with the cameras stacked, (N, C, h, w), float32, on `device`.
 
-    Args:
-        vae: on `device`.
-        frames_u8: on the CPU.
-        device: where it is computed.
-        posterior: ``mode``, or ``sample``: a draw seeded by camera and image, the same in every batch and process.
+    ``posterior``: ``mode``, or ``sample``: a draw seeded by camera and image, the same in every batch and process.
     """
     n, v = frames_u8.shape[:2]
     images = pixels_to_unit(frames_u8.flatten(0, 1).to(device))

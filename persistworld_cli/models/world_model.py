@@ -119,15 +119,7 @@ class WorldModel(nn.Module):
         return self
 
     def check_data(self, latent: tuple[int, ...], numbers: int) -> None:
-        """Refuse data that another preset made, before any of it reaches the network.
-
-        Args:
-            latent: (C, h, w) of the dataset's frames, cameras stacked.
-            numbers: of the dataset's poses.
-
-        Raises:
-            PersistWorldError: another number or size of cameras, or poses of another width, than the model takes.
-        """
+        """Raise PersistWorldError for data of another preset: other latents (C, h, w), or poses of other width."""
         world, width = self.world, self.settings.action_dim
         if tuple(latent) != self.latent_shape:
             cameras = f"{len(world.cameras)} cameras of {world.height}x{world.width}"
