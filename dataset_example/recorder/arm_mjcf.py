@@ -1,7 +1,7 @@
 """The arm and the gripper as MJCF: Franka Panda's kinematics, our own primitive shapes.
 
-Joint frames follow Franka's modified DH table (see `robot.DH`); the flange is 0.107 m beyond joint 7. The gripper has
-two parallel fingers that open along the flange's x axis; the wrist camera sits on its -y side.
+Joint frames follow Franka's modified DH table (persistworld_cli/robot/kinematics.py); the flange is 0.107 m beyond
+joint 7. The gripper has two parallel fingers that open along the flange's x axis; the wrist camera is on its -y side.
 """
 
 from __future__ import annotations

@@ -12,9 +12,11 @@ import mujoco
 import numpy as np
 
 from persistworld_cli.policies.bundled_world.rules import FLANGE_TO_PADS, IMAGE_HEIGHT, IMAGE_WIDTH
+from persistworld_cli.robot.kinematics import pose as flange_pose
+from persistworld_cli.robot.kinematics import pose_of_frame
 
 from .design import DEFAULT, Design
-from .robot import CONTROL_HZ, FRAME_HZ, VELOCITY_GAIN, ArmController, Waypoint, flange_pose, pose_vector
+from .robot import CONTROL_HZ, FRAME_HZ, VELOCITY_GAIN, ArmController, Waypoint
 from .scene import CAMERAS, ObjectSpec, build_model, sample_scene
 from .tasks import Director, Snapshot, start_waypoint
 
@@ -170,7 +172,7 @@ class World:
         return {
             "observation.state.joint_position": self.data.qpos[self._joints].copy(),
             "observation.state.gripper_position": np.clip(1 - opening, 0, 1),
-            "observation.state.cartesian_position": pose_vector(self.flange()),
+            "observation.state.cartesian_position": pose_of_frame(self.flange()),
             "sim.object_pose": objects.reshape(-1),
         }
 

@@ -1,4 +1,4 @@
-"""The arm's kinematics and the controller that follows Cartesian waypoints.
+"""Inverse kinematics of the arm, and the controller that follows Cartesian waypoints.
 
 Poses are those of the flange in the base frame: x y z (m), then roll pitch yaw, extrinsic xyz (rad), as in DROID.
 
@@ -15,22 +15,9 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from persistworld_cli.policies.bundled_world.rules import FLANGE_TO_PADS
+from persistworld_cli.robot.kinematics import PANDA, joint_frames
 
-# Franka's modified DH table: a, d, alpha of each joint; the flange follows joint 7 at FLANGE_D along z.
-DH = np.array(
-    [
-        (0.0, 0.333, 0.0),
-        (0.0, 0.0, -np.pi / 2),
-        (0.0, 0.316, np.pi / 2),
-        (0.0825, 0.0, np.pi / 2),
-        (-0.0825, 0.384, -np.pi / 2),
-        (0.0, 0.0, np.pi / 2),
-        (0.088, 0.0, np.pi / 2),
-    ]
-)
-FLANGE_D = 0.107
-JOINT_LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
-JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
+JOINT_LOW, JOINT_HIGH = np.array(PANDA.joint_low), np.array(PANDA.joint_high)
 REST = np.array([0.0, 0.05, 0.0, -2.25, 0.0, 2.5, -np.pi / 2])
 
 CONTROL_HZ = 60
@@ -56,32 +43,6 @@ class Waypoint:
     speed: float
     holds: int | None = None
     passing: bool = False
-
-
-def joint_frames(joints: np.ndarray) -> np.ndarray:
-    """(7,) joints -> (8, 4, 4): frames of the seven joints and the flange, in the base frame."""
-    frames = np.empty((8, 4, 4))
-    pose = np.eye(4)
-    for index, ((a, d, alpha), angle) in enumerate(zip(DH, joints, strict=True)):
-        ct, st, ca, sa = np.cos(angle), np.sin(angle), np.cos(alpha), np.sin(alpha)
-        step = np.array(
-            [[ct, -st, 0, a], [st * ca, ct * ca, -sa, -d * sa], [st * sa, ct * sa, ca, d * ca], [0, 0, 0, 1]]
-        )
-        pose = pose @ step
-        frames[index] = pose
-    frames[7] = pose
-    frames[7, :3, 3] += FLANGE_D * pose[:3, 2]
-    return frames
-
-
-def flange_pose(joints: np.ndarray) -> np.ndarray:
-    """(7,) joints -> (6,) x y z roll pitch yaw of the flange."""
-    return pose_vector(joint_frames(joints)[7])
-
-
-def pose_vector(frame: np.ndarray) -> np.ndarray:
-    """(4, 4) frame -> (6,) position and extrinsic xyz angles."""
-    return np.concatenate([frame[:3, 3], Rotation.from_matrix(frame[:3, :3]).as_euler("xyz")])
 
 
 def solve_step(joints: np.ndarray, tcp: np.ndarray, euler: np.ndarray, damping: float = 1e-3) -> np.ndarray:
