@@ -89,10 +89,12 @@ Positive = Annotated[float, Bounds(gt=0)]
 Share = Annotated[float, Bounds(ge=0, le=1)]
 
 
-def field_types(cls: type) -> dict[str, Any]:
+_hints = functools.cache(functools.partial(typing.get_type_hints, include_extras=True))
+
+
+def field_types(cls: Any) -> dict[str, Any]:
     """Field -> its annotation, for every field of a dataclass."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return {field.name: _hints(cls)[field.name] for field in dataclasses.fields(cls)}
 
 
 def check_fields(values: object, prefix: str, place: Callable[[str], str]) -> None:
