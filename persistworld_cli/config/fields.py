@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 import operator
+import re
 import types
 import typing
 from collections.abc import Callable, Collection
@@ -34,6 +35,7 @@ _NAMES: dict[Any, str] = {
     str: "a string",
     Path: "a path",
 }
+MODULE_CLASS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _RELATIONS = (
     ("ge", "at least", operator.ge),
     ("gt", "more than", operator.gt),
@@ -76,7 +78,7 @@ class Known:
 
     def check(self, value: str, key: str, where: str) -> None:
         """Raise UsageError for a name that is neither."""
-        if ":" not in value and value not in self.names:
+        if value not in self.names and not MODULE_CLASS.fullmatch(value):
             fix = f"{nearest(value, self.names)} (or module:Class for your own)"
             raise UsageError(f"unknown {self.kind} '{value}'", where=where, fix=fix)
 

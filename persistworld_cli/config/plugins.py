@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from persistworld_cli.errors import PersistWorldError, UsageError, nearest
+from persistworld_cli.config.fields import Known
+from persistworld_cli.errors import PersistWorldError, UsageError
 
 
 def make_plugin(spec: str, known: Collection[str], *, kind: str, where: str, needs: Sequence[str], fix: str) -> Any:
@@ -27,11 +28,8 @@ def make_plugin(spec: str, known: Collection[str], *, kind: str, where: str, nee
         UsageError: no such name, module or class, a class that takes arguments, or an attribute is missing.
         PersistWorldError: its module or its constructor fails; with the traceback.
     """
-    module_name, colon, class_name = spec.partition(":")
-    if not colon:
-        raise UsageError(
-            f"unknown {kind} '{spec}'", where=where, fix=f"{nearest(spec, known)} (or module:Class for your own)"
-        )
+    Known(kind, tuple(known)).check(spec, kind, where)
+    module_name, _, class_name = spec.partition(":")
     where = f"{where} {spec}"
     with running(kind, where):
         try:

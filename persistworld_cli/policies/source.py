@@ -9,13 +9,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+from persistworld_cli.config.fields import MODULE_CLASS
 from persistworld_cli.config.settings import PolicySettings
 from persistworld_cli.policies.client import PolicyClient, policy_uri
 from persistworld_cli.policies.embedded import POLICIES, LocalPolicy, make_policy
 from persistworld_cli.policies.observation import LAYOUTS, Policy
 from persistworld_cli.policies.server import API_KEY_VARIABLE, serve_embedded
 
-_LOCAL = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _ADDRESS = re.compile(r"(?P<host>[^/\s]+):(?P<port>\d+)")
 _LOG_EVERY_S = 5.0
 
@@ -43,7 +43,7 @@ def open_policies(name: str, settings: PolicySettings, count: int) -> Iterator[S
     Raises:
         UsageError: an unknown name. PersistWorldError: no server in time.
     """
-    if _LOCAL.fullmatch(name) and "://" not in name:
+    if MODULE_CLASS.fullmatch(name) and "://" not in name:
         layout = LAYOUTS[settings.layout]
         yield [LocalPolicy(make_policy(name, layout, settings.seed), name) for _ in range(count)]
         return

@@ -44,6 +44,7 @@ def test_what_an_annotation_excludes_is_refused_with_key_place_and_fix() -> None
     assert refused(shares={"red": 1.5}).what == "job.shares.red = 1.5 must be at least 0 and at most 1"
     error = refused(shares={"rde": 1.0})
     assert error.what == "unknown colour 'rde'" and error.fix == "did you mean 'red'? (or module:Class for your own)"
+    assert refused(shares={"red:": 1.0}).what == "unknown colour 'red:'"
     error = refused(near=1.0)
     assert (error.what, error.fix) == ("job.near = 1.0 must be more than 0 and less than 1", "write 0.5")
     assert refused(size=(1, 0)).what == "job.size[1] = 0 must be at least 1"
