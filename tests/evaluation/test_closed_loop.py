@@ -21,6 +21,7 @@ from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation import plan
 from persistworld_cli.evaluation import run as eval_run
 from persistworld_cli.interact.replay import run as replay
+from persistworld_cli.metrics.referees import load_referees
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.rollout.closed_loop import ClosedLoop, reward_of
@@ -67,12 +68,14 @@ def test_closed_loop_is_the_engine_stepped_by_hand_and_does_not_depend_on_the_ba
     s = settings(root)
     engine = RolloutEngine(model, s.sampling, store.stat())
     scorer = Scorer(replace(s.rewards, weights={"psnr": 1.0}), s.world, "cpu")
+    scorer = scorer.beside(load_referees(("sharpness_gap",), torch.device("cpu")))
     items = [Item("9", 0, 0), Item("19", 2, 1), Item("29", 1, 0)]
     loop = ClosedLoop(engine, store, "val", steps=2, batch=3, scorer=scorer)
     done: list[int] = []
     batched = list(loop.roll(items, keep_latents=True, progress=done.append))
     alone = list(replace(loop, batch=1).roll(items, keep_latents=True))
     assert [rollout.item for rollout in batched] == items and sum(done) == 2
+    assert batched[0].scores.keys() == {"psnr", MOVING, "sharpness_gap"}
     for together, one in zip(batched, alone, strict=True):
         assert together.scores["psnr"].shape == (8, 3) and np.isfinite(together.scores["psnr"][:5]).all()
         for name, value in together.scores.items():
