@@ -71,6 +71,10 @@ def free_main_thread() -> None:
     os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
 
 
+# What asks a run to end. SIGINT too, which a shell lets background jobs ignore; SIGUSR1: SLURM before the time limit.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
 def end_with_parent(number: int | None = None) -> None:
     """Get a signal (SIGTERM) when the parent process dies, on Linux: a killed launcher leaves no workers behind."""
     if not sys.platform.startswith("linux"):

@@ -54,7 +54,7 @@ def main() -> int:
         code = subprocess.run(command, check=False).returncode
         spent[folder] = time.monotonic() - clock
         if code:
-            console.print(f"stage '{folder}' ended with code {code}; `make demo` goes on here", style="red")
+            console.print(f"stage '{folder}' ended with code {code}; `make demo` continues here", style="red")
             return code
     summary(spent, time.monotonic() - begun)
     return 0
@@ -88,5 +88,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        console.print("interrupted; run `make demo` again to go on from here")
+        console.print("interrupted; run `make demo` again to continue")
         sys.exit(130)

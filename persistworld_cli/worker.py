@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from persistworld_cli.compat import end_with_parent, free_main_thread
+from persistworld_cli.compat import STOP_SIGNALS, end_with_parent, free_main_thread
 from persistworld_cli.config import requests
 from persistworld_cli.config.presets import from_json
 from persistworld_cli.config.requests import FAILURE, RESULT, TaskRequest, request_from_json
@@ -42,7 +42,6 @@ TASKS: dict[type[TaskRequest], str] = {
 }
 INTERRUPTED = 130
 _OF_ONE_MACHINE = ("machine_rank", "cores", "command", "output", "threads")  # may differ between the machines of a run
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def main(argv: list[str]) -> int:
@@ -132,9 +131,9 @@ def _require_one_command(whole: Mapping[str, Any]) -> None:
 
 
 def _leave_group() -> None:
-    """Part from the other ranks in order: gloo's threads abort a process that ends while they still talk."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    """Leave together: gloo's threads abort a process that ends while they still communicate."""
+    if _in_group():
+        distributed = sys.modules["torch.distributed"]
         distributed.barrier()
         distributed.destroy_process_group()
 
@@ -145,24 +144,24 @@ def _hear_signals() -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    for number in _SIGNALS:
-        signal.signal(number, stop)  # SIGINT too: a shell starts background jobs with it ignored
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop)
 
 
 def _ignore_signals() -> None:
-    """On the way out: the launcher ends the remaining ranks by a signal, which must not cut off what is being told."""
-    for number in _SIGNALS:
+    """While this process ends: the launcher ends the remaining ranks by a signal, which must not cut off the error."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _saved_and_stopped(error: Exception) -> bool:
-    """Whether a training loop says that all its ranks agreed to stop, and saved."""
+    """Whether all ranks of a training agreed to stop, and saved."""
     module = sys.modules.get("persistworld_cli.training.run")
     return module is not None and isinstance(error, module.Interrupted)
 
 
 def _crashed(error: Exception, folder: Path) -> int:
-    """Tell of an error that nobody foresaw: the traceback of the rank that had it, less of those it took along."""
+    """Report an unexpected error once, from the rank that raised it; of the others, a line each."""
     if _world_size() > 1 and _lost_contact(error):
         note(f"rank {_rank()} lost contact with another rank: {error}")
     elif _first_to_fail(folder, 1, repr(error)):
@@ -176,14 +175,20 @@ def _crashed(error: Exception, folder: Path) -> int:
 
 
 def _lost_contact(error: Exception) -> bool:
-    """Whether an error comes from talking to other ranks (gloo, NCCL, the store): the cause then lies with another."""
+    """Whether an error comes from communication between ranks (gloo, NCCL, the store): its cause is another rank."""
     distributed = sys.modules.get("torch.distributed")
     known = distributed is not None and isinstance(error, distributed.DistError)
     return known or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
+def _in_group() -> bool:
+    """Whether this process is in a group of ranks."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
 def _first_to_fail(folder: Path, code: int, what: str) -> bool:
-    """Leave the exit code for this machine's launcher; True for its first rank that comes here, which tells why."""
+    """Leave the exit code for this machine's launcher; True for its first rank that fails, which reports why."""
     try:
         with (folder / FAILURE).open("x", encoding="utf-8") as file:
             json.dump({"code": code, "rank": _rank(), "what": what}, file)
@@ -204,8 +209,7 @@ def _world_size() -> int:
 
 def _exit(code: int) -> NoReturn:
     """End this process; a rank that is still in a group skips the teardown, which could abort and hide the code."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    if _in_group():
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

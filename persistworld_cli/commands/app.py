@@ -39,23 +39,11 @@ app = typer.Typer(
 )
 
 # In the order in which they are used. A module has the function `command`, and its EXAMPLES for the help.
-COMMANDS: dict[str, ModuleType] = {
-    "extract-latents": extract_latents,
-    "build-meta": build_meta,
-    "pretrain": pretrain,
-    "post-train": post_train,
-    "eval": eval,
-    "study-report": study_report,
-    "verify": verify,
-    "frontier": frontier,
-    "replay": replay,
-    "drive": drive,
-    "pi-rollout": pi_rollout,
-    "policy-server": policy_server,
-    "leaderboard": leaderboard,
-    "inspect": inspect,
-    "export": export,
-}
+_MODULES: tuple[ModuleType, ...] = (
+    *(extract_latents, build_meta, pretrain, post_train, eval, study_report, verify, frontier, replay, drive),
+    *(pi_rollout, policy_server, leaderboard, inspect, export),
+)
+COMMANDS = {module.__name__.rpartition(".")[2].replace("_", "-"): module for module in _MODULES}
 for _name, _module in COMMANDS.items():
     app.command(_name, epilog="\n\n".join(["Examples:", *_module.EXAMPLES]))(_module.command)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -18,6 +17,7 @@ from persistworld_cli.console import note
 
 if TYPE_CHECKING:
     from persistworld_cli.data.metadata.meta import MetaReport
+    from persistworld_cli.reports.progress import Meter
 
 EXAMPLES = (
     "persistworld build-meta",
@@ -53,27 +53,14 @@ def command(common: Common, request: BuildMetaRequest) -> None:
         _build(resolved.settings, request, as_json=common.as_json)
 
 
-@contextmanager
-def _metered(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress on standard error, made at the first call: that tells how much there is."""
-    from persistworld_cli.reports.progress import Meter
-
-    meter: Meter | None = None
+def _progress(meter: Meter) -> Callable[[int, int], None]:
+    """What the readers call with (done, total): how much there is they find out first."""
 
     def show(done: int, total: int) -> None:
-        nonlocal meter
-        if meter is None:
-            meter = Meter(label, total).__enter__()
+        meter.total = total
         meter.advance(done - meter.done)
 
-    try:
-        yield show
-    except BaseException as error:
-        if meter is not None:
-            meter.__exit__(type(error), error, None)
-        raise
-    if meter is not None:
-        meter.__exit__(None, None, None)
+    return show
 
 
 def _build(settings: Settings, request: BuildMetaRequest, *, as_json: bool) -> None:
@@ -81,11 +68,12 @@ def _build(settings: Settings, request: BuildMetaRequest, *, as_json: bool) -> N
     from persistworld_cli.data.metadata.ctrl_world_meta import SampleLists, export_ctrl_world
     from persistworld_cli.data.metadata.index import INDEX_FILE, IndexFile
     from persistworld_cli.data.metadata.meta import build_meta
+    from persistworld_cli.reports.progress import Meter
     from persistworld_cli.robot.kinematics import forward
 
     dataset, frames = resolve_path(settings.world.dataset), settings.model.num_frames
     try:
-        with _metered("build-meta") as show:
+        with Meter("build-meta", 0) as meter:
             report = build_meta(
                 dataset,
                 num_frames=frames,
@@ -93,7 +81,7 @@ def _build(settings: Settings, request: BuildMetaRequest, *, as_json: bool) -> N
                 hand_position=lambda joints: forward(joints)[:, :3, 3],
                 fresh=request.fresh,
                 workers=request.workers,
-                progress=show,
+                progress=_progress(meter),
             )
     except KeyboardInterrupt:
         note("interrupted: the metadata is as it was before")
@@ -207,10 +195,12 @@ def _first(names: list[str], count: int) -> str:
 def _check(resolved: Resolved, named: bool, request: BuildMetaRequest, *, as_json: bool) -> None:
     """``--check``: one line a finding; exit code 1 if anything must be fixed."""
     from persistworld_cli.data.metadata.check_dataset import check_dataset
+    from persistworld_cli.reports.progress import Meter
 
     dataset = resolve_path(resolved.settings.world.dataset)
     settings = None if resolved.implied and named else resolved.settings
-    with _metered("check") as show:
+    with Meter("check", 0) as meter:
+        show = _progress(meter)
         report = check_dataset(
             dataset, settings, resolved.label, sample=request.sample, workers=request.workers, progress=show
         )

@@ -22,9 +22,9 @@ EXAMPLES = (
 
 @with_common(
     "single",
-    setting("drive.episode", "Episode whose frame is the start; the first held-out one by default."),
+    setting("drive.episode", "Episode to start in.  \\[the first held-out one]"),
     setting("drive.start", "Frame to start from."),
-    setting("drive.seed", "Seed of everything that is drawn."),
+    setting("drive.seed", "Random seed."),
     CKPT,
     ADAPTER,
     DATASET,
@@ -35,9 +35,9 @@ EXAMPLES = (
 def command(
     common: Common,
     request: DriveRequest,
-    token: str | None = option(None, "With --web: what the page must bring."),
+    token: str | None = option(None, "With --web: secret that the page must present."),
 ) -> None:
-    """Drive by keys: each key is one interaction step of 0.8 s; the world model shows what the cameras would see."""
+    """Drive the arm by keys: each is one interaction step of 0.8 s, and the world model predicts the camera images."""
     if token:
         if not request.web:
             raise UsageError("--token belongs to --web", where="--token", fix="add --web, or leave it out")
@@ -46,7 +46,7 @@ def command(
         _require_terminal()
 
     def check(settings: Settings) -> None:
-        """A key that means nothing is refused before anything starts."""
+        """Refuse an unknown key before anything starts."""
         from persistworld_cli.robot.keyboard import parse_keys
 
         if request.keys is not None:
@@ -56,7 +56,7 @@ def command(
 
 
 def _require_terminal() -> None:
-    """Raises UsageError where nobody could press a key or see the screen."""
+    """Raise UsageError where nobody could press a key or see the screen."""
     for stream, name in ((sys.stdin, "standard input"), (sys.stderr, "standard error")):
         if not stream.isatty():
             raise UsageError(

@@ -30,8 +30,8 @@ EXAMPLES = (
 def command(common: Common, request: ExtractRequest) -> None:
     """Encode recordings: raw LeRobot episodes become latents, small videos and annotations.
 
-    Episodes that are there already are left alone, so a run that was stopped continues, and several runs may share one
-    OUT. An episode that cannot be read is skipped, named with its reason at the end and in OUT/extract_report.json,
-    and the exit code is 1.
+    Finished episodes are kept, so the same command continues a run that was stopped, and several runs may share one
+    OUT. An episode that cannot be read is skipped and listed with its reason at the end and in OUT/extract_report.json;
+    the exit code is then 1.
     """
     execute(common, replace(request, cores=cores()))

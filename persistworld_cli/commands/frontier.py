@@ -19,5 +19,5 @@ EXAMPLES = (
 
 @with_common("full", *ROLLOUTS)
 def command(common: Common, request: FrontierRequest) -> None:
-    """Quality against network calls: samplers and steps on held-out rollouts, paired with a slow reference."""
+    """Measure quality against network calls: samplers and steps on held-out rollouts, paired with a slow reference."""
     execute(common, replace(request, preset=common.preset or DEFAULT_PRESET))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from persistworld_cli.commands.options import Common, with_common
-from persistworld_cli.commands.run import resolve_if_named, show_plan, write_json
+from persistworld_cli.commands.run import resolve_if_named, show_plan, show_result, write_json
 from persistworld_cli.config.requests import InspectRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import stdout_console
@@ -52,56 +52,49 @@ def _inspect(ckpt: str, compare: Settings | None) -> dict[str, Any]:
     return result
 
 
-def _show(told: dict[str, Any]) -> None:
+def _show(result: dict[str, Any]) -> None:
     """For people: what it is first, then its parts and files."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    console, types = stdout_console(), ", ".join(told["dtypes"])
-    fits = f"fits preset {' or '.join(told['fits'])}" if told["fits"] else "fits no bundled preset"
-    console.print(f"{told['kind']}, {fits}", style="bold", markup=False, highlight=False, soft_wrap=True)
-    for line in (
-        told["path"],
-        f"{told['parameters']:,} parameters in {told['tensors']:,} tensors, {types}; {told['layers']}",
-        *_more(told),
-    ):
+    console, types = stdout_console(), ", ".join(result["dtypes"])
+    fits = f"fits preset {' or '.join(result['fits'])}" if result["fits"] else "fits no bundled preset"
+    console.print(f"{result['kind']}, {fits}", style="bold", markup=False, highlight=False, soft_wrap=True)
+    counts = f"{result['parameters']:,} parameters in {result['tensors']:,} tensors, {types}; {result['layers']}"
+    for line in (result["path"], counts, *_more(result), ""):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    parts = Table("part", box=None, header_style="bold", pad_edge=False)
-    for name in ("tensors", "parameters"):
-        parts.add_column(name, justify="right")
-    parts.add_column("type")
-    for row in told["parts"]:
-        parts.add_row(escape(row["part"]), f"{row['tensors']:,}", f"{row['parameters']:,}", row["dtype"])
-    files = Table("file", box=None, header_style="bold", pad_edge=False)
-    files.add_column("size", justify="right")
-    files.add_column("SHA-256", no_wrap=True, overflow="fold")
-    for row in told["files"]:
-        files.add_row(escape(row["file"]), amount(row["bytes"], BYTES), row["sha256"])
-    for table in (parts, files):
-        console.print()
-        console.print(table)
+    parts = [
+        {
+            "part": row["part"],
+            "tensors": f"{row['tensors']:,}",
+            "parameters": f"{row['parameters']:,}",
+            "type": row["dtype"],
+        }
+        for row in result["parts"]
+    ]
+    files = [
+        {"file": row["file"], "size": amount(row["bytes"], BYTES), "SHA-256": row["sha256"]} for row in result["files"]
+    ]
+    show_result({"parts": parts, "files": files}, as_json=False)
 
 
-def _more(told: dict[str, Any]) -> list[str]:
+def _more(result: dict[str, Any]) -> list[str]:
     """Lines for what not every checkpoint has."""
     lines = []
-    if own := told["adapter"]:
+    if own := result["adapter"]:
         encoder = "with" if own["action_encoder"] else "without"
         lines.append(
             f"{own['type']} of rank {own['rank']}, alpha {own['alpha']} on {own['modules']} layers "
             f"({', '.join(own['targets'])}), {encoder} an action encoder"
         )
-    if told["merged_adapter"]:
-        lines.append(f"an adapter was merged into it, SHA-256 {told['merged_adapter']}")
-    if scale := told["action_scale"]:
+    if result["merged_adapter"]:
+        lines.append(f"an adapter was merged into it, SHA-256 {result['merged_adapter']}")
+    if scale := result["action_scale"]:
         pairs = zip(scale["state_01"], scale["state_99"], strict=True)
         lines.append(f"actions are scaled from {', '.join(f'{low:.3g}..{high:.3g}' for low, high in pairs)}")
-    elif told["fits"] and told["kind"] not in ("VAE", "UNet"):
+    elif result["fits"] and result["kind"] not in ("VAE", "UNet"):
         lines.append("carries no scale of actions: model.stat names it")
-    if told["lacks"]:
-        lines.append(f"lacks {', '.join(told['lacks'])}")
-    if near := told["nearest"]:
+    if result["lacks"]:
+        lines.append(f"lacks {', '.join(result['lacks'])}")
+    if near := result["nearest"]:
         lines.append(f"nearest is preset {near['preset']}: {near['misfit']}")
-    if "own_preset" in told:
-        lines.append(f"your preset: {told['own_preset']}")
+    if "own_preset" in result:
+        lines.append(f"your preset: {result['own_preset']}")
     return lines

@@ -96,7 +96,7 @@ STRICT = setting(
 )
 TRACKER = setting(
     "launch.trackers",
-    "Where numbers also go; may be repeated: tensorboard (default), wandb, trackio, none.",
+    "Experiment trackers: tensorboard (default), wandb, trackio, none; may be repeated.",
     "--tracker",
     commas=True,
 )
@@ -106,16 +106,16 @@ ROLLOUTS = (
     ADAPTER,
     setting(
         "eval.benchmark",
-        "What is measured, and how: bundled, droid, a TOML file, or none.  \\[the preset's]",
+        "Benchmark: bundled, droid, a TOML file, or none.  \\[the preset's]",
         metavar="NAME|PATH",
     ),
     DATASET,
     setting("eval.episodes", "Episode ids, as 99,199; all of the split by default.", commas=True),
     setting("eval.starts", "Start frame; may be repeated.", "--start"),
     setting("eval.steps", "Interaction steps of a rollout."),
-    setting("eval.seeds", "Seed of the noise; may be repeated.", "--seed"),
+    setting("eval.seeds", "Random seed; may be repeated.", "--seed"),
     setting("eval.split", "train or val."),
-    setting("eval.batch", "Rollouts at once."),
+    setting("eval.batch", "Rollouts per batch."),
     COMPILE,
     STRICT,
 )
@@ -162,7 +162,7 @@ class Common:
     as_json: bool = option(False, "Print the result as JSON.", flag="--json", panel=_SETTINGS)
     profile: bool = option(
         False,
-        "Write where the time went, and a Chrome trace of the first seconds, into the output.",
+        "Write where the time went, and a Chrome trace of the first seconds, to the output folder.",
         panel=_SETTINGS,
     )
     debug: bool = option(False, "Show tracebacks of errors.", panel=_SETTINGS)

@@ -18,7 +18,7 @@ EXAMPLES = (
     "single",
     setting("policy.task", "Task: its start frames, instruction, skip and gripper cap."),
     setting("policy.steps", "Interaction steps of a rollout."),
-    setting("policy.seed", "Seed of everything that is drawn."),
+    setting("policy.seed", "Random seed."),
     CKPT,
     ADAPTER,
     DATASET,
@@ -27,5 +27,5 @@ EXAMPLES = (
     cost=True,
 )
 def command(common: Common, request: PolicyRolloutRequest) -> None:
-    """Let a policy act in the world model: it sees the predicted cameras and answers with joint velocities."""
+    """Let a policy act in the world model: it sees the predicted images and returns joint velocities."""
     execute(common, request)

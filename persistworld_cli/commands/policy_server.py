@@ -16,7 +16,7 @@ EXAMPLES = ("persistworld policy-server --policy hold", "persistworld policy-ser
     "none",
     setting("policy.host", "Address to listen on."),
     setting("policy.port", "Port to listen on."),
-    setting("policy.seed", "Seed of everything that is drawn."),
+    setting("policy.seed", "Random seed."),
 )
 def command(common: Common, request: PolicyServerRequest) -> None:
     """Serve a policy that needs no network and no GPU, as openpi's policy server does, until interrupted."""

@@ -19,10 +19,10 @@ EXAMPLES = (
 @with_common(
     "full",
     DATASET,
-    setting("pretrain.updates", "Updates of the whole run."),
+    setting("pretrain.updates", "Updates in total."),
     setting("pretrain.batch", "Clips per update, over all processes."),
     setting("pretrain.lr", "Learning rate."),
-    setting("pretrain.seed", "Seed of everything that is drawn."),
+    setting("pretrain.seed", "Random seed."),
     TRACKER,
     STRICT,
     cost=True,

@@ -15,10 +15,10 @@ EXAMPLES = (
 
 @with_common(
     "single",
-    setting("eval.episodes", "Episode; may be repeated. The first held-out one by default.", "--episode"),
+    setting("eval.episodes", "Episode; may be repeated.  \\[the first held-out one]", "--episode"),
     setting("eval.starts", "Frame to start from; may be repeated.", "--start"),
     setting("eval.steps", "Interaction steps of a rollout (4 new frames each)."),
-    setting("eval.seeds", "Seed of the noise; may be repeated.", "--seed"),
+    setting("eval.seeds", "Random seed; may be repeated.", "--seed"),
     DATASET,
     setting("eval.split", "Split to look for the episode in: train or val."),
     COMPILE,
@@ -26,5 +26,5 @@ EXAMPLES = (
     cost=True,
 )
 def command(common: Common, request: ReplayRequest) -> None:
-    """Replay recorded actions: prediction over record as mp4, contact sheet and numbers for every step."""
+    """Replay recorded actions: prediction above recording as mp4 and contact sheet, and metrics for every step."""
     execute(common, request)

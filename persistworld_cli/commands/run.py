@@ -13,13 +13,13 @@ import typer
 
 from persistworld_cli.commands.options import Common
 from persistworld_cli.commands.weights import hints, weights_lines, weights_rows
-from persistworld_cli.config.presets import Resolved, flatten, load_settings, resolve_settings, to_json
+from persistworld_cli.config.presets import Resolved, flatten, load_settings, resolve_settings
 from persistworld_cli.config.requests import Request, TaskRequest, request_to_json
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import note, stdout_console, write_out
 from persistworld_cli.cost.report import cost_report, pick_accelerator, show_cost
 from persistworld_cli.evaluation.benchmarks import load_benchmark
-from persistworld_cli.files import flat
+from persistworld_cli.files import flat, jsonable
 
 _SHOWN_ROWS = 40  # of a table in a result; the file has all
 
@@ -103,12 +103,10 @@ def show_plan(
     values = flatten(resolved.settings) if resolved else {}
     origin = resolved.origin if resolved else {}
     if common.as_json:
-        tables = to_json(resolved.settings) if resolved else {}
-        plain = {f"{table}.{name}": value for table, own in tables.items() for name, value in own.items()}
         write_json(
             {"task": request.task, "preset": resolved.preset if resolved else None, "output": output}
             | {"request": request_to_json(request)}
-            | {"settings": {key: {"value": plain[key], "origin": origin[key]} for key in values}}
+            | {"settings": {key: {"value": jsonable(value), "origin": origin[key]} for key, value in values.items()}}
             | ({"weights": [dict(row) for row in weights]} if weights else {})
             | ({"cost": cost} if cost is not None else {})
         )
@@ -142,9 +140,8 @@ def resolve_if_named(common: Common) -> Resolved | None:
 def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     """A command's result: JSON, or tables for people.
 
-    Scalars and nested tables of scalars become lines ``name  value``; a list of mappings with the same keys becomes a
-    table of its own; other lists are counted. A result that names a rendered report (`text`) is shown by that, and by
-    the files beside it.
+    A list of mappings becomes a table, everything else a line ``name  value``. Of a result that names a rendered report
+    (`text`), that is shown, and the files beside it.
     """
     if as_json:
         write_json(dict(result))
@@ -160,7 +157,7 @@ def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     lines = Table(box=None, show_header=False, pad_edge=False)
     for name, value in flat(result).items():
         if _is_table(value):
-            table = Table(*value[0].keys(), title=name, title_justify="left", title_style="bold", header_style="bold")
+            table = Table(*value[0].keys(), title=name, title_justify="left", box=None, pad_edge=False)
             for row in value[:_SHOWN_ROWS]:
                 table.add_row(*(escape(_text(row.get(column))) for column in value[0]))
             console.print(table)

@@ -15,7 +15,7 @@ EXAMPLES = (
 
 @with_common("none", without=("output", "preset", "sets"))
 def command(common: Common, request: StudyReportRequest) -> None:
-    """Preference rate, binomial p, Elo and agreement of raters, from the answers to `persistworld eval --study DIR`."""
+    """Report preference rate, binomial p, Elo and agreement of raters from the responses to a study of eval --study."""
     if common.dry_run:
         show_plan(common, request)
         return

@@ -30,12 +30,12 @@ START = option(
 
 
 def start_from(common: Common, ckpt: str | None, *, adapter_fits: bool) -> None:
-    """Put the settings that a training's ``--ckpt`` means among the flags.
+    """Add the settings that a training's ``--ckpt`` means to the flags.
 
-    Whole weights take the place of ``model.ckpt`` and stand alone; an adapter goes on ``model.ckpt``, as in inference.
+    Whole weights replace ``model.ckpt`` and any adapter; an adapter goes on ``model.ckpt``, as in inference.
 
     Args:
-        common: the shared options. In a dry run the hub is not asked: a repository there is taken for whole weights.
+        common: the shared options. In a dry run the hub is not asked: its repositories count as whole weights.
         ckpt: what was given, or None.
         adapter_fits: whether the training can begin from weights with an adapter merged into them.
 
@@ -50,11 +50,10 @@ def start_from(common: Common, ckpt: str | None, *, adapter_fits: bool) -> None:
         return
     if not adapter_fits:
         raise UsageError(
-            f"'{ckpt}' is an adapter: what post-training writes is an adapter too, and no file would hold the weights "
-            "that it belongs on",
+            f"'{ckpt}' is an adapter: post-training would write another one, for weights that no file holds",
             where="--ckpt",
             fix=f"merge it first: persistworld export WEIGHTS --adapter {ckpt} --to safetensors -o merged.safetensors, "
-            "then --ckpt merged.safetensors; or go on with its run: --resume-from",
+            "then --ckpt merged.safetensors; or continue its run: --resume-from",
         )
     common.flags.update({"model.adapter": ckpt})
 
@@ -69,47 +68,46 @@ def _on_hub(ckpt: str) -> bool:
 def weights_rows(resolved: Resolved, request: Request) -> list[dict[str, str]]:
     """Which weights a task takes: rows of ``use``, ``weights``, ``adapter`` ("" for none) and ``why``.
 
-    Nothing is fetched: what lies in a repository of the hub is known by its name alone.
+    Nothing is fetched: of a repository of the hub only the name is known.
     """
     model = resolved.settings.model
+    overlay = adapter_name(model.adapter)
 
     def why(key: str) -> str:
         return f"{key}, {resolved.origin[key]}"
 
-    overlay = adapter_name(model.adapter)
+    def row(use: str, weights: str, why: str, adapter: str = "") -> dict[str, str]:
+        return {"use": use, "weights": weights, "adapter": adapter, "why": why}
+
     if isinstance(request, PretrainRequest) and request.scratch:
-        named = "--vae" if request.vae else why("model.ckpt")
+        vae = "--vae" if request.vae else why("model.ckpt")
         return [
-            {"use": "begins from", "weights": "random weights", "adapter": "", "why": "--scratch"},
-            {"use": "VAE of", "weights": request.vae or model.ckpt, "adapter": "", "why": named},
+            row("begins from", "random weights", "--scratch"),
+            row("VAE of", request.vae or model.ckpt, vae),
         ]
     if isinstance(request, PretrainRequest | requests.PostTrainRequest):
         used = overlay if isinstance(request, PretrainRequest) else ""
-        key = "model.adapter" if used else "model.ckpt"
-        return [{"use": "begins from", "weights": model.ckpt, "adapter": used, "why": why(key)}]
+        return [row("begins from", model.ckpt, why("model.adapter" if used else "model.ckpt"), used)]
     if not isinstance(request, _INFERENCE):
         return []
     if isinstance(request, ReplayRequest) and (request.ckpts or request.adapters):
+        named = [(one, adapter_on_disk(one)) for one in request.ckpts or [model.ckpt]]
         return [
-            *({"use": "runs", **_row(one, model.ckpt), "why": "--ckpt"} for one in request.ckpts or [model.ckpt]),
-            *(
-                {"use": "on them", "weights": "", "adapter": "" if one in NO_ADAPTER else one, "why": "--adapter"}
-                for one in request.adapters
-            ),
+            *(row("runs", model.ckpt if own else one, "--ckpt", own) for one, own in named),
+            *(row("on them", "", "--adapter", "" if one in NO_ADAPTER else one) for one in request.adapters),
         ]
     if model.inference:
-        row = _row(model.inference, model.ckpt)
-        known = row["adapter"] or resolve_path(model.inference).exists()
-        more = "" if known else f"; if it holds an adapter, on {model.ckpt}"
-        rows = [{"use": "runs", **row, "adapter": row["adapter"] or overlay, "why": why("model.inference") + more}]
+        own = adapter_on_disk(model.inference)
+        more = "" if own or resolve_path(model.inference).exists() else f"; if it holds an adapter, on {model.ckpt}"
+        weights = model.ckpt if own else model.inference
+        rows = [row("runs", weights, why("model.inference") + more, own or overlay)]
     else:
-        key = "model.adapter" if overlay else "model.ckpt"
-        rows = [{"use": "runs", "weights": model.ckpt, "adapter": overlay, "why": why(key)}]
-    alone = rows[0]["weights"] == model.ckpt and not rows[0]["adapter"]
+        rows = [row("runs", model.ckpt, why("model.adapter" if overlay else "model.ckpt"), overlay)]
+    compared = isinstance(request, EvalRequest) or _verifies_gain(resolved, request)
     if isinstance(request, EvalRequest) and request.baseline:
-        rows.append({"use": "compared with", "weights": request.baseline, "adapter": "", "why": "--baseline"})
-    elif not alone and (isinstance(request, EvalRequest) or _verifies_gain(resolved, request)):
-        rows.append({"use": "compared with", "weights": model.ckpt, "adapter": "", "why": why("model.ckpt")})
+        rows.append(row("compared with", request.baseline, "--baseline"))
+    elif compared and (rows[0]["weights"] != model.ckpt or rows[0]["adapter"]):
+        rows.append(row("compared with", model.ckpt, why("model.ckpt")))
     return rows
 
 
@@ -118,11 +116,6 @@ def _verifies_gain(resolved: Resolved, request: Request) -> bool:
     if not isinstance(request, requests.VerifyRequest) or request.alone:
         return False
     return bool(request.write_published or has_gain(resolved.settings.eval.published))
-
-
-def _row(weights: str, ckpt: str) -> dict[str, str]:
-    own = adapter_on_disk(weights)
-    return {"weights": ckpt if own else weights, "adapter": own}
 
 
 def weights_lines(rows: list[dict[str, str]]) -> list[str]:
@@ -135,8 +128,8 @@ def weights_lines(rows: list[dict[str, str]]) -> list[str]:
 
 
 def hints(resolved: Resolved, request: Request) -> list[str]:
-    """What a pretraining from the finished Ctrl-World says of the other preset; nothing where that does not fit."""
-    finished = load_settings("ctrl-world", (), {}, env={}).model.ckpt
+    """A pretraining from the finished Ctrl-World names the preset that starts from Stable Video Diffusion."""
+    finished = load_settings("ctrl-world", env={}).model.ckpt
     if not isinstance(request, PretrainRequest) or request.scratch or resolved.settings.model.ckpt != finished:
         return []
-    return ["these are finished weights, which learn on; to train from Stable Video Diffusion: --preset ctrl-world-svd"]
+    return ["these weights are trained already; to start from Stable Video Diffusion: --preset ctrl-world-svd"]

@@ -1,9 +1,9 @@
 """What a command requests of its task beside the settings: one frozen dataclass for each task.
 
 A setting says how work is done: presets, environment and ``--set`` give it. A request says what one call does: where
-it resumes, what it compares with, which files it writes. What could be either is a setting. `option` documents a field,
-spells its flag and bounds it: commands/options.py makes the command line from it, and every request is checked against
-it when it is made.
+it resumes, what it compares with, which files it writes. What could be either is a setting. `option` documents a field
+and spells its flag, and the annotation bounds it (config/fields.py): commands/options.py makes the command line from
+both, and every request is checked when it is made.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def option_of(field: dataclasses.Field[Any], name: str) -> Option | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a command is asked for."""
+    """The options of a command that are not settings."""
 
     task: ClassVar[str]  # as in config.json and, without an --output, in the folder's name
 
@@ -70,7 +70,7 @@ class Request:
         types = field_types(type(self))
         for field in dataclasses.fields(self):
             value = coerce(getattr(self, field.name), types[field.name], key=field.name, where=self._where(field.name))
-            object.__setattr__(self, field.name, value.absolute() if isinstance(value, Path) else value)
+            object.__setattr__(self, field.name, value.expanduser().absolute() if isinstance(value, Path) else value)
         check_fields(self, "", self._where)
 
     def _where(self, name: str) -> str:
@@ -81,13 +81,13 @@ class Request:
 
 def request_to_json(request: Request) -> dict[str, Any]:
     """A request as config.json holds it."""
-    plain: dict[str, Any] = jsonable({f.name: getattr(request, f.name) for f in dataclasses.fields(request)})
+    plain: dict[str, Any] = jsonable(request)
     return plain
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRequest(Request):
-    """What every task gets that is done by worker processes.
+    """Of a task that worker processes do.
 
     Attributes:
         output: folder of the run.
@@ -110,7 +110,9 @@ def request_from_json(kind: type[TaskRequest], data: Mapping[str, Any], where: s
     names = [field.name for field in dataclasses.fields(kind)]
     for name in data:
         if name not in names:
-            raise UsageError(f"unknown field '{name}' of a {kind.task} request", where=where, fix=nearest(name, names))
+            raise UsageError(
+                f"unknown field '{name}' of the {kind.task} request", where=where, fix=nearest(name, names)
+            )
     return kind(**data)
 
 
@@ -120,7 +122,7 @@ class ContinuingRequest(TaskRequest):
 
     with_changes: bool = option(
         False,
-        "Continue finished work although settings changed that change the result.",
+        "Continue finished work although settings changed that affect the result.",
         flag="--continue-with-changes",
     )
 
@@ -131,7 +133,7 @@ class ExtractRequest(ContinuingRequest):
 
     task: ClassVar[str] = "extract-latents"
     vae: str = option("", "Weights whose VAE encodes; the model's by default.", metavar="PATH|HUB_ID")
-    episodes: str = option("", "Episodes to take, as 0:100,199; all by default.")
+    episodes: str = option("", "Episodes to encode, as 0:100,199; all by default.")
     layout: Literal["native", "ctrl-world"] = option(
         "native", "native (float16, memory-mapped) or ctrl-world (float32 .pt files)."
     )
@@ -193,7 +195,7 @@ class EvalRequest(ContinuingRequest):
     task: ClassVar[str] = "eval"
     baseline: str = option("", _BASELINE, metavar="PATH|HUB_ID")
     study: Path | None = option(
-        None, "Also write a blind preference study: a folder to hand out; its key lies beside it.", metavar="DIR"
+        None, "Also write a blind preference study to this folder, and its key beside it.", metavar="DIR"
     )
     compare: str = ""
 
@@ -208,7 +210,7 @@ class VerifyRequest(TaskRequest):
     )
     alone: bool = option(False, "Do not roll out the base, even where the published figures have a gain over it.")
     write_published: Path | None = option(
-        None, "Compare with nothing: write what is measured as published figures.", metavar="FILE.toml"
+        None, "Write the measured figures as a file of published ones, and compare with none.", metavar="FILE.toml"
     )
 
 
@@ -233,8 +235,8 @@ class FrontierRequest(ContinuingRequest):
     vary: tuple[str, ...] = option(
         (), "Also try these values of guidance, sigma_min, sigma_max or rho; may be repeated.", metavar="KEY=V,V"
     )
-    reference: str = option("euler:50", "What all are compared with.", metavar="SAMPLER:STEPS")
-    percent: NonNegative = option(1.0, "How much worse than the reference is close enough.")
+    reference: str = option("euler:50", "The setting that all others are compared with.", metavar="SAMPLER:STEPS")
+    percent: NonNegative = option(1.0, "Loss against the reference that is close enough, in percent.")
     write_preset: Path | None = option(
         None, "Write the fastest setting that is close enough as a preset.", metavar="FILE.toml"
     )
@@ -263,7 +265,7 @@ class DriveRequest(TaskRequest):
         None, "One key per step: l r (y), f b (x), u d (z), o c (gripper); l*3 is lll.  \\[lllrrr]"
     )
     live: bool = option(False, "Drive in this terminal: one key, one step.")
-    web: bool = option(False, "Drive on a page that is served from here.")
+    web: bool = option(False, "Drive on a web page that this machine serves.")
     host: str = option("", f"With --web: address to listen on; beyond loopback a token is needed.  \\[{LOCALHOST}]")
     port: Port | None = option(None, "With --web: port to listen on.  \\[a free one]")
     browser: bool = option(False, "With --web: open the page in a browser.", flag="--open")
@@ -297,7 +299,7 @@ class PolicyRolloutRequest(TaskRequest):
         "scripted, hold or random (served here on loopback); server (the preset's address); or your own.",
         metavar="NAME|ws://HOST:PORT|MODULE:CLASS",
     )
-    rollouts: Count = option(1, "At most so many of the task's start frames.")
+    rollouts: Count = option(1, "Number of rollouts: the first of the task's start frames.")
     episodes: tuple[str, ...] = option((), "Episode instead of the task's; may be repeated.", flag="--episode")
     start: Whole | None = option(None, "Start frame instead of the task's.")
     instruction: str = option("", "Instruction instead of the task's.")
@@ -333,13 +335,18 @@ class BuildMetaRequest(Request):
     """Index a processed dataset, or check it."""
 
     task: ClassVar[str] = "build-meta"
-    check: bool = option(False, "Write nothing: report what in the dataset must be fixed, and how.")
-    sample: Whole = option(100, "With --check: episodes whose videos and latents are read whole; 0: all.")
+    check: bool = option(False, "Write nothing; report what must be fixed in the dataset, and how.")
+    sample: Whole = option(
+        100, "With --check: number of episodes whose videos and latents are read completely; 0: all."
+    )
     export: Literal["ctrl-world"] | None = option(
         None, "Write train_sample.json, val_sample.json and stat.json too.", metavar="ctrl-world"
     )
     lists: Path | None = option(
-        None, "Take episodes, start frames and percentiles from Ctrl-World's.", flag="--import", metavar="DIR"
+        None,
+        "Take episodes, start frames and percentiles from this folder of Ctrl-World's.",
+        flag="--import",
+        metavar="DIR",
     )
     fresh: bool = option(False, "Read every annotation again, changed or not.")
     workers: Count | None = option(None, "Processes that read annotations.  \\[one per core]")
@@ -391,7 +398,7 @@ class LeaderboardRequest(Request):
 
     task: ClassVar[str] = "leaderboard"
     runs: tuple[str, ...] = option(
-        REQUIRED, "Outputs of pi-rollout; NAME=FOLDER calls a policy by another name.", flag="FOLDERS"
+        REQUIRED, "Output folders of pi-rollout; NAME=FOLDER renames a policy.", flag="FOLDERS"
     )
     real: str = option(
         "",
@@ -405,7 +412,9 @@ class StudyReportRequest(Request):
     """Evaluate the responses to a preference study."""
 
     task: ClassVar[str] = "study-report"
-    files: tuple[Path, ...] = option(REQUIRED, "Files that raters downloaded from the page.", flag="FILES")
+    files: tuple[Path, ...] = option(
+        REQUIRED, "Responses: the files that raters downloaded from the page.", flag="FILES"
+    )
     keys: tuple[Path, ...] = option(
         (),
         "Key of the study (DIR.key.json); may be repeated for several studies.  \\[found near the files]",

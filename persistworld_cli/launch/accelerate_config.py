@@ -11,21 +11,21 @@ from persistworld_cli.errors import UsageError
 _TAKEN = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
 _PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU")
 _INSTEAD = {
-    "FSDP": "every process holds the whole network (docs/training.md, Memory); take MULTI_GPU",
-    "DEEPSPEED": "every process holds the whole network (docs/training.md, Memory); take MULTI_GPU",
+    "FSDP": "every process holds the whole network (docs/training.md, Memory); use MULTI_GPU",
+    "DEEPSPEED": "every process holds the whole network (docs/training.md, Memory); use MULTI_GPU",
 }
 
 
 def read_accelerate_config(path: Path) -> dict[str, Any]:
-    """What of the file this project takes: processes, machines and device, by their names in ``launch``.
+    """Processes, machines and device of the file, by their names in ``launch``.
 
-    Mixed precision, which each task's settings decide, is pointed out; a way to share out the network is refused.
+    A note says that mixed precision is each task's own setting; sharding the network (FSDP, DeepSpeed) is refused.
 
     Args:
         path: YAML or JSON; read by accelerate itself.
 
     Raises:
-        UsageError: no such file, not accelerate's, or it asks for what is not done here.
+        UsageError: no such file, not accelerate's, or it requests what is not supported.
     """
     from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file  # takes seconds
 

@@ -1,8 +1,8 @@
 """How many CPUs Linux control groups grant this process: the tightest limit of its group and all groups above it.
 
-A container sees its own group as the root; a SLURM job, a systemd slice or a pod without a namespace of its own stands
-some levels down, and each level may set a limit. Version 2 keeps a limit in ``cpu.max``, version 1 in
-``cpu.cfs_quota_us`` and ``cpu.cfs_period_us`` of the ``cpu`` controller.
+A container sees its own group as the root; the group of a SLURM job, a systemd slice or a pod without its own namespace
+is some levels down, and each level may set a limit: in ``cpu.max`` (version 2), or in ``cpu.cfs_quota_us`` and
+``cpu.cfs_period_us`` of the ``cpu`` controller (version 1).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _V2, _V1 = "cgroup2", "cgroup"
 
 
 def cpu_limit(process: Path = Path("/proc/self")) -> float | None:
-    """CPUs that the control groups grant (1.5: three half CPUs); None where none sets a limit, or there are none.
+    """CPUs that the control groups grant (1.5: three half CPUs); None without a limit or control groups.
 
     Args:
         process: folder with ``cgroup`` (groups of the process) and ``mountinfo`` (where they are mounted).
@@ -47,7 +47,7 @@ def _mounts(process: Path) -> list[tuple[str, Path, Path]]:
 
 
 def _group(process: Path, kind: str) -> str:
-    """The process's group in the hierarchy of a kind; the root where it is not told."""
+    """The process's group in the hierarchy of a kind; the root if it is not listed."""
     for line in _lines(process / "cgroup"):
         number, controllers, path = line.split(":", 2)
         if (number == "0" and not controllers) if kind == _V2 else "cpu" in controllers.split(","):

@@ -40,17 +40,23 @@ class FinishedWork:
 def find_finished_work(task: str, output: Path) -> FinishedWork | None:
     """What a task would continue in a folder; None if there is nothing."""
     if task in _TRAININGS:
-        states = [path for path in (output / "state").glob("step-*") if path.name[5:].isdigit()]
-        return _trained(max(states, key=lambda path: int(path.name[5:]))) if states else None
+        states = {step: path for path in (output / "state").glob("step-*") if (step := _step(path)) is not None}
+        return _trained(states[max(states)], max(states)) if states else None
     if task in USES:
         count = sum(not path.name.startswith(".") for path in (output / "rollouts").glob("*/*.npz"))
         return FinishedWork(count, "rollouts", f"{count} finished rollouts") if count else None
     return None
 
 
-def _trained(state: Path) -> FinishedWork:
+def _step(state: Path) -> int | None:
+    """Updates of a saved state, by its folder's name; None for another folder."""
+    digits = state.name.removeprefix("step-")
+    return int(digits) if digits.isdigit() else None
+
+
+def _trained(state: Path, step: int) -> FinishedWork:
     """The work that a saved state holds."""
-    step, saved = int(state.name[5:]), time.localtime(state.stat().st_mtime)
+    saved = time.localtime(state.stat().st_mtime)
     return FinishedWork(step, "updates", f"update {step}, saved at {time.strftime('%Y-%m-%d %H:%M:%S', saved)}")
 
 
@@ -92,8 +98,9 @@ def find_earlier_run(record: Mapping[str, Any], output: Path) -> EarlierRun | No
         _require_same_task(task, output, request.get("command", ()))
     if task not in USES or request.get("resume") is False:
         return None
-    named = state is not None and state.name[5:].isdigit() and state.exists()
-    work = _trained(state) if state and named else find_finished_work(task, source)
+    work = find_finished_work(task, source)
+    if state is not None and state.exists() and (step := _step(state)) is not None:
+        work = _trained(state, step)
     if work is None:
         return None
     before = _read_record(source)

@@ -1,20 +1,17 @@
-"""Which run has this machine's cores to itself: an advisory lock, held for as long as its workers run.
+"""Which run has this machine's cores to itself: an advisory lock that a run holds while its workers run.
 
-One file for each user in the temporary folder, with one byte for each CPU. Runs on different CPUs (two SLURM jobs of
-one node, `taskset`) do not meet. The kernel releases the lock with the process, however that ends.
+One file per user in the temporary folder, with one byte per CPU: runs on different CPUs (two SLURM jobs of one node,
+`taskset`) do not conflict. The kernel releases the lock with the process, however that ends.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-if sys.platform != "win32":
-    import fcntl
 
 
 def lock_path() -> Path:
@@ -24,10 +21,9 @@ def lock_path() -> Path:
 
 @contextmanager
 def claim_cores(cpus: Sequence[int], path: Path | None = None) -> Iterator[bool]:
-    """Claim CPUs for a block: True where no other run of this user has claimed any of them.
+    """Claim CPUs while the block runs; False if another run of this user has one of them: nothing is claimed then.
 
-    A run that comes second claims nothing, and does not wait. False too where no lock can be taken (no such file
-    system, a foreign file): whether the cores are free is then not known.
+    False too if no lock can be taken (such a file system, a foreign file): whether the cores are free is then unknown.
 
     Args:
         cpus: logical CPUs.
@@ -39,17 +35,13 @@ def claim_cores(cpus: Sequence[int], path: Path | None = None) -> Iterator[bool]
         yield False
         return
     try:
-        yield _lock_all(file, cpus)
+        claimed = True
+        try:
+            for cpu in cpus:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, cpu)
+        except OSError:
+            fcntl.lockf(file, fcntl.LOCK_UN)
+            claimed = False
+        yield claimed
     finally:
         os.close(file)  # gives the locks back
-
-
-def _lock_all(file: int, cpus: Sequence[int]) -> bool:
-    """Lock a byte for each CPU; all of them or none."""
-    try:
-        for cpu in cpus:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, cpu)
-    except OSError:
-        fcntl.lockf(file, fcntl.LOCK_UN)
-        return False
-    return True

@@ -1,9 +1,8 @@
-"""``python -m persistworld_cli.launch.elastic ARGS``: ``accelerate launch ARGS``, signals and failures told plainly.
+"""``python -m persistworld_cli.launch.elastic ARGS``: ``accelerate launch ARGS`` with patience and short messages.
 
-torch's elastic agent, which accelerate starts, gives ranks 30 seconds after a signal and then kills them, and reports a
-failed rank by a traceback of its own. Here the first signal is passed on and the ranks end in their own time; a second
-one goes to the agent as usual. A rank that fails ends the others (the agent does that within seconds), and what is
-printed is which rank it was and how it ended.
+torch's elastic agent, which accelerate starts, kills ranks 30 seconds after a signal, and reports a failed rank by a
+traceback of its own. Here the first signal is passed on and the ranks end in their own time; a second one goes to the
+agent as usual. If a rank fails, the agent ends the others, and one line says which rank it was and how it ended.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from persistworld_cli.compat import end_with_parent
+from persistworld_cli.compat import STOP_SIGNALS, end_with_parent
 from persistworld_cli.console import debug_wanted, show_error
 from persistworld_cli.errors import PersistWorldError
 
@@ -27,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run accelerate's launcher in this process; returns the exit code of the rank that failed first, or 0."""
     end_with_parent()
     if not debug_wanted():
-        logging.disable(logging.ERROR)  # the agent's log says in five lines what is said in one below
+        logging.disable(logging.ERROR)  # the agent's log takes five lines for what `_report` says in one
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -55,8 +54,8 @@ def _pass_signals_on(stop: type[Exception]) -> None:
         for pid in _ranks():
             os.kill(pid, number)
 
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(name, forward)
+    for number in STOP_SIGNALS:
+        signal.signal(number, forward)
 
 
 def _ranks() -> list[int]:
@@ -68,17 +67,24 @@ def _ranks() -> list[int]:
 
 
 def _report(failed: Any) -> int:
-    """The exit code of the rank that failed first (128 + signal), and if it was killed, who and how: others said so."""
-    # Of those that ended between two looks of the agent, a killed one is the cause: the others lost contact with it.
+    """The exit code of the rank that failed first (128 + signal); reports one that a signal killed."""
+    # Of those that ended between two polls of the agent, a killed one is the cause: the others lost contact with it.
     ended = sorted(failed.failures.items(), key=lambda entry: (entry[1].exitcode >= 0, entry[1].timestamp))
     rank, failure = ended[0]
     code = int(failure.exitcode)
     if code < 0:
-        name = signal.Signals(-code).name
-        memory = "if nobody killed it, memory ran out: take a smaller batch" if -code == signal.SIGKILL else None
-        show_error(PersistWorldError(f"rank {rank} was killed by {name}; the other ranks were ended", fix=memory))
+        show_error(killed(f"rank {rank}", -code, more="; the other ranks were ended"))
         return 128 - code
     return code
+
+
+def killed(
+    who: str, number: int, more: str = "", where: str | None = None, otherwise: str | None = None
+) -> PersistWorldError:
+    """The error for a process that a signal ended."""
+    memory = "if nobody killed it, memory ran out: take a smaller batch"
+    fix = memory if number == signal.SIGKILL else otherwise
+    return PersistWorldError(f"{who} was killed by {signal.Signals(number).name}{more}", where=where, fix=fix)
 
 
 if __name__ == "__main__":

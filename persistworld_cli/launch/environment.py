@@ -1,10 +1,11 @@
 """The environment of worker processes: threads, memory allocator, devices. All of it is read once, at process start.
 
-Measured on two cores (architecture notes of this project): unpinned threads and glibc's default malloc cost a factor of
-ten in convolutions, because every large buffer is mapped, zeroed page by page and unmapped again.
+On two cores, unpinned threads and glibc's default malloc make convolutions ten times slower (measured): every large
+buffer is mapped, zeroed page by page and unmapped again.
 
-OpenMP's threads wait for each other after every loop, thousands of times per second. Alone, they should spin: to sleep
-and be woken takes longer than the wait. Beside other work a spinning thread keeps a core from the thread it waits for.
+OpenMP's threads wait for each other after every loop, thousands of times per second. Alone they should spin, since
+sleeping and waking takes longer than the wait; beside other work a spinning thread occupies the core that the thread it
+waits for needs.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ _BOUND_BY_USER = (*_BINDING, "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 # libgomp's own count for more threads than cores, some 50 us. Passive would halve the speed once the other work ends.
 _WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
 _WAITING_BY_USER = (*_WAITING, "OMP_WAIT_POLICY")
-_BUSY = 0.25  # share of the CPUs' time that other processes take, from which this machine is not ours alone
-_LOOK_S = 0.2
+_BUSY = 0.25  # share of the CPUs' time from which other processes count
+_MEASURED_S = 0.2
 
 
 def cpus() -> list[int]:
@@ -45,9 +46,7 @@ def cpus() -> list[int]:
 
 
 def cores(env: Mapping[str, str] = os.environ) -> int:
-    """Physical cores that this process may use: hyperthreads share one; a container, a control group or SLURM may
-    allow fewer.
-    """
+    """Physical cores (hyperthreads share one) that this process may use; containers, cgroups and SLURM limit them."""
     allowed = cpus()
     count = physical_cores(allowed)
     limits = [float(count)]
@@ -74,10 +73,10 @@ def _siblings(cpu: int) -> str:
 
 @contextmanager
 def cores_alone(launch: LaunchSettings) -> Iterator[bool]:
-    """For as long as a run lasts: whether, when it began, nothing else worked on the CPUs that it may use.
+    """While a run lasts: whether nothing else worked on its CPUs when it began.
 
-    Other runs of this user are known by a lock (`core_lock`), which a run holds until its end; other programs by the
-    CPUs' load. A run whose workers compute on GPUs claims nothing.
+    Other runs of this user hold a lock (`core_lock`); other programs show in the CPUs' load. A run on GPUs claims
+    nothing.
     """
     if use_gpu(launch):
         yield True
@@ -87,10 +86,10 @@ def cores_alone(launch: LaunchSettings) -> Iterator[bool]:
 
 
 def _others_work() -> bool:
-    """Whether other processes keep the CPUs busy, looked at for a moment."""
+    """Whether other processes keep the CPUs busy at this moment."""
     import psutil
 
-    shares = psutil.cpu_percent(_LOOK_S, percpu=True)
+    shares = psutil.cpu_percent(_MEASURED_S, percpu=True)
     own = [shares[cpu] for cpu in cpus() if cpu < len(shares)]
     return bool(own) and sum(own) / len(own) > 100 * _BUSY
 
@@ -127,16 +126,16 @@ def use_gpu(launch: LaunchSettings, env: Mapping[str, str] = os.environ) -> bool
 def worker_environment(
     launch: LaunchSettings, env: Mapping[str, str] = os.environ, *, alone: bool = True
 ) -> dict[str, str]:
-    """``env`` with what the workers need; nothing that the user set is overruled, but by ``launch.threads``.
+    """``env`` with what the workers need. What the user set stays; only ``launch.threads`` replaces OMP_NUM_THREADS.
 
-    Threads are bound to cores only for a single CPU process: two processes would be bound to the same cores (measured
-    on two cores: half the speed), and beside a GPU nothing is won.
+    Threads are bound to cores only for a single CPU process: two processes would be bound to the same cores (half the
+    speed, measured on two), and beside a GPU binding gains nothing.
 
     Args:
         launch: processes, device, threads.
         env: what the user set.
-        alone: nothing else works on these cores (`cores_alone`). Otherwise threads soon sleep while they wait, and are
-            bound only if they fill all cores: two runs bound to some would share those while others are idle.
+        alone: nothing else works on these cores (`cores_alone`). Otherwise waiting threads soon sleep, and are bound
+            only if they fill all cores: two runs bound to the same ones would leave others idle.
     """
     local = max(1, launch.num_processes // launch.num_machines)
     child = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(max(1, cores(env) // local)), **env}

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from persistworld_cli import __version__
+from persistworld_cli.compat import STOP_SIGNALS
 from persistworld_cli.config.inputs import describe_inputs
 from persistworld_cli.config.presets import to_json
 from persistworld_cli.config.requests import CONFIG, FAILURE, RESULT, TaskRequest, request_to_json
@@ -27,12 +28,12 @@ from persistworld_cli.console import note, show_error
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import write_json
 from persistworld_cli.launch.continuing import find_earlier_run, keep_history
+from persistworld_cli.launch.elastic import killed
 from persistworld_cli.launch.environment import cores_alone, gpu_count, torch_has_cuda, use_gpu, worker_environment
 from persistworld_cli.launch.run_lock import SHARED_TASKS, RunFolder, own_folder
 from persistworld_cli.launch.terminal import keep_terminal
 from persistworld_cli.read_files import read_json
 
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PATIENCE = 3  # this many signals, and the worker is killed
 
 
@@ -41,17 +42,16 @@ def run_task(settings: Settings, request: TaskRequest, *, take_over: bool = Fals
 
     Args:
         settings: resolved settings; ``settings.launch`` says how many processes.
-        request: of one of the tasks in `persistworld_cli.worker.TASKS`; its ``output`` is made where it is absent. If
-            it wants the terminal, the worker gets standard input, which is afterwards as it was before.
-        take_over: take the folder from a run on another host that ended without a word.
+        request: its ``output`` is made if it is absent. If it needs the terminal, the worker gets standard input,
+            whose modes are restored afterwards.
+        take_over: take the folder over from a run on another host that was killed.
 
     Returns:
-        The exit code (0 done; the worker has said why otherwise), and what the task returned ({} on other machines than
-        the first, which has it).
+        The exit code (0: done; otherwise the worker has said why), and what the task returned ({} on machines other
+        than the first).
 
     Raises:
-        PersistWorldError: the folder cannot be written, or belongs to another run; GPUs were asked for that are not
-            there.
+        PersistWorldError: the folder cannot be written, or belongs to another run; there are fewer GPUs than requested.
         UsageError: the folder holds work that was done with other settings.
     """
     launch = _settle_device(settings.launch)
@@ -95,25 +95,25 @@ def _record(settings: Settings, request: TaskRequest, run: str) -> dict[str, Any
 
 
 def _work(launch: LaunchSettings, folder: RunFolder, terminal: bool) -> int:
-    """Start the workers, and wait for their exit code."""
+    """Start the workers and wait for their exit code."""
     command = _command(launch, folder.private / CONFIG)
     held = () if folder.fd is None else (folder.fd,)
     with cores_alone(launch) as alone:
         if not alone:
-            note("other work runs on these CPU cores: this run's threads sleep while they wait, to share the cores")
+            note("other work runs on these CPU cores: this run's threads sleep while they wait, which shares the cores")
         environment = worker_environment(launch, alone=alone)
         code = _wait(command, environment, stdin=None if terminal else subprocess.DEVNULL, pass_fds=held)
     if code < 0:
-        show_error(_killed(-code, folder.output))
+        show_error(killed("the worker", -code, where=str(folder.output), otherwise="run it again with --debug"))
         code = 128 - code
     return code
 
 
 def _outcome(code: int, folder: RunFolder) -> tuple[int, dict[str, Any]]:
-    """What this run's workers left, its code and its result; and both in the folder, for people."""
+    """The exit code and result that this run's workers left; both are put into the folder, for people."""
     failure = _read(folder.private / FAILURE)
     if failure is not None:
-        # Ranks that stopped in good order exit with 0, so that accelerate waits for all of them: the file has the code.
+        # Ranks that stopped on request exit with 0, so that accelerate waits for all of them: the file has the code.
         code = code or int(failure["code"])
         if folder.first:
             write_json(folder.output / FAILURE, failure | {"run": folder.run})
@@ -130,7 +130,7 @@ def _outcome(code: int, folder: RunFolder) -> tuple[int, dict[str, Any]]:
 
 
 def _settle_device(launch: LaunchSettings) -> LaunchSettings:
-    """``auto`` decided, so that every rank goes the same way; GPUs that are not there are refused at once."""
+    """``auto`` decided once, so that all ranks agree. Raises PersistWorldError for GPUs that do not exist."""
     found = gpu_count()
     launch = dataclasses.replace(launch, device="cuda" if use_gpu(launch) else "cpu")
     if launch.device == "cpu":
@@ -139,14 +139,14 @@ def _settle_device(launch: LaunchSettings) -> LaunchSettings:
         raise PersistWorldError(
             "no CUDA device was found" if torch_has_cuda() else "the installed torch is built for CPUs only",
             where="launch.device = cuda",
-            fix="take --device cpu or auto",
+            fix="use --device cpu or auto",
         )
     local = launch.num_processes // launch.num_machines
     if local > found:
         raise PersistWorldError(
             f"{local} processes on this machine, but {found} GPU{'s' if found != 1 else ''}",
             where="launch.num_processes",
-            fix=f"take --num-processes {found * launch.num_machines}, or --device cpu",
+            fix=f"use --num-processes {found * launch.num_machines}, or --device cpu",
         )
     return launch
 
@@ -181,8 +181,8 @@ def _wait(
 ) -> int:
     """Start the child, pass signals on to it, and wait for its exit code; it inherits the files of ``pass_fds``.
 
-    The child gets a session of its own: a Ctrl-C in the terminal then reaches it once, from here, and not a second time
-    from the terminal. Its standard output goes to standard error, so that ours carries data alone.
+    The child gets a session of its own, so that Ctrl-C reaches it once, from here, and not from the terminal too. Its
+    standard output goes to standard error: ours carries data alone.
     """
     options: dict[str, Any] = {"stdout": 2, "stdin": stdin, "start_new_session": True, "pass_fds": pass_fds}
     with subprocess.Popen(command, env=dict(env), **options) as child, _forwarding(child):
@@ -191,7 +191,7 @@ def _wait(
 
 @contextmanager
 def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Pass SIGINT, SIGTERM, SIGHUP and SIGUSR1 on; the child saves its work and ends in its own time."""
+    """Pass signals on; the child saves its work and ends in its own time."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only a main thread can have handlers
         return
@@ -203,25 +203,16 @@ def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
         if len(seen) >= _PATIENCE:
             child.kill()
             return
-        child.send_signal(number)  # before anything is said: standard error may be closed
+        child.send_signal(number)  # before the note: standard error may be closed
         if len(seen) == 1:
-            note(f"{signal.Signals(number).name}: stopping in good order (once more to hurry, a third time to kill)")
+            note(f"{signal.Signals(number).name}: saving and stopping (a second one ends it sooner, a third kills it)")
 
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _killed(number: int, output: Path) -> PersistWorldError:
-    """What to say of a worker that ended by a signal without a word."""
-    name = signal.Signals(number).name
-    memory = "if nobody killed it, memory ran out: take a smaller batch" if number == signal.SIGKILL else ""
-    return PersistWorldError(
-        f"the worker was killed by {name}", where=str(output), fix=memory or "run it again with --debug"
-    )
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -1,12 +1,12 @@
-"""A folder belongs to one run: the lock that a launcher holds on it, and the run's own files while it lasts.
+"""A folder belongs to one run: the lock that a launcher holds on it, and the run's private files meanwhile.
 
-``run.lock`` (of other machines than the first: ``run-node1.lock``, ...) says who works in the folder. The launcher
-holds it by ``flock``, and its child holds the same lock, so that it lasts until the workers of a killed launcher have
-ended too. Where the file system has no locks, and between machines, the file's content decides: a launcher that is gone
-from this host frees the folder, one on another host needs ``--take-over``.
+``run.lock`` (``run-node1.lock``, ... on machines other than the first) says who works in the folder. The launcher and
+its child hold it by ``flock``, so that it lasts until the workers of a killed launcher have ended too. Where the file
+system has no locks, and between machines, the file's content decides: a launcher that no longer runs on this host frees
+the folder, one on another host needs ``--take-over``.
 
-Config, result and failure pass between launcher and workers through ``.run-node0-<id>/``, which is this run's alone;
-what remains for people (config.json, result.json, failure.json) is put in the folder by the launcher.
+Config, result and failure pass between launcher and workers through ``.run-node0-<id>/``; the launcher then copies them
+to the folder, for people.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from persistworld_cli.config.fields import coerce, field_types
 from persistworld_cli.config.settings import LaunchSettings
 from persistworld_cli.console import note
-from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.errors import PersistWorldError, UsageError
 
-TAKE_OVER = "--take-over"
 SHARED_TASKS = ("extract-latents",)  # runs may share the folder: episodes are claimed one by one (extraction.locks)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
-_SECONDS_TO_END = 120.0  # for the workers of a launcher that was killed: they save their state first
+_SECONDS_TO_END = 120.0  # for workers whose launcher was killed: they save their state first
 _POLL_S = 0.2
 
 
@@ -42,10 +41,9 @@ class Holder:
 
     Attributes:
         run: id of the run.
-        task: name in the worker's table.
-        command: as it was typed.
+        task, command: what it does, and how it was typed.
         host, pid: of the launcher.
-        born: when that process started, seconds since the epoch: ids of processes are given again.
+        born: when that process started, seconds since the epoch: process ids are reused.
         since: when the run began, local time.
         machines: of the run.
         rendezvous: address and port at which its machines meet; "" for one machine.
@@ -84,13 +82,13 @@ class Holder:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run has of its output folder.
+    """A run's hold on its output folder.
 
     Attributes:
         run: its id.
         output: the folder.
-        private: of launcher and workers of this machine alone; gone at the end.
-        fd: the lock, for the child to hold too; None where the file system has none.
+        private: files of this machine's launcher and workers; removed at the end.
+        fd: the lock, for the child to hold too; None if the file system has none.
         first: whether this is machine 0, which writes what remains.
     """
 
@@ -108,15 +106,15 @@ def own_folder(
     """Hold a run's folder while the block runs.
 
     Args:
-        output: the folder; must be there.
-        task: what the run does; the tasks of `SHARED_TASKS` exclude all others, but not each other.
+        output: the folder; must exist.
+        task: the run's; those of `SHARED_TASKS` exclude all others, but not each other.
         launch: machines of the run, and which of them this is.
-        take_over: take the folder from a run on another host that ended without a word.
-        command: as it was typed, for others' messages.
+        take_over: take the folder over from a run on another host that was killed.
+        command: as it was typed, for messages of other runs.
 
     Raises:
-        PersistWorldError: another run has the folder, or had it on another host and did not say that it ended; another
-            run took it over meanwhile.
+        PersistWorldError: another run has the folder, or had it on another host and left its lock; another run took it
+            over meanwhile.
         OSError: the folder cannot be written.
     """
     rank = launch.machine_rank
@@ -128,7 +126,7 @@ def own_folder(
     fd, locked = _take(path, own, shared=shared, take_over=take_over)
     private = output / f".run-node{rank}-{own.run}"
     try:
-        if not shared:  # left behind by runs that were killed
+        if not shared:  # of runs that were killed
             for left in output.glob(f".run-node{rank}-*"):
                 shutil.rmtree(left, ignore_errors=True)
         private.mkdir()
@@ -137,7 +135,7 @@ def own_folder(
             raise PersistWorldError(
                 f"the folder was taken over meanwhile: {now.words()}",
                 where=str(output),
-                fix="what lies there may be of both runs: begin again with another --output",
+                fix="its files may be of both runs: start again with another --output",
             )
     finally:
         shutil.rmtree(private, ignore_errors=True)
@@ -161,7 +159,7 @@ def _describe(task: str, launch: LaunchSettings, command: Sequence[str]) -> Hold
 
 
 def _born(pid: int) -> float | None:
-    """When a process of this host started; None where there is none (a zombie is none)."""
+    """When a process of this host started; None if there is none (a zombie is none)."""
     import psutil
 
     try:
@@ -172,9 +170,9 @@ def _born(pid: int) -> float | None:
 
 
 def _require_same_run(path: Path, own: Holder, *, take_over: bool) -> None:
-    """Another machine than the first joins its run: refuse at once where the folder belongs to another.
+    """On machines other than the first: refuse at once if the folder belongs to another run.
 
-    Machine 0 may not have come yet, or its lock may be one that a killed run left: then it decides.
+    Machine 0 may not have started yet, or a killed run left its lock: then machine 0 decides.
     """
     holder = _read(path)
     if holder is None or holder.is_of(own) or (not holder.alive if holder.here else take_over):
@@ -183,9 +181,9 @@ def _require_same_run(path: Path, own: Holder, *, take_over: bool) -> None:
 
 
 def _take(path: Path, own: Holder, *, shared: bool, take_over: bool) -> tuple[int, bool]:
-    """Open and lock the file, and write who holds it; the descriptor, and whether the file system has locks.
+    """Open and lock the file, and write who holds it; returns the descriptor, and whether the file system has locks.
 
-    The file may vanish between opening and locking, when its holder ends: then another one is opened.
+    If its holder ends between opening and locking, the file vanishes, and a new one is opened.
     """
     end: float | None = None
     while True:
@@ -208,35 +206,35 @@ def _take(path: Path, own: Holder, *, shared: bool, take_over: bool) -> tuple[in
 
 
 def _wait_or_refuse(path: Path, holder: Holder | None, end: float | None) -> float:
-    """The lock is held: by a living run, which refuses; or by workers whose launcher was killed: they end soon."""
+    """The lock is held by a running launcher: refuse; or by workers whose launcher was killed: they end soon."""
     if holder is None or not holder.here or holder.alive:
         raise _taken(path, holder)
     if end is None:
-        note(f"waiting for the workers of a run whose launcher is gone: {holder.words()}")
+        note(f"waiting for the workers of a run whose launcher was killed: {holder.words()}")
         end = time.monotonic() + _SECONDS_TO_END
     elif time.monotonic() > end:
         raise PersistWorldError(
-            f"the workers of a run whose launcher is gone still work in the folder: {holder.words()}",
+            f"the workers of a run whose launcher was killed still work in the folder: {holder.words()}",
             where=str(path),
-            fix="end them (their command lines name persistworld_cli.worker and the folder), or take another --output",
+            fix="end them (their command lines name persistworld_cli.worker and the folder), or use another --output",
         )
     time.sleep(_POLL_S)
     return end
 
 
 def _require_free(path: Path, before: Holder, *, locked: bool, take_over: bool) -> None:
-    """What a lock file says that nobody holds: a run that ended without a word, or one where locks do not reach."""
+    """A lock file that nobody holds: its run was killed, or works on another host, beyond the reach of the lock."""
     if before.here:
         if not locked and before.alive:
             raise _taken(path, before)
-        note(f"a run ended here without a word; its lock is freed: {before.words()}")
+        note(f"a run was killed here; its lock is freed: {before.words()}")
     elif take_over:
         note(f"taken over from another host: {before.words()}")
     else:
         raise PersistWorldError(
-            f"the folder belongs to a run on another host, and it did not say that it ended: {before.words()}",
+            f"the folder belongs to a run on another host that left its lock: {before.words()}",
             where=str(path),
-            fix=f"if it has ended there, run the same command with {TAKE_OVER}; else take another --output",
+            fix="if it has ended there, run the same command with --take-over; else use another --output",
         )
 
 
@@ -244,18 +242,18 @@ def _taken(path: Path, holder: Holder | None) -> PersistWorldError:
     """The refusal."""
     if holder is None:
         return PersistWorldError(
-            "another run is starting in this folder", where=str(path), fix="wait for it, or take another --output"
+            "another run is starting in this folder", where=str(path), fix="wait for it, or use another --output"
         )
     gone = "" if holder.here else f"; if {holder.host} is gone for good, remove {path}"
     return PersistWorldError(
         f"another run works in this folder: {holder.words()}",
         where=str(path),
-        fix=f"wait for it, or take another --output{gone}",
+        fix=f"wait for it, or use another --output{gone}",
     )
 
 
 def _release(fd: int, path: Path, own: Holder, *, shared: bool, locked: bool) -> None:
-    """Let go. The file goes too, unless another run shares it or has taken it over."""
+    """Release the lock, and remove the file unless another run shares it or has taken it over."""
     try:
         mine = _same_file(fd, path) and (shared or _parse(fd) == own)
         if mine and (not shared or (locked and _flock(fd, fcntl.LOCK_EX))):
@@ -283,15 +281,13 @@ def _flock(fd: int, how: int) -> bool | None:
 def _same_file(fd: int, path: Path) -> bool:
     """Whether the open file is still the one at ``path``."""
     try:
-        there = path.stat()
+        return os.path.samestat(os.fstat(fd), path.stat())
     except FileNotFoundError:
         return False
-    here = os.fstat(fd)
-    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
 
 def _write(fd: int, holder: Holder) -> None:
-    """In place: the lock is on this file, and a new one would be nobody's."""
+    """In place: the lock is on this file, not on one that replaces it."""
     text = json.dumps(asdict(holder), indent=1).encode()
     os.ftruncate(fd, 0)
     os.pwrite(fd, text, 0)
@@ -313,11 +309,8 @@ def _read(path: Path) -> Holder | None:
 def _parse(fd: int) -> Holder | None:
     """The holder that an open lock file names; None where it is empty, or was cut off by a kill."""
     try:
-        data: Any = json.loads(os.pread(fd, 1 << 16, 0).decode())
-        holder = Holder(**data)
-    except (ValueError, TypeError, RecursionError):
+        data = json.loads(os.pread(fd, 1 << 16, 0).decode())
+        own = field_types(Holder).items()
+        return Holder(**{name: coerce(data[name], kind, key=name, where="") for name, kind in own})
+    except (ValueError, TypeError, KeyError, RecursionError, UsageError):
         return None
-    numbers = ("pid", "machines", "born")
-    kinds = {True: (int, float), False: (str,)}
-    right = all(isinstance(value, kinds[name in numbers]) for name, value in asdict(holder).items())
-    return holder if right else None

@@ -1,4 +1,4 @@
-"""The task ``selfcheck``: does launching work here? Every rank says who it is, and they agree on it."""
+"""The task ``selfcheck``: does launching work here? Every rank describes itself, and all gather that."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class Meter:
 
     Args:
         label: what is being done.
-        total: how much there is.
+        total: how much there is; may be set later.
         done: how much was done before (a resumed run).
         quiet: show nothing (ranks other than 0).
     """
@@ -50,7 +50,7 @@ class Meter:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif kind is None and not self.quiet:
+        elif kind is None and not self.quiet and self.total:
             self._line("")
 
     def advance(self, amount: int = 1, **numbers: float) -> None:
@@ -58,7 +58,7 @@ class Meter:
         self.done += amount
         shown = " ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, note=shown)
+            self._bar.update(self._task, completed=self.done, total=self.total, note=shown)
         elif not self.quiet and time.monotonic() - self._printed > PLAIN_EVERY_S:
             self._line(shown)
 

@@ -164,6 +164,21 @@ def test_what_a_task_does_not_use_may_change_and_what_the_run_did_not_know_is_li
     assert "no longer a setting" in told and "post_train.gone: 3 -> none" in told
 
 
+def test_a_record_of_before_that_says_job_is_read(world: Settings, tmp_path: Path) -> None:
+    """As the program wrote it until requests had classes: ``job`` with null for what was not given."""
+    (tmp_path / "rollouts" / "model-a").mkdir(parents=True)
+    (tmp_path / "rollouts" / "model-a" / "9_0_0.npz").touch()
+    old = record(world, tmp_path, EvalRequest, baseline=world.model.ckpt)
+    del old["request"]
+    old["job"] = {"baseline": world.model.ckpt, "study": None, "compare": None, "output": str(tmp_path)}
+    old["inputs"]["job.baseline"] = old["inputs"].pop("request.baseline")
+    write_json(tmp_path / "config.json", old)
+    same = find_earlier_run(record(world, tmp_path, EvalRequest, baseline=world.model.ckpt), tmp_path)
+    assert same is not None and not same.changes
+    with pytest.raises(UsageError, match=r"request\.baseline: .*base\.safetensors -> none"):
+        find_earlier_run(record(world, tmp_path, EvalRequest), tmp_path)
+
+
 def test_weights_count_by_what_they_hold_and_data_by_its_scale(world: Settings, tmp_path: Path) -> None:
     root = Path(world.model.ckpt).parent
     ckpt, moved = tmp_path / "base.safetensors", tmp_path / "moved.safetensors"

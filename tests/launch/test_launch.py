@@ -139,7 +139,7 @@ def test_an_interrupted_run_ends_in_good_order(tmp_path: Path, processes: int) -
         process.send_signal(number)
         _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, err
-    assert f"{number.name}: stopping in good order" in err
+    assert f"{number.name}: saving and stopping" in err
     assert "Traceback" not in err
     assert not alive(f"{tmp_path}/.run-node0-")
 
@@ -221,7 +221,7 @@ def test_an_unknown_task_or_field_is_told() -> None:
     whole = {"task": "selfcheck", "settings": {}, "request": {"second": 1}}
     with pytest.raises(UsageError, match="unknown task 'evaluate'"):
         worker._run({**whole, "task": "evaluate"}, Path("config.json"))
-    with pytest.raises(UsageError, match="unknown field 'second' of a selfcheck request") as told:
+    with pytest.raises(UsageError, match="unknown field 'second' of the selfcheck request") as told:
         worker._run(whole, Path("config.json"))
     assert told.value.fix == "did you mean 'seconds'?"
 

@@ -95,7 +95,7 @@ def had(folder: Path, launch: LaunchSettings = ALONE, task: str = "eval", take_o
 
 
 def leave_lock(folder: Path, name: str = "run.lock", **entries: object) -> None:
-    """The lock of a run that ended without a word."""
+    """The lock of a run that was killed."""
     (folder / name).unlink(missing_ok=True)
     with own_folder(folder, "eval", ALONE):
         lock = json.loads((folder / "run.lock").read_text())
@@ -149,7 +149,7 @@ def test_a_folder_that_is_held_is_refused_whoever_asks_and_free_when_its_run_end
     with holding(tmp_path) as (process, _):
         for asked in (refused(tmp_path), refused(tmp_path, task="extract-latents"), refused(tmp_path, take_over=True)):
             assert f"another run works in this folder: persistworld pretrain (process {process.pid} on " in asked
-            assert "take another --output" in asked
+            assert "use another --output" in asked
         assert "another run works" in refused(tmp_path, SECOND)  # a machine of another run
         process.communicate("", timeout=60)
         assert process.returncode == 0
@@ -166,11 +166,11 @@ def test_a_killed_launcher_frees_the_folder_when_its_workers_have_ended(
         process.kill()  # SIGKILL: the lock file stays, and its worker still works
         process.wait()
         monkeypatch.setattr(run_lock, "_SECONDS_TO_END", 0.0)
-        assert "whose launcher is gone still work in the folder" in refused(tmp_path)
+        assert "whose launcher was killed still work in the folder" in refused(tmp_path)
         monkeypatch.setattr(run_lock, "_SECONDS_TO_END", 60.0)
         monkeypatch.setattr(run_lock.time, "sleep", lambda _: os.kill(child, signal.SIGKILL))
         assert had(tmp_path).first
-    assert "waiting for the workers of a run whose launcher is gone" in capsys.readouterr().err
+    assert "waiting for the workers of a run whose launcher was killed" in capsys.readouterr().err
     assert not stale.exists() and list(tmp_path.iterdir()) == []
 
 
@@ -180,7 +180,7 @@ def test_a_dead_holder_of_this_host_frees_the_folder_one_of_another_needs_the_fl
     from persistworld_cli.launch import run_lock
 
     leave_lock(tmp_path, born=1.0)  # the process id is another program's by now
-    assert had(tmp_path).first and "ended here without a word" in capsys.readouterr().err
+    assert had(tmp_path).first and "a run was killed here" in capsys.readouterr().err
     leave_lock(tmp_path, host="gpu7")
     asked = refused(tmp_path)
     assert "belongs to a run on another host" in asked and "--take-over" in asked and "gpu7" in asked
