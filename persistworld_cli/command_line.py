@@ -35,7 +35,7 @@ def with_output(command: Sequence[str], output: Path) -> str:
 
 
 def with_dataset(command: Sequence[str], old: str, new: Path) -> str:
-    """Another dataset to write, which is an argument where it is named."""
+    """Another dataset to write: the argument that names it, or a setting."""
     words = [word for word in command if word != _WITH_CHANGES]
     if old in words:
         words[len(words) - 1 - words[::-1].index(old)] = relative(new)

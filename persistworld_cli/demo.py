@@ -38,7 +38,7 @@ def stages() -> list[tuple[str, str, list[str]]]:
 
 def main() -> int:
     """Run the stages one after the other; the exit code of the first that fails, else 0."""
-    begun = time.monotonic()
+    start = time.monotonic()
     spent: dict[str, float] = {}
     plan = stages()
     for number, (what, folder, arguments) in enumerate(plan, 1):
@@ -56,7 +56,7 @@ def main() -> int:
         if code:
             console.print(f"stage '{folder}' ended with code {code}; `make demo` continues here", style="red")
             return code
-    summary(spent, time.monotonic() - begun)
+    summary(spent, time.monotonic() - start)
     return 0
 
 

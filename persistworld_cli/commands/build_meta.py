@@ -99,7 +99,7 @@ def _warn(report: MetaReport, settings: Settings) -> None:
     """What a person should not overlook."""
     left_out = sum(row["episodes"] for row in report.health["unusable"])
     if left_out:
-        note(f"{left_out} episodes are left out: see the table; persistworld build-meta --check tells more")
+        note(f"{left_out} episodes are left out: see the table; persistworld build-meta --check reports each")
     if len(report.stat.p01) != settings.model.action_dim:
         note(f"the states have {len(report.stat.p01)} numbers, the preset's model takes {settings.model.action_dim}")
 
@@ -148,8 +148,9 @@ def _human(report: MetaReport, exported: str | None) -> dict[str, Any]:
         "written": str(report.meta),
     }
     if "imported" in health:
-        told = health["imported"]
-        out["imported"] = f"{told['folder']}: {told['episodes']} episodes, {told['not_on_disk']} of them not on disk"
+        imported = health["imported"]
+        absent = f"{imported['not_on_disk']} of them not on disk"
+        out["imported"] = f"{imported['folder']}: {imported['episodes']} episodes, {absent}"
     return {**out, "exported": exported} if exported else out
 
 
@@ -183,7 +184,7 @@ def _adapter_tables(adapter: dict[str, Any] | None) -> dict[str, Any]:
         }
         for name, text in _PREDICTORS.items()
     ]
-    title = f"action adapter: motion a raw frame = gain x velocity (rad; {adapter['episodes']} episodes)"
+    title = f"action adapter: motion per raw frame = gain x velocity (rad; {adapter['episodes']} episodes)"
     return {title: joints, "action adapter: mean error over 1 to 15 raw frames": ways}
 
 
@@ -193,7 +194,7 @@ def _first(names: list[str], count: int) -> str:
 
 
 def _check(resolved: Resolved, named: bool, request: BuildMetaRequest, *, as_json: bool) -> None:
-    """``--check``: one line a finding; exit code 1 if anything must be fixed."""
+    """``--check``: one line per finding; exit code 1 if anything must be fixed."""
     from persistworld_cli.data.metadata.check_dataset import check_dataset
     from persistworld_cli.reports.progress import Meter
 

@@ -32,7 +32,7 @@ START = option(
 def start_from(common: Common, ckpt: str | None, *, adapter_fits: bool) -> None:
     """Add the settings that a training's ``--ckpt`` means to the flags.
 
-    Whole weights replace ``model.ckpt`` and any adapter; an adapter goes on ``model.ckpt``, as in inference.
+    Whole weights replace ``model.ckpt`` and any adapter; an adapter is put on ``model.ckpt``, as in inference.
 
     Args:
         common: the shared options. In a dry run the hub is not asked: its repositories count as whole weights.

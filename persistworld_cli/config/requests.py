@@ -38,7 +38,7 @@ class Option:
         flag: its spelling; "": ``--`` and the field's name. Without dashes it is an argument.
         metavar: what help calls its value.
         commas: a list may also be written ``a,b``.
-        panel: heading of the help that it stands under.
+        panel: its heading in the help.
     """
 
     help: str

@@ -170,7 +170,7 @@ def _source(path: Path) -> tuple[Path, Path | None]:
 def _refusal(
     refused: Sequence[Change], work: FinishedWork, source: Path, output: Path, command: Sequence[str]
 ) -> UsageError:
-    """What has changed, old and new, and the two ways to go on."""
+    """What has changed, old and new, and the two ways to continue."""
     lines = "\n    ".join(str(change) for change in refused)
     other = "leave --resume-from out to start a new run, or "
     if source == output:
@@ -187,7 +187,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     """The record of a folder's run; None if there is none.
 
     Raises:
-        PersistWorldError: it is damaged, so that nobody can tell what it was.
+        PersistWorldError: it is damaged.
     """
     path = folder / CONFIG
     if not path.exists():

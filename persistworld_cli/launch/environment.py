@@ -28,7 +28,7 @@ _MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(_KEPT_BYTES),
     "MALLOC_TOP_PAD_": str(_STEP_BYTES),
 }
-ALL_CPUS = "PERSISTWORLD_CPUS"  # tells the worker to free its main thread again: compat.free_main_thread
+ALL_CPUS = "PERSISTWORLD_CPUS"  # lets the worker free its main thread again: compat.free_main_thread
 _BINDING = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 _BOUND_BY_USER = (*_BINDING, "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 # libgomp's own count for more threads than cores, some 50 us. Passive would halve the speed once the other work ends.
@@ -102,7 +102,7 @@ def torch_has_cuda() -> bool:
     try:
         text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
     except OSError:
-        return True  # cannot tell: let torch decide
+        return True  # unknown: torch decides
     return re.search(r"^cuda\b[^=]*=\s*None", text, re.MULTILINE) is None
 
 

@@ -216,5 +216,5 @@ def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A JSON file, or None where there is none."""
+    """A JSON file; None if it does not exist."""
     return read_json(path, "unreadable result of the worker", "run it again with --debug") if path.exists() else None

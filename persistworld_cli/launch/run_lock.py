@@ -307,7 +307,7 @@ def _read(path: Path) -> Holder | None:
 
 
 def _parse(fd: int) -> Holder | None:
-    """The holder that an open lock file names; None where it is empty, or was cut off by a kill."""
+    """The holder that an open lock file names; None if it is empty, or incomplete since its writer was killed."""
     try:
         data = json.loads(os.pread(fd, 1 << 16, 0).decode())
         own = field_types(Holder).items()
