@@ -18,7 +18,7 @@ from persistworld_cli.files import jsonable, write_json, write_text
 from persistworld_cli.reports.curves import change_plot, horizon_curves, uncertainty_plot
 from persistworld_cli.reports.page import write_page
 from persistworld_cli.reports.tables import diagnostics_table, eval_table, plain, reward_words, write_csv
-from persistworld_cli.reports.videos import write_rollout_sheet, write_rollout_video
+from persistworld_cli.reports.videos import ComparedRollout
 from persistworld_cli.statistics.paired import mean
 
 _CURVES = (
@@ -155,8 +155,9 @@ def draw_picks(data: EvalData, output: Path) -> tuple[list[Path], list[Path]]:
         title = f"{name}: episode {item.episode}, frame {item.start}, seed {item.seed}: {recording.annotation.text}"
         stem = f"{name}_episode-{item.episode}_start-{item.start}_seed-{item.seed}"
         scores = {label: data.rollouts[label][index] for label in data.labels}
+        shown = ComparedRollout(title, settings, recording, drawn, scores)
         sheets.append(output / "sheets" / f"{stem}.png")
-        write_rollout_sheet(sheets[-1], title, settings, recording, drawn, scores)
+        shown.write_sheet(sheets[-1])
         videos.append(output / "videos" / f"{stem}.mp4")
-        write_rollout_video(videos[-1], title, settings, recording, drawn, scores)
+        shown.write_video(videos[-1])
     return sheets, videos

@@ -1,4 +1,4 @@
-"""`drive`: act in the world by key. From one real frame, each key is one interaction (method.md section 6)."""
+"""`drive`: act in the world model by key. From one real frame, each key is one interaction (method.md section 6)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from persistworld_cli.checkpoints.loading import load_model
 from persistworld_cli.checkpoints.references import inference_ref
 from persistworld_cli.config.requests import LOCALHOST, DriveRequest
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.clips.store import EpisodeStore, open_store
+from persistworld_cli.data.clips.store import open_store
 from persistworld_cli.interact.live import drive_live
 from persistworld_cli.interact.outputs import write_all
 from persistworld_cli.interact.session import DriveSession
@@ -18,24 +18,24 @@ from persistworld_cli.interact.web_server import open_server
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.robot.keyboard import parse_keys
 from persistworld_cli.rollout.interactive import InteractiveRollout, make_start
-from persistworld_cli.rollout.recording import Item, Start, require_episodes
+from persistworld_cli.rollout.recording import Item, require_episodes
 
 
 def run(settings: Settings, request: DriveRequest) -> dict[str, Any]:
-    """Drive along a string of keys, from the terminal, or from a page, and write what was seen.
+    """Drive by a string of keys, from the terminal, or from a page; write a video, a contact sheet and JSON.
 
-    It starts where ``drive.episode`` and ``drive.start`` say; without an episode, in the first of ``eval.split``.
+    It starts at ``drive.episode`` and ``drive.start``; without an episode, in the first of ``eval.split``.
 
     Returns:
         A summary for the terminal with the paths ``video``, ``sheet`` and ``json``; poses and times are in the JSON.
 
     Raises:
         UsageError: unknown keys, before any compute.
-        PersistWorldError: no such episode or frame, unreadable weights or data, a port that cannot be had.
+        PersistWorldError: no such episode or frame, unreadable weights or data, a port that is taken.
     """
     keys = [] if request.keys is None else parse_keys(request.keys, settings.drive.keys)
     if request.web:
-        # a port that cannot be had should be told before the weights are read
+        # before the weights are read, so that a taken port is reported at once
         with open_server(request.host or LOCALHOST, request.port or 0, open=request.browser) as server:
             session = open_session(settings)
             drive_web(session, server, request.output)
@@ -44,29 +44,18 @@ def run(settings: Settings, request: DriveRequest) -> dict[str, Any]:
         if request.live:
             drive_live(session)
         else:
-            _drive_keys(session, keys)
+            with Meter("drive", len(keys)) as meter:
+                for key in keys:
+                    meter.advance(seconds_per_step=session.press(key).seconds)
     return dict(write_all(session, request.output))
 
 
 def open_session(settings: Settings) -> DriveSession:
     """The drive that the settings name, at its start. Raises as `run`."""
-    store = open_store(settings)
-    start = _find_start(settings, store)
-    # missing percentiles should be told before the weights are read
+    store, drive, split = open_store(settings), settings.drive, settings.eval.split
+    episode = drive.episode or require_episodes(store, split)[0]
+    start = make_start(store, Item(episode, drive.start, drive.seed), split)
+    # before the weights are read, so that missing percentiles are reported at once
     parts = inference_ref(settings.model).parts
     (store,) = weights_stores(settings, store, [parts], split=start.split, episodes=[start.item.episode])
     return DriveSession(InteractiveRollout(load_model(settings), store, [start], settings), start, settings)
-
-
-def _drive_keys(session: DriveSession, keys: list[str]) -> None:
-    """One step a key."""
-    with Meter("drive", len(keys)) as meter:
-        for key in keys:
-            meter.advance(seconds_per_step=session.press(key).seconds)
-
-
-def _find_start(settings: Settings, store: EpisodeStore) -> Start:
-    """The start frame that the settings name."""
-    drive, split = settings.drive, settings.eval.split
-    episode = drive.episode or require_episodes(store, split)[0]
-    return make_start(store, Item(episode, drive.start, drive.seed), split)

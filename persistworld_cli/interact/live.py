@@ -1,4 +1,4 @@
-"""`drive --live`: the keys of a terminal, one step each; views, pose and time on its screen.
+"""`drive --live`: keys of a terminal, one step each; views, pose and time on its screen.
 
 Shape legend: F new frames of a step, V cameras, H, W pixels.
 """
@@ -27,7 +27,7 @@ _CLEAR_LINE = "\x1b[K"
 
 
 def drive_live(session: DriveSession) -> None:
-    """Drive until the user quits (``q``, Ctrl-C, Ctrl-D, the terminal's end); the terminal is then as before."""
+    """Drive until the user quits (``q``, Ctrl-C, Ctrl-D, end of input); then restore the terminal."""
     with suppress(KeyboardInterrupt), Terminal() as terminal:
         screen = _Screen(session, terminal)
         screen.show("press a key")
@@ -45,7 +45,7 @@ def drive_live(session: DriveSession) -> None:
 
 
 def _act(session: DriveSession, key: str) -> str:
-    """Do what a key means; what to tell about it."""
+    """Do what a key means; returns a note to show."""
     try:
         if key == "z":
             session.undo()
@@ -61,7 +61,7 @@ def _act(session: DriveSession, key: str) -> str:
 
 
 class _Screen:
-    """The whole screen, drawn from its first line each time."""
+    """The whole screen, redrawn each time."""
 
     def __init__(self, session: DriveSession, terminal: Terminal) -> None:
         self._session, self._terminal = session, terminal
@@ -69,11 +69,11 @@ class _Screen:
         self._size, self._last = terminal.size, terminal.size.lines
 
     def show(self, note: str) -> None:
-        """Where the session stands, and a note."""
+        """The current step, and a note."""
         self._draw(self._session.head.images[-1], note)
 
     def play(self, step: Step) -> None:
-        """The frames of a step one after the other; keys typed ahead are not made to wait for them."""
+        """The frames of a step one after the other, unless further keys are waiting."""
         for images in step.images[:-1]:
             if self._terminal.peek():
                 return
@@ -81,7 +81,7 @@ class _Screen:
             time.sleep(_BETWEEN_FRAMES_S)
 
     def status(self, note: str) -> None:
-        """The line under everything else alone."""
+        """Only the last line."""
         waiting = self._terminal.peek()
         more = f"   ({len(waiting)} more waiting)" if waiting else ""
         self._terminal.write(f"\x1b[{self._last};1H{_line(note + more, self._size.columns)}{_CLEAR_LINE}")
@@ -92,12 +92,14 @@ class _Screen:
             self._size = self._terminal.size
             self._terminal.write("\x1b[2J")
         columns, lines = self._size
-        whole, high, wide = arrange(images, max(2, lines - _TEXT_LINES), columns - 1)
-        above = [_title(self._session), self._session.start.text or ""]
+        whole, h, w = arrange(images, max(2, lines - _TEXT_LINES), columns - 1)
+        item = self._session.start.item
+        title = f"persistworld drive: episode {item.episode}, frame {item.start}, seed {item.seed}"
+        above = [title, self._session.start.text or ""]
         texts = [f"\x1b[1m{_line(text, columns)}\x1b[0m{_CLEAR_LINE}" for text in above]
-        image = draw(self._protocol, whole, high, wide)
+        image = draw(self._protocol, whole, h, w)
         below = [_line(line, columns) for line in _status(self._session, columns)]
-        place = 4 + high if image else 4
+        place = 4 + h if image else 4
         out = ["\x1b[H", "\r\n".join(texts), "\x1b[3;1H", image, f"\x1b[{place};1H"]
         out += [f"{line}{_CLEAR_LINE}\r\n" for line in below]
         self._terminal.write("".join(out))
@@ -106,40 +108,35 @@ class _Screen:
 
 
 def _line(text: str, columns: int) -> str:
-    """A text of anyone's as one line of the screen: the screen's own control sequences are added around it."""
+    """An untrusted text as one line of the screen, without control sequences."""
     return " ".join(escaped(text).split("\n"))[: columns - 1]
 
 
 def arrange(images: Images, lines: int, columns: int) -> tuple[Images, int, int]:
-    """Views (V, H, W, 3) as one image, laid out so that they are largest; with the lines and columns it takes."""
+    """Views (V, H, W, 3) as one image, in the layout that shows them largest; and its lines and columns."""
 
     def size(count: int) -> tuple[int, int, int]:
         whole = mosaic(images, count)
-        high, wide = fit(whole.shape[0], whole.shape[1], lines, columns)
-        return wide // count, high, wide
+        h, w = fit(whole.shape[0], whole.shape[1], lines, columns)
+        return w // count, h, w
 
     best = max(range(len(images), 0, -1), key=size)
     return mosaic(images, best), *size(best)[1:]
 
 
 def mosaic(images: Images, count: int) -> Images:
-    """Views (V, H, W, 3) in rows of ``count``, with black between them and where one is missing."""
+    """Views (V, H, W, 3) in rows of ``count``, black between them and in empty places."""
     rows = -(-len(images) // count)
-    high, wide = images.shape[1] + _GAP, images.shape[2] + _GAP
-    whole = np.zeros((rows * high - _GAP, count * wide - _GAP, 3), np.uint8)
+    h, w = images.shape[1] + _GAP, images.shape[2] + _GAP
+    whole = np.zeros((rows * h - _GAP, count * w - _GAP, 3), np.uint8)
     for view, image in enumerate(images):
-        top, left = view // count * high, view % count * wide
+        top, left = view // count * h, view % count * w
         whole[top : top + image.shape[0], left : left + image.shape[1]] = image
     return whole
 
 
-def _title(session: DriveSession) -> str:
-    item = session.start.item
-    return f"persistworld drive: episode {item.episode}, frame {item.start}, seed {item.seed}"
-
-
 def _status(session: DriveSession, columns: int) -> list[str]:
-    """What was driven, the pose, the time a step takes, and the keys."""
+    """Steps, pose, time per step, and the keys."""
     head, path, pose = session.head, session.path, session.pose
     keys = "".join(step.key for step in path) or "-"
     taken = [step.seconds for step in session.steps[1:]]
@@ -156,7 +153,7 @@ def _status(session: DriveSession, columns: int) -> list[str]:
 
 
 def _wrapped(words: Sequence[str], columns: int) -> list[str]:
-    """Texts in as few lines as they fit in, at most two."""
+    """Texts in one line if they fit, else two."""
     line = "   ".join(words)
     if len(line) < columns:
         return [line]

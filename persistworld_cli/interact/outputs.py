@@ -1,4 +1,4 @@
-"""What a drive leaves behind: video, contact sheet, JSON; the same however it was driven."""
+"""Outputs of a drive, however it was driven: video, contact sheet, JSON, LeRobot dataset."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from persistworld_cli.rollout.interactive import Float
 
 
 def title(session: DriveSession) -> str:
-    """What was driven, in a line."""
+    """Keys and start, in a line."""
     item = session.start.item
     return f"drive {_keys(session) or '(nothing)'}: episode {item.episode}, frame {item.start}, seed {item.seed}"
 
 
 def summary(session: DriveSession) -> dict[str, Any]:
-    """What is told of the way to where the session stands."""
-    start, path = session.start, session.path
-    shown = {
+    """Keys, start and times of the path to the current step."""
+    start, path, branches = session.start, session.path, [step.branch for step in session.path]
+    return {
         "keys": _keys(session),
         "episode": start.item.episode,
         "split": start.split,
@@ -34,14 +34,12 @@ def summary(session: DriveSession) -> dict[str, Any]:
         "instruction": start.text,
         "frames": sum(len(step.images) for step in path) + 1,
         "seconds_per_step": float(np.median([step.seconds for step in path])) if path else None,
+        **({"branches": branches} if any(branches) else {}),
     }
-    if any(step.branch for step in path):
-        shown["branches"] = [step.branch for step in path]
-    return shown
 
 
 def record(session: DriveSession) -> dict[str, Any]:
-    """`summary` and, for each step, its noise's number (branch), poses and seconds."""
+    """`summary` and, for each step, its branch, poses and seconds."""
     path = session.path
     return {
         **summary(session),
@@ -53,7 +51,7 @@ def record(session: DriveSession) -> dict[str, Any]:
 
 
 def write_video(session: DriveSession, path: Path) -> None:
-    """An mp4 of the way to where the session stands."""
+    """An mp4 of the path to the current step."""
     titles = [f"{step.key}: {session.keymap.meaning(step.key)}" for step in session.path]
     settings = session.settings
     write_imagined_video(path, title(session), settings, session.frames(), titles, settings.world.rate_hz)
@@ -65,10 +63,10 @@ def write_record(session: DriveSession, path: Path) -> None:
 
 
 def write_lerobot_zip(session: DriveSession, path: Path) -> None:
-    """The way to where the session stands as a LeRobot v3.0 dataset of one episode, in a zip file.
+    """The path to the current step as a LeRobot v3.0 dataset of one episode, in a zip file.
 
-    The state of a frame is the pose that was commanded at it, the action the pose of the next one (the last: its own).
-    Columns are named as DROID's, so that `extract-latents` reads them too.
+    A frame's state is the pose commanded at it, its action the next frame's pose (the last: its own). Columns are named
+    as DROID's, so that `extract-latents` reads them too.
     """
     poses = np.concatenate([session.steps[0].poses, *(step.poses[1:] for step in session.path)])
     columns: dict[str, Float] = {}
@@ -89,7 +87,7 @@ def write_all(session: DriveSession, output: Path) -> Mapping[str, Any]:
     """Write JSON, video and contact sheet; returns `summary` with their paths ``video``, ``sheet`` and ``json``.
 
     Raises:
-        CannotWrite: it names the keys, which give the same frames again; the JSON, the smallest, is written first.
+        CannotWrite: with the keys, which reproduce the frames; the JSON, the smallest file, is written first.
     """
     video, sheet, file = output / "drive.mp4", output / "drive.png", output / "drive.json"
     columns = [f"{step.depth} {step.key}" for step in session.path]

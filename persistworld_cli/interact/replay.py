@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from numpy.typing import NDArray
 
@@ -23,7 +22,7 @@ from persistworld_cli.files import jsonable, write_json, write_text
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.tables import plain, steps_table
-from persistworld_cli.reports.videos import write_rollout_sheet, write_rollout_video
+from persistworld_cli.reports.videos import ComparedRollout
 from persistworld_cli.rollout.closed_loop import ClosedLoop, ScoredRollout, batches
 from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.rollout.images import draw_frames
@@ -33,7 +32,7 @@ from persistworld_cli.statistics.paired import mean
 
 
 def run(settings: Settings, request: ReplayRequest) -> dict[str, Any]:
-    """Replay episodes and write what was seen.
+    """Replay episodes and write videos, contact sheets, a table and JSON.
 
     Of the settings, ``world.dataset``, ``model``, ``sampling``, ``rewards`` and, of ``eval``, split, episodes, starts,
     steps, seeds and batch are read.
@@ -52,14 +51,21 @@ def run(settings: Settings, request: ReplayRequest) -> dict[str, Any]:
     refs = refs_of_replay(settings.model, request.ckpts, request.adapters)
     device = PartialState(cpu=settings.launch.device == "cpu").device
     scorer = Scorer(settings.rewards, settings.world, device, names=SHOWN)
-    seen: dict[Item, dict[str, ScoredRollout]] = {item: {} for item in items}
+    scores: dict[Item, dict[str, ScoredRollout]] = {item: {} for item in items}
     drawn: dict[Item, dict[str, NDArray[np.uint8]]] = {item: {} for item in items}
-    episodes = [item.episode for item in items]
-    models = [ref.parts for ref in refs]
-    stores = weights_stores(settings, store, models, split=split, episodes=episodes)
+    episodes, batch = [item.episode for item in items], settings.eval.batch
+    stores = weights_stores(settings, store, [ref.parts for ref in refs], split=split, episodes=episodes)
     for ref, own in zip(refs, stores, strict=True):
-        _roll_out(settings, own, ref, items, steps, scorer, device, seen, drawn)
-    return _write(settings, store, items, steps, refs, scorer, seen, drawn, request.output)
+        model = load_for_sampling(settings, ckpt=ref.ckpt, adapter=ref.adapter, device=device)
+        engine = RolloutEngine(model, settings.sampling, own.stat())
+        loop = ClosedLoop(engine, own, split, steps, batch, scorer)
+        with Meter(f"replay: {ref.label}", len(batches(items, batch)) * steps) as meter:
+            for rollout in loop.roll(items, keep_latents=True, progress=meter.advance):
+                assert rollout.latents is not None
+                size = own.frames(split, rollout.item.episode, [rollout.item.start]).shape[2:4]
+                scores[rollout.item][ref.label] = rollout
+                drawn[rollout.item][ref.label] = draw_frames(model, rollout.latents, settings.sampling, size)
+    return _write(settings, store, items, steps, refs, scorer, scores, drawn, request.output)
 
 
 def replay_items(store: EpisodeStore, settings: Settings) -> list[Item]:
@@ -73,29 +79,6 @@ def replay_items(store: EpisodeStore, settings: Settings) -> list[Item]:
     return make_items(store, split, episodes, ev.starts, ev.seeds)
 
 
-def _roll_out(
-    settings: Settings,
-    store: EpisodeStore,
-    ref: ModelRef,
-    items: list[Item],
-    steps: int,
-    scorer: Scorer,
-    device: torch.device,
-    seen: dict[Item, dict[str, ScoredRollout]],
-    drawn: dict[Item, dict[str, NDArray[np.uint8]]],
-) -> None:
-    """One model's rollouts into ``seen`` (scores) and ``drawn`` (frames)."""
-    model = load_for_sampling(settings, ckpt=ref.ckpt, adapter=ref.adapter, device=device)
-    engine, ev = RolloutEngine(model, settings.sampling, store.stat()), settings.eval  # of this model: `weights_stores`
-    loop = ClosedLoop(engine, store, ev.split, steps, ev.batch, scorer)
-    with Meter(f"replay: {ref.label}", len(batches(items, ev.batch)) * steps) as meter:
-        for rollout in loop.roll(items, keep_latents=True, progress=meter.advance):
-            assert rollout.latents is not None
-            size = store.frames(ev.split, rollout.item.episode, [rollout.item.start]).shape[2:4]
-            seen[rollout.item][ref.label] = rollout
-            drawn[rollout.item][ref.label] = draw_frames(model, rollout.latents, settings.sampling, size)
-
-
 def _write(
     settings: Settings,
     store: EpisodeStore,
@@ -103,7 +86,7 @@ def _write(
     steps: int,
     refs: list[ModelRef],
     scorer: Scorer,
-    seen: Mapping[Item, Mapping[str, ScoredRollout]],
+    scores: Mapping[Item, Mapping[str, ScoredRollout]],
     drawn: Mapping[Item, Mapping[str, NDArray[np.uint8]]],
     output: Path,
 ) -> dict[str, Any]:
@@ -118,24 +101,20 @@ def _write(
         title = f"episode {item.episode}, frame {item.start}, seed {item.seed}: {recording.annotation.text}"
         stem = f"episode-{item.episode}_start-{item.start}_seed-{item.seed}"
         video, sheet = output / f"{stem}.mp4", output / f"{stem}.png"
-        write_rollout_video(video, title, settings, recording, frames, seen[item])
-        write_rollout_sheet(sheet, title, settings, recording, frames, seen[item])
-        rows = step_rows(settings, seen[item], {name: info.label for name, info in infos.items()})
+        shown = ComparedRollout(title, settings, recording, frames, scores[item])
+        shown.write_video(video)
+        shown.write_sheet(sheet)
+        rows = step_rows(settings, scores[item], {name: info.label for name, info in infos.items()})
         tables.append(plain(steps_table(title, metrics, rows)))
         entries.append({**asdict(item), "video": str(video), "sheet": str(sheet), "frames": length, "rows": rows})
     write_text(output / "steps.txt", "\n".join(tables))
-    record = {
-        "kind": "replay",
-        "models": [asdict(ref) for ref in refs],
-        "metrics": metrics,
-        "steps": steps,
-        "replays": entries,
-    }
-    write_json(output / "replay.json", record)
-    shown: dict[str, Any] = {"output": str(output), "episodes": len({item.episode for item in items}), "steps": steps}
-    shown["rows"] = list(jsonable(entries[0]["rows"]))
+    record = {"kind": "replay", "models": [asdict(ref) for ref in refs], "metrics": metrics, "steps": steps}
+    write_json(output / "replay.json", {**record, "replays": entries})
     return {
-        **shown,
+        "output": str(output),
+        "episodes": len({item.episode for item in items}),
+        "steps": steps,
+        "rows": list(jsonable(entries[0]["rows"])),
         "videos": [entry["video"] for entry in entries],
         "sheets": [entry["sheet"] for entry in entries],
         "json": str(output / "replay.json"),
@@ -147,11 +126,11 @@ def step_rows(
     settings: Settings, scores: Mapping[str, ScoredRollout], labels: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """One row for each interaction and model: mean over its frames and all cameras, by label."""
-    fresh, rate = settings.model.num_frames - 1, settings.world.rate_hz
+    new_frames, rate = settings.model.num_frames - 1, settings.world.rate_hz
     first = next(iter(scores.values()))
     rows: list[dict[str, Any]] = []
-    for step in range(len(first.valid) // fresh):
-        part = slice(step * fresh, (step + 1) * fresh)
+    for step in range(len(first.valid) // new_frames):
+        part = slice(step * new_frames, (step + 1) * new_frames)
         if not first.valid[part].any():
             break
         for model, rollout in scores.items():
@@ -159,5 +138,7 @@ def step_rows(
                 label: float(mean(rollout.scores[name][part].astype(np.float64).reshape(-1), 0))
                 for name, label in labels.items()
             }
-            rows.append({"step": step + 1, "time_s": round((step + 1) * fresh / rate, 6), "model": model, **values})
+            rows.append(
+                {"step": step + 1, "time_s": round((step + 1) * new_frames / rate, 6), "model": model, **values}
+            )
     return rows

@@ -1,4 +1,4 @@
-"""A terminal as a place to drive from: single keys in, a whole screen out, and all as it was on leaving."""
+"""A terminal in raw mode: single keys in, a whole screen out, restored on exit."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from typing import Any
 
 _ENTER = "\x1b[?1049h\x1b[?25l\x1b[2J\x1b[H"  # the other screen, no cursor
 LEAVE = "\x1b[0m\x1b[?25h\x1b[?1049l"
-_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|.)?")  # arrows and the like: their letters are no keys
-_WAITING = 16  # keys typed ahead; the terminal repeats a held key faster than any model
+_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|.)?")  # arrow keys etc.: their letters are no keys
+_WAITING = 16  # keys typed ahead at most; a held key repeats faster than any model
 _END_OF_INPUT = "\x04"
 
 
 class Terminal:
     """The terminal of standard input and standard error; use as a context manager.
 
-    Ctrl-C stays a signal, so it also ends a step that takes long. Ctrl-Z is off: the shell would get a screen back that
-    is not its own.
+    Ctrl-C remains a signal, so it also ends a long step. Ctrl-Z is off: it would leave the shell with this screen.
     """
 
     def __init__(self) -> None:
@@ -44,7 +43,7 @@ class Terminal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError, termios.error):  # the window is closed: there is nothing to put back
+        with contextlib.suppress(OSError, termios.error):  # the window is closed: nothing to restore
             self.write(LEAVE)
             termios.tcsetattr(self._fd, termios.TCSAFLUSH, self._before)
 
@@ -76,13 +75,13 @@ class Terminal:
         sys.stderr.flush()
 
     def _read(self) -> None:
-        """What was typed, behind what already waits; keys beyond a few are dropped."""
+        """Append typed keys to the waiting ones; more than a few are dropped."""
         try:
             data = os.read(self._fd, 4096)
         except OSError:  # the terminal is gone
             data = b""
         text = _SEQUENCE.sub("", data.decode(errors="replace")) if data else _END_OF_INPUT
-        text = text.replace("\x00", _END_OF_INPUT)  # what a Ctrl-D becomes that was typed before the mode changed
+        text = text.replace("\x00", _END_OF_INPUT)  # a Ctrl-D typed before the mode changed
         self.waiting = [*self.waiting, *text][:_WAITING]
         if _END_OF_INPUT in text and _END_OF_INPUT not in self.waiting:
             self.waiting.append(_END_OF_INPUT)

@@ -16,13 +16,13 @@ from PIL import Image
 
 Pixels = NDArray[np.uint8]
 
-CELL = (20, 10)  # pixels (height, width) of a cell where the terminal does not say; only sixels need them
+CELL = (20, 10)  # assumed pixels (height, width) of a cell; only sixels need them
 _KITTY_CHUNK = 4096  # bytes of base64 that Kitty's protocol allows in one sequence
 _SIXEL_COLOURS = 128
 
 
 def find_protocol(setting: str, env: Mapping[str, str]) -> str:
-    """``drive.display``, or for ``auto`` what the environment says (tmux and screen pass no images on)."""
+    """``drive.display``, or for ``auto`` from the environment (tmux and screen pass no images on)."""
     if setting != "auto":
         return setting
     term, program = env.get("TERM", ""), env.get("TERM_PROGRAM", "")
@@ -46,7 +46,7 @@ def fit(height: int, width: int, lines: int, columns: int) -> tuple[int, int]:
 
 
 def draw(protocol: str, image: Pixels, lines: int, columns: int) -> str:
-    """The text that shows an image (H, W, 3) on so many lines and columns from the cursor on; "" for ``none``."""
+    """The text that shows an image (H, W, 3) in some lines and columns from the cursor on; "" for ``none``."""
     if protocol == "none":
         return ""
     return _DRAWERS[protocol](image, lines, columns)
@@ -63,7 +63,7 @@ def _png(image: Pixels) -> str:
 
 
 def _kitty(image: Pixels, lines: int, columns: int) -> str:
-    """Image 1, replaced each time; q=2: the terminal must not answer into what is typed."""
+    """Image 1, replaced each time; q=2: no reply, which would mix with typed keys."""
     data = _png(image)
     parts = [data[i : i + _KITTY_CHUNK] for i in range(0, len(data), _KITTY_CHUNK)]
     head = f"a=T,f=100,i=1,p=1,q=2,C=1,c={columns},r={lines},"
@@ -79,11 +79,11 @@ def _iterm(image: Pixels, lines: int, columns: int) -> str:
 
 def _sixel(image: Pixels, lines: int, columns: int) -> str:
     """Bands of six rows; in each, a line of run lengths for every colour in it."""
-    high, wide = lines * CELL[0] // 6 * 6, columns * CELL[1]
-    reduced = _resized(image, max(6, high), wide).quantize(_SIXEL_COLOURS)
+    h, w = lines * CELL[0] // 6 * 6, columns * CELL[1]
+    reduced = _resized(image, max(6, h), w).quantize(_SIXEL_COLOURS)
     palette = np.asarray(reduced.getpalette(), dtype=int).reshape(-1, 3)
     index = np.asarray(reduced)
-    out = [f'\x1bPq"1;1;{wide};{len(index)}']
+    out = [f'\x1bPq"1;1;{w};{len(index)}']
     out += [f"#{i};2;{r * 100 // 255};{g * 100 // 255};{b * 100 // 255}" for i, (r, g, b) in enumerate(palette)]
     weights = (1 << np.arange(6))[:, None]
     for top in range(0, len(index), 6):
@@ -102,7 +102,7 @@ def _runs(text: str) -> str:
 
 
 def _blocks(paint: Callable[[NDArray[np.int64], int], str]) -> Callable[[Pixels, int, int], str]:
-    """Half-blocks: a cell shows two pixels, the upper as its ink and the lower as its paper."""
+    """Half-blocks: a cell shows two pixels, the upper in its foreground and the lower in its background colour."""
 
     def drawn(image: Pixels, lines: int, columns: int) -> str:
         pixels = np.asarray(_resized(image, 2 * lines, columns)).astype(int)

@@ -1,9 +1,9 @@
-"""`drive --web`: a session driven from a page. The main thread computes; the server's threads only carry messages.
+"""`drive --web`: a session driven from a page. The main thread computes; server threads only pass messages.
 
-From the page come JSON texts: ``{"do": "key", "key": "l"}``, ``branch``, ``undo``, ``rewind`` and ``images`` (with
-``step``), ``save`` (with ``kind``). To the page go JSON texts with a ``type`` (hello, working, step, head, error), and
-binary messages: the length of a JSON header (4 bytes, big-endian), the header, and a PNG or a file. A PNG is one frame,
-its views side by side: without loss, so that the page shows the very frames that `drive --keys` writes.
+The page sends JSON: ``{"do": "key", "key": "l"}``, ``branch``, ``undo``, ``rewind`` and ``images`` (with ``step``),
+``save`` (with ``kind``). It receives JSON with a ``type`` (hello, working, step, head, error), and binary messages: the
+length of a JSON header (4 bytes, big-endian), the header, and a PNG or a file. A PNG is one frame, its views side by
+side; it is lossless, so the page shows exactly the frames that `drive --keys` writes.
 
 Shape legend: V cameras, H, W pixels.
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import secrets
 import struct
+import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO
@@ -24,13 +26,15 @@ from PIL import Image
 
 from persistworld_cli.config.keys import ACTIONS, SESSION_KEYS
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.interact.command_queue import Desk
 from persistworld_cli.interact.outputs import title, write_lerobot_zip, write_record, write_video
 from persistworld_cli.interact.session import DriveSession, Step
 from persistworld_cli.interact.web_server import DriveServer
+from persistworld_cli.reports.videos import camera_names
 from persistworld_cli.rollout.interactive import Images
 
-_LOOK_EVERY_S = 0.5  # so that Ctrl-C arrives while nobody drives
+_POLL_S = 0.5  # so that Ctrl-C arrives while nobody drives
+_MOVES = ("key", "branch", "undo", "rewind")
+_MOST = 64  # questions that wait; a page asks one at a time
 SAVES: dict[str, tuple[str, Callable[[DriveSession, Path], None]]] = {
     "mp4": ("drive.mp4", write_video),
     "json": ("drive.json", write_record),
@@ -38,86 +42,110 @@ SAVES: dict[str, tuple[str, Callable[[DriveSession, Path], None]]] = {
 }
 
 
+class Inbox:
+    """Messages of a page, put by server threads and taken by the one thread that computes; bounded.
+
+    At most one move waits: a newer one replaces it, so keys pressed during a step do not pile up. Questions (images,
+    files) wait in order and come first.
+    """
+
+    def __init__(self) -> None:
+        self._questions: deque[dict[str, Any]] = deque()
+        self._move: dict[str, Any] | None = None
+        self._changed = threading.Condition()
+
+    def put(self, message: dict[str, Any]) -> bool:
+        """Add a message; False if too many questions wait already."""
+        with self._changed:
+            if message.get("do") in _MOVES:
+                self._move = message
+            elif len(self._questions) >= _MOST:
+                return False
+            else:
+                self._questions.append(message)
+            self._changed.notify()
+            return True
+
+    def take(self, timeout_s: float) -> dict[str, Any] | None:
+        """The next message; None if none came in time."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._questions or self._move is not None, timeout_s)
+            if self._questions:
+                return self._questions.popleft()
+            move, self._move = self._move, None
+            return move
+
+
 def drive_web(session: DriveSession, server: DriveServer, output: Path) -> None:
     """Serve a session until the process is interrupted.
 
     Args:
-        session: at its start, or wherever it is.
+        session: to drive.
         server: not started yet.
-        output: where the page's files are saved.
+        output: folder for the files that the page saves.
     """
-    desk = Desk()
+    inbox = Inbox()
 
     def hear(message: str | None) -> None:
-        if message is None:
-            desk.put({"do": "hello"})
-        elif not desk.put(_read(message)):
-            server.send(json.dumps({"type": "error", "text": "too much is asked at once"}))
+        if not inbox.put({"do": "hello"} if message is None else _read(message)):
+            server.send(json.dumps({"type": "error", "text": "too many requests at once"}))
 
     host = _Host(session, server.send, output)
     with suppress(KeyboardInterrupt):
         server.start(hear)
         while True:
-            message = desk.take(_LOOK_EVERY_S)
-            if message is not None:
+            if (message := inbox.take(_POLL_S)) is not None:
                 host.do(message)
 
 
 def _read(text: str) -> dict[str, Any]:
-    """A page's message as a map; what is none becomes one that means nothing."""
-    try:
-        message = json.loads(text)
-    except (ValueError, RecursionError):  # RecursionError: nested deep
-        message = None
-    return message if isinstance(message, dict) else {"do": "nothing"}
+    """A page's message; a malformed one becomes {}, which is refused like any unknown one."""
+    with suppress(ValueError, RecursionError):  # RecursionError: nested deep
+        if isinstance(message := json.loads(text), dict):
+            return message
+    return {}
 
 
 class _Host:
-    """Does what a page asks, and tells it what happened."""
+    """Carries out the messages of a page and reports to it."""
 
     def __init__(self, session: DriveSession, send: Callable[[str | bytes], bool], output: Path) -> None:
         self._session, self._send, self._output = session, send, output
-        self._name = secrets.token_hex(8)  # a page that comes back after a restart must forget its images
+        self._name = secrets.token_hex(8)  # a page that reconnects after a restart must drop its images
 
     def do(self, message: dict[str, Any]) -> None:
-        """One message; mistakes are told to the page."""
+        """One message; errors are sent to the page."""
         what = message.get("do")
         try:
             if what == "hello":
-                self._tell(hello(self._session, self._name))
+                self._report(hello(self._session, self._name))
             elif what in ("key", "branch"):
                 self._move(message)
             elif what == "undo":
                 self._session.undo()
-                self._tell_head()
+                self._send_head()
             elif what == "rewind":
                 self._session.rewind(_whole(message, "step"))
-                self._tell_head()
+                self._send_head()
             elif what == "images":
-                self._show(self._find(_whole(message, "step")))
+                self._show(self._session.find(_whole(message, "step")))
             elif what == "save":
                 self._save(str(message.get("kind")))
             else:
-                raise UsageError("a message that means nothing")
+                raise UsageError("unknown message")
         except PersistWorldError as error:
-            self._tell({"type": "error", "text": error.what, "fix": error.fix or ""})
-            self._tell_head()
+            self._report({"type": "error", "text": error.what, "fix": error.fix or ""})
+            self._send_head()
 
     def _move(self, message: dict[str, Any]) -> None:
-        """A key or a branch: a step, whose frames are sent one by one before what is known of it."""
+        """A key or a branch: a step, whose frames are sent one by one before its numbers."""
         session, known = self._session, len(self._session.steps)
-        self._tell({"type": "working", "key": str(message.get("key", ""))})
+        self._report({"type": "working", "key": str(message.get("key", ""))})
         step = session.press(str(message.get("key"))) if message["do"] == "key" else session.branch()
         if len(session.steps) > known:
             self._show(step)
-            self._tell({"type": "step", "step": told(step)})
-        self._tell_head()
-
-    def _find(self, number: int) -> Step:
-        """A step of the tree, wherever the session stands."""
-        if not 0 <= number < len(self._session.steps):
-            raise UsageError(f"there is no step {number}")
-        return self._session.steps[number]
+            self._report({"type": "step", "step": step_message(step)})
+        self._send_head()
 
     def _show(self, step: Step) -> None:
         """All frames of a step."""
@@ -126,7 +154,7 @@ class _Host:
             self._send(packed(header, png(images)))
 
     def _save(self, kind: str) -> None:
-        """Write the way to where the session stands into the output folder, and send the file."""
+        """Write the path to the current step into the output folder, and send the file."""
         if kind not in SAVES:
             raise UsageError(f"cannot save as {kind!r}", fix=f"known: {', '.join(SAVES)}")
         name, write = SAVES[kind]
@@ -134,22 +162,22 @@ class _Host:
         write(self._session, path)
         self._send(packed({"type": "file", "name": name, "path": str(path)}, path.read_bytes()))
 
-    def _tell_head(self) -> None:
-        self._tell({"type": "head", "head": self._session.head.number})
+    def _send_head(self) -> None:
+        self._report({"type": "head", "head": self._session.head.number})
 
-    def _tell(self, event: dict[str, Any]) -> None:
+    def _report(self, event: dict[str, Any]) -> None:
         self._send(json.dumps(event, allow_nan=False))
 
 
 def hello(session: DriveSession, name: str) -> dict[str, Any]:
-    """All that a page needs to know when it comes, but the images, which it asks for. ``name``: the session's own."""
+    """Everything that a page needs when it connects, except images, which it requests. ``name``: of the session."""
     settings, start = session.settings, session.start
     return {
         "type": "hello",
         "session": name,
         "title": title(session).partition(": ")[2],
         "instruction": start.text,
-        "cameras": [name.replace("_", " ") for name in settings.world.cameras],
+        "cameras": camera_names(settings),
         "height": int(session.head.images.shape[2]),
         "width": int(session.head.images.shape[3]),
         "rate": settings.world.rate_hz,
@@ -158,12 +186,12 @@ def hello(session: DriveSession, name: str) -> dict[str, Any]:
         "low": list(settings.drive.workspace_low),
         "high": list(settings.drive.workspace_high),
         "saves": list(SAVES),
-        "steps": [told(step) for step in session.steps],
+        "steps": [step_message(step) for step in session.steps],
         "head": session.head.number,
     }
 
 
-def told(step: Step) -> dict[str, Any]:
+def step_message(step: Step) -> dict[str, Any]:
     """A step without its images."""
     return {
         "number": step.number,

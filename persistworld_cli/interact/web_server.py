@@ -1,8 +1,8 @@
-"""The server of `drive --web`: one HTML page and one websocket, from threads that never compute.
+"""The server of `drive --web`: one HTML page and one websocket, on threads that never compute.
 
-Who may connect: the Host that a browser names must be this server's (a foreign name that resolves to loopback is not),
-the Origin must be this page's, and where the server listens beyond loopback a token must come along. One tab drives;
-another one is told so, and may take over.
+Access: the Host that a browser names must be this server's (a foreign name that resolves to loopback is not), the
+Origin must be this page's, and a server that listens beyond loopback requires a token. One tab drives; another one is
+refused unless it takes over.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import secrets
 import threading
 import webbrowser
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
@@ -40,17 +41,14 @@ def open_server(host: str, port: int, open: bool = False) -> DriveServer:
     """A server that already holds its port; it answers from `DriveServer.start` on.
 
     Args:
-        host: to listen on. Other addresses than loopback need a token: that of the environment (`TOKEN_VARIABLE`), or a
-            new one.
+        host: to listen on; beyond loopback, with the token of the environment (`TOKEN_VARIABLE`) or a new one.
         port: 0 takes a free one.
-        open: show the page in a browser once it is served.
+        open: open the page in a browser once it is served.
 
     Raises:
-        PersistWorldError: the address cannot be had.
+        PersistWorldError: the address is not available.
     """
-    token = os.environ.get(TOKEN_VARIABLE, "")
-    if not token and not is_loopback(host):
-        token = secrets.token_urlsafe(16)
+    token = os.environ.get(TOKEN_VARIABLE, "") or ("" if is_loopback(host) else secrets.token_urlsafe(16))
     return DriveServer(host, port, token, browse=open)
 
 
@@ -59,7 +57,7 @@ class DriveServer:
 
     Args:
         host, port: to listen on.
-        token: that page and websocket must bring; "" for none.
+        token: required of page and websocket; "" for none.
         browse: open the page in a browser once it is served.
     """
 
@@ -92,25 +90,22 @@ class DriveServer:
         return f"http://{host}:{self.port}/" + (f"?{urlencode({'token': self._token})}" if self._token else "")
 
     def start(self, hear: Callable[[str | None], None]) -> None:
-        """Answer from now on. ``hear`` gets, from other threads, each message of the tab, and None when a tab comes."""
+        """Answer from now on; other threads call ``hear`` with each message of the tab, None when one connects."""
         self._hear = hear
         self._thread.start()
-        note(f"drive at {self.url} (Ctrl-C ends it and writes what was driven)")
+        note(f"drive at {self.url} (Ctrl-C ends it and writes the drive)")
         if not is_loopback(self._host):
-            note("whoever has this address can drive, and it travels unencrypted: an ssh tunnel is safer")
+            note("anyone with this address can drive, and the traffic is unencrypted: an ssh tunnel is safer")
         if self._browse and not webbrowser.open(self.url):
             note("no browser could be opened here: open the address yourself")
 
     def send(self, message: str | bytes) -> bool:
-        """To the tab; False where there is none (it gets everything when it comes back)."""
-        tab = self._tab
-        if tab is None:
-            return False
-        try:
-            tab.send(message)
-        except ConnectionClosed:
-            return False
-        return True
+        """To the tab; False if there is none (it gets everything when it reconnects)."""
+        with suppress(ConnectionClosed):
+            if (tab := self._tab) is not None:
+                tab.send(message)
+                return True
+        return False
 
     def __enter__(self) -> DriveServer:
         return self
@@ -126,13 +121,12 @@ class DriveServer:
         else:
             self._server.socket.close()
 
-    # -- who may come in ------------------------------------------------------------------------------------------
+    # -- access ---------------------------------------------------------------------------------------------------
 
     def _answer(self, connection: ServerConnection, request: Request) -> Response | None:
         """Pages and refusals; None lets the websocket open."""
         target = urlsplit(request.path)
-        refusal = self._refuse(request, parse_qs(target.query).get("token", [""])[0])
-        if refusal is not None:
+        if refusal := self._refuse(request, parse_qs(target.query).get("token", [""])[0]):
             return _response(*refusal)
         if target.path == "/ws":
             return None
@@ -155,7 +149,7 @@ class DriveServer:
     # -- the tab ------------------------------------------------------------------------------------------------------
 
     def _serve_tab(self, connection: ServerConnection) -> None:
-        """Messages of a tab, until it leaves or another one takes over."""
+        """Messages of a tab, until it disconnects or another one takes over."""
         take = "take" in parse_qs(urlsplit(connection.request.path if connection.request else "").query)
         with self._lock:
             before = self._tab
@@ -166,11 +160,10 @@ class DriveServer:
         if before is not None:
             before.close(_TAKEN_OVER, "another tab took over")
         try:
-            self._hear(None)
-            for message in connection:
-                self._hear(message if isinstance(message, str) else "")
-        except ConnectionClosed:
-            pass  # the tab was closed
+            with suppress(ConnectionClosed):
+                self._hear(None)
+                for message in connection:
+                    self._hear(message if isinstance(message, str) else "")
         finally:
             with self._lock:
                 if self._tab is connection:
@@ -187,7 +180,7 @@ def _names_loopback(host: str) -> bool:
 
 
 def _response(status: HTTPStatus, body: bytes, kind: str = "text/plain; charset=utf-8") -> Response:
-    """An answer that is neither stored nor framed."""
+    """A response that is neither cached nor framed."""
     headers = Headers(
         {
             "Content-Type": kind,

@@ -1,9 +1,9 @@
 """LPIPS (Zhang et al. 2018) by the lpips package, with its backbone loaded from a file.
 
-The package would fetch ImageNet weights while it is built. Here the backbone is built untrained and then filled from a
-file: AlexNet's trained features, which are shipped (alexnet/README.md), or another file that the settings name. An
-untrained backbone, drawn from a fixed seed, is used only where the settings say ``untrained``: it is no perceptual
-distance, and its label says so everywhere: ``lpips (untrained)``.
+The package would download ImageNet weights in its constructor. Here the backbone is built untrained and filled from a
+file: the shipped AlexNet features (alexnet/README.md), or another file that the settings name. An untrained backbone,
+drawn from a fixed seed, is used only where the settings say ``untrained``; it is no perceptual distance, and its label
+is ``lpips (untrained)`` everywhere.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
@@ -29,7 +29,7 @@ from persistworld_cli.torch_files import load_torch
 logger = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parent / "alexnet" / "features_fp16.safetensors"
 SHIPPED_SHA256 = "1e79dbde62a13caeaf6d1d6491a66ee816a833dfa42fb3532b5a74ed1cda2da2"
-# torchvision's ImageNet weights; in torch's hub cache they lie under the same names. AlexNet's are shipped instead.
+# torchvision's ImageNet weights, under the same names in torch's hub cache. AlexNet's are shipped instead.
 DOWNLOADS = {
     "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
     "squeeze": "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
@@ -49,11 +49,11 @@ def find_backbone(net: str, choice: str) -> Path | None:
 
     Args:
         net: alex | vgg | squeeze.
-        choice: ``auto`` (AlexNet: the shipped file, the same on every machine; the others: torchvision's file, from
-            torch's hub cache or downloaded into it), ``untrained``, or a path.
+        choice: ``auto`` (AlexNet: the shipped file; the others: torchvision's, from torch's hub cache or
+            downloaded into it), ``untrained``, or a path.
 
     Raises:
-        PersistWorldError: a path that is not there, or a download that fails.
+        PersistWorldError: no such path, or a failed download.
     """
     if choice == "untrained":
         return None
@@ -70,7 +70,7 @@ def find_backbone(net: str, choice: str) -> Path | None:
 
 
 def _torchvision_file(url: str, net: str) -> Path:
-    """A file of torch's hub cache, downloaded once by one process of the machine."""
+    """A file of torch's hub cache, downloaded once per machine."""
     from filelock import FileLock
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -110,7 +110,7 @@ def _load_backbone(backbone: nn.Module, path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    """Hash of a backbone's file. Raises PersistWorldError where the shipped one is not what was shipped."""
+    """Hash of a backbone's file. Raises PersistWorldError if the shipped one is damaged."""
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if path == SHIPPED and found != SHIPPED_SHA256:
         raise PersistWorldError(
@@ -128,11 +128,6 @@ def _draw_backbone(backbone: nn.Module) -> None:
                 value.zero_()
             else:
                 value.normal_(0.0, math.sqrt(2.0 / value[0].numel()), generator=generator)
-
-
-def _total(layers: Iterable[Tensor]) -> Tensor:
-    """Sum of the layers' parts."""
-    return torch.stack(list(layers)).sum(dim=0)
 
 
 class Lpips:
@@ -173,7 +168,7 @@ class Lpips:
 
     @classmethod
     def from_settings(cls, settings: RewardSettings, device: torch.device) -> Lpips:
-        """The network and backbone that the settings name."""
+        """From the settings' network and backbone."""
         return cls(settings.lpips_net, settings.lpips_backbone, device)
 
     def _features(self, images: Tensor) -> list[Tensor]:
@@ -185,18 +180,15 @@ class Lpips:
     @torch.no_grad()
     def __call__(self, pred: Tensor, target: Tensor, *, chunk: int = 64) -> Tensor:
         """Images (M,3,H,W) and (T,3,H,W) in [0,1], M a multiple of T -> (M,). ``chunk`` images at a time."""
-        parts = [_total(layer.mean(dim=(1, 2, 3)) for layer in gaps) for gaps in self._gaps(pred, target, chunk)]
-        return torch.cat(parts)
+        return self._sum(pred, target, chunk, lambda gap: gap.mean(dim=(1, 2, 3)))
 
     @torch.no_grad()
     def maps(self, pred: Tensor, target: Tensor, grid: tuple[int, int], *, chunk: int = 64) -> Tensor:
         """As `__call__`, of each cell of the grid: (M, *grid)."""
-        pool = functional.adaptive_avg_pool2d
-        parts = [_total(pool(layer, grid)[:, 0] for layer in gaps) for gaps in self._gaps(pred, target, chunk)]
-        return torch.cat(parts)
+        return self._sum(pred, target, chunk, lambda gap: functional.adaptive_avg_pool2d(gap, grid)[:, 0])
 
-    def _gaps(self, pred: Tensor, target: Tensor, chunk: int) -> Iterator[list[Tensor]]:
-        """Weighted distances (some images, 1, h, w) of every layer; a shared target's features are computed once."""
+    def _sum(self, pred: Tensor, target: Tensor, chunk: int, pool: Callable[[Tensor], Tensor]) -> Tensor:
+        """Sum over layers of weighted distances (m, 1, h, w), pooled; a shared target's features are computed once."""
         if min(pred.shape[-2:]) < SMALLEST:
             raise PersistWorldError(
                 f"LPIPS needs images of at least {SMALLEST} pixels a side, got {pred.shape[-2]}x{pred.shape[-1]}",
@@ -205,24 +197,19 @@ class Lpips:
             )
         share = pred.shape[0] // target.shape[0]
         per = max(1, chunk // share)
-        for begin in range(0, target.shape[0], per):
-            known = self._features(target[begin : begin + per])
-            drawn = self._features(pred[begin * share : (begin + per) * share])
-            yield [
-                weight((b.unflatten(0, (a.shape[0], share)) - a.unsqueeze(1)).square().flatten(0, 1))
-                for weight, a, b in zip(self.weights, known, drawn, strict=True)
+        sums = []
+        for known, drawn in zip(target.split(per), pred.split(per * share), strict=True):
+            pairs = zip(self.weights, self._features(known), self._features(drawn), strict=True)
+            pooled = [
+                pool(weight((b.unflatten(0, (a.shape[0], share)) - a.unsqueeze(1)).square().flatten(0, 1)))
+                for weight, a, b in pairs
             ]
+            sums.append(torch.stack(pooled).sum(dim=0))
+        return torch.cat(sums)
 
     def describe(self) -> dict[str, object]:
         """Network, version and where its backbone came from."""
-        if self.source is None:
-            backbone = f"untrained, seed {UNTRAINED_SEED}"
-        else:
-            backbone = "shipped" if self.source == SHIPPED else self.source.name
-        return {
-            "label": self.label,
-            "net": self.net,
-            "version": "0.1",
-            "backbone": backbone,
-            "backbone_sha256": self.sha256,
-        }
+        backbone = self.source.name if self.source else f"untrained, seed {UNTRAINED_SEED}"
+        backbone = "shipped" if self.source == SHIPPED else backbone
+        named = {"label": self.label, "net": self.net, "version": "0.1"}
+        return {**named, "backbone": backbone, "backbone_sha256": self.sha256}

@@ -1,7 +1,7 @@
-"""Which pixels to look at: what moved in the recording, and the saturated colours of its objects.
+"""Masks of the pixels that matter: what moved in the recording, and the saturated colours of its objects.
 
-A table fills most of an image, so means over pixels hide a lost block. Masks come from the *recording* only, so that
-every model is judged on the same pixels.
+A table fills most of an image, so means over pixels hide a lost block. Masks come from the *recording* only, so every
+model is scored on the same pixels.
 
 Shape legend: N frames, V cameras, H x W pixels.
 """
@@ -28,7 +28,7 @@ HUE_OF_OBJECT = 20.0  # degrees from a known object's hue: shading and light cha
 
 
 def moving_mask(frames: Tensor, start: Tensor, *, threshold: float = MOTION) -> Tensor:
-    """Pixels that differ from the first frame of the rollout: the arm, what it moved, and what that uncovered.
+    """Pixels that differ from the rollout's first frame: the arm, what it moved, and what that uncovered.
 
     The difference is averaged over 3x3 pixels first, so that single noisy pixels do not count.
 
@@ -110,8 +110,8 @@ def object_mask(frames: NDArray[np.uint8], colours: Sequence[Sequence[float]] | 
 
     Without ``colours`` every pixel with saturation >= 0.5 and value >= 0.15 counts; a wooden table may be among them.
     With ``colours`` (RGB in [0, 1], ``objects[].rgb`` of the bundled world's ``meta/episodes.jsonl``) a pixel must also
-    lie within 20 degrees of one of their hues and have 0.65 of that colour's saturation (light scales all channels
-    alike, so shading leaves hue and saturation as they are; a wooden table is less saturated).
+    lie within 20 degrees of one of their hues and have 0.65 of that colour's saturation (shading scales all channels
+    alike and changes neither; a wooden table is less saturated).
 
     Args:
         frames: uint8 (..., 3).

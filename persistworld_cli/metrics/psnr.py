@@ -6,26 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-CAP_DB = 100.0  # what identical images get: a mean over frames must stay finite
+CAP_DB = 100.0  # of identical images, so that means over frames stay finite
 
 
 def psnr(pred: Tensor, target: Tensor) -> Tensor:
-    """PSNR in dB with data range 1, over all pixels and channels of an image.
-
-    Args:
-        pred: (..., C, H, W) in [0, 1].
-        target: the same shape (or one that broadcasts to it).
-
-    Returns:
-        (...) float32, at most ``CAP_DB`` (reached at a mean squared error of 1e-10).
-    """
+    """PSNR in dB of images (..., C, H, W) in [0, 1], over pixels and channels: (...) float32, at most ``CAP_DB``."""
     return _decibel((pred.double() - target.double()).square().mean(dim=(-3, -2, -1)))
 
 
 def _decibel(error: Tensor) -> Tensor:
-    """Mean squared error -> dB, capped."""
-    cap = 10.0 ** (-CAP_DB / 10.0)
-    return (-10.0 * torch.log10(error.clamp_min(cap))).float()
+    """Mean squared error -> dB, capped (at an error of 1e-10)."""
+    return (-10.0 * torch.log10(error.clamp_min(10.0 ** (-CAP_DB / 10.0)))).float()
 
 
 class Psnr:

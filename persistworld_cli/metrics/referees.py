@@ -1,8 +1,8 @@
-"""Referees: metrics that have no weight in the reward, and are watched while it rises.
+"""Referees: metrics without weight in the reward, which reveal reward hacking.
 
-What a reward pays for, training finds, by fair means or not: blur under a distance of pixels, a lost object in an image
-that is mostly table. A referee that the reward does not hold tells the two apart. To add one, write a class like
-`SharpnessGap` and add a line to `REFEREES`, or name your own as ``module:Class`` in ``post_train.referees``.
+Training exploits what a reward leaves out: blur under a pixel distance, a lost object in an image that is mostly table.
+A metric outside the reward shows it. To add one, write a class like `SharpnessGap` and add a line to `REFEREES`, or
+name your own as ``module:Class`` in ``post_train.referees``.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ import torch
 from torch import Tensor
 
 from persistworld_cli.config.plugins import make_plugin
-from persistworld_cli.metrics.sharpness import SharpnessGap
 from persistworld_cli.metrics.st_lpips import EXTRA, StLpips, find_weights
 
 logger = logging.getLogger(__name__)
 
 
 class Referee(Protocol):
-    """What a referee must be.
+    """Interface of a referee.
 
     Attributes:
-        label: its name in logs; metrics.jsonl has it as ``val_LABEL``.
-        higher_is_better: which way is good.
+        label: its name in logs; in metrics.jsonl, ``val_LABEL``.
+        higher_is_better: direction of improvement.
     """
 
     label: str
@@ -37,6 +36,28 @@ class Referee(Protocol):
         ...
 
 
+def sharpness(images: Tensor) -> Tensor:
+    """Root mean square difference of neighbouring pixels: (..., 3, H, W) -> (...).
+
+    Squared, because blur does not change an edge's sum of absolute differences.
+    """
+    axes = (-3, -2, -1)
+    return (images.diff(dim=-1).square().mean(dim=axes) + images.diff(dim=-2).square().mean(dim=axes)).sqrt()
+
+
+class SharpnessGap:
+    """|ln(sharpness / the recording's sharpness)| as a referee: 0 for equal sharpness, larger is worse."""
+
+    label = "sharpness_gap"
+    higher_is_better = False
+
+    def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Images (M,3,H,W) and (T,3,H,W) in [0,1], M a multiple of T -> (M,)."""
+        known = sharpness(target).repeat_interleave(pred.shape[0] // target.shape[0])
+        drawn = sharpness(pred)
+        return torch.log(drawn.clamp_min(1e-6) / known.clamp_min(1e-6)).abs().float()
+
+
 REFEREES: Mapping[str, Callable[[torch.device], Referee]] = {
     SharpnessGap.label: lambda device: SharpnessGap(),
     StLpips.label: StLpips,
@@ -44,7 +65,7 @@ REFEREES: Mapping[str, Callable[[torch.device], Referee]] = {
 
 
 def load_referees(names: Sequence[str], device: torch.device) -> dict[str, Referee]:
-    """Label -> referee. Shift-tolerant LPIPS is left out, and said to be, where its package is not installed.
+    """Label -> referee. Shift-tolerant LPIPS is skipped, with a note, if its package is not installed.
 
     Raises:
         UsageError: no such referee, module or class (as `make_plugin`).
@@ -56,7 +77,7 @@ def load_referees(names: Sequence[str], device: torch.device) -> dict[str, Refer
             fix = "a referee has label, higher_is_better and __call__(pred, target)"
             made = make_plugin(name, REFEREES, kind="referee", where="post_train.referees", needs=needs, fix=fix)
         elif name == StLpips.label and find_weights() is None:
-            logger.info("%s is not installed, and is no referee of this run: %s", name, EXTRA)
+            logger.info("%s is not installed and is skipped as a referee: %s", name, EXTRA)
             continue
         else:
             made = REFEREES[name](device)

@@ -1,8 +1,7 @@
 """The rewards by name: one file and one line here for each, or a class of the user's own.
 
-A metric scores images one by one; which of them make the reward, and with what weight, is a setting
-(``rewards.weights``). Lower-is-better metrics simply carry a negative weight. A class of the user's own, named as
-``module:Class``, subclasses `Metric` (docs/python.md).
+A metric scores single images; ``rewards.weights`` sets which ones make the reward, and their weights (negative for
+lower-is-better metrics). A class of the user's own, named as ``module:Class``, subclasses `Metric` (docs/python.md).
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ _TAKEN = ("reward", "psnr_moving")  # what results hold beside the rewards
 
 
 class Metric(Protocol):
-    """What a reward must be. A class of the user's own is made without arguments and needs `label`,
-    `higher_is_better` and `__call__`.
+    """Interface of a reward. A class of the user's own is made without arguments and needs `label`, `higher_is_better`
+    and `__call__`.
 
     Attributes:
-        label: the name that every table, JSON and plot shows.
-        unit: the unit after a number ("dB"), or "".
-        higher_is_better: which way is good, for win rates and for the arrows in tables.
+        label: its name in tables, JSON and plots.
+        unit: of its numbers ("dB"), or "".
+        higher_is_better: direction of improvement, for win rates and arrows in tables.
     """
 
     label: str
@@ -50,13 +49,13 @@ class Metric(Protocol):
     def maps(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
         """The same in each cell of a grid of rows x columns: (M, rows, columns) float32, for credit by place.
 
-        Its mean over the cells need not be the image's value (PSNR is a logarithm); here, for a metric that knows no
-        places, every cell gets the image's.
+        The mean over the cells need not be the image's value (PSNR is a logarithm); here, for a metric without spatial
+        values, every cell gets the image's.
         """
         return self(pred, target)[:, None, None].expand(-1, *grid)
 
     def describe(self) -> dict[str, object]:
-        """Everything that two results must share to be comparable (goes into the JSON)."""
+        """Everything that two results must share to be comparable; stored in the JSON."""
         return {"label": self.label, "class": f"{type(self).__module__}:{type(self).__qualname__}"}
 
 

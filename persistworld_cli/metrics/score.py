@@ -1,4 +1,4 @@
-"""Metrics of predicted images, and the one reward of a rollout that they make.
+"""Metrics of predicted images, and the reward of a rollout that they make up.
 
 Shape legend: B rollouts, N frames, V cameras, H x W pixels.
 """
@@ -19,9 +19,9 @@ from persistworld_cli.stages import stage
 
 
 class _Images:
-    """Rollouts as the flat images that metrics take: a recording's first, then the rollouts that share it.
+    """Rollouts as the flat images that metrics take.
 
-    drawn (M, 3, H, W) and known (T, 3, H, W) in [0, 1], M a multiple of T, in the order that `Metric` asks for.
+    drawn (M, 3, H, W) and known (T, 3, H, W) in [0, 1], M a multiple of T, in the order that `Metric` requires.
     """
 
     def __init__(self, pred: Tensor, target: Tensor) -> None:
@@ -37,7 +37,7 @@ class _Images:
         self.known = target.flatten(0, 2)
 
     def by_rollout(self, value: Tensor, label: str) -> Tensor:
-        """A metric's values (M, ...) back in the rollouts' order: (B, N, V, ...)."""
+        """A metric's values (M, ...) in the rollouts' order: (B, N, V, ...)."""
         if not bool(torch.isfinite(value).all()):
             raise PersistWorldError(
                 f"{label} is not finite",
@@ -59,11 +59,11 @@ class Scorer:
     """Scores rollouts against the recording.
 
     Attributes:
-        names: the metrics that are computed, in the order of tables.
-        labels: name -> what to show for it (``lpips (untrained)`` where it is that).
-        registered: name -> the metric itself.
-        referees: name -> a metric that is computed with the others and is no part of the reward (`beside`).
-        caveat: what anyone who reads the reward must know (``lpips (untrained)``), or "".
+        names: the computed metrics, in the order of tables.
+        labels: name -> label (``lpips (untrained)`` for that one).
+        registered: name -> metric.
+        referees: name -> metric that is computed too and is no part of the reward (`with_referees`).
+        caveat: what a reader of the reward must know (``lpips (untrained)``), or "".
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class Scorer:
         device: torch.device | str = "cpu",
         names: Iterable[str] | None = None,
     ) -> None:
-        """Build the metrics that have a weight, and those in ``names`` beside them (for reports).
+        """Build the metrics that have a weight, and those in ``names`` (for reports).
 
         Raises:
-            UsageError: a name that is not registered, or camera weights that do not fit the cameras.
+            UsageError: an unknown name, or camera weights that do not match the cameras.
         """
         self.device = torch.device(device)
         cameras = len(world.cameras)
@@ -85,7 +85,7 @@ class Scorer:
             raise UsageError(
                 f"{len(given)} camera weights {list(given)} for {cameras} cameras",
                 where="rewards.camera_weights",
-                fix="give one weight >= 0 a camera, not all 0, or none at all for equal weights",
+                fix="give one weight >= 0 per camera, not all 0, or none at all for equal weights",
             )
         self.camera_weights = torch.tensor(given, dtype=torch.float32, device=self.device) / sum(given)
         self.weights: dict[str, float] = {}
@@ -102,8 +102,8 @@ class Scorer:
         self.referees: dict[str, Referee] = {}
         self.caveat = ", ".join(label for label in self.labels.values() if "untrained" in label)
 
-    def beside(self, referees: Mapping[str, Referee]) -> Scorer:
-        """The same metrics and reward, with referees computed beside them."""
+    def with_referees(self, referees: Mapping[str, Referee]) -> Scorer:
+        """The same metrics and reward, with referees computed too."""
         scorer = copy.copy(self)
         scorer.referees = dict(referees)
         scorer.names = (*self.names, *referees)
@@ -116,14 +116,14 @@ class Scorer:
 
         Args:
             pred: (B, N, V, 3, H, W) in [0, 1].
-            target: the same shape, or (B/k, N, V, 3, H, W): each recording then belongs to k rollouts in a row
+            target: the same shape, or (B/k, N, V, 3, H, W): each recording then belongs to k consecutive rollouts
                 (the candidates of a group), and what depends only on it is computed once.
 
         Returns:
             name -> (B, N, V) float32.
 
         Raises:
-            PersistWorldError: shapes that do not fit, or a metric that is not finite.
+            PersistWorldError: shapes that do not match, or a metric that is not finite.
         """
         images = _Images(pred.to(self.device), target.to(self.device))
         return {

@@ -17,11 +17,11 @@ from persistworld_cli.errors import PersistWorldError
 
 WINDOW = 7
 K1, K2 = 0.01, 0.03
-CHUNK = {"cpu": 1 << 17, "cuda": 1 << 24}  # numbers at a time: what stays in a CPU's cache is twice as fast
+CHUNK = {"cpu": 1 << 17, "cuda": 1 << 24}  # numbers at a time: twice as fast within a CPU's cache
 
 
 def _sums(x: Tensor, dim: int, window: int) -> Tensor:
-    """Sum over every whole window along one dimension, from those of half the window: six times as fast as pooling."""
+    """Sum over every whole window along one dimension, by halving: six times as fast as pooling."""
     if window == 1:
         return x
     half, count = window // 2, x.shape[dim] - window + 1

@@ -1,9 +1,9 @@
 """Shift-tolerant LPIPS (Ghildyal and Liu, ECCV 2022), with the weights of the package stlpips_pytorch if it is there.
 
-LPIPS pays for exact places: an image that is right but a pixel to the side scores badly. This metric hardly does, so it
-is a fit referee beside a reward that holds LPIPS. Only the package's weights are read (AlexNet, BSD 2-clause). Its code
-is not imported: that needs IPython and torchsummary, and its file of blurred pooling is not for commercial use. The
-network here is written from the paper; ``tests/metrics/test_referees.py`` holds it to values of the package.
+LPIPS penalises a shift by one pixel heavily, this metric hardly, so it is a useful referee of a reward that contains
+LPIPS. Only the package's weights are read (AlexNet, BSD 2-clause). Its code is not imported: that needs IPython and
+torchsummary, and its blurred pooling is not for commercial use. The network here is written from the paper;
+``tests/metrics/test_referees.py`` compares it with values of the package.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class StLpips(Lpips):
 
 
 def _blurred(features: Tensor) -> Tensor:
-    """Half as large, after a binomial 3x3 filter: a shift by one pixel then moves no feature out of the grid."""
+    """Half as large, after a binomial 3x3 filter: a shift by one pixel then moves no feature off the grid."""
     row = torch.tensor([0.25, 0.5, 0.25], dtype=features.dtype, device=features.device)
     channels = features.shape[1]
     kernel = torch.outer(row, row).expand(channels, 1, 3, 3)

@@ -1,11 +1,11 @@
-"""Masks that the user gives (``--masks``): on which pixels of the recording an object, a robot or a hand is seen.
+"""The user's masks (``--masks``): the pixels of the recording that show an object, a robot or a hand.
 
-    DIR/<episode>/<camera>/<frame>.png     one image a recorded frame; anything but 0 is marked
+    DIR/<episode>/<camera>/<frame>.png     one image per recorded frame; every value but 0 is marked
     DIR/<episode>/<camera>.npz             or one array (T, H, W) for the whole episode
 
-``<camera>`` is a name of ``world.cameras`` or its number, ``<frame>`` the recorded frame's number (leading zeros do not
-matter). Every frame that is scored needs its mask, an empty one where nothing is to be seen; a camera that no episode
-has masks of is left out.
+``<camera>`` is a name of ``world.cameras`` or its number, ``<frame>`` the recorded frame's number (leading zeros are
+ignored). Every scored frame needs a mask, an empty one if nothing is visible; a camera without masks in all episodes is
+left out.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ LAYOUT = "DIR/<episode>/<camera>/<frame>.png (or DIR/<episode>/<camera>.npz), se
 
 @dataclass(frozen=True)
 class MaskSet:
-    """Masks of one thing, checked.
+    """Checked masks of one thing.
 
     Attributes:
-        name: what tables call it.
+        name: in tables.
         files: (episode, camera) -> frame -> PNG, or the one npz under the key -1; cameras without masks are absent.
         size: (V, H, W).
-        sha256: of all files that are used.
+        sha256: of all used files.
     """
 
     name: str
@@ -42,15 +42,13 @@ class MaskSet:
     sha256: str
 
     def load(self, episode: str, frames: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Masks (N, V, H, W) of recorded frames; nothing is marked where a camera has none."""
+        """Masks (N, V, H, W) of recorded frames; all False for a camera without masks."""
         out = np.zeros((len(frames), *self.size), dtype=bool)
         for camera in range(self.size[0]):
-            own = self.files.get((episode, camera))
-            if own is None:
-                continue
+            own = self.files.get((episode, camera), {})
             if -1 in own:
                 out[:, camera] = _array(own[-1])[frames] != 0
-            else:
+            elif own:
                 for row, frame in enumerate(frames.tolist()):
                     out[row, camera] = _image(own[frame])
         return out
@@ -72,11 +70,11 @@ def parse_masks(text: str) -> tuple[str, Path]:
 def open_masks(
     text: str, needed: Mapping[str, Sequence[int]], cameras: Sequence[str], height: int, width: int
 ) -> MaskSet:
-    """Find and check every mask that will be needed, before any compute.
+    """Find and check every needed mask, before any compute.
 
     Args:
-        text: `parse_masks`'s.
-        needed: episode -> recorded frames that are scored.
+        text: as for `parse_masks`.
+        needed: episode -> scored frames of the recording.
         cameras: names, in order.
         height, width: of the recorded images.
 
@@ -94,7 +92,9 @@ def open_masks(
     used = sorted({camera for _, camera in found})
     if not used:
         raise PersistWorldError(
-            f"no masks of the episodes {_some(list(needed))} here", where=str(folder), fix=f"lay them out as {LAYOUT}"
+            f"no masks of the episodes {', '.join(list(needed)[:5])}{' ...' if len(needed) > 5 else ''} here",
+            where=str(folder),
+            fix=f"lay them out as {LAYOUT}",
         )
     digest = hashlib.sha256()
     for episode, frames in needed.items():
@@ -124,7 +124,7 @@ def _files(folder: Path, label: str, camera: int) -> dict[int, Path] | None:
 
 
 def _check(own: Mapping[int, Path], frames: Sequence[int], where: Path, size: tuple[int, int]) -> list[Path]:
-    """The files that the frames need. Raises PersistWorldError where one is missing or of another size."""
+    """The files of the frames. Raises PersistWorldError if one is missing or of another size."""
     if -1 in own:
         shape = _array(own[-1]).shape
         if len(shape) != 3 or shape[1:] != size or shape[0] <= max(frames):
@@ -139,7 +139,7 @@ def _check(own: Mapping[int, Path], frames: Sequence[int], where: Path, size: tu
         raise PersistWorldError(
             f"masks of {len(missing)} of {len(frames)} frames are missing (first: frame {missing[0]})",
             where=str(where),
-            fix="write one PNG a recorded frame, named by its number; an empty one where nothing is to be seen",
+            fix="write one PNG per recorded frame, named by its number; an empty one if nothing is visible",
         )
     for frame in frames:
         got = _size(own[frame])
@@ -159,7 +159,7 @@ def _size(path: Path) -> tuple[int, int]:
 
 
 def _image(path: Path) -> NDArray[np.bool_]:
-    """What a PNG marks: (H, W); of coloured ones every pixel that is not black, of palettes every index but 0."""
+    """The marked pixels of a PNG, (H, W): all but black ones, or all but index 0 of a palette."""
     with reading("unreadable mask", path, "write it again"), Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB") if image.mode not in ("1", "L", "P", "I;16", "I") else image)
     return (pixels.any(axis=-1) if pixels.ndim == 3 else pixels) != 0
@@ -172,7 +172,3 @@ def _array(path: Path) -> NDArray[np.generic]:
             raise ValueError(f"{len(data.files)} arrays instead of one")
         array: NDArray[np.generic] = data[data.files[0]]
         return array
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""From the rewards of a group of candidates to what the objective needs (method.md section 4, step 3).
+"""Rewards of a group of candidates -> advantages, optimality and the kept candidates (method.md section 4, step 3).
 
 Shape legend: G groups (start states), K candidates of a group.
 """
@@ -16,8 +16,8 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     """``(R - mean) / (std + eps)`` in each group, with the population's std (DiffusionNFT's code).
 
     Args:
-        rewards: (G, K), or (G, K, ...) with rewards of parts of a candidate, each compared with its own kind.
-        eps: keeps a group of equal rewards at 0 instead of 0/0.
+        rewards: (G, K), or (G, K, ...) with rewards of parts of a candidate, each compared with the same part.
+        eps: gives a group of equal rewards 0 instead of 0/0.
 
     Returns:
         The same shape; mean 0 over the candidates.
@@ -32,7 +32,7 @@ def optimality(advantages: Tensor, clip: float = 1.0) -> Tensor:
 
 
 def keep_extremes(rewards: Tensor, best: int, worst: int) -> Tensor:
-    """Which candidates of each group the update uses.
+    """The candidates of each group that the update uses.
 
     Args:
         rewards: (G, K).
@@ -40,10 +40,10 @@ def keep_extremes(rewards: Tensor, best: int, worst: int) -> Tensor:
 
     Returns:
         (G, best + worst) int64 candidate indices: the best from the top down, then the worst from the bottom up.
-        Equal rewards count as falling with the index, so that every process and run picks the same ones.
+        Equal rewards are ordered by index, so that every process and run picks the same ones.
 
     Raises:
-        UsageError: more asked for than there are candidates, or none at all.
+        UsageError: more than there are candidates, or none at all.
     """
     candidates = rewards.shape[1]
     if best < 0 or worst < 0 or not 0 < best + worst <= candidates:
@@ -57,15 +57,15 @@ def keep_extremes(rewards: Tensor, best: int, worst: int) -> Tensor:
 
 
 def credit_map(optimality: Tensor, weights: Tensor, size: tuple[int, int]) -> Tensor:
-    """Optimality of parts of the images as a factor of each latent pixel (ours).
+    """Optimality of image parts, for each latent pixel (ours).
 
     Args:
         optimality: (M, N, V, rows, columns) of N frames and V cameras.
-        weights: (V,) of the cameras; where it is 0 nothing is learned (r = 1/2 makes both branches cancel).
+        weights: (V,) of the cameras; those with 0 teach nothing (at r = 1/2 both branches cancel).
         size: (h1, w) of one camera's latent.
 
     Returns:
-        (M, 1 + N, 1, V * h1, w); the first frame, which no image scores, gets 1/2.
+        (M, 1 + N, 1, V * h1, w); the first frame, which is not scored, gets 1/2.
     """
     count, frames, views = optimality.shape[:3]
     used = torch.where(weights.view(1, 1, -1, 1, 1) > 0, optimality, 0.5)

@@ -18,7 +18,7 @@ from persistworld_cli.seeding import generator
 
 @dataclass(frozen=True)
 class Draws:
-    """Every random number of one loss, so that a test can give them and a resumed run can repeat them.
+    """Every random number of one loss, so that a test can supply them and a resumed run can repeat them.
 
     Args:
         current_u: (B,) uniform; the current frame's noise level is `current_noise * u`.
@@ -44,19 +44,19 @@ class Draws:
         b, n, *frame = shape
 
         def normal(*size: int) -> torch.Tensor:
-            return torch.randn(size, generator=generator).to(device)
+            return torch.randn(b, *size, generator=generator).to(device)
 
-        def uniform(*size: int) -> torch.Tensor:
-            return torch.rand(size, generator=generator).to(device)
+        def uniform() -> torch.Tensor:
+            return torch.rand(b, generator=generator).to(device)
 
         return cls(
-            current_u=uniform(b),
-            current_noise=normal(b, *frame),
-            keep_u=uniform(b),
-            sigma_z=normal(b),
-            noise=normal(b, n - history, *frame),
-            history_z=normal(b, history),
-            history_noise=normal(b, history, *frame),
+            current_u=uniform(),
+            current_noise=normal(*frame),
+            keep_u=uniform(),
+            sigma_z=normal(),
+            noise=normal(n - history, *frame),
+            history_z=normal(history),
+            history_noise=normal(history, *frame),
         )
 
     @classmethod
@@ -126,8 +126,3 @@ def clip_losses(
     learns_text = "text_encoder" in options.parts and torch.is_grad_enabled()
     text = model.text_embeds(list(batch.texts), grad=learns_text) if model.settings.text_cond else None
     return denoising_loss(model, latents, actions, text, draws, options)
-
-
-def batch_loss(model: WorldModel, batch: ClipBatch, options: PretrainSettings, seed: int, first: int) -> torch.Tensor:
-    """Mean of `clip_losses`."""
-    return clip_losses(model, batch, options, seed, first).mean()

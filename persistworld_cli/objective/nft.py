@@ -5,17 +5,7 @@ Shapes: M candidates, everything after the first dimension is averaged.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-
-
-class NftTerms(NamedTuple):
-    """Per-candidate terms (M,): the policy loss, and the two branches' mean squared errors."""
-
-    policy: torch.Tensor
-    plus: torch.Tensor
-    minus: torch.Tensor
 
 
 def _item_mean(x: torch.Tensor) -> torch.Tensor:
@@ -30,8 +20,8 @@ def nft_loss(
     *,
     beta: float,
     weighting: str = "self",
-) -> NftTerms:
-    """r |D+ - x0|^2 + (1 - r) |D- - x0|^2 with D+ = (1-b) old + b theta, D- = (1+b) old - b theta.
+) -> torch.Tensor:
+    """(M,) r |D+ - x0|^2 + (1 - r) |D- - x0|^2 with D+ = (1-b) old + b theta, D- = (1+b) old - b theta.
 
     Args:
         theta: trained policy's clean prediction (M, ...); the only one with a gradient.
@@ -43,21 +33,17 @@ def nft_loss(
             DiffusionNFT's code does.
     """
     old, x0 = old.detach(), x0.detach()
-    errors = {"plus": (1 - beta) * old + beta * theta - x0, "minus": (1 + beta) * old - beta * theta - x0}
-    r = optimality if optimality.ndim > 1 else optimality.view(-1, *[1] * (x0.ndim - 1))
-    terms = {}
-    for name, error in errors.items():
-        share = r if name == "plus" else 1 - r
+    ones = [1] * (x0.ndim - 1)
+    r = optimality if optimality.ndim > 1 else optimality.view(-1, *ones)
+
+    def branch(prediction: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        error = prediction - x0
         square = error**2
         if weighting == "self":
-            size = _item_mean(error.detach().abs()).clamp(min=1e-5) * beta
-            square = square / size.view(-1, *[1] * (x0.ndim - 1))
-        terms[name] = _item_mean(share * square)
-    return NftTerms(
-        terms["plus"] + terms["minus"],
-        _item_mean(errors["plus"].detach() ** 2),
-        _item_mean(errors["minus"].detach() ** 2),
-    )
+            square = square / (_item_mean(error.detach().abs()).clamp(min=1e-5) * beta).view(-1, *ones)
+        return _item_mean(share * square)
+
+    return branch((1 - beta) * old + beta * theta, r) + branch((1 + beta) * old - beta * theta, 1 - r)
 
 
 def kl_to_reference(theta: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -72,8 +58,6 @@ def sampling_decay(step: int, kind: str, rate: float, maximum: float) -> float:
     """
     if kind == "constant":
         return maximum
-    if kind == "ramp":
-        return min(rate * step, maximum)
-    if kind == "late-ramp":
-        return min(max(0, step - 75) * rate, maximum)
+    if kind in ("ramp", "late-ramp"):
+        return min(rate * max(0, step - 75 if kind == "late-ramp" else step), maximum)
     raise ValueError(f"unknown schedule '{kind}'")

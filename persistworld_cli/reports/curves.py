@@ -1,8 +1,9 @@
-"""Curves as PNG files: a metric over the horizon with bands, and the change of every rollout."""
+"""Curves as PNG files: metrics over the horizon, changes of rollouts, what a training run logged."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from persistworld_cli.files import whole_file
-from persistworld_cli.reports.tables import heading
+from persistworld_cli.reports.tables import heading, signed_span
 
 MODEL_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377")  # safe for colour-blind readers (Paul Tol)
+_SMOOTHED_FROM = 40  # lines in a log from which a mean over neighbours is drawn over the numbers themselves
 REFERENCE = {"floor": ("#888888", "--"), "ceiling": ("#888888", ":")}
 
 
@@ -126,8 +128,8 @@ def uncertainty_plot(path: Path, result: Mapping[str, Any]) -> None:
             time = np.broadcast_to((np.arange(variance.shape[1]) + 1) * step_s, variance.shape)
             dots = plot.scatter(variance, error, c=time, s=12, cmap="viridis", linewidths=0)
             _spread_out(plot, variance, error)
-            rho = "-" if row["rho"] is None else f"{row['rho']:+.2f} [{_short(row['low'])}, {_short(row['high'])}]"
-            plot.set_title(f"{model}, {group}\nrho {rho}, within a step {_short(row['within_step'])}", fontsize=9)
+            rho, within = signed_span(row["rho"], row["low"], row["high"]), signed_span(row["within_step"])
+            plot.set_title(f"{model}, {group}\nrho {rho}, within a step {within}", fontsize=9)
             plot.set_xlabel("variance between seeds (latents)", fontsize=9)
             plot.set_ylabel("squared error (images)", fontsize=9)
             style_axes(plot)
@@ -164,10 +166,6 @@ def _numbers(rows: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
     return np.array([[np.nan if value is None else value for value in row] for row in rows])
 
 
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.2f}"
-
-
 def save_figure(figure: Figure, path: Path) -> None:
     """Write it as a PNG and close it. Raises CannotWrite."""
     try:
@@ -175,3 +173,84 @@ def save_figure(figure: Figure, path: Path) -> None:
             figure.savefig(partial, dpi=130, format="png")
     finally:
         plt.close(figure)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: its title, and the logged names with what to call each; on a logarithmic axis where numbers allow."""
+
+    title: str
+    series: Mapping[str, str]
+    log: bool = False
+
+
+POST_TRAIN_PANELS = (
+    Panel("reward of the candidates", {"reward": "reward"}),
+    Panel("spread of the reward in a group", {"group_spread": "std"}),
+    Panel("trained against sampling policy", {"theta_old": "|D_theta - D_old|"}),
+    Panel("trained against reference", {"theta_reference": "|D_theta - D_ref|"}),
+    Panel("held-out closed loop", {"val_reward": "sampling policy", "val_base": "base"}),
+    Panel("candidates / record", {"sharpness": "sharpness", "motion": "motion"}),
+    Panel("use of actions: ln(wrong / right)", {"action_margin": "sampling policy", "action_margin_base": "base"}),
+    Panel(
+        "referees outside the reward",
+        {"val_sharpness_gap": "sharpness gap", "val_st_lpips": "st_lpips", "val_objects_kept": "objects kept"},
+    ),
+)
+PRETRAIN_PANELS = (
+    Panel("denoising loss", {"loss": "training", "val_loss": "held out, averaged weights"}, log=True),
+    Panel("gradient norm", {"grad_norm": "before clipping"}, log=True),
+    Panel("use of actions: ln(wrong / right)", {"action_margin": "averaged weights"}),
+    Panel("held-out closed loop", {"val_reward": "averaged weights", "val_base": "first weights"}),
+)
+
+
+def training_curves(
+    path: Path, title: str, history: Sequence[Mapping[str, float]], panels: Sequence[Panel], columns: int = 3
+) -> None:
+    """Write a PNG of the panels that have data; none without data.
+
+    Args:
+        path: PNG to write.
+        title: over everything.
+        history: lines of metrics.jsonl, each with ``step``.
+        panels: what to draw.
+        columns: panels per row.
+    """
+    drawn = [panel for panel in panels if any(name in line for line in history for name in panel.series)]
+    if not drawn:
+        return
+    columns = min(columns, len(drawn))
+    rows = -(-len(drawn) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.0 * rows), squeeze=False)
+    for place, axis in enumerate(axes.flat):
+        if place < len(drawn):
+            _draw(axis, drawn[place], history)
+        else:
+            axis.set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def _draw(axis: Axes, panel: Panel, history: Sequence[Mapping[str, float]]) -> None:
+    """One panel; points where there are few."""
+    for (name, label), colour in zip(panel.series.items(), MODEL_COLOURS, strict=False):
+        steps = np.array([line["step"] for line in history if name in line])
+        values = np.array([line[name] for line in history if name in line], dtype=float)
+        if len(values) < _SMOOTHED_FROM:
+            axis.plot(steps, values, color=colour, linewidth=1.4, marker="o", markersize=3, label=label)
+            continue
+        width = len(values) // 20
+        mean = np.convolve(values, np.ones(width) / width, mode="valid")
+        axis.plot(steps, values, color=colour, linewidth=0.6, alpha=0.35)
+        axis.plot(steps[width // 2 : width // 2 + len(mean)], mean, color=colour, linewidth=1.8, label=label)
+    known = np.array([line[name] for line in history for name in panel.series if name in line])
+    if panel.log and known.min() > 0:
+        axis.set_yscale("log")
+    axis.set_title(panel.title, fontsize=10)
+    axis.set_xlabel("update", fontsize=9)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.tick_params(which="both", labelsize=8)
+    style_axes(axis)
+    axis.legend(fontsize=8, frameon=False)

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from persistworld_cli.reports.tables import new_table
+from persistworld_cli.reports.tables import new_table, percent
 
 
 def rollout_tables(result: Mapping[str, Any]) -> Group:
@@ -46,15 +46,15 @@ def _confusion(against: Mapping[str, Any]) -> Table:
         ("simulated images", against["judge_on_simulated"], against["judge_on_simulated"]["pearson_r"]),
     ):
         keys = ("n", "true_positive", "false_positive", "false_negative", "true_negative", "undecided")
-        table.add_row(name, *(str(one[key]) for key in keys), _percent(one["accuracy"]), _r(r))
+        table.add_row(name, *(str(one[key]) for key in keys), percent(one["accuracy"]), _r(r))
     return table
 
 
 def _words(against: Mapping[str, Any]) -> str:
     imagined, simulated, gap = against["imagined"], against["simulated"], against["progress"]["mean_absolute_error"]
     lines = [
-        f"success imagined {_percent(imagined['success'])} of {imagined['n']}, "
-        f"simulated {_percent(simulated['success'])} of {simulated['n']}; "
+        f"success imagined {percent(imagined['success'])} of {imagined['n']}, "
+        f"simulated {percent(simulated['success'])} of {simulated['n']}; "
         f"progress {_share(imagined['progress'])} and {_share(simulated['progress'])}, {_share(gap)} apart on average."
     ]
     if against["progress"]["pearson_r"] is None:
@@ -77,10 +77,10 @@ def leaderboard_tables(result: Mapping[str, Any]) -> Group:
         "means over tasks; intervals over all rollouts as if they were one task's",
     )
     for row in result["policies"]:
-        cells = [_span(row["success"], row["low"], row["high"]), str(row["n"]), _share(row["progress"])]
+        cells = [percent(row["success"], row["low"], row["high"]), str(row["n"]), _share(row["progress"])]
         cells += [str(row["undecided"]), str(row["incomplete"])]
         if predicted:
-            cells += [_span(row["real"], row["real_low"], row["real_high"]), str(row["real_n"] or "-")]
+            cells += [percent(row["real"], row["real_low"], row["real_high"]), str(row["real_n"] or "-")]
         table.add_row(escape(row["policy"]), escape(", ".join(row["tasks"])), *cells)
     if not predicted:
         return Group(table)
@@ -122,16 +122,5 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f}%"
-
-
 def _r(value: float | None) -> str:
     return "undefined" if value is None else f"{value:+.3f}"
-
-
-def _span(value: float | None, low: float | None, high: float | None) -> str:
-    """``40% [20, 64]``."""
-    if value is None:
-        return "-"
-    return _percent(value) if low is None or high is None else f"{_percent(value)} [{100 * low:.0f}, {100 * high:.0f}]"

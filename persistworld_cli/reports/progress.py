@@ -1,4 +1,4 @@
-"""Progress for long work: a bar with rate and time left where somebody watches, plain lines where nobody does."""
+"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Meter:
     """Counts work on stderr. Use as a context manager; `advance(n, reward=0.1)` shows the numbers beside the count.
 
     Args:
-        label: what is being done.
-        total: how much there is; may be set later.
-        done: how much was done before (a resumed run).
+        label: of the work.
+        total: amount of work; may be set later.
+        done: amount done before (a resumed run).
         quiet: show nothing (ranks other than 0).
     """
 
@@ -54,7 +54,7 @@ class Meter:
             self._line("")
 
     def advance(self, amount: int = 1, **numbers: float) -> None:
-        """`amount` more is done; `numbers` are shown with 4 digits."""
+        """Count `amount` more; show `numbers` with 4 digits."""
         self.done += amount
         shown = " ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self._bar is not None:

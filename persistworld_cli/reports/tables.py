@@ -89,12 +89,18 @@ def _paired_rows(result: Mapping[str, Any], group: str) -> list[tuple[str, list[
     return [("  change", change), ("  win rate", wins), ("  verdict", verdicts)]
 
 
+def percent(value: float | None, low: float | None = None, high: float | None = None) -> str:
+    """``81%``, ``81% [57, 93]``, or ``-``."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.0f}%" + ("" if low is None or high is None else f" [{100 * low:.0f}, {100 * high:.0f}]")
+
+
 def win_rate(row: Mapping[str, Any]) -> str:
     """``81% [57, 93] of 16``."""
     if not row["rollouts"]:
         return "-"
-    low, high = (f"{100 * row[key]:.0f}" for key in ("win_low", "win_high"))
-    return f"{100 * row['win_rate']:.0f}% [{low}, {high}] of {row['rollouts']}"
+    return f"{percent(row['win_rate'], row['win_low'], row['win_high'])} of {row['rollouts']}"
 
 
 def diagnostics_table(result: Mapping[str, Any]) -> Table:
@@ -113,13 +119,13 @@ def diagnostics_table(result: Mapping[str, Any]) -> Table:
     for group in result["groups"]:
         for index, model in enumerate(model["label"] for model in result["models"]):
             drift = result["drift_per_s"][group]["psnr"][model]
-            cells = [Text(_span(drift["mean"], drift["low"], drift["high"]))]
+            cells = [Text(signed_span(drift["mean"], drift["low"], drift["high"]))]
             cells += [_margin(result, group, model, kind) for kind in following["kinds"]]
             cells += [
                 Text(number(r["value"], "psnr")) for r in fvd["rows"] if (r["model"], r["cameras"]) == (model, group)
             ]
             cells += [
-                Text(f"{_span(r['rho'], r['low'], r['high'])} ({number(r['within_step'], 'psnr', signed=True)})")
+                Text(f"{signed_span(r['rho'], r['low'], r['high'])} ({signed_span(r['within_step'])})")
                 for r in uncertainty["rows"]
                 if (r["model"], r["cameras"]) == (model, group)
             ]
@@ -128,10 +134,10 @@ def diagnostics_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def _span(value: float | None, low: float | None, high: float | None) -> str:
-    """``+1.50 [+1.40, +1.60]``."""
+def signed_span(value: float | None, low: float | None = None, high: float | None = None) -> str:
+    """``+1.50``, ``+1.50 [+1.40, +1.60]``, or ``-``."""
     middle, below, above = (number(part, "psnr", signed=True) for part in (value, low, high))
-    return "-" if value is None else f"{middle} [{below}, {above}]"
+    return middle if value is None or (low is None and high is None) else f"{middle} [{below}, {above}]"
 
 
 def _margin(result: Mapping[str, Any], group: str, model: str, kind: str) -> Text:
@@ -143,7 +149,7 @@ def _margin(result: Mapping[str, Any], group: str, model: str, kind: str) -> Tex
     )
     style = {"follows": "green", "better under wrong actions": "red"}.get(row["verdict"], "")
     barely = ", barely" if row["verdict"] == "follows" and row["margin"] < BARELY else ""
-    return Text(f"{_span(row['margin'], row['low'], row['high'])}\n{row['verdict']}{barely}", style)
+    return Text(f"{signed_span(row['margin'], row['low'], row['high'])}\n{row['verdict']}{barely}", style)
 
 
 def _diagnostics_caption(result: Mapping[str, Any]) -> str:

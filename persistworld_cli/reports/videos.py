@@ -151,60 +151,56 @@ def side_by_side(
 # -- a rollout against its recording ------------------------------------------------------------------------------
 
 
-def write_rollout_sheet(
-    path: Path,
-    title: str,
-    settings: Settings,
-    recording: Recording,
-    drawn: Mapping[str, Images],
-    scores: Mapping[str, ScoredRollout],
-) -> None:
-    """Write a PNG: recording and models as rows, time as columns, a block per camera; the first column is the start.
+@dataclass(frozen=True)
+class ComparedRollout:
+    """A rollout against its recording, to draw.
 
-    Args:
-        path: PNG to write.
+    Attributes:
         title: over everything.
         settings: for cameras and rate.
         recording: what is predicted.
         drawn: model -> predicted frames (n, V, H, W, 3), n the frames that were recorded.
         scores: model -> its scores.
     """
-    length = int(recording.valid.sum())
-    shown = _columns(length, 8)
-    blocks = []
-    for camera, name in enumerate(camera_names(settings)):
-        rows = []
-        for label, frames in {"recorded": recording.frames[:length], **drawn}.items():
-            whole = np.concatenate([recording.first[None, camera], frames[:, camera]])
-            notes = []
-            if label in scores:
-                psnr, ssim = (float(np.nanmean(scores[label].scores[key][:, camera])) for key in ("psnr", "ssim"))
-                notes = [f"psnr {psnr:.1f} dB", f"ssim {ssim:.3f}"]
-            rows.append((label, whole[shown], notes))
-        blocks.append(SheetBlock(name, rows))
-    columns = ["start (real)" if frame == 0 else f"{frame / settings.world.rate_hz:.1f} s" for frame in shown]
-    contact_sheet(path, title, columns, blocks)
 
+    title: str
+    settings: Settings
+    recording: Recording
+    drawn: Mapping[str, Images]
+    scores: Mapping[str, ScoredRollout]
 
-def write_rollout_video(
-    path: Path,
-    title: str,
-    settings: Settings,
-    recording: Recording,
-    drawn: Mapping[str, Images],
-    scores: Mapping[str, ScoredRollout],
-) -> None:
-    """Write an mp4: recording over models, step, time and scores drawn on each frame. Arguments as above."""
-    length = int(recording.valid.sum())
-    new_frames, rate = settings.model.num_frames - 1, settings.world.rate_hz
-    first = recording.first[None]
-    rows = [VideoRow("recorded", np.concatenate([first, recording.frames[:length]]))]
-    for label, frames in drawn.items():
-        psnr, ssim = (np.nanmean(scores[label].scores[name][:length], axis=1) for name in ("psnr", "ssim"))
-        notes = [f"psnr {a:.1f} dB  ssim {b:.3f}" for a, b in zip(psnr, ssim, strict=True)]
-        rows.append(VideoRow(label, np.concatenate([first, frames]), ["start (real)", *notes]))
-    times = ["start", *(f"step {frame // new_frames + 1}   {(frame + 1) / rate:.1f} s" for frame in range(length))]
-    write_mp4(path, side_by_side(title, camera_names(settings), rows, times), rate)
+    def write_sheet(self, path: Path) -> None:
+        """Write a PNG: recording and models as rows, times from the start as columns, a block per camera."""
+        length = int(self.recording.valid.sum())
+        shown = _columns(length, 8)
+        blocks = []
+        for camera, name in enumerate(camera_names(self.settings)):
+            rows = []
+            for label, frames in {"recorded": self.recording.frames[:length], **self.drawn}.items():
+                whole = np.concatenate([self.recording.first[None, camera], frames[:, camera]])
+                notes = []
+                if label in self.scores:
+                    psnr, ssim = (
+                        float(np.nanmean(self.scores[label].scores[key][:, camera])) for key in ("psnr", "ssim")
+                    )
+                    notes = [f"psnr {psnr:.1f} dB", f"ssim {ssim:.3f}"]
+                rows.append((label, whole[shown], notes))
+            blocks.append(SheetBlock(name, rows))
+        columns = ["start (real)" if frame == 0 else f"{frame / self.settings.world.rate_hz:.1f} s" for frame in shown]
+        contact_sheet(path, self.title, columns, blocks)
+
+    def write_video(self, path: Path) -> None:
+        """Write an mp4: recording over models, with step, time and scores drawn on each frame."""
+        length = int(self.recording.valid.sum())
+        new_frames, rate = self.settings.model.num_frames - 1, self.settings.world.rate_hz
+        first = self.recording.first[None]
+        rows = [VideoRow("recorded", np.concatenate([first, self.recording.frames[:length]]))]
+        for label, frames in self.drawn.items():
+            psnr, ssim = (np.nanmean(self.scores[label].scores[name][:length], axis=1) for name in ("psnr", "ssim"))
+            notes = [f"psnr {a:.1f} dB  ssim {b:.3f}" for a, b in zip(psnr, ssim, strict=True)]
+            rows.append(VideoRow(label, np.concatenate([first, frames]), ["start (real)", *notes]))
+        times = ["start", *(f"step {frame // new_frames + 1}   {(frame + 1) / rate:.1f} s" for frame in range(length))]
+        write_mp4(path, side_by_side(self.title, camera_names(self.settings), rows, times), rate)
 
 
 # -- a rollout without a recording --------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""Action adapters: what a policy commands (joint velocities) -> where the arm's joints will be.
+"""Action adapters: commanded joint velocities of a policy -> the arm's future joint angles.
 
-DROID's controller scales a velocity of 1 to at most 0.2 rad a control step (15 Hz), and the arm lags behind: over real
-episodes the motion a frame is about 0.054 of the velocity (method.md section 6). Two adapters:
-`GainAdapter` sums gain x velocity; `MlpAdapter` is Ctrl-World's network, which has learnt the lag.
+DROID's controller scales a velocity of 1 to at most 0.2 rad per control step (15 Hz), and the arm lags behind: in real
+episodes the motion per frame is about 0.054 of the velocity (method.md section 6). `GainAdapter` sums gain x velocity;
+`MlpAdapter` is Ctrl-World's network, which has learnt the lag.
 Shapes: velocities (R, 7), R = 15 rows at 15 Hz; joints (7,) rad now -> (R, 7) rad after each row's control step.
 """
 
@@ -26,7 +26,7 @@ NUM_JOINTS = 7
 MLP_ROWS = 15
 DEFAULT_GAIN = 0.054
 
-# Percentiles (1st, 99th) that Ctrl-World's adapter was trained with: commanded velocity, joint change over the 15 rows.
+# Percentiles (1st, 99th) of Ctrl-World's adapter: commanded velocity, joint change over the 15 rows.
 _VELOCITY_P01 = (-0.4077107, -0.79047304, -0.47850373, -0.8666644, -0.6729502, -0.5602032, -0.692411)
 _VELOCITY_P99 = (0.4900636, 0.7259861, 0.45910007, 0.79220384, 0.69864315, 0.648198, 0.810115)
 _DELTA_P01 = (-0.2801219, -0.397792, -0.22935797, -0.3351759, -0.42025003, -0.36825255, -0.450706)
@@ -57,8 +57,8 @@ class GainAdapter:
 class MlpAdapter(torch.nn.Module):
     """Ctrl-World's adapter: 112 -> 512 -> 512 -> 105 with SiLU.
 
-    In: joints raw, then 15 x 7 velocities mapped to [-1, 1] by their percentiles (not clipped). Out: for each row and
-    joint a share of the range of joint changes, added to the joints now.
+    In: raw joints, then 15 x 7 velocities mapped to [-1, 1] by their percentiles (not clipped). Out: for each row and
+    joint a share of the range of joint changes, added to the current joints.
     """
 
     def __init__(self) -> None:
@@ -76,8 +76,8 @@ class MlpAdapter(torch.nn.Module):
     def forward(self, velocities: ArrayLike, joints: ArrayLike) -> Float:
         """(R, 7) velocities and (7,) joints -> (R, 7) joints.
 
-        The network takes exactly 15 rows: a shorter chunk (pi0, pi0-FAST) is held at its last velocity behind its end,
-        and only its own rows are given back.
+        The network takes exactly 15 rows: a shorter chunk (pi0, pi0-FAST) is padded with its last velocity, and only
+        its own rows are returned.
 
         Raises:
             PersistWorldError: more than 15 rows.
@@ -105,12 +105,12 @@ def load_adapter(kind: str, gain: float = DEFAULT_GAIN, meta: Path | None = None
     """The adapter that the settings name.
 
     Args:
-        kind: ``gain`` (the given number for every joint), ``meta`` (fitted by build-meta), or an MLP's weights file.
+        kind: ``gain`` (one number for every joint), ``meta`` (fitted by build-meta), or an MLP's weights file.
         gain: for ``gain``.
         meta: build-meta's ``adapter.json``, for ``meta``.
 
     Raises:
-        PersistWorldError: the file is missing or does not hold what it should.
+        PersistWorldError: the file is missing or invalid.
     """
     if kind == "gain":
         return GainAdapter(gain)
@@ -123,9 +123,8 @@ def _read_gain(path: Path | None) -> Float:
     """(7,) gains out of build-meta's ``adapter.json``: a number or a list under ``gain``."""
     fix = "run persistworld build-meta on the dataset, or take --adapter gain"
     if path is None or not path.is_file():
-        raise PersistWorldError(
-            "the dataset has no fitted action adapter", where=str(path or "policy.adapter"), fix=fix
-        )
+        where = str(path or "policy.adapter")
+        raise PersistWorldError("the dataset has no fitted action adapter", where=where, fix=fix)
     with reading("not an action adapter", path, fix):
         data = read_json(path, "not an action adapter", fix)
         gain = np.broadcast_to(np.asarray(data["gain"], dtype=np.float64), (NUM_JOINTS,))
@@ -135,7 +134,7 @@ def _read_gain(path: Path | None) -> Float:
 
 
 def _load_mlp(path: Path) -> MlpAdapter:
-    """The network with weights from safetensors, or from a torch file (``weights_only``)."""
+    """The network, with weights from safetensors or a torch file (``weights_only``)."""
     if not path.is_file():
         raise PersistWorldError(
             f"no action adapter '{path}'",
@@ -144,28 +143,21 @@ def _load_mlp(path: Path) -> MlpAdapter:
         )
     tensors = _read_tensors(path)
     model = MlpAdapter()
-    expected = model.state_dict()
-    found = {name: _find(tensors, name) for name in expected}
-    for name, tensor in found.items():
-        if tensor is None or tensor.shape != expected[name].shape:
-            got = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
-            raise PersistWorldError(
-                f"'{name}' {got}; expected {tuple(expected[name].shape)}",
-                where=str(path),
-                fix="this is not Ctrl-World's action adapter (112-512-512-105)",
-            )
-    model.load_state_dict({name: tensor.float() for name, tensor in found.items() if tensor is not None})
+    found: dict[str, torch.Tensor] = {}
+    for name, expected in model.state_dict().items():
+        # whatever prefix it was saved under (``weights.``, ``module.``)
+        matches = [tensor for key, tensor in tensors.items() if key == name or key.endswith("." + name)]
+        if len(matches) != 1 or matches[0].shape != expected.shape:
+            got = f"has shape {tuple(matches[0].shape)}" if len(matches) == 1 else "is missing"
+            fix = "this is not Ctrl-World's action adapter (112-512-512-105)"
+            raise PersistWorldError(f"'{name}' {got}; expected {tuple(expected.shape)}", where=str(path), fix=fix)
+        found[name] = matches[0].float()
+    model.load_state_dict(found)
     return model.eval().requires_grad_(False)
 
 
-def _find(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
-    """The tensor called ``name``, under whatever prefix it was saved (``weights.``, ``module.``)."""
-    matches = [tensor for key, tensor in tensors.items() if key == name or key.endswith("." + name)]
-    return matches[0] if len(matches) == 1 else None
-
-
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a file, by name; a torch file may hold them one level down (a checkpoint with other entries)."""
+    """Every tensor of a file, by name; those of a torch file may be nested one level."""
     with reading("cannot read the action adapter", path, "give safetensors, or a plain state dict"):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -1,7 +1,7 @@
 """The keyboard map: one key -> one interaction's poses (method.md section 6).
 
-A pose is x y z (m), roll pitch yaw (rad), gripper (0 open .. 1 closed). Keys move in the base frame by one step along
-an axis, or open and close the gripper; which key does what is the preset's (`drive.keys`).
+A pose is x y z (m), roll pitch yaw (rad), gripper (0 open .. 1 closed). A key moves by one step along an axis of the
+base frame, or opens or closes the gripper; the preset maps keys to actions (`drive.keys`).
 """
 
 from __future__ import annotations
@@ -26,19 +26,14 @@ _REPEATED = re.compile(r"(?P<key>[^*])(?:\*(?P<count>[1-9]\d{0,2})(?!\d))?")  # 
 
 
 def key_help(keys: Mapping[str, str] | None = None) -> str:
-    """Every key with what it does, for messages; ``keys`` is a key map (`drive.keys`), by default the default one."""
+    """Every key with its action, for messages; ``keys``: a key map (`drive.keys`), else the default one."""
     return ", ".join(f"{key} {ACTIONS[action]}" for key, action in (keys or DriveSettings().keys).items())
 
 
 def parse_keys(text: str, keys: Mapping[str, str] | None = None) -> list[str]:
     """``"lllrrr"`` -> its keys. ``l*3`` is ``lll``; spaces and commas between keys are ignored.
 
-    Args:
-        text: what was typed.
-        keys: the key map (`drive.keys`); by default the default one.
-
-    Raises:
-        UsageError: no key at all, or one that the map does not have (the message lists those that it has).
+    ``keys`` is the key map (`drive.keys`), else the default one. Raises UsageError for an unknown key, or none at all.
     """
     known = keys or DriveSettings().keys
     found: list[str] = []
@@ -68,7 +63,7 @@ class KeyMap:
     settings: DriveSettings = field(default_factory=DriveSettings)
 
     def meaning(self, key: str) -> str:
-        """What a key does, in words."""
+        """The action of a key, in words."""
         return ACTIONS[self.settings.keys[key]]
 
     def chunk(self, pose: ArrayLike, key: str, rows: int = 5) -> Float:
@@ -76,8 +71,8 @@ class KeyMap:
 
         Args:
             pose: (7,) the current pose.
-            key: one key; an unknown one means no motion, as in the reference (`parse_keys` refuses it before).
-            rows: number of poses, the first of which is the current one.
+            key: one key; an unknown one is no motion, as in the reference (`parse_keys` refuses it before).
+            rows: number of poses, from the current one.
 
         Returns:
             (rows, 7) float64: linear from the pose to its goal; xyz of every row inside the workspace.

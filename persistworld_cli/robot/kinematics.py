@@ -46,17 +46,9 @@ PANDA = Arm(
 
 
 def joint_frames(joints: ArrayLike, arm: Arm = PANDA) -> Float:
-    """Frames of every joint and of the flange.
+    """Frames of every joint and, last, of the flange in the base frame: (..., J) rad -> (..., J + 1, 4, 4).
 
-    Args:
-        joints: (..., J) rad.
-        arm: the arm's table.
-
-    Returns:
-        (..., J + 1, 4, 4) in the base frame; the last one is the flange.
-
-    Raises:
-        ValueError: the last axis does not hold the arm's number of joints.
+    Raises ValueError for a wrong number of joints.
     """
     angle = np.asarray(joints, dtype=np.float64)
     if angle.ndim == 0 or angle.shape[-1] != arm.num_joints:
@@ -104,15 +96,10 @@ def pose_of_frame(frame: Float) -> Float:
 
 
 def jacobian(joints: ArrayLike, arm: Arm = PANDA, tool_z: float = 0.0) -> Float:
-    """Geometric Jacobian of a point `tool_z` m beyond the flange along its z.
-
-    Args:
-        joints: (..., J) rad.
-        arm: the arm's table.
-        tool_z: distance of the point from the flange, m.
+    """Geometric Jacobian at joints (..., J) rad of a point `tool_z` m beyond the flange along its z, in the base frame.
 
     Returns:
-        (..., 6, J): rows 0..2 velocity of the point, rows 3..5 angular velocity, for 1 rad/s of each joint, base frame.
+        (..., 6, J): rows 0..2 velocity of the point, rows 3..5 angular velocity, for 1 rad/s of each joint.
     """
     frames = joint_frames(joints, arm)
     axes, origins = frames[..., :-1, :3, 2], frames[..., :-1, :3, 3]

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from persistworld_cli.reports.tables import COLOURS, new_table
+from persistworld_cli.reports.tables import COLOURS, new_table, percent
 
 
 def study_tables(result: Mapping[str, Any]) -> Group:
@@ -41,7 +41,7 @@ def _preference(result: Mapping[str, Any]) -> Table:
             escape(pair) if pair != last else "",
             row["cameras"],
             *(str(row[name]) for name in ("prefer_new", "prefer_base", "cannot_tell")),
-            rate(row, "low", "high"),
+            percent(row["rate"], row["low"], row["high"]),
             p_value(row["binomial_p"]),
             "-" if row["kappa"] is None else f"{row['kappa']:.2f} {row['kappa_words']}",
             _over_episodes(row),
@@ -54,14 +54,8 @@ def _preference(result: Mapping[str, Any]) -> Table:
 def _over_episodes(row: Mapping[str, Any]) -> str:
     if row["verdict"] == "too few":
         return f"{row['episodes']} episodes"
-    return f"{rate(row, 'episodes_low', 'episodes_high')} of {row['episodes']}, p {p_value(row['episodes_p'])}"
-
-
-def rate(row: Mapping[str, Any], low: str, high: str) -> str:
-    """``75% [51, 90]``."""
-    if row["rate"] is None:
-        return "-"
-    return f"{100 * row['rate']:.0f}% [{100 * row[low]:.0f}, {100 * row[high]:.0f}]"
+    over = percent(row["rate"], row["episodes_low"], row["episodes_high"])
+    return f"{over} of {row['episodes']}, p {p_value(row['episodes_p'])}"
 
 
 def p_value(p: float) -> str:

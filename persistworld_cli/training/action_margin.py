@@ -1,16 +1,16 @@
 """Does the model use its actions? Held-out clips denoised with their own actions, and with those of other clips.
 
-A model that ignores actions predicts the likeliest motion, and its loss is the same under any of them. The margin of a
-clip is ln(loss with another clip's actions / loss with its own), with the same noise: 0 where actions are ignored, 0.02
-where wrong ones cost 2%. The logarithm lets clips of all noise levels count alike.
+A model that ignores actions has the same loss under any of them. The margin of a clip is ln(loss with another clip's
+actions / loss with its own), with the same noise: 0 if actions are ignored, 0.02 if wrong ones cost 2%. The logarithm
+weights clips of all noise levels equally.
 
-Shapes: n clips, B together.
+Shapes: n clips.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -23,15 +23,10 @@ from persistworld_cli.data.clips.mixture import ClipMixture
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.objective.denoising import clip_losses
 
-CLIPS, TOGETHER = 32, 8  # fixed held-out clips, and how many of them make a batch
+CLIPS, BATCH = 32, 8  # fixed held-out clips
 SEED = 123
-MARGIN, ERROR, BASE, FALL, FALL_ERROR = (
-    "action_margin",
-    "action_margin_se",
-    "action_margin_base",
-    "action_margin_fall",
-    "action_margin_fall_se",
-)
+MARGIN, ERROR = "action_margin", "action_margin_se"
+BASE, FALL, FALL_ERROR = "action_margin_base", "action_margin_fall", "action_margin_fall_se"
 
 
 @dataclass(frozen=True)
@@ -44,8 +39,7 @@ class HeldOutLosses:
     @property
     def margins(self) -> NDArray[np.float64]:
         """(n,) ln(wrong / right)."""
-        margins: NDArray[np.float64] = np.log(self.wrong) - np.log(self.right)
-        return margins
+        return np.asarray(np.log(self.wrong) - np.log(self.right))
 
     def numbers(self) -> dict[str, float]:
         """The mean margin and its standard error, to log."""
@@ -64,7 +58,7 @@ def held_out_losses(
     options: PretrainSettings,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> HeldOutLosses:
-    """Losses of the weights in place on the same `CLIPS` held-out clips, under the same draws, each time.
+    """Losses of the current weights on the same `CLIPS` held-out clips, under the same draws, each time.
 
     Args:
         model: in evaluation mode.
@@ -82,19 +76,14 @@ def clip_by_clip(
 ) -> NDArray[np.float64]:
     """Loss (n,) of each of the fixed clips; with ``wrong`` actions, those of the clip before it in its batch."""
     losses = []
-    for k in range(CLIPS // TOGETHER):
-        batch = source.batch(SEED, k, TOGETHER)
+    for k in range(CLIPS // BATCH):
+        batch = source.batch(SEED, k, BATCH)
         actions = batch.actions.roll(1, 0) if wrong else batch.actions
-        losses.append(clip_losses(model, batch, options, SEED, k * TOGETHER, actions))
+        losses.append(clip_losses(model, batch, options, SEED, k * BATCH, actions))
     return torch.cat(losses).double().cpu().numpy()
 
 
 def against_base(now: HeldOutLosses, base: NDArray[np.float64]) -> dict[str, float]:
-    """The margin beside that of the weights that training began from: by how much it fell, paired over the clips."""
+    """The margin of the initial weights, and by how much it fell since, paired over the clips."""
     fall, error = mean_and_error(base - now.margins)
     return {BASE: float(base.mean()), FALL: fall, FALL_ERROR: error}
-
-
-def uses_actions(numbers: Mapping[str, float]) -> bool:
-    """Whether the margin is above noise: more than two standard errors."""
-    return numbers[MARGIN] > 2 * numbers[ERROR]

@@ -1,4 +1,4 @@
-"""Prefix, branch, score: where post-training's candidates come from (PersistWorld, arXiv 2603.25685).
+"""Prefix, branch, score, credit: post-training's candidates (PersistWorld, arXiv 2603.25685).
 
 Shapes: G groups on this rank, K candidates a group, F chunks, L frames a chunk, V cameras, H x W image.
 Every draw is a function of (seed, update, global number of the group), so the split over ranks changes nothing.
@@ -7,7 +7,7 @@ Every draw is a function of (seed, update, global number of the group), so the s
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,6 +19,7 @@ from persistworld_cli.config.settings import PostTrainSettings
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.metrics.score import Scorer
+from persistworld_cli.objective.advantage import credit_map, group_advantages, optimality
 from persistworld_cli.rollout.engine import Inputs, RolloutEngine, RolloutState
 from persistworld_cli.rollout.images import draw_images, to_unit
 from persistworld_cli.rollout.recording import Item, NoiseKey, Start
@@ -41,7 +42,7 @@ class Candidates:
 
     inputs: of each chunk, rows (G * K); x0: each chunk's latents (G * K, L, C, h, w); reward (G, K);
     metrics: name -> (G * K, frames, V); images (G * K, frames, V, 3, H, W) and recorded (G, ...), frames F * (L - 1);
-    seconds: by kind of work.
+    seconds: by stage.
     """
 
     inputs: list[Inputs]
@@ -63,8 +64,8 @@ def prefix_limit(options: PostTrainSettings, update: int) -> int:
 def exploration(keys: Iterable[NoiseKey], x0: torch.Tensor, views: int, options: PostTrainSettings) -> torch.Tensor:
     """Smooth noise (M, L, C, h, w) for candidates x0 of that shape; row 0, which no image scores, stays 0 (ours).
 
-    A model sampled in one call hardly varies, and a group without spread teaches nothing: its candidates are then the
-    prediction with Gaussian exploration around it, one number a channel and cell of `credit_grid`, frame and camera.
+    A model sampled in one call hardly varies, and a group without spread teaches nothing: candidates are then the
+    prediction plus Gaussian noise, one number per frame, camera, channel and cell of `credit_grid`.
     """
     rows, columns = options.credit_grid
     _, frames, channels, height, width = x0.shape
@@ -78,7 +79,7 @@ def exploration(keys: Iterable[NoiseKey], x0: torch.Tensor, views: int, options:
 
 
 class CandidateMaker:
-    """Makes candidates with whatever policy is active on the engine's model (it should be the sampling policy)."""
+    """Makes candidates with the policy that is active on the engine's model (it should be the sampling policy)."""
 
     def __init__(
         self,
@@ -90,40 +91,38 @@ class CandidateMaker:
     ) -> None:
         self.engine, self.store, self.scorer, self.options = engine, store, scorer, options
         self.split = split
-        self._read = lru_cache(64)(lambda episode: store.annotation(split, episode))
+        self._annotation = lru_cache(64)(lambda episode: store.annotation(split, episode))
         steps = options.steps or engine.sampling.steps
         self.brancher = RolloutEngine(engine.model, replace(engine.sampling, steps=steps), engine.stat, engine.entries)
         self.num_frames = engine.model.settings.num_frames
+        self.new_frames = self.num_frames - 1
         index = store.index(split)  # every annotation of a large dataset would take minutes to read
         lengths = {episode: int(length) for episode, length in zip(index.ids, index.lengths, strict=True)}
-        needed = (self.num_frames - 1) * (self._least_prefix() + options.chunks) + 1
+        least = options.prefix_max if options.prefix == "fixed" else 0
+        needed = self.new_frames * (least + options.chunks) + 1
         self.lengths = {episode: lengths[episode] for episode in sorted(lengths) if lengths[episode] >= needed}
         self.episodes = list(self.lengths)
         if not self.episodes:
             raise PersistWorldError(
-                f"no {split} episode is long enough: prefix {self._least_prefix()} and {options.chunks} chunk(s) need "
+                f"no {split} episode is long enough: prefix {least} and {options.chunks} chunk(s) need "
                 f"{needed} frames, the longest has {max(lengths.values(), default=0)}",
                 where="post_train.prefix_max",
                 fix="shorten the prefix or add longer episodes",
             )
-
-    def _least_prefix(self) -> int:
-        return self.options.prefix_max if self.options.prefix == "fixed" else 0
 
     def plan(self, update: int, number: int) -> GroupPlan:
         """Group `number` (over all ranks) of an update."""
         options = self.options
         rng = np.random.default_rng((options.seed, update, number))
         episode = self.episodes[rng.integers(len(self.episodes))]
-        most = (self.lengths[episode] - 1) // (self.num_frames - 1) - options.chunks
-        longest = min(prefix_limit(options, update), most)
+        longest = min(prefix_limit(options, update), (self.lengths[episode] - 1) // self.new_frames - options.chunks)
         prefix = longest if options.prefix == "fixed" else int(rng.integers(longest + 1))
-        last_start = self.lengths[episode] - 1 - (self.num_frames - 1) * (prefix + options.chunks)
+        last_start = self.lengths[episode] - 1 - self.new_frames * (prefix + options.chunks)
         return GroupPlan(episode, int(rng.integers(last_start + 1)), prefix, number)
 
     def start(self, plan: GroupPlan) -> Start:
         """Where a group's prefix begins."""
-        annotation = self._read(plan.episode)
+        annotation = self._annotation(plan.episode)
         return Start(Item(plan.episode, plan.start, self.options.seed), self.split, annotation, annotation.text)
 
     def poses(self, plan: GroupPlan, interaction: int) -> np.ndarray:
@@ -131,7 +130,7 @@ class CandidateMaker:
         return self.start(plan).poses(interaction, self.num_frames)[None]
 
     def prefixes(self, plans: list[GroupPlan], update: int) -> list[RolloutState]:
-        """Roll every group's prefix out, all together, and hand each its own state (1 row) when it is there."""
+        """Roll out all groups' prefixes in one batch; each group's own state (1 row) at the end of its prefix."""
         keys: list[NoiseKey] = [(self.options.seed, f"prefix {update}", p.number) for p in plans]
         state = self.engine.start_from(self.store, [self.start(p) for p in plans], keys)
         live = list(range(len(plans)))
@@ -151,12 +150,11 @@ class CandidateMaker:
 
     @torch.no_grad()
     def make(self, plans: list[GroupPlan], update: int, numbers: range | None = None) -> Candidates:
-        """Prefix, branches and scores of some groups: all K, or those of the K that are numbered here."""
+        """Prefix, branches and scores of some groups: all K candidates, or those of the given numbers."""
         options = self.options
         drawn = numbers or range(options.candidates)
         k = len(drawn)
-        seconds = {}
-        clock = time.perf_counter()
+        clock = [time.perf_counter()]
         states = [
             state.branch([(options.seed, f"branch {update} {p.number}", i) for i in drawn])
             for state, p in zip(self.prefixes(plans, update), plans, strict=True)
@@ -174,23 +172,21 @@ class CandidateMaker:
                 state.append(x0[g * k : (g + 1) * k, -1], poses[g][:, -1])
             chunks_in.append(inputs)
             chunks_x0.append(x0)
-        seconds["sampling"] = time.perf_counter() - clock
-        clock = time.perf_counter()
+        clock.append(time.perf_counter())
         model, sampling = self.engine.model, self.engine.sampling
         images = torch.cat([draw_images(model, x, sampling)[:, 1:] for x in chunks_x0], dim=1)
-        seconds["decoding"] = time.perf_counter() - clock
-        clock = time.perf_counter()
+        clock.append(time.perf_counter())
         recorded = torch.stack([self.recorded(p) for p in plans]).to(images.device)
         metrics = self.scorer.metrics(images, recorded)
         reward = self.scorer.reward(metrics).view(len(plans), k)
-        seconds["scoring"] = time.perf_counter() - clock
+        clock.append(time.perf_counter())
+        seconds = dict(zip(("sampling", "decoding", "scoring"), np.diff(clock).tolist(), strict=True))
         return Candidates(chunks_in, chunks_x0, reward, metrics, images, recorded, seconds)
 
     def _sample(self, inputs: Inputs, noise: torch.Tensor) -> torch.Tensor:
-        """In runs that fit: `micro_batch` x 4 rows at once."""
+        """`micro_batch` x 4 rows at a time."""
         size = max(1, self.options.micro_batch * 4)
-        runs = range(0, noise.shape[0], size)
-        parts = [slice(i, i + size) for i in runs]
+        parts = [slice(i, i + size) for i in range(0, noise.shape[0], size)]
         return torch.cat([self.brancher.sample(self.engine.condition(inputs.select(p)), noise[p]) for p in parts])
 
     def recorded_latents(self, plan: GroupPlan, chunk: int) -> torch.Tensor:
@@ -202,3 +198,39 @@ class CandidateMaker:
         """The recorded images (F * (L - 1), V, 3, H, W) in [0, 1] that a group is scored against."""
         ids = self.start(plan).row_ids(plan.prefix, self.num_frames, self.options.chunks)[1:]
         return to_unit(self.store.frames(self.split, plan.episode, ids.tolist()))
+
+
+def credit(
+    made: Candidates,
+    scorer: Scorer,
+    options: PostTrainSettings,
+    whole: Callable[[torch.Tensor], torch.Tensor] = lambda part: part,
+) -> torch.Tensor:
+    """Optimality r in [0, 1] of every candidate, for `objective.nft.nft_loss`.
+
+    The paper gives a candidate one number. But a candidate is good in one corner and bad in another, and a group of 8
+    cannot tell which corner made the difference; finer credit compares each frame, camera and patch with the same part
+    of the other candidates (ours).
+
+    Args:
+        made: candidates; their reward is of all K of a group, the rest of those that this rank drew.
+        scorer, options: how they are scored and credited.
+        whole: values of this rank's candidates -> of all of their groups (`sharing.Share.whole`).
+
+    Returns:
+        (G * K,) by ``rollout``, (G * K, F, L, 1, h, w) by ``frame`` and ``patch``.
+    """
+    groups, candidates = made.reward.shape
+    if options.credit == "rollout":
+        return optimality(group_advantages(made.reward), options.adv_clip).flatten()
+    if options.credit == "frame":
+        local = whole(scorer.by_image(made.metrics))[..., None, None]
+    else:
+        rows, columns = options.credit_grid
+        local = whole(scorer.local(made.images, made.recorded, (rows, columns)))
+    advantage = group_advantages(local.unflatten(0, (groups, candidates)))
+    r = optimality(advantage, options.adv_clip).flatten(0, 1)  # (G * K, F * (L - 1), V, rows, columns)
+    height, width = made.x0[0].shape[-2:]
+    size = (height // r.shape[2], width)
+    chunks = r.unflatten(1, (options.chunks, -1)).unbind(1)
+    return torch.stack([credit_map(chunk, scorer.camera_weights, size) for chunk in chunks], dim=1)

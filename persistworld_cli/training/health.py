@@ -1,7 +1,7 @@
-"""What to look at while post-training runs: does the reward move, for the right reason, does the held-out loop agree.
+"""Health of post-training: does the reward rise, for the right reason, and does the held-out closed loop agree.
 
-Users of such methods see reward that stands still (no spread, a sampling policy that is never behind) or that moves for
-the wrong reason (blur, standing still): each has its number here; `warnings` watches them. Shapes as in `candidates`.
+A reward may stall (no spread, identical policies) or rise for the wrong reason (blur, no motion): each has its number
+here; `warnings` watches them. Shapes as in `candidates`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def candidate_health(
 
     Args:
         made: scored candidates.
-        kept: (G, m + n) which of them are learned from.
+        kept: (G, m + n) indices of those that are trained on.
         cameras: names, in stacking order.
-        labels: metric -> what to call it (`Scorer.labels`).
+        labels: metric -> label (`Scorer.labels`).
     """
     best = made.reward.gather(1, kept)
     spread = made.reward.std(dim=1)
@@ -57,9 +57,9 @@ def _gradient(images: Tensor, dim: int) -> float:
 
 @dataclass
 class CollapseGuard:
-    """Watches closed-loop validation: after `checks` falls in a row, and below the base, the run has collapsed.
+    """Detects a collapse: closed-loop validation falls `checks` times in a row and is below the base.
 
-    checks: how many; 0 switches the guard off. best: highest score so far, and `state` the policies that had it.
+    checks: 0 disables the guard. best: highest score so far; state: the policies that had it.
     """
 
     checks: int
@@ -68,12 +68,7 @@ class CollapseGuard:
     state: dict[str, Any] | None = None
 
     def see(self, score: float, state: dict[str, Any]) -> bool:
-        """Note a check; `state` is copied if it is the best one. True: collapsed.
-
-        Args:
-            score: reward on the fixed held-out starts, less the base's.
-            state: policies, to roll back to.
-        """
+        """Note a check: its reward less the base's, and the policies, which are copied if best. True: collapsed."""
         self.scores.append(score)
         if score > self.best:
             self.best, self.state = score, copy.deepcopy(state)
@@ -82,7 +77,7 @@ class CollapseGuard:
         return self.checks > 0 and len(last) == self.checks + 1 and falls and score < 0
 
     def rolled_back(self) -> None:
-        """Forget the fall: the next check is compared with the best one."""
+        """Compare the next check with the best one."""
         self.scores = [self.best]
 
     def snapshot(self) -> dict[str, Any]:
@@ -90,5 +85,5 @@ class CollapseGuard:
         return {"scores": self.scores, "best": self.best, "state": self.state}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """What `snapshot` gave."""
+        """Load what `snapshot` gave."""
         self.scores, self.best, self.state = list(saved["scores"]), saved["best"], saved["state"]

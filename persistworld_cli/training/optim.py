@@ -1,8 +1,10 @@
-"""Optimisers: Muon for matrices with AdamW for the rest, or AdamW for all."""
+"""Optimisers (Muon for matrices and AdamW for the rest, or AdamW alone), learning-rate schedules, weight averages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ KINDS = ("muon", "adamw")
 
 
 def inputs_and_outputs(model: nn.Module) -> list[nn.Parameter]:
-    """Embeddings and the first and last convolutions: maps from and to data, which Muon is not meant for."""
+    """Embeddings and the first and last convolutions, which Muon is not meant for."""
     ends = ("conv_in.", "conv_out.", "embedding")
     return [p for name, p in model.named_parameters() if any(end in name for end in ends)]
 
@@ -23,7 +25,7 @@ class Optimizers:
     """One or two optimisers stepped together.
 
     Args:
-        parameters: everything that learns; matrices, and convolution kernels as (out, rest), go to Muon.
+        parameters: all trained ones; matrices, and convolution kernels as (out, rest), go to Muon.
         kind: "muon" or "adamw".
         lr: learning rate of both; by default Muon's update has AdamW's size (Liu et al., arXiv 2502.16982).
         weight_decay: decoupled, of both.
@@ -87,3 +89,68 @@ class Optimizers:
         """What `state` gave."""
         for optimizer, state in zip(self.all, states, strict=True):
             optimizer.load_state_dict(state)
+
+
+def lr_factor(step: int, total: int, warmup: int, decay: str) -> float:
+    """Factor on the learning rate at `step`: linear warm-up, then constant, or a half cosine down to 2%."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if decay == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, total - warmup)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class WeightAverage:
+    """Exponential moving average of parameters, with the usual warm-up of the decay: min(decay, (1 + n) / (10 + n)).
+
+    A decay of 0 disables it: the parameters are their own average.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        self.decay, self.count = decay, 0
+        self.shadow = self._copies(parameters)
+
+    def _copies(self, parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+        return [p.detach().clone().float() for p in parameters] if self.decay else []
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[nn.Parameter]) -> None:
+        """One step towards the current values."""
+        self.count += 1
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        if self.shadow:
+            for average, p in zip(self.shadow, parameters, strict=True):
+                average.lerp_(p.detach().float(), 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Overwrite the parameters with their averages."""
+        if self.shadow:
+            for average, p in zip(self.shadow, parameters, strict=True):
+                p.copy_(average)
+
+    @contextmanager
+    def in_place_of(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """The averages in place of the parameters' own values, for a block."""
+        kept = [p.detach().clone() for p in parameters] if self.shadow else []
+        self.copy_to(parameters)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in zip(parameters, kept, strict=False):
+                    p.copy_(value)
+
+    def state(self) -> dict[str, Any]:
+        """To resume from."""
+        return {"average": self.shadow, "count": self.count}
+
+    def load_state(self, state: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        """What `state` gave; starts anew from `parameters` if that has no average, or none is set now."""
+        saved = state["average"]
+        if not self.decay or not saved:
+            self.shadow, self.count = self._copies(parameters), 0
+            return
+        self.shadow = [s.to(p.device) for s, p in zip(saved, parameters, strict=True)]
+        self.count = state["count"]

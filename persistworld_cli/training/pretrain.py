@@ -1,12 +1,15 @@
 """`persistworld pretrain`: teacher-forced training of the world model on recorded clips.
 
-Clips and all that is drawn for each are functions of (seed, number of the clip in the run), so a resumed run repeats an
-unbroken one, and several processes do what one would.
+Clips and all random draws are functions of (seed, number of the clip in the run), so a resumed run repeats an
+unbroken one, and several processes compute what one would.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +26,28 @@ from persistworld_cli.data.clips.loader import ClipLoader
 from persistworld_cli.data.clips.mixture import ClipMixture, open_clips
 from persistworld_cli.data.clips.store import ActionStat, EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.models.world_model import WorldModel, build_world_model
-from persistworld_cli.objective.denoising import batch_loss
-from persistworld_cli.reports.progress import Meter
-from persistworld_cli.reports.training_curves import PRETRAIN_PANELS, training_curves
+from persistworld_cli.objective.denoising import clip_losses
+from persistworld_cli.reports.curves import PRETRAIN_PANELS, training_curves
+from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.stages import stage
-from persistworld_cli.training.optim import Optimizers, inputs_and_outputs
-from persistworld_cli.training.pretrain_checks import PretrainChecks
-from persistworld_cli.training.resuming import require_same_shapes
-from persistworld_cli.training.run import GO_ON, Interrupted, Run
-from persistworld_cli.training.schedule import WeightAverage, lr_factor
+from persistworld_cli.training.action_margin import clip_by_clip, held_out_losses
+from persistworld_cli.training.optim import Optimizers, WeightAverage, inputs_and_outputs, lr_factor
+from persistworld_cli.training.run import FREE_DISK, Run, Trainer
+from persistworld_cli.training.states import require_same_shapes
+from persistworld_cli.training.validation import ClosedLoopCheck, HeldOut, SampleVideos
+from persistworld_cli.training.warnings import IgnoredActions, Warnings
 
 logger = logging.getLogger(__name__)
+_USE_ACTIONS = (
+    "Check that actions and frames are of the same time, and that action_encoder is in pretrain.parts (build-meta "
+    "--check reports actions that never change); lower pretrain.token_drop, or train longer"
+)
 
 
 def initial_model(settings: Settings, request: PretrainRequest, device: torch.device) -> WorldModel:
-    """From the settings' weights; by request from scratch, but for the VAE.
+    """From the settings' weights; with `--scratch` from random ones, except the VAE's.
 
     Stable Video Diffusion's weights lack two parts: the text encoder then comes from CLIP, the action encoder is fresh.
     """
@@ -54,7 +63,7 @@ def initial_model(settings: Settings, request: PretrainRequest, device: torch.de
 
 
 def trained_parameters(model: WorldModel, options: PretrainSettings) -> list[torch.nn.Parameter]:
-    """Parameters of the parts that learn; everything else is frozen."""
+    """Parameters of the trained parts (`pretrain.parts`); everything else is frozen."""
     model.requires_grad_(False)
     for part in options.parts:
         if not isinstance(module := getattr(model, part, None), torch.nn.Module):
@@ -68,27 +77,180 @@ def trained_parameters(model: WorldModel, options: PretrainSettings) -> list[tor
 def save_weights(
     model: WorldModel, folder: Path, carried: WeightFiles | None = None, stat: ActionStat | None = None
 ) -> Path:
-    """All parts as one safetensors file under Ctrl-World's names, whole or not at all.
+    """Write all parts as one safetensors file under Ctrl-World's names, atomically.
 
     Args:
         model: what was trained.
-        folder: where the file goes.
-        carried: what the checkpoint it began from holds beside (an image encoder), taken over as it is.
-        stat: the percentiles that actions are scaled by, which the file then carries.
+        folder: of the file.
+        carried: tensors of the initial checkpoint that are not the model's (an image encoder), copied unchanged.
+        stat: the percentiles that scale actions, recorded in the file.
 
     Raises:
-        CannotWrite: the disk is full or closed to us.
+        CannotWrite: the disk is full or read-only.
     """
     path = folder / "model.safetensors"
     own = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    save_safetensors(path, {**own, **(carried.load() if carried else {})}, scale_note(stat), GO_ON)
+    save_safetensors(path, {**own, **(carried.load() if carried else {})}, scale_note(stat), FREE_DISK)
     return path
+
+
+class Pretrainer(Trainer):
+    """Everything that one update of pretraining needs; validation is of the averaged weights.
+
+    Args:
+        settings, request: what `run` takes.
+        work: processes, state and logs.
+        loader: training clips.
+        val: held-out clips; None if the dataset has none.
+        store: the dataset, with the percentiles that scale actions.
+
+    Raises:
+        PersistWorldError: rollouts are requested, and the split has no episodes.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        request: PretrainRequest,
+        work: Run,
+        loader: ClipLoader,
+        val: ClipMixture | None,
+        store: EpisodeStore,
+    ) -> None:
+        self.settings, self.options, self.work, self.loader, self.val = settings, settings.pretrain, work, loader, val
+        options = self.options
+        self.model = initial_model(settings, request, work.device)
+        self.parameters = trained_parameters(self.model, options)
+        if options.gradient_checkpointing:
+            self.model.unet.enable_gradient_checkpointing()
+        self.optimizers = Optimizers(
+            self.parameters,
+            options.optimizer,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            betas=(0.9, options.beta2),
+            by_adamw=inputs_and_outputs(self.model),
+        )
+        self.average = WeightAverage(self.parameters, options.ema)
+        self.warnings = Warnings([IgnoredActions(_USE_ACTIONS)], work)
+        self.last_loss = float("nan")
+        if val is None and options.validate_every and work.main:
+            logger.warning("no held-out episodes: neither their loss nor whether actions are used is measured")
+        engine = RolloutEngine(self.model, settings.sampling, store.stat())
+        held = partial(HeldOut, settings, engine, store, work, steps=options.check_steps, batch=8)
+        self.loop: ClosedLoopCheck | None = None
+        if options.check_every:
+            scorer = Scorer(settings.rewards, settings.world, work.device)
+            self.loop = ClosedLoopCheck(held(count=options.check_rollouts), scorer)
+        self.videos = SampleVideos(held(count=options.video_rollouts)) if options.video_every else None
+
+    @property
+    def title(self) -> str:
+        """Name of the run, with what a reader of its held-out reward must know."""
+        caveat = self.loop.scorer.caveat if self.loop else ""
+        return f"pretrain, {caveat}" if caveat else "pretrain"
+
+    def begin(self, step: int) -> None:
+        """Before update ``step``: open its clips, and roll out the first weights, with which checks compare."""
+        work, options = self.work, self.options
+        self.batches = self.loader.batches(options.seed, step * options.accumulate, work.rank, work.world)
+        if self.loop and self.loop.base is None:
+            with self.averaged():
+                self.loop.base = self.loop.scores()
+        self.model.train()
+
+    def update(self, step: int) -> dict[str, float]:
+        """One update; its numbers, where it is one to log."""
+        options, work, done = self.options, self.work, step + 1
+        lr = options.lr * lr_factor(step, options.updates, options.warmup, options.decay)
+        self.optimizers.set_lr(lr)
+        for part in range(options.accumulate):
+            batch = next(self.batches)
+            first = ((step * options.accumulate + part) * work.world + work.rank) * len(batch.latents)
+            with work.accelerator.autocast():
+                loss = clip_losses(self.model, batch, options, options.seed, first).mean()
+            with stage("backward"):
+                (loss / options.accumulate).backward()
+        work.average_gradients(self.parameters)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.max_grad_norm)
+        if not torch.isfinite(norm):
+            work.save(step, self.state())
+            raise PersistWorldError(
+                f"gradient is not finite at update {done}", where="pretrain", fix="lower pretrain.lr; state saved"
+            )
+        self.optimizers.step()
+        self.average.update(self.parameters)
+        self.last_loss = loss.item()
+        if done % options.log_every:
+            return {}
+        mean = sum(work.gather([self.last_loss])) / work.world
+        return {"loss": mean, "grad_norm": norm.item(), "lr": lr}
+
+    def checks(self, done: int, numbers: dict[str, float]) -> dict[str, float]:
+        """Held-out loss and use of actions, closed loop, videos and warnings, each at its own rate."""
+        checked: dict[str, float] = {}
+        if self.val is not None and _due(done, self.options.validate_every):
+            with self.averaged():
+                losses = held_out_losses(self.model, self.val, self.options, self.work.accelerator.autocast)
+            checked |= {"val_loss": float(losses.right.mean()), **losses.numbers()}
+        if self.loop and _due(done, self.options.check_every):
+            checked |= self.loop.check(nullcontext, self.averaged)
+        if self.videos and _due(done, self.options.video_every):
+            self.videos.write(done, {"averaged weights": self.averaged})
+        self.warnings.see(done, checked)
+        return checked
+
+    def val_loss(self) -> float | None:
+        """Mean held-out loss of the averaged weights; None without held-out clips."""
+        if self.val is None:
+            return None
+        with self.averaged(), self.work.accelerator.autocast():
+            return float(clip_by_clip(self.model, self.val, self.options).mean())
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in place for a block, and the model in evaluation mode."""
+        self.model.eval()
+        self.model.forget_texts()
+        try:
+            with self.average.in_place_of(self.parameters):
+                yield
+        finally:
+            self.model.forget_texts()
+            self.model.train()
+
+    def state(self) -> dict[str, Any]:
+        """As `Trainer`."""
+        return {
+            "parameters": [p.detach().cpu() for p in self.parameters],
+            "optimizers": self.optimizers.state(),
+            **self.average.state(),
+            "val_base": self.loop.base if self.loop else None,
+            "warnings": self.warnings.state(),
+        }
+
+    def load_state(self, saved: dict[str, Any]) -> None:
+        """As `Trainer`."""
+        then, now = ({f"parameter {i}": p for i, p in enumerate(s)} for s in (saved["parameters"], self.parameters))
+        require_same_shapes(then, now, "pretrain.parts, model")
+        with torch.no_grad():
+            for p, value in zip(self.parameters, saved["parameters"], strict=True):
+                p.copy_(value)
+        self.optimizers.load_state(saved["optimizers"])
+        self.average.load_state(saved, self.parameters)
+        self.warnings.load_state(saved.get("warnings", {}))
+        if self.loop:
+            self.loop.load_base(saved.get("val_base"))
+
+
+def _due(done: int, every: int) -> bool:
+    return bool(every) and done % every == 0
 
 
 def run(settings: Settings, request: PretrainRequest) -> dict[str, Any]:
     """Train until `settings.pretrain.updates`, from the latest state in the output folder if there is one.
 
-    Returns the last training loss, the validation loss and where the weights lie.
+    Returns the last training loss, the validation loss and the path of the weights.
     """
     clips = settings.clips
     with Run.of(settings, settings.pretrain, request) as work:
@@ -105,120 +267,23 @@ def run(settings: Settings, request: PretrainRequest) -> dict[str, Any]:
         if work.main:
             logger.info("clips: %s; scale of actions: %s", train.describe(), scale.origin)
         share = settings.pretrain.batch // work.world
-        # before the model is here: its workers are copies of this process
+        # before the model is loaded: its workers are forks of this process
         with ClipLoader(train, share, workers=clips.workers, ahead=clips.ahead) as loader:
-            return _train(settings, request, work, loader, val, store)
-
-
-def _train(
-    settings: Settings,
-    request: PretrainRequest,
-    work: Run,
-    loader: ClipLoader,
-    val: ClipMixture | None,
-    store: EpisodeStore,
-) -> dict[str, Any]:
-    """The training loop."""
-    options = settings.pretrain
-    model = initial_model(settings, request, work.device)
-    carried = None if request.scratch else open_passthrough(settings.model.ckpt)
-    parameters = trained_parameters(model, options)
-    if options.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-    optimizers = Optimizers(
-        parameters,
-        options.optimizer,
-        lr=options.lr,
-        weight_decay=options.weight_decay,
-        betas=(0.9, options.beta2),
-        by_adamw=inputs_and_outputs(model),
-    )
-    average = WeightAverage(parameters, options.ema)
-    checks = PretrainChecks(settings, model, val, parameters, average, work, store)
-    begun = restore(work, parameters, optimizers, average, checks)
-    checks.begin()
-    batches = loader.batches(options.seed, begun * options.accumulate, work.rank, work.world)
-    model.train()
-    loss = torch.tensor(float("nan"))
-    title = f"pretrain, {checks.caveat}" if checks.caveat else "pretrain"
-    with Meter(title, options.updates, done=begun, quiet=not work.main) as meter:
-        for step in range(begun, options.updates):
-            lr = options.lr * lr_factor(step, options.updates, options.warmup, options.decay)
-            optimizers.set_lr(lr)
-            for part in range(options.accumulate):
-                tick = step * options.accumulate + part
-                batch = next(batches)
-                with work.accelerator.autocast():
-                    first = (tick * work.world + work.rank) * len(batch.latents)
-                    loss = batch_loss(model, batch, options, options.seed, first)
-                with stage("backward"):
-                    (loss / options.accumulate).backward()
-            work.average_gradients(parameters)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
-            if not torch.isfinite(norm):
-                work.save(step, snapshot(parameters, optimizers, average, checks))
-                raise PersistWorldError(
-                    f"gradient is not finite at update {step + 1}",
-                    where="pretrain",
-                    fix="lower pretrain.lr; state saved",
-                )
-            optimizers.step()
-            average.update(parameters)
-            meter.advance(loss=loss.item())
-            done = step + 1
-            if done % options.log_every == 0:
-                mean = sum(work.gather([loss.item()])) / work.world
-                work.log(done, {"loss": mean, "grad_norm": norm.item(), "lr": lr})
-            if seen := checks.look(done):
-                work.log(done, seen)
-            stop = work.should_stop()
-            if stop or done % options.save_every == 0 or done == options.updates:
-                work.save(done, snapshot(parameters, optimizers, average, checks))
-            if stop:
-                raise Interrupted
-    final = checks.loss(val) if val is not None else None
-    average.copy_to(parameters)
-    weights = work.output / "weights" / "model.safetensors"
-    if work.main:
-        save_weights(model, weights.parent, carried, store.stat())
-        training_curves(work.output / "curves.png", title, work.history(), PRETRAIN_PANELS)
-    return {
-        "updates": max(begun, options.updates),
-        "loss": loss.item(),
-        "val_loss": final,
-        "weights": str(weights),
-        "warnings": checks.warnings.tell_again(),
-    }
-
-
-def snapshot(
-    parameters: list[torch.nn.Parameter], optimizers: Optimizers, average: WeightAverage, checks: PretrainChecks
-) -> dict[str, Any]:
-    """What a run needs to go on."""
-    return {
-        "parameters": [p.detach().cpu() for p in parameters],
-        "optimizers": optimizers.state(),
-        **average.state(),
-        **checks.state(),
-    }
-
-
-def restore(
-    work: Run,
-    parameters: list[torch.nn.Parameter],
-    optimizers: Optimizers,
-    average: WeightAverage,
-    checks: PretrainChecks,
-) -> int:
-    """Load the latest state, if any; the number of updates done."""
-    if (saved := work.load()) is None:
-        return 0
-    then, now = ({f"parameter {i}": p for i, p in enumerate(side)} for side in (saved["parameters"], parameters))
-    require_same_shapes(then, now, "pretrain.parts, model")
-    with torch.no_grad():
-        for p, value in zip(parameters, saved["parameters"], strict=True):
-            p.copy_(value)
-    optimizers.load_state(saved["optimizers"])
-    average.load_state(saved, parameters)
-    checks.load_state(saved)
-    return int(saved["step"])
+            trainer = Pretrainer(settings, request, work, loader, val, store)
+            carried = None if request.scratch else open_passthrough(settings.model.ckpt)
+            begun = work.resume(trainer)
+            trainer.begin(begun)
+            work.train(trainer, begun, trainer.title, settings.pretrain.save_every)
+            val_loss = trainer.val_loss()
+            trainer.average.copy_to(trainer.parameters)
+            weights = work.output / "weights" / "model.safetensors"
+            if work.main:
+                save_weights(trainer.model, weights.parent, carried, store.stat())
+                training_curves(work.output / "curves.png", trainer.title, work.history(), PRETRAIN_PANELS)
+            return {
+                "updates": max(begun, settings.pretrain.updates),
+                "loss": trainer.last_loss,
+                "val_loss": val_loss,
+                "weights": str(weights),
+                "warnings": trainer.warnings.repeat(),
+            }

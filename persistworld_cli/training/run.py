@@ -1,7 +1,7 @@
-"""What every training run has around its loop: processes, saved state, logs, interruption.
+"""The training loop and what surrounds it: processes, saved state, logs, interruption.
 
-A run's folder: `config.json` (settings), `metrics.jsonl` (one line a logged update; the truth, of which trackers have
-copies), `warnings.jsonl` (one line a warning), `state/step-N/` (to resume), `weights/` (to publish), `tensorboard/`,
+A run's folder: `config.json` (settings), `metrics.jsonl` (one line per logged update; trackers hold copies),
+`warnings.jsonl` (one line per warning), `state/step-N/` (to resume), `weights/` (to publish), `tensorboard/`,
 `videos/step-N/`, `curves.png`.
 """
 
@@ -12,6 +12,7 @@ import logging
 import shutil
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -26,42 +27,72 @@ from persistworld_cli.config.requests import TrainingRequest
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings, VaeSettings
 from persistworld_cli.files import CannotWrite, sweep, whole_folder, write_text, writing
 from persistworld_cli.models.precision import product_type
-from persistworld_cli.training.resuming import (
+from persistworld_cli.reports.progress import Meter
+from persistworld_cli.training.states import (
     LOG,
+    STATE,
     WARNINGS,
     adopt_state,
     find_state,
-    newest_step,
     numbered_log,
     read_log,
+    set_aside_damaged,
+    states_of,
+    step_of,
 )
 from persistworld_cli.training.tracking import Trackers, forget_trackers, wanted_trackers
-from persistworld_cli.training.whole_states import STATE, set_aside_damaged, states_of
 
 logger = logging.getLogger(__name__)
-GO_ON = "free some disk and run the same command again: it resumes from the last whole state"
+FREE_DISK = "free some disk and run the same command again: it resumes from the last whole state"
 
 
 class Interrupted(Exception):
-    """Asked to stop: state was saved, the caller exits with 130."""
+    """Stopped on request: state was saved, the caller exits with 130."""
+
+
+class Trainer(ABC):
+    """What a training run repeats.
+
+    Attributes:
+        shown: names of the logged numbers that the progress bar shows.
+        ended: true once a check ends the run before its last update.
+    """
+
+    shown: tuple[str, ...] = ("loss",)
+    ended = False
+
+    @abstractmethod
+    def update(self, step: int) -> dict[str, float]:
+        """Update number ``step``, from 0; numbers to log."""
+
+    def checks(self, done: int, numbers: dict[str, float]) -> dict[str, float]:
+        """Validation, videos and warnings that are due after ``done`` updates; further numbers to log."""
+        return {}
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """To resume from: tensors and plain values, nested."""
+
+    @abstractmethod
+    def load_state(self, saved: dict[str, Any]) -> None:
+        """Load what `state` gave."""
 
 
 class Run:
-    """One training run on one rank; a context, at whose end trackers send what is waiting.
+    """One training run on one rank; a context manager, at whose end trackers send what is pending.
 
     Args:
         output: the run's folder.
-        mixed_precision: accelerate's no | bf16 (`product_type`: no, on a CPU without it); its fp16 would need loss
-            scaling, for which the loops have no place.
+        mixed_precision: accelerate's no | bf16 (no, on a CPU without it); fp16 would need loss scaling.
         keep: how many saved states to keep.
         cpu: stay on the CPU.
-        resume: go on from what the folder holds; otherwise it is forgotten.
-        resume_from: go on from this state instead: a ``step-N`` folder, or a run's folder (its newest); of any run.
-        settings: name the trackers, and are noted with them; None: no trackers.
-        updates: of the whole run; to say how far a saved state is.
+        resume: resume from what the folder holds; otherwise that is deleted.
+        resume_from: resume from this state instead: a ``step-N`` folder, or a run's folder (its newest); of any run.
+        settings: name the trackers and are recorded there; None: no trackers.
+        updates: of the whole run.
 
     Raises:
-        PersistWorldError: a tracker is not installed, or does not start; there is no state to go on from.
+        PersistWorldError: a tracker is not installed, or does not start; there is no state to resume from.
     """
 
     def __init__(
@@ -88,25 +119,26 @@ class Run:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         self._stop = False
-        self.notes: dict[str, str] = {}  # for every saved state, as other weights files have them
+        self.notes: dict[str, str] = {}  # metadata of every saved state, as in other weights files
         self._trackers: Trackers | None = None
         with writing(self.output):
             self.output.mkdir(parents=True, exist_ok=True)
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # SIGUSR1: SLURM's --signal before the time limit
             signal.signal(name, self._on_signal)
         if resume_from:
-            state = find_state(Path(resume_from))  # on every rank, so that all of them end where there is none
+            state = find_state(Path(resume_from))  # on every rank, so that all of them fail if there is none
             if self.main:
                 adopt_state(self.output, state)
             self.accelerator.wait_for_everyone()
         elif not resume:
             self.forget()
         if self.main:
-            self._sweep()
+            for folder in ("", "state", "weights"):
+                sweep(self.output / folder)  # files that a kill left half written
             set_aside_damaged(self.output)
         self.accelerator.wait_for_everyone()
         if self.main and names:
-            begun = newest_step(self.states())
+            begun = next((step_of(state) for state in reversed(states_of(self.output))), 0)
             sent = max((int(entry["step"]) for entry in self.history()), default=0)
             self._trackers = Trackers(self.accelerator, self.output, settings, begun=begun, sent=sent)
 
@@ -118,7 +150,7 @@ class Run:
             try:
                 self._trackers.close()
             except CannotWrite:
-                if error is None:  # what ended the run is told, not what came of it
+                if error is None:  # the error that ended the run is reported, not its consequence
                     raise
 
     @classmethod
@@ -143,14 +175,14 @@ class Run:
     # -- several processes ----------------------------------------------------------------------------------------
 
     def should_stop(self) -> bool:
-        """True on every rank as soon as any rank was asked to stop."""
+        """True on every rank as soon as any rank received a signal to stop."""
         if self.world == 1:
             return self._stop
         flag = torch.tensor([float(self._stop)], device=self.device)
         return bool(self.accelerator.reduce(flag, "sum").item())
 
     def should_stop_here(self) -> bool:
-        """True when this rank was asked to stop; for work where ranks do not wait for each other."""
+        """True when this rank received a signal to stop; for work where ranks do not wait for each other."""
         return self._stop
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -164,24 +196,21 @@ class Run:
             p.grad = part.view_as(p).clone()
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """All ranks' lists one after the other, on every rank."""
+        """All ranks' lists, concatenated, on every rank."""
         return values if self.world == 1 else gather_object(values)
 
     # -- state ----------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, state: dict[str, Any]) -> Path | None:
-        """Write `state` (tensors and plain values, nested) whole or not at all, on rank 0; old ones go then."""
-        if not self.main:
-            return None
-        folder = self.output / "state" / f"step-{step:08d}"
-        with whole_folder(folder, GO_ON) as partial:
-            save_torch(partial / STATE, {"step": step, **state}, self.notes, GO_ON)
-        for old in self.states()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
-        return folder
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write `state` (tensors and plain values, nested) atomically, on rank 0; then delete old ones."""
+        if self.main:
+            with whole_folder(self.output / "state" / f"step-{step:08d}", FREE_DISK) as partial:
+                save_torch(partial / STATE, {"step": step, **state}, self.notes, FREE_DISK)
+            for old in states_of(self.output)[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
 
     def forget(self) -> None:
-        """Begin anew: drop saved states and logs (`--no-resume`)."""
+        """Start anew: delete saved states and logs (`--no-resume`)."""
         if self.main:
             for folder in ("state", "tensorboard", "videos"):
                 shutil.rmtree(self.output / folder, ignore_errors=True)
@@ -190,26 +219,14 @@ class Run:
             forget_trackers(self.output)
         self.accelerator.wait_for_everyone()
 
-    def _sweep(self) -> None:
-        """Remove what a kill cut off while it was written."""
-        for folder in ("", "state", "weights"):
-            sweep(self.output / folder)
-
-    def states(self) -> list[Path]:
-        """Whole saved states, oldest first."""
-        return states_of(self.output)
-
     @property
     def resumed_from(self) -> list[str]:
         """The state that `load` will read, if there is one: the first of what the weights are made of."""
-        return [str(state / STATE) for state in self.states()[-1:]]
+        return [str(state / STATE) for state in states_of(self.output)[-1:]]
 
     def load(self) -> dict[str, Any] | None:
-        """The latest saved state; None where there is none yet.
-
-        Lines that were logged after it are dropped: they will be written again.
-        """
-        if not (states := self.states()):
+        """The latest saved state, or None. Lines logged after it are dropped: they will be written again."""
+        if not (states := states_of(self.output)):
             self._trim_logs(0)
             return None
         state: dict[str, Any] = torch.load(states[-1] / STATE, map_location="cpu", weights_only=True)
@@ -218,63 +235,79 @@ class Run:
             logger.info(_resuming(int(state["step"]), self.updates, states[-1] / STATE))
         return state
 
-    # -- logs -----------------------------------------------------------------------------------------------------
+    # -- the loop -------------------------------------------------------------------------------------------------
 
-    @property
-    def _log(self) -> Path:
-        return self.output / LOG
+    def resume(self, trainer: Trainer) -> int:
+        """Load the latest state, if any; the number of updates done."""
+        if (saved := self.load()) is None:
+            return 0
+        trainer.load_state(saved)
+        return int(saved["step"])
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """One line in metrics.jsonl, and the same numbers to the trackers (rank 0).
+    def train(self, trainer: Trainer, begun: int, title: str, save_every: int) -> None:
+        """Updates ``begun`` to `updates`, each with its checks and log line; state is saved every ``save_every``.
 
         Raises:
-            PersistWorldError: the line cannot be written.
+            Interrupted: on a signal, after the state was saved.
         """
-        if not self.main:
-            return
-        self._append(self._log, {"step": step, **values})
+        latest: dict[str, float] = {}
+        with Meter(title, self.updates, done=begun, quiet=not self.main) as meter:
+            for step in range(begun, self.updates):
+                done = step + 1
+                numbers = trainer.update(step)
+                numbers |= trainer.checks(done, numbers)
+                if numbers:
+                    self.log(done, numbers)
+                latest |= numbers
+                meter.advance(1, **{name: latest[name] for name in trainer.shown if name in latest})
+                stop = self.should_stop()
+                if stop or trainer.ended or done % save_every == 0 or done == self.updates:
+                    self.save(done, trainer.state())
+                if stop:
+                    raise Interrupted
+                if trainer.ended:
+                    break
+
+    # -- logs -----------------------------------------------------------------------------------------------------
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """One line in metrics.jsonl, and the same numbers to the trackers (rank 0). Raises CannotWrite."""
+        if self.main:
+            self._append(LOG, {"step": step, **values})
         if self._trackers:
             self._trackers.log(step, values)
 
-    def warn(self, step: int, name: str, words: str) -> None:
-        """A warning on standard error, and as one line in warnings.jsonl (rank 0).
+    def warn(self, step: int, name: str, message: str) -> None:
+        """A warning on standard error, and as one line in warnings.jsonl (rank 0). Raises CannotWrite."""
+        if self.main:
+            logger.warning("warning: update %d: %s", step, message)
+            self._append(WARNINGS, {"step": step, "warning": name, "message": message})
 
-        Raises:
-            PersistWorldError: the line cannot be written.
-        """
-        if not self.main:
-            return
-        logger.warning("warning: update %d: %s", step, words)
-        self._append(self.output / WARNINGS, {"step": step, "warning": name, "words": words})
-
-    def warnings(self) -> list[dict[str, Any]]:
-        """Every warning of the run so far."""
-        return read_log(self.output / WARNINGS)
-
-    def _append(self, path: Path, entry: dict[str, Any]) -> None:
-        with writing(path, GO_ON), open(path, "a", encoding="utf-8") as file:
+    def _append(self, name: str, entry: dict[str, Any]) -> None:
+        path = self.output / name
+        with writing(path, FREE_DISK), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def _trim_logs(self, step: int) -> None:
         """Drop logged lines after `step`."""
-        for path in (self._log, self.output / WARNINGS):
+        for path in (self.output / LOG, self.output / WARNINGS):
             if not self.main or not path.exists():
                 continue
             entries = numbered_log(path)
             if bad := [number for number, entry in entries if entry is None]:
                 logger.warning("%s: %d damaged lines are left out (line %d first)", path, len(bad), bad[0])
             lines = [json.dumps(entry) + "\n" for _, entry in entries if entry and entry["step"] <= step]
-            write_text(path, "".join(lines), GO_ON)
+            write_text(path, "".join(lines), FREE_DISK)
 
     def history(self) -> list[dict[str, float]]:
-        """Everything logged so far, less lines that are damaged."""
-        return read_log(self._log)
+        """Everything logged so far, without damaged lines."""
+        return read_log(self.output / LOG)
 
 
 def _resuming(step: int, updates: int, state: Path) -> str:
-    """What becomes of a saved state: it is gone on from, or there is nothing left to do."""
+    """Whether a saved state is resumed from, or nothing is left to do."""
     saved = f"saved at {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(state.stat().st_mtime))}"
     if step < updates:
         return f"resuming from update {step} of {updates}, {saved}"
-    more = f" ({updates} were asked for)" if step > updates else ""
+    more = f" ({updates} requested)" if step > updates else ""
     return f"finished; nothing was trained: the run is at update {step}{more}, {saved}"

@@ -1,6 +1,6 @@
-"""Who does what of an update: groups, or the candidates of one group, shared out over the ranks.
+"""How an update is distributed: groups, or the candidates of one group, over the ranks.
 
-Shapes: G groups of this rank's team, K candidates a group, k of them this rank's.
+Shapes: G groups of this rank's team, K candidates per group, k of them this rank's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from persistworld_cli.errors import PersistWorldError
 
 
 def team_size(options: PostTrainSettings, world: int) -> int:
-    """Ranks that share the candidates of the same groups: as few as `split_groups` needs, 1 without it."""
+    """Number of ranks that share the candidates of the same groups: the least that `split_groups` needs, else 1."""
     return world // math.gcd(world, options.groups) if options.split_groups else 1
 
 
@@ -35,18 +35,14 @@ class Share:
 
     @classmethod
     def of(cls, options: PostTrainSettings, rank: int, world: int) -> Share:
-        """The part of a rank.
-
-        Raises:
-            PersistWorldError: groups, or the candidates of one, that cannot be shared out evenly.
-        """
+        """The part of a rank. Raises PersistWorldError where groups, or the candidates of one, do not divide evenly."""
         team = team_size(options, world)
         if options.groups % (world // team):
             shared = world // math.gcd(world, options.groups)
             raise PersistWorldError(
                 f"{options.groups} groups cannot be shared by {world} processes",
                 where="post_train.groups",
-                fix=f"make it a multiple of --num-processes, or add --split-groups ({shared} processes a group)",
+                fix=f"make it a multiple of --num-processes, or add --split-groups ({shared} processes per group)",
             )
         if options.candidates % team:
             raise PersistWorldError(
@@ -63,12 +59,7 @@ class Share:
         )
 
     def whole(self, part: Tensor, gather: Callable[[list[Any]], list[Any]]) -> Tensor:
-        """Values (G * k, ...) of this rank's candidates, with those of its team beside: (G * K, ...).
-
-        Args:
-            part: group by group.
-            gather: all ranks' lists, one after the other, on every rank.
-        """
+        """Values (G * k, ...) of this rank's candidates -> (G * K, ...) of its team's; ``gather`` as `Run.gather`."""
         if len(self.team) == 1:
             return part
         parts = gather([part.cpu()])[self.team.start : self.team.stop]
@@ -76,14 +67,7 @@ class Share:
         return torch.cat(apart, dim=1).flatten(0, 1).to(part.device)
 
     def own(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the kept candidates are this rank's.
-
-        Args:
-            kept: (G, m) candidates of each group.
-
-        Returns:
-            (n,) their rows among this rank's G * k, and (n, 2) group (0 .. G-1) and place in ``kept``.
-        """
+        """This rank's share of the kept candidates (G, m): rows (n,) among its G * k, places (n, 2) in kept."""
         mine = (kept >= self.candidates.start) & (kept < self.candidates.stop)
         places = mine.nonzero()
         rows = places[:, 0] * len(self.candidates) + kept[mine] - self.candidates.start

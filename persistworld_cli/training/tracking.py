@@ -1,6 +1,6 @@
 """A run's numbers in experiment trackers, through accelerate: TensorBoard, wandb, trackio.
 
-They are copies: metrics.jsonl has every number. A resumed run goes on in the trackers' own run and sends nothing twice.
+They are copies: metrics.jsonl has every number. A resumed run continues the trackers' run and sends nothing twice.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class Trackers:
     Args:
         accelerator: made with ``log_with``.
         output: the run's folder, which names the run.
-        settings: noted with the run, where it takes them.
-        begun: updates done by the state that the run goes on from.
-        sent: the last update that trackers have had already.
+        settings: recorded by trackers that take them.
+        begun: updates done by the state that the run resumes from.
+        sent: the last update that was sent before.
 
     Raises:
         PersistWorldError: one does not start (not logged in, no network).
@@ -84,7 +84,7 @@ class Trackers:
             ) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """The numbers of an update, to each tracker that has not had them. Raises CannotWrite for a full disk."""
+        """The numbers of an update, to each tracker that has not received them. Raises CannotWrite for a full disk."""
         for tracker in self._accelerator.trackers:
             if tracker.name == "tensorboard":
                 with writing(self._events):
@@ -93,7 +93,7 @@ class Trackers:
                 tracker.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Send what is waiting. Raises CannotWrite for a full disk."""
+        """Send what is pending. Raises CannotWrite for a full disk."""
         for tracker in self._accelerator.trackers:
             with writing(self._events) if tracker.name == "tensorboard" else nullcontext():
                 tracker.finish()
@@ -111,17 +111,23 @@ def _quiet_writer_threads() -> None:
 
 
 def forget_trackers(output: Path) -> None:
-    """The next run in a folder is another one."""
+    """Make the next run in this folder a new one for the trackers."""
     (output / _IDENTITY).unlink(missing_ok=True)
 
 
 def _identity(output: Path) -> dict[str, str]:
-    """Name and id under which a run goes on when it is resumed."""
+    """Name and id under which a resumed run continues."""
     path = output / _IDENTITY
     try:
         known: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
         return {"name": known["name"], "id": known["id"]}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):  # the first time, or cut off by a kill
+    except (
+        FileNotFoundError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # absent or truncated
         new = {"name": output.absolute().name, "id": secrets.token_hex(4)}
         write_json(path, new)
         return new

@@ -1,8 +1,8 @@
 """Training of a small world's VAE from recorded images (the full-size model uses SVD's).
 
 Short clips of one camera, as long as the rollout engine decodes at once, so that the temporal decoder learns too. The
-loss is L1 with more weight on saturated pixels (small coloured objects are few of an image's pixels and the first
-thing that a plain mean gives up), L1 on image gradients, and a small KL.
+loss is L1 with more weight on saturated pixels (small coloured objects cover few pixels, and a plain mean loses them
+first), L1 on image gradients, and a small KL.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae,
 from persistworld_cli.read_files import reading
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.stages import stage
-from persistworld_cli.training.optim import Optimizers, inputs_and_outputs
-from persistworld_cli.training.run import GO_ON, Interrupted, Run
-from persistworld_cli.training.schedule import WeightAverage, lr_factor
+from persistworld_cli.training.optim import Optimizers, WeightAverage, inputs_and_outputs, lr_factor
+from persistworld_cli.training.run import FREE_DISK, Run, Trainer
 
 
 def load_images(raw: Path, world: WorldSettings, cache: Path, quiet: bool) -> np.ndarray:
@@ -85,8 +84,71 @@ def draw_batch(images: np.ndarray, settings: VaeSettings, step: int) -> torch.Te
 
 
 def clip_length(settings: VaeSettings, step: int) -> int:
-    """Every fifth batch is of single images: the temporal decoder must also stand alone."""
+    """Every fifth batch is of single images: the temporal decoder must also work on one frame."""
     return 1 if step % 5 == 4 else settings.clip
+
+
+class VaeTrainer(Trainer):
+    """Everything that one update of the VAE needs.
+
+    Args:
+        settings: the whole preset.
+        work: processes, state and logs.
+        images: from `load_images`.
+    """
+
+    shown = ("loss", "psnr")
+
+    def __init__(self, settings: Settings, work: Run, images: np.ndarray) -> None:
+        self.options, self.work, self.images = settings.vae, work, images
+        torch.manual_seed(self.options.seed)
+        vae = build_vae({**settings.model.vae, "scaling_factor": 1.0}, settings.model.norm_groups).to(work.device)
+        if not self.options.train_encoder:
+            vae.load_state_dict(load_vae(settings.model, settings.model.ckpt).state_dict())
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
+        self.vae = vae
+        self.parameters = [p for p in vae.parameters() if p.requires_grad]
+        self.optimizers = Optimizers(
+            self.parameters,
+            self.options.optimizer,
+            lr=self.options.lr,
+            weight_decay=1e-4,
+            betas=(0.9, 0.99),
+            by_adamw=inputs_and_outputs(vae),
+        )
+        self.average = WeightAverage(self.parameters, 0.998)
+
+    def update(self, step: int) -> dict[str, float]:
+        """One update; its numbers, where it is one to log."""
+        options, device = self.options, self.work.device
+        self.optimizers.set_lr(options.lr * lr_factor(step, options.updates, 50, "cosine"))
+        real = pixels_to_unit(draw_batch(self.images, options, step).to(device))
+        with self.work.accelerator.autocast():
+            posterior = self.vae.encode(real).latent_dist
+            latent = posterior.sample(generator=torch.Generator(device).manual_seed(step))
+            made = self.vae.decode(latent, num_frames=clip_length(options, step)).sample.float()
+        kl = posterior.kl().mean() / latent[0].numel()
+        loss = reconstruction_loss(made, real, options) + options.kl * kl
+        with stage("backward"):
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizers.step()
+        self.average.update(self.parameters)
+        if (step + 1) % 20:
+            return {}
+        psnr = -10 * torch.log10(((made.clamp(-1, 1) - real) / 2).pow(2).mean())
+        return {"loss": loss.item(), "psnr": psnr.item(), "kl": kl.item()}
+
+    def state(self) -> dict[str, Any]:
+        """As `Trainer`."""
+        return {"vae": self.vae.state_dict(), "optimizers": self.optimizers.state(), **self.average.state()}
+
+    def load_state(self, saved: dict[str, Any]) -> None:
+        """As `Trainer`."""
+        self.vae.load_state_dict(saved["vae"])
+        self.optimizers.load_state(saved["optimizers"])
+        self.average.load_state({"count": saved["step"], **saved}, self.parameters)
 
 
 def run(settings: Settings, request: PretrainVaeRequest) -> dict[str, Any]:
@@ -95,69 +157,14 @@ def run(settings: Settings, request: PretrainVaeRequest) -> dict[str, Any]:
     Writes `weights/vae.safetensors` (the averaged weights) and `weights/vae.json` with the measured `scaling_factor`,
     1 / standard deviation of the latents (SVD's 0.18215 is the same for its VAE).
     """
-    with Run.of(settings, settings.vae, request) as work:
-        return _train(settings, work)
-
-
-def _train(settings: Settings, work: Run) -> dict[str, Any]:
-    """The training loop."""
-    options = settings.vae
     raw, world = resolve_path(settings.world.raw), settings.world
-    drawn = hash_of([str(raw.absolute()), world.cameras, world.height, world.width, world.rate_hz])
-    images = load_images(raw, world, work.output / f"images-{drawn}.npy", not work.main)
-    torch.manual_seed(options.seed)
-    vae = build_vae({**settings.model.vae, "scaling_factor": 1.0}, settings.model.norm_groups).to(work.device)
-    if not options.train_encoder:
-        vae.load_state_dict(load_vae(settings.model, settings.model.ckpt).state_dict())
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-    learned = [p for p in vae.parameters() if p.requires_grad]
-    optimizers = Optimizers(
-        learned,
-        options.optimizer,
-        lr=options.lr,
-        weight_decay=1e-4,
-        betas=(0.9, 0.99),
-        by_adamw=inputs_and_outputs(vae),
-    )
-    average = WeightAverage(learned, 0.998)
-    begun = 0
-    if (saved := work.load()) is not None:
-        vae.load_state_dict(saved["vae"])
-        optimizers.load_state(saved["optimizers"])
-        average.shadow, average.count = saved["average"], saved["step"]
-        begun = saved["step"]
-
-    def save(step: int) -> None:
-        state = {"vae": vae.state_dict(), "optimizers": optimizers.state(), "average": average.shadow}
-        work.save(step, state)
-
-    with Meter("pretrain vae", options.updates, done=begun, quiet=not work.main) as meter:
-        for step in range(begun, options.updates):
-            optimizers.set_lr(options.lr * lr_factor(step, options.updates, 50, "cosine"))
-            real = pixels_to_unit(draw_batch(images, options, step).to(work.device))
-            with work.accelerator.autocast():
-                posterior = vae.encode(real).latent_dist
-                latent = posterior.sample(generator=torch.Generator(work.device).manual_seed(step))
-                made = vae.decode(latent, num_frames=clip_length(options, step)).sample.float()
-            kl = posterior.kl().mean() / latent[0].numel()
-            loss = reconstruction_loss(made, real, options) + options.kl * kl
-            with stage("backward"):
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(learned, 1.0)
-            optimizers.step()
-            average.update(learned)
-            psnr = -10 * torch.log10(((made.clamp(-1, 1) - real) / 2).pow(2).mean()).item()
-            meter.advance(loss=loss.item(), psnr=psnr)
-            if (step + 1) % 20 == 0:
-                work.log(step + 1, {"loss": loss.item(), "psnr": psnr, "kl": kl.item()})
-            if (step + 1) % options.save_every == 0 or step + 1 == options.updates:
-                save(step + 1)
-            if work.should_stop():
-                save(step + 1)
-                raise Interrupted
-    average.copy_to(learned)
-    return finish(vae, images, work, options)
+    with Run.of(settings, settings.vae, request) as work:
+        drawn = hash_of([str(raw.absolute()), world.cameras, world.height, world.width, world.rate_hz])
+        images = load_images(raw, world, work.output / f"images-{drawn}.npy", not work.main)
+        trainer = VaeTrainer(settings, work, images)
+        work.train(trainer, work.resume(trainer), "pretrain vae", settings.vae.save_every)
+        trainer.average.copy_to(trainer.parameters)
+        return finish(trainer.vae, images, work, settings.vae)
 
 
 def finish(vae: AutoencoderKLTemporalDecoder, images: np.ndarray, work: Run, options: VaeSettings) -> dict[str, Any]:
@@ -168,7 +175,7 @@ def finish(vae: AutoencoderKLTemporalDecoder, images: np.ndarray, work: Run, opt
     scaling = 1 / latents.std().item()
     folder = work.output / "weights"
     tensors = {f"vae.{k}": v.contiguous().cpu() for k, v in vae.state_dict().items()}
-    save_safetensors(folder / "vae.safetensors", tensors, fix=GO_ON)
+    save_safetensors(folder / "vae.safetensors", tensors, fix=FREE_DISK)
     result = {
         "scaling_factor": round(scaling, 5),
         "updates": options.updates,
@@ -176,5 +183,5 @@ def finish(vae: AutoencoderKLTemporalDecoder, images: np.ndarray, work: Run, opt
         "parameters": sum(p.numel() for p in vae.parameters()),
         "weights": str(folder / "vae.safetensors"),
     }
-    write_json(folder / "vae.json", result, fix=GO_ON)
+    write_json(folder / "vae.json", result, fix=FREE_DISK)
     return result

@@ -23,9 +23,9 @@ from persistworld_cli.models import precision
 from persistworld_cli.models.precision import cpu_has_bfloat16, product_type, small_products
 from persistworld_cli.models.world_model import build_world_model
 from persistworld_cli.rollout.engine import RolloutEngine, rollout_noise
+from persistworld_cli.training.optim import WeightAverage
 from persistworld_cli.training.pretrain import save_weights
 from persistworld_cli.training.run import Run
-from persistworld_cli.training.schedule import WeightAverage
 
 IMAGE = {
     "hidden_size": 32,

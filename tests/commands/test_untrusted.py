@@ -41,9 +41,8 @@ from persistworld_cli.console import (
     write_out,
 )
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.interact.command_queue import Desk
 from persistworld_cli.interact.live import _line
-from persistworld_cli.interact.web import _Host, _read
+from persistworld_cli.interact.web import Inbox, _Host, _read
 from persistworld_cli.interact.web_server import DriveServer
 from persistworld_cli.policies.client import PolicyClient
 from persistworld_cli.policies.msgpack_numpy import pack
@@ -368,24 +367,24 @@ MESSAGES = [
 def test_no_request_gives_the_page_server_a_traceback(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    desk, own = Desk(), session(arm_world(tmp_path), seed=1)
+    inbox, own = Inbox(), session(arm_world(tmp_path), seed=1)
     with DriveServer("127.0.0.1", 0) as server:
         host = _Host(own, server.send, tmp_path)
-        server.start(lambda message: desk.put({"do": "hello"} if message is None else _read(message)) and None)
+        server.start(lambda message: inbox.put({"do": "hello"} if message is None else _read(message)) and None)
         for request in requests(server.port):
             answer = poke(server.port, request)
             assert b"Traceback" not in answer
             assert not answer.startswith(b"HTTP/1.1 500"), (request, answer)
         no_tracebacks(caplog)
-        while desk.take(0.0) is not None:
+        while inbox.take(0.0) is not None:
             pass
         url = f"ws://127.0.0.1:{server.port}/ws?take"
         with connect(url, proxy=None, max_size=None) as tab:
-            host.do(desk.take(10.0) or {})
+            host.do(inbox.take(10.0) or {})
             assert json.loads(tab.recv(10))["type"] == "hello"
             for message in MESSAGES:
                 tab.send(message)
-                host.do(desk.take(10.0) or {})
+                host.do(inbox.take(10.0) or {})
                 told: Any = {}
                 while told.get("type") != "head":  # every mistake ends in an error and where the session stands
                     answer = tab.recv(10)

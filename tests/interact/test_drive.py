@@ -33,7 +33,6 @@ from persistworld_cli.data.clips.store import ActionStat, open_store
 from persistworld_cli.data.raw.video import count_frames, read_frames
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.interact import drive
-from persistworld_cli.interact.session import KeyboardController
 from persistworld_cli.policies import run as policy_rollout
 from persistworld_cli.policies.controller import PolicyController
 from persistworld_cli.policies.embedded import make_policy
@@ -338,9 +337,8 @@ def test_policy_in_the_loop_equals_the_reference(golden: GoldenFiles, tag: str, 
 
 def test_keys_in_the_loop_equal_the_reference(golden: GoldenFiles) -> None:
     engine, state, data = reference_loop(golden, "tiny_rollout_keyboard.safetensors", "g2", policy=False)
-    controller = KeyboardController(KeyMap(), "lfduco")
     for i, noise in enumerate(data["noise"]):
-        poses = controller.poses(i, state.memory.current[1])
+        poses = KeyMap().chunk(state.memory.current[1][0], "lfduco"[i])[None]
         close("I keyboard, poses", poses[0], data["pose_raw"][i, 6:], 1e-10)
         predicted = engine.step(state, poses, noise[None])
         close(f"I keyboard, {len(data['noise'])} interactions", predicted[0], data["pred"][i], 5e-5)

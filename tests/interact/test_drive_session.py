@@ -19,8 +19,8 @@ from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.data.raw.video import read_frames
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.interact import drive
-from persistworld_cli.interact.command_queue import Desk
 from persistworld_cli.interact.outputs import record, write_lerobot_zip
+from persistworld_cli.interact.web import Inbox
 from persistworld_cli.robot.keyboard import KeyMap
 from persistworld_cli.rollout.interactive import InteractiveRollout, make_start
 from persistworld_cli.rollout.recording import Item
@@ -130,16 +130,16 @@ def test_a_drive_is_a_lerobot_episode_too(root: Path, tmp_path: Path) -> None:
 
 
 def test_one_move_waits_and_questions_come_first() -> None:
-    desk = Desk()
+    inbox = Inbox()
     for key in "lru":
-        assert desk.put({"do": "key", "key": key})
-    assert desk.put({"do": "images", "step": 0})
-    assert [desk.take(0), desk.take(0), desk.take(0)] == [
+        assert inbox.put({"do": "key", "key": key})
+    assert inbox.put({"do": "images", "step": 0})
+    assert [inbox.take(0), inbox.take(0), inbox.take(0)] == [
         {"do": "images", "step": 0},
         {"do": "key", "key": "u"},  # the last one pressed
         None,
     ]
-    assert all(desk.put({"do": "save"}) for _ in range(64)) and not desk.put({"do": "save"})
+    assert all(inbox.put({"do": "save"}) for _ in range(64)) and not inbox.put({"do": "save"})
 
 
 def test_invalid_key_maps_are_refused() -> None:

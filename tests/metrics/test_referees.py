@@ -12,8 +12,7 @@ from torch.nn import functional
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.metrics import referees, st_lpips
-from persistworld_cli.metrics.referees import load_referees
-from persistworld_cli.metrics.sharpness import SharpnessGap
+from persistworld_cli.metrics.referees import SharpnessGap, load_referees
 from persistworld_cli.metrics.st_lpips import StLpips, find_weights
 from persistworld_cli.policies.bundled_world.presence import ObjectsKept
 

@@ -25,13 +25,13 @@ def test_nft_flow_cases(golden: GoldenFiles, case: int) -> None:
     theta = (x_t - t * torch.from_numpy(data["v_theta"])).requires_grad_()
     old = x_t - t * torch.from_numpy(data["v_old"])
     r = torch.from_numpy(data[f"flow{case}.r"])
-    terms = nft_loss(theta, old, x0, r, beta=settings["beta"], weighting="self")
-    close("G objective, flow", terms.policy, data[f"flow{case}.per_sample"], 1e-10)
-    close("G objective, flow", settings["adv_clip_max"] * terms.policy.mean(), settings["policy_loss"], 1e-10)
+    loss = nft_loss(theta, old, x0, r, beta=settings["beta"], weighting="self")
+    close("G objective, flow", loss, data[f"flow{case}.per_sample"], 1e-10)
+    close("G objective, flow", settings["adv_clip_max"] * loss.mean(), settings["policy_loss"], 1e-10)
     reference = x_t - t * torch.from_numpy(data["v_ref"])
     kl = kl_to_reference(theta, reference)
     close("G KL, flow", kl, data[f"flow{case}.kl"], 1e-10)
-    total = settings["adv_clip_max"] * terms.policy.mean() + settings["kl_beta"] * kl.mean()
+    total = settings["adv_clip_max"] * loss.mean() + settings["kl_beta"] * kl.mean()
     total.backward()
     close("G gradient, flow", theta.grad, data[f"flow{case}.grad"], 1e-10)
 
@@ -49,11 +49,11 @@ def test_nft_edm_cases(golden: GoldenFiles, case: int) -> None:
     old, reference = (scale.c_skip * noisy + scale.c_out * torch.from_numpy(data[k]) for k in ("F_old", "F_ref"))
     close("G clean prediction, edm", theta, data["D_theta"], 1e-10)
     r = torch.from_numpy(data[f"edm{case}.r"])
-    terms = nft_loss(theta, old, x0, r, beta=settings["beta"], weighting="self")
-    close("G objective, edm", terms.policy, data[f"edm{case}.per_sample"], 1e-10)
+    loss = nft_loss(theta, old, x0, r, beta=settings["beta"], weighting="self")
+    close("G objective, edm", loss, data[f"edm{case}.per_sample"], 1e-10)
     kl = kl_to_reference(theta, reference)
     close("G KL, edm", kl, data[f"edm{case}.kl"], 1e-10)
-    total = settings["adv_clip_max"] * terms.policy.mean() + settings["kl_beta"] * kl.mean()
+    total = settings["adv_clip_max"] * loss.mean() + settings["kl_beta"] * kl.mean()
     close("G objective, edm", total, settings["total_klD"], 1e-10)
     total.backward()
     close("G gradient, edm", output.grad, data[f"edm{case}.grad"], 1e-10)
@@ -65,7 +65,7 @@ def test_plain_weighting_is_the_paper_s_formula() -> None:
     r, beta = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64), 0.5
     plus, minus = (1 - beta) * old + beta * theta, (1 + beta) * old - beta * theta
     expected = r * ((plus - x0) ** 2).mean(1) + (1 - r) * ((minus - x0) ** 2).mean(1)
-    assert torch.allclose(nft_loss(theta, old, x0, r, beta=beta, weighting="plain").policy, expected)
+    assert torch.allclose(nft_loss(theta, old, x0, r, beta=beta, weighting="plain"), expected)
 
 
 def test_good_candidates_pull_and_bad_ones_push() -> None:
@@ -73,7 +73,7 @@ def test_good_candidates_pull_and_bad_ones_push() -> None:
     x0 = torch.ones(1, 4)
     for r, direction in ((1.0, -1.0), (0.0, 1.0)):
         theta = old.clone().requires_grad_()
-        nft_loss(theta, old, x0, torch.tensor([r]), beta=1.0).policy.sum().backward()
+        nft_loss(theta, old, x0, torch.tensor([r]), beta=1.0).sum().backward()
         assert (theta.grad.sign() == direction).all()
 
 

@@ -14,13 +14,11 @@ from policy_views import PI05, REST, observation
 from safetensors.numpy import load_file
 
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.interact.session import KeyboardController
 from persistworld_cli.policies.controller import PolicyController, interpret_chunk
 from persistworld_cli.policies.embedded import POLICIES, make_policy
 from persistworld_cli.policies.observation import LAYOUTS, PolicyView, build_observation, check_actions, resize_with_pad
 from persistworld_cli.policies.tasks import load_task, task_names
 from persistworld_cli.robot.adapter import GainAdapter
-from persistworld_cli.robot.keyboard import KeyMap
 from persistworld_cli.robot.kinematics import forward
 
 # -- observation and answer -------------------------------------------------------------------------------------------
@@ -208,15 +206,6 @@ def test_the_gripper_of_now_is_capped_only_where_asked() -> None:
     assert np.allclose(states[:9:2, 6], [0.9, 0.75, 0.75, 0.75, 0.75])
     _, capped = interpret_chunk(actions, now, replace(view, cap_current=True))
     assert np.allclose(capped[:9:2, 6], 0.75)
-
-
-def test_the_keyboard_controller_takes_a_key_per_step() -> None:
-    start = np.array([[0.5, 0.0, 0.3, 3.0, 0.0, 0.0, 0.0]] * 2)
-    keys = KeyboardController(KeyMap(), "lo")
-    assert np.allclose(keys.poses(0, start)[:, -1, 1], -0.08)
-    assert np.array_equal(keys.poses(1, start)[1], KeyMap().chunk(start[1], "o"))
-    with pytest.raises(UsageError):
-        KeyboardController(KeyMap(), "lx")
 
 
 # -- tasks ------------------------------------------------------------------------------------------------------------

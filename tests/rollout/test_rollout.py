@@ -17,7 +17,6 @@ from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import SamplingSettings
 from persistworld_cli.data.clips.store import ActionStat
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.interact.session import KeyboardController
 from persistworld_cli.models.world_model import build_world_model
 from persistworld_cli.robot.keyboard import KeyMap
 from persistworld_cli.rollout.engine import RolloutEngine, RolloutState, rollout_noise
@@ -62,13 +61,12 @@ def test_what_the_network_is_shown_is_what_the_reference_shows_it(
     stat, sampling = ActionStat(*d["stat"].numpy()), engine.sampling
     entries = sampling.history_policy if case.startswith("pi") else sampling.history
     own = RolloutEngine(engine.model, sampling, stat, entries)
-    keys = KeyboardController(KeyMap(), "lfduco")
     state = RolloutState(Memory(d["first_latent"][None], d["pose_raw"][:1, 0].numpy(), 24), None)
     for i, predicted in enumerate(d["pred"]):
         if case.startswith("replay"):
             poses = recorded_poses(d["traj_states"].numpy(), 0, i, 5)[None]
         elif case.startswith("keyboard"):
-            poses = keys.poses(i, state.memory.current[1])
+            poses = KeyMap().chunk(state.memory.current[1][0], "lfduco"[i])[None]
         else:
             poses = d["poses_taken"][i][None].numpy()
         close(f"I {case}, poses", poses[0], d["pose_raw"][i, 6:], 1e-10)

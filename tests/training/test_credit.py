@@ -13,8 +13,7 @@ from persistworld_cli.metrics.registry import REWARDS
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.objective.advantage import credit_map
 from persistworld_cli.objective.nft import nft_loss
-from persistworld_cli.training.candidates import Candidates, exploration
-from persistworld_cli.training.credit import credit
+from persistworld_cli.training.candidates import Candidates, credit, exploration
 
 WORLD = replace(WorldSettings(), cameras=("left", "wrist"), exterior=(0,), wrist=(1,))
 OPTIONS = PostTrainSettings(candidates=4, keep_best=2, keep_worst=2, credit_grid=(3, 5))
@@ -63,7 +62,7 @@ def test_an_unweighted_camera_and_the_first_frame_teach_nothing() -> None:
     assert (r[:, 0] == 0.5).all() and (r[:, 1:, :, :12] == 1).all() and (r[:, 1:, :, 12:] == 0.5).all()
     theta = torch.randn(1, 3, 4, 24, 20, requires_grad=True)
     old = theta.detach().clone()
-    nft_loss(theta, old, torch.randn_like(old), r, beta=0.5, weighting="plain").policy.sum().backward()
+    nft_loss(theta, old, torch.randn_like(old), r, beta=0.5, weighting="plain").sum().backward()
     gradient = theta.grad
     assert gradient is not None
     assert (gradient[:, 0].abs().max() < 1e-9) and (gradient[:, 1:, :, 12:].abs().max() < 1e-9)

@@ -45,6 +45,6 @@ def test_a_team_sees_whole_groups_and_keeps_each_candidate_once(
 def test_what_cannot_be_shared_evenly_is_refused_with_what_to_do() -> None:
     with pytest.raises(PersistWorldError, match="1 groups cannot be shared by 2 processes") as caught:
         Share.of(options(1, 4, split=False), 0, 2)
-    assert "--split-groups (2 processes a group)" in str(caught.value.fix)
+    assert "--split-groups (2 processes per group)" in str(caught.value.fix)
     with pytest.raises(PersistWorldError, match="5 candidates of a group cannot be shared by 2 processes"):
         Share.of(options(1, 5), 0, 2)

@@ -17,7 +17,7 @@ from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import LaunchSettings, Settings
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import CannotWrite
-from persistworld_cli.reports.training_curves import POST_TRAIN_PANELS, training_curves
+from persistworld_cli.reports.curves import POST_TRAIN_PANELS, training_curves
 from persistworld_cli.training.run import Run
 from persistworld_cli.training.tracking import wanted_trackers
 

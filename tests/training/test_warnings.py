@@ -19,7 +19,14 @@ from persistworld_cli.config.requests import PostTrainRequest, PretrainRequest
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings
 from persistworld_cli.training import action_margin, post_train, pretrain
 from persistworld_cli.training.run import Run
-from persistworld_cli.training.warnings import CHECKS, FallingReferee, IgnoredActions, Streak, apart_from_record
+from persistworld_cli.training.warnings import (
+    CHECKS,
+    FallingReferee,
+    IdenticalPolicies,
+    IgnoredActions,
+    Warnings,
+    log_deviation,
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +67,18 @@ def test_resting_policies_and_groups_without_spread_over_a_resume(
     still: dict[str, Any] = {"lr": 1e-12, "ema": "constant", "ema_max": 0.0}
     assert run(flat, tmp_path, **still, updates=3)["warnings"] == []
     with (tmp_path / "warnings.jsonl").open("a") as file:  # of an update after the saved state: it will come again
-        file.write(json.dumps({"step": 4, "warning": "groups without spread", "words": ""}) + "\n")
+        file.write(json.dumps({"step": 4, "warning": "groups without spread", "message": ""}) + "\n")
     with caplog.at_level(logging.WARNING):
         result = run(flat, tmp_path, **still)
     lines = warned(tmp_path)
     assert [(line["step"], line["warning"]) for line in lines] == [
         (5, "groups without spread"),
-        (6, "policies at rest"),  # five updates: the first does not count
+        (6, "identical policies"),  # five updates: the first does not count
     ]
-    assert "for 5 updates" in lines[0]["words"] and "post_train.explore" in lines[0]["words"]
-    assert "for 5 updates" in lines[1]["words"] and "post_train.ema_max" in lines[1]["words"]
+    assert "for 5 updates" in lines[0]["message"] and "post_train.explore" in lines[0]["message"]
+    assert "for 5 updates" in lines[1]["message"] and "post_train.ema_max" in lines[1]["message"]
     assert result["warnings"] == lines
-    assert "warned of in this run: policies at rest (update 6)" in caplog.text
+    assert "warned of in this run: identical policies (update 6)" in caplog.text
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +100,7 @@ def test_post_training_a_model_that_ignores_its_actions(
     run(deaf, tmp_path, updates=2, margin_every=1, train_action_encoder=False)
     (line,) = warned(tmp_path)
     assert (line["step"], line["warning"]) == (2, "actions ignored")
-    assert "does not use its actions" in line["words"] and "not above noise" in line["words"]
+    assert "does not use its actions" in line["message"] and "not above noise" in line["message"]
     logged = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [entry["action_margin"] for entry in logged] == [0.0, 0.0]  # the same loss, to the last bit
     assert logged[0]["action_margin_base"] == 0.0
@@ -109,7 +116,7 @@ def test_pretraining_a_model_that_ignores_its_actions(
     assert first["warnings"] == []  # one check of a model that may yet learn it
     result = pretrain.run(settings, PretrainRequest(output=tmp_path))
     assert [(line["step"], line["warning"]) for line in result["warnings"]] == [(2, "actions ignored")]
-    assert "pretrain.token_drop" in warned(tmp_path)[0]["words"]
+    assert "pretrain.token_drop" in warned(tmp_path)[0]["message"]
 
 
 def test_a_reward_that_rises_by_blur_is_told_by_the_referee(world: Settings, tmp_path: Path) -> None:
@@ -121,7 +128,7 @@ def test_a_reward_that_rises_by_blur_is_told_by_the_referee(world: Settings, tmp
         trainer = post_train.PostTrainer(settings, work)
         last = trainer.model.vae.decoder.time_conv_out
         assert trainer.check is not None
-        item = trainer.check.held.items()[0]
+        item = trainer.check.held.items[0]
         record = trainer.check.held.store.frames("val", item.episode, range(5)).astype("float32")
         mean = torch.from_numpy(record).mean(dim=(0, 1, 2, 3)) / 127.5 - 1
         with torch.no_grad():
@@ -136,15 +143,24 @@ def test_a_reward_that_rises_by_blur_is_told_by_the_referee(world: Settings, tmp
         assert rows[0]["val_sharpness_gap"] == rows[0]["val_base_sharpness_gap"]
         found = [line for line in warned(tmp_path) if "sharpness" in line["warning"]]
     assert [(line["step"], line["warning"]) for line in found] == [(CHECKS, "reward up, val_sharpness_gap worse")], rows
-    assert "val_reward rose from" in found[0]["words"] and "rewards.weights" in found[0]["words"]
+    assert "val_reward rose from" in found[0]["message"] and "rewards.weights" in found[0]["message"]
 
 
 def test_a_streak_speaks_at_its_onset_and_when_it_doubled() -> None:
-    streak = Streak(3)
-    assert [i for i in range(1, 26) if streak.see(True)] == [3, 6, 12, 24]
-    assert not streak.see(False) and [i for i in range(1, 5) if streak.see(True)] == [3]
-    once = Streak(1, repeat=False)
-    assert [once.see(present) for present in (True, True, False, True)] == [True, False, False, True]
+    streak, once = IdenticalPolicies().streak, IdenticalPolicies().streak
+    assert [i for i in range(1, 26) if streak("streak", True, 3)] == [3, 6, 12, 24]
+    assert not streak("streak", False, 3) and [i for i in range(1, 5) if streak("streak", True, 3)] == [3]
+    spoke = [once("streak", present, 1, repeat=False) for present in (True, True, False, True)]
+    assert spoke == [True, False, False, True]
+
+
+def test_a_watcher_reads_the_states_of_older_runs() -> None:
+    warnings = Warnings([IdenticalPolicies(), IgnoredActions("")], Run.__new__(Run))
+    warnings.load_state({"policies at rest": 4, "actions ignored": {"used": True, "noise": 1, "lost": 0}})
+    assert warnings.state() == {
+        "identical policies": {"streak": 4},
+        "actions ignored": {"used": True, "noise": 1, "lost": 0},
+    }
 
 
 def margin(value: float, error: float = 0.01, **more: float) -> dict[str, float]:
@@ -167,7 +183,7 @@ def test_trends_in_noise_are_not_told_and_a_resumed_watcher_goes_on() -> None:
     rng = np.random.default_rng(0)
 
     def watcher() -> FallingReferee:
-        return FallingReferee("sharpness", "reward", 20, apart_from_record)
+        return FallingReferee("sharpness", "reward", 20, log_deviation)
 
     quiet = watcher()
     for step in range(1, 400):  # the reward rises, the referee only varies
@@ -187,6 +203,6 @@ def test_trends_in_noise_are_not_told_and_a_resumed_watcher_goes_on() -> None:
 
 
 def test_sharpness_beyond_the_records_that_comes_back_to_it_is_no_fall() -> None:
-    watcher = FallingReferee("sharpness", "reward", 10, apart_from_record)
+    watcher = FallingReferee("sharpness", "reward", 10, log_deviation)
     told = [watcher.see(step, {"reward": float(step), "sharpness": 2 - 0.04 * step}) for step in range(1, 21)]
     assert not any(told)
