@@ -77,13 +77,7 @@ class Inbox:
 
 
 def drive_web(session: DriveSession, server: DriveServer, output: Path) -> None:
-    """Serve a session until the process is interrupted.
-
-    Args:
-        session: to drive.
-        server: not started yet.
-        output: folder for the files that the page saves.
-    """
+    """Serve a session until the process is interrupted; files that the page saves go into ``output``."""
     inbox = Inbox()
 
     def hear(message: str | None) -> None:

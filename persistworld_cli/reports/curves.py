@@ -27,11 +27,9 @@ REFERENCE = {"floor": ("#888888", "--"), "ceiling": ("#888888", ":")}
 
 
 def horizon_curves(path: Path, result: Mapping[str, Any]) -> None:
-    """Metrics over the horizon: a row of plots for each metric, a column for each camera group.
+    """Write a PNG of the metrics over the horizon: a row of plots per metric, a column per camera group.
 
-    Args:
-        path: PNG to write.
-        result: ``eval.json``'s dictionary: ``horizon[group][label][model] = {mean, low, high}``, ``times_s``.
+    Of ``eval.json``: ``horizon[group][label][model] = {mean, low, high}``, ``times_s``.
     """
     groups, metrics = result["groups"], result["metrics"]
     figure, axes = plt.subplots(
@@ -71,11 +69,9 @@ def _horizon(axes: Axes, result: Mapping[str, Any], group: str, metric: Mapping[
 
 
 def change_plot(path: Path, result: Mapping[str, Any]) -> None:
-    """Every rollout's change against the baseline: one dot per rollout, ordered; right of zero is better.
+    """Write a PNG of every rollout's change against the baseline: one dot per rollout, ordered; right is better.
 
-    Args:
-        path: PNG to write.
-        result: ``eval.json``'s dictionary with ``changes[group][label] = [new - base, ...]``.
+    Of ``eval.json``: ``changes[group][label] = [new - base, ...]``.
     """
     groups, metrics = result["groups"], result["metrics"]
     figure, axes = plt.subplots(
@@ -108,12 +104,7 @@ def change_plot(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def uncertainty_plot(path: Path, result: Mapping[str, Any]) -> None:
-    """Variance between seeds against the error: one dot per episode and interaction, coloured by time.
-
-    Args:
-        path: PNG to write.
-        result: ``eval.json``'s dictionary with ``uncertainty.rows``.
-    """
+    """Write a PNG of seed variance against error: one dot per episode and interaction (``uncertainty.rows``)."""
     groups, models = result["groups"], [model["label"] for model in result["models"]]
     rows = {(row["model"], row["cameras"]): row for row in result["uncertainty"]["rows"]}
     figure, axes = plt.subplots(
@@ -208,15 +199,7 @@ PRETRAIN_PANELS = (
 def training_curves(
     path: Path, title: str, history: Sequence[Mapping[str, float]], panels: Sequence[Panel], columns: int = 3
 ) -> None:
-    """Write a PNG of the panels that have data; none without data.
-
-    Args:
-        path: PNG to write.
-        title: over everything.
-        history: lines of metrics.jsonl, each with ``step``.
-        panels: what to draw.
-        columns: panels per row.
-    """
+    """Write a PNG of the panels that have data in ``history``, the lines of metrics.jsonl; none without data."""
     drawn = [panel for panel in panels if any(name in line for line in history for name in panel.series)]
     if not drawn:
         return

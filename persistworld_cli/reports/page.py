@@ -40,13 +40,10 @@ def _base64(file: Path) -> str:
 
 
 def write_page(path: Path, result: Mapping[str, Any], images: Sequence[Path], videos: Sequence[Path]) -> None:
-    """Write the page.
+    """Write the page of an ``eval.json``'s dictionary.
 
-    Args:
-        path: HTML file to write.
-        result: ``eval.json``'s dictionary.
-        images: PNG files to show, in order; those in a folder ``sheets`` are wider than the page.
-        videos: mp4 files; one named like an image is shown under it.
+    Images are PNG files; those in a folder ``sheets`` are wider than the page. A video named like an image is shown
+    under it.
     """
     files = [*images, *videos]
     stems = dict.fromkeys(file.stem for file in files)

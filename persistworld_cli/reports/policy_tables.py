@@ -64,11 +64,7 @@ def _words(against: Mapping[str, Any]) -> str:
 
 
 def leaderboard_tables(result: Mapping[str, Any]) -> Group:
-    """Policies by imagined success, and how well that predicts the real one.
-
-    Args:
-        result: what `policies.leaderboard.build_leaderboard` returns.
-    """
+    """Policies by imagined success, and how well that predicts the real one (`policies.leaderboard`)."""
     predicted = result.get("predicted")
     table = new_table(
         "Leaderboard: success [95% Wilson interval]",

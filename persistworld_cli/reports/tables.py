@@ -52,11 +52,7 @@ def heading(metric: Mapping[str, Any]) -> str:
 
 
 def eval_table(result: Mapping[str, Any]) -> Table:
-    """The benchmark's table: floor, models, ceiling for each camera group; change and win rate under them.
-
-    Args:
-        result: what `evaluation.report.build_result` returns (or ``eval.json`` read again).
-    """
+    """The benchmark's table of ``eval.json``: floor, models, ceiling, change and win rate per camera group."""
     metrics = result["metrics"]
     table = new_table(_title(result), ["cameras", ""], [heading(metric) for metric in metrics], _caption(result))
     for group in result["groups"]:

@@ -71,14 +71,7 @@ class SheetBlock:
 
 
 def contact_sheet(path: Path, title: str, columns: Sequence[str], blocks: Sequence[SheetBlock]) -> None:
-    """Write one PNG: blocks under each other, rows of images, a name left of each row, a text over each column.
-
-    Args:
-        path: PNG to write.
-        title: over everything.
-        columns: n texts, one per column.
-        blocks: each with rows of n images.
-    """
+    """Write one PNG: blocks under each other, rows of n images, a name left of each row, a text over each column."""
     rows = [[enlarge(images, SHEET_CELL) for _, images, _ in block.rows] for block in blocks]
     h, w = rows[0][0].shape[1:3]
     width = LABEL + len(columns) * (w + GAP)
@@ -116,13 +109,9 @@ class VideoRow:
 def side_by_side(
     title: str, cameras: Sequence[str], rows: Sequence[VideoRow], times: Sequence[str]
 ) -> Iterator[Images]:
-    """Frames of a video: cameras as columns, rows under each other; title, and step and time of each frame, on top.
+    """Frames of a video: cameras as columns, rows under each other; on top the title and the frame's time.
 
-    Args:
-        title: of the video.
-        cameras: V names.
-        rows: all with F frames.
-        times: F texts, e.g. ``step 3  2.2 s``.
+    ``times``: F texts, e.g. ``step 3  2.2 s``.
     """
     h, w = enlarge(rows[0].frames[:1, 0], VIDEO_CELL).shape[1:3]
     width = len(cameras) * (w + GAP) - GAP

@@ -60,12 +60,7 @@ _TREND = 20  # least number of updates over which the candidates' trends are rea
 
 
 class PostTrainer(Trainer):
-    """Everything that one update needs.
-
-    Args:
-        settings: the whole preset.
-        work: processes, state and logs.
-    """
+    """Everything that one update needs."""
 
     shown = ("reward", "group_spread", "theta_old")
 

@@ -89,13 +89,7 @@ def clip_length(settings: VaeSettings, step: int) -> int:
 
 
 class VaeTrainer(Trainer):
-    """Everything that one update of the VAE needs.
-
-    Args:
-        settings: the whole preset.
-        work: processes, state and logs.
-        images: from `load_images`.
-    """
+    """Everything that one update of the VAE needs; ``images`` are those of `load_images`."""
 
     shown = ("loss", "psnr")
 

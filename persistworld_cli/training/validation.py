@@ -74,15 +74,7 @@ class HeldOut:
 
 
 class ClosedLoopCheck:
-    """Scores weights on the same few held-out rollouts each time.
-
-    Args:
-        held: which rollouts.
-        scorer: metrics, reward, referees.
-
-    Attributes:
-        base: scores of the initial weights, once they were needed.
-    """
+    """Scores weights on the same few held-out rollouts each time; ``base``: scores of the initial weights."""
 
     def __init__(self, held: HeldOut, scorer: Scorer) -> None:
         self.held, self.scorer = held, scorer
@@ -124,9 +116,7 @@ class ClosedLoopCheck:
 class SampleVideos:
     """Writes `<output>/videos/step-N/EPISODE_START_SEED.mp4`, recording over predictions; each rank its share.
 
-    Args:
-        held: which rollouts.
-        base: label -> weights that do not change during training: rolled out once.
+    ``base``: label -> weights that do not change during training; they are rolled out once.
     """
 
     def __init__(self, held: HeldOut, base: Mapping[str, Active] | None = None) -> None:

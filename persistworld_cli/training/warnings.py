@@ -209,12 +209,7 @@ def log_deviation(ratio: float) -> float:
 
 
 class Warnings:
-    """All watchers of a run.
-
-    Args:
-        watchers: what to detect.
-        work: the run, whose main process reports.
-    """
+    """All watchers of a run, whose main process reports."""
 
     def __init__(self, watchers: Sequence[Watcher], work: Run) -> None:
         self.watchers, self.work = tuple(watchers), work
