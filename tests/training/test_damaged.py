@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from data_raw import HEIGHT, WIDTH, encode, write_v21
-from peft import LoraConfig
 
 from persistworld_cli.checkpoints.adapters import write_adapter
 from persistworld_cli.config.settings import WorldSettings
@@ -143,6 +142,8 @@ def test_an_index_from_before_checksums_is_read(indexed: Path, tmp_path: Path) -
 
 
 def test_equal_adapters_are_equal_files(tmp_path: Path) -> None:
+    from peft import LoraConfig  # imports torchvision, which the package makes importable
+
     names = ["to_q", "to_k", "to_v", "to_out.0", "conv_in", "proj_in"]
     for folder, targets in (("one", names), ("two", names[::-1])):
         config = LoraConfig(r=2, target_modules=targets, bias="none")
