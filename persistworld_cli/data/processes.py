@@ -112,19 +112,20 @@ def in_order(
     Args:
         function: importable by name, or a partial of such; its module should need no torch.
         items: picklable.
-        workers: processes; one per core by default, 1 does everything in this process.
+        workers: processes; by default one per core, at most 16 (more wait for the disk); 1: all is done in this one.
 
     Raises:
         PersistWorldError: a worker was killed; or raised by ``function``.
     """
-    count = _default_workers() if workers is None else workers
-    if count <= 1 or len(items) < _FEW:
+    if workers is None:
+        workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if workers <= 1 or len(items) < _FEW:
         yield from map(function, items)
         return
     chunks = (items[begin : begin + _CHUNK] for begin in range(0, len(items), _CHUNK))
     pool: list[Worker] = []
     try:
-        pool.extend(Worker(partial(_chunk, function)) for _ in range(count))
+        pool.extend(Worker(partial(_chunk, function)) for _ in range(workers))
         for results in in_turn(pool, chunks, ahead=2):
             yield from results
     except WorkerDied as error:
@@ -134,12 +135,6 @@ def in_order(
     finally:
         for worker in pool:
             worker.end()
-
-
-def _default_workers() -> int:
-    """One per core that this process may use, at most 16: beyond that it waits for the disk."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16)
 
 
 def _chunk(function: Callable[[Item], Result], items: Sequence[Item]) -> list[list[Result]]:

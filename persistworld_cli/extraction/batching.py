@@ -26,7 +26,8 @@ Encode = Callable[[Tensor], Tensor]  # uint8 (N, V, H, W, 3) -> (N, C, h, w), ca
 class Batcher:
     """Collects images, encodes them in batches of ``size`` frames, and hands whole episodes back.
 
-    A batch is copied from the GPU when the next one is under way, so that the GPU does not wait for the copy.
+    A batch is copied from the GPU when the next one is under way, so that the GPU does not wait for the copy. Values
+    that are no numbers are a PersistWorldError.
     """
 
     def __init__(self, encode: Encode, size: int) -> None:
@@ -47,11 +48,7 @@ class Batcher:
         self._open.pop(episode, None)
 
     def add(self, episode: int, images: NDArray[np.uint8]) -> Iterator[tuple[int, Tensor]]:
-        """More images (n, V, H, W, 3) of an episode; yields the episodes that are complete now, latents (T, C, h, w).
-
-        Raises:
-            PersistWorldError: the encoder returns values that are no numbers.
-        """
+        """More images (n, V, H, W, 3) of an episode; yields the episodes that are complete, latents (T, C, h, w)."""
         source = torch.from_numpy(images)
         if self._batch is None:
             self._batch = torch.zeros((self.size, *source.shape[1:]), dtype=torch.uint8)

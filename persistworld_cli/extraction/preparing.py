@@ -57,11 +57,7 @@ def resample_ids(length: int, raw_fps: float, rate_hz: float) -> NDArray[np.int6
 
 
 def split_of(index: int, rule: str, splits: dict[str, tuple[int, int]]) -> str:
-    """Split of an episode: 'id-ends-99' (DROID), 'info-splits' (ranges of info.json), 'every-N' (each N-th is val).
-
-    Raises:
-        PersistWorldError: unknown rule, or (info-splits) the episode lies in no range.
-    """
+    """Split by 'id-ends-99' (DROID), 'info-splits' (info.json's ranges) or 'every-N' (each N-th is val); may raise."""
     if rule == "id-ends-99":
         return "val" if str(index).endswith("99") else "train"
     if rule == "info-splits":

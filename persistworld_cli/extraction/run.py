@@ -90,7 +90,7 @@ def run(settings: Settings, request: ExtractRequest) -> dict[str, Any]:
         _extract(settings, request, work, Vae(settings, source, request.dtype, work.device), run, chosen)
     except KeyboardInterrupt:
         if work.main:
-            note("stopped; finished episodes stay, and the same command goes on with the others")
+            note("stopped; finished episodes stay, and the same command continues with the others")
         raise
     report = _joined(out, work, run)
     if work.main and not report.done and not report.failed:
@@ -120,8 +120,9 @@ def _extract(
     settings: Settings, request: ExtractRequest, work: Run, encoder: Vae, run: str, chosen: set[int] | None
 ) -> ExtractReport:
     """This process's share."""
-    source = request.vae or settings.model.ckpt
-    posterior = settings.model.posterior
+    source, posterior = request.vae or settings.model.ckpt, settings.model.posterior
+    weights = resolve_path(source)
+    content = str(describe_content(weights).get("sha256", "")) if weights.exists() else ""  # a hub's go by name
     label = "extract-latents" if work.world == 1 else f"extract-latents, process 1 of {work.world}"
     with Meter(label, 0, quiet=not work.main) as meter:
 
@@ -143,19 +144,11 @@ def _extract(
             strict=request.strict,
             callbacks=ExtractCallbacks(ready=encoder.load, progress=progress, stop=work.should_stop_here),
             encoder=Encoder(
-                source if posterior == "mode" else f"{source}, posterior {posterior}",
-                request.dtype,
-                _content(source),
+                source if posterior == "mode" else f"{source}, posterior {posterior}", request.dtype, content
             ),
             changes=Changing(request.with_changes, request.command, settings.world.dataset),
             run=run,
         )
-
-
-def _content(source: str) -> str:
-    """What the weights hold; "" for a hub's, which are known by name."""
-    path = resolve_path(source)
-    return str(describe_content(path).get("sha256", "")) if path.exists() else ""
 
 
 def _workers(settings: Settings, request: ExtractRequest) -> int:

@@ -238,10 +238,6 @@ def _metadata(report: Report, root: Path, listed: Sequence[AnnotationStat], numb
     ):
         for split, episode in names:
             report.add("stale-index", f"{split}/{episode}", label)
-    _percentiles(report, stat, numbers)
-
-
-def _percentiles(report: Report, stat: ActionStat, numbers: int) -> None:
     if numbers and len(stat.p01) != numbers:
         report.add("stat-width", "stat.json", f"{len(stat.p01)} numbers, the states have {numbers}")
         return

@@ -36,7 +36,8 @@ def export_ctrl_world(index: IndexFile, stat: ActionStat, folder: Path, *, num_f
             continue
         row, start = _entries(mine, num_frames)
         order = np.random.default_rng(seed).permutation(len(row))
-        names = [json.dumps(_as_number(episode)) for episode in mine.ids]
+        # Ctrl-World writes numeric ids as numbers; '0011' must stay text
+        names = [json.dumps(int(e) if e.isdecimal() and str(int(e)) == e else e) for e in mine.ids]
         with whole_file(folder / f"{split}{SUFFIX}") as partial, partial.open("w") as out:
             out.write("[")
             for begin in range(0, len(order), _WRITTEN):
@@ -58,11 +59,6 @@ def _entries(index: EpisodeIndex, num_frames: int) -> tuple[NDArray[np.int32], N
     row = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     first = np.arange(len(row), dtype=np.int64) - np.repeat(running(counts)[:-1], counts)
     return row, first.astype(np.int32)
-
-
-def _as_number(name: str) -> int | str:
-    """Ctrl-World writes numeric ids as numbers; '0011' must stay text."""
-    return int(name) if name.isdecimal() and str(int(name)) == name else name
 
 
 class SampleLists:

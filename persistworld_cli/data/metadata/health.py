@@ -39,7 +39,7 @@ def start_percentiles(
     training: NDArray[np.bool_],
     num_frames: int,
 ) -> ActionStat:
-    """1st and 99th percentile of the states (N, D) at all start frames of the training episodes (formats.md)."""
+    """1st and 99th percentile of the states (N, D) at all start frames of the training episodes."""
     chosen = _start_frames(lengths, training, num_frames)
     p01, p99 = np.empty(states.shape[1]), np.empty(states.shape[1])
     column = np.empty(int(chosen.sum()), dtype=np.float64)

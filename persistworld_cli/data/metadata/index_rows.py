@@ -42,19 +42,18 @@ class PreviousIndex:
         if fresh or not path.is_file():
             return
         try:
-            self._file = IndexFile(path)
-            if self._file.info.get("made") != MADE:
+            file = IndexFile(path)
+            if file.info.get("made") != MADE:
                 return
             with reading("the index is damaged", path):
-                self._file.require_whole()
-                self._file.check()
-                self._read()
+                file.require_whole()
+                file.check()
+                self._read(file)
         except PersistWorldError as error:
             _LOG.warning("%s: %s; every annotation is read again", path, error.what)
             self._rows = {}
 
-    def _read(self) -> None:
-        file = self._file
+    def _read(self, file: IndexFile) -> None:
         self._rows = {item: row for row, item in enumerate(signatures(file))}
         self._texts, self._problems = file.names("texts"), file.names("problems")
         self._text_of, self._problem_of = file.array("text_of").tolist(), file.array("problem_of").tolist()
