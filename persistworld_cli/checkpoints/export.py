@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,77 +18,112 @@ from persistworld_cli.checkpoints.compatibility import (
 )
 from persistworld_cli.checkpoints.inspection import MERGED
 from persistworld_cli.checkpoints.loading import load_world_model
-from persistworld_cli.checkpoints.references import weights_ref
+from persistworld_cli.checkpoints.references import sha256_of, weights_ref
 from persistworld_cli.checkpoints.saving import save_safetensors, save_torch
 from persistworld_cli.checkpoints.sources import adapter_at, locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.presets import preset_names
+from persistworld_cli.config.requests import ExportRequest
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.config.weight_names import ADAPTER_CONFIG, PASSTHROUGH
+from persistworld_cli.config.weight_names import ADAPTER_CONFIG, PASSTHROUGH, adapter_name, adapter_on_disk
 from persistworld_cli.data.metadata.index import ActionStat
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import require_free
 
 logger = logging.getLogger(__name__)
 
-# What is written -> how the file's name ends ("": a folder).
+_Exported = tuple[dict[str, torch.Tensor], str | None, ActionStat | None]  # tensors, merged adapter, scale of actions
+# Format -> how the file's name ends ("": a folder)
 FORMATS = {"ctrl-world": (".pt", ".pth"), "safetensors": (".safetensors",), "peft": ("",)}
 
 
-def check_output(to: str, output: Path, *, force: bool) -> None:
-    """Raise UsageError where `output` cannot be a file (or folder) of this format, or is there already."""
+def export(request: ExportRequest, settings: Settings | None) -> dict[str, Any]:
+    """Write whole weights as one file, or an adapter as a PEFT folder; the scale of actions is noted in each.
+
+    ``ctrl-world`` is what `torch.save` writes and Ctrl-World loads with strict=True. An adapter is merged in float32.
+
+    Args:
+        request: a CKPT that is an adapter is merged into the checkpoint of its preset, or with ``peft`` written.
+        settings: of the model; None: those of the bundled preset that it fits.
+
+    Returns:
+        What was written, as JSON values.
+
+    Raises:
+        PersistWorldError: weights that are absent, damaged or of another model; the output cannot be written.
+        UsageError: an output of another name, or there already; CKPT is an adapter of more than one preset, or none
+            where one is to be written.
+    """
+    to, output, force = request.to, request.output, request.force
     if output.suffix not in FORMATS[to]:
         what = f"a file ending in {FORMATS[to][0]}" if FORMATS[to][0] else "a folder, without an ending"
         raise UsageError(f"--to {to} writes {what}, not '{output.name}'", where="--output", fix="give such a name")
     require_free(output, force=force, marker=ADAPTER_CONFIG if to == "peft" else "")
+    tensors, merged, stat = (_export_adapter if to == "peft" else _export_model)(request, settings)
+    files = [output] if output.is_file() else list(output.iterdir())
+    return {
+        "output": str(output),
+        "format": to,
+        "tensors": len(tensors),
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "dtype": request.dtype,
+        "bytes": sum(file.stat().st_size for file in files),
+        "merged": merged,
+        "action_scale": None if stat is None else {"p01": stat.p01.tolist(), "p99": stat.p99.tolist()},
+        "sha256": sha256_of(str(output)),
+    }
 
 
-def export_model(
-    ckpt: str,
-    *,
-    adapter: str,
-    to: str,
-    output: Path,
-    dtype: torch.dtype,
-    force: bool,
-    settings: Settings | None,
-    adapter_sha256: str = "",
-) -> dict[str, Any]:
-    """Write a whole model as one file.
-
-    Args:
-        ckpt: weights: file, folder or hub id; an adapter goes on the checkpoint of its preset.
-        adapter: merged in float32; "" for none.
-        to: ``ctrl-world`` (what `torch.save` writes; Ctrl-World loads it with strict=True) or ``safetensors``.
-        output: the file.
-        dtype: of all weights in it.
-        force: whether a file there may be replaced.
-        settings: of the model; None: those of the bundled preset that it fits.
-        adapter_sha256: noted in the file, as the scale of actions is (`export_scale`).
-
-    Raises:
-        PersistWorldError: weights that are absent, damaged or of another model; the file cannot be written.
-        UsageError: the file is there already, or CKPT is an adapter and more than one preset's.
-    """
-    check_output(to, output, force=force)
+def _export_model(request: ExportRequest, settings: Settings | None) -> _Exported:
+    """One file; returns the adapter that was merged too."""
+    ckpt, adapter, output = request.ckpt, request.adapter, request.output
+    sha256 = sha256_of(adapter_name(adapter) or adapter_on_disk(ckpt))
     if adapter_at(ckpt):
         ckpt, adapter = _base_of(ckpt, adapter, settings)
     named, settings = settings, settings or _settings_of(ckpt)
+    dtype = getattr(torch, request.dtype)
     model = load_world_model(settings.model, settings.world, ckpt=ckpt, adapter=adapter, dtype=dtype, passthrough=True)
-    if to == "ctrl-world" and settings.model.image and not hasattr(model, PASSTHROUGH):
+    if request.to == "ctrl-world" and settings.model.image and not hasattr(model, PASSTHROUGH):
         raise PersistWorldError(
             f"Ctrl-World loads with strict=True and wants an {PASSTHROUGH.replace('_', ' ')}; this checkpoint has none",
             where=ckpt,
             fix="write --to safetensors, which this program loads, or name the checkpoint that has it",
         )
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    _require_finite(tensors, dtype)
-    require_free(output, force=force)
+    _require_finite(tensors, request.dtype)
+    require_free(output, force=request.force)
     stat = export_scale(named, ckpt, adapter)
-    notes = scale_note(stat) | ({MERGED: adapter_sha256} if adapter_sha256 else {})
-    (save_safetensors if to == "safetensors" else save_torch)(output, tensors, notes)
-    return _report(output, to, tensors, dtype, adapter or None, stat)
+    notes = scale_note(stat) | ({MERGED: sha256} if sha256 else {})
+    (save_safetensors if request.to == "safetensors" else save_torch)(output, tensors, notes)
+    return tensors, adapter or None, stat
+
+
+def _export_adapter(request: ExportRequest, settings: Settings | None) -> _Exported:
+    """A PEFT folder of CKPT, or of the adapter that is named on top of it."""
+    ckpt, adapter, dtype = request.ckpt, request.adapter, getattr(torch, request.dtype)
+    source = locate(adapter or ckpt)
+    if source.kind not in ("adapter", "state"):
+        raise UsageError(
+            f"'{source.name}' holds whole weights: an adapter that was merged cannot be taken out again",
+            where="--to peft",
+            fix="name the adapter itself (a run's weights/adapter), or write --to safetensors",
+        )
+    found = read_adapter(source)
+    stat = export_scale(settings, *((ckpt, adapter) if adapter else ("", ckpt)))
+    if adapter and settings is None:
+        settings = _settings_of(ckpt)
+    why = adapter_misfit(found, settings.model) if settings else ""
+    if why or (settings is None and not adapter_presets(found)):
+        raise PersistWorldError(
+            f"the adapter does not fit {'this model: ' + why if why else 'any bundled preset'}",
+            where=str(found.root),
+            fix="name the preset (--preset) and the weights it was trained on",
+        )
+    lora, encoder = ({name: t.to(dtype) for name, t in part.items()} for part in (found.lora, found.encoder))
+    _require_finite({**lora, **encoder}, request.dtype)
+    write_adapter(request.output, found.config, lora, encoder, force=request.force, stat=stat)
+    return {**lora, **encoder}, None, stat
 
 
 def export_scale(settings: Settings | None, ckpt: str, adapter: str) -> ActionStat | None:
@@ -117,67 +151,6 @@ def export_scale(settings: Settings | None, ckpt: str, adapter: str) -> ActionSt
     return ActionStat.load(resolve_path(settings.model.stat))
 
 
-def _report(
-    output: Path,
-    to: str,
-    tensors: dict[str, torch.Tensor],
-    dtype: torch.dtype,
-    merged: str | None,
-    stat: ActionStat | None,
-) -> dict[str, Any]:
-    """What was written, as JSON values."""
-    files = [output] if output.is_file() else list(output.iterdir())
-    return {
-        "output": str(output),
-        "format": to,
-        "tensors": len(tensors),
-        "parameters": sum(t.numel() for t in tensors.values()),
-        "dtype": str(dtype).removeprefix("torch."),
-        "bytes": sum(file.stat().st_size for file in files),
-        "merged": merged,
-        "action_scale": None if stat is None else {"p01": stat.p01.tolist(), "p99": stat.p99.tolist()},
-    }
-
-
-def export_adapter(
-    ckpt: str, *, adapter: str, output: Path, dtype: torch.dtype, force: bool, settings: Settings | None
-) -> dict[str, Any]:
-    """Write an adapter as a PEFT folder.
-
-    Args:
-        ckpt: the adapter (PEFT folder or a post-training's saved state), or the weights that `adapter` belongs on.
-        adapter: the adapter where `ckpt` names weights; "" otherwise.
-        output, dtype, force, settings: as for `export_model`.
-
-    Raises:
-        PersistWorldError: an adapter that is absent, damaged, or of another model; the folder cannot be written.
-        UsageError: there is no adapter in what was named.
-    """
-    check_output("peft", output, force=force)
-    source = locate(adapter or ckpt)
-    if source.kind not in ("adapter", "state"):
-        raise UsageError(
-            f"'{source.name}' holds whole weights: an adapter that was merged cannot be taken out again",
-            where="--to peft",
-            fix="name the adapter itself (a run's weights/adapter), or write --to safetensors",
-        )
-    found = read_adapter(source)
-    stat = export_scale(settings, *((ckpt, adapter) if adapter else ("", ckpt)))
-    if adapter and settings is None:
-        settings = _settings_of(ckpt)
-    why = adapter_misfit(found, settings.model) if settings else ""
-    if why or (settings is None and not adapter_presets(found)):
-        raise PersistWorldError(
-            f"the adapter does not fit {'this model: ' + why if why else 'any bundled preset'}",
-            where=str(found.root),
-            fix="name the preset (--preset) and the weights it was trained on",
-        )
-    lora, encoder = ({name: t.to(dtype) for name, t in part.items()} for part in (found.lora, found.encoder))
-    _require_finite({**lora, **encoder}, dtype)
-    write_adapter(output, found.config, lora, encoder, force=force, stat=stat)
-    return _report(output, "peft", {**lora, **encoder}, dtype, None, stat)
-
-
 def _base_of(ckpt: str, adapter: str, settings: Settings | None) -> tuple[str, str]:
     """Weights and adapter where CKPT is an adapter: its settings' weights, or those of a preset that it fits."""
     fits = [settings] if settings else map(bundled_settings, adapter_presets(read_adapter(locate(ckpt))))
@@ -201,12 +174,12 @@ def _settings_of(ckpt: str) -> Settings:
     return bundled_settings(name)
 
 
-def _require_finite(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+def _require_finite(tensors: dict[str, torch.Tensor], dtype: str) -> None:
     """Raise PersistWorldError where numbers are too large for the type."""
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise PersistWorldError(
-            f"{len(broken)} tensors are not finite in {str(dtype).removeprefix('torch.')} (first: {broken[0]})",
+            f"{len(broken)} tensors are not finite in {dtype} (first: {broken[0]})",
             where="--dtype",
             fix="choose a type with more range: bfloat16 or float32",
         )

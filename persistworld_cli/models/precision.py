@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-_log = logging.getLogger(__name__)
+_log_once = functools.cache(logging.getLogger(__name__).info)
 
 
 @functools.cache
@@ -25,13 +25,8 @@ def product_type(device: torch.device, wanted: torch.dtype) -> torch.dtype:
     """``wanted``; float32 where that is bfloat16 and ``device`` is a CPU without it."""
     if device.type != "cpu" or wanted is not torch.bfloat16 or cpu_has_bfloat16():
         return wanted
-    _say_once()
+    _log_once("this processor has no bfloat16: float32 is computed in its place")
     return torch.float32
-
-
-@functools.cache
-def _say_once() -> None:
-    _log.info("this processor has no bfloat16: float32 is computed in its place")
 
 
 def small_products(device: torch.device, dtype: torch.dtype, own: torch.dtype) -> AbstractContextManager[object]:
