@@ -49,7 +49,7 @@ def writing(path: Path, fix: str = "", closed: str = "") -> Iterator[None]:
         elif error.errno in _NO_RIGHTS:
             fix = closed or "check its permissions and those of its folder"
         else:
-            fix = "check the disk"
+            fix = "check the disk, and what is at this path"
         raise CannotWrite(f"cannot be written: {_reason(error, path)}", where=str(path), fix=fix) from error
 
 

@@ -121,7 +121,7 @@ def test_missing_permissions_are_the_same_error_with_another_fix(tmp_path: Path)
     (tmp_path / "file").touch()
     with pytest.raises(CannotWrite, match="File exists") as other:
         write_text(tmp_path / "file" / "below.txt", "")
-    assert "what lies there" in str(other.value.fix)
+    assert "at this path" in str(other.value.fix)
 
 
 def test_whatever_ends_the_block_the_old_one_stays(tmp_path: Path) -> None:
