@@ -92,7 +92,7 @@ def compare_results(first: Mapping[str, Any], second: Mapping[str, Any], where: 
 
 
 def rollout_values(result: Mapping[str, Any], group: str, label: str, model: str) -> FloatArray:
-    """One number a rollout, NaN where there is none."""
+    """One number per rollout, NaN where there is none."""
     values = result["rollouts"][group][label][model]
     return np.array([np.nan if value is None else value for value in values])
 

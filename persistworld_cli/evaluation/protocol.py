@@ -98,7 +98,7 @@ def record_hash(store: EpisodeStore, split: str, items: Sequence[Item]) -> str:
 
 
 def check_metrics(wanted: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any], where: str) -> None:
-    """Refuse a benchmark whose metrics are computed otherwise here. Raises UsageError."""
+    """Refuse a benchmark whose metrics have other parameters here. Raises UsageError."""
     for name, parameters in wanted.items():
         for key, value in parameters.items():
             own = metrics.get(name, {}).get(key)

@@ -100,7 +100,7 @@ def load_published(name: str) -> Published:
 
 
 def has_gain(name: str) -> bool:
-    """Whether a file of figures has a gain over the base, which is then rolled out too; False where it is not there."""
+    """Whether a file of figures has a gain over the base, which is then rolled out too; False without a file."""
     try:
         return bool(load_published(name).gain)
     except PersistWorldError:  # reported when it is read to be compared with

@@ -140,7 +140,7 @@ def _conclusion(
 ) -> str:
     """The outcome in a sentence or two."""
     if episodes < FEWEST:
-        return f"{episodes} episodes are too few to tell: use at least {FEWEST}"
+        return f"{episodes} episodes are too few to decide: use at least {FEWEST}"
     if chosen is None:
         return f"no setting with fewer network calls is shown to be within {percent:g}% of {reference.name}"
     text = (

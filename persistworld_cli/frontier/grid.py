@@ -88,7 +88,7 @@ def _steps_for(sampling: SamplingSettings, calls: int) -> int | None:
 
 
 def _varied(text: str) -> tuple[str, list[Any]]:
-    """``sigma_min=0.002,0.05`` (``sampling.`` may stand before it) as the key and its values."""
+    """``sigma_min=0.002,0.05`` (or ``sampling.sigma_min=...``) as the key and its values."""
     key, mark, listed = text.partition("=")
     key = key.strip().removeprefix("sampling.")
     if not mark or not listed.strip():

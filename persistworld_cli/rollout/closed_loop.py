@@ -46,7 +46,7 @@ class ScoredRollout:
 
 
 def batches(items: Sequence[Item], size: int) -> list[list[Item]]:
-    """Items cut into batches, whoever rolls them out.
+    """Items cut into batches, the same for every process.
 
     Rounding depends on what is computed together, so a batch is the unit of work: of several processes, and of a run
     that is resumed. Then one process or many, in one go or interrupted, give the same numbers.
@@ -79,7 +79,7 @@ class ClosedLoop:
 
     @property
     def num_frames(self) -> int:
-        """L."""
+        """Frames L of an interaction."""
         return self.engine.model.settings.num_frames
 
     def roll(
@@ -121,8 +121,8 @@ class ClosedLoop:
         return load_recording(self.store, self.split, item, self.steps, self.num_frames)
 
     def references(self, item: Item) -> tuple[ScoredRollout, ScoredRollout]:
-        """The two lines between which every model must lie: the frame at the start copied over the whole horizon, and
-        the recording through the VAE, decoded in the runs that predictions are decoded in.
+        """Floor and ceiling of an item: the frame at the start copied over the whole horizon, and the recording through
+        the VAE, decoded in the runs that predictions are decoded in.
         """
         recording, model = self.recording(item), self.engine.model
         copied = to_unit([recording.first])[:, None].expand(-1, self.num_frames - 1, -1, -1, -1, -1)

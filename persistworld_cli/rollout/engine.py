@@ -1,4 +1,4 @@
-"""The rollout engine: one batched autoregressive step, whoever acts (a recording, a keyboard, a policy).
+"""The rollout engine: one batched autoregressive step along poses of a recording, a keyboard or a policy.
 
 Shapes: B rollouts, P history frames, L predicted frames, C, h, w latent, D pose numbers.
 Row 0 of an interaction is the current frame again; rows 1..L-1 are new (method.md sections 1 and 3).
@@ -50,11 +50,11 @@ class RolloutState:
     steps: int = 0
 
     def copy(self) -> RolloutState:
-        """The same rollouts, to be advanced apart from here on."""
+        """An independent copy."""
         return replace(self, memory=self.memory.copy())
 
     def select(self, rows: list[int]) -> RolloutState:
-        """A private copy of some rows; a row may be named several times."""
+        """An independent copy of some rows, a row as often as named."""
         text = None if self.text is None else self.text[rows]
         keys = [self.keys[row] for row in rows] if self.keys else ()
         return RolloutState(self.memory.select(rows), text, keys, self.steps)

@@ -51,7 +51,7 @@ def make_start(store: EpisodeStore, item: Item, prefer: str, text: str = "") -> 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one interaction brought: its poses (B, L, 7), new images (B, L-1, V, H, W, 3) uint8, seconds of work."""
+    """The result of one interaction: its poses (B, L, 7), new images (B, L-1, V, H, W, 3) uint8, seconds of work."""
 
     poses: Float
     images: Images
@@ -108,7 +108,7 @@ class InteractiveRollout:
         self._state, self.poses, self.images = snapshot.state.copy(), snapshot.poses, snapshot.images
 
     def step(self, poses: Float, branch: int = 0) -> StepResult:
-        """One interaction along raw poses (B, L, 7); `poses` and `images` then show where it led.
+        """One interaction along raw poses (B, L, 7); `poses` and `images` are then its last ones.
 
         ``branch`` draws other noise for the same interaction; 0 is what every other rollout of these starts gets.
         """

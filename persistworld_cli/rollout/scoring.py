@@ -37,7 +37,7 @@ class MetricInfo:
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """How images are brought before the metrics, and on which pixels they are measured apart.
+    """How images are prepared for the metrics, and which pixels are also measured alone.
 
     Attributes:
         crop: pixels left out at the top, bottom, left and right.
