@@ -103,7 +103,11 @@ class Scorer:
         self.caveat = ", ".join(label for label in self.labels.values() if "untrained" in label)
 
     def with_referees(self, referees: Mapping[str, Referee]) -> Scorer:
-        """The same metrics and reward, with referees computed too."""
+        """The same metrics and reward, with referees computed too. Raises UsageError for one with a metric's label."""
+        for label in referees:
+            if label in self.registered:
+                what = f"the referee '{label}' has the label of a reward"
+                raise UsageError(what, where="post_train.referees", fix="leave it out, or change its label")
         scorer = copy.copy(self)
         scorer.referees = dict(referees)
         scorer.names = (*self.names, *referees)

@@ -143,6 +143,8 @@ def test_values_of_another_count_are_refused() -> None:
         scorer("own_parts:Short").metrics(images, images)
     with pytest.raises(UsageError, match="two rewards have the label 'mean_error'"):
         scorer(OWN, "own_parts:Same")
+    with pytest.raises(UsageError, match="the referee 'mean_error' has the label of a reward"):
+        scorer(OWN).with_referees(scorer("own_parts:Same").registered)
 
 
 def test_calls_of_an_own_sampler_are_counted_by_running_it() -> None:
