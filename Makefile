@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml constraints.txt
 		exit 2; \
 	fi
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev,sim]'
 	@touch $@
 
 clean:

@@ -15,16 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MUJOCO_GL", "egl")
-os.environ.setdefault("LP_NUM_THREADS", "0")
-
-import mujoco
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -32,7 +27,7 @@ from PIL import Image
 
 from benchmarks.gates import to_unit
 from dataset_example.recorder.design import DESIGNS, Design
-from dataset_example.recorder.episode import Actor, Cameras, World, build_world
+from dataset_example.recorder.episode import Actor, Cameras, World, build_world, mujoco
 from dataset_example.recorder.robot import FRAME_HZ
 from dataset_example.recorder.scene import CAMERAS, WRIST_CAMERA
 from persistworld_cli.data.raw.resize import resize

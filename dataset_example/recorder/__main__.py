@@ -35,9 +35,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's software renderer: one process, one core
     from .corpus import OtherWorldError, record
 
     wanted = range(options.first_id, options.first_id + options.episodes)

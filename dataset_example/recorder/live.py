@@ -20,13 +20,13 @@ REPEATED = 1e-3  # m, rad: closer than this to the record, a repetition is the r
 
 
 class LiveWorld:
-    """A restored scene; one `tick` is a 15 Hz frame."""
+    """A restored scene; one `tick` is a 15 Hz frame. Only its images need OpenGL."""
 
-    def __init__(self, world: World, objects: tuple[ObjectSpec, ...], render: bool) -> None:
+    def __init__(self, world: World, objects: tuple[ObjectSpec, ...]) -> None:
         self.objects = objects
         self._world = world
         self._target = world.data.ctrl.copy()  # 7 joints, and the opening of a finger
-        self._cameras = Cameras(world, 1) if render else None
+        self._cameras: Cameras | None = None
 
     def observe(self) -> dict[str, np.ndarray]:
         """The recorder's columns of now: joints, gripper, flange pose, objects."""
@@ -37,9 +37,9 @@ class LiveWorld:
         return self._world.snapshot().positions
 
     def images(self) -> np.ndarray:
-        """uint8 (cameras, height, width, 3). Raises RuntimeError without rendering."""
+        """uint8 (cameras, height, width, 3)."""
         if self._cameras is None:
-            raise RuntimeError("restored without rendering")
+            self._cameras = Cameras(self._world, 1)
         self._world.observe()  # kinematics of now
         return self._cameras.look()
 
@@ -71,7 +71,6 @@ def restore(
     joints: np.ndarray,
     gripper: float,
     objects: np.ndarray,
-    render: bool = True,
 ) -> tuple[LiveWorld, float]:
     """The scene of an episode after so many 15 Hz frames, and the error of the repetition (m or rad).
 
@@ -83,7 +82,6 @@ def restore(
         ticks: frames from its beginning.
         design: name of the recording's world, one of `DESIGNS`.
         joints, gripper, objects: as recorded there: (7,) rad, 0 open .. 1 closed, (3, 7) position and quaternion.
-        render: whether images will be needed.
     """
     world, director = build_world(seed, episode_id, DESIGNS[design])
     actor = Actor(world, director)
@@ -94,4 +92,4 @@ def restore(
     off = float(max(moved, np.abs(now["observation.state.joint_position"] - joints).max()))
     if off > REPEATED:
         world.place(joints, gripper, objects)
-    return LiveWorld(world, director.objects, render), off
+    return LiveWorld(world, director.objects), off

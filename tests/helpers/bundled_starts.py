@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,8 +27,6 @@ from persistworld_cli.rollout.recording import Item, Start
 
 RAW = bundled_root() / "dataset_example" / "world"
 STEP = 3  # 15 Hz -> 5 Hz
-if sys.platform.startswith("linux"):  # read when MuJoCo is imported, whichever test does so first
-    os.environ.setdefault("MUJOCO_GL", "egl")
 
 
 def extract(root: Path, episodes: Sequence[int], frames: int = 40) -> Settings:
@@ -79,16 +76,25 @@ def recorded_evidence(settings: Settings, episode: int, instruction: str = "") -
     )
 
 
+def recorder(module: str) -> Any:
+    """A module of the bundled world's recorder; skips where that is not at hand. Physics need nothing else."""
+    package = pytest.importorskip("dataset_example.recorder", reason="runs in a checkout only")  # chooses MuJoCo's GL
+    pytest.importorskip("mujoco", reason="the simulator needs mujoco (pip install 'persistworld[sim]')")
+    return importlib.import_module(f"{package.__name__}.{module}")
+
+
 @lru_cache(maxsize=1)
-def _draws() -> bool:
-    # In a process of its own: where EGL is missing, MuJoCo may fail at import or while it exits.
-    code = "import mujoco; mujoco.GLContext(64, 64).make_current(); print('drawn')"
-    probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    return "drawn" in probe.stdout
+def _cannot_draw() -> str:
+    """Why MuJoCo cannot draw here; empty where it can."""
+    mujoco = recorder("scene").mujoco
+    try:
+        mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 16, 16).close()
+    except Exception as error:  # each driver fails in a way of its own
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def require_drawing() -> None:
     """Skip where MuJoCo is not installed or cannot draw."""
-    pytest.importorskip("mujoco", reason="the simulator needs mujoco (pip install persistworld[sim])")
-    if not _draws():
-        pytest.skip("no EGL rendering on this machine (apt install libegl1 libegl-mesa0 libgl1-mesa-dri)")
+    if reason := _cannot_draw():
+        pytest.skip(f"images need EGL (apt install libegl1 libegl-mesa0 libgl1-mesa-dri): {reason}")

@@ -6,10 +6,11 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from bundled_starts import STEP, extract, recorded_start, require_drawing
+from bundled_starts import STEP, extract, recorded_start, recorder, require_drawing
 
 from persistworld_cli.config.requests import PolicyRolloutRequest
 from persistworld_cli.config.settings import PolicySettings, Settings
@@ -48,9 +49,14 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 @pytest.fixture(scope="module")
+def live() -> Any:
+    """The recorder's simulated world."""
+    return recorder("live")
+
+
+@pytest.fixture(scope="module")
 def drawing() -> None:
     require_drawing()
-    pytest.importorskip("dataset_example.recorder.live", reason="runs in a checkout only")
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -63,12 +69,11 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("episode", "start"), [(PICK, 0), (PICK, 12), (PUSH, 9)])
 def test_a_recorded_start_is_restored_and_repeats_the_recording(
-    drawing: None, bundled: Settings, episode: int, start: int
+    live: Any, bundled: Settings, episode: int, start: int
 ) -> None:
-    """Objects, arm and images as recorded; driven along the recorded targets, they stay so for the next 2 s."""
+    """Objects and arm as recorded; driven along the recorded targets, they stay so for the next 2 s."""
     recorded = find_recorded(bundled, recorded_start(bundled, episode, start))
     columns = recorded.raw.read(episode, list(COLUMNS))
-    videos = [recorded.raw.video(episode, camera)[0] for camera in bundled.world.cameras]
     with restored(recorded) as (world, error):
         assert error < 1e-3  # m and rad: this MuJoCo repeats the recorded motion
         for tick in range(31):
@@ -79,20 +84,23 @@ def test_a_recorded_start_is_restored_and_repeats_the_recording(
             )
             assert np.abs(now[COLUMNS[1]] - columns[COLUMNS[1]][row]).max() < 0.03
             assert np.linalg.norm(places - true, axis=1).max() < 0.01
-            if tick in (0, 30):
-                images = np.stack([read_frames(video, [row])[0] for video in videos])
-                assert psnr(world.images(), images) > 28  # the recording went through a video codec
             world.tick(columns["action"][row, :7], columns["action"][row, 7])
 
 
-def test_a_simulator_that_does_not_repeat_is_put_right(drawing: None, bundled: Settings) -> None:
+def test_a_restored_start_looks_as_recorded(drawing: None, bundled: Settings) -> None:
+    recorded = find_recorded(bundled, recorded_start(bundled, PICK, 12))
+    videos = [recorded.raw.video(PICK, camera)[0] for camera in bundled.world.cameras]
+    images = np.stack([read_frames(video, [recorded.row])[0] for video in videos])
+    with restored(recorded) as (world, _):
+        assert psnr(world.images(), images) > 28  # the recording went through a video codec
+
+
+def test_a_simulator_that_does_not_repeat_is_put_right(live: Any, bundled: Settings) -> None:
     recorded = find_recorded(bundled, recorded_start(bundled, PICK, 12))
     poses = recorded.raw.read(PICK, list(COLUMNS))[COLUMNS[0]][recorded.row].reshape(3, 7)
-    from dataset_example.recorder.live import restore
-
     joints = recorded.raw.read(PICK, [COLUMNS[1]])[COLUMNS[1]][recorded.row]
     there = {"joints": joints, "gripper": 0.2, "objects": poses}
-    world, error = restore(0, PICK, 0, design="varied", **there, render=False)  # the start of the motion
+    world, error = live.restore(0, PICK, 0, design="varied", **there)  # the start of the motion
     now = world.observe()
     assert error > 0.01
     assert np.abs(now["sim.object_pose"].reshape(3, 7)[:, :3] - poses[:, :3]).max() < 1e-6

@@ -8,8 +8,6 @@ Shape legend: F frames, V cameras, H, W pixels, N objects, L rows of an interact
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,9 +63,6 @@ def check_simulator() -> None:
 
 def _recorder() -> Any:
     """The recorder's module that drives the world."""
-    if sys.platform.startswith("linux"):
-        os.environ.setdefault("MUJOCO_GL", "egl")
-        os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's software renderer: one process, one core
     try:
         return importlib.import_module("dataset_example.recorder.live")
     except ModuleNotFoundError as error:
