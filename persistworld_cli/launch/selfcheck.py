@@ -19,10 +19,9 @@ def run(settings: Settings, request: SelfcheckRequest) -> dict[str, Any]:
 
     state = PartialState(cpu=settings.launch.device == "cpu")
     if request.fail_rank == state.process_index:
-        (request.output / f"failing.{state.process_index}").touch()
         _fail(request.fail_how)
     if request.seconds:
-        (request.output / f"waiting.{state.process_index}").touch()
+        (request.output / f"waiting.{state.process_index}").write_text("waiting\n", encoding="utf-8")
         time.sleep(request.seconds)
     total = reduce(torch.tensor(float(state.process_index + 1), device=state.device), "sum")
     own = {

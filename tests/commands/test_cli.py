@@ -52,7 +52,7 @@ assert not loaded, f"{{sys.argv}} imports {{loaded}}"
 def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     """``persistworld ARGUMENTS`` in a process of its own."""
     command = [sys.executable, "-m", "persistworld_cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env})
 
 
 def dry(*arguments: str) -> dict[str, dict[str, object]]:
@@ -72,7 +72,7 @@ def test_every_help_works_without_torch() -> None:
         for arguments in [[], *([name] for name in NAMES)]
     ]
     for name, process in zip(["", *NAMES], started, strict=True):
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate()
         assert process.returncode == 0, (name, err.decode())
         assert b"Usage: persistworld " + name.encode() in out
 
@@ -226,7 +226,7 @@ def test_an_unreadable_episode_is_named_and_the_exit_code_tells(tmp_path: Path) 
         target.write_bytes(data[: len(data) // 3] if path.suffix == ".mp4" and path.stem == bad else data)
     command = [sys.executable, "-m", "persistworld_cli", "extract-latents", str(raw), str(tmp_path / "out"), "--json"]
     done = subprocess.run(
-        [*command, "--output", str(tmp_path / "run"), "--device", "cpu"], capture_output=True, text=True, timeout=300
+        [*command, "--output", str(tmp_path / "run"), "--device", "cpu"], capture_output=True, text=True
     )
     assert done.returncode == 1, done.stderr
     result = json.loads(done.stdout)

@@ -34,9 +34,7 @@ batch = 2
 def command(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """``persistworld ARGUMENTS`` with the preset, in a process of its own."""
     call = [sys.executable, "-m", "persistworld_cli", *arguments, "--preset", str(root / "arm.toml")]
-    return subprocess.run(
-        call, capture_output=True, text=True, cwd=root, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    return subprocess.run(call, capture_output=True, text=True, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def result(root: Path, *arguments: str) -> dict[str, Any]:

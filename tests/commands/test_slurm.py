@@ -6,10 +6,10 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+from processes import make_pipe, read_lines
 from typer.testing import CliRunner
 
 from persistworld_cli.commands.app import app
@@ -32,10 +32,12 @@ exit $code
 if [ "$1" = show ]; then printf 'node-a\\nnode-b\\n'; else echo "$@" >> "$NOTES/requeued"; fi
 """,
     "persistworld": """#!/bin/bash
-trap 'exit 130' USR1
-printf '%s\\n' "$@" > "$NOTES/$SLURM_NODEID.part" && mv "$NOTES/$SLURM_NODEID.part" "$NOTES/$SLURM_NODEID.words"
+trap 'kill $!; exit 130' USR1
+printf '%s\\n' "$@" > "$NOTES/$SLURM_NODEID.words"
 [ "$LIFE" = 0 ] && exit 0
-while true; do sleep 0.05; done
+sleep infinity &
+echo "$SLURM_NODEID" > "$NOTES/started"
+wait
 """,
 }
 
@@ -54,7 +56,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
 def test_each_node_runs_a_command_that_the_program_takes(
     cluster: dict[str, str], tmp_path: Path, counted_once: None
 ) -> None:
-    assert subprocess.run(["bash", str(SCRIPT)], env=cluster, timeout=60).returncode == 0
+    assert subprocess.run(["bash", str(SCRIPT)], env=cluster).returncode == 0
     for node in (0, 1):
         words = (tmp_path / f"{node}.words").read_text().splitlines()
         result = CliRunner().invoke(app, [*words, "--dry-run", "--json"])
@@ -70,11 +72,9 @@ def test_each_node_runs_a_command_that_the_program_takes(
 def test_the_signal_before_the_time_limit_reaches_the_launchers_and_requeues_the_job(
     cluster: dict[str, str], tmp_path: Path
 ) -> None:
+    started = make_pipe(tmp_path / "started")
     with subprocess.Popen(["bash", str(SCRIPT)], env={**cluster, "LIFE": "1"}) as job:
-        end = time.monotonic() + 60
-        while len(list(tmp_path.glob("*.words"))) < 2:
-            assert time.monotonic() < end and job.poll() is None
-            time.sleep(0.05)
+        assert sorted(read_lines(started, 2)) == ["0", "1"]
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(60) == 0
+        assert job.wait() == 0
     assert (tmp_path / "requeued").read_text() == "requeue 41\n"

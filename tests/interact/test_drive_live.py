@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import wait_for
 from drive_world import arm_world, drive_command, drive_settings, pseudo_terminal, session
 from PIL import Image
 
@@ -43,8 +42,10 @@ class Watched:
     """
 
     def __init__(self, person: int) -> None:
-        self._person, self.shown, self._left = person, b"", False
+        self._person, self.shown, self._closed = person, b"", False
         self._answers: list[tuple[bytes, bytes]] = []
+        self._news = threading.Condition()
+        self._leave, self._left = os.pipe()
         self._thread = threading.Thread(target=self._read, daemon=True)
 
     def __enter__(self) -> Watched:
@@ -52,29 +53,47 @@ class Watched:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._left = True
+        os.write(self._left, b"x")
         self._thread.join()
+        os.close(self._leave)
+        os.close(self._left)
 
     def _read(self) -> None:
-        while not self._left:
-            if select.select([self._person], [], [], 0.02)[0]:
-                try:
-                    self.shown += os.read(self._person, 65536)
-                except OSError:  # nobody has the program's side open
-                    return
-            while self._answers and self._answers[0][0] in self.shown:
-                os.write(self._person, self._answers.pop(0)[1])
+        while self._person in select.select([self._person, self._leave], [], [])[0]:
+            try:
+                data = os.read(self._person, 65536)
+            except OSError:  # nobody has the program's side open
+                data = b""
+            with self._news:
+                self.shown += data
+                self._closed = not data
+                self._press()
+                self._news.notify_all()
+            if not data:
+                return
+
+    def _press(self) -> None:
+        while self._answers and self._answers[0][0] in self.shown:
+            os.write(self._person, self._answers.pop(0)[1])
 
     def answer(self, shown: str, keys: str) -> None:
         """Press keys as soon as a text is shown, for a program that runs in this thread."""
-        self._answers.append((shown.encode(), keys.encode()))
+        with self._news:
+            self._answers.append((shown.encode(), keys.encode()))
+            self._press()
+
+    def wait(self, text: str, after: int = 0) -> None:
+        """Wait until a text is shown after so many bytes."""
+        with self._news:
+            self._news.wait_for(lambda: text.encode() in self.shown[after:] or self._closed)
+            assert text.encode() in self.shown[after:], f"waited in vain: {text}"
 
     def type(self, keys: str, then: str = "") -> None:
         """Press keys; wait until a text is shown that was not there before."""
         before = len(self.shown)
         os.write(self._person, keys.encode())
         if then:
-            wait_for(lambda: then.encode() in self.shown[before:], then)
+            self.wait(then, before)
 
 
 def modes(terminal: int) -> list[Any]:
@@ -83,7 +102,7 @@ def modes(terminal: int) -> list[Any]:
 
 def drive_by_hand(watched: Watched, process: subprocess.Popen[bytes], changed: Callable[[], bool]) -> bytes:
     """Press keys as a person would and end with Ctrl-C; what the command then printed."""
-    wait_for(lambda: b"press a key" in watched.shown or process.poll() is not None, "the first screen", 300.0)
+    watched.wait("press a key")
     assert changed()
     watched.type("l", "Hleft (-y)\x1b[K")
     watched.type("\x1b[D7", "key '7' does nothing here")  # an arrow is no d
@@ -91,9 +110,9 @@ def drive_by_hand(watched: Watched, process: subprocess.Popen[bytes], changed: C
     watched.type("z", "undone")
     watched.type("zz", "no step to undo")
     watched.type("lc", "Hclose the gripper\x1b[K")  # typed ahead
-    wait_for(lambda: b"gripper 0.70" in watched.shown, "the pose")
+    watched.wait("gripper 0.70")
     watched.type("\x03")
-    return process.communicate(timeout=60)[0]
+    return process.communicate()[0]
 
 
 def test_the_command_drives_in_a_terminal_and_leaves_it_as_it_was(root: Path, tmp_path: Path) -> None:
@@ -155,7 +174,7 @@ def test_q_and_end_of_input_quit(root: Path, end: str, monkeypatch: pytest.Monke
         watched.answer("press a key", end)
         drive_live(here)
         assert here.head.number == 0 and modes(program) == before
-        wait_for(lambda: LEAVE.encode() in watched.shown, "the screen left")
+        watched.wait(LEAVE)
     assert b"step 0" in watched.shown and "▀".encode() not in watched.shown
 
 
@@ -167,7 +186,7 @@ def test_the_terminal_is_put_back_for_a_worker_that_was_killed(monkeypatch: pyte
             changed[3] &= ~(termios.ICANON | termios.ECHO)
             termios.tcsetattr(program, termios.TCSANOW, changed)
         assert modes(program) == before
-        wait_for(lambda: b"\x1b[?25h" in watched.shown, "the cursor")
+        watched.wait("\x1b[?25h")
 
 
 # -- images ---------------------------------------------------------------------------------------------------------

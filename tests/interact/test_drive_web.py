@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -51,15 +52,13 @@ def served(root: Path, tmp_path: Path) -> Iterator[Served]:
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    said: list[str] = []
     assert process.stderr
     lines = process.stderr
-    threading.Thread(target=lambda: said.extend(iter(lines.readline, "")), daemon=True).start()
     try:
-        url = wait_for(
-            lambda: re.search(r"http://127\.0\.0\.1:\d+/", "".join(said)) or process.poll(), "the address", 300.0
-        )
-        assert isinstance(url, re.Match), "".join(said)
+        found = (re.search(r"http://127\.0\.0\.1:\d+/", line) for line in lines)
+        url = next((match for match in found if match), None)
+        assert url, "the command ended without an address"
+        threading.Thread(target=lines.read, daemon=True).start()  # a full pipe would stop the command
         yield Served(url[0], tmp_path / "out", process)
     finally:
         process.kill()
@@ -145,7 +144,7 @@ def test_driving_on_the_page(root: Path, served: Served, new_page: Callable[[], 
     another_tab_asks(page, new_page(), served, many)
 
     served.process.send_signal(signal.SIGINT)
-    out, _ = served.process.communicate(timeout=60)
+    out, _ = served.process.communicate()
     told = json.loads(out)
     assert served.process.returncode == 0 and told["keys"] == "lc"
     assert json.loads(Path(told["json"]).read_text())["branches"] == [0, 0]
@@ -181,11 +180,11 @@ def another_tab_asks(first: Page, second: Page, served: Served, many: int) -> No
 
 
 @pytest.fixture
-def guarded() -> Iterator[tuple[DriveServer, list[str | None]]]:
+def guarded() -> Iterator[tuple[DriveServer, SimpleQueue[str | None]]]:
     """A server on loopback with a token; what its tab said."""
-    heard: list[str | None] = []
+    heard: SimpleQueue[str | None] = SimpleQueue()
     with DriveServer("127.0.0.1", 0, "secret") as server:
-        server.start(heard.append)
+        server.start(heard.put)
         yield server, heard
 
 
@@ -201,7 +200,7 @@ def dial(server: DriveServer, query: str = "token=secret", **headers: str) -> Cl
     return connect(f"ws://127.0.0.1:{server.port}/ws?{query}", additional_headers=headers, proxy=None)
 
 
-def test_page_and_websocket_need_the_token(guarded: tuple[DriveServer, list[str | None]]) -> None:
+def test_page_and_websocket_need_the_token(guarded: tuple[DriveServer, SimpleQueue[str | None]]) -> None:
     server, heard = guarded
     assert server.url == f"http://127.0.0.1:{server.port}/?token=secret"
     status, page, policy = answer(server, "/?token=secret")
@@ -215,10 +214,10 @@ def test_page_and_websocket_need_the_token(guarded: tuple[DriveServer, list[str 
             dial(server, query)
     with dial(server) as socket:
         socket.send('{"do": "undo"}')
-        wait_for(lambda: heard == [None, '{"do": "undo"}'], "the message")
+        assert [heard.get(), heard.get()] == [None, '{"do": "undo"}']
 
 
-def test_other_origins_and_names_are_refused(guarded: tuple[DriveServer, list[str | None]]) -> None:
+def test_other_origins_and_names_are_refused(guarded: tuple[DriveServer, SimpleQueue[str | None]]) -> None:
     server, heard = guarded
     for origin in ("http://evil.example", "null", f"https://127.0.0.1:{server.port}", "http://127.0.0.1:1"):
         with pytest.raises(InvalidStatus, match="403"):
@@ -226,14 +225,14 @@ def test_other_origins_and_names_are_refused(guarded: tuple[DriveServer, list[st
         assert answer(server, "/?token=secret", Origin=origin)[0] == 403
     for host in ("evil.example", f"evil.example:{server.port}", "", "127.0.0.1.evil.example"):
         assert answer(server, "/?token=secret", Host=host)[0] == 403  # a name that resolves to loopback
-    assert heard == []
+    assert heard.empty()
     for host in (f"127.0.0.1:{server.port}", f"localhost:{server.port}"):
         assert answer(server, "/?token=secret", Host=host)[0] == 200
     with dial(server, Origin=f"http://127.0.0.1:{server.port}"):
-        wait_for(lambda: heard == [None], "the tab")
+        assert heard.get() is None and heard.empty()
 
 
-def test_what_a_tab_may_send_is_bounded(guarded: tuple[DriveServer, list[str | None]]) -> None:
+def test_what_a_tab_may_send_is_bounded(guarded: tuple[DriveServer, SimpleQueue[str | None]]) -> None:
     server, _ = guarded
     with dial(server) as socket:
         socket.send("x" * 10_000)

@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import make_pipe, read_lines, wait_for_end
 
 from persistworld_cli import worker
 from persistworld_cli.config.presets import from_json, load_settings
@@ -37,8 +37,6 @@ print(json.dumps(result))
 sys.exit(code)
 """
 
-PATIENCE = 300.0  # seconds, for machines that do much else
-
 
 @contextmanager
 def started(processes: int, request: dict[str, Any], output: Path) -> Iterator[subprocess.Popen[str]]:
@@ -53,7 +51,7 @@ def started(processes: int, request: dict[str, Any], output: Path) -> Iterator[s
 
 def launch(processes: int, request: dict[str, Any], output: Path) -> tuple[int, str, str]:
     with started(processes, request, output) as process:
-        out, err = process.communicate(timeout=PATIENCE)
+        out, err = process.communicate()
     return process.returncode, out, err
 
 
@@ -70,12 +68,14 @@ def alive(marker: str) -> list[int]:
     return found
 
 
-def wait_for_workers(output: Path, ranks: int, seconds: float = PATIENCE) -> None:
-    """Until all ranks have come to the point where they only wait."""
-    end = time.monotonic() + seconds
-    while len(list(output.glob("waiting.*"))) < ranks:
-        assert time.monotonic() < end, "the ranks did not start in time"
-        time.sleep(0.1)
+@contextmanager
+def waiting(output: Path, ranks: int) -> Iterator[subprocess.Popen[str]]:
+    """The launcher of ranks that have all come to the point where they only wait."""
+    pipes = [make_pipe(output / f"waiting.{rank}") for rank in range(ranks)]
+    with started(ranks, {"seconds": 900}, output) as process:
+        for pipe in pipes:
+            assert read_lines(pipe, 1) == ["waiting"]
+        yield process
 
 
 def test_one_process_is_one_child_with_its_environment(tmp_path: Path) -> None:
@@ -104,9 +104,8 @@ def test_two_cpu_processes_find_each_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["mistake", "kill"])
-def test_a_rank_that_fails_ends_the_run_within_a_minute_with_its_reason(tmp_path: Path, how: str) -> None:
+def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path: Path, how: str) -> None:
     code, out, err = launch(2, {"fail_rank": 1, "fail_how": how}, tmp_path)
-    assert time.time() - (tmp_path / "failing.1").stat().st_mtime < 60
     assert out.strip() == "{}"
     if how == "mistake":
         assert code == 1 and err.count("error: selfcheck was asked to fail") == 1 and "Traceback" not in err
@@ -134,10 +133,9 @@ def test_a_single_worker_that_fails_passes_its_code_on(tmp_path: Path, how: str,
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_interrupted_run_ends_in_good_order(tmp_path: Path, processes: int) -> None:
     number = signal.SIGINT if processes == 1 else signal.SIGTERM
-    with started(processes, {"seconds": 900}, tmp_path) as process:
-        wait_for_workers(tmp_path, processes)
+    with waiting(tmp_path, processes) as process:
         process.send_signal(number)
-        _, err = process.communicate(timeout=PATIENCE)
+        _, err = process.communicate()
     assert process.returncode == 130, err
     assert f"{number.name}: saving and stopping" in err
     assert "Traceback" not in err
@@ -145,12 +143,11 @@ def test_an_interrupted_run_ends_in_good_order(tmp_path: Path, processes: int) -
 
 
 def test_a_killed_launcher_leaves_no_workers(tmp_path: Path) -> None:
-    with started(2, {"seconds": 900}, tmp_path):  # killed on leaving
-        wait_for_workers(tmp_path, 2)
-    end = time.monotonic() + PATIENCE
-    while alive(f"{tmp_path}/.run-node0-"):
-        assert time.monotonic() < end
-        time.sleep(0.2)
+    with waiting(tmp_path, 2):  # killed on leaving
+        workers = alive(f"{tmp_path}/.run-node0-")
+        assert len(workers) >= 2
+    for worker_pid in workers:
+        wait_for_end(worker_pid)
 
 
 def test_every_task_has_its_function() -> None:

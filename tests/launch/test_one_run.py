@@ -113,7 +113,7 @@ def test_two_drives_at_once_one_drives_and_the_other_says_who_does(tmp_path: Pat
             keys: subprocess.Popen(words, env=ENV, stdout=pipe, stderr=pipe, text=True)
             for keys, words in commands.items()
         }
-        told = {keys: process.communicate(timeout=300)[1] for keys, process in both.items()}
+        told = {keys: process.communicate()[1] for keys, process in both.items()}
     codes = {keys: process.returncode for keys, process in both.items()}
     assert sorted(codes.values()) == [0, 1], told
     winner, loser = sorted(codes, key=codes.__getitem__)
@@ -134,7 +134,7 @@ def test_two_trainings_at_once_each_update_is_done_once_and_the_refused_one_leav
     world = replace(world, launch=replace(world.launch, trackers=("none",)), clips=replace(world.clips, workers=0))
     other = replace(world, pretrain=replace(options, lr=2e-3))
     both = [launch("pretrain", settings, out, f"{i}.json") for i, settings in enumerate((world, other))]
-    told = [process.communicate(timeout=300)[1] for process in both]
+    told = [process.communicate()[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 1], told
     winner = 0 if both[0].returncode == 0 else 1
     assert "another run works in this folder" in told[1 - winner] and f"{winner}.json" in told[1 - winner]
@@ -151,7 +151,7 @@ def test_a_folder_that_is_held_is_refused_whoever_asks_and_free_when_its_run_end
             assert f"another run works in this folder: persistworld pretrain (process {process.pid} on " in asked
             assert "use another --output" in asked
         assert "another run works" in refused(tmp_path, SECOND)  # a machine of another run
-        process.communicate("", timeout=60)
+        process.communicate("")
         assert process.returncode == 0
     assert had(tmp_path).first and list(tmp_path.iterdir()) == []
 
@@ -237,7 +237,7 @@ def test_two_launchers_stand_for_two_machines_and_must_have_been_given_one_comma
     for rank in (0, 1):
         settings = replace(base, launch=replace(pair, machine_rank=rank), drive=replace(base.drive, seed=rank))
         both.append(launch("selfcheck", settings, out, f"{rank}.json"))
-    told = [process.communicate(timeout=300)[1] for process in both]
+    told = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [2, 2], told
     for text in told:  # each machine has a log of its own
         assert "machines were given different commands: drive.seed = 0 on machine 0, 1 on another" in text

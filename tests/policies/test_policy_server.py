@@ -6,7 +6,6 @@ import contextlib
 import logging
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import msgpack
 import numpy as np
 import pytest
 from policy_views import PI05, REST, observation
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 from websockets.sync.server import ServerConnection, serve
 from websockets.typing import Origin
@@ -146,10 +145,8 @@ def test_api_key_and_origin_are_checked(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_no_server_is_waited_for_with_a_countdown_and_then_told() -> None:
     left: list[float] = []
-    began = time.monotonic()
     with pytest.raises(PersistWorldError, match=r"within 0\.7 s") as absent:
         PolicyClient("ws://127.0.0.1:9", wait_s=0.7, on_wait=left.append)
-    assert 0.6 < time.monotonic() - began < 5
     assert left == sorted(left, reverse=True)
     assert len(left) >= 2
     assert "persistworld policy-server" in str(absent.value)
@@ -159,17 +156,24 @@ def test_a_server_that_comes_late_is_found(caplog: pytest.LogCaptureFixture) -> 
     with serve_embedded("hold", PI05) as probe:
         port = probe.port
     late = serve_embedded("hold", PI05, port=port)
-    timer = threading.Timer(0.6, late.start)
-    timer.start()
+
+    class StartsServer(logging.Handler):
+        """Starts the server when the client says that it waits."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+            if len(said) == 1:
+                late.start()
+
+    said: list[str] = []
+    listener, logger = StartsServer(logging.WARNING), logging.getLogger("persistworld_cli.policies.source")
+    logger.addHandler(listener)
     try:
-        with (
-            caplog.at_level(logging.WARNING),
-            open_policies("server", PolicySettings(port=port, wait_s=10), 1) as (client,),
-        ):
+        with open_policies("server", PolicySettings(port=port, wait_s=60), 1) as (client,):
             assert "actions" in client.infer(observation())
-        assert "waiting 10 s more" in caplog.text
+        assert "waiting 60 s more" in said[0]
     finally:
-        timer.join()
+        logger.removeHandler(listener)
         late.close()
 
 
@@ -177,7 +181,8 @@ def test_a_slow_answer_is_given_up_and_the_connection_closed() -> None:
     def slow(connection: ServerConnection) -> None:
         connection.send(pack({}))
         connection.recv()
-        time.sleep(1.0)
+        with contextlib.suppress(ConnectionClosed):
+            connection.recv()  # no answer, until the client has had enough
 
     with raw_server(slow) as uri:
         client = PolicyClient(uri, timeout_s=0.2, wait_s=5)

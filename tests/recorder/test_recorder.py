@@ -170,7 +170,7 @@ def test_recording_on_disk(rendering, tmp_path: Path, capsys: pytest.CaptureFixt
     command = [sys.executable, "-m", "dataset_example.recorder", str(tmp_path / "out")]
     options = ["--episodes", "2", "--val", "1", "--first-id", "7", "--fps", "5", "--seconds", "1", "--workers", "1"]
     options += ["--design", "steady"]
-    subprocess.run([*command, *options], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    subprocess.run([*command, *options], cwd=ROOT, check=True, capture_output=True)
     info = json.loads((tmp_path / "out/meta/info.json").read_text())
     assert info["splits"] == {"train": "7:8", "val": "8:9"}
     assert (info["fps"], info["total_episodes"], info["total_frames"]) == (5, 2, 10)
