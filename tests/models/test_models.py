@@ -112,7 +112,7 @@ def test_sampling_step_by_step(golden: GoldenFiles, tag: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tag", ["s4_g2_b1_aug0", "s10_g2", "s50_g2_b1"])
+@pytest.mark.parametrize("tag", ["s4_g2_b1_aug0", "s10_g2"])
 def test_other_ways_of_sampling_end_where_the_reference_does(golden: GoldenFiles, tag: str) -> None:
     d = load_file(str(golden / "tiny_sampling.safetensors"))
     meta = json.loads((golden / "tiny_sampling_meta.json").read_text())[tag]
