@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,22 +209,22 @@ def test_linear(size: tuple[int, int, int]) -> None:
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("setting", [{"PERSISTWORLD_NATIVE": "0"}, {"PATH": "/nowhere"}])
-def test_without_kernels(setting: dict[str, str]) -> None:
-    code = "from persistworld_cli.models.cpu.native.build import library; print(library())"
-    said = subprocess.run([sys.executable, "-c", code], env=setting, capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == "None"
+@pytest.mark.parametrize("setting", [("PERSISTWORLD_NATIVE", "0"), ("PATH", "/nowhere")])
+def test_without_kernels(setting: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(*setting)
+    assert build.library.__wrapped__() is None
 
 
-def test_a_compiler_that_fails_is_said_and_done_without(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_compiler_that_fails_is_said_and_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "g++").write_text(
         "#!/bin/sh\n[ $1 = -dumpfullversion ] && echo 1 && exit\necho 'error: broken' >&2\nexit 1\n"
     )
     (tmp_path / "g++").chmod(0o755)
-    code = "from persistworld_cli.models.cpu.native.build import library; print(library())"
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == "None" and "broken" in said.stderr
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert build.library.__wrapped__() is None and "broken" in caplog.text
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
