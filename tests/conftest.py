@@ -101,6 +101,16 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("post-train"))
 
 
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """A small recorded world with an untrained model of it, to train on for a few updates; not to be written to."""
+    import eval_world
+
+    root = tmp_path_factory.mktemp("small-world")
+    eval_world.build(root)
+    return eval_world.settings(root)
+
+
 @pytest.fixture
 def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dry runs of settings that cost the same share one count: it depends on neither weights nor datasets."""

@@ -14,7 +14,6 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-import eval_world
 import numpy as np
 import pytest
 import torch
@@ -303,11 +302,9 @@ def test_workers_end_with_a_killed_training_process(roots: list[Path]) -> None:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    root = tmp_path_factory.mktemp("world")
-    eval_world.build(root)
+def world(small_world: Settings) -> Settings:
     options = PretrainSettings(updates=2, batch=2, validate_every=0, log_every=1, save_every=100)
-    return replace(eval_world.settings(root), pretrain=options)
+    return replace(small_world, pretrain=options)
 
 
 @linux

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import eval_world
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -38,10 +37,8 @@ COMMAND = ["persistworld", "post-train", "--set", "post_train.beta=0.1", "--outp
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def world(small_world: Settings) -> Settings:
     """A small recorded world; two short updates."""
-    root = tmp_path_factory.mktemp("world")
-    eval_world.build(root)
     options = PostTrainSettings(
         updates=2,
         groups=1,
@@ -54,8 +51,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         beta=0.5,
         lr=0.002,
     )
-    settings = eval_world.settings(root)
-    return replace(settings, post_train=options, launch=replace(settings.launch, trackers=("none",)))
+    launch = replace(small_world.launch, trackers=("none",))
+    return replace(small_world, post_train=options, launch=launch)
 
 
 @contextmanager

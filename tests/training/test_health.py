@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import eval_world
 import pytest
 import torch
 
@@ -38,10 +37,8 @@ def test_the_guard_wants_falls_in_a_row_and_below_the_base() -> None:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def world(small_world: Settings) -> Settings:
     """A small recorded world and a check at every update."""
-    root = tmp_path_factory.mktemp("world")
-    eval_world.build(root)
     options = PostTrainSettings(
         updates=2,
         groups=1,
@@ -56,7 +53,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         collapse_checks=0,
         credit="patch",
     )
-    return replace(eval_world.settings(root), post_train=options)
+    return replace(small_world, post_train=options)
 
 
 def log(output: Path) -> list[dict[str, float]]:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import eval_world
 import pytest
 
 from persistworld_cli.config.requests import PretrainRequest
@@ -18,10 +17,8 @@ from persistworld_cli.training import pretrain
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def world(small_world: Settings) -> Settings:
     """A small recorded world; the text encoder learns too, and everything is looked at at every update."""
-    root = tmp_path_factory.mktemp("world")
-    eval_world.build(root)
     options = PretrainSettings(
         parts=("unet", "action_encoder", "text_encoder"),
         updates=2,
@@ -34,7 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         check_rollouts=2,
         check_steps=2,
     )
-    return replace(eval_world.settings(root), pretrain=options)
+    return replace(small_world, pretrain=options)
 
 
 def logged(output: Path, name: str) -> list[Any]:

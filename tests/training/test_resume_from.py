@@ -7,7 +7,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import eval_world
 import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -22,14 +21,12 @@ ADAPTER = "weights/adapter/adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def world(small_world: Settings) -> Settings:
     """A small recorded world; three short updates, every state kept."""
-    root = tmp_path_factory.mktemp("world")
-    eval_world.build(root)
     options = PostTrainSettings(
         updates=3, groups=1, candidates=2, keep_best=1, keep_worst=1, prefix_max=0, lora_rank=4, save_every=1, keep=9
     )
-    return replace(eval_world.settings(root), post_train=options)
+    return replace(small_world, post_train=options)
 
 
 @pytest.fixture(scope="module")

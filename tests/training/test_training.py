@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import eval_world
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -27,19 +29,36 @@ from persistworld_cli.training.policy_switch import PolicySwitch
 ADAPTER = "weights/adapter/adapter_model.safetensors"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """What runs in this process computes as a worker does: sums in the same order, so results are equal bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """A small recorded world and settings for a few updates."""
-    root = tmp_path_factory.mktemp("world")
-    eval_world.build(root)
-    settings = eval_world.settings(root)
+def world(small_world: Settings) -> Settings:
+    """Settings for a few updates."""
     return replace(
-        settings,
-        pretrain=PretrainSettings(updates=4, batch=4, lr=1e-3, ema=0.9, save_every=2, validate_every=2, log_every=1),
+        small_world,
+        pretrain=PretrainSettings(
+            updates=2,
+            batch=2,
+            lr=1e-3,
+            ema=0.9,
+            save_every=1,
+            validate_every=2,
+            log_every=1,
+            check_every=2,
+            check_rollouts=2,
+            check_steps=1,
+        ),
         post_train=PostTrainSettings(
             updates=2,
             groups=2,
-            candidates=3,
+            candidates=2,
             keep_best=1,
             keep_worst=1,
             prefix_max=1,
@@ -48,6 +67,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
             lora_alpha=4,
         ),
     )
+
+
+@pytest.fixture(scope="module")
+def pretrained(world: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unbroken pretraining in one process; not to be written to."""
+    output = tmp_path_factory.mktemp("pretrained")
+    pretrain.run(world, PretrainRequest(output=output))
+    return output
+
+
+@pytest.fixture(scope="module")
+def post_trained(world: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unbroken post-training in one process; not to be written to."""
+    output = tmp_path_factory.mktemp("post-trained")
+    post_train.run(world, PostTrainRequest(output=output))
+    return output
 
 
 def losses(output: Path, name: str) -> list[float]:
@@ -59,100 +94,115 @@ def losses(output: Path, name: str) -> list[float]:
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def worker(task: str, settings: Settings, output: Path) -> list[str]:
-    """The worker's command line, its config.json written."""
+# The worker, killed (-9) as soon as it has saved its first state.
+KILLED = """
+import os, signal, sys
+from persistworld_cli import worker
+from persistworld_cli.training.run import Run
+
+save = Run.save
+
+def save_and_die(self, step, state):
+    save(self, step, state)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Run.save = save_and_die
+worker.main(["worker", sys.argv[1]])
+"""
+
+
+def config_file(task: str, settings: Settings, output: Path) -> str:
+    """What a launcher writes for its workers."""
     output.mkdir(parents=True, exist_ok=True)
     config = output / "config.json"
     config.write_text(json.dumps({"task": task, "settings": to_json(settings), "request": {"output": str(output)}}))
-    return [sys.executable, "-m", "persistworld_cli.worker", str(config)]
+    return str(config)
 
 
-def launch(task: str, settings: Settings, output: Path, stop_at: int | None = None) -> None:
-    """The worker as the launcher starts it; with `stop_at` it is killed (-9) as soon as that state is there."""
-    command, env = worker(task, settings, output), ENV
-    if stop_at is None:
-        subprocess.run(command, env=env, check=True, timeout=300)
-        return
-    process = subprocess.Popen(command, env=env)
-    while process.poll() is None and not (output / "state" / f"step-{stop_at:08d}").exists():
-        pass
-    process.kill()
-    process.wait()
+def kill_after_first_state(task: str, settings: Settings, output: Path) -> None:
+    command = [sys.executable, "-c", KILLED, config_file(task, settings, output)]
+    assert subprocess.run(command, env=ENV).returncode == -signal.SIGKILL
+    assert [path.name for path in (output / "state").iterdir()] == ["step-00000001"]
 
 
 def test_pretraining_lowers_the_loss_on_what_it_sees(world: Settings, tmp_path: Path) -> None:
-    longer = replace(world, pretrain=replace(world.pretrain, updates=24, validate_every=0, save_every=100))
-    result = pretrain.run(longer, PretrainRequest(output=tmp_path))
+    options = replace(world.pretrain, updates=24, batch=1, validate_every=0, check_every=0, save_every=100)
+    result = pretrain.run(replace(world, pretrain=options), PretrainRequest(output=tmp_path))
     curve = losses(tmp_path, "loss")
     assert sum(curve[-8:]) < sum(curve[:8])
     assert Path(result["weights"]).exists()
 
 
-def test_killed_and_resumed_pretraining_equals_an_unbroken_run(world: Settings, tmp_path: Path) -> None:
-    launch("pretrain", world, tmp_path / "broken", stop_at=2)
-    launch("pretrain", world, tmp_path / "broken")
-    launch("pretrain", world, tmp_path / "whole")
-    ours, theirs = (load_file(str(tmp_path / n / "weights" / "model.safetensors")) for n in ("broken", "whole"))
+def test_killed_and_resumed_pretraining_equals_an_unbroken_run(
+    world: Settings, pretrained: Path, tmp_path: Path
+) -> None:
+    kill_after_first_state("pretrain", world, tmp_path)
+    pretrain.run(world, PretrainRequest(output=tmp_path))
+    ours, theirs = (load_file(str(folder / "weights" / "model.safetensors")) for folder in (tmp_path, pretrained))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    assert losses(tmp_path / "broken", "loss") == losses(tmp_path / "whole", "loss")
+    assert losses(tmp_path, "loss") == losses(pretrained, "loss")
 
 
-def test_killed_and_resumed_post_training_equals_an_unbroken_run(world: Settings, tmp_path: Path) -> None:
-    launch("post-train", world, tmp_path / "broken", stop_at=1)
-    launch("post-train", world, tmp_path / "broken")
-    launch("post-train", world, tmp_path / "whole")
+def test_killed_and_resumed_post_training_equals_an_unbroken_run(
+    world: Settings, post_trained: Path, tmp_path: Path
+) -> None:
+    kill_after_first_state("post-train", world, tmp_path)
+    post_train.run(world, PostTrainRequest(output=tmp_path))
     for file in ("adapter_model.safetensors", "action_encoder.safetensors"):
-        ours, theirs = (load_file(str(tmp_path / n / "weights" / "adapter" / file)) for n in ("broken", "whole"))
+        ours, theirs = (load_file(str(folder / "weights" / "adapter" / file)) for folder in (tmp_path, post_trained))
         assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    assert losses(tmp_path / "broken", "reward") == losses(tmp_path / "whole", "reward")
+    assert losses(tmp_path, "reward") == losses(post_trained, "reward")
 
 
-def test_a_full_disk_leaves_the_last_state_whole_and_says_so(world: Settings, tmp_path: Path) -> None:
-    launch("post-train", replace(world, post_train=replace(world.post_train, updates=1)), tmp_path)
-    state = tmp_path / "state" / "step-00000001" / "state.pt"
+def test_a_full_disk_leaves_the_last_state_whole_and_says_so(
+    world: Settings, post_trained: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(post_trained, output)
+    shutil.rmtree(output / "state" / "step-00000002")
+    state = output / "state" / "step-00000001" / "state.pt"
     whole = state.read_bytes()
 
     def fill_disk() -> None:
         """No file may grow beyond half a state: writing fails as on a full disk, with EFBIG for ENOSPC."""
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, len(whole) // 2))
 
-    command = worker("post-train", world, tmp_path)
-    done = subprocess.run(command, env=ENV, preexec_fn=fill_disk, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "persistworld_cli.worker", config_file("post-train", world, output)]
+    done = subprocess.run(command, env=ENV, preexec_fn=fill_disk, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error: cannot be written: File too large" in done.stderr
     assert "free some disk and run the same command again" in done.stderr
     assert state.read_bytes() == whole and [path.name for path in state.parent.parent.iterdir()] == ["step-00000001"]
-    (tmp_path / "failure.json").unlink()
-    launch("post-train", world, tmp_path)
-    assert losses(tmp_path, "step") == [1, 2] and len(load_file(str(tmp_path / ADAPTER)))
+    (output / "failure.json").unlink()
+    post_train.run(world, PostTrainRequest(output=output))
+    assert losses(output, "step") == [1, 2]
+    assert (output / ADAPTER).read_bytes() == (post_trained / ADAPTER).read_bytes()
 
 
-def test_two_pretraining_processes_equal_one(world: Settings, tmp_path: Path) -> None:
-    options = replace(world.pretrain, check_every=4, check_rollouts=3, check_steps=1)
-    for name, processes in (("one", 1), ("two", 2)):
-        launched = replace(world.launch, num_processes=processes, threads=1)
-        code, _ = run_task(replace(world, pretrain=options, launch=launched), PretrainRequest(output=tmp_path / name))
-        assert code == 0
+def test_two_pretraining_processes_equal_one(world: Settings, pretrained: Path, tmp_path: Path) -> None:
+    two_processes = replace(world, launch=replace(world.launch, num_processes=2, threads=1))
+    assert run_task(two_processes, PretrainRequest(output=tmp_path))[0] == 0
     for name in ("loss", "grad_norm", "val_loss", "val_reward", "val_base"):
-        assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), abs=1e-5)
-    one, two = (load_file(str(tmp_path / n / "weights" / "model.safetensors")) for n in ("one", "two"))
+        assert losses(tmp_path, name) == pytest.approx(losses(pretrained, name), abs=1e-5)
+    one, two = (load_file(str(folder / "weights" / "model.safetensors")) for folder in (pretrained, tmp_path))
     # AdamW divides by a gradient's size, so one that is all rounding makes steps as large as any
     gap = torch.cat([(one[k] - two[k]).abs().flatten() for k in one])
     assert gap.mean() < 1e-6 and (gap > 1e-5).float().mean() < 0.02
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["groups", "candidates of one group"])
-def test_two_processes_equal_one(world: Settings, tmp_path: Path, split: bool) -> None:
+def test_two_processes_equal_one(world: Settings, post_trained: Path, tmp_path: Path, split: bool) -> None:
+    alone = post_trained
     if split:
         options = replace(world.post_train, groups=1, candidates=4, split_groups=True, credit="patch")
-        world = replace(world, post_train=options)
-    for name, processes in (("one", 1), ("two", 2)):
-        settings = replace(world, launch=replace(world.launch, num_processes=processes, threads=1))
-        code, result = run_task(settings, PostTrainRequest(output=tmp_path / name))
-        assert code == 0 and result["processes"] == processes
+        world, alone = replace(world, post_train=options), tmp_path / "one"
+        post_train.run(world, PostTrainRequest(output=alone))
+    together = replace(world, launch=replace(world.launch, num_processes=2, threads=1))
+    code, result = run_task(together, PostTrainRequest(output=tmp_path / "two"))
+    assert code == 0 and result["processes"] == 2
     for name in ("reward", "loss", "grad_norm"):
-        assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), abs=1e-5)
-    one, two = (load_file(str(tmp_path / n / ADAPTER)) for n in ("one", "two"))
+        assert losses(tmp_path / "two", name) == pytest.approx(losses(alone, name), abs=1e-5)
+    one, two = (load_file(str(folder / ADAPTER)) for folder in (alone, tmp_path / "two"))
     # Muon orthogonalises in bfloat16, so where a gradient is all but zero rounding is blown up to whole steps of 2e-5
     gap = torch.cat([(one[k] - two[k]).abs().flatten() for k in one])
     assert gap.mean() < 1e-6 and gap.max() < 5e-5

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import eval_world
 import numpy as np
 import pytest
 import torch
@@ -30,10 +29,8 @@ from persistworld_cli.training.warnings import (
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def world(small_world: Settings) -> Settings:
     """A small recorded world whose episodes do not all move alike, and settings for a few cheap updates."""
-    root = tmp_path_factory.mktemp("world")
-    eval_world.build(root)
     post = PostTrainSettings(
         updates=6,
         groups=1,
@@ -46,7 +43,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         save_every=3,
         margin_every=0,
     )
-    return replace(eval_world.settings(root), post_train=post)
+    return replace(small_world, post_train=post)
 
 
 def warned(output: Path) -> list[dict[str, Any]]:
