@@ -76,6 +76,7 @@ def test_every_check_has_the_base_beside_it(world: Settings, tmp_path: Path) -> 
 @pytest.mark.parametrize("reaction", ["stop", "rollback"])
 def test_a_run_that_is_blown_up_is_stopped_or_rolled_back(world: Settings, tmp_path: Path, reaction: str) -> None:
     options = replace(world.post_train, lr=0.3, ema="constant", ema_max=0.0, updates=4, collapse_checks=1)
+    options = replace(options, validate_rollouts=1, validate_steps=1)
     settings = replace(world, post_train=replace(options, on_collapse=reaction))
     if reaction == "stop":
         with pytest.raises(PersistWorldError, match="collapsed"):

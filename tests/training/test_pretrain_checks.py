@@ -22,13 +22,13 @@ def world(small_world: Settings) -> Settings:
     options = PretrainSettings(
         parts=("unet", "action_encoder", "text_encoder"),
         updates=2,
-        batch=2,
+        batch=1,
         lr=3e-3,
         save_every=1,
         log_every=1,
         validate_every=1,
         check_every=1,
-        check_rollouts=2,
+        check_rollouts=1,
         check_steps=2,
     )
     return replace(small_world, pretrain=options)

@@ -52,7 +52,7 @@ def world(small_world: Settings) -> Settings:
             validate_every=2,
             log_every=1,
             check_every=2,
-            check_rollouts=2,
+            check_rollouts=3,
             check_steps=1,
         ),
         post_train=PostTrainSettings(
@@ -179,12 +179,15 @@ def test_a_full_disk_leaves_the_last_state_whole_and_says_so(
     assert (output / ADAPTER).read_bytes() == (post_trained / ADAPTER).read_bytes()
 
 
-def test_two_pretraining_processes_equal_one(world: Settings, pretrained: Path, tmp_path: Path) -> None:
-    two_processes = replace(world, launch=replace(world.launch, num_processes=2, threads=1))
-    assert run_task(two_processes, PretrainRequest(output=tmp_path))[0] == 0
+def test_two_pretraining_processes_equal_one(world: Settings, tmp_path: Path) -> None:
+    options = replace(world.pretrain, updates=4, batch=4, save_every=2, check_every=4)
+    for name, processes in (("one", 1), ("two", 2)):
+        launched = replace(world.launch, num_processes=processes, threads=1)
+        code, _ = run_task(replace(world, pretrain=options, launch=launched), PretrainRequest(output=tmp_path / name))
+        assert code == 0
     for name in ("loss", "grad_norm", "val_loss", "val_reward", "val_base"):
-        assert losses(tmp_path, name) == pytest.approx(losses(pretrained, name), abs=1e-5)
-    one, two = (load_file(str(folder / "weights" / "model.safetensors")) for folder in (pretrained, tmp_path))
+        assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), abs=1e-5)
+    one, two = (load_file(str(tmp_path / n / "weights" / "model.safetensors")) for n in ("one", "two"))
     # AdamW divides by a gradient's size, so one that is all rounding makes steps as large as any
     gap = torch.cat([(one[k] - two[k]).abs().flatten() for k in one])
     assert gap.mean() < 1e-6 and (gap > 1e-5).float().mean() < 0.02
