@@ -1,4 +1,4 @@
-"""The command line as it was typed, with the change that a refusal suggests: to be copied and run."""
+"""The typed command line with the change that an error message suggests, ready to copy and run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def unused_folder(folder: Path) -> Path:
 
 
 def with_output(command: Sequence[str], output: Path) -> str:
-    """Another ``--output``."""
+    """The command with another ``--output``."""
     words, skip = [], False
     for word in command:
         if skip or word == _WITH_CHANGES:
@@ -35,7 +35,7 @@ def with_output(command: Sequence[str], output: Path) -> str:
 
 
 def with_dataset(command: Sequence[str], old: str, new: Path) -> str:
-    """Another dataset to write: the argument that names it, or a setting."""
+    """The command with another dataset to write: in place of the old argument, or as a setting."""
     words = [word for word in command if word != _WITH_CHANGES]
     if old in words:
         words[len(words) - 1 - words[::-1].index(old)] = relative(new)
@@ -44,11 +44,11 @@ def with_dataset(command: Sequence[str], old: str, new: Path) -> str:
 
 
 def with_changes(command: Sequence[str]) -> str:
-    """Continuing despite changed settings."""
+    """The command with ``--continue-with-changes``."""
     return shlex.join([*(word for word in command if word != _WITH_CHANGES), _WITH_CHANGES])
 
 
 def relative(path: Path) -> str:
-    """A path as a person writes it: relative to the working folder if it lies in it."""
+    """A path relative to the working folder if it is inside it, else absolute."""
     path = path.absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -40,13 +40,13 @@ def ensure_torchvision() -> None:
 
 
 def _forget(package: str) -> None:
-    """Take a half-imported package out of ``sys.modules``."""
+    """Remove a half-imported package from ``sys.modules``."""
     for name in [name for name in sys.modules if name == package or name.startswith(package + ".")]:
         del sys.modules[name]
 
 
 def _declare(schema: str) -> None:
-    """Declare an operator of torchvision's without giving it a kernel."""
+    """Declare a torchvision operator without a kernel."""
     import torch
 
     library = torch.library.Library("torchvision", "FRAGMENT")
@@ -55,7 +55,7 @@ def _declare(schema: str) -> None:
 
 
 def free_main_thread() -> None:
-    """Let the main thread run on every CPU, where the launcher bound OpenMP's threads to cores.
+    """Let the main thread run on every CPU again if the launcher bound OpenMP's threads to cores.
 
     With ``OMP_PROC_BIND`` libgomp binds the thread that loads it to the first core, and its child threads and processes
     (decoders, data loaders) inherit that one core. OpenMP's other threads stay bound. Does nothing unless the launcher
@@ -71,7 +71,7 @@ def free_main_thread() -> None:
     os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
 
 
-# What asks a run to end. SIGINT too, which a shell lets background jobs ignore; SIGUSR1: SLURM before the time limit.
+# Signals that ask a run to end. A shell makes background jobs ignore SIGINT; SLURM can send SIGUSR1 before the limit.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 

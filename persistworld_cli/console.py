@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from rich.segment import Segment
     from rich.text import Text
 
-# Control characters but tab and newline, marks that reorder or break lines, and lone surrogates (no encoding has them).
+# Control characters except tab and newline, marks that reorder or break lines, and lone surrogates (not encodable).
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _PLAIN_WIDTH = 140  # columns where the output is not a terminal
 
 
 def escaped(text: str) -> str:
-    """`text` with control characters as escapes: ``\\u001b[2J``. The value of a JSON document is unchanged."""
+    """`text` with control characters as escapes: ``\\u001b[2J``. A JSON document still parses to the same value."""
     if text.isprintable():  # the usual case
         return text
     return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text.replace("\r\n", "\n"))

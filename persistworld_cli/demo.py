@@ -1,4 +1,4 @@
-"""`make demo`: the whole path on the bundled world, each stage through the public command.
+"""`make demo`: the whole pipeline on the bundled world, each stage through the public command.
 
 Every stage resumes or repeats cheaply, so a second run is faster. Stage times go to `outputs/demo/demo.json`.
 """
@@ -23,7 +23,7 @@ console = stderr_console()
 
 
 def stages() -> list[tuple[str, str, list[str]]]:
-    """(what happens, name of its output folder, arguments of `persistworld`)."""
+    """(title, name of the output folder, arguments of `persistworld`) of every stage."""
     data = ["--dataset", DATASET]
     return [
         ("recordings to latents", "extract", ["extract-latents", "bundled:dataset_example/world", DATASET]),
@@ -37,7 +37,7 @@ def stages() -> list[tuple[str, str, list[str]]]:
 
 
 def main() -> int:
-    """Run the stages one after the other; the exit code of the first that fails, else 0."""
+    """Run the stages in order; return the exit code of the first that fails, else 0."""
     start = time.monotonic()
     spent: dict[str, float] = {}
     plan = stages()
@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def share_rollouts() -> None:
-    """Let the second evaluation find the base's finished rollouts, kept by the hash of weights and protocol."""
+    """Let the second evaluation reuse the base's rollouts, which are stored by the hash of weights and protocol."""
     link = OUT / "eval-shipped" / "rollouts"
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.exists():
@@ -69,7 +69,7 @@ def share_rollouts() -> None:
 
 
 def summary(spent: dict[str, float], total: float) -> None:
-    """Time by stage, and where everything lies."""
+    """Print the time and the output folder of each stage."""
     table = Table(title="make demo", title_justify="left")
     for heading in ("stage", "seconds", "where"):
         table.add_column(heading, justify="right" if heading == "seconds" else "left")

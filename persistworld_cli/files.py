@@ -1,7 +1,7 @@
-"""Atomic writes of files and folders, and what goes into them as JSON. No torch.
+"""Atomic writes of files and folders, and conversion of values to JSON. Needs no torch.
 
-A file is written beside its place under a hidden name, synced, then renamed: after a kill, a power cut or a full disk
-there is the old one or the complete new one. New files get the umask's mode. A failed write is one `CannotWrite`.
+A file is written under a hidden name in the same folder, synced, then renamed: after a kill, a power cut or a full disk
+either the old file or the complete new one exists. New files get the umask's mode. A failed write raises `CannotWrite`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def writing(path: Path, fix: str = "", closed: str = "") -> Iterator[None]:
 
 
 def _reason(error: OSError, path: Path) -> str:
-    """Why, in a few words: numpy, torch and safetensors word a full disk differently."""
+    """The reason in a few words; numpy, torch and safetensors describe a full disk differently."""
     if error.errno is not None:
         return os.strerror(error.errno)
     folder = next(folder for folder in path.absolute().parents if folder.is_dir())
@@ -67,7 +67,7 @@ def _reason(error: OSError, path: Path) -> str:
 def whole_file(path: Path, fix: str = "") -> Iterator[Path]:
     """An empty file to write to, which replaces `path` when the block succeeds and is removed when it fails.
 
-    The block only writes. The file has `path`'s suffix, which some libraries need.
+    The block must only write. The file has `path`'s suffix, which some libraries need.
 
     Args:
         path: the file; missing folders are made.
@@ -157,7 +157,7 @@ def sync(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left in a folder that no other process writes to."""
+    """Remove the partial files of killed processes from a folder that no other process writes to."""
     for left in list(folder.iterdir()) if folder.is_dir() else ():
         if not (found := _PARTIAL.fullmatch(left.name)):
             continue
@@ -169,7 +169,7 @@ def sweep(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, link or whole folder, as far as it can be removed."""
+    """Remove a file, link or whole folder; errors are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -196,12 +196,12 @@ def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
 
 
 def require_free(path: Path, *, force: bool, marker: str = "") -> None:
-    """Raise where an output cannot be written, before its work is done.
+    """Raise before the work starts if its output cannot be written.
 
     Args:
         path: the file or folder.
         force: whether it may be replaced.
-        marker: for a folder, the file that it must hold to be replaced: no other folder is ever removed.
+        marker: for a folder, a file that it must contain; a folder without this file is never replaced.
 
     Raises:
         UsageError: it exists and may not be replaced.
@@ -238,7 +238,7 @@ def hash_of(value: Any) -> str:
 
 
 def hash_files(files: Iterable[tuple[Path, str]]) -> str:
-    """SHA-256 of files in their order, each with the name to count, "" for none."""
+    """SHA-256 of files in order, each with the name to include in the hash ("": no name)."""
     digest = hashlib.sha256()
     for path, name in files:
         if name:
@@ -249,7 +249,7 @@ def hash_files(files: Iterable[tuple[Path, str]]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value of another type than JSON's, as one of JSON's."""
+    """Convert a value that JSON has no type for."""
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     if isinstance(value, set | frozenset):  # in one order in every process

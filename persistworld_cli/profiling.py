@@ -1,8 +1,8 @@
 """Where a run's time went (``--profile``): a table of stages, the top operations, and a Chrome trace of its beginning.
 
-Stages (`stages.stage`) are timed over the whole run. Operations are recorded for some seconds from the first time that
-the network runs: a trace of minutes opens in no viewer. On a GPU, stages wait for it at both ends, so that each is
-charged with its own work; such a run is a little slower than one without a profile. Rank 0 alone is profiled.
+Stages (`stages.stage`) are timed over the whole run. Operations are recorded for a few seconds after the network first
+runs, since no viewer opens a trace of minutes. Each stage waits for the GPU when it starts and when it ends, so that it
+is charged with its own work only; this makes the run slightly slower. Only rank 0 is profiled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BEGIN = ("sampling", "network", "encoding", "backward")  # the trace begins wit
 
 @dataclass
 class Stage:
-    """What one stage took: calls, seconds in all, and seconds without the stages inside it."""
+    """Calls of one stage, its total seconds, and its seconds without nested stages."""
 
     calls: int = 0
     total_s: float = 0.0
@@ -79,7 +79,7 @@ class _Profile:
         return self.trace is not None and not self.traced_s
 
     def _start_or_stop_trace(self, stage: str) -> None:
-        """Between stages of the main thread."""
+        """Start or stop the trace, between stages of the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return
         if self.trace is None and stage in _BEGIN:
@@ -95,20 +95,20 @@ class _Profile:
             self.stop_trace()
 
     def stop_trace(self) -> None:
-        """End the recording, if it runs."""
+        """Stop the trace if it is running."""
         if self._tracing:
             self.traced_s = max(time.perf_counter() - self._begun, 1e-9)
             self.trace.__exit__(None, None, None)
 
     def operations(self) -> list[dict[str, Any]]:
-        """The recorded operations that took longest by themselves, on the GPU where one worked."""
+        """The recorded operations with the most own time, on the GPU if one was used."""
         rows = [row for row in self.trace.key_averages() if row.key not in self.stages] if self.trace else []
         side = "self_device_time_total" if any(row.self_device_time_total for row in rows) else "self_cpu_time_total"
         rows.sort(key=lambda row: -getattr(row, side))
         return [{"name": row.key, "calls": row.count, "self_s": getattr(row, side) / 1e6} for row in rows[:_TOP]]
 
     def write(self, folder: Path, total: float) -> None:
-        """``table.txt``, ``profile.json`` and ``trace.json.gz`` of a run of so many seconds."""
+        """Write ``table.txt``, ``profile.json`` and ``trace.json.gz`` of a run that took ``total`` seconds."""
         operations, stages = self.operations(), {name: vars(stage) for name, stage in self.stages.items()}
         data = {"seconds": total, "stages": stages, "traced_seconds": self.traced_s, "operations": operations}
         write_json(folder / "profile.json", data)
@@ -117,13 +117,13 @@ class _Profile:
         if self.trace is not None:
             files.append(folder / "trace.json.gz")
             with whole_file(files[1]) as file:
-                self.trace.export_chrome_trace(str(file))  # compressed, by the name's end
+                self.trace.export_chrome_trace(str(file))  # compressed because the name ends in .gz
         note(f"profile: {', '.join(map(str, files))}")
 
 
 @contextmanager
 def profiling(folder: Path) -> Iterator[None]:
-    """Profile what is done inside; the files in ``folder`` are written also where it fails."""
+    """Profile the block; the files in ``folder`` are written even if it fails."""
     profile, begun = _Profile(), time.perf_counter()
     try:
         with observe(profile.stage):
@@ -145,9 +145,9 @@ def calls_counted(folder: Path) -> Iterator[None]:
             profile.dump_stats(file)
         with whole_file(folder / "table.txt") as file, file.open("w", encoding="utf-8") as out:
             out.write(
-                "Python's functions by their own time, as cProfile counts it (which slows Python down), on this "
-                "process's main thread, without helper processes and other threads. No network was run.\n"
-                "All of it: python -m pstats calls.pstats\n"
+                "Python functions by own time, measured by cProfile (which slows Python down) on this process's main "
+                "thread; helper processes and other threads are not included. No network was run.\n"
+                "Full list: python -m pstats calls.pstats\n"
             )
             pstats.Stats(profile, stream=out).sort_stats("tottime").print_stats(_TOP)
         note(f"profile: {folder / 'table.txt'}")
@@ -162,10 +162,10 @@ def _table(stages: Mapping[str, Stage], operations: list[dict[str, Any]], traced
     rest = total - sum(stage.self_s for stage in stages.values())
     lines.append(f"{'everything else':18}{'':8}{rest:10.3f}{rest / total:8.1%}")
     lines += [f"{'total':18}{'':8}{total:10.3f}", ""]
-    lines.append("self: without the stages inside it; total: with them. Stages are timed over the whole run.")
+    lines.append("self: without nested stages; total: with them. Stages are timed over the whole run.")
     if not operations:
         return "\n".join([*lines, "No network ran on the main thread: there is no trace.", ""])
-    lines += [f"Operations of {traced:.1f} s from the first time that the network ran (trace.json.gz):", ""]
+    lines += [f"Operations in the {traced:.1f} s after the network first ran (trace.json.gz):", ""]
     lines.append(f"{'operation':44}{'calls':>8}{'self s':>10}{'share':>8}")
     for row in operations:
         lines.append(f"{row['name'][:43]:44}{row['calls']:8}{row['self_s']:10.3f}{row['self_s'] / traced:8.1%}")

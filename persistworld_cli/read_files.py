@@ -1,7 +1,7 @@
-"""Reading untrusted files: whatever is wrong with one becomes one error that names it. No torch.
+"""Read untrusted files: any defect becomes one error that names the file. Needs no torch.
 
 A file may be truncated, overwritten, of another kind or hold unexpected types, for which libraries raise dozens of
-exceptions. `reading` turns them into a PersistWorldError; its block only parses and checks the file.
+exceptions. `reading` turns them into a PersistWorldError; its block must only parse and check the file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def reading(
         error: the class to raise.
 
     Raises:
-        PersistWorldError: the block failed; its own PersistWorldError passes.
+        PersistWorldError: the block failed; a PersistWorldError from the block passes unchanged.
     """
     try:
         yield
@@ -179,12 +179,12 @@ def fill_template(template: Any, names: Mapping[str, str | int]) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is called."""
+    """The name of a JSON value's type, for messages."""
     names = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list"}
     return "nothing (null)" if value is None else names.get(type(value), type(value).__name__)
 
 
 def _shown(value: Any) -> str:
-    """A value, not longer than a message should be."""
+    """A value as text, shortened for a message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,4 +1,4 @@
-"""Seeds as a pure function of what they are for, so that order, batch and process never matter."""
+"""Seeds depend only on what they are used for, never on order, batch or process."""
 
 from __future__ import annotations
 

@@ -11,14 +11,14 @@ _observer: Observer = nullcontext
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """A stage; one inside another is charged apart."""
+    """Time the block as a stage; nested stages are counted separately."""
     with _observer(name):
         yield
 
 
 @contextmanager
 def observe(observer: Observer) -> Iterator[None]:
-    """Let ``observer(NAME)`` surround every stage of every thread."""
+    """Wrap every stage of every thread in ``observer(NAME)``."""
     global _observer
     _observer = observer
     try:

@@ -1,9 +1,9 @@
-"""``python -m persistworld_cli.worker config.json``: one process of a run. It parses no flags: all is resolved.
+"""``python -m persistworld_cli.worker config.json``: one process of a run, with resolved settings and no flags.
 
-A task is a function ``run(settings, request) -> dict``. The folder of config.json is this run's alone: rank 0 writes
-what the task returns to ``result.json`` in it, the first rank that fails writes ``failure.json``. A user's mistake is
-raised as PersistWorldError; `training.run.Interrupted` says that all ranks agreed to stop and saved, KeyboardInterrupt
-that this rank was interrupted where it stood.
+A task is a function ``run(settings, request) -> dict``. Only this run uses the folder of config.json: rank 0 writes the
+task's result to ``result.json`` there, and the first rank that fails writes ``failure.json``. A task raises
+PersistWorldError for a user's mistake, and `training.run.Interrupted` after all ranks have agreed to stop and saved;
+KeyboardInterrupt means that this rank was interrupted without that agreement.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def main(argv: list[str]) -> int:
         _ignore_signals()
         if _saved_and_stopped(error):
             _first_to_fail(folder, INTERRUPTED, "interrupted")
-            # All ranks agreed to stop. With another code than 0 the first one to end would have the others ended, while
-            # rank 0 may still be writing; the launcher takes the code from the file.
+            # All ranks agreed to stop. After a nonzero code accelerate would end the other ranks, while rank 0
+            # may still be writing; the launcher reads the code from the file.
             return 0 if _world_size() > 1 else INTERRUPTED
         return _crashed(error, folder)
 
@@ -106,7 +106,7 @@ def _run(whole: Mapping[str, Any], config: Path) -> dict[str, Any]:
 
 
 def _require_one_command(whole: Mapping[str, Any]) -> None:
-    """Refuse machines that were given different commands: each launcher resolved its own settings.
+    """Raise if the machines run different commands: each launcher resolves its own settings.
 
     Raises:
         UsageError: on every rank, naming what differs.
@@ -131,7 +131,7 @@ def _require_one_command(whole: Mapping[str, Any]) -> None:
 
 
 def _leave_group() -> None:
-    """Leave together: gloo's threads abort a process that ends while they still communicate."""
+    """Leave the process group together: gloo's threads abort a process that ends while they still communicate."""
     if _in_group():
         distributed = sys.modules["torch.distributed"]
         distributed.barrier()
@@ -139,7 +139,7 @@ def _leave_group() -> None:
 
 
 def _hear_signals() -> None:
-    """Signals end the run by an exception, so that ``finally`` blocks run; a training loop sets its own handlers."""
+    """Turn signals into an exception, so that ``finally`` blocks run; a training loop sets its own handlers."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -149,7 +149,7 @@ def _hear_signals() -> None:
 
 
 def _ignore_signals() -> None:
-    """While this process ends: the launcher ends the remaining ranks by a signal, which must not cut off the error."""
+    """Ignore signals while this process ends: the launcher's signal to other ranks must not cut off the error."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -161,7 +161,7 @@ def _saved_and_stopped(error: Exception) -> bool:
 
 
 def _crashed(error: Exception, folder: Path) -> int:
-    """Report an unexpected error once, from the rank that raised it; of the others, a line each."""
+    """Report an unexpected error once, from the rank that raised it; the other ranks print one line each."""
     if _world_size() > 1 and _lost_contact(error):
         note(f"rank {_rank()} lost contact with another rank: {error}")
     elif _first_to_fail(folder, 1, repr(error)):
@@ -188,7 +188,7 @@ def _in_group() -> bool:
 
 
 def _first_to_fail(folder: Path, code: int, what: str) -> bool:
-    """Leave the exit code for this machine's launcher; True for its first rank that fails, which reports why."""
+    """Write the exit code for the launcher; True if this is the first rank to fail on this machine: it reports why."""
     try:
         with (folder / FAILURE).open("x", encoding="utf-8") as file:
             json.dump({"code": code, "rank": _rank(), "what": what}, file)

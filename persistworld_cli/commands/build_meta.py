@@ -40,7 +40,7 @@ _SHOWN = 3  # episodes named in a terminal; the JSON names more
     without=("output",),
 )
 def command(common: Common, request: BuildMetaRequest) -> None:
-    """Index a processed dataset: where every episode lies, action statistics, the action adapter, and its health.
+    """Index a processed dataset: location of every episode, action statistics, action adapter and health report.
 
     A later run reads only the annotations that are new or changed.
     """
@@ -54,7 +54,7 @@ def command(common: Common, request: BuildMetaRequest) -> None:
 
 
 def _progress(meter: Meter) -> Callable[[int, int], None]:
-    """What the readers call with (done, total): how much there is they find out first."""
+    """The readers' progress callback (done, total); the total is known only after they have started."""
 
     def show(done: int, total: int) -> None:
         meter.total = total
@@ -64,7 +64,7 @@ def _progress(meter: Meter) -> Callable[[int, int], None]:
 
 
 def _build(settings: Settings, request: BuildMetaRequest, *, as_json: bool) -> None:
-    """The work, in this process and its readers, and the result."""
+    """Build the metadata in this process and its readers, and show the result."""
     from persistworld_cli.data.metadata.ctrl_world_meta import SampleLists, export_ctrl_world
     from persistworld_cli.data.metadata.index import INDEX_FILE, IndexFile
     from persistworld_cli.data.metadata.meta import build_meta
@@ -84,7 +84,7 @@ def _build(settings: Settings, request: BuildMetaRequest, *, as_json: bool) -> N
                 progress=_progress(meter),
             )
     except KeyboardInterrupt:
-        note("interrupted: the metadata is as it was before")
+        note("interrupted: the metadata is unchanged")
         raise
     exported = None
     if request.export:
@@ -96,7 +96,7 @@ def _build(settings: Settings, request: BuildMetaRequest, *, as_json: bool) -> N
 
 
 def _warn(report: MetaReport, settings: Settings) -> None:
-    """What a person should not overlook."""
+    """Print warnings about the dataset."""
     left_out = sum(row["episodes"] for row in report.health["unusable"])
     if left_out:
         note(f"{left_out} episodes are left out: see the table; persistworld build-meta --check reports each")
@@ -155,8 +155,8 @@ def _human(report: MetaReport, exported: str | None) -> dict[str, Any]:
 
 
 _PREDICTORS = {
-    "fitted": "gain x velocity, on episodes left out of the fit",
-    "fit": "gain x velocity, on those of the fit",
+    "fitted": "gain x velocity, on held-out episodes",
+    "fit": "gain x velocity, on the fitted episodes",
     "scale_0.2": "0.2 x velocity (the controller's bound)",
     "hold": "no motion",
 }
@@ -189,7 +189,7 @@ def _adapter_tables(adapter: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _first(names: list[str], count: int) -> str:
-    """A few names, and that there are more."""
+    """The first names, with an ellipsis if there are more."""
     return ", ".join(names[:_SHOWN]) + (", ..." if count > _SHOWN else "")
 
 

@@ -1,4 +1,4 @@
-"""``persistworld drive``: drive the arm by keys in the world model."""
+"""``persistworld drive``: drive the arm in the world model with the keyboard."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def command(
     request: DriveRequest,
     token: str | None = option(None, "With --web: secret that the page must present."),
 ) -> None:
-    """Drive the arm by keys: each is one interaction step of 0.8 s, and the world model predicts the camera images."""
+    """Drive the arm with keys: each key is one step of 0.8 s, and the world model predicts the camera images."""
     if token:
         if not request.web:
-            raise UsageError("--token belongs to --web", where="--token", fix="add --web, or leave it out")
+            raise UsageError("--token needs --web", where="--token", fix="add --web, or leave it out")
         os.environ[TOKEN_VARIABLE] = token  # the worker reads it; config.json can be read by others
     if request.live and not common.dry_run:
         _require_terminal()
@@ -56,11 +56,11 @@ def command(
 
 
 def _require_terminal() -> None:
-    """Raise UsageError where nobody could press a key or see the screen."""
+    """Raise UsageError unless standard input and standard error are terminals."""
     for stream, name in ((sys.stdin, "standard input"), (sys.stderr, "standard error")):
         if not stream.isatty():
             raise UsageError(
-                f"--live needs a terminal, and {name} is none",
+                f"--live needs a terminal, but {name} is not a terminal",
                 where="--live",
                 fix="run it in a terminal, or drive with --keys lllrrr or --web",
             )

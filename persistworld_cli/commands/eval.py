@@ -28,7 +28,7 @@ EXAMPLES = (
         "Also measure on these pixels: DIR/<episode>/<camera>/<frame>.png; may be repeated.",
         metavar="[NAME=]DIR",
     ),
-    setting("eval.fvd", "Also the Fréchet video distance, by torchvision's R3D-18 with these weights.", metavar="PATH"),
+    setting("eval.fvd", "Also compute the Fréchet video distance: weights of torchvision's R3D-18.", metavar="PATH"),
     cost=True,
 )
 def command(
@@ -36,7 +36,7 @@ def command(
     request: EvalRequest,
     compare: tuple[str, ...] | None = option(
         (),
-        "A finished result to compare this run with; given twice: both with each other, nothing is run.",
+        "Finished result to compare this run with; given twice, the two are compared and nothing is run.",
         metavar="EVAL.JSON",
     ),
 ) -> None:

@@ -1,4 +1,4 @@
-"""``persistworld export``: weights for elsewhere, an adapter merged into them or by itself."""
+"""``persistworld export``: write weights (with an adapter merged in) or an adapter for other programs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ EXAMPLES = (
 
 @with_common("none", without=("output",))
 def command(common: Common, request: ExportRequest) -> None:
-    """Write weights as one file under Ctrl-World's names, an adapter merged into them, or an adapter as PEFT folder.
+    """Write weights, with an adapter merged in, as one file under Ctrl-World's names; or an adapter as a PEFT folder.
 
-    The architecture is that of the bundled preset which the weights fit, or of --preset.
+    The architecture comes from --preset, or else from the bundled preset that the weights fit.
     """
     resolved = resolve_if_named(common)
     if common.dry_run:
@@ -27,5 +27,5 @@ def command(common: Common, request: ExportRequest) -> None:
         return
     from persistworld_cli.checkpoints.export import export
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # then what is half written is removed, as after Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # partial output is then removed, as after Ctrl-C
     show_result(export(request, resolved.settings if resolved else None), as_json=common.as_json)

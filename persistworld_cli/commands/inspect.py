@@ -38,7 +38,7 @@ def command(common: Common, request: InspectRequest) -> None:
 
 
 def _inspect(ckpt: str, compare: Settings | None) -> dict[str, Any]:
-    """The work, in this process: it reads names and shapes, then every byte once for the hash."""
+    """Describe the checkpoint: reads names and shapes, then every byte once for the hash."""
     from persistworld_cli.checkpoints.inspection import describe
     from persistworld_cli.checkpoints.references import sha256_of
 
@@ -53,7 +53,7 @@ def _inspect(ckpt: str, compare: Settings | None) -> dict[str, Any]:
 
 
 def _show(result: dict[str, Any]) -> None:
-    """For people: what it is first, then its parts and files."""
+    """Print a summary, then the parts and files."""
     console, types = stdout_console(), ", ".join(result["dtypes"])
     fits = f"fits preset {' or '.join(result['fits'])}" if result["fits"] else "fits no bundled preset"
     console.print(f"{result['kind']}, {fits}", style="bold", markup=False, highlight=False, soft_wrap=True)
@@ -76,7 +76,7 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _more(result: dict[str, Any]) -> list[str]:
-    """Lines for what not every checkpoint has."""
+    """Lines about properties that only some checkpoints have."""
     lines = []
     if own := result["adapter"]:
         encoder = "with" if own["action_encoder"] else "without"

@@ -29,7 +29,7 @@ _SETTINGS, _LAUNCHING = "Settings and output", "Processes and machines"  # headi
 
 @dataclass(frozen=True)
 class Slot:
-    """An option with its name (of a setting, the dotted key), type and default; None: something else decides."""
+    """An option: name (for a setting, its dotted key), type and default (None: the default comes from elsewhere)."""
 
     name: str
     own: Option
@@ -62,7 +62,7 @@ class Slot:
         return inspect.Parameter(self.parameter, kind, default=default, annotation=Annotated[hint, made])
 
     def read(self, values: dict[str, Any]) -> Any:
-        """Take its value out of what typer read; None where it was not given. Raises UsageError."""
+        """Pop its value from what typer read; None if it was not given. Raises UsageError."""
         value = values.pop(self.parameter)
         if not isinstance(value, list):
             return value
@@ -75,7 +75,7 @@ class Slot:
 
 
 def setting(key: str, help: str, flag: str = "", **how: Any) -> Slot:
-    """An option that sets a setting, by default called by the last part of its key."""
+    """An option that sets a setting; by default it is named after the last part of the key."""
     flag = flag or "--" + key.rpartition(".")[2].replace("_", "-")
     return Slot(key, Option(help=help, flag=flag, **how), setting_types()[key])
 
@@ -89,7 +89,7 @@ CKPT = setting(
 ADAPTER = setting("model.adapter", "Post-trained adapter (PEFT folder) on top of the weights.", metavar="PATH")
 DATASET = setting("world.dataset", "Processed dataset (what extract-latents wrote).", metavar="DIR")
 COMPILE = setting(
-    "launch.compile", "Compile the network first (torch.compile): faster calls, after minutes of work on a CPU."
+    "launch.compile", "Compile the network first (torch.compile): faster calls, but compiling takes minutes on a CPU."
 )
 STRICT = setting(
     "model.strict_actions", "Refuse a dataset whose poses do not look like those the weights were trained on."
@@ -100,7 +100,7 @@ TRACKER = setting(
     "--tracker",
     commas=True,
 )
-# Of the commands that measure on a benchmark: what it fixes and its user may change.
+# Options of the commands that run a benchmark: settings that the benchmark fixes and the user may override.
 ROLLOUTS = (
     CKPT,
     ADAPTER,
@@ -123,9 +123,9 @@ _THREADS = setting("launch.threads", "CPU threads per process.", panel=_LAUNCHIN
 _DEVICE = setting("launch.device", "auto, cpu or cuda.", panel=_LAUNCHING)
 _LAUNCH: dict[str, tuple[Slot, ...]] = {
     "full": (
-        setting("launch.num_processes", "Processes of all machines together.", panel=_LAUNCHING),
-        setting("launch.num_machines", "Machines.", panel=_LAUNCHING),
-        setting("launch.machine_rank", "Number of this machine, from 0.", panel=_LAUNCHING),
+        setting("launch.num_processes", "Number of processes on all machines together.", panel=_LAUNCHING),
+        setting("launch.num_machines", "Number of machines.", panel=_LAUNCHING),
+        setting("launch.machine_rank", "Rank of this machine, from 0.", panel=_LAUNCHING),
         setting("launch.main_process_ip", "Address of machine 0.", panel=_LAUNCHING),
         setting("launch.main_process_port", "Port on machine 0; 0 takes a free one.", panel=_LAUNCHING),
         _THREADS,
@@ -155,7 +155,7 @@ class Common:
     dry_run: bool = option(False, "Show the request and the settings, and do nothing.", panel=_SETTINGS)
     accelerator: str | None = option(
         None,
-        "With --dry-run: the cost on a100, h100, h200, ... or on so many dense bf16 TFLOP/s.  \\[h100]",
+        "With --dry-run: report the cost on a100, h100, h200, ... or for a number of dense bf16 TFLOP/s.  \\[h100]",
         metavar="NAME|TFLOPS",
         panel=_SETTINGS,
     )
@@ -172,14 +172,12 @@ class Common:
         metavar="FILE",
         panel=_LAUNCHING,
     )
-    take_over: bool = option(
-        False, "Take the output folder over from a run on another host that was killed.", panel=_LAUNCHING
-    )
+    take_over: bool = option(False, "Take over the output folder of a killed run on another host.", panel=_LAUNCHING)
     flags: dict[str, Any] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
 
     def all_flags(self) -> dict[str, Any]:
-        """The flags, over processes and machines of accelerate's file."""
+        """The flags, which take precedence over accelerate's file."""
         from persistworld_cli.launch.accelerate_config import read_accelerate_config
 
         filed = read_accelerate_config(self.accelerate_config) if self.accelerate_config else {}
@@ -187,7 +185,7 @@ class Common:
         return {f"launch.{name}": value for name, value in filed.items()} | given
 
 
-# Shared options that not every command has: how those are launched that have it.
+# Shared options that only some commands have -> the launch modes of these commands.
 _ONLY: dict[str, tuple[str, ...]] = {"accelerate_config": ("full",), "take_over": ("full", "single")}
 
 
@@ -197,11 +195,11 @@ def with_common(
     """Give a command the shared options, flags for settings, and the fields of its request.
 
     Args:
-        launch: which of "Processes and machines" it takes: all (work that can be spread), threads and device (work of
-            one process), or none (done in this process).
+        launch: which options of "Processes and machines" it has: all (distributed work), threads and device (work in
+            one worker process), or none (work in this process).
         flags: the settings that it has options for; their values are in ``common.flags``.
         cost: a dry run shows the cost, on an ``--accelerator``.
-        without: shared options that it does not take, or has in a form of its own.
+        without: shared options that it does not have, or defines itself.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -226,7 +224,7 @@ def with_common(
             common = Common(**_given(shared, values))
             for slot in settings:
                 value = slot.read(values)
-                common.flags[slot.name] = None if value is False else value  # a switch: a preset's yes stays
+                common.flags[slot.name] = None if value is False else value  # an absent switch changes nothing
                 common.names[slot.name] = slot.own.flag
             if kind:
                 values["request"] = kind(**_given(requested, values))
@@ -253,13 +251,13 @@ def _fields_of(kind: type[Any]) -> list[Slot]:
 
 
 def _given(slots: list[Slot], values: dict[str, Any]) -> dict[str, Any]:
-    """Take those values out that were given."""
+    """Pop the values that were given."""
     found = {slot.name: slot.read(values) for slot in slots}
     return {name: value for name, value in found.items() if value is not None}
 
 
 def _profile(name: str) -> AbstractContextManager[Any]:
-    """A profile of Python's functions, for a command that is done in this process."""
+    """A profile of Python's functions, for a command that runs in this process."""
     from persistworld_cli.profiling import FOLDER, calls_counted
 
     return calls_counted(Path("outputs") / f"{FOLDER}-{name}")

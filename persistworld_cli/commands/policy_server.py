@@ -19,7 +19,7 @@ EXAMPLES = ("persistworld policy-server --policy hold", "persistworld policy-ser
     setting("policy.seed", "Random seed."),
 )
 def command(common: Common, request: PolicyServerRequest) -> None:
-    """Serve a policy that needs no network and no GPU, as openpi's policy server does, until interrupted."""
+    """Serve a simple policy, without neural network or GPU, over openpi's protocol until interrupted."""
     resolved = resolve(common)
     own = resolved.settings.policy
     if common.dry_run:
@@ -42,6 +42,6 @@ def command(common: Common, request: PolicyServerRequest) -> None:
     with server:
         note(f"policy '{request.policy}' on {server.uri}; Ctrl-C ends it")
         if not is_loopback(own.host):
-            who = "whoever has the key" if key else "every machine that reaches this port"
+            who = "anyone with the key" if key else "every machine that reaches this port"
             note(f"{who} can use the policy, and nothing is encrypted: an ssh tunnel is safer")
         server.wait()

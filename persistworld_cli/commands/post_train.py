@@ -23,7 +23,7 @@ EXAMPLES = (
     setting("post_train.updates", "Updates in total."),
     setting("post_train.groups", "Start states per update, over all processes."),
     setting("post_train.candidates", "Continuations drawn from each start state."),
-    setting("post_train.split_groups", "Fewer groups than processes: several share the candidates of one."),
+    setting("post_train.split_groups", "Allow fewer groups than processes: several share one group's candidates."),
     setting("post_train.lr", "Learning rate."),
     setting("post_train.seed", "Random seed."),
     TRACKER,

@@ -41,7 +41,7 @@ def command(
         execute(common, request)
         return
     if request.scratch or request.vae:
-        raise UsageError("--scratch and --vae are of the world model", where="--part vae", fix="leave them out")
+        raise UsageError("--scratch and --vae apply to the world model only", where="--part vae", fix="leave them out")
     for table in (common.flags, common.names):
         table |= {key.replace("pretrain.", "vae."): table.pop(key) for key in list(table) if "pretrain." in key}
     own = PretrainVaeRequest(resume=request.resume, resume_from=request.resume_from, with_changes=request.with_changes)

@@ -25,7 +25,7 @@ _SHOWN_ROWS = 40  # of a table in a result; the file has all
 
 
 def resolve(common: Common) -> Resolved:
-    """Settings from preset, benchmark, environment, ``--set`` and flags; says so where the bundled world is taken."""
+    """Settings from preset, benchmark, environment, ``--set`` and flags; prints a note if the bundled world is used."""
     pinned = None
     if "eval.benchmark" in common.flags:  # of the commands that measure on one
         named = common.flags["eval.benchmark"]
@@ -40,7 +40,7 @@ def resolve(common: Common) -> Resolved:
 
 
 def execute(common: Common, request: TaskRequest, check: Callable[[Settings], None] | None = None) -> None:
-    """A whole command whose work is done by a worker: resolve, show or launch, print.
+    """Run a command whose work is done by a worker: resolve settings, show or launch, print the result.
 
     Args:
         common: the shared options and flags.
@@ -68,7 +68,7 @@ def execute(common: Common, request: TaskRequest, check: Callable[[Settings], No
 
     code, result = run_task(resolved.settings, request, take_over=common.take_over)
     if code:
-        raise typer.Exit(code)  # the worker has said why
+        raise typer.Exit(code)  # the worker has reported the reason
     code = int(result.pop("exit_code", 0))  # work that finished, but not all of it as requested (an unreadable episode)
     show_result(result, as_json=common.as_json)
     if code:
@@ -98,7 +98,8 @@ def show_plan(
         resolved: its settings, if it has any.
         output: where the result goes.
         cost: for the JSON.
-        weights: that the task takes, for the JSON; ``lines`` say the same, and more, to people.
+        weights: the task's weights, for the JSON.
+        lines: the same and more, as text.
     """
     values = flatten(resolved.settings) if resolved else {}
     origin = resolved.origin if resolved else {}
@@ -133,15 +134,15 @@ def show_plan(
 
 
 def resolve_if_named(common: Common) -> Resolved | None:
-    """Of a command on a checkpoint: the settings that ``--preset`` or ``--set`` name; without, the weights decide."""
+    """The settings if ``--preset`` or ``--set`` is given; otherwise None, and the checkpoint decides."""
     return resolve(common) if common.preset or common.sets else None
 
 
 def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     """A command's result: JSON, or tables for people.
 
-    A list of mappings becomes a table, everything else a line ``name  value``. Of a result that names a rendered report
-    (`text`), that is shown, and the files beside it.
+    A list of mappings becomes a table, everything else a line ``name  value``. If the result names a rendered report
+    (`text`), only this report and the paths of the other files are shown.
     """
     if as_json:
         write_json(dict(result))
@@ -174,7 +175,7 @@ def _is_table(value: Any) -> bool:
 
 
 def _are_files(value: Any) -> bool:
-    """A path of a file that is there, or a list of such."""
+    """Whether a value is the path of an existing file, or a list of such paths."""
     paths = value if isinstance(value, list) else [value]
     return bool(paths) and all(isinstance(path, str) and Path(path).is_file() for path in paths)
 
@@ -185,7 +186,7 @@ def write_json(data: Mapping[str, Any]) -> None:
 
 
 def _text(value: Any) -> str:
-    """A value as a person writes it."""
+    """A value as text for people."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""``persistworld study-report``: what the raters of a blind study prefer."""
+"""``persistworld study-report``: which model the raters of a blind study prefer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``persistworld verify``: do these weights give the figures that others measured with them?"""
+"""``persistworld verify``: do these weights reproduce the published figures?"""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _PUBLISHED = setting("eval.published", "Figures to compare with.  \\[the preset'
 def command(common: Common, request: VerifyRequest) -> None:
     """Load weights, check keys, types and scale of actions, roll out a few episodes, compare with published figures.
 
-    Prints one block to paste into an issue. Exit code 0: all fits; 1: something differs, or too few episodes to say.
+    Prints one block to paste into an issue. Exit code 0: all agrees; 1: something differs, or too few episodes.
     """
     if common.flags["eval.episodes"]:
         if request.count is not None:
-            raise UsageError("--count and --episodes both say which episodes", where="flags", fix="give one of them")
+            raise UsageError("--count and --episodes both select episodes", where="flags", fix="give one of them")
     elif request.count is None:
         request = replace(request, count=VERIFY_COUNT)
     if request.write_published and common.flags["eval.published"]:
-        raise UsageError("--published is not read where figures are written", where="flags", fix="give one of them")
+        raise UsageError("--published has no effect with --write-published", where="flags", fix="give one of them")
     execute(common, request)

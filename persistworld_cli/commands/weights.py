@@ -1,4 +1,4 @@
-"""``--ckpt`` in every command, and which weights a command is going to take and why."""
+"""``--ckpt`` in every command, and which weights a command uses and why."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _INFERENCE = (
 
 START = option(
     None,
-    "Weights to begin from: a file, a folder, a hub id, or bundled:NAME.",
+    "Weights to start from: a file, a folder, a hub id, or bundled:NAME.",
     flag="--ckpt",
     metavar="PATH|HUB_ID",
 )
 
 
 def start_from(common: Common, ckpt: str | None, *, adapter_fits: bool) -> None:
-    """Add the settings that a training's ``--ckpt`` means to the flags.
+    """Turn a training's ``--ckpt`` into settings, added to the flags.
 
     Whole weights replace ``model.ckpt`` and any adapter; an adapter is put on ``model.ckpt``, as in inference.
 
     Args:
-        common: the shared options. In a dry run the hub is not asked: its repositories count as whole weights.
-        ckpt: what was given, or None.
-        adapter_fits: whether the training can begin from weights with an adapter merged into them.
+        common: the shared options. A dry run does not contact the hub and treats its repositories as whole weights.
+        ckpt: the option's value, or None.
+        adapter_fits: whether the training can start from weights with an adapter merged into them.
 
     Raises:
         UsageError: an adapter where `adapter_fits` is false.
@@ -66,9 +66,9 @@ def _on_hub(ckpt: str) -> bool:
 
 
 def weights_rows(resolved: Resolved, request: Request) -> list[dict[str, str]]:
-    """Which weights a task takes: rows of ``use``, ``weights``, ``adapter`` ("" for none) and ``why``.
+    """Which weights a task uses: rows of ``use``, ``weights``, ``adapter`` ("" for none) and ``why``.
 
-    Nothing is fetched: of a repository of the hub only the name is known.
+    Nothing is fetched: only the name of a hub repository is known.
     """
     model = resolved.settings.model
     overlay = adapter_name(model.adapter)
@@ -119,7 +119,7 @@ def _verifies_gain(resolved: Resolved, request: Request) -> bool:
 
 
 def weights_lines(rows: list[dict[str, str]]) -> list[str]:
-    """Those rows as text, one line each."""
+    """The rows of `weights_rows` as text, one line each."""
     lines = []
     for row in rows:
         on = f" with adapter {row['adapter']}" if row["adapter"] else ""
@@ -128,7 +128,7 @@ def weights_lines(rows: list[dict[str, str]]) -> list[str]:
 
 
 def hints(resolved: Resolved, request: Request) -> list[str]:
-    """A pretraining from the finished Ctrl-World names the preset that starts from Stable Video Diffusion."""
+    """When pretraining starts from the finished Ctrl-World, name the preset that starts from Stable Video Diffusion."""
     finished = load_settings("ctrl-world", env={}).model.ckpt
     if not isinstance(request, PretrainRequest) or request.scratch or resolved.settings.model.ckpt != finished:
         return []

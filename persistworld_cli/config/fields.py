@@ -122,7 +122,7 @@ def _check(value: Any, hint: Any, key: str, where: Callable[[], str]) -> None:
             rule.check(value, key, where())
     elif origin is Literal and value not in args:
         raise UsageError(
-            f"{key} = {value!r} is none of {', '.join(map(str, args))}", where=where(), fix=nearest(str(value), args)
+            f"{key} = {value!r} is not one of {', '.join(map(str, args))}", where=where(), fix=nearest(str(value), args)
         )
     elif origin is tuple:
         for i, (item, kind) in enumerate(zip(value, _entries(args, value), strict=True)):

@@ -281,7 +281,7 @@ class DriveRequest(TaskRequest):
         of_web = {"--host": self.host, "--port": self.port is not None, "--open": self.browser}
         for flag, wanted in of_web.items():
             if wanted and not self.web:
-                raise UsageError(f"{flag} belongs to --web", where=flag, fix="add --web, or leave it out")
+                raise UsageError(f"{flag} needs --web", where=flag, fix="add --web, or leave it out")
 
     @property
     def terminal(self) -> bool:

@@ -174,7 +174,7 @@ def test_whole_numbers_pass_as_numbers_and_infinity_does_not(tmp_path: Path) -> 
         (["policy.resize=0,10"], r"policy.resize\[0\] = 0 must be at least 1"),
         (["eval.crop=1,2,3"], "expected a list of 4 whole numbers"),
         (["eval.crop=0,0,0,-1"], r"eval.crop\[3\] = -1 must be at least 0"),
-        (["eval.following=swaped"], r"eval.following\[0\] = 'swaped' is none of swapped, null"),
+        (["eval.following=swaped"], r"eval.following\[0\] = 'swaped' is not one of swapped, null"),
         (["launch.trackers=wandbb"], "none of tensorboard, wandb, trackio, none"),
         (["sampling.sampler=eulr"], "unknown sampler 'eulr'"),
         (["rewards.weights.psn=1"], "unknown reward 'psn'"),

@@ -40,7 +40,7 @@ def test_what_an_annotation_excludes_is_refused_with_key_place_and_fix() -> None
     error = refused(count=0)
     assert (error.what, error.where) == ("job.count = 0 must be at least 1", "place of job.count")
     error = refused(kinds=("left", "rigt"))
-    assert error.what == "job.kinds[1] = 'rigt' is none of left, right" and error.fix == "did you mean 'right'?"
+    assert error.what == "job.kinds[1] = 'rigt' is not one of left, right" and error.fix == "did you mean 'right'?"
     assert refused(shares={"red": 1.5}).what == "job.shares.red = 1.5 must be at least 0 and at most 1"
     error = refused(shares={"rde": 1.0})
     assert error.what == "unknown colour 'rde'" and error.fix == "did you mean 'red'? (or module:Class for your own)"

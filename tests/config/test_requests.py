@@ -62,14 +62,14 @@ def test_values_become_their_types() -> None:
         (FrontierRequest, {"calls": [1, 0]}, "calls[1] = 0 must be at least 1"),
         (FrontierRequest, {"percent": "much"}, "percent = 'much' has the wrong type: expected a number"),
         (EvalRequest, {"basline": "x"}, "unknown field 'basline' of the eval request"),
-        (SelfcheckRequest, {"fail_how": "crsh"}, "fail_how = 'crsh' is none of mistake, crash, kill"),
+        (SelfcheckRequest, {"fail_how": "crsh"}, "fail_how = 'crsh' is not one of mistake, crash, kill"),
         (
             PostTrainRequest,
             {"resume": False, "resume_from": "x"},
             "--no-resume and --resume-from contradict each other",
         ),
         (DriveRequest, {"keys": "l", "web": True}, "--keys and --web are different ways to drive"),
-        (DriveRequest, {"port": 1}, "--port belongs to --web"),
+        (DriveRequest, {"port": 1}, "--port needs --web"),
         (DriveRequest, {"web": True, "port": 99999}, "port = 99999 must be at least 0 and at most 65535"),
     ],
 )

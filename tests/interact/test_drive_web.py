@@ -262,9 +262,9 @@ def test_beyond_loopback_a_token_is_made(monkeypatch: pytest.MonkeyPatch) -> Non
     ("arguments", "text"),
     [
         (["--keys", "l", "--web"], "--keys and --web are different ways"),
-        (["--live", "--port", "1"], "--port belongs to --web"),
-        (["--token", "x"], "--token belongs to --web"),
-        (["--live"], "--live needs a terminal, and standard input is none"),
+        (["--live", "--port", "1"], "--port needs --web"),
+        (["--token", "x"], "--token needs --web"),
+        (["--live"], "--live needs a terminal, but standard input is not a terminal"),
         (["--keys", "lw"], "unknown key 'w' (character 2 of 'lw')"),
     ],
 )

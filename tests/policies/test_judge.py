@@ -248,7 +248,7 @@ def test_bad_judges_are_told(root: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=text):
             load_judge(name)
-    with pytest.raises(UsageError, match="against = 'real' is none of sim"):
+    with pytest.raises(UsageError, match="against = 'real' is not one of sim"):
         roll(root, tmp_path, against="real")
     evidence: Any = None
     with pytest.raises(PersistWorldError, match=r"progress 1\.5, not a number from 0 to 1"):

@@ -123,7 +123,7 @@ def test_trackio_has_every_number_once(tmp_path: Path, monkeypatch: pytest.Monke
 def test_names_of_trackers() -> None:
     assert wanted_trackers(("tensorboard", "tensorboard")) == ("tensorboard",) and wanted_trackers(("none",)) == ()
     assert load_settings("tiny", ["launch.trackers=wandb,trackio"], env={}).launch.trackers[0] == "wandb"
-    for wrong, message in (("wanb", "'wanb' is none of tensorboard"), ("none,wandb", "'none' excludes the others")):
+    for wrong, message in (("wanb", "'wanb' is not one of tensorboard"), ("none,wandb", "'none' excludes the others")):
         with pytest.raises(UsageError, match=message):
             load_settings("tiny", [f"launch.trackers={wrong}"], env={})
 
