@@ -1,7 +1,7 @@
-"""Worker processes: each takes jobs in turn and sends back what comes of them, through one pipe.
+"""Worker processes: each takes jobs from one pipe and sends the results back through it.
 
-A worker hears none of the signals that end a run (its parent does, and ends it) and dies with its parent. A spawned one
-begins anew, with one thread; a forked one (Linux) begins with what this process has in memory. No torch.
+A worker ignores the signals that end a run (its parent handles them, and ends it) and dies with its parent. A spawned
+worker starts empty, with one thread; a forked one (Linux) starts as a copy of this process. No torch.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Result = TypeVar("Result")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _CHUNK = 32  # items of `in_order` handed over together
-_FEW = 256  # items that are not worth starting processes for
-_UNREAD = 2  # results that wait in a worker while nobody reads them
+_FEW = 256  # fewer items are not worth starting processes for
+_UNREAD = 2  # results that a worker buffers
 
 
 class WorkerDied(PersistWorldError):
@@ -40,12 +40,12 @@ class WorkerDied(PersistWorldError):
 
 
 class Worker:
-    """One worker process; whoever starts it ends it. ``work``: job -> its results; importable by name if spawned."""
+    """One worker process; its creator must end it. ``work``: job -> its results; importable by name if spawned."""
 
     def __init__(self, work: Callable[[Any], Iterable[Any]], method: str = "spawn") -> None:
         context: Any = multiprocessing.get_context(method)
         if method == "spawn":
-            resource_tracker.ensure_running()  # to start it below would let the signals through again
+            resource_tracker.ensure_running()  # starting it below would unblock the signals
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_main, args=(work, theirs), daemon=True)
         with _environment():
@@ -53,7 +53,7 @@ class Worker:
         theirs.close()
 
     def give(self, job: Any) -> None:
-        """Hand over a job; a worker that is dead is noticed when a result is taken."""
+        """Send a job; `take` notices a dead worker."""
         with suppress(OSError):
             self.pipe.send(job)
 
@@ -86,7 +86,7 @@ def in_turn(workers: Sequence[Worker], jobs: Iterable[Any], ahead: int) -> Itera
     """The one result of each job, in the jobs' order. Worker k of W takes jobs k, k + W, ..., ``ahead`` in advance.
 
     Raises:
-        WorkerDied: a worker is gone. Whatever `Worker.take` raises, at the job that it concerns.
+        WorkerDied: a worker is gone; or another error of `Worker.take`, at the job that caused it.
     """
     left = iter(jobs)
     busy: deque[Worker] = deque()
@@ -130,7 +130,7 @@ def in_order(
             yield from results
     except WorkerDied as error:
         raise PersistWorldError(
-            "a worker process was killed", where="reading the dataset", fix="is there memory left? run it again"
+            "a worker process was killed", where="reading the dataset", fix="check for free memory and run it again"
         ) from error
     finally:
         for worker in pool:
@@ -143,7 +143,7 @@ def _chunk(function: Callable[[Item], Result], items: Sequence[Item]) -> list[li
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """What a process is started in: deaf to `_SIGNALS`, one thread, not the launcher's settings for malloc."""
+    """Start a process inside this: `_SIGNALS` blocked, one thread, without the launcher's malloc settings."""
     kept, blocked = dict(os.environ), signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         for name in [name for name in kept if name.startswith("MALLOC_")]:
@@ -165,7 +165,7 @@ class _Raised:
 
 
 def _main(work: Callable[[Any], Iterable[Any]], pipe: Connection) -> None:
-    """A worker's life: jobs until the parent closes the pipe. It works on while nobody reads: a thread sends."""
+    """A worker's main loop, until the parent closes the pipe. A thread sends, so that work does not wait for it."""
     end_with_parent(signal.SIGKILL)
     results: queue.Queue[Any] = queue.Queue(_UNREAD)
     threading.Thread(target=_send, args=(results, pipe), daemon=True).start()
@@ -182,7 +182,7 @@ def _main(work: Callable[[Any], Iterable[Any]], pipe: Connection) -> None:
 
 
 def _send(results: queue.Queue[Any], pipe: Connection) -> None:
-    """In a worker's thread."""
+    """Send results, in a worker's thread."""
     with suppress(OSError):
         while True:
             pipe.send_bytes(pickle.dumps(results.get(), pickle.HIGHEST_PROTOCOL))

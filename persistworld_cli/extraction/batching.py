@@ -1,8 +1,8 @@
-"""Images of many episodes through the encoder in batches of one size, the last one padded.
+"""Encode the images of many episodes in batches of one size; the last batch is padded.
 
-An encoder's sums may depend on the size of its batch in their last digit (convolutions choose their algorithm by it),
-but not on what else is in it. So an episode's latents are the same bytes whichever episodes were encoded beside it, and
-a resumed run ends with what an unbroken one gives.
+The last digit of latents may depend on the batch size (convolutions choose their algorithm by it), but not on the other
+images in the batch. So an episode's latents are the same bytes whichever episodes are encoded with it, and a resumed
+run gives the same result as an uninterrupted one.
 
 Legend: N frames in a batch, n in a chunk, T of an episode, V cameras, H, W image pixels, C latent channels,
 h = V * h1 latent rows of the stacked cameras, w latent width.
@@ -26,8 +26,8 @@ Encode = Callable[[Tensor], Tensor]  # uint8 (N, V, H, W, 3) -> (N, C, h, w), ca
 class Batcher:
     """Collects images, encodes them in batches of ``size`` frames, and hands whole episodes back.
 
-    A batch is copied from the GPU when the next one is under way, so that the GPU does not wait for the copy. Values
-    that are no numbers are a PersistWorldError.
+    A batch is copied from the GPU while the next one is encoded, so that the GPU does not wait for the copy. NaN or
+    infinite latents raise PersistWorldError.
     """
 
     def __init__(self, encode: Encode, size: int) -> None:
@@ -40,11 +40,11 @@ class Batcher:
         self._open: dict[int, tuple[int, list[Tensor]]] = {}  # episode -> frames T, latents so far
 
     def begin(self, episode: int, frames: int) -> None:
-        """An episode of so many frames will come."""
+        """Register an episode with this number of frames."""
         self._open[episode] = frames, []
 
     def drop(self, episode: int) -> None:
-        """Forget an episode; what is encoded of it is lost."""
+        """Forget an episode and its latents so far."""
         self._open.pop(episode, None)
 
     def add(self, episode: int, images: NDArray[np.uint8]) -> Iterator[tuple[int, Tensor]]:
@@ -68,7 +68,7 @@ class Batcher:
         yield from self._land()
 
     def _run(self) -> Iterator[tuple[int, Tensor]]:
-        """Encode the batch and settle the one before."""
+        """Encode the batch and distribute the latents of the previous one."""
         assert self._batch is not None
         begun = time.perf_counter()
         with torch.inference_mode():
@@ -83,7 +83,7 @@ class Batcher:
             yield from self._land()
 
     def _land(self, batch: tuple[Tensor, list[tuple[int, int]]] | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Deal out the latents of a batch, of the one under way by default."""
+        """Distribute the latents of a batch (by default the pending one) to its episodes."""
         if batch is None:
             batch, self._flying = self._flying, None
         if batch is None:
@@ -98,7 +98,7 @@ class Batcher:
                 continue
             if not torch.isfinite(part).all():
                 raise PersistWorldError(
-                    "encoder returned values that are no numbers",
+                    "encoder returned NaN or infinite values",
                     where=f"encoder, episode {episode}",
                     fix="check its weights; fp16 is too narrow for some VAEs: take --dtype bf16 or fp32",
                 )

@@ -1,9 +1,9 @@
 """Decoding processes: raw episodes become chunks of images ahead of the encoder, in bounded memory.
 
-Each process prepares one episode at a time (`preparing.prepare`), never loads torch, and waits while nobody reads its
-results. Memory, whatever the length of an episode: one chunk of 16 frames x V cameras here and four in each process,
-and there the images of one camera's chunk at the recorded size and one table (of a version 3 file, the row groups that
-hold the episode).
+Each process prepares one episode at a time (`preparing.prepare`), never loads torch, and waits while its results are
+not read. Memory does not depend on the length of an episode: this process holds one chunk of 16 frames x V cameras;
+each decoding process holds four, one camera's chunk at the recorded size, and one table (of a version 3 file, the row
+groups with the episode).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.extraction.preparing import EpisodeHeader, Recipe, prepare
 from persistworld_cli.files import CannotWrite
 
-_DEATHS = 3  # this many processes died one after the other, none of them having finished an episode: something is amiss
+_DEATHS = 3  # the run fails after this many deaths in a row without a finished episode between them
 _POLL_S = 0.2  # how often `idle` is called
 
 
@@ -38,7 +38,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """Comes last: annotation and videos are staged; or, with an error, the episode cannot be used."""
+    """The last event: annotation and videos are staged; or, with an error, the episode cannot be used."""
 
     error: PersistWorldError | None = None
 
@@ -57,15 +57,15 @@ def decoded(
         recipe: what all episodes share.
         feed: see `Feed`.
         workers: processes; 0: everything is done in this one.
-        idle: called now and then while nothing comes; may raise.
+        idle: called repeatedly while there is no event; may raise.
 
     Raises:
-        PersistWorldError: the disk is full, or processes die again and again.
+        PersistWorldError: the disk is full, or several processes died in a row.
     """
     decoders = _Decoders(recipe, feed, workers)
     try:
         if workers:
-            decoders.hand_out()  # they begin before the first event is asked for
+            decoders.hand_out()  # they start before the first event is requested
         with closing(decoders.events(idle) if workers else _here(recipe, feed, idle)) as events:
             yield events
     finally:
@@ -90,7 +90,7 @@ def _here(recipe: Recipe, feed: Feed, idle: Callable[[], None]) -> Generator[tup
 
 
 class _Prepared:
-    """All events of a job; a bad recording is one of them, a full disk is not."""
+    """Yields all events of a job. A bad recording becomes an event; a full disk raises."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
@@ -162,16 +162,16 @@ class _Decoders:
         return event
 
     def _error(self, how: str, job: Job) -> PersistWorldError:
-        """Of a process that died. Raises it if several died one after the other."""
+        """The error of a process that died. Raises if several died in a row."""
         how += " (out of memory?)" if "SIGKILL" in how else ""
         if self._deaths >= _DEATHS:
             raise PersistWorldError(
-                f"{self._deaths} decoding processes died one after the other; the last one {how}",
+                f"{self._deaths} decoding processes died in a row; the last one {how}",
                 where=f"episode {job.episode.index}",
                 fix="if memory was short, take fewer --workers; --workers 0 decodes in this process",
             )
         return PersistWorldError(
             f"its decoding process {how}",
             where=str(job.episode.table),
-            fix="extract it again; if that repeats itself, the recording is damaged or memory is short",
+            fix="extract it again; if this happens again, the recording is damaged or memory is short",
         )

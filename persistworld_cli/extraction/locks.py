@@ -1,8 +1,8 @@
-"""Locks by which several runs over the same output do no work twice.
+"""Locks, so that several runs on the same output do not repeat each other's work.
 
-One file, of which a run locks one byte per episode (POSIX record locks). The system releases a lock when its process
-ends, however it ends, so nothing is left to clean up. They work between the machines of an NFS mount too, where the
-server runs a lock service (v4 always does); where locks are refused, one warning says so and nothing is locked.
+A run locks one byte per episode in one file (POSIX record locks). The system releases a lock when its process ends,
+however it ends, so nothing is left to clean up. Locks also work between machines on an NFS mount whose server runs a
+lock service (v4 always does). If locks are refused, one warning is logged and nothing is locked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from persistworld_cli.files import writing
 
 _NAME = ".claims"
-_SETTINGS = 2**62  # byte that guards what all episodes share; episodes are numbered from 0
+_SETTINGS = 2**62  # byte that guards the shared settings; episodes are numbered from 0
 _REFUSED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 _log = logging.getLogger(__name__)
 
@@ -46,11 +46,11 @@ class EpisodeLocks:
         self._lock(fcntl.LOCK_UN, episode)
 
     def share_settings(self) -> None:
-        """Wait until nobody changes what all episodes share, and keep others from changing it until `close`."""
+        """Wait until no run changes the shared settings, and keep other runs from changing them until `close`."""
         self._lock(fcntl.LOCK_SH, _SETTINGS)
 
     def own_settings(self) -> bool:
-        """Be the only run on this folder, so that what all episodes share may change; False where there are others."""
+        """Become the only run on this folder, which may change the shared settings; False if there are others."""
         return self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, _SETTINGS)
 
     def _lock(self, how: int, byte: int) -> bool:
@@ -64,5 +64,7 @@ class EpisodeLocks:
             if error.errno not in _REFUSED:
                 raise
             self._works = False
-            _log.warning("this file system has no locks (%s): let no two runs write the same output", error.strerror)
+            _log.warning(
+                "this file system has no locks (%s): do not let two runs write to the same output", error.strerror
+            )
         return True

@@ -1,8 +1,8 @@
 """From raw LeRobot recordings to a processed dataset: images at the model's rate and size, latents, annotations.
 
 Decoding processes prepare episodes (`decoding`, `preparing`), batches of them go through the encoder (`batching`),
-finished ones are put in place (`publish`). Runs over the same output share the work by locks (`locks`). An annotation
-means a finished episode, so a stopped run continues where it was.
+finished ones are published (`publish`). Runs on the same output share the work by locks (`locks`). An episode with an
+annotation is finished, so a stopped run continues with the others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from persistworld_cli.extraction.publish import Changing, Encoder, Output
 from persistworld_cli.extraction.report import ExtractReport, path_of, ranges
 
 _UNNAMED, _REFUSED = Encoder(), Changing()
-_PUBLISHING = 2  # episodes that may wait to be put in place
+_PUBLISHING = 2  # episodes that may wait to be published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class ExtractCallbacks:
     """Functions that a run calls.
 
     Args:
-        ready: once, when decoding has begun; the encoder may be loaded meanwhile.
+        ready: once, after decoding has started: the time to load the encoder.
         progress: after every episode: how many of this process's episodes are done or failed, of how many, and the
             share of the time so far in which the encoder was idle.
         stop: often; True ends the run with KeyboardInterrupt.
@@ -78,11 +78,11 @@ def extract_latents(
         strict: raise at the first bad episode instead of naming it in the report.
         callbacks: see `ExtractCallbacks`.
         encoder: what makes the latents; a dataset never mixes two.
-        changes: what becomes of a dataset that was begun with other settings.
-        run: its name, where other processes or runs write to the same dataset: the report is then a part of one.
+        changes: how to treat a dataset that was started with other settings.
+        run: its name, if other processes or runs write to the same dataset; the report then covers this process only.
 
     Raises:
-        PersistWorldError: bad raw dataset, unknown layout or rule, ``out`` was begun with other settings; strict: any.
+        PersistWorldError: bad raw dataset, unknown layout or rule, ``out`` has other settings; strict: any bad episode.
     """
     if layout not in SUFFIX:
         raise PersistWorldError(f"unknown latent layout '{layout}'", where="--layout", fix=f"use one of {[*SUFFIX]}")
@@ -103,7 +103,7 @@ def extract_latents(
 
 
 def _check_world(world: WorldSettings, dataset: RawDataset) -> None:
-    """Refuse what no episode could be extracted with: that is the preset's fault, not each episode's."""
+    """Refuse settings with which every episode would fail: the preset is wrong, not the episodes."""
     split_of(0, "every-2" if world.val_rule == "info-splits" else world.val_rule, {})
     for name, known, what in (
         *((c, dataset.cameras, "camera") for c in world.cameras),
@@ -119,17 +119,17 @@ def _check_world(world: WorldSettings, dataset: RawDataset) -> None:
 
 @dataclass
 class _Episode:
-    """An episode that is locked and not yet in place."""
+    """An episode that is locked and not yet published."""
 
     job: Job
     header: EpisodeHeader | None = None
-    decoded: bool = False  # all of its images came
+    decoded: bool = False  # all of its images have arrived
     latents: Tensor | None = None  # all of them
 
 
 @dataclass
 class _Extraction:
-    """One run: images come and are encoded, episodes are put in place and reported."""
+    """One run: encodes images as they arrive, publishes episodes and reports them."""
 
     dataset: RawDataset
     output: Output
@@ -139,7 +139,7 @@ class _Extraction:
     strict: bool
     report: ExtractReport = field(default_factory=ExtractReport)
     todo: deque[int] = field(default_factory=deque)
-    elsewhere: deque[int] = field(default_factory=deque)  # in the hands of another run
+    elsewhere: deque[int] = field(default_factory=deque)  # locked by another run
     open: dict[int, _Episode] = field(default_factory=dict)
     publisher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "publisher"))
     publishing: deque[tuple[int, Future[None]]] = field(default_factory=deque)
@@ -147,7 +147,7 @@ class _Extraction:
     total: int = 0  # episodes to do
 
     def run(self, episodes: set[int] | None, rank: int, world_size: int, workers: int) -> None:
-        """All episodes of this process, to the end."""
+        """Extract all episodes of this process."""
         for index, error in self._share(episodes, rank, world_size).items():
             self._fail(index, error)
         if not self.todo:
@@ -167,13 +167,13 @@ class _Extraction:
             self.report.wall_s = time.perf_counter() - self.clock
             self.report.waited_s = max(0.0, self.report.wall_s - self.batcher.encode_s)
             self.report.frames = self.batcher.frames
-            for index in self.open:  # of a run that was stopped; nobody writes there any more
+            for index in self.open:  # left by a stop; no process writes there any more
                 self.output.unstage(index)
 
     def _share(self, episodes: set[int] | None, rank: int, world_size: int) -> dict[int, PersistWorldError]:
-        """Note what this process has to do; returns what was asked for by number and is not there.
+        """List the episodes of this process; returns the requested ones that do not exist.
 
-        Shared out before finished ones are dropped: every process sees the same shares whenever it starts.
+        Shares are made before finished episodes are dropped: every process sees the same shares whenever it starts.
         """
         present, finished = set(self.dataset.episodes), self.output.finished()
         absent = sorted(set(self.dataset.declared if episodes is None else episodes) - present)
@@ -192,7 +192,7 @@ class _Extraction:
         return unknown
 
     def _next_job(self) -> Job | None:
-        """See `decoding.Feed`. An episode that another run has in hand is looked at again when all else is done."""
+        """See `decoding.Feed`. An episode that another run has locked is tried again after all others."""
         queue = self.todo or self.elsewhere
         for _ in range(len(queue)):
             index = queue.popleft()
@@ -211,7 +211,7 @@ class _Extraction:
         return None
 
     def _take(self, index: int, event: Event) -> None:
-        """One event of an episode."""
+        """Handle one event of an episode."""
         if isinstance(event, EpisodeHeader):
             self.open[index].header = event
             self.batcher.begin(index, event.frames)
@@ -228,13 +228,13 @@ class _Extraction:
             self._fail(index, event.error)
 
     def _complete(self, episodes: Iterable[tuple[int, Tensor]]) -> None:
-        """Episodes whose latents are all there."""
+        """Publish episodes whose latents are complete, if their videos are too."""
         for index, latents in episodes:
             self.open[index].latents = latents
             self._publish(index)
 
     def _publish(self, index: int) -> None:
-        """Put an episode in place, in another thread, if both its latents and its videos are there."""
+        """Publish an episode, in another thread, if both its latents and its videos are complete."""
         episode = self.open[index]
         if not episode.decoded or episode.latents is None or episode.header is None:
             return
@@ -245,7 +245,7 @@ class _Extraction:
             self._published()
 
     def _published(self) -> None:
-        """Wait for the oldest episode that is being put in place."""
+        """Wait for the oldest episode that is being published."""
         index, work = self.publishing.popleft()
         work.result()
         header = self.open.pop(index).header
@@ -256,7 +256,7 @@ class _Extraction:
         self._progress()
 
     def _fail(self, index: int, error: PersistWorldError) -> None:
-        """Name a bad episode."""
+        """Report a bad episode, or raise if strict."""
         if self.strict:
             raise error
         where = f" ({error.where})" if error.where else ""
@@ -270,15 +270,15 @@ class _Extraction:
         self.callbacks.progress(settled, self.total, waited)
 
     def _look_up(self) -> None:
-        """Between two events: what is done elsewhere, and whether to stop."""
+        """Between two events: report published episodes, and stop if requested."""
         while self.publishing and self.publishing[0][1].done():
             self._published()
         if self.callbacks.stop():
             raise KeyboardInterrupt
 
     def _idle(self) -> None:
-        """While nothing comes. Where all that is left is in the hands of another run, half-filled batches must not wait
-        for it: that run may wait for the episodes in them.
+        """Called while there is no event. If only episodes that another run has locked are left, a partial batch is
+        encoded: that run may wait for the episodes in it.
         """
         if all(episode.decoded for episode in self.open.values()):
             self._complete(self.batcher.flush())

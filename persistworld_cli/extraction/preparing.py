@@ -1,4 +1,4 @@
-"""One raw episode made ready for the encoder: its annotation, its small videos, its images in chunks. No torch.
+"""Prepare one raw episode for the encoder: annotation, small videos, images in chunks. No torch.
 
 Legend: T frames at the model rate, n of them in a chunk, V cameras, H, W image pixels.
 """
@@ -33,7 +33,7 @@ _FETCH = "fetch the episode again, or leave it out"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the preparation of all episodes shares."""
+    """Settings that all episodes share."""
 
     raw: Path
     world: WorldSettings
@@ -42,7 +42,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class EpisodeHeader:
-    """Comes first, when the table was read and the annotation staged."""
+    """The first event: the table is read and the annotation staged."""
 
     split: str
     frames: int  # T
@@ -84,7 +84,7 @@ def prepare(
 ) -> Iterator[EpisodeHeader | NDArray[np.uint8]]:
     """Read, check and decode one episode: its header, then its images, uint8 (n, V, H, W, 3), n = `CHUNK` or less.
 
-    Annotation and videos lie in ``stage`` when this is done. Memory does not depend on the episode's length.
+    Annotation and videos are in ``stage`` afterwards. Memory does not depend on the episode's length.
 
     Raises:
         CannotWrite: the staging folder cannot be written.
@@ -96,7 +96,7 @@ def prepare(
     views = [_images(dataset, index, camera, ids) for camera in world.cameras]
     with writing(stage, GO_ON):
         stage.mkdir(parents=True)
-        (stage / ANNOTATION).write_text(json.dumps(annotation))  # `Output.publish` brings all that is staged into place
+        (stage / ANNOTATION).write_text(json.dumps(annotation))  # `Output.publish` moves the staged files
     yield EpisodeHeader(split, len(ids), bool(annotation["texts"][0].strip()))
     with ExitStack() as stack:
         writers = [
@@ -113,7 +113,7 @@ def prepare(
                     add(image)
             yield chunk
         for view in views:
-            next(view, None)  # lets the reader count what is left of the file
+            next(view, None)  # lets the reader count the remaining frames
 
 
 def _images(dataset: RawDataset, index: int, camera: str, ids: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
@@ -153,7 +153,7 @@ def _annotation(
         "videos": [{"video_path": f"videos/{split}/{index}/{c}.mp4"} for c in cameras],
         "latent_videos": [{"latent_video_path": f"latent_videos/{split}/{index}/{c}{suffix}"} for c in cameras],
         "states": states.tolist(),
-        # a robot may have none on record
+        # some robots record none
         **({"joints": np.concatenate(joints, axis=1)[ids].tolist()} if joints else {}),
         **{name: values.tolist() for name, values in data.items()},
     }, ids
@@ -178,7 +178,9 @@ def _columns(
         raise PersistWorldError(f"{length} rows, the metadata says {expected}", where=where, fix=_FETCH)
     for name, values in data.items():
         if values.dtype.kind != "f" or not np.isfinite(values).all():
-            raise PersistWorldError(f"column '{name}' holds values that are no numbers", where=where, fix=_FETCH)
+            raise PersistWorldError(
+                f"column '{name}' holds values that are not finite numbers", where=where, fix=_FETCH
+            )
     success = None
     if "is_episode_successful" in there:
         success = int(bool(dataset.read(index, ["is_episode_successful"])["is_episode_successful"].reshape(-1)[-1]))

@@ -1,7 +1,7 @@
-"""Finished episodes: from the staging folder into place, whole or not at all; and what a dataset was made with.
+"""Move finished episodes from the staging folder into the dataset, atomically; record the dataset's settings.
 
-The annotation is renamed last: where there is one, the episode is finished. Files are synced to the disk before they
-are renamed, so that a machine that loses power leaves whole episodes too.
+The annotation is renamed last: an episode with an annotation is finished. Files are synced to the disk before they are
+renamed, so that episodes are whole after a power loss too.
 
 Legend: T frames, V cameras, C latent channels, h1 latent height of one camera, w latent width.
 """
@@ -29,13 +29,13 @@ from persistworld_cli.files import sync, write_json, writing
 
 _STAGING = ".staging"
 _log = logging.getLogger(__name__)
-_DEFAULTS = {"dtype": "fp32"}  # of settings that older datasets do not name
-_MIXABLE = ("raw", "encoder", "encoder_sha256", "dtype")  # whoever reads the dataset reads such episodes side by side
+_DEFAULTS = {"dtype": "fp32"}  # of settings that older datasets did not record
+_MIXABLE = ("raw", "encoder", "encoder_sha256", "dtype")  # readers can mix episodes that differ in these
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What makes the latents: a checkpoint's name, fp32 | bf16 | fp16, and the hash of its files ("": not known)."""
+    """The encoder of the latents: its checkpoint, fp32 | bf16 | fp16, and the hash of its files ("": unknown)."""
 
     name: str = ""
     dtype: str = "fp32"
@@ -44,11 +44,11 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Changing:
-    """What happens to a dataset that was begun with other settings."""
+    """How to treat a dataset that was started with other settings."""
 
-    wanted: bool = False  # continue with the new ones, where episodes of both kinds can be read side by side
-    command: tuple[str, ...] = ()  # as it was typed, for the refusal
-    dataset: str = ""  # as it is named there
+    wanted: bool = False  # continue with the new ones, if episodes of both kinds can be mixed
+    command: tuple[str, ...] = ()  # as typed, for the error message
+    dataset: str = ""  # its name in the command
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,17 @@ class Output:
     recipe: Recipe
 
     def stage(self, index: int) -> Path:
-        """The staging folder of an episode that was just claimed; what a killed run left of it is removed."""
+        """The staging folder of an episode that was just locked; leftovers of a killed run are removed."""
         self.unstage(index)
         return self.root / _STAGING / f"{index}-{os.getpid()}"
 
     def unstage(self, index: int) -> None:
-        """Remove what is staged of an episode."""
+        """Remove the staging folders of an episode."""
         for left in (self.root / _STAGING).glob(f"{index}-*"):
             shutil.rmtree(left, ignore_errors=True)
 
     def clean(self, locks: EpisodeLocks) -> None:
-        """Remove what killed runs left staged of episodes that nobody works on."""
+        """Remove staging folders of killed runs; those of locked episodes stay."""
         for left in (self.root / _STAGING).glob("*-*"):
             index = left.name.partition("-")[0]
             if index.isdigit() and locks.acquire(int(index)):
@@ -112,11 +112,11 @@ class Output:
             sync(path)
 
     def settle(self, locks: EpisodeLocks, encoder: Encoder, changing: Changing) -> None:
-        """Note what all episodes share, or refuse to add episodes made otherwise.
+        """Record the settings that all episodes share, or refuse to add episodes made with others.
 
         Raises:
             UsageError: the folder's episodes were made with other settings.
-            PersistWorldError: nobody knows with which.
+            PersistWorldError: the settings of its episodes are unknown.
         """
         world = self.recipe.world
         shared = {
@@ -157,13 +157,13 @@ class Output:
 def _compare(
     path: Path, before: dict[str, Any], shared: dict[str, Any], changing: Changing, *, alone: bool
 ) -> dict[str, list[Any]]:
-    """The settings that change, key -> [old, new]; refused unless it was asked for.
+    """The changed settings, key -> [old, new]; raises unless the change is requested.
 
-    A key that the record does not have (an older version's) is logged, not refused.
+    A key that the record (of an older version) lacks is logged, not refused.
     """
     before = _DEFAULTS | before
     if unknown := [key for key in shared if key not in before]:
-        _log.info(f"not known of the episodes that are there: {', '.join(f'{key} {shared[key]}' for key in unknown)}")
+        _log.info(f"not recorded for the existing episodes: {', '.join(f'{key} {shared[key]}' for key in unknown)}")
     known = {key: value for key, value in shared.items() if key in before}
     if known.get("encoder_sha256") and known["encoder_sha256"] == before["encoder_sha256"]:
         known.pop("encoder")  # the same weights in another place
@@ -175,7 +175,7 @@ def _compare(
         ways = f"write another dataset:\n    {fresh}"
         if mixable:
             ways += f"\n  or continue with the new ones from here:\n    {with_changes(changing.command)}"
-        raise UsageError(f"this dataset was begun with other settings:{lines}", where=str(path), fix=ways)
+        raise UsageError(f"this dataset was started with other settings:{lines}", where=str(path), fix=ways)
     if changed:
         _log.info(f"changed on request:{lines}")
     return changed

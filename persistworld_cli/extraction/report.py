@@ -14,21 +14,21 @@ _NAME = "extract_report.json"
 
 @dataclass
 class ExtractReport:
-    """What became of the episodes, and how the time went."""
+    """Result of every episode, and times."""
 
-    done: list[str] = field(default_factory=list)  # ids, as all of these
+    done: list[str] = field(default_factory=list)  # ids, as in the other lists
     skipped: list[str] = field(default_factory=list)  # already there
     failed: list[dict[str, str]] = field(default_factory=list)  # {episode, reason}
     without_instruction: list[str] = field(default_factory=list)  # done, but none is recorded
     absent: int = 0  # named by the raw metadata but not on disk: normal for a part of a dataset
-    absent_ids: str = ""  # which, as 12:95,99
+    absent_ids: str = ""  # their ids, as 12:95,99
     wall_s: float = 0.0  # from when the encoder was ready until the last episode was in place
     waited_s: float = 0.0  # of which the encoder was idle
     frames: int = 0  # encoded, of all cameras at once
 
     @classmethod
     def read(cls, path: Path) -> ExtractReport:
-        """What `write` wrote. Raises PersistWorldError where it is damaged."""
+        """Read what `write` wrote. Raises PersistWorldError if it is damaged."""
         what = "unreadable report of an extraction"
         with reading(what, path):
             return cls(**read_json(path, what))

@@ -1,4 +1,4 @@
-"""`persistworld extract-latents`, the work of one process: its share of the episodes through the VAE."""
+"""`persistworld extract-latents` in one process: encode its share of the episodes with the VAE."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _POLL_S = 0.5
 
 
 def parse_episodes(text: str | None, present: list[int]) -> set[int] | None:
-    """`0:100,199` as a set: of a range, what is on disk; single numbers as they are. None for all.
+    """`0:100,199` as a set: a range gives its episodes on disk, single numbers stay as they are. None: all.
 
     Raises:
         UsageError: not of this form, or it names no episode on disk.
@@ -65,7 +65,7 @@ class Vae:
     def load(self) -> None:
         """Read the weights."""
         vae = load_vae(self._settings.model, self._source)
-        torch.nn.Module.to(vae, self._device, self._dtype)  # diffusers' own warns of layers that this VAE does not have
+        torch.nn.Module.to(vae, self._device, self._dtype)  # diffusers' own warns about layers that this VAE lacks
         self._vae = vae
 
     @stage("encoding")
@@ -97,7 +97,7 @@ def run(settings: Settings, request: ExtractRequest) -> dict[str, Any]:
         note(f"finished; nothing was extracted: all {len(report.skipped)} episodes are there")
     if not report.done and not report.skipped:
         raise PersistWorldError(
-            "not one episode could be read",
+            "no episode could be read",
             where=report.failed[0]["reason"] if report.failed else str(raw),
             fix=f"all reasons are in {path_of(out)}",
         )
@@ -122,7 +122,9 @@ def _extract(
     """This process's share."""
     source, posterior = request.vae or settings.model.ckpt, settings.model.posterior
     weights = resolve_path(source)
-    content = str(describe_content(weights).get("sha256", "")) if weights.exists() else ""  # a hub's go by name
+    content = (
+        str(describe_content(weights).get("sha256", "")) if weights.exists() else ""
+    )  # weights from a hub: by name
     label = "extract-latents" if work.world == 1 else f"extract-latents, process 1 of {work.world}"
     with Meter(label, 0, quiet=not work.main) as meter:
 
@@ -162,8 +164,8 @@ def _workers(settings: Settings, request: ExtractRequest) -> int:
 def _joined(out: Path, work: Run, run: str) -> ExtractReport:
     """The report over all processes, on each of them.
 
-    Processes wait for each other's reports, not in a collective, which would give up after minutes: one process may
-    have hours more to do than another.
+    Each process polls for the others' report files. A collective would time out after minutes: one process may need
+    hours longer than another.
     """
     while not all(path_of(out, rank, run).exists() for rank in range(work.world)):
         if work.should_stop_here():

@@ -45,7 +45,7 @@ class GainAdapter:
     """Joints move by ``gain x velocity`` in each row."""
 
     def __init__(self, gain: ArrayLike = DEFAULT_GAIN) -> None:
-        """``gain``: one number, or one for each of the 7 joints (rad a row for a velocity of 1)."""
+        """``gain``: one number, or one for each of the 7 joints (rad per row for a velocity of 1)."""
         self.gain: Float = np.broadcast_to(np.asarray(gain, dtype=np.float64), (NUM_JOINTS,)).copy()
 
     def __call__(self, velocities: ArrayLike, joints: ArrayLike) -> Float:

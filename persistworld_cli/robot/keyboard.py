@@ -71,7 +71,7 @@ class KeyMap:
 
         Args:
             pose: (7,) the current pose.
-            key: one key; an unknown one is no motion, as in the reference (`parse_keys` refuses it before).
+            key: one key; an unknown one gives no motion, as in the reference (`parse_keys` refuses it before).
             rows: number of poses, from the current one.
 
         Returns:

@@ -52,7 +52,7 @@ def damage_of(state: Path) -> str:
             broken = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
         return str(error) or repr(error)
-    return f"{broken} does not have its checksum" if broken else ""
+    return f"the checksum of {broken} differs" if broken else ""
 
 
 def newest_whole(states: list[Path]) -> tuple[Path, list[tuple[Path, str]]]:

@@ -90,7 +90,7 @@ def test_an_episode_is_as_long_as_its_states(dataset: Path) -> None:
         ({"video_length": 4}, "video_length is not the number of states"),
         ({"video_length": 6}, "video_length is not the number of states"),
         ({"video_length": "5"}, "video_length is not the number of states"),
-        ({"joints": [[0.0] * 8] * 4}, "there are not as many joints as states"),
+        ({"joints": [[0.0] * 8] * 4}, "joints and states differ in number"),
         ({"joints": [[0.0] * 8] * 4 + [[0.0]]}, "joints are not rows of numbers of one width"),
         ({"states": None}, "states are missing"),
         ({"states": [[0.0] * 7] * 6, "joints": None, "video_length": 6}, "latents are shorter than the states"),

@@ -223,7 +223,7 @@ def no_texts(d: Path) -> None:
         (no_annotations, "no-annotation", True, ""),
         (unreadable, "unreadable", True, "train/1 (Expecting"),
         (states_missing, "states", True, "train/1 (are missing)"),
-        (states_nan, "states", True, "train/1 (hold values that are no numbers)"),
+        (states_nan, "states", True, "train/1 (hold NaN or infinite values)"),
         (states_narrow, "state-width", True, "train/1 (6, most have 7)"),
         (states_fewer, "states", True, "train/1 (video_length is 10, there are 8 states)"),
         (video_gone, "video-missing", True, "train/2 (camera 1)"),

@@ -42,7 +42,7 @@ def test_history_as_a_rollout_shows_it() -> None:
     assert rollout_history_ids(28, 20, HISTORY, 24, 4) == (20, 20, 20, 20, 20, 24)
     assert rollout_history_ids(60, 20, HISTORY, 24, 4) == (20, 20, 32, 40, 48, 56)
     for now, start in ((21, 20), (19, 20)):
-        with pytest.raises(ValueError, match="never comes to"):
+        with pytest.raises(ValueError, match="never reaches"):
             rollout_history_ids(now, start, HISTORY, 24, 4)
 
 

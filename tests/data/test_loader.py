@@ -224,7 +224,7 @@ def scribble(path: Path) -> None:
     ("harm", "message"),
     [
         (cut, "cut"),
-        (shorten, r"frame \d+ asked of a file with 3 latents: it is shorter than the index says"),
+        (shorten, r"frame \d+ is not in a file with 3 latents: it is shorter than the index says"),
         (scribble, "unreadable latents"),
         (Path.unlink, "camera 1 is missing"),
     ],

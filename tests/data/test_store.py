@@ -58,7 +58,7 @@ def test_frames_and_latents_of_any_ids(store: EpisodeStore) -> None:
     frames = store.frames("train", "10", ids)
     assert frames.shape == (4, 3, HEIGHT, WIDTH, 3) and frames.dtype == np.uint8
     assert np.array_equal(frames[1], frames[2]) and not np.array_equal(frames[0], frames[3])
-    with pytest.raises(PersistWorldError, match=r"frame 11 asked of a file with 11 latents: it is shorter"):
+    with pytest.raises(PersistWorldError, match=r"frame 11 is not in a file with 11 latents: it is shorter"):
         store.latents("train", "10", [0, 11])
 
 

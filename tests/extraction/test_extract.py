@@ -182,7 +182,7 @@ def test_a_wrong_preset_is_not_blamed_on_the_episodes(tmp_path: Path) -> None:
 
 def test_a_broken_encoder_stops_the_run(tmp_path: Path) -> None:
     raw = write_v21(tmp_path / "raw", {0: 7})
-    with pytest.raises(PersistWorldError, match="encoder returned values that are no numbers"):
+    with pytest.raises(PersistWorldError, match="encoder returned NaN or infinite values"):
         extract_latents(WORLD, raw, tmp_path / "a", lambda f: encode(f) * float("nan"))
     assert not (tmp_path / "a/annotation").exists()
 
@@ -260,7 +260,7 @@ def test_a_dataset_goes_on_with_changes_only_where_it_is_asked_to(
     )
     with caplog.at_level(logging.INFO, "persistworld_cli"):
         extract_latents(WORLD, raw, out, encode, encoder=weights)  # a dataset of an older version
-    assert f"not known of the episodes that are there: raw {raw}" in caplog.text
+    assert f"not recorded for the existing episodes: raw {raw}" in caplog.text
 
 
 def test_runs_that_share_a_dataset_tell_of_their_own_episodes(tmp_path: Path) -> None:

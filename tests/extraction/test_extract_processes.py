@@ -85,7 +85,7 @@ def test_a_decoding_process_that_dies_costs_its_episode_and_no_other(tmp_path: P
 
 def test_processes_that_keep_dying_are_one_error(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiprocessing.spawn, "_python_exe", b"/bin/false")
-    with pytest.raises(PersistWorldError, match="3 decoding processes died one after the other") as caught:
+    with pytest.raises(PersistWorldError, match="3 decoding processes died in a row") as caught:
         extract_latents(WORLD, raw, tmp_path, encode, workers=1)
     assert "--workers" in str(caught.value.fix)
 

@@ -61,7 +61,7 @@ def refused(case: Case, damaged: bytes) -> PersistWorldError:
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
-        ("features", {"observation.images.wrist_left": 7}, "'observation.images.wrist_left' is no table"),
+        ("features", {"observation.images.wrist_left": 7}, "'observation.images.wrist_left' is not an object"),
         ("features", 7, "a number where a table"),
         ("chunks_size", 0, "chunks_size is 0"),
         ("chunks_size", "many", "chunks_size is 'many'"),
@@ -104,7 +104,7 @@ def test_any_json_file_may_be_cut_or_nested_deep(cases: list[Case]) -> None:
         ("rollouts.json", {"rollouts": [7]}, "no policy, task or rollouts"),
         ("a rollout's JSON", {"progress": "far"}, "progress is 'far'"),
         ("extract.json", {"rate_hz": "fast"}, "rate_hz is 'fast'"),
-        ("stat.json", {"state_01": [float("nan")] * 7}, "no numbers"),
+        ("stat.json", {"state_01": [float("nan")] * 7}, "NaN or infinite"),
         ("annotation", {"states": [[10**400] * 7]}, "too large"),
         ("annotation", {"texts": ["half a pair: \ud800"]}, "half a surrogate pair"),
         ("study key", {"models": [1, 2]}, "no study's key"),
@@ -158,7 +158,7 @@ def test_what_longer_runs_of_the_mutations_found(cases: list[Case]) -> None:
     whole = pq.read_table(rows.file)
     out = io.BytesIO()
     pq.write_table(whole.append_column("task_index", whole.column("task_index")), out)
-    assert "'task_index' is there twice" in str(refused(rows, out.getvalue()))
+    assert "'task_index' appears twice" in str(refused(rows, out.getvalue()))
     runs = find(cases, "rollouts.json")
     told = json.loads(runs.file.read_text())
     told["rollouts"][0]["json"] = "1" * 400

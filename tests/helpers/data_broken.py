@@ -82,7 +82,10 @@ BROKEN: dict[str, tuple[Break, str]] = {  # what is done, and what the report mu
     "mp4 of no bytes": (_bytes(CAMERAS[0], lambda data: b""), "file is empty"),
     "mp4 damaged in the middle": (_noise, "cannot decode video|video ends after"),
     "video shorter than table": (_shorter, "camera 'exterior_2_left' has 9 frames, the table 12 rows"),
-    "NaN in a state": (_table(lambda t: _column(t, float("nan"))), f"'{GRIPPER}' holds values that are no numbers"),
+    "NaN in a state": (
+        _table(lambda t: _column(t, float("nan"))),
+        f"'{GRIPPER}' holds values that are not finite numbers",
+    ),
     "empty cell in a state": (_table(lambda t: _column(t, None)), f"'{GRIPPER}' has 1 empty cells"),
     "table without rows": (_table(lambda t: t.slice(0, 0)), "no rows of episode"),
     "table too short": (_table(lambda t: t.slice(0, 8)), "8 rows, the metadata says 12"),

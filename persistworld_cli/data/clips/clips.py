@@ -35,10 +35,10 @@ def rollout_history_ids(now: int, start: int, history: Sequence[int], fill: int,
     ..., now). ``history`` are entries of that buffer (negative: from its end), oldest first.
 
     Raises:
-        ValueError: such a rollout never comes to ``now``.
+        ValueError: such a rollout never reaches ``now``.
     """
     if start > now or (now - start) % stride:
-        raise ValueError(f"a rollout from {start} in steps of {stride} never comes to {now}")
+        raise ValueError(f"a rollout from {start} in steps of {stride} never reaches {now}")
     buffer = [start] * fill + list(range(start + stride, now + 1, stride))
     return tuple(buffer[entry] for entry in history)
 
@@ -92,7 +92,7 @@ class ClipSource:
         return row, int(sample - self._start_offsets[row] if listed is None else listed[sample])
 
     def draw_ids(self, rng: np.random.Generator, sample: int | None = None) -> tuple[int, tuple[int, ...]]:
-        """Draw (row of the episode, frame ids) of a sample, or of any; as many draws whatever their outcome."""
+        """(row of the episode, frame ids) of a sample, or of a random one; the number of random draws is fixed."""
         cfg = self.settings
         row, now = self.locate(int(rng.integers(len(self))) if sample is None else sample)
         step = int(rng.integers(1, cfg.max_step + 1))
@@ -122,7 +122,9 @@ class ClipSource:
         cfg, sampling = self.settings, self.sampling
         if cfg.max_step < 1 or self.num_frames < 2:
             raise PersistWorldError(
-                f"clips.max_step {cfg.max_step} with {self.num_frames} frames", where="[clips]", fix="at least 1 and 2"
+                f"clips.max_step is {cfg.max_step}, model.num_frames {self.num_frames}",
+                where="[clips]",
+                fix="set at least 1 and 2",
             )
         if cfg.rollout_history_prob > 0 and len(sampling.history) != self.num_history:
             raise PersistWorldError(

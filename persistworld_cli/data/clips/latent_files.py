@@ -1,13 +1,13 @@
 """Latent files read frame by frame: .npy, and torch's .pt in place, without torch.load and without unpickling objects.
 
-Positioned reads rather than memory maps: a map drags in the kernel's read-ahead around every frame (from a cold disk
-some nine times the bytes of a clip; without read-ahead it waits for single pages), and a file that is cut short while
-mapped kills the process by a signal, where a read gives an error. `python -m benchmarks.loader` measures both. Frames
-that are not in the cache are all announced to the kernel before the first is read: the disk serves them together. No
-file stays open.
+It uses positioned reads, not memory maps. A map causes read-ahead around every frame (from a cold disk about nine times
+the bytes of a clip; without read-ahead it waits for single pages), and a file that is truncated while mapped kills the
+process by a signal, while a read raises an error. `python -m benchmarks.loader` measures both. Frames that are not in
+the cache are all announced to the kernel before the first is read, so that the disk serves them together. No file stays
+open.
 
 Legend: T frames of a file, C latent channels, V cameras, h1 latent height of one camera, h = V * h1, w latent width,
-N frames asked for.
+N requested frames.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class LatentReader:
         self._shared: dict[tuple[Layout, ...], tuple[Layout, ...]] = {}  # most episodes differ in length alone
 
     def layouts(self, split: str, episode: str) -> tuple[Layout, ...]:
-        """The layout of each camera's file, read anew. Raises PersistWorldError: missing or unreadable files."""
+        """The layout of each camera's file, read again. Raises PersistWorldError: missing or unreadable files."""
         paths = self._find(split, episode)
         layouts = tuple(read_layout(path) for path in paths)
         layouts = self._shared.setdefault(layouts, layouts)
@@ -88,7 +88,7 @@ class LatentReader:
             path = self._path(split, episode, camera, layout)
             if low < 0 or high >= layout.length:
                 frame = low if low < 0 else high
-                what = f"frame {frame} asked of a file with {layout.length} latents: it is shorter than the index says"
+                what = f"frame {frame} is not in a file with {layout.length} latents: it is shorter than the index says"
                 raise PersistWorldError(what, where=path, fix=_SHORTER)
             direct, size = layout.dtype == "float32" and out.is_contiguous(), layout.frame_bytes
             block = out if direct else _scratch(len(frames) * size)
@@ -105,7 +105,7 @@ class LatentReader:
         return out
 
     def _target(self, split: str, episode: str, layouts: Sequence[Layout], count: int, out: Tensor | None) -> Tensor:
-        """The tensor (N, C, h, w) to read into: ``out``, if an episode of these layouts fits in."""
+        """The tensor (N, C, h, w) to read into: ``out`` if given. Raises if layouts do not match it or each other."""
         channels, _, width = layouts[0].frame
         shape = (count, channels, sum(layout.frame[1] for layout in layouts), width)
         odd = any((layout.frame[0], layout.frame[2]) != (channels, width) for layout in layouts)
@@ -119,7 +119,7 @@ class LatentReader:
         return torch.empty(shape) if out is None else out
 
     def _open(self, split: str, episode: str, opened: list[int]) -> tuple[Layout, ...]:
-        """Open an episode's files; their layouts, from memory if nothing changed since."""
+        """Open an episode's files; returns their layouts, remembered ones if the files are unchanged."""
         key = f"{split}/{episode}"
         for known in (self._known.get(key), None):
             layouts = known[0] if known else self.layouts(split, episode)
@@ -128,7 +128,7 @@ class LatentReader:
                 try:
                     opened.append(os.open(path, _OPEN))
                 except FileNotFoundError:
-                    break  # replaced by the other kind, or gone: looked for again, and then named by `find`
+                    break  # replaced by the other file type, or missing: look again; `find` then reports it
                 except OSError as error:
                     raise Unreadable("unreadable latents", path, reason(error)) from error
             else:
@@ -152,7 +152,7 @@ def _stamp(stats: Sequence[os.stat_result]) -> int:
 
 
 def _scratch(size: int) -> Tensor:
-    """So many bytes that this thread reads into, over and over: fresh ones would be zeroed page by page."""
+    """A buffer of ``size`` bytes that this thread reuses: the kernel would zero new memory page by page."""
     kept: Tensor | None = getattr(_THREAD, "scratch", None)
     if kept is None or len(kept) < size:
         kept = _THREAD.scratch = torch.empty(size, dtype=torch.uint8)
@@ -171,7 +171,7 @@ def _runs(frames: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _announce(files: Sequence[tuple[int, Layout]], runs: Sequence[tuple[int, int]]) -> None:
-    """Tell the kernel what will be read, and to read nothing around it (Linux)."""
+    """Announce to the kernel what will be read, without read-ahead around it (Linux)."""
     if not hasattr(os, "posix_fadvise"):
         return
     for file, layout in files:
@@ -208,7 +208,7 @@ def _fill(
             try:
                 got = os.preadv(file, buffers, offset, flags)
             except OSError as error:
-                if flags:  # not in the cache, or a file system that cannot tell
+                if flags:  # not in the cache, or the file system does not support the flag
                     return False
                 raise Unreadable("unreadable latents", path, reason(error)) from error
             if not got:
@@ -220,7 +220,7 @@ def _fill(
 
 
 def _behind(buffers: Sequence[memoryview], read: int) -> list[memoryview]:
-    """What is left of some buffers when ``read`` bytes have gone in."""
+    """The rest of some buffers after ``read`` bytes are filled."""
     rest: list[memoryview] = []
     for buffer in buffers:
         if read < len(buffer):

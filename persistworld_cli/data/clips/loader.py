@@ -1,8 +1,8 @@
 """Batches of clips read ahead by worker processes: the same batches, in the same order, as without them.
 
-A worker is a fork of this process that holds the same `ClipMixture`; it is told which step to read and writes the
-latents into memory that both share, so that only a few numbers and words go through its pipe. (torch's DataLoader takes
-1.6 times the processor time per clip, and shares memory through /dev/shm, 64 MB in many containers.)
+A worker is a fork of this process with the same `ClipMixture`. It receives the number of a step, reads its batch and
+writes the latents into shared memory, so that only a few numbers and texts go through its pipe. (torch's DataLoader
+takes 1.6 times the processor time per clip, and shares memory through /dev/shm, 64 MB in many containers.)
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ logger = logging.getLogger(__name__)
 
 
 class ClipLoader:
-    """Batches of ``size`` clips, read by worker processes. Use it as a context manager: leaving it ends them.
+    """Batches of ``size`` clips, read by worker processes. Use it as a context manager; its end ends them.
 
-    Make it early: the workers start at once, as copies of this process, and should not copy a model as well.
+    Create it before the model: the workers start at once, as copies of this process, and should not copy a model too.
 
     Args:
         clips, size: what is read, and how many clips a batch has (on this process).
-        workers: processes; 0 reads in this process, when a batch is asked for. Linux only: elsewhere 0 is taken.
-        ahead: batches that each of them may read in advance.
+        workers: processes; 0: read in this process, on demand. Linux only: elsewhere it is 0.
+        ahead: batches that each worker may read in advance.
     """
 
     def __init__(self, clips: ClipMixture, size: int, *, workers: int = 0, ahead: int = 2) -> None:
         self.clips, self.size, self._ahead = clips, size, ahead
         if workers and not sys.platform.startswith("linux"):
-            logger.info("clips.workers = %d: only Linux has them, clips are read in the training process", workers)
+            logger.info("clips.workers = %d works on Linux only: clips are read in the training process", workers)
             workers = 0
-        shape = (workers * ahead + 1, *clips.batch_shape(size))  # all that are read in advance, and the one taken
+        shape = (workers * ahead + 1, *clips.batch_shape(size))  # those read in advance, and the one in use
         self._latents = torch.frombuffer(mmap.mmap(-1, 4 * prod(shape)), dtype=torch.float32).view(shape)
         self._workers = [Worker(partial(_read, clips, self._latents), "fork") for _ in range(workers)]
 
@@ -58,7 +58,7 @@ class ClipLoader:
         """``clips.batch(seed, step, size, rank, world)`` for step = first, first + 1, ... without end. Call it once.
 
         Raises:
-            PersistWorldError: what reading the clips raises, at the step that it concerns; or a worker was killed.
+            PersistWorldError: a clip cannot be read (raised at its step), or a worker was killed.
         """
         if not self._workers:
             for step in count(first):
@@ -78,7 +78,7 @@ class ClipLoader:
 
 
 def _read(clips: ClipMixture, latents: Tensor, job: tuple[int, int, int, int, int]) -> Iterator[ClipBatch]:
-    """In a worker: the batch of (place, seed, step, rank, world); its latents are in their place, and not sent."""
+    """In a worker: read the batch of (place, seed, step, rank, world); its latents stay in shared memory."""
     torch.set_num_threads(1)  # OpenMP does not survive a fork
     place, seed, step, rank, world = job
     yield replace(clips.batch_into(latents[place], seed, step, rank, world), latents=torch.empty(0))

@@ -31,7 +31,7 @@ Drawn = tuple[int, int, tuple[int, ...]]  # number of the dataset, row of the ep
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Stacked clips: latents (B, N, C, h, w) and actions (B, N, D) float32, ids (B, N), the number of their dataset."""
+    """Stacked clips: latents (B, N, C, h, w) and actions (B, N, D) float32, frame ids (B, N), dataset numbers."""
 
     latents: Tensor
     actions: Tensor
@@ -42,9 +42,9 @@ class ClipBatch:
 
 
 class BatchMemory:
-    """Float32 tensors whose memory is used again once nobody holds them, or a view of them, any more.
+    """Float32 tensors whose memory is reused once neither they nor a view of them are referenced any more.
 
-    Fresh memory is zeroed by the kernel page by page, which took a third of the time of reading a clip.
+    The kernel zeroes new memory page by page, which took a third of the time to read a clip.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class BatchMemory:
         size = math.prod(shape)
         self._free = [block for block in self._free if len(block) == size]
         block = self._free.pop() if self._free else np.empty(size, np.float32)
-        lent = block[:]  # the tensor's storage holds this view, and its end gives the block back
+        lent = block[:]  # the tensor's storage holds this view; the block is free again when it ends
         weakref.finalize(lent, self._free_again, block).atexit = False
         return torch.from_numpy(lent).view(*shape)
 
@@ -94,8 +94,8 @@ class ClipMixture:
     def batch(self, seed: int, step: int, size: int, rank: int = 0, world: int = 1) -> ClipBatch:
         """The ``size`` clips of process ``rank`` at step ``step``: a pure function of its arguments.
 
-        They are the clips ``(step * world + rank) * size + i`` of the run: two processes of size 1 see what one of size
-        2 sees, and a resumed run what an unbroken one sees.
+        They are the clips ``(step * world + rank) * size + i`` of the run: two processes with size 1 read the same
+        clips as one with size 2, and a resumed run the same as an uninterrupted one.
 
         Raises:
             PersistWorldError: latents that are missing, damaged or shorter than the index says.
@@ -113,7 +113,7 @@ class ClipMixture:
         first = (step * world + rank) * len(latents)
         drawn = [self.draw(seed, first + i) for i in range(len(latents))]
         ids = np.array([frames for _, _, frames in drawn])
-        actions = self._actions(drawn, ids)  # all before the first latents, which drive everything else out of caches
+        actions = self._actions(drawn, ids)  # before the latents, which evict all else from the caches
         episodes = [self.sources[source].index.ids[row] for source, row, _ in drawn]
         for out, episode, (source, _, frames) in zip(latents, episodes, drawn, strict=True):
             self.sources[source].store.latents(self.sources[source].split, episode, frames, out)
@@ -142,7 +142,7 @@ class ClipMixture:
         return out
 
     def _check(self) -> None:
-        """Refuse datasets whose clips cannot lie in one batch."""
+        """Refuse datasets whose clips cannot share a batch."""
         first = self.sources[0]
         for other in self.sources[1:]:
             for what, ours, theirs in (
@@ -163,7 +163,7 @@ def open_clips(settings: Settings, split: str = "train", stat: ActionStat | None
     All are normalised by the same percentiles: ``stat``, else those of ``model.stat`` or of ``world.dataset``.
 
     Raises:
-        PersistWorldError: a dataset is missing, has no metadata or does not fit to the others.
+        PersistWorldError: a dataset is missing, has no metadata or does not match the others.
     """
     own = settings.world.dataset
     shares = training_shares(settings) if split == "train" else {own: 1.0}
@@ -185,7 +185,7 @@ def training_shares(settings: Settings) -> dict[str, float]:
         raise UsageError(
             f"world.dataset = '{own}' is not among clips.datasets: {', '.join(datasets)}",
             where="[clips.datasets]",
-            fix="name it there (with weight 0 if it shall only give percentiles and validation clips), "
+            fix="add it there (with weight 0 to use it only for percentiles and validation clips), "
             "or point world.dataset (--dataset) to one of them",
         )
     return {name: weight for name, weight in datasets.items() if weight > 0}

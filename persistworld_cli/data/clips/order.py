@@ -1,8 +1,8 @@
 """The order of samples: dataset and start frame of clip n of a run, as a pure function of (seed, n).
 
-Of the first n clips, a dataset has n times its share (less than one clip off for two datasets, a few for many), not
-only on average. Within a dataset every start frame comes once per epoch, and every epoch has an order of its own: a
-permutation computed place by place, which needs no memory at ten million samples.
+Among the first n clips, a dataset has n times its share (to less than one clip with two datasets, a few with many), not
+only on average. Within a dataset every start frame comes once per epoch, and every epoch has its own order: a
+permutation computed element by element, which needs no memory for ten million samples.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Place(NamedTuple):
 
 
 class Order:
-    """The order of clips over datasets of ``sizes`` samples, each with its weight (above 0) of the sum of weights."""
+    """The order of clips over datasets of ``sizes`` samples, in shares proportional to ``weights`` (above 0)."""
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float]) -> None:
         if len(sizes) != len(weights) or min(sizes) < 1 or min(weights) <= 0:
@@ -45,7 +45,7 @@ class Order:
         return Place(source, epoch, permuted(index, self.sizes[source], _key(seed, source, epoch)))
 
     def _share(self, number: int) -> tuple[int, int]:
-        """(dataset, how many clips of it come before) of clip ``number``.
+        """Dataset of clip ``number``, and how many clips of that dataset come before it.
 
         Dataset 0 takes its share of all clips, evenly spread; dataset 1 its share of those that are left, and so on.
         """
@@ -59,7 +59,7 @@ class Order:
 
 
 def permuted(index: int, size: int, key: int) -> int:
-    """Where the permutation of 0 .. size - 1 with this key takes ``index``.
+    """The image of ``index`` under the permutation of 0 .. size - 1 with this key.
 
     A Feistel network permutes the next power of two; results outside are permuted again until they fall inside.
     """

@@ -146,8 +146,8 @@ def open_store(settings: Settings) -> EpisodeStore:
     """The dataset that the settings name, with the percentiles that they name; for weights, see `weights_stores`.
 
     Raises:
-        UsageError: they name none.
-        PersistWorldError: it is not there.
+        UsageError: the settings name no dataset.
+        PersistWorldError: the dataset is missing.
     """
     if not settings.world.dataset:
         raise UsageError("no dataset named", where="world.dataset", fix="give --dataset, or a preset that names one")

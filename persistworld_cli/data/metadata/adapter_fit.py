@@ -19,16 +19,16 @@ HORIZON = 15  # raw frames a policy's chunk moves ahead (openpi's pi0.5-DROID)
 FIT_EPISODES = 1000  # at most this many: 300,000 raw frames for seven numbers
 BOUND = 0.2  # rad per raw frame that DROID's controller commands at velocity 1
 _HAND_STRIDE = 15  # raw frames between the starts of the windows whose hand position is computed
-_HANDS = 4096  # hand positions worked out at once: a kilobyte each
+_HANDS = 4096  # hand positions computed at once: about 1 kB each
 
 Float = NDArray[np.float64]
-HandPosition = Callable[[Float], Float]  # joints (N, J) rad -> place of the hand (N, 3) m
+HandPosition = Callable[[Float], Float]  # joints (N, J) rad -> position of the hand (N, 3) m
 
 
 def chosen(listed: Sequence[AnnotationStat]) -> set[int]:
-    """Which annotations are read for the fit: the training episodes whose names have the smallest checksums.
+    """Rows of the annotations used for the fit: the training episodes whose names have the smallest checksums.
 
-    As good as random, and a few more episodes change few of them: the others need not be read again.
+    As good as a random choice, and stable: new episodes replace only a few of them, so few must be read again.
     """
     drawn = sorted((crc32(item.name.encode()), row) for row, item in enumerate(listed) if item.split == "train")
     return {row for _, row in drawn[:FIT_EPISODES]}
@@ -41,13 +41,14 @@ def fit_adapter(
 
     Args:
         motions: per episode (R, 2, J): joint positions (rad) and commanded velocities at the raw rate.
-        hand_position: forward kinematics, to tell the error of the hand too.
+        hand_position: forward kinematics; with it, the error of the hand is reported too.
 
     Returns:
-        ``gain`` (J,) in rad a raw frame at velocity 1; ``joint_mae``: mean absolute joint error over the windows of the
-        ``fitted`` gain where every episode is predicted by a gain fitted without it, of ``fit`` (the gain on what it
-        was fitted on), of the controller's bound ``scale_0.2``, and of ``hold`` (no motion); ``joint_mae_each``: the
-        same for each joint; ``hand_error``: mean distance of the hand, m, with ``hand_position``. None without motions.
+        ``gain`` (J,) in rad per raw frame at velocity 1; ``joint_mae``: mean absolute joint error over the windows, of
+        four predictions: ``fitted`` (leave-one-out: each episode by a gain fitted on the others), ``fit`` (the gain on
+        the episodes it was fitted on), ``scale_0.2`` (the controller's bound) and ``hold`` (no motion);
+        ``joint_mae_each``: the same for each joint; ``hand_error``: mean distance of the hand, m, if ``hand_position``
+        is given. None without motions.
     """
     moving = [motion for motion in motions if len(motion) > 1]
     if not moving:
@@ -103,7 +104,7 @@ def _absolute(motion: NDArray[np.floating[Any]], gain: Float) -> Float:
 
 
 def _hand_error(motions: Sequence[NDArray[np.floating[Any]]], gains: Float, hand_position: HandPosition) -> float:
-    """Mean distance (m) between where the hand was 1, 3, ... 15 raw frames ahead and where the gains put it."""
+    """Mean distance (m) between the recorded and the predicted hand position 1, 3, ... 15 raw frames ahead."""
     meant, came = [], []
     for motion, gain in zip(motions, gains, strict=True):
         start = motion[:, 0].astype(np.float64)

@@ -1,10 +1,10 @@
 """Annotations: the one reader of an episode's JSON, and the one rule for its length.
 
-An episode is as long as its states (T): ``video_length`` and ``joints``, where they are there, must have T frames, and
-latents at least T (`scan.check_files`, `EpisodeStore.require_latents`). What disagrees is refused, by build-meta as by
-everything that reads an episode later.
+An episode is as long as its states (T): ``video_length`` and ``joints``, if present, must have T frames, and latents at
+least T (`scan.check_files`, `EpisodeStore.require_latents`). build-meta and every later reader refuse an episode whose
+lengths disagree.
 
-Read fast: of 300 kB, the tenth that holds texts and states is needed. Needs no torch: worker processes import it.
+Reading is fast: of 300 kB, only the tenth with texts and states is parsed. Needs no torch: worker processes import it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SPACE = " \t\r\n"
 
 
 class Unreadable(PersistWorldError):
-    """An episode that training could not use; ``what`` reads the same for all episodes with the same trouble.
+    """An episode that training cannot use; ``what`` is the same for all episodes with the same problem.
 
     ``detail`` has this episode's own numbers, ``kind`` is, for latents, one of `check_dataset.KINDS`.
     """
@@ -40,10 +40,10 @@ class Unreadable(PersistWorldError):
 
 
 def read_keys(text: str, wanted: Collection[str]) -> dict[str, Any]:
-    """The ``wanted`` keys of a JSON object; lists of numbers under other keys are stepped over, not parsed.
+    """The ``wanted`` keys of a JSON object; lists of numbers under other keys are skipped, not parsed.
 
-    What is stepped over is only looked at for its brackets, so a list that holds a word in place of a number passes
-    unless it is wanted. Everything else is parsed as `json` does.
+    In a skipped list only the brackets are checked, so a list with a word in place of a number passes unless its key is
+    wanted. Everything else is parsed as `json` does.
 
     Raises:
         ValueError: no JSON object.
@@ -56,7 +56,7 @@ def read_keys(text: str, wanted: Collection[str]) -> dict[str, Any]:
     while text[at : at + 1] != "}":
         key, at = _DECODER.raw_decode(text, at)
         if not isinstance(key, str):
-            raise ValueError("a key that is no text")
+            raise ValueError("a key that is not text")
         at = _skip(text, at)
         if text[at : at + 1] != ":":
             raise ValueError(f"no value for '{key}'")
@@ -70,12 +70,12 @@ def read_keys(text: str, wanted: Collection[str]) -> dict[str, Any]:
         if text[at : at + 1] == ",":
             at = _skip(text, at + 1)
         elif text[at : at + 1] != "}":
-            raise ValueError(f"the object breaks off behind '{key}'")
+            raise ValueError(f"the object is truncated after '{key}'")
     return out
 
 
 def _beyond_numbers(text: str, at: int) -> int | None:
-    """Where a list of (lists of) numbers that begins here ends; None if it is anything else."""
+    """End of the list of (lists of) numbers that begins here; None if it is anything else."""
     if text[at : at + 1] != "[":
         return None
     quote = text.find('"', at)
@@ -85,7 +85,7 @@ def _beyond_numbers(text: str, at: int) -> int | None:
 
 
 def _skip(text: str, at: int) -> int:
-    """The next place that is no white space."""
+    """Index of the next character that is not white space."""
     while text[at : at + 1] in _SPACE and at < len(text):
         at += 1
     return at
@@ -109,7 +109,7 @@ def load_annotation(path: Path, wanted: Collection[str] | None = None) -> dict[s
 
 @dataclass(frozen=True)
 class Annotation:
-    """One episode: what was asked, and the states (T, D) and joints (T, J) or None at the model rate, float64."""
+    """One episode: the instruction, and the states (T, D) and joints (T, J) or None at the model rate, float64."""
 
     episode_id: str
     text: str
@@ -124,14 +124,14 @@ class Annotation:
 
 
 def read_annotation(path: Path) -> Annotation:
-    """An episode's annotation; only ``states`` must be there. Raises Unreadable."""
+    """An episode's annotation; only ``states`` is required. Raises Unreadable."""
     raw = load_annotation(path, KEYS)
     states, joints = read_states(raw, path)
     return Annotation(path.stem, read_text(raw), states, joints, read_success(raw))
 
 
 def read_states(raw: Mapping[str, Any], path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-    """The states (T, D) of an annotation, all of its ``video_length``, and its joints (T, J) or None.
+    """The states (T, D) of an annotation, T its ``video_length``, and its joints (T, J) or None.
 
     Raises:
         Unreadable: no states, no rows of numbers of one width, or lengths that disagree.
@@ -146,7 +146,7 @@ def read_states(raw: Mapping[str, Any], path: Path) -> tuple[NDArray[np.float64]
     joints = _rows(raw["joints"], "joints", path) if raw.get("joints") else None
     if joints is not None and len(joints) != len(states):
         detail = f"there are {len(joints)} joints and {len(states)} states"
-        raise Unreadable("there are not as many joints as states", path, detail)
+        raise Unreadable("joints and states differ in number", path, detail)
     return states, joints
 
 
@@ -163,7 +163,7 @@ def _rows(value: Any, name: str, path: Path) -> NDArray[np.float64]:
     if rows.ndim != 2:
         raise Unreadable(f"{name} are not rows of numbers of one width", path)
     if not np.isfinite(rows).all():
-        raise Unreadable(f"{name} hold values that are no numbers", path)
+        raise Unreadable(f"{name} hold NaN or infinite values", path)
     return rows
 
 
@@ -174,7 +174,7 @@ def read_text(raw: Mapping[str, Any]) -> str:
 
 
 def read_success(raw: Mapping[str, Any]) -> bool | None:
-    """Whether the episode succeeded, None if nobody says."""
+    """Whether the episode succeeded, None if that is not recorded."""
     value = raw.get("success")
     known = isinstance(value, bool | int | float) and not (isinstance(value, float) and math.isnan(value))
     return bool(value) if known else None

@@ -1,7 +1,7 @@
 """`build-meta --check`: is a dataset fit for training, and what must be fixed, in plain words.
 
-Every annotation is parsed, every folder and every latent file's header looked at; videos and the latents' numbers are
-looked at for a sample of episodes, spread evenly. Nothing is written.
+It parses every annotation and reads every folder and every latent file's header. For an evenly spread sample of
+episodes it also opens the videos and reads all latents. Nothing is written.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _NAMED = 5
 # kind -> (must be fixed, what is wrong, what to do)
 KINDS: dict[str, tuple[bool, str, str]] = {
     "no-annotation": (True, "folder annotation/ is missing", "give the folder that holds annotation/ and videos/"),
-    "no-train": (True, "split train is empty", "extract more, or with another --split-rule"),
-    "no-val": (False, "split val is empty", "evaluation needs one: extract more, or with another --split-rule"),
+    "no-train": (True, "split train is empty", "extract more episodes, or use another --split-rule"),
+    "no-val": (False, "split val is empty", "evaluation needs one: extract more episodes, or use another --split-rule"),
     "no-videos": (False, "folder videos/ is missing", "rewards, evaluation and replay compare with it"),
     "no-latents": (False, "folder latent_videos/ is missing", "training needs it: run persistworld extract-latents"),
     "nothing": (True, "neither videos/ nor latent_videos/ is there", "copy the rest of the dataset here"),
-    "two-splits": (True, "episode is in two splits", "delete it from one: training would see what is tested on"),
-    "unreadable": (True, "annotation is no readable JSON", _REDO),
+    "two-splits": (True, "episode is in two splits", "delete it from one: training would see test data"),
+    "unreadable": (True, "annotation is not readable JSON", _REDO),
     "other-id": (False, "annotation names another episode", "the file's name counts; was it copied or renamed?"),
     "states": (True, "states cannot be used", _REDO),
     "state-width": (
@@ -51,17 +51,17 @@ KINDS: dict[str, tuple[bool, str, str]] = {
     "video-missing": (True, "video of a camera is missing", _REDO),
     "video-unreadable": (True, "video cannot be decoded", _REDO),
     "video-length": (True, "video is shorter than the states", _REDO),
-    "video-longer": (False, "video is longer than the states", "what is beyond the states is not used"),
+    "video-longer": (False, "video is longer than the states", "frames beyond the states are not used"),
     "latent-missing": (True, "latents of a camera are missing", _REDO),
     "latent-unreadable": (True, "latent file is damaged", _REDO),
     "latent-old": (True, "latents in torch's format from before 1.6", "torch.load and torch.save each of them again"),
     "latent-shape": (True, "latents are not of shape (T, C, h, w)", _REDO),
     "latent-type": (True, "latents are neither float16 nor float32", "save them as float32, or extract again"),
     "latent-length": (True, "latents are fewer than the states", _REDO),
-    "latent-longer": (False, "latents are more than the states", "what is beyond the states is not used"),
+    "latent-longer": (False, "latents are more than the states", "latents beyond the states are not used"),
     "latent-cameras": (True, "cameras of an episode have latents of different size", _REDO),
     "latent-size": (True, "latents differ in size from most episodes", "one dataset, one encoder and image size"),
-    "latent-values": (True, "latents hold values that are no numbers", f"was the encoder in fp16? {_REDO}"),
+    "latent-values": (True, "latents hold NaN or infinite values", f"was the encoder in fp16? {_REDO}"),
     "latent-constant": (False, "latents are the same everywhere", "look at the video: is it black?"),
     "cameras": (True, "number of cameras differs from most episodes", _REDO),
     "preset-cameras": (True, "not the preset's cameras", "name the preset it was extracted with: --preset"),
@@ -74,20 +74,20 @@ KINDS: dict[str, tuple[bool, str, str]] = {
     "bad-index": (True, "metadata cannot be read", _META),
     "stale-index": (True, "metadata is older than the episodes", _META),
     "stat-width": (True, "percentiles are not of the states' width", _META),
-    "stat-order": (True, "percentiles are no numbers, or out of order", _META),
+    "stat-order": (True, "percentiles are not finite, or out of order", _META),
     "stat-constant": (False, "1st and 99th percentile are the same", "this number never changes: is it recorded?"),
 }
 
 
 @dataclass
 class Report:
-    """Findings by kind as (episode or part, detail), and what was looked at."""
+    """Findings by kind as (episode or part, detail), and what was checked."""
 
     found: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     checked: dict[str, Any] = field(default_factory=dict)
 
     def add(self, kind: str, name: str, detail: str = "") -> None:
-        """Something found: where, and what it looks like."""
+        """Add a finding: where it is, and details."""
         self.found.setdefault(kind, []).append((name, detail))
 
     @property
@@ -96,7 +96,7 @@ class Report:
         return sum(KINDS[kind][0] for kind in self.found)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per kind, those that must be fixed first."""
+        """One row per kind; those that must be fixed come first."""
         order = sorted(self.found, key=lambda kind: (not KINDS[kind][0], list(KINDS).index(kind)))
         return [
             {
@@ -120,15 +120,15 @@ def check_dataset(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Look at a whole dataset.
+    """Check a whole dataset.
 
     Args:
         root: its folder.
-        settings: those of the preset that it is compared with, if any.
-        preset: its name.
+        settings: of the preset to compare with, if any.
+        preset: name of that preset.
         sample: episodes whose videos are opened and whose latents are read whole; 0: all.
         workers: processes; one per core by default.
-        progress: called with (episodes looked at, episodes in all).
+        progress: called with (episodes checked, episodes in all).
     """
     report = Report()
     if not (root / "annotation").is_dir():
@@ -163,7 +163,7 @@ def check_dataset(
 
 
 def _folders(report: Report, listed: Sequence[AnnotationStat], there: tuple[bool, bool]) -> None:
-    """Splits and folders."""
+    """Check splits and folders."""
     splits = Counter(item.split for item in listed)
     for split in ("train", "val"):
         if not splits[split]:
@@ -181,7 +181,7 @@ def _folders(report: Report, listed: Sequence[AnnotationStat], there: tuple[bool
 
 
 def _compare(report: Report, listed: Sequence[AnnotationStat], seen: Sequence[Seen]) -> Seen:
-    """Name the episodes that are unlike most; returns what most are like."""
+    """Report the episodes that differ from most; returns the common values."""
     usual = Seen()
     for name, kind in (("cameras", "cameras"), ("numbers", "state-width"), ("latent", "latent-size"), ("images", "")):
         values = [getattr(one, name) for one in seen]
@@ -196,7 +196,7 @@ def _compare(report: Report, listed: Sequence[AnnotationStat], seen: Sequence[Se
 
 
 def _preset(report: Report, usual: Seen, noted: dict[str, Any], settings: Settings, name: str) -> None:
-    """Compare what most episodes are like, and what extract-latents noted, with the preset."""
+    """Compare the common values, and the notes of extract-latents, with the preset."""
     world, numbers = settings.world, settings.model.action_dim
     cameras, latent = len(world.cameras), latent_size(settings.model.vae, world.height, world.width)
     if usual.cameras not in (0, cameras):
@@ -216,7 +216,7 @@ def _preset(report: Report, usual: Seen, noted: dict[str, Any], settings: Settin
 
 
 def _metadata(report: Report, root: Path, listed: Sequence[AnnotationStat], numbers: int) -> None:
-    """Index and percentiles."""
+    """Check index and percentiles."""
     path = root / "meta" / INDEX_FILE
     if not path.is_file():
         report.add("no-index", str(path))

@@ -1,4 +1,4 @@
-"""What `build-meta --check` looks at in one episode. Needs no torch: worker processes import it.
+"""What `build-meta --check` checks in one episode. Needs no torch: worker processes import it.
 
 Legend: T frames at the model rate, D numbers of a state, C latent channels, h1, w latent size of one camera.
 """
@@ -26,7 +26,7 @@ _CONSTANT = 1e-6  # latents that vary less hold no image
 
 @dataclass
 class Seen:
-    """What was found in an episode: troubles as (kind, detail), and what is compared between episodes."""
+    """Findings in an episode as (kind, detail), and the values that are compared between episodes."""
 
     troubles: list[tuple[str, str]] = field(default_factory=list)
     cameras: int = 0
@@ -35,12 +35,12 @@ class Seen:
     images: tuple[int, ...] = ()  # height, width of the first camera's video, where it was opened
 
     def add(self, kind: str, detail: str = "") -> None:
-        """A trouble of `check_dataset.KINDS`."""
+        """Add a finding; ``kind`` is one of `check_dataset.KINDS`."""
         self.troubles.append((kind, detail))
 
 
 def inspect(root: Path, there: tuple[bool, bool], request: tuple[AnnotationStat, bool]) -> Seen:
-    """Everything about one episode; ``there``: whether the dataset has any videos, and any latents."""
+    """Check one episode; ``there``: whether the dataset has any videos, and any latents."""
     item, sampled = request  # sampled: its videos are opened and its latents read whole
     seen = Seen()
     length = _annotation(seen, root, item)
@@ -59,7 +59,7 @@ def inspect(root: Path, there: tuple[bool, bool], request: tuple[AnnotationStat,
 
 
 def _annotation(seen: Seen, root: Path, item: AnnotationStat) -> int:
-    """The annotation, strictly; returns the number of its states, 0 if they are of no use."""
+    """Check the annotation strictly; returns the number of its states, 0 if they are unusable."""
     path = root / "annotation" / item.split / f"{item.episode}.json"
     try:
         raw = load_annotation(path)
@@ -84,7 +84,7 @@ def _annotation(seen: Seen, root: Path, item: AnnotationStat) -> int:
 
 
 def _latent(seen: Seen, camera: int, path: Path, length: int, sampled: bool) -> None:
-    """Header of a latent file; all of its numbers if it is sampled."""
+    """Check the header of a latent file, and all of its numbers if the episode is sampled."""
     try:
         layout = read_layout(path)
     except Unreadable as error:
@@ -106,7 +106,7 @@ def _latent(seen: Seen, camera: int, path: Path, length: int, sampled: bool) -> 
 
 
 def _video(seen: Seen, camera: int, path: Path, length: int) -> None:
-    """Length of a video, and its first and last image."""
+    """Check the length of a video, and its first and last image."""
     from persistworld_cli.data.raw import video
 
     try:

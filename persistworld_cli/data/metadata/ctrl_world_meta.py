@@ -1,4 +1,4 @@
-"""Ctrl-World's own metadata: ``<folder>/{train,val}_sample.json`` and ``stat.json``, written and read in a stream.
+"""Ctrl-World's own metadata: ``<folder>/{train,val}_sample.json`` and ``stat.json``, written and read as a stream.
 
 A list has an entry ``{"episode_id": 17, "frame_ids": [start]}`` for every start frame, about ten million for DROID; as
 Python objects they would take gigabytes. Legend: E episodes, K entries.
@@ -62,7 +62,7 @@ def _entries(index: EpisodeIndex, num_frames: int) -> tuple[NDArray[np.int32], N
 
 
 class SampleLists:
-    """Ctrl-World's lists of a folder: which start frames of which episodes, and its percentiles.
+    """Ctrl-World's sample lists in a folder (start frames of each episode), and its percentiles.
 
     Raises:
         PersistWorldError: a file is missing or unreadable.
@@ -88,7 +88,7 @@ class SampleLists:
     def columns(
         self, names: Sequence[tuple[str, str]], lengths: NDArray[np.int64], num_frames: int
     ) -> dict[str, NDArray[Any]]:
-        """The index's arrays ``starts`` and ``starts_of`` for its rows ``names``; none where they are the usual ones.
+        """The index's arrays ``starts`` and ``starts_of`` for its rows ``names``; {} if they are the default ones.
 
         Start frames beyond an episode's end are left out (the episode on disk is another version of it).
         """
@@ -140,7 +140,7 @@ class _List:
 
 
 def _stream(path: Path) -> Iterator[dict[str, Any]]:
-    """The entries of a JSON list of flat objects, a few million characters at a time."""
+    """The entries of a JSON list of flat objects, a million characters at a time."""
     rest, first = "", True
     with path.open(encoding="utf-8") as file:
         while True:
@@ -152,7 +152,7 @@ def _stream(path: Path) -> Iterator[dict[str, Any]]:
             piece, rest = text[:cut].strip(), text[cut:]
             if not read:
                 if not piece.endswith("]"):
-                    raise ValueError("the list breaks off")
+                    raise ValueError("the list is truncated")
                 piece = piece[:-1]
             piece = piece.strip().strip(",")
             if piece:

@@ -29,7 +29,7 @@ def state_names(width: int) -> tuple[str, ...]:
 
 
 def count_starts(lengths: NDArray[np.int64], num_frames: int) -> NDArray[np.int64]:
-    """Start frames of episodes: ``0 <= start < max(1, length - (num_frames - 1))``."""
+    """Number of start frames of each episode: ``0 <= start < max(1, length - (num_frames - 1))``."""
     return np.maximum(1, lengths - (num_frames - 1))
 
 
@@ -56,7 +56,7 @@ def start_percentiles(
 def _start_frames(lengths: NDArray[np.int64], training: NDArray[np.bool_], num_frames: int) -> NDArray[np.bool_]:
     """(N,) whether a frame is a start frame of a training episode."""
     chosen, ends = np.repeat(training, lengths), running(lengths)[1:]
-    for back in range(1, num_frames):  # the last frames are followed by too few, unless there is nothing else
+    for back in range(1, num_frames):  # too few frames follow the last ones; a short episode keeps its first frame
         chosen[ends[lengths > back] - back] = False
     return chosen
 
@@ -90,7 +90,7 @@ def state_table(
 def findings(
     names: Sequence[str], lengths: NDArray[np.int64], texts: Sequence[str], facts: NDArray[np.float64], rate_hz: float
 ) -> list[dict[str, Any]]:
-    """What is odd about usable episodes (E,) with their `scan.Facts` (E, 6); only what was found."""
+    """Oddities of usable episodes (E,), by their `scan.Facts` (E, 6); only those that occur."""
     column = dict(zip(Facts._fields, facts.T, strict=True))
     still = column["extent"] < STILL_M
     if np.isnan(column["jump"]).all():  # numbers without a known unit: only those that never change are surely still

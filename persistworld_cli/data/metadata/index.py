@@ -5,7 +5,7 @@ that format opens. The header has a checksum of each array, compared when the ar
 annotation, splits one after another, episodes in natural order. Legend: E annotations, N frames of all usable ones,
 D numbers of a state, U different instructions.
 
-    states (N, D) float32, or float64 where float32 would lose something;  lengths (E,)  0: not usable
+    states (N, D) float32, or float64 where float32 would lose precision;  lengths (E,)  0: not usable
     ids, texts, problems        bytes of JSON lists: E ids, U instructions, reasons ("" = usable)
     text_of, problem_of (E,)    rows of these;  splits: bytes of a JSON list, split_of (E,) its rows
     size, mtime, videos, latents (E,)   `scan.AnnotationStat`;  success (E,) 1, 0 or -1 (unknown)
@@ -42,8 +42,8 @@ FORMAT = "persistworld-index-1"
 REBUILD = "run persistworld build-meta again"
 _NO_ROOM = "free some disk and run persistworld build-meta again"
 _CLOSED = (
-    "of a dataset that is not yours to write, make a folder with links to its folders annotation/, videos/ and "
-    "latent_videos/, and use that"
+    "for a read-only dataset, make a folder with links to its folders annotation/, videos/ and latent_videos/, "
+    "and use that folder"
 )
 _SUMS = "crc32"  # of the metadata: JSON, name of an array -> 8 hex digits
 _SUMMED = 1 << 22  # bytes read at once
@@ -70,7 +70,7 @@ class ActionStat:
             raise PersistWorldError(
                 f"states have {value.shape[-1]} numbers, the percentiles {len(self.p01)}",
                 where="model.stat, or the dataset's stat.json",
-                fix="those of another robot: leave model.stat empty, and run persistworld build-meta on the dataset",
+                fix="they are of another robot: leave model.stat empty, and run persistworld build-meta on the dataset",
             )
         scaled = 2 * (value - self.p01) / (self.p99 - self.p01 + 1e-8) - 1
         return np.clip(scaled, -1, 1).astype(np.float32)
@@ -86,21 +86,21 @@ class ActionStat:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> ActionStat:
-        """From the content of a stat.json. Raises ValueError, KeyError or TypeError where that is another."""
+        """From the content of a stat.json. Raises ValueError, KeyError or TypeError for other content."""
         p01, p99 = (np.asarray(data[key], dtype=np.float64) for key in ("state_01", "state_99"))
         if p01.shape != p99.shape or p01.ndim != 1 or not p01.size:
             raise ValueError("state_01 and state_99 differ in shape")
         if not np.isfinite([p01, p99]).all():
-            raise ValueError("the percentiles hold values that are no numbers")
+            raise ValueError("the percentiles hold NaN or infinite values")
         return cls(p01, p99)
 
 
 @dataclass(frozen=True)
 class EpisodeIndex:
-    """What clip drawing needs of every episode of one split. Episode e owns rows offsets[e]:offsets[e+1] of states.
+    """The episodes of one split, as clip drawing needs them. Episode e owns rows offsets[e]:offsets[e+1] of states.
 
-    ``states`` is memory-mapped. ``starts`` are the start frames to draw from where Ctrl-World's lists were imported,
-    ``starts[start_offsets[e]:start_offsets[e+1]]``, ascending; None: all that are followed by the predicted frames.
+    ``states`` is memory-mapped. ``starts``: only with imported lists of Ctrl-World; the start frames to draw from,
+    ascending, ``starts[start_offsets[e]:start_offsets[e+1]]``. None: every frame that enough frames follow.
     """
 
     ids: tuple[str, ...]
@@ -113,7 +113,7 @@ class EpisodeIndex:
 
 
 class NoEpisodes(PersistWorldError):
-    """A split without usable episodes, in an index that is whole."""
+    """A split without usable episodes, in an intact index."""
 
 
 class IndexFile:
@@ -138,7 +138,7 @@ class IndexFile:
             raise PersistWorldError("the index is cut off", where=str(path), fix=REBUILD)
 
     def array(self, name: str) -> NDArray[Any]:
-        """An array, memory-mapped. Raises PersistWorldError where it is absent, or does not have its checksum."""
+        """An array, memory-mapped. Raises PersistWorldError if it is absent or its checksum differs."""
         dtype, shape, offset = self._place(name)
         return np.memmap(self.path, dtype, "r", offset, shape) if math.prod(shape) else np.empty(shape, dtype)
 
@@ -147,7 +147,7 @@ class IndexFile:
         return StateRows(self.path, *self._place("states"))
 
     def _place(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...], int]:
-        """Type, shape and offset in the file of an array that has its checksum."""
+        """Type, shape and offset in the file of an array, once its checksum is verified."""
         if name not in self._entries:
             raise PersistWorldError(f"the index is damaged: no array '{name}'", where=str(self.path), fix=REBUILD)
         self._check(name)
@@ -155,12 +155,12 @@ class IndexFile:
         return np.dtype(_CODES[entry["dtype"]]), tuple(entry["shape"]), self._begin + entry["data_offsets"][0]
 
     def check(self) -> None:
-        """Read everything. Raises PersistWorldError where an array does not have its checksum."""
+        """Verify all arrays. Raises PersistWorldError if a checksum differs."""
         for name in self._entries:
             self._check(name)
 
     def _check(self, name: str) -> None:
-        """Compare an array with its checksum, once; an index from before there were any has none."""
+        """Compare an array with its checksum, once; indexes of older versions have no checksums."""
         if name in self._sound:
             return
         with reading("the index is damaged", self.path, REBUILD):
@@ -170,16 +170,16 @@ class IndexFile:
         begin, end = self._entries[name]["data_offsets"]
         if _sum_of(self.path, self._begin + begin, end - begin) != sums.get(name):
             raise PersistWorldError(
-                f"the index is damaged: '{name}' does not have its checksum", where=str(self.path), fix=REBUILD
+                f"the index is damaged: the checksum of '{name}' differs", where=str(self.path), fix=REBUILD
             )
         self._sound.add(name)
 
     def names(self, name: str) -> list[str]:
-        """A list of texts. Raises PersistWorldError where it is none."""
+        """A list of texts. Raises PersistWorldError if it is not one."""
         with reading("the index is damaged", self.path, REBUILD):
             texts = parse_json(self.array(name).tobytes().decode())
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise TypeError(f"'{name}' is no list of texts")
+                raise TypeError(f"'{name}' is not a list of texts")
             return texts
 
     @cached_property
@@ -188,17 +188,17 @@ class IndexFile:
         return running(self.array("lengths"))
 
     def require_whole(self) -> None:
-        """Raise where arrays that belong together do not fit: numpy would wrap or cut them without a word."""
+        """Raise if arrays that belong together do not match: numpy would wrap or cut them silently."""
         lengths, ids = np.asarray(self.array("lengths")), self.names("ids")
         codes = {"split_of": len(self.names("splits")), "text_of": len(self.names("texts"))}
         if lengths.ndim != 1 or len(ids) != len(lengths) or (lengths < 0).any():
-            raise ValueError("ids and lengths do not fit")
+            raise ValueError("ids and lengths do not match")
         if int(lengths.sum()) != self._entries["states"]["shape"][0]:
-            raise ValueError("lengths and states do not fit")
+            raise ValueError("lengths and states do not match")
         for name, count in codes.items():
             rows = np.asarray(self.array(name))
             if rows.shape != lengths.shape or ((rows < 0) | (rows >= max(1, count))).any():
-                raise ValueError(f"'{name}' does not fit")
+                raise ValueError(f"'{name}' does not match the lengths")
 
     def split(self, name: str) -> EpisodeIndex:
         """The usable episodes of a split. Raises NoEpisodes: it has none; PersistWorldError: the index is damaged."""
@@ -237,7 +237,7 @@ class IndexFile:
 
 
 def _checked(name: str, entry: Any) -> int:
-    """Where an array of the header ends. Raises where type, shape and place do not agree."""
+    """End of an array, from its header entry. Raises if type, shape and offsets disagree."""
     begin, end = (whole_number(at, "data_offsets") for at in entry["data_offsets"])
     shape = [whole_number(size, "shape") for size in entry["shape"]]
     if end - begin != math.prod(shape) * np.dtype(_CODES[entry["dtype"]]).itemsize:
@@ -276,35 +276,35 @@ class StateWriter:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """What the index holds them as: float32 if that loses nothing."""
+        """Type of the states in the index: float32 if that is lossless."""
         return np.dtype("<f4" if self._lossless else "<f8")
 
     def append(self, states: NDArray[np.floating[Any]]) -> None:
-        """(T, D) more; D is the same every time."""
+        """Append states (T, D); D is the same in every call."""
         self._lossless = self._lossless and np.array_equal(states.astype("<f4"), states)
         self._width, self._count = states.shape[1], self._count + len(states)
         with writing(self.path.parent, _NO_ROOM):
             self._file.write(np.ascontiguousarray(states, "<f8").data)
 
     def rows(self) -> StateRows:
-        """What was written."""
+        """The states written so far."""
         with writing(self.path.parent, _NO_ROOM):
             self._file.flush()
         return StateRows(self.path, np.dtype("<f8"), (self._count, self._width))
 
     def close(self) -> None:
         """Close and remove the file, and its folder if nothing else is in it."""
-        with suppress(OSError):  # what is still to be written is not wanted any more
+        with suppress(OSError):  # unwritten data is no longer needed
             self._file.close()
         self.path.unlink(missing_ok=True)
-        with suppress(OSError):  # a folder that nothing was written to
+        with suppress(OSError):  # the folder holds other files
             self.path.parent.rmdir()
 
 
 def write_index(
     path: Path, columns: Mapping[str, NDArray[Any]], states: StateRows, dtype: np.dtype[Any], info: Mapping[str, str]
 ) -> None:
-    """Write an index, whole or not at all, with its states as ``dtype``; the wider types first, to lie aligned."""
+    """Write an index atomically, its states as ``dtype``; wider types come first, for alignment."""
 
     def parts(name: str) -> Iterator[memoryview]:
         if name != "states":
@@ -343,12 +343,12 @@ def _sum_of(path: Path, offset: int, size: int) -> str:
 
 
 def as_bytes(names: list[str]) -> NDArray[np.uint8]:
-    """Texts as the bytes of a JSON list: numpy's own text arrays take the longest one's room for each."""
+    """Texts as the bytes of a JSON list: numpy's text arrays give every text the size of the longest."""
     return np.frombuffer(json.dumps(names).encode(), dtype=np.uint8)
 
 
 def running(lengths: NDArray[Any]) -> NDArray[np.int64]:
-    """0, then the running sums: where each of these lengths begins, and the end."""
+    """0, then the running sums: the offsets of consecutive parts with these lengths, and the end."""
     out = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=out[1:])
     return out

@@ -1,7 +1,8 @@
-"""Rows of an index: those of the previous one, and those from which the next one is written.
+"""Rows of the episode index: read from the previous index, and collected for the next one.
 
-An annotation is unchanged if its name, size and time and the times of the episode's folders are what they were; its row
-is then taken over and nothing of the episode is opened. An index of such rows equals one that was read anew.
+An annotation is unchanged if its name, size and modification time, and the modification times of the episode's folders
+are the same as before. Its row is then copied, and no file of the episode is opened. The result equals an index that is
+built from scratch.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def signatures(file: IndexFile) -> list[AnnotationStat]:
 
 
 class PreviousIndex:
-    """The rows of the index in folder ``meta``; none if damaged, made otherwise, or all is to be read anew."""
+    """The rows of the index in folder ``meta``; none if it is damaged, of another kind, or with ``fresh``."""
 
     def __init__(self, meta: Path, *, fresh: bool = False) -> None:
         self._rows: dict[AnnotationStat, int] = {}
@@ -68,7 +69,7 @@ class PreviousIndex:
         return None if row is None or (wanted and row not in self._fit) else row
 
     def episode(self, row: int, wanted: bool) -> Episode:
-        """What was read of it."""
+        """The episode that a row holds."""
         motion = None
         if wanted:
             begin, end = self._motion_at[self._fit[row] : self._fit[row] + 2]
@@ -104,11 +105,11 @@ class IndexBuilder:
         self.rows: list[Row] = []
         self.motions: dict[int, NDArray[np.float32] | None] = {}  # row -> raw joints and velocities, for the adapter
         self._states = states
-        self._widths: dict[int, str] = {}  # of states -> the first episode that has it
+        self._widths: dict[int, str] = {}  # width of the states -> the first episode with it
         self._joints = 0
 
     def add(self, item: AnnotationStat, episode: Episode, wanted: bool) -> None:
-        """The next annotation; ``wanted``: for the adapter's fit. Raises PersistWorldError: states of another width."""
+        """Add an annotation; ``wanted``: for the adapter's fit. Raises PersistWorldError: states of another width."""
         if wanted:
             motion = episode.motion
             self._joints = self._joints or (0 if motion is None else motion.shape[2])
@@ -123,7 +124,7 @@ class IndexBuilder:
             raise PersistWorldError(
                 f"states have widths {widths}",
                 where="annotation/",
-                fix="a dataset has one width: keep the episodes of other robots in a dataset of their own "
+                fix="a dataset has one width: keep the episodes of other robots in a separate dataset "
                 "(persistworld build-meta --check DATASET lists them)",
             )
         self._states.append(episode.states)
@@ -165,6 +166,6 @@ class IndexBuilder:
 
 
 def _coded(values: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The different values in order of first use, and the number of each value among them."""
+    """The distinct values in order of first use, and for each value its index among them."""
     number = {value: code for code, value in enumerate(dict.fromkeys(values))}
     return list(number), [number[value] for value in values]

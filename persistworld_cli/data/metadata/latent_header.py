@@ -1,4 +1,4 @@
-"""Layout of a latent file without reading its numbers, and without torch: DROID has 287,000 of them.
+"""Layout of a latent file, from its header alone and without torch: DROID has 287,000 such files.
 
 Legend: T frames, C latent channels, h, w latent size of one camera.
 """
@@ -47,7 +47,7 @@ class Layout(NamedTuple):
 
 
 def read_layout(path: Path) -> Layout:
-    """How a ``.npy``, or a ``.pt`` that holds one tensor, is laid out, from its header alone.
+    """Layout of a ``.npy``, or of a ``.pt`` that holds one tensor, from its header alone.
 
     Raises:
         Unreadable: no such file, damaged, cut off, or not float16 / float32 frames (T, C, h, w).
@@ -69,7 +69,7 @@ def read_layout(path: Path) -> Layout:
 
 
 def _npy(path: Path) -> _Header:
-    """numpy's own header; the file must be as long as it says."""
+    """Header of a ``.npy``; the file must be as long as the header says."""
     with path.open("rb") as file:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -88,7 +88,7 @@ def _pt(path: Path) -> _Header | None:
         with path.open("rb") as file:
             if file.read(2) == b"\x80\x02":  # a bare pickle: torch's format before 1.6
                 return None
-        raise ValueError("no tensor file, or cut off")
+        raise ValueError("not a tensor file, or truncated")
     with zipfile.ZipFile(path) as archive:
         members = {name.partition("/")[2]: name for name in archive.namelist()}
         if "data.pkl" not in members:
@@ -113,7 +113,7 @@ def _pt(path: Path) -> _Header | None:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """What the pickle says of its tensor."""
+    """A tensor as its pickle describes it."""
 
     key: str
     dtype: str
@@ -122,7 +122,7 @@ class _Tensor:
 
 
 class _Shapes(pickle.Unpickler):
-    """Follows a tensor's pickle with stand-ins of its own: nothing that the file names is imported or called."""
+    """Reads a tensor's pickle with harmless stand-ins: nothing that the file names is imported or called."""
 
     def find_class(self, module: str, name: str) -> Any:
         """The three names that a saved tensor uses."""
@@ -142,7 +142,7 @@ class _Shapes(pickle.Unpickler):
 def _describe(
     storage: tuple[str, str], begin: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> _Tensor:
-    """In place of the function that builds a tensor."""
+    """Stand-in for torch's function that builds a tensor."""
     rows = tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
     if any(have != want for have, want, size in zip(stride, rows, shape, strict=True) if size > 1):
         raise pickle.UnpicklingError("a tensor that is not row-major")

@@ -1,7 +1,8 @@
 """Metadata of a processed dataset: index, percentiles of the states, action adapter, health report.
 
 Written to ``<dataset>/meta``: index.safetensors, stat.json, adapter.json, health.json. Worker processes parse the
-annotations; those that the previous index has unchanged are not opened again. Nothing is replaced before all is made.
+annotations; those unchanged since the previous index are not opened again. No file is replaced before all results
+are ready.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ class MetaReport:
     """What `build_meta` wrote and found."""
 
     meta: Path
-    episodes: dict[str, int]  # usable ones of each split, as the two below
+    episodes: dict[str, int]  # usable ones per split; frames and samples likewise
     frames: dict[str, int]
     samples: dict[str, int]
-    read: int  # annotations opened; the rest was known
+    read: int  # annotations opened; the others are unchanged
     stat: ActionStat
     adapter: dict[str, Any] | None
     health: dict[str, Any]
@@ -71,7 +72,7 @@ def build_meta(
         dataset: processed dataset.
         meta: where to write; ``<dataset>/meta`` by default.
         num_frames: frames that a clip predicts (start frames leave num_frames - 1 after them).
-        lists: Ctrl-World's own lists and percentiles, used in place of those of all episodes.
+        lists: Ctrl-World's own sample lists and percentiles, used instead of those computed from all episodes.
         hand_position: forward kinematics, for the adapter's error of the hand.
         fresh: read everything again.
         workers: processes that parse; one per core by default.
@@ -91,7 +92,7 @@ def build_meta(
     try:
         builder = IndexBuilder(states)
         read = _fill(builder, listed, previous, functools.partial(read_episode, root), workers, progress)
-        del previous  # what it maps of the old index counts as memory of this process
+        del previous  # its memory maps of the old index count as memory of this process
         _check_training(root, builder)
         starts, given = {}, None
         if lists is not None:
@@ -101,9 +102,9 @@ def build_meta(
         stat = given or start_percentiles(rows, builder.lengths, training, num_frames)
         if len(stat.p01) != rows.shape[1]:
             raise PersistWorldError(
-                f"the imported percentiles are of {len(stat.p01)} numbers, the states have {rows.shape[1]}",
+                f"the imported percentiles have {len(stat.p01)} numbers, the states have {rows.shape[1]}",
                 where=str(lists.folder if lists else ""),
-                fix="import the statistics of this dataset's robot, or none",
+                fix="import the statistics of this dataset's robot, or leave out --import",
             )
         motions = [motion for _, motion in sorted(builder.motions.items()) if motion is not None]
         franka = {motion.shape[2] for motion in motions} == {7}
@@ -126,9 +127,9 @@ def build_meta(
     if adapter is not None:
         write_json(target / "adapter.json", adapter)
     else:
-        (target / "adapter.json").unlink(missing_ok=True)  # one of an earlier state of the dataset would mislead
+        (target / "adapter.json").unlink(missing_ok=True)  # an older adapter would mislead
     write_json(target / "health.json", health)
-    (target / "index.npz").unlink(missing_ok=True)  # what versions before this one wrote
+    (target / "index.npz").unlink(missing_ok=True)  # written by older versions
     return report
 
 
@@ -156,7 +157,7 @@ def _fill(
 
 
 def _sweep(meta: Path) -> None:
-    """Remove what builds that were killed left behind."""
+    """Remove temporary files of killed builds."""
     for path in meta.glob(".states.*") if meta.is_dir() else ():
         number = path.name.split(".")[2]
         if not (number.isdecimal() and Path(f"/proc/{number}").exists()):
@@ -164,7 +165,7 @@ def _sweep(meta: Path) -> None:
 
 
 def _check_training(root: Path, builder: IndexBuilder) -> None:
-    """There must be something to train on."""
+    """Raise if no training episode is usable."""
     if (builder.lengths[builder.training] > 0).any():
         return
     found = dict(Counter(row.item.split for row in builder.rows)) or "no annotation"
@@ -192,7 +193,7 @@ def _counts(
 
 
 def _health(builder: IndexBuilder, rate_hz: float) -> dict[str, Any]:
-    """What health.json says of the annotations."""
+    """The part of health.json that describes the annotations."""
     usable = [row for row in builder.rows if row.length]
     names, texts, lengths = [row.item.name for row in usable], [row.text for row in usable], [r.length for r in usable]
     facts = np.array([row.facts for row in usable])

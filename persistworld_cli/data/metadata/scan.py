@@ -1,4 +1,4 @@
-"""What build-meta reads of an episode, and by what a changed one is known.
+"""What build-meta reads from an episode, and how it detects changes.
 
 Legend: T frames at the model rate, R raw frames, D numbers of a state, J joints. Needs no torch: workers import it.
 """
@@ -34,23 +34,23 @@ POSE = 7  # x y z, roll pitch yaw, gripper: the only state whose numbers have a 
 
 
 class AnnotationStat(NamedTuple):
-    """An annotation on disk, and by what a change of it or of the episode's folders is known (0: no such folder)."""
+    """An annotation on disk, with the size and times that reveal a change of it or of the episode's folders."""
 
     split: str
     episode: str
     size: int
-    mtime: int  # ns, as the two below
+    mtime: int  # ns, as the next two; these are 0 without such a folder
     videos: int
     latents: int
 
     @property
     def name(self) -> str:
-        """As messages name it."""
+        """Name in messages."""
         return f"{self.split}/{self.episode}"
 
 
 class Facts(NamedTuple):
-    """What the health report asks of an episode; the last five are nan where states are no poses of 7 numbers."""
+    """Statistics of an episode for the health report; the last five are NaN unless states are poses of 7 numbers."""
 
     extent: float  # the widest range of any coordinate (a pose: of x, y, z; m)
     jump: float  # longest distance in one frame, m
@@ -62,18 +62,18 @@ class Facts(NamedTuple):
 
 @dataclass(frozen=True)
 class Episode:
-    """What is kept of an annotation. ``problem`` is why it cannot be trained on, '' if it can."""
+    """What build-meta keeps of an annotation. ``problem``: why training cannot use it, '' if it can."""
 
     text: str
     success: bool | None
     problem: str
     states: NDArray[np.float64]  # (T, D); (0, 0) with a problem
     facts: Facts
-    motion: NDArray[np.float32] | None  # (R, 2, J) joint positions (rad) and velocities, where they were asked for
+    motion: NDArray[np.float32] | None  # (R, 2, J) joint positions (rad) and velocities, if requested
 
 
 def require_processed(root: Path) -> None:
-    """Raise PersistWorldError where a folder is no processed dataset."""
+    """Raise PersistWorldError if a folder is not a processed dataset."""
     if not (root / "annotation").is_dir():
         raise PersistWorldError(
             "no processed dataset here (folder annotation/ is missing)",
@@ -101,7 +101,7 @@ def _changed(folder: Path) -> dict[str, int]:
 
 
 def extraction_notes(root: Path) -> dict[str, Any]:
-    """What extract-latents noted of the dataset (extract.json), {} if another tool made it. Raises if damaged."""
+    """Notes of extract-latents on the dataset (extract.json); {} if another tool made it. Raises if damaged."""
     path = root / NOTES
     if not path.is_file():
         return {}
@@ -137,7 +137,7 @@ def check_files(root: Path, split: str, episode: str, length: int) -> None:
 
 
 def num_cameras(root: Path, split: str, episode: str) -> int:
-    """Cameras V of an episode, by its videos, else by its latents. Raises Unreadable: none, or one is missing."""
+    """Number of cameras V, from the videos, else from the latents. Raises Unreadable: none, or one is missing."""
     folder = root / "videos" / split / episode
     cameras = camera_files(folder) or camera_files(root / "latent_videos" / split / episode)
     if not cameras:
@@ -168,7 +168,7 @@ def camera_files(folder: Path) -> dict[int, Path]:
 
 
 def facts(states: NDArray[np.float64]) -> Facts:
-    """What the health report asks of (T, D) states."""
+    """Statistics of (T, D) states for the health report."""
     if states.shape[1] != POSE:
         return Facts(float(np.ptp(states, axis=0).max()), *[np.nan] * 5)
     place, grip = states[:, :3], states[:, 6]

@@ -1,7 +1,7 @@
 """Reader of raw LeRobot datasets, versions 2.0, 2.1 (one file per episode) and 3.0 (many episodes per file).
 
-Every path comes from the templates in ``meta/info.json``. A dataset may be there in part: an episode without any video
-on disk is not listed (the tables of all episodes are small, and usually there).
+Every path comes from the templates in ``meta/info.json``. A dataset may be partial: an episode without any video on
+disk is not listed (the tables of all episodes are small, and usually present).
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class RawDataset:
         self.version = str(self.info.get("codebase_version", ""))
         if not self.version.startswith(("v2", "v3")):
             raise PersistWorldError(
-                f"LeRobot version '{self.version}' is not known", where=str(info_file), fix="convert it to v2.1 or v3.0"
+                f"LeRobot version '{self.version}' is not supported",
+                where=str(info_file),
+                fix="convert it to v2.1 or v3.0",
             )
         missing = [key for key in ("fps", "data_path", "features") if key not in self.info]
         if missing:
@@ -86,7 +88,7 @@ class RawDataset:
             self.fps = positive_number(self.info["fps"], "fps")
             self.features: dict[str, dict[str, Any]] = as_object(self.info["features"])
             if odd := [name for name, feature in self.features.items() if not isinstance(feature, dict)]:
-                raise ValueError(f"feature '{odd[0]}' is no table")
+                raise ValueError(f"feature '{odd[0]}' is not an object")
             self.cameras = tuple(k.removeprefix(_IMAGES) for k, v in self.features.items() if v.get("dtype") == "video")
             self._check_info()
         self._known: dict[int, RawEpisode] = {}
@@ -94,7 +96,7 @@ class RawDataset:
         self._table: tuple[Path, tuple[int, ...], pa.Table] | None = None
 
     def _check_info(self) -> None:
-        """Raise where the rest of info.json holds values of another kind than it should."""
+        """Raise if the rest of info.json holds values of the wrong type."""
         whole_number(self.info.get("chunks_size", 1000), "chunks_size", 1, _MOST)
         as_object(self.info.get("splits") or {})
         fields = _PLACE if self.version.startswith("v3") else ("episode_chunk", "episode_index")
@@ -128,7 +130,7 @@ class RawDataset:
         return sorted(self._all)
 
     def adopt(self, episode: RawEpisode) -> None:
-        """Take an episode from another process, which read the list of all."""
+        """Add an episode that another process found in the list of episodes."""
         self._known[episode.index] = episode
 
     def episode(self, index: int) -> RawEpisode:
@@ -235,7 +237,7 @@ class RawDataset:
             return {whole_number(row["task_index"], "task_index"): str(row["task"] or "") for row in rows}
 
     def _episodes_v2(self) -> dict[int, RawEpisode]:
-        """Version 2: ``meta/episodes.jsonl`` and one file an episode."""
+        """Version 2: ``meta/episodes.jsonl`` and one file per episode."""
         path = self.path / "meta" / "episodes.jsonl"
         if not path.is_file():
             raise PersistWorldError("list of episodes is missing", where=str(path), fix=_FETCH)
@@ -278,7 +280,7 @@ class RawDataset:
         return self._episode(row, names, videos)
 
     def _episode(self, row: dict[str, Any], names: dict[str, int], videos: dict[str, tuple[Path, int]]) -> RawEpisode:
-        """An episode from its row in the list; ``names``: what the template of its table asks for."""
+        """An episode from its row in the list; ``names``: the fields in its table's path template."""
         return RawEpisode(
             index=whole_number(row["episode_index"], "episode_index", 0, _MOST),
             length=whole_number(row["length"], "length", 0, _MOST),
@@ -318,7 +320,7 @@ class RawDataset:
         return table
 
     def _groups(self, episode: RawEpisode) -> pa.Table:
-        """Of the episode's file, the row groups that may hold it: a v3 file is larger than one wants in memory."""
+        """The row groups of the episode's file that may hold it: a v3 file may be too large for memory."""
         if self._file is None or self._file[0] != episode.table:
             opened = pq.ParquetFile(episode.table)
             _require_once(opened.schema_arrow.names)
@@ -331,16 +333,16 @@ class RawDataset:
 
 
 def _require_once(names: Sequence[str]) -> None:
-    """Raise ValueError where a table has two columns of one name: which one counts is unknown."""
+    """Raise ValueError if a table has two columns with one name: it is unknown which one is valid."""
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"column '{twice}' is there twice")
+        raise ValueError(f"column '{twice}' appears twice")
 
 
 def _episodes_of(file: pq.ParquetFile) -> list[set[int] | None]:
     """The episodes in each row group; None where the table does not say.
 
-    From the column itself: asking a damaged file for a column's statistics ends the whole process (pyarrow 26).
+    It reads the column itself: reading a column's statistics in a damaged file crashes the process (pyarrow 26).
     """
     if "episode_index" not in file.schema_arrow.names:
         return [None] * file.num_row_groups
@@ -366,5 +368,5 @@ def _column(table: pa.Table, name: str, path: Path) -> NDArray[Any]:
 def _texts(value: Any) -> tuple[str, ...]:
     """A list of texts; None is an empty one. Raises TypeError."""
     if value is not None and not isinstance(value, list):
-        raise TypeError("tasks are no list")
+        raise TypeError("tasks are not a list")
     return tuple(str(text) for text in value or [])

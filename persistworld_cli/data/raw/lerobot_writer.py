@@ -43,7 +43,7 @@ def write_lerobot(root: Path, episodes: Sequence[NewEpisode], fps: float, robot:
     """Write episodes with the same columns and cameras into a new or empty folder; ``robot`` is the ``robot_type``.
 
     Raises:
-        PersistWorldError: there is something in the folder, or no episode.
+        PersistWorldError: the folder is not empty, or there is no episode.
     """
     if not episodes or (root.exists() and any(root.iterdir())):
         what = "the folder is not empty" if episodes else "there is no episode to write"
@@ -66,7 +66,7 @@ def write_lerobot(root: Path, episodes: Sequence[NewEpisode], fps: float, robot:
 
 
 def _place(index: int) -> dict[str, int]:
-    """Which file an episode lies in."""
+    """Numbers of an episode's files."""
     return {"chunk_index": index // _CHUNK, "file_index": index % _CHUNK}
 
 
@@ -89,7 +89,7 @@ def _table(episode: NewEpisode, index: int, first: int, task: int, fps: float) -
 
 
 def _arrow(table: Mapping[str, NDArray[Any]]) -> pa.Table:
-    """Lists of fixed length; plain numbers where a row has one."""
+    """As an arrow table: lists of fixed length, or plain numbers where a row has only one."""
     arrays = {}
     for name, values in table.items():
         flat, width = pa.array(values.reshape(-1)), values.shape[1] if values.ndim > 1 else 1
@@ -98,7 +98,7 @@ def _arrow(table: Mapping[str, NDArray[Any]]) -> pa.Table:
 
 
 def _stats(table: Mapping[str, NDArray[Any]], episode: NewEpisode) -> dict[str, dict[str, Any]]:
-    """Minimum, maximum, mean and deviation of every feature; of images by colour, in [0, 1], shaped (3, 1, 1)."""
+    """Minimum, maximum, mean and deviation of every feature; of images per colour, in [0, 1], shaped (3, 1, 1)."""
     out = {name: _moments(values.reshape(len(values), -1).astype(np.float64)) for name, values in table.items()}
     for key, frames in _videos(episode).items():
         colours = _moments(frames.reshape(-1, 3) / 255.0)

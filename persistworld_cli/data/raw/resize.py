@@ -1,8 +1,8 @@
 """Resizing of 8-bit images without torch, bit for bit as torch does it: bilinear with antialiasing.
 
 Torch's CPU kernel (and Pillow-SIMD, whose arithmetic it is) weights pixels by 16-bit integers and rounds once after the
-columns and once after the rows. Here the same sums are matrix products of whole numbers, which floats hold exactly, so
-that a decoding process need not load torch (half a second and 130 MB each). Also independent of the machine.
+columns and once after the rows. Here the same sums are matrix products of integers, which floats represent exactly, so
+a decoding process need not load torch (half a second and 130 MB each). The result does not depend on the machine.
 
 Shapes: frames are uint8 (N, H, W, C).
 """

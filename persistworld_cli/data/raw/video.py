@@ -1,4 +1,4 @@
-"""Reading and writing of video files; without torch, which a decoding process need not load.
+"""Reading and writing of video files; without torch, so that a decoding process need not load it.
 
 Shapes: frames are uint8 RGB arrays (N, H, W, 3). Reading goes through PyAV (FFmpeg), so h264, AV1 and others work.
 """
@@ -52,7 +52,7 @@ def iter_frames(path: Path, indices: Sequence[int], *, threads: int = 0, whole: 
         indices: frame numbers.
         threads: of the decoder; 0: as FFmpeg chooses.
         whole: read to the end after the last index, and expect this many frames in all. A decoder may silently drop a
-            damaged frame; all after it would then be one place too early.
+            damaged frame; all later ones would then be one place too early.
 
     Raises:
         PersistWorldError: unreadable file, a damaged frame before the last index, or the file ends before it.
@@ -75,7 +75,7 @@ def iter_frames(path: Path, indices: Sequence[int], *, threads: int = 0, whole: 
                 if target is None or seen < target:
                     continue
                 if seen > target:  # the key frame after the target: timestamps of this file cannot be trusted
-                    raise _unreadable(path, ValueError(f"frame {target} has no place in its timestamps"))
+                    raise _unreadable(path, ValueError(f"no timestamp is that of frame {target}"))
                 yield np.asarray(frame.to_ndarray(format="rgb24", interpolation=_EXACT), dtype=np.uint8)
                 target = next(wanted, None)
                 if target is None and not whole:
@@ -100,7 +100,9 @@ def read_frames(path: Path, indices: Sequence[int]) -> Frames:
         PersistWorldError: as `iter_frames`; also for a negative index or no index at all.
     """
     if not len(indices) or min(indices) < 0:
-        raise PersistWorldError(f"no frames {list(indices)[:8]}", where=str(path), fix="ask for frames from 0 on")
+        raise PersistWorldError(
+            f"cannot read frames {list(indices)[:8]}", where=str(path), fix="give numbers from 0 on"
+        )
     unique = sorted({int(i) for i in indices})
     frames = np.stack(list(iter_frames(path, unique)))
     return frames[np.searchsorted(np.asarray(unique), np.asarray(indices, dtype=np.int64))]
@@ -110,7 +112,7 @@ def read_frames(path: Path, indices: Sequence[int]) -> Frames:
 def mp4_writer(
     path: Path, fps: float, *, crf: int = 18, reproducible: bool = False
 ) -> Iterator[Callable[[Frames], None]]:
-    """A function that takes the frames (H, W, 3) uint8 of an h264 video, which is written whole or not at all.
+    """A function that appends frames (H, W, 3) uint8 to an h264 video; the file is written whole or not at all.
 
     An odd height or width is padded by repeating the last row or column (yuv420p has half-size colour planes).
 
@@ -118,8 +120,8 @@ def mp4_writer(
         path: the file.
         fps: frames per second.
         crf: quality of x264, lower is better.
-        reproducible: the same images become the same bytes. One thread, since what x264 writes depends on their number,
-            and no macroblock tree, whose assembly reads memory that earlier videos left (x264 165: 2 to 3 forms each).
+        reproducible: the same images give the same bytes. It uses one thread, because x264's output depends on their
+            number, and no macroblock tree, whose assembly code reads memory left by earlier videos (x264 165).
 
     Raises:
         CannotWrite: the file cannot be written.
@@ -150,7 +152,7 @@ def mp4_writer(
 
 @contextmanager
 def _as_oserror() -> Iterator[None]:
-    """FFmpeg's errors of the file as Python's; not all of them are."""
+    """Turn FFmpeg's errors into OSError; not all of them are one."""
     try:
         yield
     except FFmpegError as error:
@@ -171,7 +173,7 @@ def _numbered(
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     """Decoded frames with their numbers, starting at or before frame ``first``.
 
-    From the file's start frames are counted (right for any timestamps); after a seek their number comes from the time.
+    Without a seek, frames are counted (right for any timestamps); after one, their number comes from the timestamp.
     """
     rate, base = stream.average_rate, stream.time_base
     if first < _SEEK_THRESHOLD or rate is None or base is None:
