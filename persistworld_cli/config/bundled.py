@@ -42,9 +42,7 @@ def resolve_path(value: str | Path) -> Path:
     root = bundled_root()
     path = root / name
     if not name or not path.resolve().is_relative_to(root.resolve()):
-        raise UsageError(
-            f"'{text}' does not lie in the bundled folder", where=str(root), fix="write bundled:presets/..."
-        )
+        raise UsageError(f"'{text}' is outside the bundled folder", where=str(root), fix="write bundled:presets/...")
     if not path.exists():
         raise PersistWorldError(
             f"'{text}' is not shipped with this installation", where=str(path), fix="check the name, or give a path"

@@ -46,11 +46,11 @@ def check(settings: Settings, where: Mapping[str, str] | None = None) -> None:
 
 
 def _check_precision(settings: Settings, refuse: _Refuse) -> None:
-    """Say why fp16, which other programs offer, is not among the choices."""
+    """Explain why fp16, which other programs offer, is not among the choices."""
     for table in ("pretrain", "vae", "post_train"):
         if getattr(settings, table).mixed_precision == "fp16":
             key = f"{table}.mixed_precision"
-            what = f"{key} = 'fp16' is not offered: gradients vanish in it without loss scaling"
+            what = f"{key} = 'fp16' is not supported: gradients underflow without loss scaling"
             refuse(what, "use 'bf16', which needs none, or 'no' (float32)", key)
 
 
@@ -82,7 +82,7 @@ def _check_sizes(settings: Settings, refuse: _Refuse) -> None:
         if side % factor:
             below = side // factor * factor
             sizes = " or ".join(str(size) for size in (below, below + factor) if size)
-            what = f"{key} = {side} is not a multiple of {factor}, by which this VAE downsamples"
+            what = f"{key} = {side} is not a multiple of {factor}, this VAE's downsampling factor"
             refuse(what, f"set {key} = {sizes}", key, "model.vae")
     crop, resize = settings.eval.crop, settings.policy.resize
     if sum(crop[:2]) >= world.height or sum(crop[2:]) >= world.width:
@@ -107,7 +107,7 @@ def _check_drive(drive: DriveSettings, refuse: _Refuse) -> None:
         if len(key) != 1 or not key.isascii() or not key.isalpha():
             refuse(f"drive.keys: '{key}' is not one letter", "use a letter", "drive.keys")
         if key in SESSION_KEYS:
-            refuse(f"drive.keys: '{key}' is taken, for {SESSION_KEYS[key]}", "use another letter", "drive.keys")
+            refuse(f"drive.keys: '{key}' is reserved for {SESSION_KEYS[key]}", "use another letter", "drive.keys")
 
 
 def _check_sampling(settings: Settings, refuse: _Refuse) -> None:
@@ -131,7 +131,7 @@ def _check_training(settings: Settings, refuse: _Refuse) -> None:
         refuse(what, "lower one of them", "clips.zero_history_prob", "clips.rollout_history_prob")
     if clips.datasets and not any(clips.datasets.values()):
         what = f"clips.datasets = {clips.datasets}: all weights are 0"
-        refuse(what, "write a weight above 0 for one dataset at least", "clips.datasets")
+        refuse(what, "give at least one dataset a weight above 0", "clips.datasets")
     kept = post.keep_best + post.keep_worst
     if not 2 <= kept <= post.candidates:
         keys = ("post_train.keep_best", "post_train.keep_worst", "post_train.candidates")
@@ -149,7 +149,7 @@ def _check_launch(launch: LaunchSettings, refuse: _Refuse) -> None:
     if launch.num_machines > 1 and not (launch.main_process_ip and launch.main_process_port):
         keys = ("launch.num_machines", "launch.main_process_ip", "launch.main_process_port")
         fix = "add --main-process-ip ADDRESS --main-process-port PORT, the same on every machine"
-        refuse("several machines need one address to meet at", fix, *keys)
+        refuse("several machines need a common address", fix, *keys)
     if launch.num_processes % launch.num_machines:
         what = f"launch.num_processes = {launch.num_processes} is not divisible by num_machines = {launch.num_machines}"
         fix = "num_processes counts the processes of all machines together"

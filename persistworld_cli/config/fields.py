@@ -1,12 +1,12 @@
-"""How a setting is declared: type, bounds and choices are its annotation, and one pass checks them all.
+"""How a setting is declared: its annotation gives type, bounds and choices, and one pass checks them all.
 
     steps: Annotated[int, Bounds(ge=1)] = 50
     decay: Literal["constant", "cosine"] = "constant"
     updates: Count = free(4000)
 
-`coerce` gives what a file or command line holds the declared type; `check_fields` refuses a value out of bounds or one
-that is no choice. Annotations nest: ``tuple[Literal["a", "b"], ...]``, ``dict[str, Share]``, ``Count | None``.
-pydantic would take longer to import than all of `--help` does, and word its errors without key, place and nearest name.
+`coerce` converts a value from a file or command line to the declared type; `check_fields` refuses a value that is out
+of bounds or not one of the choices. Annotations nest: ``tuple[Literal["a", "b"], ...]``, ``dict[str, Share]``,
+``Count | None``. Importing pydantic alone takes longer than `--help`, and its errors lack key, place and nearest name.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def free(default: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Of a number: at least `ge`, more than `gt`, at most `le`, less than `lt`; `fix` says what to write instead."""
+    """Bounds of a number: at least `ge`, more than `gt`, at most `le`, less than `lt`; `fix`: what to write instead."""
 
     ge: float | None = None
     gt: float | None = None
@@ -71,7 +71,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Known:
-    """Of a string: one of `names`, or ``module:Class`` for a class of the user's own (config/plugins.py)."""
+    """Choices of a string: one of `names`, or ``module:Class`` for a class of the user's own (config/plugins.py)."""
 
     kind: str
     names: tuple[str, ...]
@@ -100,7 +100,7 @@ def field_types(cls: Any) -> dict[str, Any]:
 
 
 def check_fields(values: object, prefix: str, place: Callable[[str], str]) -> None:
-    """Refuse what the annotations of a dataclass do not allow.
+    """Raise if a field of a dataclass violates its annotation.
 
     Args:
         values: the dataclass.
@@ -108,7 +108,7 @@ def check_fields(values: object, prefix: str, place: Callable[[str], str]) -> No
         place: prefix and field -> where it was written.
 
     Raises:
-        UsageError: the first value that is out of bounds or no choice.
+        UsageError: the first value that is out of bounds or not one of the choices.
     """
     for name, hint in field_types(type(values)).items():
         _check(getattr(values, name), hint, prefix + name, functools.partial(place, prefix + name))
@@ -136,7 +136,7 @@ def _check(value: Any, hint: Any, key: str, where: Callable[[], str]) -> None:
 
 
 def _entries(args: tuple[Any, ...], value: Collection[Any]) -> tuple[Any, ...]:
-    """The annotation of each entry of a tuple; those that are missing or too many are `coerce`'s to refuse."""
+    """The annotation of each entry of a tuple; `coerce` refuses a wrong number of entries."""
     return (args[0],) * len(value) if args[1:] == (...,) else args
 
 

@@ -32,7 +32,7 @@ def describe_inputs(task: str, settings: Mapping[str, Mapping[str, Any]], reques
 
 
 def _describe(key: str, value: str, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """One of them; None unless it is a file or folder on this machine."""
+    """Path and content of one setting's file or folder; None unless it is on this machine."""
     try:
         path = resolve_path(value)
     except PersistWorldError:

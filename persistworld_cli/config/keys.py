@@ -1,4 +1,4 @@
-"""What a key of `drive` can do; `robot.keyboard` turns actions into poses."""
+"""The actions that a key of `drive` can have; `robot.keyboard` turns actions into poses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classes of the user's own, named as ``module:Class``: policies, judges, referees, rewards and samplers."""
+"""User-defined classes, named ``module:Class``: policies, judges, referees, rewards and samplers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def make_plugin(spec: str, known: Collection[str], *, kind: str, where: str, nee
     """An instance of ``module:Class``, made without arguments.
 
     Args:
-        spec: what was named; not one of `known`.
-        known: the names of the kind's built-in ones, for the nearest.
-        kind: what it should be: ``judge``.
+        spec: ``module:Class``; not one of `known`.
+        known: names of the built-in classes, to suggest the nearest.
+        kind: what the class is: ``judge``.
         where: the option or setting that named it.
         needs: the attributes that it must have.
-        fix: what such a class looks like.
+        fix: a description of such a class, for the error.
 
     Raises:
         UsageError: no such name, module or class, a class that takes arguments, or an attribute is missing.

@@ -23,7 +23,7 @@ from persistworld_cli.read_files import read_toml
 
 DEFAULT_PRESET = "tiny"
 ENV_PREFIX = "PERSISTWORLD_"
-_META_KEYS = ("extends", "description")  # what a preset may hold beside its tables
+_META_KEYS = ("extends", "description")  # what a preset may have beside its tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def load_settings(
     flags: Mapping[str, Any] | None = None,
     env: Mapping[str, str] = os.environ,
 ) -> Settings:
-    """The settings of `resolve_settings`, without where each came from: ``load_settings("tiny", ["eval.steps=4"])``."""
+    """The settings of `resolve_settings`, without their origins: ``load_settings("tiny", ["eval.steps=4"])``."""
     return resolve_settings(preset, sets, flags, env).settings
 
 
@@ -126,7 +126,7 @@ def resolve_settings(
 
 
 def _note_given_stat(layers: dict[str, _Value]) -> None:
-    """Note that the user named the percentiles: only those of a shipped preset yield to the weights' own."""
+    """Record that the user set the percentiles: only a shipped preset's give way to the weights' own."""
     stat = layers.get("model.stat")
     said = layers.get("model.stat_given")  # a file with every setting says both
     if stat is not None and stat.value and not stat.shipped and (said is None or said.origin != stat.origin):
@@ -214,7 +214,7 @@ def _preset_path(name: str) -> Path:
 
 
 def _read_preset(name: str, layers: dict[str, _Value], note: str, chain: tuple[Path, ...] = ()) -> None:
-    """Put a preset's values over ``layers``, after those of the preset it extends; ``note`` ends their origin."""
+    """Add a preset's values to ``layers``, after those of the preset it extends; ``note`` is added to their origin."""
     path = _preset_path(name).resolve()
     if path in chain:
         what = "presets extend one another in a circle: " + " -> ".join(p.name for p in (*chain, path))
@@ -243,8 +243,8 @@ _REPLACED = {"model.ckpt": "model.inference", "model.adapter": "model.inference"
 
 @contextmanager
 def _layer(layers: dict[str, _Value]) -> Iterator[None]:
-    """The block writes one layer. The weights it names replace those of earlier layers: ``--set model.ckpt`` a preset's
-    ``model.inference``.
+    """The block writes one layer. The weights it names replace those of earlier layers: ``--set model.ckpt`` replaces a
+    preset's ``model.inference``.
     """
     below = dict(layers)
     yield

@@ -1,9 +1,9 @@
-"""What a command requests of its task beside the settings: one frozen dataclass for each task.
+"""Requests: the options of one call that are not settings, one frozen dataclass per task.
 
-A setting says how work is done: presets, environment and ``--set`` give it. A request says what one call does: where
-it resumes, what it compares with, which files it writes. What could be either is a setting. `option` documents a field
-and spells its flag, and the annotation bounds it (config/fields.py): commands/options.py makes the command line from
-both, and every request is checked when it is made.
+Settings say how work is done and come from presets, environment and ``--set``. A request says what one call does: where
+it resumes, what it compares with, which files it writes. Anything that could be either is a setting. `option` documents
+a field and names its flag, and its annotation gives the bounds (config/fields.py). commands/options.py builds the
+command line from both, and every request is checked when it is created.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from persistworld_cli.config.settings import SAMPLER_NAMES, Sampler
 from persistworld_cli.errors import UsageError, nearest
 from persistworld_cli.files import jsonable
 
-# Files of a run's folder, between the launcher and its workers; the launcher leaves them there for people.
+# Files that the launcher and its workers exchange; the launcher leaves copies in the run's folder for people.
 CONFIG = "config.json"  # request and settings, written by the launcher
 RESULT = "result.json"  # what the task returned, written by rank 0
 FAILURE = "failure.json"  # exit code and reason, written by the first rank that failed
@@ -87,7 +87,7 @@ def request_to_json(request: Request) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRequest(Request):
-    """Of a task that worker processes do.
+    """The request of a task that runs in worker processes.
 
     Attributes:
         output: folder of the run.
@@ -118,27 +118,27 @@ def request_from_json(kind: type[TaskRequest], data: Mapping[str, Any], where: s
 
 @dataclass(frozen=True, kw_only=True)
 class ContinuingRequest(TaskRequest):
-    """Of a task that continues the finished work in its folder."""
+    """The request of a task that continues the finished work in its folder."""
 
     with_changes: bool = option(
         False,
-        "Continue finished work although settings changed that affect the result.",
+        "Continue although settings that affect the result have changed.",
         flag="--continue-with-changes",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractRequest(ContinuingRequest):
-    """Encode recordings. ``cores``: physical ones that this machine's processes share."""
+    """Encode recordings. ``cores``: physical cores shared by this machine's processes."""
 
     task: ClassVar[str] = "extract-latents"
-    vae: str = option("", "Weights whose VAE encodes; the model's by default.", metavar="PATH|HUB_ID")
+    vae: str = option("", "Weights that contain the VAE; the model's by default.", metavar="PATH|HUB_ID")
     episodes: str = option("", "Episodes to encode, as 0:100,199; all by default.")
     layout: Literal["native", "ctrl-world"] = option(
         "native", "native (float16, memory-mapped) or ctrl-world (float32 .pt files)."
     )
     batch: Count = option(32, "Images per call of the encoder.")
-    dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "The VAE computes in fp32, bf16 or fp16.")
+    dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "Precision of the VAE: fp32, bf16 or fp16.")
     workers: Whole | None = option(
         None, "Decoder processes per process (default: cores / processes; 0: decode in the process itself)."
     )
@@ -152,7 +152,7 @@ class TrainingRequest(ContinuingRequest):
 
     resume: bool = option(True, "Continue the run in the output folder, if it has one.", flag="--resume/--no-resume")
     resume_from: Path | None = option(
-        None, "Continue from this state: a run's folder (its newest) or its state/step-N.", metavar="PATH"
+        None, "Continue from this state: a run's folder (newest state) or its state/step-N.", metavar="PATH"
     )
 
     def __post_init__(self) -> None:
@@ -168,7 +168,7 @@ class PretrainRequest(TrainingRequest):
 
     task: ClassVar[str] = "pretrain"
     scratch: bool = option(False, "Start from random weights instead of the checkpoint's.")
-    vae: str = option("", "With --scratch: weights whose VAE is taken.", metavar="PATH|HUB_ID")
+    vae: str = option("", "With --scratch: weights that contain the VAE.", metavar="PATH|HUB_ID")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,11 +206,11 @@ class VerifyRequest(TaskRequest):
 
     task: ClassVar[str] = "verify"
     count: Annotated[int, Bounds(ge=2)] | None = option(
-        None, f"Episodes at most, of the benchmark's that are there.  \\[{VERIFY_COUNT}, or those of --episodes]"
+        None, f"Largest number of the benchmark's episodes to use.  \\[{VERIFY_COUNT}, or those of --episodes]"
     )
-    alone: bool = option(False, "Do not roll out the base, even where the published figures have a gain over it.")
+    alone: bool = option(False, "Do not roll out the base, even if the published figures include a gain over it.")
     write_published: Path | None = option(
-        None, "Write the measured figures as a file of published ones, and compare with none.", metavar="FILE.toml"
+        None, "Write the measured figures to a file for --published instead of comparing them.", metavar="FILE.toml"
     )
 
 
@@ -221,7 +221,7 @@ class FrontierRequest(ContinuingRequest):
     task: ClassVar[str] = "frontier"
     baseline: str = option(
         "",
-        "Weights that the reference is sampled with; base: without the adapter.  \\[the same]",
+        "Weights of the reference; base: without the adapter.  \\[the same]",
         metavar="PATH|HUB_ID",
     )
     samplers: tuple[Sampler, ...] = option(
@@ -236,10 +236,8 @@ class FrontierRequest(ContinuingRequest):
         (), "Also try these values of guidance, sigma_min, sigma_max or rho; may be repeated.", metavar="KEY=V,V"
     )
     reference: str = option("euler:50", "The setting that all others are compared with.", metavar="SAMPLER:STEPS")
-    percent: NonNegative = option(1.0, "Loss against the reference that is close enough, in percent.")
-    write_preset: Path | None = option(
-        None, "Write the fastest setting that is close enough as a preset.", metavar="FILE.toml"
-    )
+    percent: NonNegative = option(1.0, "Largest acceptable loss against the reference, in percent.")
+    write_preset: Path | None = option(None, "Write the fastest acceptable setting as a preset.", metavar="FILE.toml")
     preset: str = DEFAULT_PRESET
 
 
@@ -266,7 +264,7 @@ class DriveRequest(TaskRequest):
     )
     live: bool = option(False, "Drive in this terminal: one key, one step.")
     web: bool = option(False, "Drive on a web page that this machine serves.")
-    host: str = option("", f"With --web: address to listen on; beyond loopback a token is needed.  \\[{LOCALHOST}]")
+    host: str = option("", f"With --web: address to listen on; other than loopback it needs a token.  \\[{LOCALHOST}]")
     port: Port | None = option(None, "With --web: port to listen on.  \\[a free one]")
     browser: bool = option(False, "With --web: open the page in a browser.", flag="--open")
 
@@ -291,7 +289,7 @@ class DriveRequest(TaskRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyRolloutRequest(TaskRequest):
-    """Roll a policy out. ``episodes``, ``start`` and ``instruction`` take the place of the task's (``policy.task``)."""
+    """Roll a policy out. ``episodes``, ``start`` and ``instruction`` replace the task's (``policy.task``)."""
 
     task: ClassVar[str] = "pi-rollout"
     policy: str = option(
@@ -299,11 +297,11 @@ class PolicyRolloutRequest(TaskRequest):
         "scripted, hold or random (served here on loopback); server (the preset's address); or your own.",
         metavar="NAME|ws://HOST:PORT|MODULE:CLASS",
     )
-    rollouts: Count = option(1, "Number of rollouts: the first of the task's start frames.")
+    rollouts: Count = option(1, "Number of rollouts, from the first of the task's start frames.")
     episodes: tuple[str, ...] = option((), "Episode instead of the task's; may be repeated.", flag="--episode")
     start: Whole | None = option(None, "Start frame instead of the task's.")
     instruction: str = option("", "Instruction instead of the task's.")
-    judge: str = option("", "Who judges success: bundled-world, or your own.", metavar="NAME|MODULE:CLASS")
+    judge: str = option("", "Success judge: bundled-world, or your own.", metavar="NAME|MODULE:CLASS")
     against: Literal["sim"] | None = option(
         None,
         "sim: also roll out in the bundled world's simulator, and report how well the world model agrees.",
@@ -313,10 +311,10 @@ class PolicyRolloutRequest(TaskRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class SelfcheckRequest(TaskRequest):
-    """Check that launching works; no command, but tests and benchmarks.
+    """Check that launching works; used by tests and benchmarks, not by a command.
 
     Attributes:
-        seconds: each rank leaves a file ``waiting.RANK`` in ``output`` and waits so long.
+        seconds: each rank writes ``waiting.RANK`` into ``output`` and waits for this time.
         fail_rank: this rank leaves ``failing.RANK`` and fails.
         fail_how: mistake (PersistWorldError), crash (another error) or kill (by a signal).
     """
@@ -327,7 +325,7 @@ class SelfcheckRequest(TaskRequest):
     fail_how: Literal["mistake", "crash", "kill"] = "mistake"
 
 
-# -- commands that are done in their own process ----------------------------------------------------------------------
+# -- commands that run in their own process ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,11 +338,11 @@ class BuildMetaRequest(Request):
         100, "With --check: number of episodes whose videos and latents are read completely; 0: all."
     )
     export: Literal["ctrl-world"] | None = option(
-        None, "Write train_sample.json, val_sample.json and stat.json too.", metavar="ctrl-world"
+        None, "Also write Ctrl-World's train_sample.json, val_sample.json and stat.json.", metavar="ctrl-world"
     )
     lists: Path | None = option(
         None,
-        "Take episodes, start frames and percentiles from this folder of Ctrl-World's.",
+        "Take episodes, start frames and percentiles from this Ctrl-World folder.",
         flag="--import",
         metavar="DIR",
     )
@@ -380,7 +378,7 @@ class ExportRequest(Request):
     dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "Type of the weights: float32, bfloat16 or float16."
     )
-    force: bool = option(False, "Replace what is there.")
+    force: bool = option(False, "Replace an existing output.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,7 +387,7 @@ class PolicyServerRequest(Request):
 
     task: ClassVar[str] = "policy-server"
     policy: str = option("scripted", "scripted, hold or random; or your own.", metavar="NAME|MODULE:CLASS")
-    no_key: bool = option(False, "Listen beyond this machine without a key: everyone who reaches it may use it.")
+    no_key: bool = option(False, "Listen beyond loopback without a key: anyone who reaches the port can use it.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,7 +400,7 @@ class LeaderboardRequest(Request):
     )
     real: str = option(
         "",
-        "Real results: CSV with policy,task,success (0 .. 1),n; or sim, of runs made --against sim.",
+        "Real results: CSV with policy,task,success (0 .. 1),n; or sim: simulated in these runs.",
         metavar="FILE|sim",
     )
 

@@ -1,7 +1,7 @@
 """Which settings of a saved run may change when it is resumed, by task, and how two sets of settings differ.
 
-Whether a setting may change is declared with it (`free` in config/settings.py). Here: which settings, and which fields
-of its request, a task uses; no other is compared.
+Whether a setting may change is declared with it (`free` in config/settings.py). This module lists the settings and
+request fields that each task uses; only these are compared.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ USES: dict[str, Uses] = {
         tables=("world", "model", "sampling", "rewards", "post_train"),
         keys=_STARTS,
         unused=(*_EXTRACTION, *_POLICY, "model.adapter", "model.inference"),
-        logged=_CLIPS,  # of the clips by which it is measured whether actions are used
+        logged=_CLIPS,  # clips that only measure whether the model uses actions
     ),
     "eval": _ROLLOUTS,
     "frontier": dataclasses.replace(_ROLLOUTS, request=(*_ROLLOUTS.request, "reference")),
@@ -96,9 +96,9 @@ class Changes:
     """How the requested run differs from a saved one.
 
     Attributes:
-        refused: what would change the result.
-        free: what may change.
-        unknown: settings that only one of the two knows (another version of the program).
+        refused: changes that would change the result.
+        free: changes that are allowed.
+        unknown: settings that only one of the two runs has (another version of the program).
     """
 
     refused: list[Change]
@@ -146,7 +146,7 @@ def find_changes(task: str, before: Mapping[str, Any], now: Mapping[str, Any]) -
         change = _difference(key, old, new, before.get("inputs"), now.get("inputs"))
         if change is None:
             continue
-        same_place = change.key != key  # only what the file holds has changed
+        same_place = change.key != key  # only the file's content has changed
         allowed = is_free(task, key) or (same_place and USES[task].follows_weights)
         (changes.free if allowed else changes.refused).append(change)
     known_keys = set(_flat(now.get("settings", {})))
@@ -157,7 +157,7 @@ def find_changes(task: str, before: Mapping[str, Any], now: Mapping[str, Any]) -
 
 
 def with_todays_names(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved record, in which the request was once called ``job``, as it is written now."""
+    """A saved record with today's names; older records call the request ``job``."""
     if "job" not in record:
         return dict(record)
     new = {"request" if key == "job" else key: value for key, value in record.items()}
@@ -183,7 +183,7 @@ def _flat(tables: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _difference(
     key: str, old: Any, new: Any, before: Mapping[str, Any] | None, now: Mapping[str, Any] | None
 ) -> Change | None:
-    """A change of one setting; of a file, by what is known of it."""
+    """The change of one setting, or None; files are compared by content if it is recorded."""
     then, here = (before or {}).get(key), (now or {}).get(key)
     if then is None or here is None:
         same = old == new or (key.startswith("request.") and not old and not new)

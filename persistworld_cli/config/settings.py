@@ -4,8 +4,8 @@ Nothing here imports torch: presets are validated, printed and handed to workers
 Defaults are Ctrl-World's / PersistWorld's values (arXiv 2510.10125, 2603.25685) unless a comment says otherwise.
 Bounds and choices are in the annotations (config/fields.py); rules between settings are in config/check.py.
 
-A resumed run keeps its settings: one that would change the result is refused (config/resume.py). `free` and `FREE` mark
-those that may change all the same: what was done so far stays valid.
+A resumed run keeps its settings: a change that would affect the result is refused (config/resume.py). `free` and `FREE`
+mark settings that may change, because the finished work stays valid.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class SamplingSettings:
     decode_chunk: Count = 7  # view-frames decoded as one clip
     decode_dtype: Literal["float32", "bfloat16"] = "float32"  # of the decoder's products (SVD's overflows in float16)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    cast: Literal["autocast", "model"] = "autocast"  # what has that type: products alone (autocast), or all weights
+    cast: Literal["autocast", "model"] = "autocast"  # what has that type: products only (autocast), or all weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +116,8 @@ class ClipSettings:
     rollout_history_prob: Share = 0.0  # ours: history laid out as a rollout shows it (SamplingSettings.history)
     # processed dataset = weight; empty: world.dataset alone
     datasets: dict[str, NonNegative] = field(default_factory=dict)
-    workers: Whole = free(2)  # processes that read ahead, for each training process; 0: it reads itself
-    ahead: Count = free(2)  # batches that each of them holds ready
+    workers: Whole = free(2)  # prefetch processes per training process; 0: it reads the data itself
+    ahead: Count = free(2)  # batches that each of them prefetches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,7 @@ class VaeSettings:
     clip: Count = 5  # frames of a training clip: as many as are decoded as one clip later, since padding differs
     optimizer: Optimizer = "muon"
     lr: Positive = 1e-2
-    train_encoder: bool = True  # False: from model.ckpt, the decoder alone; latents extracted before stay valid
+    train_encoder: bool = True  # False: only the decoder, from model.ckpt; extracted latents stay valid
     kl: NonNegative = 1e-6
     colour_weight: NonNegative = 4.0  # extra weight on saturated pixels: small coloured objects must survive
     edge_weight: NonNegative = 0.5  # weight of the gradient-difference loss

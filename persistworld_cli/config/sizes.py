@@ -1,6 +1,6 @@
 """The size of a latent; needs no torch.
 
-diffusers' VAE cuts off what its factor does not divide, so config/check.py refuses other image sizes.
+diffusers' VAE crops images whose size its factor does not divide, so config/check.py refuses such sizes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_BLOCKS, _CHANNELS = (64,), 4  # what diffusers' class takes where `model.vae` says nothing
+_BLOCKS, _CHANNELS = (64,), 4  # defaults of diffusers' class
 
 
 def vae_factor(vae: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATE = "adapter_config.json", "adapter_model",
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # of files with weights
 _ADAPTER_FOLDERS = ("", "adapter/", "weights/adapter/")  # an adapter, a post-training's `weights`, its run's folder
 PARTS = ("unet", "vae", "image_encoder", "text_encoder", "action_encoder")  # of a world model's checkpoint
-PASSTHROUGH = "image_encoder"  # in checkpoints because Ctrl-World's strict loading wants it; nothing computes with it
+PASSTHROUGH = "image_encoder"  # in checkpoints because Ctrl-World's strict loading needs it; otherwise unused
 USED_PARTS = tuple(part for part in PARTS if part != PASSTHROUGH)
 NO_ADAPTER = ("base", "none")  # as an adapter or baseline: the checkpoint alone
 

@@ -1,4 +1,4 @@
-"""An accelerate configuration file (`accelerate config` writes it) as settings of the ``launch`` table."""
+"""Read an accelerate configuration file (from `accelerate config`) as settings of the ``launch`` table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INSTEAD = {
 def read_accelerate_config(path: Path) -> dict[str, Any]:
     """Processes, machines and device of the file, by their names in ``launch``.
 
-    A note says that mixed precision is each task's own setting; sharding the network (FSDP, DeepSpeed) is refused.
+    Mixed precision is ignored with a note, since each task has its own setting; FSDP and DeepSpeed are refused.
 
     Args:
         path: YAML or JSON; read by accelerate itself.
@@ -33,19 +33,19 @@ def read_accelerate_config(path: Path) -> dict[str, Any]:
     try:
         config = load_config_from_file(str(path))
     except FileNotFoundError:
-        raise UsageError("no such file", where=where, fix="accelerate config writes one") from None
+        raise UsageError("no such file", where=where, fix="create it with accelerate config") from None
     except Exception as error:  # YAML's and JSON's own, and ValueError, TypeError or AttributeError of accelerate
-        fix = "let accelerate config write it again"
+        fix = "create it again with accelerate config"
         raise UsageError(f"not an accelerate configuration: {error}", where=where, fix=fix) from None
     kind = str(getattr(config.distributed_type, "value", config.distributed_type))
     if not isinstance(config, ClusterConfig) or kind not in _PLAIN:
-        fix = _INSTEAD.get(kind, f"take one of {', '.join(_PLAIN)}")
+        fix = _INSTEAD.get(kind, f"use one of {', '.join(_PLAIN)}")
         raise UsageError(f"distributed_type {kind} is not supported", where=where, fix=fix)
     if config.gpu_ids not in (None, "all"):
-        fix = f"take it out and set CUDA_VISIBLE_DEVICES={config.gpu_ids}"
-        raise UsageError(f"gpu_ids {config.gpu_ids} is not read", where=where, fix=fix)
+        fix = f"remove it and set CUDA_VISIBLE_DEVICES={config.gpu_ids}"
+        raise UsageError(f"gpu_ids {config.gpu_ids} is not supported", where=where, fix=fix)
     if config.mixed_precision not in (None, "no"):
-        note(f"{path} asks for {config.mixed_precision}; the task's own setting decides (post_train.mixed_precision)")
+        note(f"{path} requests {config.mixed_precision}; the task's own setting decides (post_train.mixed_precision)")
     found = {name: getattr(config, name) for name in _TAKEN}
     taken = {name: value for name, value in found.items() if value is not None and value != -1}
     return taken | ({"device": "cpu"} if config.use_cpu else {})

@@ -1,8 +1,8 @@
-"""Continuing the finished work in a folder: with the same settings, or refused before anything is written; with
-``--continue-with-changes`` the folder keeps its settings update by update.
+"""Continue the finished work in a folder. Changed settings are refused before anything is written, unless
+``--continue-with-changes`` is given: then the folder records from which update on which settings were used.
 
 The folder's config.json is the record of its run. ``settings_history.json`` is written at the first change: a list of
-``{from, unit, at, run, changed, settings, request, inputs}``, the first entry of the run as it began.
+``{from, unit, at, run, changed, settings, request, inputs}``, whose first entry describes the run as it started.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _IN_HISTORY = ("settings", "request", "inputs")  # of a record
 
 @dataclass(frozen=True)
 class FinishedWork:
-    """What a folder holds: how much of which unit, and in words."""
+    """The finished work in a folder: a count, its unit, and both in words."""
 
     count: int
     unit: str
@@ -78,7 +78,7 @@ class EarlierRun:
 
 
 def find_earlier_run(record: Mapping[str, Any], output: Path) -> EarlierRun | None:
-    """The run that a new one continues; prints what has changed since, and refuses what would mix results.
+    """Find the run that a new one continues; print what has changed, and refuse changes that would mix results.
 
     Args:
         record: the new run, as config.json will hold it.
@@ -109,7 +109,7 @@ def find_earlier_run(record: Mapping[str, Any], output: Path) -> EarlierRun | No
             note(f"{source} has no {CONFIG}: the settings that made its {work.words} are unknown")
         return None
     if before.get("task") != task:
-        return None  # its state does not fit, and whoever reads it says so
+        return None  # its state does not fit, which the reader of the state reports
     changes = find_changes(task, before, record)
     if changes.refused and not request.get("with_changes"):
         raise _refusal(changes.refused, work, source, output, request.get("command", ()))
@@ -125,7 +125,7 @@ def find_earlier_run(record: Mapping[str, Any], output: Path) -> EarlierRun | No
 
 
 def keep_history(earlier: EarlierRun | None, record: Mapping[str, Any], output: Path) -> None:
-    """Write the settings update by update if they have changed; called once the new run is sure to begin.
+    """Add the new settings to the history if they have changed; called when the new run is about to start.
 
     Args:
         earlier: what `find_earlier_run` found.
@@ -150,14 +150,14 @@ def keep_history(earlier: EarlierRun | None, record: Mapping[str, Any], output: 
 
 
 def _require_same_task(task: str, output: Path, command: Sequence[str]) -> None:
-    """Refuse the folder of another task's finished work: its config.json is needed to continue that."""
+    """Refuse the folder of another task's finished work: its config.json is needed to continue that work."""
     own = _read_record(output)
     other = task if own is None else str(own.get("task"))
     if other != task and (work := find_finished_work(other, output)) is not None:
         raise UsageError(
             f"the folder holds the work of {other} ({work.words}), this is {task}",
             where=relative(output),
-            fix=f"take a folder of its own:\n    {with_output(command, unused_folder(output))}",
+            fix=f"use another folder:\n    {with_output(command, unused_folder(output))}",
         )
 
 
@@ -175,7 +175,7 @@ def _refusal(
     other = "leave --resume-from out to start a new run, or "
     if source == output:
         other = f"start another run:\n    {with_output(command, unused_folder(output))}\n  or "
-    kept_apart = "; finished rollouts stay, and are counted where they fit" if work.unit == "rollouts" else ""
+    kept_apart = "; finished rollouts that still fit are reused" if work.unit == "rollouts" else ""
     return UsageError(
         f"the run in '{relative(source)}' ({work.words}) has other settings:\n    {lines}",
         where=relative(source / CONFIG),

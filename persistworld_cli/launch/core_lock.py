@@ -1,4 +1,4 @@
-"""Which run has this machine's cores to itself: an advisory lock that a run holds while its workers run.
+"""An advisory lock on this machine's cores, which a run holds while its workers run.
 
 One file per user in the temporary folder, with one byte per CPU: runs on different CPUs (two SLURM jobs of one node,
 `taskset`) do not conflict. The kernel releases the lock with the process, however that ends.
@@ -23,7 +23,8 @@ def lock_path() -> Path:
 def claim_cores(cpus: Sequence[int], path: Path | None = None) -> Iterator[bool]:
     """Claim CPUs while the block runs; False if another run of this user has one of them: nothing is claimed then.
 
-    False too if no lock can be taken (such a file system, a foreign file): whether the cores are free is then unknown.
+    Also False if the lock cannot be used (unsuitable file system, another user's file): it is then unknown whether the
+    cores are free.
 
     Args:
         cpus: logical CPUs.
@@ -44,4 +45,4 @@ def claim_cores(cpus: Sequence[int], path: Path | None = None) -> Iterator[bool]
             claimed = False
         yield claimed
     finally:
-        os.close(file)  # gives the locks back
+        os.close(file)  # releases the locks

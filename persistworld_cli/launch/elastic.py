@@ -1,8 +1,8 @@
-"""``python -m persistworld_cli.launch.elastic ARGS``: ``accelerate launch ARGS`` with patience and short messages.
+"""``python -m persistworld_cli.launch.elastic ARGS``: ``accelerate launch`` that waits for its ranks.
 
-torch's elastic agent, which accelerate starts, kills ranks 30 seconds after a signal, and reports a failed rank by a
-traceback of its own. Here the first signal is passed on and the ranks end in their own time; a second one goes to the
-agent as usual. If a rank fails, the agent ends the others, and one line says which rank it was and how it ended.
+torch's elastic agent, which accelerate starts, kills ranks 30 seconds after a signal, and reports a failed rank with a
+traceback of its own. Here the first signal is passed on, and the ranks take the time they need to end; a second one
+goes to the agent as usual. If a rank fails, the agent ends the others, and one line reports which rank failed and how.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def killed(
     who: str, number: int, more: str = "", where: str | None = None, otherwise: str | None = None
 ) -> PersistWorldError:
     """The error for a process that a signal ended."""
-    memory = "if nobody killed it, memory ran out: take a smaller batch"
+    memory = "if nobody killed it, memory ran out: use a smaller batch"
     fix = memory if number == signal.SIGKILL else otherwise
     return PersistWorldError(f"{who} was killed by {signal.Signals(number).name}{more}", where=where, fix=fix)
 

@@ -73,7 +73,7 @@ def _siblings(cpu: int) -> str:
 
 @contextmanager
 def cores_alone(launch: LaunchSettings) -> Iterator[bool]:
-    """While a run lasts: whether nothing else worked on its CPUs when it began.
+    """Claim the run's CPUs while the block runs; yields whether nothing else used them at the start.
 
     Other runs of this user hold a lock (`core_lock`); other programs show in the CPUs' load. A run on GPUs claims
     nothing.

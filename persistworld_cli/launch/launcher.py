@@ -34,7 +34,7 @@ from persistworld_cli.launch.run_lock import SHARED_TASKS, RunFolder, own_folder
 from persistworld_cli.launch.terminal import keep_terminal
 from persistworld_cli.read_files import read_json
 
-_PATIENCE = 3  # this many signals, and the worker is killed
+_PATIENCE = 3  # the worker is killed after this many signals
 
 
 def run_task(settings: Settings, request: TaskRequest, *, take_over: bool = False) -> tuple[int, dict[str, Any]]:
@@ -42,12 +42,12 @@ def run_task(settings: Settings, request: TaskRequest, *, take_over: bool = Fals
 
     Args:
         settings: resolved settings; ``settings.launch`` says how many processes.
-        request: its ``output`` is made if it is absent. If it needs the terminal, the worker gets standard input,
+        request: its ``output`` is created if it is missing. If it needs the terminal, the worker gets standard input,
             whose modes are restored afterwards.
         take_over: take the folder over from a run on another host that was killed.
 
     Returns:
-        The exit code (0: done; otherwise the worker has said why), and what the task returned ({} on machines other
+        The exit code (0: done; otherwise the worker has reported why), and what the task returned ({} on machines other
         than the first).
 
     Raises:
@@ -81,7 +81,7 @@ def run_task(settings: Settings, request: TaskRequest, *, take_over: bool = Fals
 
 
 def _record(settings: Settings, request: TaskRequest, run: str) -> dict[str, Any]:
-    """``config.json``: all that a worker gets, and what a later run in the folder is compared with."""
+    """``config.json``: everything a worker gets, and the record that a later run in the folder is compared with."""
     tables, asked = to_json(settings), request_to_json(request)
     return {
         "task": request.task,
@@ -100,7 +100,7 @@ def _work(launch: LaunchSettings, folder: RunFolder, terminal: bool) -> int:
     held = () if folder.fd is None else (folder.fd,)
     with cores_alone(launch) as alone:
         if not alone:
-            note("other work runs on these CPU cores: this run's threads sleep while they wait, which shares the cores")
+            note("other work runs on these CPU cores: to share them, this run's threads sleep while they wait")
         environment = worker_environment(launch, alone=alone)
         code = _wait(command, environment, stdin=None if terminal else subprocess.DEVNULL, pass_fds=held)
     if code < 0:
@@ -205,7 +205,7 @@ def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
             return
         child.send_signal(number)  # before the note: standard error may be closed
         if len(seen) == 1:
-            note(f"{signal.Signals(number).name}: saving and stopping (a second one ends it sooner, a third kills it)")
+            note(f"{signal.Signals(number).name}: saving and stopping (a second signal ends it sooner, a third kills)")
 
     before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:

@@ -1,9 +1,9 @@
-"""A folder belongs to one run: the lock that a launcher holds on it, and the run's private files meanwhile.
+"""One run per folder: the launcher's lock on the folder, and the run's private files.
 
-``run.lock`` (``run-node1.lock``, ... on machines other than the first) says who works in the folder. The launcher and
-its child hold it by ``flock``, so that it lasts until the workers of a killed launcher have ended too. Where the file
-system has no locks, and between machines, the file's content decides: a launcher that no longer runs on this host frees
-the folder, one on another host needs ``--take-over``.
+``run.lock`` (``run-node1.lock``, ... on machines other than the first) names the run that uses the folder. The launcher
+and its child hold it by ``flock``, so that it lasts until the workers of a killed launcher have ended too. Without file
+locks, and between machines, the file's content decides: the folder is free if the launcher was on this host and no
+longer runs; after a launcher on another host it needs ``--take-over``.
 
 Config, result and failure pass between launcher and workers through ``.run-node0-<id>/``; the launcher then copies them
 to the folder, for people.
@@ -37,7 +37,7 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a folder, as its lock file says.
+    """The run that holds a folder, as its lock file names it.
 
     Attributes:
         run: id of the run.
@@ -89,7 +89,7 @@ class RunFolder:
         output: the folder.
         private: files of this machine's launcher and workers; removed at the end.
         fd: the lock, for the child to hold too; None if the file system has none.
-        first: whether this is machine 0, which writes what remains.
+        first: whether this is machine 0, which writes the files that stay.
     """
 
     run: str
@@ -103,7 +103,7 @@ class RunFolder:
 def own_folder(
     output: Path, task: str, launch: LaunchSettings, *, take_over: bool = False, command: Sequence[str] = ()
 ) -> Iterator[RunFolder]:
-    """Hold a run's folder while the block runs.
+    """Lock a run's folder while the block runs.
 
     Args:
         output: the folder; must exist.
@@ -113,8 +113,8 @@ def own_folder(
         command: as it was typed, for messages of other runs.
 
     Raises:
-        PersistWorldError: another run has the folder, or had it on another host and left its lock; another run took it
-            over meanwhile.
+        PersistWorldError: another run uses the folder, left its lock there from another host, or took the folder over
+            in the meantime.
         OSError: the folder cannot be written.
     """
     rank = launch.machine_rank
@@ -135,7 +135,7 @@ def own_folder(
             raise PersistWorldError(
                 f"the folder was taken over meanwhile: {now.words()}",
                 where=str(output),
-                fix="its files may be of both runs: start again with another --output",
+                fix="its files may come from both runs: start again with another --output",
             )
     finally:
         shutil.rmtree(private, ignore_errors=True)
@@ -159,7 +159,7 @@ def _describe(task: str, launch: LaunchSettings, command: Sequence[str]) -> Hold
 
 
 def _born(pid: int) -> float | None:
-    """When a process of this host started; None if there is none (a zombie is none)."""
+    """When a process of this host started; None if it does not exist or is a zombie."""
     import psutil
 
     try:
@@ -206,7 +206,7 @@ def _take(path: Path, own: Holder, *, shared: bool, take_over: bool) -> tuple[in
 
 
 def _wait_or_refuse(path: Path, holder: Holder | None, end: float | None) -> float:
-    """The lock is held by a running launcher: refuse; or by workers whose launcher was killed: they end soon."""
+    """Refuse if a running launcher holds the lock; wait if only the workers of a killed launcher hold it."""
     if holder is None or not holder.here or holder.alive:
         raise _taken(path, holder)
     if end is None:
@@ -223,7 +223,7 @@ def _wait_or_refuse(path: Path, holder: Holder | None, end: float | None) -> flo
 
 
 def _require_free(path: Path, before: Holder, *, locked: bool, take_over: bool) -> None:
-    """A lock file that nobody holds: its run was killed, or works on another host, beyond the reach of the lock."""
+    """Check a lock file that nobody holds: its run was killed, or runs on another host, where locks do not reach."""
     if before.here:
         if not locked and before.alive:
             raise _taken(path, before)
@@ -239,7 +239,7 @@ def _require_free(path: Path, before: Holder, *, locked: bool, take_over: bool) 
 
 
 def _taken(path: Path, holder: Holder | None) -> PersistWorldError:
-    """The refusal."""
+    """The error for a folder that another run uses."""
     if holder is None:
         return PersistWorldError(
             "another run is starting in this folder", where=str(path), fix="wait for it, or use another --output"
@@ -287,7 +287,7 @@ def _same_file(fd: int, path: Path) -> bool:
 
 
 def _write(fd: int, holder: Holder) -> None:
-    """In place: the lock is on this file, not on one that replaces it."""
+    """Write the file in place: the lock is on this file, not on one that replaces it."""
     text = json.dumps(asdict(holder), indent=1).encode()
     os.ftruncate(fd, 0)
     os.pwrite(fd, text, 0)

@@ -1,4 +1,4 @@
-"""The task ``selfcheck``: does launching work here? Every rank describes itself, and all gather that."""
+"""The task ``selfcheck``: check that launching works. Every rank describes itself; the results are gathered."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(settings: Settings, request: SelfcheckRequest) -> dict[str, Any]:
 
 
 def _fail(how: str) -> None:
-    """End this rank in one of the ways in which ranks end."""
+    """Make this rank fail in the requested way."""
     if how == "kill":
         os.kill(os.getpid(), 9)
     if how == "crash":

@@ -146,7 +146,7 @@ def test_invalid_key_maps_are_refused() -> None:
     assert load_settings(None, ["drive.keys.w=+x"], {}, env={}).drive.keys["w"] == "+x"
     for item, text in (
         ("drive.keys.w=+q", r"'\+q' of key 'w' is not an action"),
-        ("drive.keys.z=+x", "'z' is taken, for undo"),
+        ("drive.keys.z=+x", "'z' is reserved for undo"),
         ("drive.keys.up=+z", "'up' is not one letter"),
         ("drive.keys.1=+z", "'1' is not one letter"),
         ("drive.display=ascii", "drive.display"),
