@@ -1,4 +1,4 @@
-"""Weights on disk and on the hub: found, checked, loaded, exported; adapters on top of them."""
+"""Find, check, load and export weights and adapters, on disk and on the hub."""
 
 from persistworld_cli.compat import ensure_torchvision
 

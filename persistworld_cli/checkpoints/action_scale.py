@@ -1,4 +1,4 @@
-"""The scale of actions belongs to the weights: saved in every weights file, read with it, compared with the data.
+"""The action scale belongs to the weights: saved in every weights file, loaded with it, compared with the data.
 
 Weights expect poses scaled by the 1st and 99th percentiles of the states that they were trained on (method.md 1).
 `scale_of` alone decides which percentiles a command uses:
@@ -38,16 +38,16 @@ NOTE = "action_scale"  # in a weights file's notes: the JSON of a stat.json
 CLIPPED = 0.05  # share of a dimension's values that may lie outside the weights' percentiles
 NARROW, WIDE = 0.3, 1.5  # a dimension's p01..p99 range in the data, as a share of the weights'
 # A few episodes seldom cover the range of a whole dataset: each of nine real DROID episodes has a dimension below
-# 0.3. Of so few, a narrow range is reported only for a position that hardly moves, and a value counts as clipped only
-# where it lies outside by more than a tenth of the weights' range.
+# 0.3. With so few, a narrow range is reported only for a position that hardly moves, and a value counts as clipped only
+# if it is outside by more than a tenth of the weights' range.
 FEW, STILL, OUTSIDE = 10, 0.05, 0.1
 _ANGLES = ("roll", "pitch", "yaw")
 _POSITION = ("x", "y", "z")
 _TURN = 2 * math.pi
-_WHOLE_TURN = 0.95 * _TURN  # percentiles of an angle that jumps between -pi and +pi
+_WHOLE_TURN = 0.95 * _TURN  # percentiles of an angle that wraps at +-pi
 _SLACK = 1e-3  # rad: recorded angles reach pi to rounding
-_BLOCKS, _BLOCK = 256, 64  # states of an index that are looked at: so many runs of so many rows, evenly spread
-_EPISODES = 200  # annotations that are read where there is no index
+_BLOCKS, _BLOCK = 256, 64  # states sampled from an index: this many runs of this many rows, evenly spread
+_EPISODES = 200  # annotations that are read if there is no index
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Poses:
-    """States (N, D) of a dataset, of how many episodes, and where they were found."""
+    """States (N, D) of a dataset, their number of episodes, and the place where they were found."""
 
     states: NDArray[np.float64]
     episodes: int
@@ -85,7 +85,7 @@ def noted_scale(notes: Mapping[str, str], where: str) -> ActionStat | None:
     text = notes.get(NOTE)
     if text is None:
         return None
-    with reading("the weights carry a damaged scale of actions", where, "write or fetch them again"):
+    with reading("the weights have a damaged action scale", where, "write or fetch them again"):
         return ActionStat.of(as_object(parse_json(text)))
 
 
@@ -105,12 +105,12 @@ def stored_scale(source: str | Path) -> ActionStat | None:
 
 
 def scale_of(settings: Settings, store: EpisodeStore, weights: Sequence[str | Path], *, quiet: bool = False) -> Scale:
-    """The percentiles that poses are scaled by for these weights, with a warning where the settings name others.
+    """The percentiles that poses are scaled by for these weights, with a warning if the settings name others.
 
     Args:
         settings: ``model.stat``, and whether the user named it.
         store: the dataset, with the settings' percentiles (`open_store`).
-        weights: what the model is made of, the part trained last first: a saved state, an adapter, the weights below.
+        weights: the parts of the model, last trained first: a saved state, an adapter, the weights below it.
         quiet: no warning (ranks other than 0).
 
     Raises:
@@ -133,7 +133,7 @@ def scale_of(settings: Settings, store: EpisodeStore, weights: Sequence[str | Pa
         lines = "".join(
             f"\n  {name:8}{by_settings}, the weights' {by_weights}" for name, by_settings, by_weights in rows
         )
-        what = "warning: the weights carry another scale of actions than %s; used: %s%s"
+        what = "warning: the action scale of the weights differs from %s; used: %s%s"
         logger.warning(what, origin, used.origin, lines)
     return used
 
@@ -196,7 +196,7 @@ def check_poses(
     """Warn by dimension where a dataset's poses do not look like those that the weights were trained on.
 
     Returns:
-        The warning's lines (`pose_findings`); [] where the scale is the dataset's own, which says nothing of weights.
+        The warning's lines (`pose_findings`); [] if the scale is the dataset's own, which says nothing about weights.
 
     Raises:
         PersistWorldError: there are such lines, and ``model.strict_actions`` is set.
@@ -208,8 +208,8 @@ def check_poses(
     what = "the poses do not look like those that the weights were trained on:\n" + "\n".join(lines)
     where = f"poses: {poses.where}; scale: {scale.origin}"
     fix = (
-        "check unit (m, rad) and order of the states; weights that shall learn this data from scratch take its own "
-        f"percentiles: --set model.stat={store.meta / 'stat.json'}"
+        "check units (m, rad) and order of the states; to train on this data from scratch, use its own percentiles: "
+        f"--set model.stat={store.meta / 'stat.json'}"
     )
     if settings.model.strict_actions:
         raise PersistWorldError(what, where=where, fix=fix)
@@ -219,7 +219,7 @@ def check_poses(
 
 
 def sample_poses(store: EpisodeStore, split: str, episodes: Iterable[str]) -> Poses | None:
-    """Some thousand states of a dataset: spread over its index; without one, of the named episodes (or of the split).
+    """A few thousand states of a dataset: spread over its index, or from the named episodes (or the split).
 
     Raises:
         PersistWorldError: a damaged index or annotation.
@@ -247,8 +247,8 @@ def sample_poses(store: EpisodeStore, split: str, episodes: Iterable[str]) -> Po
 def pose_findings(stat: ActionStat, poses: Poses) -> list[str]:
     """One line for each dimension with too many clipped values or another range; [] where all is well.
 
-    An angle that jumps at +-pi has percentiles of a whole turn: its range is not compared, and nothing between -pi and
-    +pi counts as clipped. Data that jump there are measured around the circle.
+    The percentiles of an angle that wraps at +-pi span a whole turn: its range is not compared, and nothing between -pi
+    and +pi counts as clipped. The range of data that wrap is measured around the circle.
     """
     states, width = poses.states, poses.states.shape[1]
     if width != len(stat.p01):
@@ -280,7 +280,7 @@ def pose_findings(stat: ActionStat, poses: Poses) -> list[str]:
 
 
 def _spread(values: NDArray[np.float64], angle: bool) -> float:
-    """p99 - p01; of an angle, the smaller of that along the line and around the circle (cut at its widest gap)."""
+    """p99 - p01; for an angle, the smaller of the linear and the circular range (cut at the widest gap)."""
     low, high = np.percentile(values, [1, 99])
     if not angle:
         return float(high - low)

@@ -1,4 +1,4 @@
-"""Adapters on disk: PEFT folders with the action encoder beside, and a post-training's saved state."""
+"""Adapters on disk: PEFT folders with an action encoder, and saved states of post-training."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Adapter:
     Attributes:
         config: rank, alpha and target modules.
         lora: tensors under PEFT's names (``base_model.model.<module>.lora_A.weight``).
-        encoder: the action encoder's tensors; empty where the adapter leaves it alone.
+        encoder: the action encoder's tensors; empty if the adapter does not change it.
         root: its folder, or its file.
     """
 
@@ -74,7 +74,7 @@ def _peft_config(folder: Path) -> PeftConfig:
         _check_config(read_json(path, what))
         config = PeftConfig.from_pretrained(str(folder))
         if not getattr(config, "target_modules", None):
-            raise ValueError("no target_modules: it names no layers of the network")
+            raise ValueError("no target_modules: no layers of the network are named")
         return config
 
 
@@ -91,7 +91,7 @@ def _check_config(config: dict[str, Any]) -> None:
         if isinstance(names, str):
             re.compile(names)
         elif not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{key} is no list of names")
+            raise ValueError(f"{key} is not a list of names")
 
 
 def lora_config(options: PostTrainSettings) -> LoraConfig:
@@ -101,7 +101,7 @@ def lora_config(options: PostTrainSettings) -> LoraConfig:
 
 
 def _state_config(root: Path) -> PeftConfig:
-    """The same from the settings that the run's folder holds."""
+    """The adapter config of a saved state, from the settings in its run's folder."""
     step = root if root.is_dir() else root.parent
     path = step.parent.parent / "config.json"
     try:
@@ -114,7 +114,7 @@ def _state_config(root: Path) -> PeftConfig:
 
 
 def require_adapter(source: str | Path, settings: ModelSettings) -> None:
-    """Raise PersistWorldError where an adapter is not one of this model's; nothing of the model is built or read."""
+    """Raise PersistWorldError if an adapter does not fit this model; the model's weights are not read."""
     adapter = read_adapter(locate(source))
     if why := adapter_misfit(adapter, settings):
         raise _other_model(adapter, why)
@@ -131,19 +131,19 @@ def _other_model(adapter: Adapter, why: str) -> PersistWorldError:
 
 
 def adapter_presets(adapter: Adapter) -> list[str]:
-    """Bundled presets whose model the adapter is made for."""
+    """Bundled presets whose model the adapter fits."""
     return [name for name, why in preset_misfits(adapter) if not why]
 
 
 def preset_misfits(adapter: Adapter) -> Iterator[tuple[str, str]]:
-    """Bundled presets with the layers that the adapter changes, and why it does not fit; "" where it does."""
+    """Bundled presets with the layers that the adapter changes, and why it does not fit ("" if it does)."""
     for name in preset_names():
         if _has_layers(preset_shapes(name), adapter):
             yield name, adapter_misfit(adapter, bundled_settings(name).model)
 
 
 def _has_layers(shapes: Shapes, adapter: Adapter) -> bool:
-    """Whether every layer that the adapter changes is there and takes what the adapter takes; quick, without peft."""
+    """Whether every layer that the adapter changes exists and has its input size; fast, without peft."""
     for name, tensor in adapter.lora.items():
         layer, found, _ = name.removeprefix(_LORA_PREFIX).partition(".lora_A.")
         if found and shapes.get(f"unet.{layer}.weight", ())[1:] != tuple(tensor.shape[1:]):
@@ -152,14 +152,14 @@ def _has_layers(shapes: Shapes, adapter: Adapter) -> bool:
 
 
 def adapter_misfit(adapter: Adapter, settings: ModelSettings) -> str:
-    """Why an adapter does not fit a model of these settings (built without memory); "" where it does."""
+    """Why an adapter does not fit a model of these settings ("" if it does), tested on the meta device."""
     with torch.device("meta"):
         unet, encoder = FrameLevelUNet(**settings.unet), ActionEncoder(settings.action_dim, settings.token_dim)
     return _wrap(adapter, unet, encoder)[1]
 
 
 def _wrap(adapter: Adapter, unet: FrameLevelUNet, encoder: ActionEncoder) -> tuple[Any, str]:
-    """A network with the adapter's layers, still without their numbers; and why the adapter does not fit, or ""."""
+    """A network with the adapter's layers, not yet filled; and why the adapter does not fit ("" if it does)."""
     try:
         wrapped = PeftModel(unet, adapter.config, low_cpu_mem_usage=True)
     except _NO_FIT as error:
@@ -174,7 +174,7 @@ def merge_adapter(model: WorldModel, source: str | Path) -> None:
     """Merge an adapter into the model's weights, and take its action encoder; the model keeps its type and device.
 
     Args:
-        model: has its weights; is not to be used after an error.
+        model: a model with weights; unusable after an error.
         source: PEFT folder, a run's ``weights``, a post-training's saved state, or a hub id.
 
     Raises:
@@ -184,7 +184,7 @@ def merge_adapter(model: WorldModel, source: str | Path) -> None:
     wrapped, why = _wrap(adapter, model.unet, model.action_encoder)
     if why:
         raise _other_model(adapter, why)
-    dtype = model.unet.conv_in.weight.dtype  # which peft casts to as well; one by one, both copies are never whole
+    dtype = model.unet.conv_in.weight.dtype  # peft casts to it too; one by one, so that two full copies never exist
     lora = {name: adapter.lora.pop(name).to(dtype) for name in list(adapter.lora)}
     set_peft_model_state_dict(wrapped, lora, low_cpu_mem_usage=True)
     del lora
@@ -202,12 +202,12 @@ def write_adapter(
     force: bool = False,
     stat: ActionStat | None = None,
 ) -> None:
-    """Write a PEFT folder, with the action encoder if there is one, whole or not at all.
+    """Write a PEFT folder atomically, with the action encoder if there is one.
 
     ``stat``, the percentiles that actions are scaled by, is saved in every file of it.
 
     Raises:
-        PersistWorldError: something is there already (without `force`), or it cannot be written.
+        PersistWorldError: the folder exists (without `force`), or it cannot be written.
     """
     require_free(folder, force=force, marker=ADAPTER_CONFIG)
     with whole_folder(folder) as partial:

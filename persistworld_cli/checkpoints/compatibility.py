@@ -1,6 +1,6 @@
 """Check a state dict against a model in one message, and identify unknown checkpoints.
 
-Shapes alone are compared. Presets are built on the meta device, which takes no memory and a fraction of a second.
+Only names and shapes are compared. Presets are built on the meta device, without memory, in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]
 
 
 def misfit(expected: Shapes, given: Shapes) -> str:
-    """Counts and first of the missing, unexpected and differently shaped keys; "" where there are none.
+    """Number and first of the missing, unexpected and differently shaped keys; "" if there are none.
 
-    The part that nothing computes with may be absent as a whole.
+    The unused part (image encoder) may be missing as a whole.
     """
     if PASSTHROUGH not in parts_of(given):
         expected = {k: shape for k, shape in expected.items() if part_of(k) != PASSTHROUGH}
@@ -52,7 +52,7 @@ def misfit(expected: Shapes, given: Shapes) -> str:
 def require_fit(
     expected: Shapes, given: Shapes, where: str, *, wanted: str = "model", whose: str = "this preset"
 ) -> None:
-    """Raise one PersistWorldError where `given` is not exactly `expected`, with what it is instead.
+    """Raise one PersistWorldError if `given` is not exactly `expected`; it says what the checkpoint is instead.
 
     Args:
         expected, given: names and shapes.
@@ -67,12 +67,12 @@ def require_fit(
 
 
 def require_known(shapes: Shapes, where: str) -> str:
-    """`kind_of` these tensors; raises PersistWorldError where they belong to nothing of this program."""
+    """`kind_of` these tensors; raises PersistWorldError if they are unknown."""
     kind = kind_of(shapes)
     if kind == "unknown":
         first, shape = next(iter(shapes.items()))
         raise PersistWorldError(
-            f"no world model, VAE or adapter: {len(shapes)} tensors (first: {first} {shape})",
+            f"not a world model, VAE or adapter: {len(shapes)} tensors (first: {first} {shape})",
             where=where,
             fix="give a checkpoint of Ctrl-World's, a diffusers folder, or an adapter",
         )
@@ -140,13 +140,13 @@ def preset_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def settings_shapes(settings: Settings) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the state dict of a preset's model, which is built without memory."""
+    """Names and shapes of the state dict of a preset's model, built on the meta device."""
     with torch.device("meta"):
         return shapes_of(build_world_model(settings.model, settings.world).state_dict())
 
 
 def fitting_presets(shapes: Shapes) -> dict[str, list[str]]:
-    """Bundled presets whose whole model, or whole parts of it, these shapes are -> the parts that are absent."""
+    """Bundled presets that these shapes match, as a whole or in whole parts -> the missing parts."""
     named = with_prefix(shapes)
     held, fits = parts_of(named), {}
     for name in preset_names() if held and "" not in held else ():
@@ -157,7 +157,7 @@ def fitting_presets(shapes: Shapes) -> dict[str, list[str]]:
 
 
 def advice(given: Shapes, wanted: str = "model") -> str:
-    """What to do with a checkpoint that does not fit where a ``model`` or ``VAE`` was wanted."""
+    """What to do with a checkpoint that is not the wanted ``model`` or ``VAE``."""
     kind, fits = kind_of(given), fitting_presets(given)
     names = " or ".join(fits)
     absent = next(iter(fits.values()), [])

@@ -1,4 +1,4 @@
-"""Export weights as one file under Ctrl-World's names, or an adapter as a PEFT folder; whole or not at all."""
+"""Export weights as one file under Ctrl-World's names, or an adapter as a PEFT folder, atomically."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from persistworld_cli.files import require_free
 
 logger = logging.getLogger(__name__)
 
-_Exported = tuple[dict[str, torch.Tensor], str | None, ActionStat | None]  # tensors, merged adapter, scale of actions
+_Exported = tuple[dict[str, torch.Tensor], str | None, ActionStat | None]  # tensors, merged adapter, action scale
 # Format -> how the file's name ends ("": a folder)
 FORMATS = {"ctrl-world": (".pt", ".pth"), "safetensors": (".safetensors",), "peft": ("",)}
 
 
 def export(request: ExportRequest, settings: Settings | None) -> dict[str, Any]:
-    """Write whole weights as one file, or an adapter as a PEFT folder; the scale of actions is noted in each.
+    """Write whole weights as one file, or an adapter as a PEFT folder; each records the action scale.
 
     ``ctrl-world`` is what `torch.save` writes and Ctrl-World loads with strict=True. An adapter is merged in float32.
 
     Args:
-        request: a CKPT that is an adapter is merged into the checkpoint of its preset, or with ``peft`` written.
+        request: if CKPT is an adapter, it is merged into its preset's checkpoint, or with ``peft`` written by itself.
         settings: of the model; None: those of the bundled preset that it fits.
 
     Returns:
@@ -52,8 +52,8 @@ def export(request: ExportRequest, settings: Settings | None) -> dict[str, Any]:
 
     Raises:
         PersistWorldError: weights that are absent, damaged or of another model; the output cannot be written.
-        UsageError: an output of another name, or there already; CKPT is an adapter of more than one preset, or none
-            where one is to be written.
+        UsageError: the output has the wrong suffix or exists; CKPT is an adapter that fits several base weights, or not
+            an adapter although ``peft`` is requested.
     """
     to, output, force = request.to, request.output, request.force
     if output.suffix not in FORMATS[to]:
@@ -86,7 +86,7 @@ def _export_model(request: ExportRequest, settings: Settings | None) -> _Exporte
     model = load_world_model(settings.model, settings.world, ckpt=ckpt, adapter=adapter, dtype=dtype, passthrough=True)
     if request.to == "ctrl-world" and settings.model.image and not hasattr(model, PASSTHROUGH):
         raise PersistWorldError(
-            f"Ctrl-World loads with strict=True and wants an {PASSTHROUGH.replace('_', ' ')}; this checkpoint has none",
+            f"Ctrl-World loads with strict=True and needs an {PASSTHROUGH.replace('_', ' ')}; this checkpoint has none",
             where=ckpt,
             fix="write --to safetensors, which this program loads, or name the checkpoint that has it",
         )
@@ -127,8 +127,8 @@ def _export_adapter(request: ExportRequest, settings: Settings | None) -> _Expor
 
 
 def export_scale(settings: Settings | None, ckpt: str, adapter: str) -> ActionStat | None:
-    """The scale of actions for exported weights: the adapter's or the weights' own, else ``model.stat`` of the preset
-    that the user names (``settings``) or whose weights these are; None, with a warning, where nothing says it.
+    """The action scale for exported weights: the adapter's or the weights' own, else ``model.stat`` of the preset
+    that the user names (``settings``) or whose weights these are; None, with a warning, if none is known.
 
     Raises:
         PersistWorldError: absent weights, damaged or missing percentiles.
@@ -144,7 +144,7 @@ def export_scale(settings: Settings | None, ckpt: str, adapter: str) -> ActionSt
         settings = next(known, None)
     if settings is None or not settings.model.stat:
         logger.warning(
-            "%s carries no scale of actions, nor does what is written: name it with --preset, or --set model.stat=FILE",
+            "%s has no action scale, so the exported file has none either: give --preset, or --set model.stat=FILE",
             adapter or ckpt,
         )
         return None
@@ -175,7 +175,7 @@ def _settings_of(ckpt: str) -> Settings:
 
 
 def _require_finite(tensors: dict[str, torch.Tensor], dtype: str) -> None:
-    """Raise PersistWorldError where numbers are too large for the type."""
+    """Raise PersistWorldError if values are too large for the type."""
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise PersistWorldError(

@@ -40,9 +40,9 @@ def describe(name: str, compare: Settings | None = None) -> dict[str, Any]:
 
     Returns:
         JSON values: ``kind``, ``path``, ``layers``, ``tensors``, ``parameters``, ``dtypes`` (type -> tensors), ``fits``
-        (bundled presets), ``nearest`` (where it fits none: the ``preset`` with most in common, ``misfit``), ``lacks``
+        (bundled presets), ``nearest`` (if it fits none: the ``preset`` with most in common, ``misfit``), ``lacks``
         (parts of those presets that are not in it), ``adapter`` (rank, alpha, targets), ``merged_adapter``,
-        ``action_scale`` (percentiles that it carries), ``parts`` and ``files`` (one row each); with `compare`,
+        ``action_scale`` (its percentiles), ``parts`` and ``files`` (one row each); with `compare`,
         ``own_preset``: "fits", or why not.
 
     Raises:
@@ -95,7 +95,7 @@ def _fit_of_adapter(adapter: Adapter, compare: Settings | None) -> dict[str, Any
 
 
 def _settings_of(adapter: Adapter | None) -> dict[str, Any] | None:
-    """Rank, alpha and what it changes."""
+    """Rank, alpha and target layers of an adapter."""
     if adapter is None:
         return None
     config = adapter.config

@@ -1,7 +1,7 @@
 """Load models: state dicts (.pt, .safetensors), shards, diffusers folders, hub ids, adapters.
 
-Everything is compared by names and shapes before a number is read, and then read one tensor after another into the
-model: loading takes the model's own memory and little more (`benchmarks/loading.py` measures it).
+Names and shapes are checked before any data is read. Tensors are then read one by one into the model, so that loading
+needs little more memory than the model itself (`benchmarks/loading.py` measures it).
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def load_world_model(
         dtype: of all weights, whatever the file's; an adapter is merged in float32 first.
         fresh: of `FRESH`, parts that the checkpoint may lack as a whole: the text encoder then comes from the
             tokenizer's folder or hub id (CLIP), the action encoder starts at random.
-        passthrough: whether to load the part that nothing computes with too (an image encoder, a quarter of the
-            full-size checkpoint); by default it is compared, where the checkpoint has it, and left on disk.
+        passthrough: also load the unused image encoder (a quarter of the full-size checkpoint); by default it is only
+            checked, if the checkpoint has it.
 
     Raises:
         PersistWorldError: weights that are absent, damaged, or of another model.
@@ -76,7 +76,7 @@ def load_world_model(
     fill(targets, files)
     del files, targets
     if "action_encoder" in absent:
-        logger.info("'%s' has no action encoder: it begins with random weights", source)
+        logger.info("'%s' has no action encoder: it starts with random weights", source)
         for layer in model.action_encoder.modules():
             if isinstance(layer, torch.nn.Linear):
                 layer.reset_parameters()
@@ -88,9 +88,9 @@ def load_world_model(
 
 
 def load_for_sampling(settings: Settings, *, ckpt: str, adapter: str, device: torch.device | str = "cpu") -> WorldModel:
-    """`load_world_model` for rollouts: weights in the type that ``settings.sampling`` asks for, compiled if asked.
+    """`load_world_model` for rollouts: weights in the type of ``settings.sampling``, compiled if requested.
 
-    `references.inference_ref` has the weights of a preset.
+    `references.inference_ref` names the weights of a preset.
     """
     model = load_world_model(
         settings.model,
@@ -131,7 +131,7 @@ def load_model(settings: Settings) -> WorldModel:
 
 
 def open_passthrough(source: str) -> WeightFiles:
-    """The part of a checkpoint that nothing computes with, fetched and opened but not read; may be empty."""
+    """The unused part of a checkpoint (image encoder), fetched and opened but not read; may be empty."""
     files = WeightFiles(locate(source))
     files.rename({name: name for name in files.info if name.startswith(f"{PASSTHROUGH}.")})
     return files
@@ -140,7 +140,7 @@ def open_passthrough(source: str) -> WeightFiles:
 def _open(
     source: str, settings: ModelSettings, fresh: Sequence[str], passthrough: bool
 ) -> tuple[WeightFiles, list[str]]:
-    """A checkpoint's tensors, with CLIP's text tower where its own may be absent; and the parts that are absent."""
+    """A checkpoint's tensors, with CLIP's text tower if its own is missing; and the missing parts."""
     located = locate(source, PARTS if passthrough else USED_PARTS)
     files = WeightFiles(located)
     held = parts_of(files.info)
@@ -155,7 +155,7 @@ def _open(
             where=f"{source}, model.tokenizer = {settings.tokenizer}",
             fix="let model.tokenizer name a CLIP model with its weights, e.g. openai/clip-vit-base-patch32",
         ) from error
-    logger.info("'%s' has no text encoder: CLIP's is taken from '%s'", source, settings.tokenizer)
+    logger.info("'%s' has no text encoder: using CLIP's from '%s'", source, settings.tokenizer)
     files = WeightFiles(located, replace(clip, files=tuple((path, "text_encoder.") for path, _ in clip.files)))
     files.rename({name: name for name in files.info if not name.startswith(_CLIP_IMAGES)})
     return files, [part for part in absent if part != "text_encoder"]
@@ -184,7 +184,7 @@ def load_vae(settings: ModelSettings, source: str) -> AutoencoderKLTemporalDecod
 
 
 def reset_buffers(model: WorldModel) -> None:
-    """Fill buffers that no checkpoint holds (CLIP's position ids) after the model was built without memory."""
+    """Fill buffers that no checkpoint holds (CLIP's position ids) after the model was built on the meta device."""
     for module in model.modules():
         ids = module._buffers.get("position_ids")
         if ids is not None:

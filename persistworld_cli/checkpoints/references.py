@@ -38,12 +38,12 @@ class ModelRef:
 
 
 def weights_ref(weights: str, ckpt: str, adapter: str = "", label: str = "") -> ModelRef:
-    """What a path or hub id runs: an adapter on `ckpt`, or whole weights alone; in every command.
+    """The model that a path or hub id means in every command: an adapter on `ckpt`, or whole weights.
 
     Args:
         weights: a file, a folder, a hub id, ``bundled:NAME``.
         ckpt: the settings' checkpoint.
-        adapter: goes on `weights`.
+        adapter: to put on `weights`.
         label: of the model.
 
     Raises:
@@ -61,15 +61,15 @@ def weights_ref(weights: str, ckpt: str, adapter: str = "", label: str = "") -> 
         )
     if not ckpt:
         raise UsageError(
-            f"'{weights}' is an adapter, and no weights are named that it belongs on",
+            f"'{weights}' is an adapter, but its base weights are not given",
             where="model.ckpt",
-            fix="take the preset it was trained with, or set model.ckpt",
+            fix="use the preset it was trained with, or set model.ckpt",
         )
     return ModelRef(label, ckpt, own)
 
 
 def inference_ref(model: ModelSettings, label: str = "") -> ModelRef:
-    """What the settings say that inference runs: ``model.inference``, or ``model.ckpt``; ``model.adapter`` on it.
+    """The model that inference runs: ``model.inference``, or ``model.ckpt``, with ``model.adapter`` on top.
 
     Raises as `weights_ref`, and UsageError where no weights are named.
     """
@@ -82,14 +82,14 @@ def inference_ref(model: ModelSettings, label: str = "") -> ModelRef:
 
 
 def refs_of_eval(model: ModelSettings, baseline: str = "", *, alone: bool = False) -> list[ModelRef]:
-    """The baseline, then the model that is judged; the latter alone where there is nothing to compare it with.
+    """The baseline, then the evaluated model; only the latter if there is nothing to compare it with.
 
-    Judged is what the settings say that inference runs (`inference_ref`).
+    The evaluated model is the one that inference runs (`inference_ref`).
 
     Args:
         model: the settings.
-        baseline: weights, or a PEFT folder on the judged checkpoint; "base" or "": the judged checkpoint without its
-            adapter, or ``model.ckpt`` where whole weights are judged.
+        baseline: weights, or a PEFT folder on the evaluated checkpoint; "base" or "": the evaluated checkpoint without
+            its adapter, or ``model.ckpt`` if whole weights are evaluated.
         alone: no baseline.
 
     Raises:
@@ -116,8 +116,9 @@ def refs_of_eval(model: ModelSettings, baseline: str = "", *, alone: bool = Fals
 def refs_of_replay(model: ModelSettings, ckpts: Sequence[str] = (), adapters: Sequence[str] = ()) -> list[ModelRef]:
     """The models of a replay, one for each of ``ckpts`` and ``adapters``; without any, `inference_ref`.
 
-    Several of one go with the single one of the other; equal numbers pair up in order. Adapters alone go on
-    ``model.ckpt``; weights alone go without the settings' adapter. An adapter ``base`` is none.
+    A single checkpoint is paired with every adapter, a single adapter with every checkpoint; equal numbers are paired
+    in order. Without ``ckpts``, adapters go on ``model.ckpt``; without ``adapters``, ``model.adapter`` is not used. The
+    adapter ``base`` means none.
 
     Raises:
         UsageError: numbers that do not pair up, or no weights.
@@ -131,7 +132,7 @@ def refs_of_replay(model: ModelSettings, ckpts: Sequence[str] = (), adapters: Se
         raise UsageError(
             f"{len(ckpts)} checkpoints and {len(adapters)} adapters do not pair up",
             where="--ckpt, --adapter",
-            fix="give one of one kind, or as many of both",
+            fix="give one of either, or the same number of both",
         )
     if not all(below):
         raise UsageError("no weights to replay in", where="model.ckpt", fix="take a preset, or give --ckpt")
@@ -151,7 +152,7 @@ def _kind(ref: ModelRef, model: ModelSettings) -> str:
 
 
 def _labels(baseline: ModelRef, judged: ModelRef) -> list[str]:
-    """``base`` and ``post-trained`` where that is the difference, else the names of what differs."""
+    """``base`` and ``post-trained`` if only the adapter differs, else the names of what differs."""
     if baseline.ckpt == judged.ckpt and not baseline.adapter:
         return ["base", "post-trained"]
     if baseline.ckpt == judged.ckpt:

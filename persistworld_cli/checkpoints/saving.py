@@ -1,8 +1,8 @@
-"""Save tensors, whole or not at all, as safetensors or by `torch.save`, with notes in the same file.
+"""Save tensors atomically, as safetensors or by `torch.save`, with notes in the same file.
 
-Notes are short texts that travel inside the file, whatever it is called and copied to. A safetensors file has a place
-for them in its header. What `torch.save` writes is a zip archive: a record of our own is added to it, which torch's
-readers, weights-only and strict ones among them, never look at.
+Notes are short texts that stay with the file when it is renamed or copied. A safetensors file has them in its header.
+`torch.save` writes a zip archive, to which a record is added that torch's readers (weights-only and strict ones too)
+ignore.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ def save_safetensors(
     Args:
         path: the file.
         tensors: contiguous; of any device.
-        notes: what it says of itself.
+        notes: name -> text.
         fix: what to do about a full disk.
 
     Raises:
-        CannotWrite: the disk is full or closed to us.
+        CannotWrite: the disk is full or not writable.
     """
     with whole_file(path, fix) as partial:
         try:
             save_file(dict(tensors), str(partial), metadata={**_FORMAT, **notes})
-        except SafetensorError as error:  # what it makes of every error of the file
+        except SafetensorError as error:  # raised for every file error
             number = re.search(r"\(os error (\d+)\)", str(error))
             raise (OSError(int(number[1]), str(error)) if number else OSError(str(error))) from error
         _sort_header(partial)
 
 
 def _sort_header(path: Path) -> None:
-    """Put a safetensors file's notes in order: the library writes them in one that changes from run to run."""
+    """Sort a safetensors file's notes: the library's order changes from run to run."""
     with path.open("r+b") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size))
@@ -81,7 +81,7 @@ def save_torch(path: Path, value: Any, notes: Mapping[str, str] = _NO_NOTES, fix
 
 
 def read_notes(path: Path) -> dict[str, str]:
-    """The notes of a weights file, without reading a tensor; {} where it has none.
+    """The notes of a weights file, without reading a tensor; {} if it has none.
 
     Raises:
         PersistWorldError: it cannot be read, or its notes are damaged.
@@ -97,4 +97,4 @@ def read_notes(path: Path) -> dict[str, str]:
         if head[8:9] == b"{":
             with safe_open(str(path), "pt") as opened:
                 return {name: text for name, text in (opened.metadata() or {}).items() if name not in _FORMAT}
-    return {}  # pickles of before 2020 have no place for notes; what is no weights file is refused by its reader
+    return {}  # pickles from before 2020 cannot have notes; the file's reader refuses other files

@@ -1,4 +1,4 @@
-"""Find the files of a checkpoint on disk or on the hub; of a repository only what is needed is fetched.
+"""Find the files of a checkpoint on disk or on the hub; only the files needed are fetched from a repository.
 
 The hub's own client does the work, so HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT are honoured.
 """
@@ -89,7 +89,7 @@ def locate(source: str | Path, parts: Iterable[str] = PARTS) -> WeightSource:
 
 
 def adapter_at(source: str) -> str:
-    """The adapter that a path or hub id means (`adapter_on_disk`; of a repository only file names are asked for).
+    """The adapter that a path or hub id means (`adapter_on_disk`; from the hub only file names are requested).
 
     Raises:
         PersistWorldError: the hub does not answer.
@@ -98,7 +98,7 @@ def adapter_at(source: str) -> str:
         return adapter_on_disk(source)
     repo, _, name = source.partition(":")
     if not _is_hub_id(repo):
-        return ""  # whoever loads it says that nothing is there
+        return ""  # the loader reports the missing path
     listing = _listing_of_hub(source, repo)
     if name in listing.names:
         return source if _is_adapter_file(listing, name) else ""
@@ -115,7 +115,7 @@ class _Listing:
     fetch: Callable[[str], Path]
 
     def inside(self, folder: str) -> _Listing:
-        """Of one of its folders; "" or "." for the whole."""
+        """The listing of one of its folders; "" or ".": itself."""
         if folder in ("", "."):
             return self
         names = frozenset(name.removeprefix(f"{folder}/") for name in self.names if name.startswith(f"{folder}/"))
@@ -155,7 +155,7 @@ def _of_folder(listing: _Listing, parts: Iterable[str]) -> WeightSource:
         wanted = [part for part in PARTS if part in set(parts) and own[part]]
         files = [file for part in wanted for file in listing.files(_pick(listing, own[part]), f"{part}.")]
         if not files:
-            raise listing.error("the diffusers folder holds none of the parts wanted", f"expected {', '.join(parts)}")
+            raise listing.error("the diffusers folder has none of the requested parts", f"expected {', '.join(parts)}")
         return WeightSource(listing.name, "diffusers", files[0][0].parents[1], tuple(files))
     nested = [name for name in weights if name.count("/") == 1]
     if not (top or nested):
@@ -192,7 +192,7 @@ def _is_weights(name: str) -> bool:
 
 
 def _pick(listing: _Listing, names: Iterable[str]) -> list[str]:
-    """The files of the one checkpoint among `names`: of several spellings of the same, whole precision and safetensors.
+    """The files of the one checkpoint among `names`; if it has several formats, full precision and safetensors.
 
     Raises:
         PersistWorldError: several checkpoints, or only some of the shards of one.
@@ -246,7 +246,7 @@ def _shards_of(listing: _Listing, index: str) -> list[str]:
 
 
 def _twin(family: str) -> str:
-    """``model.fp16.safetensors`` -> ``model.safetensors``: the same weights in whole precision."""
+    """``model.fp16.safetensors`` -> ``model.safetensors``: the same weights in full precision."""
     return re.sub(r"\.(fp16|bf16|non_ema)(?=\.\w+$)", "", family)
 
 
@@ -278,10 +278,10 @@ def _listing_of_hub(name: str, repo: str) -> _Listing:
 
 
 def _cached(repo: str) -> Path | None:
-    """The folder of a repository in the hub's cache, which may hold a part of its files."""
+    """The folder of a repository in the hub's cache, which may be incomplete."""
     try:
         return Path(snapshot_download(repo, local_files_only=True))
-    except Exception as error:  # as above; newer clients name the folder of a part in the error
+    except Exception as error:  # as above; newer clients name an incomplete folder in the error
         part = getattr(error, "snapshot_path", None)
         return Path(part) if part else None
 
@@ -293,5 +293,5 @@ def _hub_error(name: str, error: Exception) -> PersistWorldError:
     if isinstance(error, RepositoryNotFoundError):  # also for a gated or private one
         fix = "check the id; for a gated or private one accept its terms on its page, and log in (hf auth login)"
     return PersistWorldError(
-        f"'{name}' is neither on disk nor to be had from the hub: {reason}", where="weights", fix=fix
+        f"'{name}' is not on disk, and cannot be fetched from the hub: {reason}", where="weights", fix=fix
     )

@@ -25,7 +25,7 @@ from persistworld_cli.read_files import reading
 from persistworld_cli.torch_files import load_torch, require_stored
 
 WINDOW = 16 << 20  # bytes mapped at once: a mapped file's pages count as this process's memory until they are released
-# Buffers that transformers before 4.31 wrote; models of today hold them outside the state dict and refuse them.
+# Buffers that transformers before 4.31 saved; newer models do not have them in the state dict and refuse them.
 DROPPED = "position_ids"
 
 _POLICY = ("switch", "old")  # where a post-training's state holds the sampling policy
@@ -39,15 +39,15 @@ class Info(NamedTuple):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Info:
-        """Those of a tensor; what is mapped is not read."""
+        """The info of a tensor; mapped data is not read."""
         return cls(tuple(tensor.shape), tensor.dtype)
 
 
 class WeightFiles:
-    """All tensors of a checkpoint under their names there, each with its file's prefix.
+    """All tensors of a checkpoint under their names in its files, with the file's prefix.
 
     Args:
-        sources: their files; of a name in several of them, the last one counts.
+        sources: their files; if several have a tensor of the same name, the last one counts.
 
     Attributes:
         info: name -> shape and type.
@@ -89,12 +89,12 @@ class WeightFiles:
                 yield own[there], tensor
 
     def load(self) -> dict[str, torch.Tensor]:
-        """All tensors at once, copied: for what is small."""
+        """All tensors at once, copied; for small files."""
         return {name: tensor.clone() for name, tensor in self.read()}
 
 
 def fill(targets: Mapping[str, torch.Tensor], files: WeightFiles) -> None:
-    """Copy every tensor of `files` into the one of its name in `targets`, whose type and device it takes."""
+    """Copy every tensor of `files` into the target of the same name, in the target's type and device."""
     with torch.no_grad():
         for name, tensor in files.read():
             targets[name].copy_(tensor)
@@ -125,7 +125,7 @@ class _Safetensors:
 
 
 class _Torch:
-    """What `torch.save` wrote; memory-mapped but for the format of before 2020."""
+    """A file of `torch.save`, memory-mapped unless it has the format used before 2020."""
 
     def __init__(self, path: Path, *, mapped: bool) -> None:
         self.mapped = mapped
@@ -165,7 +165,7 @@ def _state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
     what = "" if isinstance(content, dict) and content else "the file holds no state dict"
     other = [] if what else [k for k, value in content.items() if not (isinstance(k, str) and torch.is_tensor(value))]
     if other:
-        what = f"no state dict: {len(other)} of its {len(content)} entries are no tensors (first: {other[0]})"
+        what = f"not a state dict: {len(other)} of its {len(content)} entries are not tensors (first: {other[0]})"
     if what:
         raise PersistWorldError(what, where=str(path), fix="give a file of named tensors")
     return content
@@ -178,7 +178,7 @@ def _policy(content: dict[str, Any], path: Path) -> dict[str, Any]:
             raise PersistWorldError(
                 "this is the saved state of a training, to resume from",
                 where=str(path),
-                fix="its weights lie in the run's folder under weights/",
+                fix="its weights are in the run's folder under weights/",
             )
         content = content[key]
     return {re.sub(r"^unet\.", "base_model.model.", str(name)): value for name, value in content.items()}
@@ -192,7 +192,7 @@ def _damage(error: Exception) -> str:
 
 
 def _open(path: Path) -> _Safetensors | _Torch:
-    """A file by what its first bytes say, not by its name.
+    """Open a file by its first bytes, not by its name.
 
     Raises:
         PersistWorldError: as `WeightFiles`.
@@ -204,7 +204,7 @@ def _open(path: Path) -> _Safetensors | _Torch:
         raise PersistWorldError(f"cannot be read: {error.strerror}", where=str(path), fix="fetch it again") from error
     try:
         if head.startswith(b"PK"):
-            if not zipfile.is_zipfile(path):  # its table of contents stands at the end
+            if not zipfile.is_zipfile(path):  # its table of contents is at the end
                 raise EOFError
             return _Torch(path, mapped=True)
         if head.startswith(b"\x80"):

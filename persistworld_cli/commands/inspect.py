@@ -90,7 +90,7 @@ def _more(result: dict[str, Any]) -> list[str]:
         pairs = zip(scale["state_01"], scale["state_99"], strict=True)
         lines.append(f"actions are scaled from {', '.join(f'{low:.3g}..{high:.3g}' for low, high in pairs)}")
     elif result["fits"] and result["kind"] not in ("VAE", "UNet"):
-        lines.append("carries no scale of actions: model.stat names it")
+        lines.append("has no action scale: give it with model.stat")
     if result["lacks"]:
         lines.append(f"lacks {', '.join(result['lacks'])}")
     if near := result["nearest"]:

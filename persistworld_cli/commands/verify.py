@@ -20,7 +20,7 @@ _PUBLISHED = setting("eval.published", "Figures to compare with.  \\[the preset'
 
 @with_common("full", _PUBLISHED, *ROLLOUTS)
 def command(common: Common, request: VerifyRequest) -> None:
-    """Load weights, check keys, types and scale of actions, roll out a few episodes, compare with published figures.
+    """Load weights, check keys, types and action scale, roll out a few episodes, compare with published figures.
 
     Prints one block to paste into an issue. Exit code 0: all agrees; 1: something differs, or too few episodes.
     """

@@ -265,7 +265,7 @@ def run(settings: Settings, request: PretrainRequest) -> dict[str, Any]:
         val = open_clips(settings, "val", scale.stat) if store.episodes("val") else None
         work.notes |= scale_note(scale.stat)
         if work.main:
-            logger.info("clips: %s; scale of actions: %s", train.describe(), scale.origin)
+            logger.info("clips: %s; action scale: %s", train.describe(), scale.origin)
         share = settings.pretrain.batch // work.world
         # before the model is loaded: its workers are forks of this process
         with ClipLoader(train, share, workers=clips.workers, ahead=clips.ahead) as loader:

@@ -1,4 +1,4 @@
-"""The scale of actions: carried by every weights file, decided in one place, held against the data."""
+"""The action scale: saved in every weights file, decided in one place, compared with the data."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_every_file_carries_it_and_torch_reads_it_as_before(tmp_path: Path) -> N
         again = torch.load(tmp_path / "a.pt", weights_only=True, mmap=mapped)
         assert list(again) == list(tensors) and all(torch.equal(again[k], tensors[k]) for k in tensors)
     save_safetensors(tmp_path / "bad.safetensors", tensors, {"action_scale": '{"state_01": [1]}'})
-    with pytest.raises(PersistWorldError, match="damaged scale"):
+    with pytest.raises(PersistWorldError, match="damaged action scale"):
         stored_scale(tmp_path / "bad.safetensors")
 
 

@@ -84,7 +84,7 @@ def test_export_writes_it_from_the_file(with_image: Path, preset: Path, tmp_path
     written, stored = torch.load(out, weights_only=True), torch.load(with_image, weights_only=True)
     assert list(written) == list(stored) and all(torch.equal(written[k], v) for k, v in stored.items())
     told = cli("export", BASE, "--preset", preset, "--to", "ctrl-world", "-o", tmp_path / "x.pt", code=1)
-    assert "strict=True and wants an image encoder; this checkpoint has none" in told
+    assert "strict=True and needs an image encoder; this checkpoint has none" in told
     assert not (tmp_path / "x.pt").exists()
     cli("export", BASE, "--preset", preset, "--to", "safetensors", "-o", tmp_path / "x.safetensors")
 

@@ -155,7 +155,7 @@ def test_of_a_repository_only_what_is_needed_is_fetched(hub: tuple[str, list[str
     assert adapter == ["adapter", [["adapter_model.safetensors", ""]]]
     files = ["adapter_model.safetensors", "action_encoder.pt"]
     assert nested == [["adapter", [[f"lora/{files[0]}", ""], [f"lora/{files[1]}", "action_encoder."]]]] * 3
-    assert "neither on disk nor to be had from the hub" in nobody and "hf auth login" in nobody
+    assert "is not on disk, and cannot be fetched from the hub" in nobody and "hf auth login" in nobody
     assert sorted(fetched) == [
         "acme/adapter/adapter_config.json",
         "acme/adapter/adapter_model.safetensors",
@@ -171,6 +171,6 @@ def test_of_a_repository_only_what_is_needed_is_fetched(hub: tuple[str, list[str
     asked = len(fetched)
     again, absent = locate(tmp_path, ("acme/one", None), ("acme/other", None), HF_ENDPOINT=address, HF_HUB_OFFLINE="1")
     assert again == one and len(fetched) == asked
-    assert "neither on disk nor to be had from the hub" in absent and "HF_HOME" in absent
+    assert "is not on disk, and cannot be fetched from the hub" in absent and "HF_HOME" in absent
     unreachable = locate(tmp_path, ("acme/one", None), HF_ENDPOINT="http://127.0.0.1:9")
     assert unreachable == [one]  # no network: what the cache holds

@@ -44,7 +44,7 @@ def test_eval_compares_checkpoints_and_adapters(adapter: str) -> None:
         refs_of_eval(model, "x/a.pt")
     with pytest.raises(UsageError, match="is another one"):
         refs_of_eval(ModelSettings(ckpt="a.pt", inference=adapter, adapter="r1/adapter"))
-    with pytest.raises(UsageError, match="no weights are named that it belongs on"):
+    with pytest.raises(UsageError, match="its base weights are not given"):
         refs_of_eval(ModelSettings(inference=adapter))
     with pytest.raises(UsageError, match="no weights"):
         refs_of_eval(ModelSettings())
