@@ -1,12 +1,12 @@
-"""Does a model follow its actions? Rolled out under wrong ones, it should score worse against the record.
+"""Does a model follow its actions? Under wrong actions it should score worse against the record.
 
-A model that ignores its actions scores the same under any of them. The margin is the score under the recorded actions
-less the score under wrong ones, from the same frame with the same noise:
+A model that ignores its actions scores the same under all actions. The margin is the score under the recorded actions
+minus the score under wrong actions, from the same frame with the same noise:
 
 - ``swapped``: the poses of the benchmark's next episode, from the same frame number on;
 - ``null``: the pose of the start, held.
 
-The first pose is the episode's own in all cases. Shape legend: as in `recording`.
+The first pose is always the episode's own. Shape legend: as in `recording`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HEADLINE = "psnr_moving"  # actions show there; most of the whole image is backg
 
 
 def partners(items: Sequence[Item]) -> dict[str, str]:
-    """Episode -> the one whose actions it gets: the next in the benchmark's order; {} for a single episode."""
+    """Episode -> the episode whose actions it gets (the next in the benchmark's order); {} for a single episode."""
     episodes = list(dict.fromkeys(item.episode for item in items))
     if len(episodes) < 2:
         return {}
@@ -36,7 +36,7 @@ def partners(items: Sequence[Item]) -> dict[str, str]:
 
 
 def wrong_kinds(kinds: Sequence[str], items: Sequence[Item]) -> list[str]:
-    """Those of ``eval.following`` that can be done: actions cannot be swapped with a single episode."""
+    """The kinds in ``eval.following`` that are possible: with a single episode, actions cannot be swapped."""
     return [kind for kind in kinds if kind != SWAPPED or partners(items)]
 
 
@@ -87,7 +87,7 @@ def following_result(data: EvalData) -> dict[str, Any]:
 
 
 def _margin(pair: Any) -> dict[str, Any]:
-    """`compare`'s words for a model against itself: the margin is the change."""
+    """`compare`'s result for a model against itself, in words: the margin is the change."""
     verdicts = {"better": "follows", "worse": "better under wrong actions", "undecided": "not shown"}
     return {
         "margin": pair.change,

@@ -2,7 +2,7 @@
 
 A file holds ``version`` (raised whenever the benchmark changes), ``description``, tables of settings with the names
 that presets use, and ``[metrics.NAME]`` with the exact parameters of each metric. It overrides the preset; environment
-and flags override it, and the result then names what they changed.
+and flags override the file, and the result then names what they changed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from persistworld_cli.read_files import read_toml
 
 NONE = "none"
 FOLDER = "presets/benchmarks"
-# What a benchmark must set, so that nothing of it depends on a preset or a default.
+# What a benchmark must set, so that it depends on no preset and no default.
 REQUIRED = (
     *("world.cameras", "world.exterior", "world.wrist", "world.height", "world.width", "world.rate_hz"),
     *("sampling.sampler", "sampling.steps", "sampling.guidance", "sampling.sigma_min", "sampling.sigma_max"),
@@ -41,13 +41,13 @@ class Benchmark:
     """A benchmark file.
 
     Attributes:
-        name: its file's name without suffix.
-        version: of the benchmark.
-        sha256: of the file.
-        pinned: the settings that it sets, as `load_settings` takes them.
+        name: the file's name without suffix.
+        version: the benchmark's version.
+        sha256: hash of the file.
+        pinned: the settings that the file sets, in the form that `load_settings` takes.
         metrics: metric -> its parameters.
         path: the file.
-        source: hub id of the raw LeRobot dataset (v2.x) that its episodes are of; "" where it says none.
+        source: hub id of the raw LeRobot dataset (v2.x) with its episodes; "" if the file names none.
     """
 
     name: str
@@ -59,10 +59,10 @@ class Benchmark:
     source: str = ""
 
     def subset(self, settings: Settings, there: Collection[str]) -> dict[str, Any] | None:
-        """How a run of a part of the benchmark's episodes is labelled; None for the whole, or for other episodes.
+        """The label of a run on some of the benchmark's episodes; None for all of them, or for other episodes.
 
         Args:
-            settings: as they are used; episodes of the user's own are no part of the benchmark's.
+            settings: the run's settings; episodes that the user names are not a subset of the benchmark.
             there: episodes that can be run.
 
         Returns:
@@ -75,7 +75,7 @@ class Benchmark:
         return {"episodes": len(own) - len(absent), "of": len(own), "absent": absent, "fetch": self.fetch(absent)}
 
     def fetch(self, episodes: Sequence[str]) -> str:
-        """The one command that downloads the raw recordings of these episodes; "" where `source` is not known."""
+        """The command that downloads the raw recordings of these episodes; "" if `source` is not known."""
         if not self.source or not all(episode.isdecimal() for episode in episodes):
             return ""
         files = " ".join(f"--include '*/episode_{int(episode):06d}.*'" for episode in episodes)
@@ -83,7 +83,7 @@ class Benchmark:
         return f"hf download {self.source} --repo-type dataset --local-dir data/{folder} --include 'meta/*' {files}"
 
     def stamp(self, settings: Settings, there: Collection[str]) -> dict[str, Any]:
-        """What a result says of it: name, version, hash, what was changed (key -> [pinned, used]), and the `subset`."""
+        """The benchmark's entry in a result: name, version, hash, changes (key -> [pinned, used]), `subset`."""
         used = jsonable(flatten(settings))
         changed = {key: [value, used[key]] for key, value in self.pinned.values if value != used[key]}
         own = {"name": self.name, "version": self.version, "sha256": self.sha256}
@@ -96,10 +96,10 @@ def benchmark_names() -> list[str]:
 
 
 def load_benchmark(name: str) -> Benchmark | None:
-    """A shipped benchmark by name, or one's own by the path of its file; None for "" and "none".
+    """A shipped benchmark by name, or your own by the path of its file; None for "" and "none".
 
     Raises:
-        UsageError: no such benchmark, not TOML, a key that is missing or no part of a benchmark.
+        UsageError: no such benchmark, not TOML, a missing key, or a key that a benchmark cannot have.
     """
     if name in ("", NONE):
         return None
@@ -108,11 +108,11 @@ def load_benchmark(name: str) -> Benchmark | None:
     version, metrics = data.get("version"), data.get("metrics", {})
     if type(version) is not int or version < 1:
         raise UsageError(
-            f"version = {version!r} is no whole number from 1", where=str(path), fix="write version = 1 at the top"
+            f"version = {version!r} is not a whole number from 1", where=str(path), fix="write version = 1 at the top"
         )
     source = data.get("source", "")
     if not isinstance(source, str):
-        raise UsageError(f"source = {source!r} is no hub id", where=str(path), fix="write source = 'owner/name'")
+        raise UsageError(f"source = {source!r} is not a hub id", where=str(path), fix="write source = 'owner/name'")
     _check_metrics(metrics, path)
     tables = {key: value for key, value in data.items() if key not in _META}
     if strays := [key for key, value in tables.items() if not isinstance(value, dict)]:
@@ -124,7 +124,7 @@ def load_benchmark(name: str) -> Benchmark | None:
 
 
 def _path(name: str) -> Path:
-    """The file of a name or path. Raises UsageError."""
+    """The file for a name or path. Raises UsageError if there is none."""
     if name.endswith(".toml") or "/" in name or name.startswith("bundled:"):
         path, fix = resolve_path(name), "give the path of a TOML file"
         if not path.is_file():
@@ -138,16 +138,16 @@ def _path(name: str) -> Path:
 
 
 def _check_keys(keys: list[str], path: Path) -> None:
-    """Refuse what no benchmark may set (weights, processes), and a file that leaves something open."""
+    """Refuse keys that a benchmark may not set (weights, processes), and a file that leaves a required key out."""
     allowed = (*REQUIRED, *OPTIONAL)
     for key in keys:
         if key not in allowed:
             raise UsageError(f"a benchmark cannot set '{key}'", where=str(path), fix=nearest(key, allowed))
     if missing := [key for key in REQUIRED if key not in keys]:
         raise UsageError(
-            f"the benchmark does not say {', '.join(missing[:6])}{' and more' if len(missing) > 6 else ''}",
+            f"the benchmark does not set {', '.join(missing[:6])}{' and more' if len(missing) > 6 else ''}",
             where=str(path),
-            fix="write these keys: a benchmark depends on no preset and no default",
+            fix="set these keys: a benchmark depends on no preset and no default",
         )
 
 

@@ -1,4 +1,4 @@
-"""Two finished results against each other, without rolling anything out: refused where their protocols differ."""
+"""Compare two finished results without rolling anything out; refuse results of different protocols."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ NEEDED = ("protocol", "models", "rollouts", "metrics", "groups", "n")
 
 
 def load_result(path: str) -> dict[str, Any]:
-    """A result's ``eval.json`` (or the folder that holds it).
+    """Read a result's ``eval.json`` (or the folder that holds it).
 
     Raises:
-        PersistWorldError: absent, damaged, or of another kind.
+        PersistWorldError: the file is missing, damaged, or of another kind.
     """
     file = Path(path).expanduser()
     file = file / "eval.json" if file.is_dir() else file
@@ -31,12 +31,12 @@ def load_result(path: str) -> dict[str, Any]:
         result = read_json(file, what, fix)
         lacking = [key for key in NEEDED if key not in result]
         if result.get("kind") != "eval" or lacking:
-            raise ValueError("no result of persistworld eval" + (f" (no '{lacking[0]}')" if lacking else ""))
+            raise ValueError("not a result of persistworld eval" + (f" (no '{lacking[0]}')" if lacking else ""))
     return result
 
 
 def compare_files(first: str, second: str) -> tuple[dict[str, Any], Table]:
-    """Two finished results, by their paths (the first is the baseline): `compare_results`, and its table.
+    """Compare two finished results by their paths (the first is the baseline); returns `compare_results` and its table.
 
     Raises:
         PersistWorldError: as `load_result`; the protocols differ; or a result is damaged.
@@ -49,7 +49,7 @@ def compare_files(first: str, second: str) -> tuple[dict[str, Any], Table]:
 
 
 def compare_results(first: Mapping[str, Any], second: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The judged model of one result against that of another, rollout by rollout; the first is the baseline.
+    """Compare the evaluated models of two results rollout by rollout; the first is the baseline.
 
     Returns:
         A result that `reports.tables.eval_table` shows.
@@ -92,11 +92,11 @@ def compare_results(first: Mapping[str, Any], second: Mapping[str, Any], where: 
 
 
 def rollout_values(result: Mapping[str, Any], group: str, label: str, model: str) -> FloatArray:
-    """One number per rollout, NaN where there is none."""
+    """One number per rollout, NaN where it is missing."""
     values = result["rollouts"][group][label][model]
     return np.array([np.nan if value is None else value for value in values])
 
 
 def _labels(labels: Sequence[str]) -> list[str]:
-    """Different names for both."""
+    """Two different names."""
     return list(labels) if labels[0] != labels[1] else [f"{label} #{index + 1}" for index, label in enumerate(labels)]

@@ -1,8 +1,8 @@
-"""Fréchet video distance, only where the user gives a feature network's weights.
+"""Fréchet video distance, computed only if the user gives the weights of a feature network.
 
-FVD as papers report it takes the features of an I3D graph, and loading that graph runs code from the file. Here the
-network is one of torchvision's video classifiers, built from code and filled from its state dict of Kinetics-400
-weights, so the number carries the network's name: ``fvd (r3d_18)``, comparable only with itself.
+The FVD of papers uses the features of an I3D graph, and loading that graph runs code from the file. Here the network is
+one of torchvision's video classifiers, built from code and filled from its Kinetics-400 state dict. The number
+therefore carries the network's name, ``fvd (r3d_18)``, and is comparable only with numbers of that name.
 
 Shape legend: N clips, T frames, H, W pixels, E features.
 """
@@ -29,13 +29,13 @@ from persistworld_cli.torch_files import load_torch
 
 CLIP, SIDE = 16, 112  # frames and pixels a side: what these networks were trained on
 MEAN, STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)  # of Kinetics-400, as torchvision gives them
-FEW = 256  # clips: with fewer the distance is biased upwards, the more so the fewer
+FEW = 256  # clips: with fewer clips the distance is biased upwards
 Videos = Sequence[NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
 class FeatureNet:
-    """A video network without its classifier, and what the protocol says of it."""
+    """A video network without its classifier, and its entry in the protocol."""
 
     name: str
     sha256: str
@@ -43,16 +43,16 @@ class FeatureNet:
 
     @property
     def label(self) -> str:
-        """For tables."""
+        """The metric's name in tables."""
         return f"fvd ({self.name})"
 
     def describe(self) -> dict[str, Any]:
-        """For the protocol: two distances compare only if all of it is the same."""
+        """Its entry in the protocol: two distances are comparable only if all of it is equal."""
         return {"net": self.name, "weights_sha256": self.sha256, "clip": CLIP, "side": SIDE, "resize": "bilinear"}
 
     @torch.no_grad()
     def features(self, videos: Videos, batch: int = 8) -> NDArray[np.float64]:
-        """(N, E) of uint8 videos (T, H, W, 3), each cut into clips of 16 frames; what is left over is not used."""
+        """Features (N, E) of uint8 videos (T, H, W, 3), cut into clips of 16 frames; a shorter rest is not used."""
         clips = [video[i : i + CLIP] for video in videos for i in range(0, len(video) - CLIP + 1, CLIP)]
         device = next(self.model.parameters()).device
         mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1, 1) for v in (MEAN, STD))
@@ -67,7 +67,7 @@ class FeatureNet:
 
 
 def load_feature_network(path: str, net: str, device: torch.device) -> FeatureNet:
-    """A network of torchvision's with weights from a file.
+    """One of torchvision's networks with weights from a file.
 
     Raises:
         PersistWorldError: no such file, or it does not hold this network's state dict.
@@ -90,7 +90,7 @@ def load_feature_network(path: str, net: str, device: torch.device) -> FeatureNe
         raise PersistWorldError(
             f"{file} does not hold {net}: {reason}",
             where="--fvd",
-            fix="give torchvision's state dict of it, or name another network: --set eval.fvd_net=mc3_18",
+            fix="give torchvision's state dict of this network, or name another network: --set eval.fvd_net=mc3_18",
         ) from error
     model.fc = nn.Identity()
     model.requires_grad_(False).eval().to(device)
@@ -112,11 +112,11 @@ def frechet(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
 
 
 def fvd_result(data: EvalData, net: FeatureNet | None) -> dict[str, Any]:
-    """The distance of every model's rollouts, and of the first frame repeated, from the recordings.
+    """The distance of every model's rollouts, and of the repeated first frame, from the recordings.
 
     Returns:
-        ``{"label", "rows": [{model, cameras, value, clips}], "note"}``; no rows, and why in ``note``, without a
-        network.
+        ``{"label", "rows": [{model, cameras, value, clips}], "note"}``; without a network there are
+        no rows, and ``note`` gives the reason.
     """
     if net is None:
         return {"label": "", "rows": [], "note": "needs a feature network: --fvd PATH"}
@@ -139,7 +139,7 @@ def fvd_result(data: EvalData, net: FeatureNet | None) -> dict[str, Any]:
             rows.append({"model": row, "cameras": group, "value": frechet(known, made), "clips": len(made)})
     clips, note = min(row["clips"] for row in rows), ""
     if clips < 2:
-        note = f"needs two clips of {CLIP} recorded frames: longer or more rollouts"
+        note = f"needs two clips of {CLIP} recorded frames: use longer or more rollouts"
     elif clips < FEW:
-        note = f"{clips} clips of {CLIP} frames are few: biased upwards, comparable only at this number"
+        note = f"{clips} clips of {CLIP} frames are few: biased upwards, comparable only at this number of clips"
     return {"label": net.label, "rows": rows, "note": note}

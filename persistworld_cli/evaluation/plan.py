@@ -1,4 +1,4 @@
-"""What an evaluation or a frontier does, resolved and checked as a whole before anything is computed."""
+"""The plan of an evaluation or a frontier, resolved and checked as a whole before anything is computed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Weights:
 
     Attributes:
         ref: where its weights are.
-        store: the dataset with the percentiles by which these weights scale poses.
+        store: the dataset, with the percentiles that scale poses for these weights.
         sha256: part -> hash of its files.
     """
 
@@ -79,10 +79,10 @@ class RolloutPlan:
         device: where the models run.
         store: the dataset.
         items: the rollouts, episodes first.
-        models: what is compared, the baseline first.
+        models: the models to compare, the baseline first.
         scorer, scoring: metrics, on the device.
         protocol: everything that two results must share to be comparable.
-        benchmark: which file pinned it (`Benchmark.stamp`), or None.
+        benchmark: the file that pinned the protocol (`Benchmark.stamp`), or None.
     """
 
     settings: Settings
@@ -96,35 +96,35 @@ class RolloutPlan:
     benchmark: dict[str, Any] | None
 
     def identity(self, weights: Weights, sampling: SamplingSettings | None = None) -> dict[str, Any]:
-        """What finished rollouts depend on beside the weights' hashes; ``sampling`` replaces the settings'."""
+        """What finished rollouts depend on besides the weights' hashes; ``sampling`` replaces that of the settings."""
         own = {"sampling": describe_sampling(sampling or self.settings.sampling)}
         return rollout_identity(self.protocol | own, weights.store, self.settings.model)
 
     def key(self, weights: Weights, sampling: SamplingSettings | None = None) -> str:
-        """Of a folder for finished rollouts of these weights."""
+        """Key of the folder for finished rollouts of these weights."""
         return hash_of([self.identity(weights, sampling), weights.sha256, self.device.type])
 
     def load(self, ref: ModelRef) -> WorldModel:
-        """The model, ready to be sampled."""
+        """The model, ready to sample."""
         return load_for_sampling(self.settings, ckpt=ref.ckpt, adapter=ref.adapter, device=self.device)
 
     def loop(self, model: WorldModel, weights: Weights, sampling: SamplingSettings | None = None) -> ClosedLoop:
-        """The closed loop of a loaded model; ``sampling`` replaces the settings'."""
+        """The closed loop of a loaded model; ``sampling`` replaces that of the settings."""
         ev = self.settings.eval
         engine = RolloutEngine(model, sampling or self.settings.sampling, weights.store.stat())
         return ClosedLoop(engine, self.store, ev.split, ev.steps, ev.batch, self.scorer, self.scoring)
 
     def work(self, processes: PartialState) -> list[list[Item]]:
-        """This process's share of the items, by batches."""
+        """This process's share of the items, in batches."""
         return batches(self.items, self.settings.eval.batch)[processes.process_index :: processes.num_processes]
 
 
 @dataclass(frozen=True)
 class EvalPlan(RolloutPlan):
-    """What an evaluation does.
+    """The plan of an evaluation.
 
     Attributes:
-        video_net: of the Fréchet video distance, if one was given.
+        video_net: the network of the Fréchet video distance, if one was given.
         folders: row of the table -> folder of its finished rollouts.
         wrong: model -> wrong actions -> folder of its finished rollouts under them.
     """
@@ -144,7 +144,7 @@ def make_plan(
     compare: str = "",
     quiet: bool = False,
 ) -> EvalPlan:
-    """The plan of an evaluation; its folders are made. Arguments and errors as of `refs_of_eval`, `plan_rollouts`."""
+    """Plan an evaluation and create its folders. Arguments and errors: see `refs_of_eval` and `plan_rollouts`."""
     ev = settings.eval
     video_net = load_feature_network(ev.fvd, ev.fvd_net, device) if ev.fvd else None
     fvd = video_net.describe() if video_net else None
@@ -177,14 +177,14 @@ def plan_rollouts(
     """Resolve and check everything: dataset, episodes, starts, masks, metrics, weights, a result to compare with.
 
     Args:
-        settings, device: of the run.
+        settings, device: those of the run.
         refs: the models, the baseline first.
-        fvd: what the protocol says of the Fréchet video distance.
-        compare: another result's eval.json, whose protocol must be this one; "" for none.
+        fvd: the protocol's entry for the Fréchet video distance.
+        compare: another result's eval.json, which must have the same protocol; "" for none.
         quiet: say nothing about actions and subsets (ranks other than 0).
 
     Raises:
-        PersistWorldError: whatever of these is wrong.
+        PersistWorldError: one of these is wrong.
     """
     store = open_store(settings)
     items = eval_items(store, settings, partly=True)
@@ -207,13 +207,13 @@ def plan_rollouts(
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it. Raises PersistWorldError where that fails."""
+    """Create a folder and its parents. Raises PersistWorldError if that fails."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def make_scoring(settings: Settings, store: EpisodeStore, items: list[Item]) -> ScoringOptions:
-    """Crop, colour range and masks. Raises PersistWorldError for masks that are missing or of another size."""
+    """Crop, colour range and masks. Raises PersistWorldError if masks are missing or have another size."""
     ev, world = settings.eval, settings.world
     frames: dict[str, set[int]] = {}
     for item in items:
@@ -232,7 +232,7 @@ def make_scoring(settings: Settings, store: EpisodeStore, items: list[Item]) -> 
 
 
 def eval_items(store: EpisodeStore, settings: Settings, *, partly: bool = False) -> list[Item]:
-    """Every (episode, start, seed); with `partly`, of a benchmark's episodes those that are there (`subset_note`).
+    """Every (episode, start, seed); with `partly`, only those benchmark episodes that the dataset has (`subset_note`).
 
     Raises PersistWorldError: an empty split, absent episodes, a start beyond an episode's end.
     """
@@ -254,7 +254,7 @@ def _named_by_benchmark(ev: EvalSettings) -> Benchmark | None:
 
 
 def subset_note(stamp: Mapping[str, Any] | None) -> str:
-    """What a run says that has only a part of its benchmark's episodes, and the command for the rest; "" otherwise."""
+    """The note of a run on only some of its benchmark's episodes, with the command for the rest; "" otherwise."""
     part = stamp.get("subset") if stamp else None
     if not part:
         return ""
@@ -265,7 +265,7 @@ def subset_note(stamp: Mapping[str, Any] | None) -> str:
 def _absent(
     benchmark: Benchmark | None, absent: list[str], count: int, split: str, there: list[str], store: EpisodeStore
 ) -> PersistWorldError:
-    """The message for episodes that the dataset does not have."""
+    """The error for episodes that the dataset does not have."""
     some = ", ".join(f"'{name}'" for name in absent[:6]) + (" ..." if len(absent) > 6 else "")
     what = f"no episode{'s' if len(absent) > 1 else ''} {some} in split '{split}'"
     fix = "take one of: " + (", ".join(there[:12]) + (" ..." if len(there) > 12 else "") or "none there")
@@ -279,7 +279,7 @@ def _absent(
 
 
 def require_weights(settings: Settings, store: EpisodeStore, items: Sequence[Item], refs: Sequence[ModelRef]) -> None:
-    """Refuse weights and a dataset of another preset, by names and shapes alone. Raises PersistWorldError."""
+    """Refuse weights or a dataset of another preset, from names and shapes alone. Raises PersistWorldError."""
     with torch.device("meta"):
         model = build_world_model(settings.model, settings.world)
     for source in dict.fromkeys(ref.ckpt for ref in refs):

@@ -1,4 +1,4 @@
-"""The protocol: what two results must share to be compared; and provenance, which result files hold beside it."""
+"""The protocol: what two results must share to be comparable. Result files also hold the provenance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from persistworld_cli.models.precision import product_type
 from persistworld_cli.rollout.recording import Item
 from persistworld_cli.rollout.scoring import ScoringOptions
 
-PROTOCOL = 2  # raise it when the same settings would give other numbers
+PROTOCOL = 2  # raise it when the same settings give other numbers
 _LIBRARIES = ("torch", "diffusers", "lpips", "scikit-image", "numpy", "scipy", "av")
 _HASHED = {"ckpt", "adapter", "inference", "stat"}  # settings of the model whose files' hashes are kept beside
 _OF_ALL = {"items", "record", "hash", "fvd", "subset"}  # what no single rollout depends on
@@ -38,9 +38,9 @@ def make_protocol(
     fvd: Mapping[str, Any] | None = None,
     stamp: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that the numbers depend on but weights and machine; ``hash`` is of all of it.
+    """Everything that the numbers depend on, except weights and machine; ``hash`` covers all of it.
 
-    A part of a benchmark (`Benchmark.subset` in ``stamp``) has another protocol than the whole.
+    A subset of a benchmark (`Benchmark.subset` in ``stamp``) has another protocol than the whole.
     """
     ev, world, model = settings.eval, settings.world, settings.model
     protocol = {
@@ -74,7 +74,7 @@ def describe_sampling(sampling: SamplingSettings) -> dict[str, Any]:
 
 
 def rollout_identity(protocol: Mapping[str, Any], store: EpisodeStore, model: ModelSettings) -> dict[str, Any]:
-    """What a finished rollout depends on beside the weights; not on the other rollouts, so more can be added later.
+    """What a finished rollout depends on besides the weights. Other rollouts do not matter: more can be added later.
 
     ``store`` has the percentiles of the weights (`action_scale.weights_stores`).
     """
@@ -87,7 +87,7 @@ def rollout_identity(protocol: Mapping[str, Any], store: EpisodeStore, model: Mo
 def record_hash(store: EpisodeStore, split: str, items: Sequence[Item]) -> str:
     """SHA-256 of the episodes' instructions, poses and lengths.
 
-    Not of the images: another release of a video encoder writes the same recording as other bytes.
+    Images are left out: another release of a video encoder writes other bytes for the same recording.
     """
     whole = hashlib.sha256()
     for episode in dict.fromkeys(item.episode for item in items):
@@ -98,7 +98,7 @@ def record_hash(store: EpisodeStore, split: str, items: Sequence[Item]) -> str:
 
 
 def check_metrics(wanted: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any], where: str) -> None:
-    """Refuse a benchmark whose metrics have other parameters here. Raises UsageError."""
+    """Refuse a benchmark that asks for other metric parameters than this version has. Raises UsageError."""
     for name, parameters in wanted.items():
         for key, value in parameters.items():
             own = metrics.get(name, {}).get(key)
@@ -106,12 +106,12 @@ def check_metrics(wanted: Mapping[str, Mapping[str, Any]], metrics: Mapping[str,
                 raise UsageError(
                     f"the benchmark wants {name} with {key} = {value}, this version computes it with {own}",
                     where=where,
-                    fix="take the version of the program that the benchmark was made with, or another benchmark",
+                    fix="use the program version that the benchmark was made with, or another benchmark",
                 )
 
 
 def provenance(settings: Settings, store: EpisodeStore, device: torch.device) -> dict[str, Any]:
-    """Dataset, device, type of the network's products and versions, for result files."""
+    """Dataset, device, number type of the network's matrix products, and versions, for result files."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     wanted: torch.dtype = getattr(torch, settings.sampling.dtype)
     used = wanted if settings.sampling.cast == "model" else product_type(device, wanted)
@@ -134,15 +134,15 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str
 
 
 def require_same(first: Mapping[str, Any], second: Mapping[str, Any], where: str) -> None:
-    """Refuse to compare results of two protocols, naming the keys in which they differ.
+    """Refuse to compare results of different protocols.
 
     Raises:
-        PersistWorldError: they differ.
+        PersistWorldError: the protocols differ; the message names the keys.
     """
     if apart := differences(first, second):
         lines = [f"{key}: {_words(key, a, b)}" for key, (a, b) in apart.items()]
         raise PersistWorldError(
-            "the results cannot be compared, their protocols differ:\n    " + "\n    ".join(lines),
+            "the results cannot be compared because their protocols differ:\n    " + "\n    ".join(lines),
             where=where,
             fix="run both under one benchmark (persistworld eval --benchmark NAME)",
         )

@@ -1,14 +1,14 @@
-"""Figures measured elsewhere, with which `persistworld verify` compares (presets/published/*.toml).
+"""Published figures, which `persistworld verify` compares with its own (presets/published/*.toml).
 
 A file holds ``description``; tables ``[exterior]`` and ``[wrist]`` with means over episodes of ``ssim``, ``psnr`` and
-``lpips``; ``[tolerance.GROUP]``, by which a published figure may lie outside the measured interval; ``[widest.GROUP]``,
-the half width beyond which an interval decides nothing. Optional:
+``lpips``; ``[tolerance.GROUP]``, how far a published figure may lie outside the measured interval; ``[widest.GROUP]``,
+the largest half width of an interval that still decides. Optional:
 
-- ``stat`` (percentiles that actions are scaled by), ``dtype`` (of the weights in their file), ``lpips_backbone``
+- ``stat`` (percentiles that scale actions), ``dtype`` (of the weights in their file), ``lpips_backbone``
   (``trained``, the default, or ``untrained``);
-- ``[gain.GROUP]``, over the base, rollout by rollout;
-- where the same rollouts can be made again: ``protocol`` (hash), ``items`` (episode, start, seed), ``[rollouts.GROUP]``
-  (lists, one a metric) and ``[same.GROUP]``, the mean difference of a rollout that is still the same.
+- ``[gain.GROUP]``, the gain over the base, rollout by rollout;
+- if the same rollouts can be repeated: ``protocol`` (hash), ``items`` (episode, start, seed), ``[rollouts.GROUP]``
+  (lists, one per metric) and ``[same.GROUP]``, the largest mean difference at which a rollout counts as the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Figures = dict[str, dict[str, float]]  # group -> metric -> value
 Item = tuple[str, int, int]  # episode, start, seed
 _TABLES = ("tolerance", "widest", "gain", "same")
 _KEYS = ("description", "stat", "dtype", "lpips_backbone", "protocol", "items", "rollouts", *GROUPS, *_TABLES)
-# What a file of our own is written with: other hardware and other releases round differently.
+# Written into our own files: other hardware and other releases round differently.
 _SAME = {"ssim": 0.002, "psnr": 0.05, "lpips": 0.002}
 _TOLERANCE = {"ssim": 0.01, "psnr": 0.25, "lpips": 0.01}
 _WIDEST = {"ssim": 0.1, "psnr": 3.0, "lpips": 0.1}
@@ -41,7 +41,7 @@ _WIDEST = {"ssim": 0.1, "psnr": 3.0, "lpips": 0.1}
 
 @dataclass(frozen=True)
 class Published:
-    """A file of figures; see the module for each attribute."""
+    """A file of figures; the module docstring explains each attribute."""
 
     path: Path
     description: str
@@ -62,7 +62,7 @@ def load_published(name: str) -> Published:
     """Read a file of figures.
 
     Raises:
-        UsageError: none named, no such file, or no such file of figures.
+        UsageError: no file was named, it does not exist, or it is not a file of figures.
     """
     if not name:
         raise UsageError(
@@ -86,7 +86,7 @@ def load_published(name: str) -> Published:
         for table, given in (needed | ({"same": tables["same"], "rollouts": rollouts} if items else {})).items():
             for group, own in figures.items():
                 if lacking := [metric for metric in own if metric not in given.get(group, {})]:
-                    raise UsageError(f"[{table}.{group}] does not say {', '.join(lacking)}", where=str(path))
+                    raise UsageError(f"[{table}.{group}] does not state {', '.join(lacking)}", where=str(path))
         own_keys: dict[str, Any] = {key: str(data[key]) for key in ("stat", "dtype", "protocol") if key in data}
         return Published(
             path=path,
@@ -100,10 +100,10 @@ def load_published(name: str) -> Published:
 
 
 def has_gain(name: str) -> bool:
-    """Whether a file of figures has a gain over the base, which is then rolled out too; False without a file."""
+    """Whether the file states a gain over the base, so that the base is rolled out too; False without a file."""
     try:
         return bool(load_published(name).gain)
-    except PersistWorldError:  # reported when it is read to be compared with
+    except PersistWorldError:  # reported by the load that precedes the comparison
         return False
 
 
@@ -134,7 +134,7 @@ def write_published(
     lpips: str,
     stat: Path,
 ) -> None:
-    """Write what was measured as a file of figures, whole or not at all. Raises CannotWrite."""
+    """Write the measured figures as a file of figures, whole or not at all. Raises CannotWrite."""
     texts = {"description": description, "dtype": dtype, "lpips_backbone": lpips, "stat": str(stat)}
     top = texts | {"protocol": protocol, "items": [list(item) for item in items]}
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in top.items()]

@@ -1,4 +1,4 @@
-"""From numbers to files: JSON, tables, curves, sheets, videos, one page."""
+"""Write a result as files: JSON, tables, curves, contact sheets, videos, one page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CURVES = (
 
 
 def write_report(data: EvalData, output: Path, video_net: FeatureNet | None = None) -> dict[str, Any]:
-    """Write every file of the report; a Fréchet video distance only with a network for it. Returns `summary`."""
+    """Write every file of the report, with the Fréchet video distance if there is a network. Returns `summary`."""
     extra = {"action_following": following_result(data), "uncertainty": uncertainty_result(data)}
     result = build_result(data, extra | {"fvd": fvd_result(data, video_net)})
     write_csv(output / "rollouts.csv", rollout_rows(data))
@@ -97,7 +97,7 @@ def write_comparison(against: Mapping[str, Any], table: Table, output: Path) -> 
 
 
 def rollout_rows(data: EvalData) -> list[dict[str, Any]]:
-    """One line for every model, rollout and camera group."""
+    """One row per model, rollout and camera group."""
     out = []
     for row in data.rollouts:
         for group, cams in data.groups.items():
@@ -110,7 +110,7 @@ def rollout_rows(data: EvalData) -> list[dict[str, Any]]:
 
 
 def step_rows(data: EvalData) -> list[dict[str, Any]]:
-    """One line for every model, rollout, interaction and camera."""
+    """One row per model, rollout, interaction and camera."""
     new, rate = data.settings.model.num_frames - 1, data.settings.world.rate_hz
     out = []
     for row, rollouts in data.rollouts.items():

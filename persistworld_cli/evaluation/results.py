@@ -1,4 +1,4 @@
-"""From finished rollouts to numbers.
+"""Compute the numbers of a result from finished rollouts.
 
 Shape legend: I rollouts, F frames, V cameras.
 """
@@ -45,9 +45,9 @@ class EvalData:
         rollouts: row of the table -> its rollouts in the order of ``items``; floor and ceiling among them.
         wrong: model -> wrong actions -> its rollouts under them (`action_following`).
         latents: (model label, item) -> predicted latents (S, L, C, h, w).
-        draw: item -> its recording and every model's frames, as far as was recorded.
+        draw: item -> its recording and every model's frames, as far as the recording goes.
         scorer, scoring: the metrics.
-        protocol, benchmark, provenance: what the numbers were made with (`protocol`).
+        protocol, benchmark, provenance: how the numbers were made (`protocol`).
     """
 
     settings: Settings
@@ -70,7 +70,7 @@ class EvalData:
 
     @property
     def episodes(self) -> list[str]:
-        """Of each rollout."""
+        """The episode of each rollout."""
         return [item.episode for item in self.items]
 
     @property
@@ -118,7 +118,7 @@ def build_result(data: EvalData, extra: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         data: finished rollouts.
-        extra: entries made from them elsewhere (`action_following`, `uncertainty`, `fvd`).
+        extra: entries computed elsewhere (`action_following`, `uncertainty`, `fvd`).
     """
     settings, rows, metrics = data.settings, list(data.rollouts), data.metrics
     rate, cameras = settings.world.rate_hz, settings.world.cameras

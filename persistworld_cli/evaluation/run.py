@@ -1,7 +1,7 @@
-"""Subcommand eval: the closed-loop benchmark, base against post-trained, on held-out episodes with the same noise.
+"""Subcommand eval: compare base and post-trained model in closed loop, on held-out episodes with the same noise.
 
 Every finished rollout is a file under ``<output>/rollouts``; an interrupted run continues there, and several processes
-meet there. The report is made from those files by process 0.
+share the folder. Process 0 makes the report from those files.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from persistworld_cli.study.write import plan_study, write_study
 
 
 def run(settings: Settings, request: EvalRequest) -> dict[str, Any]:
-    """Evaluate: ``world.dataset``, ``model``, ``sampling``, ``eval`` and ``rewards`` of the settings are read.
+    """Evaluate; reads ``world.dataset``, ``model``, ``sampling``, ``eval`` and ``rewards`` of the settings.
 
     Returns:
-        A summary for the terminal (`report.summary`); all of it is in ``<output>/eval.json``. {} on ranks other than 0.
+        A summary for the terminal (`report.summary`); ``<output>/eval.json`` has everything. {} on ranks other than 0.
 
     Raises:
         PersistWorldError: absent episodes, masks that do not fit, weights or a dataset of another preset, a result of
-            another protocol; all before any compute.
+            another protocol. All of these are checked before anything is computed.
     """
     processes = PartialState(cpu=settings.launch.device == "cpu")
     output, other, quiet = request.output, request.compare, not processes.is_main_process
@@ -61,7 +61,7 @@ def run(settings: Settings, request: EvalRequest) -> dict[str, Any]:
 
 
 def measure(plan: EvalPlan, processes: PartialState) -> EvalData | None:
-    """Roll out and score this process's share of what is not there yet; all rollouts on rank 0, None on the others."""
+    """Roll out and score this process's share of the missing rollouts. Returns all on rank 0, None on other ranks."""
     work, quiet = plan.work(processes), not processes.is_main_process
     log_finished([*plan.folders.values(), *(f for own in plan.wrong.values() for f in own.values())], plan.items)
     for weights in plan.models:
@@ -84,7 +84,7 @@ def measure(plan: EvalPlan, processes: PartialState) -> EvalData | None:
 def _score_model(
     plan: EvalPlan, loop: ClosedLoop, weights: Weights, actions: str, folder: Path, todo: Sequence[Item], quiet: bool
 ) -> None:
-    """Roll out and save, under the recorded actions ("") or wrong ones, whose latents are not kept."""
+    """Roll out and save, under the recorded actions ("") or wrong ones (their latents are not kept)."""
     what, commands = f"eval: {weights.label}", None
     if actions:
         what = f"{what}, {actions} actions"
@@ -96,7 +96,7 @@ def _score_model(
 
 
 def _score_references(plan: EvalPlan, loop: ClosedLoop, todo: Sequence[Item], quiet: bool) -> None:
-    """Floor and ceiling of every item; they do not depend on the seed, which only names the file."""
+    """Floor and ceiling of every item; the seed only names the file and does not affect them."""
     seen: dict[tuple[str, int], tuple[ScoredRollout, ScoredRollout]] = {}
     with Meter("eval: floor and ceiling", len(todo), quiet=quiet) as meter:
         for item in todo:
@@ -120,7 +120,7 @@ def _collect(plan: EvalPlan) -> EvalData:
 
     @cache
     def decoder(ckpt: str) -> WorldModel:
-        return plan.load(ModelRef("", ckpt))  # an adapter leaves the VAE alone
+        return plan.load(ModelRef("", ckpt))  # an adapter does not change the VAE
 
     def draw(item: Item) -> Drawn:
         ev = settings.eval
@@ -149,7 +149,7 @@ def _collect(plan: EvalPlan) -> EvalData:
 
 
 def _describe_models(plan: EvalPlan) -> list[dict[str, Any]]:
-    """Labels, paths and hashes of what is compared, and the percentiles that poses are scaled by."""
+    """Labels, paths and hashes of the compared models, and the percentiles that scale poses."""
     described = []
     for weights in plan.models:
         stat = weights.store.stat()

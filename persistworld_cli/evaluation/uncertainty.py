@@ -1,8 +1,8 @@
 """Does a model know when it is wrong? The variance between seeds of one rollout against its error.
 
 Rollouts of one episode and start that differ only in their noise are compared interaction by interaction. Their
-variance needs no record; if it ranks like the error, it predicts where a rollout can be trusted. Both grow with time,
-so the rank correlation is also given within each interaction.
+variance needs no recording; if it ranks like the error, it shows where a rollout can be trusted. Both grow with time,
+so the rank correlation within each interaction is given too.
 
 Shape legend: as in `recording`; R seeds, G (episode, start) pairs, V cameras.
 """
@@ -31,7 +31,7 @@ def seed_groups(data: EvalData) -> dict[tuple[str, int], list[int]]:
 def seed_variance(latents: NDArray[np.floating], cameras: int) -> FloatArray:
     """Variance between seeds: latents (R, S, L, C, h, w), cameras stacked along h -> (S, V).
 
-    The unbiased variance of each latent number of the new frames, averaged over frames, channels and places.
+    The unbiased variance of each latent value of the new frames, averaged over frames, channels and positions.
     """
     new = latents[:, :, 1:].astype(np.float64)
     spread = new.var(axis=0, ddof=1)  # (S, L-1, C, h, w)
@@ -40,7 +40,7 @@ def seed_variance(latents: NDArray[np.floating], cameras: int) -> FloatArray:
 
 
 def step_errors(data: EvalData, model: str, rows: list[int]) -> FloatArray:
-    """Mean squared error (S, V) of the images, over frames and seeds; NaN where the recording had ended."""
+    """Mean squared error (S, V) of the images, over frames and seeds; NaN after the end of the recording."""
     psnr = np.stack([data.rollouts[model][row].scores["psnr"] for row in rows]).astype(np.float64)  # (R, F, V)
     error = 10.0 ** (-psnr / 10.0)
     by_step = error.reshape(len(rows), -1, data.settings.model.num_frames - 1, error.shape[-1])
@@ -51,8 +51,8 @@ def uncertainty_result(data: EvalData) -> dict[str, Any]:
     """Variance, error and their rank correlation for every model and camera group.
 
     Returns:
-        ``{"seeds", "pairs", "note", "rows": [{model, cameras, rho, low, high, within_step, ...}]}``; no rows, and why
-        in ``note``, with one seed.
+        ``{"seeds", "pairs", "note", "rows": [{model, cameras, rho, low, high, within_step, ...}]}``; with one seed
+        there are no rows, and ``note`` gives the reason.
     """
     groups = seed_groups(data)
     if not groups:
@@ -70,7 +70,7 @@ def uncertainty_result(data: EvalData) -> dict[str, Any]:
             a, b = (mean(np.stack(part)[..., list(own)], -1) for part in (spread, error))  # (G, S) each
             rows.append({"model": model, "cameras": group, **_correlate(a, b, episodes, data.settings.eval.bootstrap)})
     enough = len(set(episodes)) >= FEWEST
-    note = "" if enough else f"too few to tell: {len(set(episodes))} episodes, use at least {FEWEST}"
+    note = "" if enough else f"too few to decide: {len(set(episodes))} episodes, use at least {FEWEST}"
     return {"seeds": min(len(m) for m in groups.values()), "pairs": len(groups), "note": note, "rows": rows}
 
 

@@ -1,11 +1,11 @@
-"""`persistworld verify`: do these weights, on this data, give the figures that others measured with them?
+"""`persistworld verify`: do these weights, on this data, reproduce the published figures?
 
-The rollouts and their numbers are an evaluation's (`run.measure`, `results.build_result`).
+Rollouts and numbers are those of an evaluation (`run.measure`, `results.build_result`).
 
 Let m be the mean and s the standard deviation of the n episodes' means, and ``h = t(0.975, n - 1) s / sqrt(n)``. A
-published mean is of other episodes, and its own error is not published: it fits within
-``m - h - tolerance .. m + h + tolerance``. Where h is wider than the file of figures allows, there are too few episodes
-to decide. Where the file has the same rollouts, they are compared one by one instead.
+published mean is of other episodes, and its error is not published: it fits if it lies within
+``m - h - tolerance .. m + h + tolerance``. If h is wider than the file of figures allows, there are too few episodes to
+decide. If the file has the same rollouts, they are compared one by one instead.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from persistworld_cli.files import hash_of, write_json, write_text
 from persistworld_cli.reports.tables import benchmark_name
 from persistworld_cli.statistics.paired import episode_means
 
-COUNT = 8  # absent episodes named in an error
+COUNT = 8  # missing episodes named in an error
 FITS, DIFFERS, UNDECIDED, NOTE = "fits", "DIFFERS", "too few", ""
 _WIDTH = 80
 _GIB = 2**30
@@ -60,12 +60,12 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure beside the published one.
+    """A measured figure and the published one.
 
     Attributes:
         kind: ``mean``; ``gain`` over the base; ``same``: the mean difference from the file's own rollouts.
         measured, half: mean, and half the width of its 95% interval (0 for ``same``).
-        published, tolerance: of the file.
+        published, tolerance: those of the file.
         verdict: FITS, DIFFERS or UNDECIDED.
     """
 
@@ -81,7 +81,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the block that is no figure; a NOTE has no verdict."""
+    """A line of the block that is not a figure; a NOTE has no verdict."""
 
     name: str
     verdict: str
@@ -89,20 +89,20 @@ class Check:
 
 
 def _check(name: str, differences: str, otherwise: str) -> Check:
-    """DIFFERS with what differs, or FITS with the text for that case."""
+    """DIFFERS with the differences, or FITS with the text for that case."""
     return Check(name, DIFFERS if differences else FITS, differences or otherwise)
 
 
 def run(settings: Settings, request: VerifyRequest) -> dict[str, Any]:
-    """Roll out, and compare what was measured with what was published.
+    """Roll out, and compare the measured figures with the published ones.
 
     Args:
         settings: as for an evaluation; ``eval.published`` names the figures.
-        request: its ``count`` is spread over the episodes that are there; None: those of ``eval.episodes``.
+        request: its ``count`` episodes are spread over those in the dataset; None: the episodes of ``eval.episodes``.
 
     Returns:
-        ``fits``, ``checks``, ``figures`` and more; ``text`` is the file with the block; ``exit_code`` 1 where it does
-        not fit. {} on ranks other than 0.
+        ``fits``, ``checks``, ``figures`` and more; ``text`` is the file with the block; ``exit_code`` is 1 if something
+        does not fit. {} on ranks other than 0.
 
     Raises:
         PersistWorldError: as `plan.make_plan`; fewer than two episodes.
@@ -111,7 +111,7 @@ def run(settings: Settings, request: VerifyRequest) -> dict[str, Any]:
     published = None if write else load_published(settings.eval.published)
     if published and published.lpips != _backbone(settings):
         raise UsageError(
-            f"the figures are of a {published.lpips} LPIPS, the settings take a {_backbone(settings)} one",
+            f"the figures use the {published.lpips} LPIPS, the settings the {_backbone(settings)} one",
             where=f"{published.path}, rewards.lpips_backbone",
             fix="leave rewards.lpips_backbone at auto, or name other figures",
         )
@@ -166,7 +166,7 @@ def run(settings: Settings, request: VerifyRequest) -> dict[str, Any]:
 
 
 def _few(settings: Settings, store: EpisodeStore, count: int | None) -> Settings:
-    """The settings with a few of the episodes that are there, one seed, and nothing but recorded actions."""
+    """The settings with a few of the dataset's episodes, one seed, and recorded actions only."""
     ev = settings.eval
     there = store.episodes(ev.split)
     named = list(dict.fromkeys(ev.episodes)) or there
@@ -187,7 +187,7 @@ def _few(settings: Settings, store: EpisodeStore, count: int | None) -> Settings
 
 
 def _backbone(settings: Settings) -> str:
-    """Of LPIPS: an untrained one is another metric."""
+    """The LPIPS backbone: with an untrained one, LPIPS is another metric."""
     return UNTRAINED if settings.rewards.lpips_backbone == UNTRAINED else TRAINED
 
 
@@ -198,9 +198,9 @@ class Measured:
         result: the whole of it.
         items: the rollouts: episode, start, seed.
         episodes: of each rollout.
-        labels: the models', the judged one last.
+        labels: names of the models, the evaluated one last.
         metrics: name -> label in the result.
-        protocol: hash of the protocol, whichever of its episodes were rolled out.
+        protocol: hash of the protocol; it does not depend on which of the episodes were rolled out.
     """
 
     def __init__(self, result: Mapping[str, Any]) -> None:
@@ -215,7 +215,7 @@ class Measured:
 
     @property
     def seconds_per_step(self) -> float:
-        """Of an interaction of one rollout."""
+        """Seconds of one rollout's interaction."""
         return float(self.result["seconds_per_rollout"][self.labels[-1]]) / int(self.result["n"]["steps"])
 
     def values(self, group: str, metric: str, model: int = -1) -> np.ndarray:
@@ -227,7 +227,7 @@ class Measured:
         return rollout_values(self.result, group, self.metrics[metric], self.labels[model])
 
     def gain(self, group: str, metric: str) -> np.ndarray:
-        """Of the judged model over the base, rollout by rollout."""
+        """Gain of the evaluated model over the base, rollout by rollout."""
         return self.values(group, metric) - self.values(group, metric, 0)
 
 
@@ -235,7 +235,7 @@ class Measured:
 
 
 def _weights(refs: Sequence[ModelRef], result: Mapping[str, Any]) -> list[Check]:
-    """What was loaded. Keys and shapes were compared before anything was computed: another model is an error."""
+    """The loaded weights. Keys and shapes are compared before anything is computed: another model is an error."""
     lines = []
     for ref, model in zip(refs, result["models"], strict=True):
         adapter = f", adapter {ref.adapter} {model['adapter_sha256'][:12]}" if ref.adapter else ""
@@ -245,14 +245,14 @@ def _weights(refs: Sequence[ModelRef], result: Mapping[str, Any]) -> list[Check]
 
 
 def _dtypes(files: WeightFiles) -> Counter[str]:
-    """Type -> how many tensors have it."""
+    """Type -> number of tensors of that type."""
     return Counter(str(info.dtype).removeprefix("torch.") for info in files.info.values())
 
 
 def _types(files: WeightFiles, published: Published) -> Check:
     counts = _dtypes(files)
     own = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-    text = f"{len(files.info)} tensors, all that the preset has; {own}"
+    text = f"{len(files.info)} tensors, complete for the preset; {own}"
     if not published.dtype:
         return Check("keys", FITS, text + " (published type unknown)")
     return _check("keys", f"{text}, published {published.dtype}" if set(counts) != {published.dtype} else "", text)
@@ -261,7 +261,7 @@ def _types(files: WeightFiles, published: Published) -> Check:
 def _actions(
     settings: Settings, store: EpisodeStore, scale: Scale, result: Mapping[str, Any], published: Published
 ) -> list[Check]:
-    """The scale that was used beside the published one, and the data's poses beside the scale."""
+    """Compare the scale that was used with the published one, and the data's poses with the scale."""
     scaling = Check("scale", NOTE, scale.origin)
     if published.stat:
         used = ActionStat(*(np.asarray(part) for part in result["models"][-1]["state_percentiles"]))
@@ -288,14 +288,14 @@ def _data(result: Mapping[str, Any], published: Published) -> Check:
 
 
 def compare_figures(result: Mapping[str, Any], published: Published) -> list[Figure]:
-    """Every figure of the file beside what an evaluation measured (``eval.json``)."""
+    """Compare every figure of the file with the measured one (``eval.json``)."""
     measured, out = Measured(result), []
     places = {item: place for place, item in enumerate(published.items)}
     same = published.protocol == measured.protocol and all(item in places for item in measured.items)
     for group, own in published.figures.items():
         for metric, wanted in own.items():
             values = measured.values(group, metric)
-            if same:  # the file has every rollout that was made, under this protocol
+            if same:  # the file has every one of these rollouts, under this protocol
                 theirs = [published.rollouts[group][metric][places[item]] for item in measured.items]
                 apart, limit = float(np.mean(np.abs(values - np.array(theirs)))), published.same[group][metric]
                 verdict = FITS if apart <= limit else DIFFERS
@@ -327,7 +327,7 @@ def interval(values: np.ndarray, episodes: Sequence[str]) -> tuple[float, float]
 
 
 def _write(path: Path, title: str, lpips: str, measured: Measured, files: WeightFiles) -> dict[str, Any]:
-    """What was measured as a file of figures (with its scale beside)."""
+    """Write the measured figures as a file of figures, and the scale beside it."""
     groups = measured.result["groups"]
 
     def means(values: Callable[[str, str], np.ndarray]) -> dict[str, dict[str, float]]:
@@ -358,7 +358,7 @@ def _write(path: Path, title: str, lpips: str, measured: Measured, files: Weight
 
 
 def _peak_memory() -> int:
-    """Bytes: of the GPU where one computed, else of this process."""
+    """Bytes: of the GPU if one was used, else of this process."""
     if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
         return int(peak)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -371,7 +371,7 @@ def _peak_memory() -> int:
 def block(
     measured: Measured, checks: Sequence[Check], figures: Sequence[Figure], *, title: str, published: str, memory: int
 ) -> str:
-    """The result as one block of text, 80 columns wide, to be pasted into an issue."""
+    """The result as one block of text, 80 columns wide, to paste into an issue."""
     result, n, stamp = measured.result, measured.result["n"], measured.result.get("benchmark")
     verdicts = {*(check.verdict for check in checks), *(figure.verdict for figure in figures)}
     outcomes = {DIFFERS: "DOES NOT FIT", UNDECIDED: "UNDECIDED: too few episodes"}

@@ -1,7 +1,7 @@
-"""From the rollouts of every setting to the frontier: paired losses against the reference, and who is close enough.
+"""Compute the frontier from all rollouts: paired losses against the reference, and which settings are close enough.
 
-A loss is how much worse a figure is than the reference's, in percent of the reference's; below 0 it is better. A
-setting is close enough where the worse end of every loss's interval is: that no difference was found is not enough.
+A loss is how much worse a figure is than the reference's, in percent of the reference's; a negative loss is a gain. A
+setting is close enough if the worse end of every loss's interval is: to find no difference is not enough.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ YES, NO, OPEN, FEW = "yes", "no", "open", "too few"
 
 @dataclass(frozen=True)
 class Trial:
-    """A setting, its rollouts in the order of the items, and FLOPs of an interaction step of one rollout, decoded."""
+    """A setting, its rollouts in the order of the items, and the FLOPs of one interaction of one rollout."""
 
     setting: Setting
     rollouts: list[ScoredRollout]
@@ -50,9 +50,9 @@ def build_frontier(
     Args:
         settings: camera groups, interactions, bootstrap.
         scorer, scoring: the metrics; SSIM, PSNR and LPIPS decide, the others are shown.
-        reference: what is compared with.
-        trials: the others.
-        percent: how much worse than the reference's figure, in percent of it, is close enough.
+        reference: the reference setting.
+        trials: the settings to compare with it.
+        percent: largest loss, in percent of the reference's figure, that is close enough.
         other_weights: the reference was sampled with other weights than the trials.
     """
     infos, groups = metric_infos(scorer, scoring), camera_groups(settings.world)
@@ -62,7 +62,7 @@ def build_frontier(
         return mean(frame_scores(trial.rollouts, metric, cameras), axis=1)  # of every rollout (I,)
 
     def described(trial: Trial) -> dict[str, Any]:
-        """What a setting is and what it costs; the time is that of a whole batch, with decoding and scoring."""
+        """A setting and its cost; the time includes decoding and scoring of a whole batch."""
         return {
             "name": trial.setting.name,
             "sampling": describe_sampling(trial.setting.sampling),
@@ -138,7 +138,7 @@ def _verdict(low: float, high: float, percent: float, episodes: int) -> str:
 def _conclusion(
     reference: Setting, chosen: Mapping[str, Any] | None, episodes: int, percent: float, other_weights: bool
 ) -> str:
-    """The outcome in a sentence or two."""
+    """The conclusion in a sentence or two."""
     if episodes < FEWEST:
         return f"{episodes} episodes are too few to decide: use at least {FEWEST}"
     if chosen is None:

@@ -1,4 +1,4 @@
-"""The chosen setting as a small preset that extends the one it was measured with."""
+"""Write the chosen setting as a small preset that extends the measured one."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ _MARK = "# Written by persistworld frontier"
 
 
 def require_writable(path: Path) -> None:
-    """Refuse a path that is no TOML file, or exists and was not written here. Raises UsageError."""
+    """Refuse a path that is not a TOML file, or a file that this command did not write. Raises UsageError."""
     if path.suffix != ".toml":
-        raise UsageError(f"'{path.name}' is no TOML file", where="--write-preset", fix="write --write-preset fast.toml")
+        raise UsageError(
+            f"'{path.name}' is not a TOML file", where="--write-preset", fix="write --write-preset fast.toml"
+        )
     if path.is_dir() or (path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(_MARK)):
-        raise UsageError("this file is there, and not by this command", where=str(path), fix="take another name")
+        raise UsageError(
+            "the file exists and was not written by this command", where=str(path), fix="take another name"
+        )
 
 
 def write_preset(path: Path, extends: str, sampling: SamplingSettings, result: Mapping[str, Any]) -> Path:
-    """Write the sampling settings that differ from those of the preset that it ``extends``, and where they come from.
+    """Write the sampling settings that differ from the preset that it ``extends``, and their origin as a comment.
 
     Args:
         path: the file.
         extends: name or path of the preset that the measurement was made with.
-        sampling: the chosen one.
+        sampling: the chosen settings.
         result: `build_frontier`'s, for the comment.
     """
     parent = load_settings(extends, env={})
@@ -53,5 +57,5 @@ def write_preset(path: Path, extends: str, sampling: SamplingSettings, result: M
         *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()),
     ]
     write_text(path, "\n".join(lines) + "\n")
-    load_settings(str(path), env={})  # what is written is what loads
+    load_settings(str(path), env={})  # refuses a preset that does not load
     return path

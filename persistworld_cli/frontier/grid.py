@@ -1,4 +1,4 @@
-"""Which sampling settings are tried: samplers x numbers of calls x whatever else is varied, against one reference."""
+"""The sampling settings to try: samplers x numbers of calls x other varied keys, and the reference."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from persistworld_cli.errors import UsageError, nearest
 from persistworld_cli.models.diffusion import karras_sigmas
 from persistworld_cli.models.samplers import SAMPLERS, find_sampler
 
-VARIED = ("guidance", "sigma_min", "sigma_max", "rho")  # what --vary may name: read anew for every clip drawn
+VARIED = ("guidance", "sigma_min", "sigma_max", "rho")  # keys that --vary may name: read again for every sampled clip
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to draw a clip.
+    """One way to sample a clip.
 
     Attributes:
         name: short, for tables: ``dpmpp-2m 6, sigma_min 0.05``.
-        sampling: the whole of it.
-        calls: clips that go through the network for one clip drawn; guidance counts twice.
+        sampling: all sampling settings.
+        calls: clips that go through the network per sampled clip; guidance counts twice.
     """
 
     name: str
@@ -34,15 +34,15 @@ class Setting:
 
 
 def make_grid(settings: Settings, request: FrontierRequest) -> tuple[Setting, list[Setting]]:
-    """The reference, and what is compared with it, by calls; settings that draw the same clips count once.
+    """The reference, and the settings to compare with it by number of calls; equal clips are sampled once.
 
     Args:
-        settings: whose ``sampling`` says all that is not varied; it is itself one of the settings tried.
-        request: with a ``baseline`` the reference has other weights, so that its own sampling may be tried too.
+        settings: their ``sampling`` gives all values that are not varied, and is itself tried.
+        request: with a ``baseline`` the reference has other weights, so the reference's sampling may be tried too.
 
     Raises:
-        UsageError: an unknown sampler, a reference that is not NAME:STEPS, something that cannot be varied, a value out
-            of range, or nothing to compare.
+        UsageError: an unknown sampler, a reference that is not NAME:STEPS, a key that cannot be varied, a value out of
+            range, or nothing to compare.
     """
     own, varied = settings.sampling, [_varied(text) for text in request.vary]
     name, mark, steps = request.reference.rpartition(":")
@@ -52,7 +52,7 @@ def make_grid(settings: Settings, request: FrontierRequest) -> tuple[Setting, li
     tried = [own]
     for sampler, calls in product(request.samplers, request.calls):
         steps_taken = _steps_for(replace(own, sampler=_known(sampler, "--sampler"), guidance=1.0), calls)
-        if steps_taken is None:  # heun cannot make an even number of calls
+        if steps_taken is None:  # heun always makes an odd number of calls
             continue
         for values in product(*(choices for _, choices in varied)):
             changes = dict(zip((key for key, _ in varied), values, strict=True))
@@ -67,7 +67,7 @@ def make_grid(settings: Settings, request: FrontierRequest) -> tuple[Setting, li
             seen.add(same)
             grid.append(setting)
     if not grid:
-        what, fix = "nothing but the reference itself would be tried", "write --calls 1,2,4,8"
+        what, fix = "only the reference itself would be tried", "write --calls 1,2,4,8"
         raise UsageError(what, where="--calls", fix=fix)
     return reference, grid
 
@@ -82,7 +82,7 @@ def _known(sampler: str, where: str) -> str:
 
 
 def _steps_for(sampling: SamplingSettings, calls: int) -> int | None:
-    """The steps with which a sampler makes exactly so many calls, or None."""
+    """The number of steps with which a sampler makes exactly this many calls, or None."""
     counted = ((steps, sampler_calls(replace(sampling, steps=steps))) for steps in range(calls, 0, -1))
     return next((steps for steps, made in counted if made == calls), None)
 
@@ -101,14 +101,14 @@ def _varied(text: str) -> tuple[str, list[Any]]:
 
 
 def _setting(own: SamplingSettings, sampling: SamplingSettings) -> Setting:
-    """A setting and its name: sampler and steps, then what else differs from the settings' own."""
+    """A setting and its name: sampler, steps, then the other values that differ from the settings."""
     values = {key: getattr(sampling, key) for key in VARIED}
     others = [f"{key} {value:g}" for key, value in values.items() if value != getattr(own, key)]
     return Setting(", ".join([f"{sampling.sampler} {sampling.steps}", *others]), sampling, sampler_calls(sampling))
 
 
 def _identity(sampling: SamplingSettings) -> tuple[Any, ...]:
-    """Equal for settings that draw the same clip: with one step, every sampler of ours gives the first prediction."""
+    """Equal for settings that sample the same clip: with one step, all built-in samplers give the same."""
     sigmas = karras_sigmas(sampling.steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
     method = sampling.sampler if sampling.steps > 1 or sampling.sampler not in SAMPLERS else ""
     return method, sampling.guidance, tuple(sigmas.tolist())

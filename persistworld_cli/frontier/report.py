@@ -16,7 +16,7 @@ from persistworld_cli.reports.curves import MODEL_COLOURS, plt, save_figure, sty
 from persistworld_cli.reports.tables import UNTRAINED_NOTE, benchmark_name, heading, new_table, number
 
 _STYLES = {"yes": "green", "no": "red"}
-_SEEN = 4.0  # times what is close enough (or a quarter of the gains) is how deep a plot shows losses
+_SEEN = 4.0  # a plot shows losses down to this many times `percent` (or a quarter of the gains)
 
 
 def frontier_table(result: Mapping[str, Any]) -> Table:
@@ -62,11 +62,11 @@ def _cell(loss: Mapping[str, Any], metric: Mapping[str, Any]) -> Text:
 def _caption(result: Mapping[str, Any]) -> str:
     decisive = ", ".join(metric["label"] for metric in result["metrics"] if metric["decides"])
     lines = [
-        "changes against the first rows, with 95% bootstrap intervals over episodes. calls: clips through the network",
-        "per clip drawn (guidance counts twice). s per step: a rollout's share of a batch, with decoding, scoring.",
+        "change: against the reference (first rows), 95% bootstrap intervals over episodes. calls: clips through the",
+        "network per sampled clip (guidance counts twice). s per step: per rollout of a batch, with decoding, scoring.",
         f"within: yes, if the worse end of each interval of {decisive}",
-        f"is at most {result['percent']:g}% worse; no, if the better end of one is worse than that; open: too few",
-        "episodes to decide. *: fewest calls that qualify.",
+        f"is at most {result['percent']:g}% worse; no, if the better end of an interval is worse than that; open:",
+        "too few episodes to decide. *: fewest calls that qualify.",
         f"{result['conclusion']}.",
     ]
     if "untrained" in decisive:
@@ -129,7 +129,7 @@ def _panel(plot: Axes, result: Mapping[str, Any], group: str, metric: Mapping[st
             -np.array([loss[key] for loss in losses], dtype=float) for key in ("loss", "loss_high", "loss_low")
         )
         style = ("-", "--", ":", "-.")[index // len(MODEL_COLOURS) % 4] + "osD^v"[index % 5]
-        width = 2.6 - 0.3 * (index % 5)  # lines that lie on one another stay visible
+        width = 2.6 - 0.3 * (index % 5)  # overlapping lines stay visible
         plot.plot(calls, gain, style, markersize=2 + 1.6 * width, linewidth=width, color=colour, label=name)
         plot.fill_between(calls, worse, better, color=colour, alpha=0.13, linewidth=0)
         seen += [float(value) for value in [*worse, *better] if np.isfinite(value)]

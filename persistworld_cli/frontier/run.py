@@ -1,4 +1,4 @@
-"""Subcommand frontier: how few network calls are enough? Sampling settings on a benchmark's rollouts, same noise.
+"""Subcommand frontier: how few network calls are enough? Tries sampling settings on a benchmark, with the same noise.
 
 Every finished rollout is a file under ``<output>/rollouts``, as in `evaluation.run`: an interrupted run resumes there,
 a larger grid keeps what is done, and several processes share it. Process 0 makes the report.
@@ -35,7 +35,7 @@ from persistworld_cli.rollout.recording import Item
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setting, the weights that are sampled with it, and the folder of its rollouts."""
+    """A setting, its weights, and the folder of its rollouts."""
 
     setting: Setting
     weights: Weights
@@ -44,21 +44,21 @@ class Candidate:
 
 @dataclass(frozen=True)
 class FrontierPlan(RolloutPlan):
-    """What a frontier does: what the others are compared with, and the others."""
+    """The plan of a frontier: the reference, and the settings to compare with it."""
 
     reference: Candidate
     grid: list[Candidate]
 
 
 def run(settings: Settings, request: FrontierRequest) -> dict[str, Any]:
-    """Roll out under every setting, compare, and choose; of the settings, what an evaluation reads is read.
+    """Roll out with every setting, compare, and choose; reads the same settings as an evaluation.
 
     Returns:
-        A summary for the terminal; all of it is in ``<output>/frontier.json``. {} on ranks other than 0.
+        A summary for the terminal; ``<output>/frontier.json`` has everything. {} on ranks other than 0.
 
     Raises:
-        PersistWorldError: as for `evaluation.run.run`, or a grid that makes no sense, or a preset file that is not ours
-            to write; all before any compute.
+        PersistWorldError: as for `evaluation.run.run`, an invalid grid, or a preset file that this command
+            did not write. All of these are checked before anything is computed.
     """
     processes = PartialState(cpu=settings.launch.device == "cpu")
     output, target = request.output, request.write_preset
@@ -81,7 +81,7 @@ def run(settings: Settings, request: FrontierRequest) -> dict[str, Any]:
     summary = {"text": table, "json": output / "frontier.json", "plot": image, "chosen": result["chosen"]}
     summary |= {"conclusion": result["conclusion"], "settings": rows}
     if target and result["chosen"] is None:
-        note(f"no preset was written: {result['conclusion']}")
+        note(f"no preset written: {result['conclusion']}")
         summary["exit_code"] = 1
     elif target:
         chosen = next(one.setting for one in plan.grid if one.setting.name == result["chosen"])
@@ -111,7 +111,7 @@ def make_plan(
 
 
 def _roll_out(plan: FrontierPlan, work: Sequence[Sequence[Item]], quiet: bool) -> None:
-    """Make what is not there yet; the bar counts network calls, so its time left is valid across settings."""
+    """Roll out what is missing; the bar counts network calls, so its time left is valid across settings."""
     ev = plan.settings.eval
     todo = [(one, items) for one in (plan.reference, *plan.grid) if (items := pending(one.folder, work))]
     total = sum(len(batches(items, ev.batch)) * ev.steps * one.setting.calls for one, items in todo)
@@ -131,7 +131,7 @@ def _roll_out(plan: FrontierPlan, work: Sequence[Sequence[Item]], quiet: bool) -
 
 
 def _result(plan: FrontierPlan, percent: float) -> dict[str, Any]:
-    """Everything as JSON holds it."""
+    """The whole result, in types that JSON has."""
     settings, reference = plan.settings, plan.reference
     cost = count_interaction(meta_model(settings.model, settings.world), reference.setting.sampling, 1)
 

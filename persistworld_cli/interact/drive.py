@@ -1,4 +1,4 @@
-"""`drive`: act in the world model by key. From one real frame, each key is one interaction (method.md section 6)."""
+"""`drive`: move the arm in the world model by keys, from one real frame; a key is one interaction (method.md section 6)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from persistworld_cli.rollout.recording import Item, require_episodes
 
 
 def run(settings: Settings, request: DriveRequest) -> dict[str, Any]:
-    """Drive by a string of keys, from the terminal, or from a page; write a video, a contact sheet and JSON.
+    """Drive by a string of keys, in the terminal or on a web page; write a video, a contact sheet and JSON.
 
-    It starts at ``drive.episode`` and ``drive.start``; without an episode, in the first of ``eval.split``.
+    The drive starts at ``drive.episode`` and ``drive.start``; by default in the first episode of ``eval.split``.
 
     Returns:
         A summary for the terminal with the paths ``video``, ``sheet`` and ``json``; poses and times are in the JSON.
@@ -51,7 +51,7 @@ def run(settings: Settings, request: DriveRequest) -> dict[str, Any]:
 
 
 def open_session(settings: Settings) -> DriveSession:
-    """The drive that the settings name, at its start. Raises as `run`."""
+    """A session at the start that the settings name. Raises as `run` does."""
     store, drive, split = open_store(settings), settings.drive, settings.eval.split
     episode = drive.episode or require_episodes(store, split)[0]
     start = make_start(store, Item(episode, drive.start, drive.seed), split)

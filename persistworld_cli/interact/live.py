@@ -1,4 +1,4 @@
-"""`drive --live`: keys of a terminal, one step each; views, pose and time on its screen.
+"""`drive --live`: drive by keys in a terminal, one step per key; the screen shows views, pose and time.
 
 Shape legend: F new frames of a step, V cameras, H, W pixels.
 """
@@ -45,13 +45,13 @@ def drive_live(session: DriveSession) -> None:
 
 
 def _act(session: DriveSession, key: str) -> str:
-    """Do what a key means; returns a note to show."""
+    """Carry out a key; returns a note to show."""
     try:
         if key == "z":
             session.undo()
             return "undone"
         if key == "x":
-            return f"the same step with other noise (branch {session.branch().branch})"
+            return f"the same step with new noise (branch {session.branch().branch})"
         if key in session.settings.drive.keys:
             session.press(key)
             return session.keymap.meaning(key)
@@ -73,7 +73,7 @@ class _Screen:
         self._draw(self._session.head.images[-1], note)
 
     def play(self, step: Step) -> None:
-        """The frames of a step one after the other, unless further keys are waiting."""
+        """Show the frames of a step one after the other, unless more keys are waiting."""
         for images in step.images[:-1]:
             if self._terminal.peek():
                 return
@@ -81,7 +81,7 @@ class _Screen:
             time.sleep(_BETWEEN_FRAMES_S)
 
     def status(self, note: str) -> None:
-        """Only the last line."""
+        """Redraw only the last line."""
         waiting = self._terminal.peek()
         more = f"   ({len(waiting)} more waiting)" if waiting else ""
         self._terminal.write(f"\x1b[{self._last};1H{_line(note + more, self._size.columns)}{_CLEAR_LINE}")
@@ -108,12 +108,12 @@ class _Screen:
 
 
 def _line(text: str, columns: int) -> str:
-    """An untrusted text as one line of the screen, without control sequences."""
+    """An untrusted text as one line, without control sequences."""
     return " ".join(escaped(text).split("\n"))[: columns - 1]
 
 
 def arrange(images: Images, lines: int, columns: int) -> tuple[Images, int, int]:
-    """Views (V, H, W, 3) as one image, in the layout that shows them largest; and its lines and columns."""
+    """Views (V, H, W, 3) as one image, in the layout that shows them largest, and the lines and columns it needs."""
 
     def size(count: int) -> tuple[int, int, int]:
         whole = mosaic(images, count)

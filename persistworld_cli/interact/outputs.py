@@ -1,4 +1,4 @@
-"""Outputs of a drive, however it was driven: video, contact sheet, JSON, LeRobot dataset."""
+"""Outputs of a drive (by keys, terminal or page): video, contact sheet, JSON, LeRobot dataset."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def write_record(session: DriveSession, path: Path) -> None:
 def write_lerobot_zip(session: DriveSession, path: Path) -> None:
     """The path to the current step as a LeRobot v3.0 dataset of one episode, in a zip file.
 
-    A frame's state is the pose commanded at it, its action the next frame's pose (the last: its own). Columns are named
-    as DROID's, so that `extract-latents` reads them too.
+    The state of a frame is the pose commanded at it; the action is the next frame's pose (for the last frame, its own).
+    Columns have DROID's names, so that `extract-latents` reads them too.
     """
     poses = np.concatenate([session.steps[0].poses, *(step.poses[1:] for step in session.path)])
     columns: dict[str, Float] = {}
@@ -87,7 +87,7 @@ def write_all(session: DriveSession, output: Path) -> Mapping[str, Any]:
     """Write JSON, video and contact sheet; returns `summary` with their paths ``video``, ``sheet`` and ``json``.
 
     Raises:
-        CannotWrite: with the keys, which reproduce the frames; the JSON, the smallest file, is written first.
+        CannotWrite: the message holds the keys, which reproduce the frames. The JSON, the smallest file, comes first.
     """
     video, sheet, file = output / "drive.mp4", output / "drive.png", output / "drive.json"
     columns = [f"{step.depth} {step.key}" for step in session.path]

@@ -1,4 +1,4 @@
-"""Subcommand replay: recorded actions, replayed in the world model from one real frame, shown against the recording."""
+"""Subcommand replay: replay recorded actions in the world model from one real frame, beside the recording."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from persistworld_cli.statistics.paired import mean
 def run(settings: Settings, request: ReplayRequest) -> dict[str, Any]:
     """Replay episodes and write videos, contact sheets, a table and JSON.
 
-    Of the settings, ``world.dataset``, ``model``, ``sampling``, ``rewards`` and, of ``eval``, split, episodes, starts,
-    steps, seeds and batch are read.
+    Reads these settings: ``world.dataset``, ``model``, ``sampling``, ``rewards``, and the split, episodes, starts,
+    steps, seeds and batch of ``eval``.
 
     Returns:
-        A summary for the terminal; all of it is in ``<output>/replay.json``.
+        A summary for the terminal; ``<output>/replay.json`` has everything.
 
     Raises:
-        PersistWorldError: absent episodes, a start beyond the end, unreadable weights.
+        PersistWorldError: missing episodes, a start after the end of an episode, unreadable weights.
     """
     if not settings.world.dataset:
-        raise UsageError("no dataset to replay from", where="world.dataset", fix="give --dataset, or take a preset")
+        raise UsageError("no dataset to replay from", where="world.dataset", fix="give --dataset, or use a preset")
     store = open_store(settings)
     split = settings.eval.split
     items, steps = replay_items(store, settings), settings.eval.steps
@@ -69,10 +69,10 @@ def run(settings: Settings, request: ReplayRequest) -> dict[str, Any]:
 
 
 def replay_items(store: EpisodeStore, settings: Settings) -> list[Item]:
-    """The rollouts that the settings name; of the first episode of the split where they name none.
+    """The rollouts that the settings name; without episodes, those of the first episode of the split.
 
     Raises:
-        PersistWorldError: an empty split, an absent episode, a start beyond its end.
+        PersistWorldError: an empty split, a missing episode, a start after its end.
     """
     ev, split = settings.eval, settings.eval.split
     episodes = ev.episodes or require_episodes(store, split)[:1]
@@ -125,7 +125,7 @@ def _write(
 def step_rows(
     settings: Settings, scores: Mapping[str, ScoredRollout], labels: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """One row for each interaction and model: mean over its frames and all cameras, by label."""
+    """One row per interaction and model: the mean over frames and cameras, by label."""
     new_frames, rate = settings.model.num_frames - 1, settings.world.rate_hz
     first = next(iter(scores.values()))
     rows: list[dict[str, Any]] = []

@@ -1,8 +1,8 @@
 """A drive as a tree of steps, shared by keys, terminal and page, so that the same keys and seed give the same frames.
 
-A step's noise is a pure function of (seed, episode, start, interaction, branch). `drive --keys` draws 0,
+A step's noise is a pure function of (seed, episode, start, interaction, branch). A key uses branch 0,
 `branch` the next number. Steps are kept: rewinding shows the same frames again, and the same key after the same step
-returns the step that exists.
+returns the existing step.
 
 Shape legend: L rows of an interaction, F new frames (L-1; 1 at the start), V cameras, H, W pixels.
 """
@@ -22,14 +22,14 @@ from persistworld_cli.rollout.recording import Start
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step of the tree; the defaults are those of the start.
+    """One step of the tree; the defaults describe the start.
 
     Attributes:
         number: its index in `DriveSession.steps`.
         parent: number of the step before it; -1 at the start.
         depth: interactions since the start.
         key: the key pressed; "" at the start.
-        branch: number of its noise.
+        branch: number of the noise.
         poses: (L, 7), the first row is the pose before it; (1, 7) at the start.
         images: uint8 (F, V, H, W, 3).
         seconds: time to compute it.
@@ -64,7 +64,7 @@ class DriveSession:
 
     @property
     def pose(self) -> Float:
-        """(7,) where the arm is."""
+        """(7,) the current pose."""
         pose: Float = self.head.poses[-1]
         return pose
 
@@ -78,24 +78,24 @@ class DriveSession:
         return steps[::-1]
 
     def press(self, key: str) -> Step:
-        """One interaction along a key. Raises UsageError for an unknown key, before anything moves."""
+        """One interaction in the direction of a key. Raises UsageError for an unknown key, before anything moves."""
         keys = self.settings.drive.keys
         if key not in keys:
             raise UsageError(f"unknown key '{key}'", fix=f"keys: {key_help(keys)}")
         return self._step(self.head, key, 0)
 
     def branch(self) -> Step:
-        """The last step again, with new noise. Raises PersistWorldError at the start."""
+        """Repeat the last step with new noise. Raises PersistWorldError at the start."""
         last = self._last_step("branch")
         twins = [s.branch for s in self.steps if s.parent == last.parent and s.key == last.key]
         return self._step(self.steps[last.parent], last.key, max(twins) + 1)
 
     def undo(self) -> Step:
-        """Back by one step, which stays in the tree. Raises PersistWorldError at the start."""
+        """Go back by one step, which stays in the tree. Raises PersistWorldError at the start."""
         return self.rewind(self._last_step("undo").parent)
 
     def rewind(self, number: int) -> Step:
-        """To the end of a step of the tree (0: the start). Raises PersistWorldError for an unknown number."""
+        """Go to the end of a step of the tree (0: the start). Raises PersistWorldError for an unknown number."""
         self.head = self.find(number)
         return self.head
 
@@ -134,5 +134,5 @@ class DriveSession:
 
     def _last_step(self, what: str) -> Step:
         if self.head.parent < 0:
-            raise PersistWorldError(f"this is the start: there is no step to {what}", fix="press a key first")
+            raise PersistWorldError(f"at the start there is no step to {what}", fix="press a key first")
         return self.head

@@ -1,4 +1,4 @@
-"""A terminal in raw mode: single keys in, a whole screen out, restored on exit."""
+"""A terminal in raw mode: reads single keys, shows a whole screen, is restored on exit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-_ENTER = "\x1b[?1049h\x1b[?25l\x1b[2J\x1b[H"  # the other screen, no cursor
+_ENTER = "\x1b[?1049h\x1b[?25l\x1b[2J\x1b[H"  # the alternate screen, no cursor
 LEAVE = "\x1b[0m\x1b[?25h\x1b[?1049l"
-_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|.)?")  # arrow keys etc.: their letters are no keys
+_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|.)?")  # arrow keys etc.: their letters are not keys
 _WAITING = 16  # keys typed ahead at most; a held key repeats faster than any model
 _END_OF_INPUT = "\x04"
 
@@ -22,7 +22,7 @@ _END_OF_INPUT = "\x04"
 class Terminal:
     """The terminal of standard input and standard error; use as a context manager.
 
-    Ctrl-C remains a signal, so it also ends a long step. Ctrl-Z is off: it would leave the shell with this screen.
+    Ctrl-C stays a signal, so it also ends a long step. Ctrl-Z is off: it would leave the shell on the alternate screen.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Terminal:
         sys.stderr.flush()
 
     def _read(self) -> None:
-        """Append typed keys to the waiting ones; more than a few are dropped."""
+        """Append typed keys to the waiting ones; drop those beyond the limit."""
         try:
             data = os.read(self._fd, 4096)
         except OSError:  # the terminal is gone

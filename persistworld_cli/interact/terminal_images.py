@@ -22,7 +22,7 @@ _SIXEL_COLOURS = 128
 
 
 def find_protocol(setting: str, env: Mapping[str, str]) -> str:
-    """``drive.display``, or for ``auto`` from the environment (tmux and screen pass no images on)."""
+    """``drive.display``, or for ``auto`` from the environment (tmux and screen pass on no images)."""
     if setting != "auto":
         return setting
     term, program = env.get("TERM", ""), env.get("TERM_PROGRAM", "")
@@ -40,13 +40,13 @@ def find_protocol(setting: str, env: Mapping[str, str]) -> str:
 
 
 def fit(height: int, width: int, lines: int, columns: int) -> tuple[int, int]:
-    """Lines and columns of the largest image of that shape inside a number of lines and columns."""
+    """Lines and columns of the largest image of that shape that fits in the given lines and columns."""
     scale = min(columns / width, 2 * lines / height)
     return max(1, int(height * scale / 2)), max(1, int(width * scale))
 
 
 def draw(protocol: str, image: Pixels, lines: int, columns: int) -> str:
-    """The text that shows an image (H, W, 3) in some lines and columns from the cursor on; "" for ``none``."""
+    """The text that shows an image (H, W, 3) in the given lines and columns at the cursor; "" for ``none``."""
     if protocol == "none":
         return ""
     return _DRAWERS[protocol](image, lines, columns)
@@ -63,7 +63,7 @@ def _png(image: Pixels) -> str:
 
 
 def _kitty(image: Pixels, lines: int, columns: int) -> str:
-    """Image 1, replaced each time; q=2: no reply, which would mix with typed keys."""
+    """Image 1, replaced each time. q=2 asks for no reply, since it would mix with typed keys."""
     data = _png(image)
     parts = [data[i : i + _KITTY_CHUNK] for i in range(0, len(data), _KITTY_CHUNK)]
     head = f"a=T,f=100,i=1,p=1,q=2,C=1,c={columns},r={lines},"
@@ -78,7 +78,7 @@ def _iterm(image: Pixels, lines: int, columns: int) -> str:
 
 
 def _sixel(image: Pixels, lines: int, columns: int) -> str:
-    """Bands of six rows; in each, a line of run lengths for every colour in it."""
+    """Bands of six rows; each band has a line of run lengths per colour."""
     h, w = lines * CELL[0] // 6 * 6, columns * CELL[1]
     reduced = _resized(image, max(6, h), w).quantize(_SIXEL_COLOURS)
     palette = np.asarray(reduced.getpalette(), dtype=int).reshape(-1, 3)
@@ -97,7 +97,7 @@ def _sixel(image: Pixels, lines: int, columns: int) -> str:
 
 
 def _runs(text: str) -> str:
-    """Sixel's run lengths: four and more of a character as ``!4?``."""
+    """Sixel's run lengths: four or more equal characters become ``!4?``."""
     return re.sub(r"(.)\1{3,}", lambda run: f"!{len(run[0])}{run[1]}", text, flags=re.DOTALL)
 
 

@@ -1,4 +1,4 @@
-"""`drive --web`: a session driven from a page. The main thread computes; server threads only pass messages.
+"""`drive --web`: drive a session from a web page. The main thread computes; server threads only pass messages.
 
 The page sends JSON: ``{"do": "key", "key": "l"}``, ``branch``, ``undo``, ``rewind`` and ``images`` (with ``step``),
 ``save`` (with ``kind``). It receives JSON with a ``type`` (hello, working, step, head, error), and binary messages: the
@@ -32,9 +32,9 @@ from persistworld_cli.interact.web_server import DriveServer
 from persistworld_cli.reports.videos import camera_names
 from persistworld_cli.rollout.interactive import Images
 
-_POLL_S = 0.5  # so that Ctrl-C arrives while nobody drives
+_POLL_S = 0.5  # so that Ctrl-C takes effect while no message arrives
 _MOVES = ("key", "branch", "undo", "rewind")
-_MOST = 64  # questions that wait; a page asks one at a time
+_MOST = 64  # waiting requests at most; a page sends one at a time
 SAVES: dict[str, tuple[str, Callable[[DriveSession, Path], None]]] = {
     "mp4": ("drive.mp4", write_video),
     "json": ("drive.json", write_record),
@@ -43,10 +43,10 @@ SAVES: dict[str, tuple[str, Callable[[DriveSession, Path], None]]] = {
 
 
 class Inbox:
-    """Messages of a page, put by server threads and taken by the one thread that computes; bounded.
+    """A bounded queue of messages of a page: server threads add them, the computing thread takes them.
 
-    At most one move waits: a newer one replaces it, so keys pressed during a step do not pile up. Questions (images,
-    files) wait in order and come first.
+    At most one move waits: a newer one replaces it, so keys pressed during a step do not pile up. Requests for images
+    and files wait in order and come first.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Inbox:
         self._changed = threading.Condition()
 
     def put(self, message: dict[str, Any]) -> bool:
-        """Add a message; False if too many questions wait already."""
+        """Add a message; False if too many requests wait already."""
         with self._changed:
             if message.get("do") in _MOVES:
                 self._move = message
@@ -67,7 +67,7 @@ class Inbox:
             return True
 
     def take(self, timeout_s: float) -> dict[str, Any] | None:
-        """The next message; None if none came in time."""
+        """The next message; None after the timeout."""
         with self._changed:
             self._changed.wait_for(lambda: self._questions or self._move is not None, timeout_s)
             if self._questions:
@@ -93,8 +93,8 @@ def drive_web(session: DriveSession, server: DriveServer, output: Path) -> None:
 
 
 def _read(text: str) -> dict[str, Any]:
-    """A page's message; a malformed one becomes {}, which is refused like any unknown one."""
-    with suppress(ValueError, RecursionError):  # RecursionError: nested deep
+    """A page's message; a malformed one becomes {}, which is refused as an unknown message."""
+    with suppress(ValueError, RecursionError):  # RecursionError: nested too deeply
         if isinstance(message := json.loads(text), dict):
             return message
     return {}
@@ -108,7 +108,7 @@ class _Host:
         self._name = secrets.token_hex(8)  # a page that reconnects after a restart must drop its images
 
     def do(self, message: dict[str, Any]) -> None:
-        """One message; errors are sent to the page."""
+        """Carry out one message; errors are sent to the page."""
         what = message.get("do")
         try:
             if what == "hello":
@@ -132,7 +132,7 @@ class _Host:
             self._send_head()
 
     def _move(self, message: dict[str, Any]) -> None:
-        """A key or a branch: a step, whose frames are sent one by one before its numbers."""
+        """Compute the step of a key or a branch; send its frames one by one, then its numbers."""
         session, known = self._session, len(self._session.steps)
         self._report({"type": "working", "key": str(message.get("key", ""))})
         step = session.press(str(message.get("key"))) if message["do"] == "key" else session.branch()
@@ -142,7 +142,7 @@ class _Host:
         self._send_head()
 
     def _show(self, step: Step) -> None:
-        """All frames of a step."""
+        """Send all frames of a step."""
         for place, images in enumerate(step.images):
             header = {"type": "image", "step": step.number, "frame": place, "frames": len(step.images)}
             self._send(packed(header, png(images)))
@@ -164,7 +164,7 @@ class _Host:
 
 
 def hello(session: DriveSession, name: str) -> dict[str, Any]:
-    """Everything that a page needs when it connects, except images, which it requests. ``name``: of the session."""
+    """Everything that a page needs when it connects, except images, which it requests; ``name`` is the session's."""
     settings, start = session.settings, session.start
     return {
         "type": "hello",
@@ -213,7 +213,7 @@ def png(images: Images) -> bytes:
 
 
 def _whole(message: dict[str, Any], key: str) -> int:
-    """A whole number of a message. Raises UsageError."""
+    """A whole number from a message. Raises UsageError."""
     value = message.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
         raise UsageError(f"'{key}' must be a whole number")

@@ -1,7 +1,7 @@
 """The server of `drive --web`: one HTML page and one websocket, on threads that never compute.
 
-Access: the Host that a browser names must be this server's (a foreign name that resolves to loopback is not), the
-Origin must be this page's, and a server that listens beyond loopback requires a token. One tab drives; another one is
+Access: the browser's Host header must name this server (a foreign name that resolves to loopback is refused), the
+Origin must be this page's, and a server that listens beyond loopback requires a token. One tab drives; another tab is
 refused unless it takes over.
 """
 
@@ -30,7 +30,7 @@ from persistworld_cli.serving import is_loopback, listen, same_secret
 
 _PAGE = Path(__file__).with_name("page.html")
 _MAX_MESSAGE = 4096  # bytes that a page may send at once
-_TAKEN, _TAKEN_OVER = 4001, 4002  # codes that end a websocket; the page knows them
+_TAKEN, _TAKEN_OVER = 4001, 4002  # close codes of a websocket; the page knows them
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -38,11 +38,11 @@ _POLICY = (
 
 
 def open_server(host: str, port: int, open: bool = False) -> DriveServer:
-    """A server that already holds its port; it answers from `DriveServer.start` on.
+    """A server that already holds its port; it answers after `DriveServer.start`.
 
     Args:
-        host: to listen on; beyond loopback, with the token of the environment (`TOKEN_VARIABLE`) or a new one.
-        port: 0 takes a free one.
+        host: address to listen on; beyond loopback, the token comes from the environment (`TOKEN_VARIABLE`) or is new.
+        port: 0 takes a free port.
         open: open the page in a browser once it is served.
 
     Raises:
@@ -56,8 +56,8 @@ class DriveServer:
     """Serves the page and one websocket; use as a context manager.
 
     Args:
-        host, port: to listen on.
-        token: required of page and websocket; "" for none.
+        host, port: address to listen on.
+        token: page and websocket require it; "" for none.
         browse: open the page in a browser once it is served.
     """
 
@@ -75,7 +75,7 @@ class DriveServer:
             port,
             answer=self._answer,
             where="--web",
-            fix="take another --port, or none for a free one",
+            fix="give another --port, or leave it out for a free one",
             max_size=_MAX_MESSAGE,
             server_header=None,
         )
@@ -84,13 +84,13 @@ class DriveServer:
 
     @property
     def url(self) -> str:
-        """Of the page, with the token where there is one."""
+        """Address of the page, with the token if there is one."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self._host, self._host)
         host = f"[{host}]" if ":" in host and not host.startswith("[") else host
         return f"http://{host}:{self.port}/" + (f"?{urlencode({'token': self._token})}" if self._token else "")
 
     def start(self, hear: Callable[[str | None], None]) -> None:
-        """Answer from now on; other threads call ``hear`` with each message of the tab, None when one connects."""
+        """Start to answer; other threads call ``hear`` with each message of the tab, and None when a tab connects."""
         self._hear = hear
         self._thread.start()
         note(f"drive at {self.url} (Ctrl-C ends it and writes the drive)")
@@ -100,7 +100,7 @@ class DriveServer:
             note("no browser could be opened here: open the address yourself")
 
     def send(self, message: str | bytes) -> bool:
-        """To the tab; False if there is none (it gets everything when it reconnects)."""
+        """Send to the tab; False if there is none (a tab gets everything when it connects)."""
         with suppress(ConnectionClosed):
             if (tab := self._tab) is not None:
                 tab.send(message)
@@ -124,7 +124,7 @@ class DriveServer:
     # -- access ---------------------------------------------------------------------------------------------------
 
     def _answer(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Pages and refusals; None lets the websocket open."""
+        """The page or a refusal; None lets the websocket open."""
         target = urlsplit(request.path)
         if refusal := self._refuse(request, parse_qs(target.query).get("token", [""])[0]):
             return _response(*refusal)
@@ -135,7 +135,7 @@ class DriveServer:
         return _response(HTTPStatus.NOT_FOUND, b"there is only one page: /\n")
 
     def _refuse(self, request: Request, token: str) -> tuple[HTTPStatus, bytes] | None:
-        """Why a request is not answered, or None."""
+        """Why a request is refused, or None."""
         host = request.headers.get("Host", "")
         if is_loopback(self._host) and not _names_loopback(host):
             return HTTPStatus.FORBIDDEN, b"this server is reached by 127.0.0.1 or localhost alone\n"
@@ -149,7 +149,7 @@ class DriveServer:
     # -- the tab ------------------------------------------------------------------------------------------------------
 
     def _serve_tab(self, connection: ServerConnection) -> None:
-        """Messages of a tab, until it disconnects or another one takes over."""
+        """Pass on the messages of a tab, until it disconnects or another one takes over."""
         take = "take" in parse_qs(urlsplit(connection.request.path if connection.request else "").query)
         with self._lock:
             before = self._tab

@@ -21,7 +21,7 @@ FEWEST = 6  # with n episodes all on one side, the two-sided sign test gives 2 *
 
 
 def mean(values: FloatArray, axis: int) -> FloatArray:
-    """Mean without the NaNs; NaN where there is nothing else."""
+    """Mean without NaNs; NaN if there is no other value."""
     there = np.isfinite(values)
     total, count = np.where(there, values, 0.0).sum(axis=axis), there.sum(axis=axis)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
@@ -40,18 +40,18 @@ def wilson(wins: float, n: int, confidence: float = 0.95) -> tuple[float, float]
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p of the sign test of decided pairs; 1 without any."""
+    """Two-sided p of the sign test of decided pairs; 1 without pairs."""
     return float(scipy_stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def wilcoxon(differences: FloatArray) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test of paired differences (n,), zeros left out; 1 where all are zero."""
+    """Two-sided p of Wilcoxon's signed-rank test of paired differences (n,) without zeros; 1 if all are zero."""
     kept = differences[differences != 0]
     return float(scipy_stats.wilcoxon(kept).pvalue) if kept.size else 1.0
 
 
 def _episode_sums(values: FloatArray, episodes: Sequence[str]) -> tuple[list[str], FloatArray, FloatArray]:
-    """Episodes in order of first appearance; of (n, m) values, each episode's sum and count (E, m), NaN left out."""
+    """Episodes in order of first appearance, and each episode's sum and count (E, m) of values (n, m) without NaN."""
     names = list(dict.fromkeys(episodes))
     member = np.array([[episode == name for episode in episodes] for name in names], dtype=np.float64)
     known = np.isfinite(values)
@@ -59,7 +59,7 @@ def _episode_sums(values: FloatArray, episodes: Sequence[str]) -> tuple[list[str
 
 
 def episode_means(values: FloatArray, episodes: Sequence[str]) -> tuple[list[str], FloatArray]:
-    """Mean of each episode's rollouts, NaN left out: (n, ...) -> names, (E, ...) in order of first appearance."""
+    """Mean of each episode's rollouts without NaN: (n, ...) -> names, (E, ...) in order of first appearance."""
     names, total, count = _episode_sums(values.reshape(len(values), -1), episodes)
     means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
     return names, means.reshape(len(names), *values.shape[1:])
@@ -68,16 +68,16 @@ def episode_means(values: FloatArray, episodes: Sequence[str]) -> tuple[list[str
 def cluster_bootstrap(
     values: FloatArray, episodes: Sequence[str], *, samples: int = 2000, seed: int = 0, confidence: float = 0.95
 ) -> tuple[FloatArray, FloatArray]:
-    """Percentile interval of the mean when whole episodes are drawn again with replacement.
+    """Percentile interval of the mean, by resampling whole episodes with replacement.
 
     Args:
-        values: (n, ...) one entry per rollout; NaN where there is none (a recording that ended).
+        values: (n, ...) one entry per rollout; NaN after the end of a recording.
         episodes: n episode ids, the clusters.
         samples, seed: of the bootstrap.
         confidence: coverage of the interval.
 
     Returns:
-        (low, high), each of the shape ``values.shape[1:]``; both are NaN where there is no value at all.
+        (low, high), each of the shape ``values.shape[1:]``; both are NaN if there is no value.
     """
     names, total, count = _episode_sums(values.reshape(len(values), -1), episodes)
     draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=samples)
@@ -91,7 +91,7 @@ def cluster_bootstrap(
 
 
 def spearman(a: FloatArray, b: FloatArray) -> float:
-    """Spearman's rank correlation of pairs (n,), those with a NaN left out; NaN below 3 or if a side is constant."""
+    """Spearman's rank correlation of pairs (n,) without NaN; NaN below 3 pairs or if a side is constant."""
     both = np.isfinite(a) & np.isfinite(b)
     a, b = a[both], b[both]
     if a.size < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
@@ -107,10 +107,10 @@ def bootstrap_interval(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> tuple[float, float]:
-    """As `cluster_bootstrap`, of any statistic of rows.
+    """As `cluster_bootstrap`, for any statistic of rows.
 
     Args:
-        statistic: row indices (with repeats) -> number; NaN where undefined, left out.
+        statistic: row indices (with repeats) -> number; NaN (undefined) is left out.
         episodes: the episode of each row.
         samples, seed, confidence: as for `cluster_bootstrap`.
 
@@ -144,7 +144,7 @@ class Paired:
         change: mean of new - base, in the metric's own unit and sign.
         change_low, change_high: its 95% bootstrap interval over episodes.
         verdict: better | worse | undecided | too few.
-        words: the same in a sentence.
+        words: the verdict as a sentence.
     """
 
     rollouts: int
@@ -168,7 +168,7 @@ class Paired:
 
 
 def _verdict(episodes: int, low: float, high: float, p: float, better_up: bool) -> tuple[str, str]:
-    """Verdict and sentence from the interval of the change and the p over episodes."""
+    """Verdict and sentence, from the interval of the change and the p over episodes."""
     if episodes < FEWEST:
         many = "1 episode" if episodes == 1 else f"{episodes} episodes"
         return "too few", (
@@ -178,9 +178,7 @@ def _verdict(episodes: int, low: float, high: float, p: float, better_up: bool) 
     if low <= 0 <= high or math.isnan(low):
         return "undecided", f"no difference shown with {episodes} episodes (p = {p:.2g})"
     if p >= ALPHA:
-        return "undecided", (
-            f"undecided with {episodes} episodes: the interval excludes no change, p = {p:.2g} does not"
-        )
+        return "undecided", (f"undecided with {episodes} episodes: the interval excludes zero, but p = {p:.2g}")
     word = "better" if (low > 0) == better_up else "worse"
     return word, f"{word} (p = {p:.2g} over {episodes} episodes)"
 

@@ -38,13 +38,13 @@ def fleiss_kappa(counts: NDArray[np.int64]) -> float:
     """Fleiss' kappa: agreement of raters beyond chance; 1 at most, 0 at chance.
 
     Fleiss, Psychological Bulletin 76 (1971), eq. 4-7, in the form for any number of raters per item; items with fewer
-    than two are left out.
+    than two responses are left out.
 
     Args:
         counts: (N, K) how many raters put each item into each category.
 
     Returns:
-        NaN where undefined: no item with two responses, or all responses in one category.
+        NaN if undefined: no item has two responses, or all responses are in one category.
     """
     counts = np.asarray(counts, dtype=np.float64)
     counts = counts[counts.sum(axis=1) >= 2]
@@ -74,7 +74,7 @@ def elo(wins: FloatArray) -> FloatArray:
     that a model that won every game has a finite rating. Models that no chain of games connects are rated separately.
 
     Args:
-        wins: (..., M, M) games that the row's model won against the column's; a draw is half a win for both.
+        wins: (..., M, M) games that the row's model won against the column's; a draw counts as half a win for both.
 
     Returns:
         (..., M), with mean 1500 among models that are connected.

@@ -13,7 +13,7 @@ from scipy import stats
 
 
 def pearson(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Pearson's r of n pairs; None with fewer than two, or where a side is constant (it is undefined then)."""
+    """Pearson's r of n pairs; None (undefined) with fewer than two pairs or if a side is constant."""
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     return float(stats.pearsonr(a, b).statistic)
@@ -22,9 +22,9 @@ def pearson(a: Sequence[float], b: Sequence[float]) -> float | None:
 def mmrv(imagined: Sequence[float], real: Sequence[float]) -> float:
     """Mean maximum rank violation (SIMPLER, arXiv 2405.05941, section on metrics); 0 is best.
 
-    A pair of policies whose order by `imagined` is not that by `real` costs their distance in `real`; each policy
-    counts its worst pair, and the mean is taken over policies. Orders are strict, as in the paper: policies that tie
-    on one side alone disagree.
+    If `imagined` and `real` order a pair of policies differently, the violation is their distance in `real`. Each
+    policy counts its worst pair; the result is the mean over policies. Orders are strict, as in the paper: a tie on one
+    side only is a violation.
     """
     x, y = np.asarray(imagined, dtype=np.float64), np.asarray(real, dtype=np.float64)
     disagree = (x[:, None] < x[None]) != (y[:, None] < y[None])

@@ -1,7 +1,7 @@
 """The key of a blind study: which model is on each side of each video. Raters must not have it.
 
-Sides are a pure function of a secret that is drawn once and kept in the key file: a seed that can be guessed would be
-a key that can be guessed.
+Sides are a pure function of a secret that is drawn once and kept in the key file. A guessable seed would make the key
+guessable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KIND = "persistworld study key"
 class Trial:
     """One question to the rater: a rollout (episode, start, seed) seen by a camera group.
 
-    `id` names the video and reveals nothing of it; `first` is the index of the model that is "a" in the video.
+    `id` names the video and reveals nothing about it; `first` is the index of the model that is "a" in the video.
     """
 
     id: str
@@ -35,11 +35,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class StudyKey:
-    """Everything that a report needs beside the responses.
+    """Everything that a report needs besides the responses.
 
     Attributes:
-        study: id, which responses carry too.
-        secret: sides and ids are drawn from it.
+        study: id, which the responses carry too.
+        secret: source of sides and ids.
         models: two, the baseline first: ``label`` and hashes, as in ``eval.json``.
         trials: all questions.
     """
@@ -50,12 +50,12 @@ class StudyKey:
     trials: tuple[Trial, ...]
 
     def save(self, path: Path) -> None:
-        """As JSON. Raises CannotWrite."""
+        """Write the key as JSON. Raises CannotWrite."""
         write_json(path, {"kind": KIND, **asdict(self)})
 
 
 def key_path(folder: Path) -> Path:
-    """The key of the study in a folder: a file beside the folder, so that the folder can be handed out."""
+    """Path of a study's key: a file beside the folder, so that the folder can be handed out."""
     return folder.with_name(f"{folder.name}.key.json")
 
 
@@ -75,7 +75,7 @@ def make_key(
         groups: camera groups; each rollout gives one question per group.
         models: two, the baseline first; names, paths and hashes are kept.
         protocol: what else distinguishes studies.
-        limit: at most so many questions, drawn at random; 0: all.
+        limit: maximum number of questions, drawn at random; 0: all.
     """
     draw = random.Random(secret)
     asked = [(*rollout, group) for rollout in rollouts for group in groups]
@@ -92,7 +92,7 @@ def make_key(
 
 
 def _check(key: StudyKey) -> None:
-    """Raise ValueError where a value of a key has the wrong type."""
+    """Raise ValueError if a value of a key has the wrong type."""
     texts = [key.study, key.secret, *(text for model in key.models for text in (model["label"], *model.values()))]
     texts += [text for trial in key.trials for text in (trial.id, trial.episode, trial.cameras)]
     numbers = [number for trial in key.trials for number in (trial.start, trial.seed, trial.first)]
@@ -102,7 +102,7 @@ def _check(key: StudyKey) -> None:
 
 
 def load_key(path: Path) -> StudyKey:
-    """Read a key file. Raises PersistWorldError: it cannot be read, or is no key."""
+    """Read a key file. Raises PersistWorldError: it cannot be read, or is not a key."""
     fix = "name the .key.json that `persistworld eval --study` wrote beside the study's folder"
     with reading("not the key of a study", path, fix):
         data = as_object(parse_json(path.read_text(encoding="utf-8")))

@@ -1,7 +1,7 @@
 """The page and the videos of a blind study: nothing in them reveals which model is which.
 
-A trial's video has three panes side by side in every frame: the recording, model "a", model "b". So they are in step by
-construction; the page (``study.html``) cuts them apart and chooses for each rater which of a and b is on the left.
+A trial's video has three panes side by side in every frame: the recording, model "a", model "b". They are
+therefore always in step; the page (``study.html``) cuts them apart and chooses for each rater whether a or b is left.
 
 Shape legend: F frames, V cameras, H, W pixels.
 """
@@ -19,8 +19,8 @@ from persistworld_cli.files import write_text
 from persistworld_cli.reports.page import render
 from persistworld_cli.reports.videos import Images, enlarge
 
-PANE = 320  # width that a camera's view is brought to; the page scales further, to the window
-GAP = 16  # between panes: a macroblock, so that compression carries nothing from one into another
+PANE = 320  # target width of a camera's view; the page scales it to the window
+GAP = 16  # between panes: a macroblock, so that compression does not mix panes
 LINE = 4  # between the cameras of a pane
 CRF = 12  # finer than other videos: people judge the model, not the compression
 QUESTION = "Which of the two is closer to the recording?"
@@ -28,7 +28,7 @@ QUESTION = "Which of the two is closer to the recording?"
 
 @dataclass(frozen=True)
 class Question:
-    """What the page knows of a trial, whose video is ``videos/<id>.mp4``.
+    """What the page knows about a trial; the video is ``videos/<id>.mp4``.
 
     `cameras` are the names of the views shown, `text` is the robot's instruction, `width` and `height` are those of a
     pane in pixels, `seconds` is the length of the video.
@@ -43,7 +43,7 @@ class Question:
 
 
 def pane(frames: Images) -> Images:
-    """Views under each other, enlarged: (F, V, H, W, 3) -> (F, H', W', 3) with even sides."""
+    """Views below each other, enlarged: (F, V, H, W, 3) -> (F, H', W', 3) with even sides."""
     views = enlarge(frames, PANE)
     line = np.zeros((len(views), LINE, *views.shape[3:]), np.uint8)
     rows = [part for view in range(views.shape[1]) for part in (views[:, view], line)][:-1]
@@ -53,10 +53,10 @@ def pane(frames: Images) -> Images:
 
 
 def write_question(folder: Path, name: str, panes: Sequence[Images], cameras: str, text: str, rate: float) -> Question:
-    """Write a trial's video, unless it is there.
+    """Write a trial's video, unless it exists.
 
     Args:
-        folder: of the study.
+        folder: folder of the study.
         name: the trial's id.
         panes: recording, a, b: each (F, V, H, W, 3).
         cameras, text: see `Question`.
@@ -75,12 +75,12 @@ def write_question(folder: Path, name: str, panes: Sequence[Images], cameras: st
 
 
 def write_study_page(folder: Path, study: str, questions: Sequence[Question], rate: float) -> Path:
-    """Write ``index.html``, which needs the videos beside it and nothing else; returns its path.
+    """Write ``index.html``, which needs only the videos beside it; returns its path.
 
     Args:
         folder: of the study.
         study: its id.
-        questions: all of them; the page puts them into an order of each rater's own.
+        questions: all of them; the page orders them differently for each rater.
         rate: frames per second.
     """
     trials = [asdict(question) for question in sorted(questions, key=lambda question: question.id)]

@@ -1,4 +1,4 @@
-"""From the files that raters hand in, and the key, to the result of a blind study."""
+"""Compute the result of a blind study from the raters' files and the key."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from persistworld_cli.study.key import StudyKey, Trial, load_key
 
 KIND = "persistworld study answers"  # the page writes it
 CHOICES = ("a", "b", "neither")
-ALL = "all"  # the row of all camera groups together
+ALL = "all"  # the row over all camera groups
 NEITHER = -1
 
 
@@ -54,7 +54,7 @@ class Response:
 
 @dataclass(frozen=True)
 class ResponseFile:
-    """One rater's responses to a study of so many questions."""
+    """One rater's responses, and the number of questions in the study."""
 
     path: Path
     rater: str
@@ -70,12 +70,12 @@ def read_study(files: Sequence[Path], keys: Sequence[Path] = ()) -> tuple[dict[s
     """Read raters' files and the keys they need.
 
     Args:
-        files: what raters handed in.
-        keys: key files; with none, ``*.key.json`` are looked for beside the files, one folder up, in the current
-            folder and in its ``outputs``.
+        files: the raters' files.
+        keys: key files; if empty, ``*.key.json`` is searched beside the files, one folder up, in the current folder
+            and in its ``outputs``.
 
     Raises:
-        PersistWorldError: a file that holds no responses, or of a study without a key, or two of one rater.
+        PersistWorldError: a file without responses, a study without a key, or two files of one rater.
     """
     raw = [(path, _load(path)) for path in files]
     wanted = {str(data["study"]) for _, data in raw}
@@ -125,7 +125,7 @@ def _keys_around(files: Sequence[Path], wanted: set[str]) -> Iterator[StudyKey]:
     for path in (path for folder in folders for path in sorted(folder.glob("*.key.json"))):
         try:
             key = load_key(path)
-        except PersistWorldError:  # somebody else's file of that name
+        except PersistWorldError:  # another program's file of that name
             continue
         if key.study in wanted:
             yield key
@@ -163,7 +163,7 @@ def _check_raters(files: Sequence[ResponseFile]) -> None:
             )
         seen[who] = file.path
     if not any(file.responses for file in files):
-        raise PersistWorldError("nobody has answered anything", where=str(files[0].path), fix="wait for answers")
+        raise PersistWorldError("no file holds an answer", where=str(files[0].path), fix="wait for answers")
 
 
 # -- the result ---------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def study_result(keys: Mapping[str, StudyKey], files: Sequence[ResponseFile], sa
 
 
 def model_names(keys: Iterable[StudyKey]) -> dict[str, str]:
-    """Identity of each model's weights -> a name for tables; equal labels get a piece of the hash."""
+    """Hash of each model's weights -> a name for tables; equal labels get a part of the hash."""
     labels = {_identity(model): model["label"] for key in keys for model in key.models}
     shared = {label for label in labels.values() if list(labels.values()).count(label) > 1}
     return {own: f"{label} {_short(own)}" if label in shared else label for own, label in labels.items()}
@@ -211,7 +211,7 @@ def _pair(key: StudyKey, names: Mapping[str, str]) -> list[str]:
 
 
 def _rater_row(file: ResponseFile) -> dict[str, Any]:
-    """What a rater did: how many responses, how fast, and the share that chose left."""
+    """A rater's number of responses, median time, and share of left choices."""
     decided = [response for response in file.responses if response.chosen != NEITHER]
     seconds = [response.seconds for response in file.responses if math.isfinite(response.seconds)]
     return {
@@ -229,7 +229,7 @@ def _rater_row(file: ResponseFile) -> dict[str, Any]:
 def _preferences(
     key: StudyKey, responses: Sequence[Response], names: Mapping[str, str], samples: int
 ) -> Iterator[dict[str, Any]]:
-    """One row for each camera group of a study, and one for all together."""
+    """One row per camera group of a study, and one over all."""
     base, new = _pair(key, names)
     groups = sorted({trial.cameras for trial in key.trials})
     for group in [*groups, ALL] if len(groups) > 1 else groups:
@@ -262,7 +262,7 @@ def _preferences(
 
 
 def response_counts(responses: Sequence[Response]) -> NDArray[np.int64]:
-    """How many raters chose baseline, new model and neither for each question: (N, 3)."""
+    """For each question, how many raters chose baseline, new model and neither: (N, 3)."""
     trials = {name: row for row, name in enumerate(dict.fromkeys(one.trial.id for one in responses))}
     counts = np.zeros((len(trials), 3), np.int64)
     for one in responses:

@@ -1,4 +1,4 @@
-"""Tables of a blind study's result, from its dictionary."""
+"""Tables of a blind study, from the dictionary of its result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from persistworld_cli.reports.tables import COLOURS, new_table, percent
 
 
 def study_tables(result: Mapping[str, Any]) -> Group:
-    """Preference by camera group, ratings, raters; and the verdicts in words.
+    """Preference by camera group, ratings, raters; and verdicts in words.
 
     Args:
         result: what `study.responses.study_result` returns.
@@ -59,16 +59,16 @@ def _over_episodes(row: Mapping[str, Any]) -> str:
 
 
 def p_value(p: float) -> str:
-    """Two digits; small ones as a bound."""
+    """Two digits; small values as a bound."""
     return "<0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def _elo(result: Mapping[str, Any]) -> Table:
     caption = (
-        "maximum likelihood, mean 1500;\n95% bootstrap interval over episodes,\nnone where they are few or all agree"
+        "maximum likelihood, mean 1500;\n95% bootstrap interval over episodes,\nmissing if they are few or all agree"
     )
     if not result["elo_comparable"]:
-        caption += "\nno chain of studies connects all of these models: compare within such chains only"
+        caption += "\nno chain of studies connects all models: compare only models that a chain connects"
     table = new_table("Elo", ["model"], ["elo", "95%", "responses"], caption)
     for row in result["elo"]:
         span = "-" if row["low"] is None else f"[{row['low']:.0f}, {row['high']:.0f}]"
@@ -93,7 +93,7 @@ def _raters(result: Mapping[str, Any]) -> Table:
 
 
 def _words(result: Mapping[str, Any]) -> str:
-    """The verdicts in sentences, and whose responses are incomplete."""
+    """The verdicts in sentences, and the raters whose responses are incomplete."""
     lines = [
         f"{row['new']} against {row['base']}, {row['cameras']} cameras: {row['words']}"
         for row in result["preference"]
@@ -105,5 +105,5 @@ def _words(result: Mapping[str, Any]) -> str:
             for row in result["raters"]
             if row["responses"] < row["questions"]
         )
-        lines.append(f"incomplete, counted as far as they go: {names}")
+        lines.append(f"incomplete, counted so far: {names}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A blind preference study from finished rollouts: a folder to hand out, and beside it the key to keep.
+"""Write a blind preference study from finished rollouts: a folder to hand out, and beside it the secret key.
 
 Shape legend: F frames, V cameras, H, W pixels.
 """
@@ -40,23 +40,23 @@ def plan_study(
     models: Sequence[Mapping[str, Any]],
     protocol: Mapping[str, Any],
 ) -> StudyKey:
-    """Draw a study's questions and sides, or find those of an interrupted one; before any compute.
+    """Draw a study's questions and sides, or find those of an interrupted study, before anything is computed.
 
     Args:
         folder: of the study.
         settings: ``eval.study_cameras`` and ``eval.study_trials`` are read.
         items: the rollouts.
         models: the two to compare, the baseline first: ``label``, ``ckpt_sha256``, ``adapter_sha256``, ...
-        protocol: what distinguishes one benchmark's results from another's.
+        protocol: distinguishes the results of one benchmark from those of another.
 
     Raises:
-        PersistWorldError: one model only; a folder that holds something else, or the study of other rollouts.
+        PersistWorldError: only one model; a folder that holds something else, or a study of other rollouts.
     """
     if len(models) != 2:
         raise UsageError(
             "a study compares two models, but there is one",
             where="--study",
-            fix="name the other: --ckpt ADAPTER_OR_WEIGHTS, or --baseline WEIGHTS",
+            fix="name the other model: --ckpt ADAPTER_OR_WEIGHTS, or --baseline WEIGHTS",
         )
     path = key_path(folder)
     known = load_key(path) if path.exists() else None
@@ -64,16 +64,16 @@ def plan_study(
         raise UsageError(
             "the folder holds something else, or a study without its key",
             where=str(folder),
-            fix="name a folder that is new or empty",
+            fix="name a new or empty folder",
         )
     secret = known.secret if known else secrets.token_hex(16)
     rollouts = [(item.episode, item.start, item.seed) for item in items]
     key = make_key(secret, rollouts, list(camera_sets(settings)), models, protocol, settings.eval.study_trials)
     if known and known.study != key.study:
         raise PersistWorldError(
-            "the study there is of other rollouts: other weights, episodes, starts, seeds, steps or cameras",
+            "the folder holds a study of other rollouts: other weights, episodes, starts, seeds, steps or cameras",
             where=str(folder),
-            fix=f"name another folder; or, if nobody responds to it any more, remove {folder} and {path}",
+            fix=f"name another folder; or, if that study is over, remove {folder} and {path}",
         )
     return key
 
@@ -81,7 +81,7 @@ def plan_study(
 def write_study(
     key: StudyKey, folder: Path, settings: Settings, items: Sequence[Item], labels: Sequence[str], draw: Draw
 ) -> dict[str, Any]:
-    """Write key, videos and page. Videos that are there are kept, so an interrupted run continues.
+    """Write key, videos and page. Existing videos are kept, so an interrupted run continues.
 
     Args:
         key: from `plan_study`.
@@ -89,7 +89,7 @@ def write_study(
         settings: cameras and rate.
         items: the finished rollouts.
         labels: the two models, the baseline first.
-        draw: a rollout -> its recording, and each model's frames (n, V, H, W, 3) of it as far as was recorded.
+        draw: a rollout -> its recording, and each model's frames (n, V, H, W, 3), as far as the recording goes.
 
     Returns:
         ``page`` and ``key`` (paths), ``questions`` (how many), ``study`` (id).

@@ -62,7 +62,7 @@ def test_benchmark_lies_between_preset_and_flags() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("version = 2", "version = 0", "no whole number"),
+        ("version = 2", "version = 0", "not a whole number"),
         ("guidance = 1.0\n", "", "does not say sampling.guidance"),
         ("[rewards]", "[model]\nckpt = 'x'\n[rewards]", "cannot set 'model.ckpt'"),
         ("[metrics.psnr]", "[metrics.pnsr]", r"\[metrics.psnr\] is missing"),
@@ -144,7 +144,7 @@ def test_results_of_one_protocol_are_compared_and_others_refused(tmp_path: Path)
     told = CliRunner().invoke(commands.app.app, ["eval", *flags])
     assert told.exit_code == 1 and "sampling.steps" in told.stderr
     assert CliRunner().invoke(commands.app.app, ["eval", *flags, *flags]).exit_code == 2
-    with pytest.raises(PersistWorldError, match="no result of persistworld eval"):
+    with pytest.raises(PersistWorldError, match="not a result of persistworld eval"):
         paths[0].write_text("{}")
         load_result(str(paths[0]))
 

@@ -390,6 +390,6 @@ def test_report_refuses_what_it_cannot_count(tmp_path: Path) -> None:
         result = report(*arguments)
         assert result.exit_code in (1, 2) and words in result.stderr, result.stderr
     good.write_text(json.dumps(answers_of(key, "anna", [])))
-    assert "nobody has answered anything" in report(good, *given).stderr
+    assert "no file holds an answer" in report(good, *given).stderr
     good.write_text("{")
     assert "cannot be read" in report(good, *given).stderr
