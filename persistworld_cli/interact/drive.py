@@ -1,4 +1,4 @@
-"""`drive`: move the arm in the world model by keys, from one real frame; a key is one interaction (method.md section 6)."""
+"""`drive`: move the arm in the world model by keys. From one real frame, a key is one step (method.md section 6)."""
 
 from __future__ import annotations
 

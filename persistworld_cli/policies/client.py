@@ -1,7 +1,7 @@
 """Client of openpi's policy server: a websocket that carries msgpack (method.md section 6).
 
-On connecting the server sends its metadata; then each binary message is answered by one. A text message is a traceback.
-`openpi-client` pins an old numpy, so this is the project's own; it works with that server and with `policies.server`.
+On connection the server sends its metadata; then it answers each binary message with one. A text message is a
+traceback. `openpi-client` pins an old numpy, so the project has its own client, for that server and `policies.server`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _START_ONE = (
 
 
 def policy_uri(host: str, port: int) -> str:
-    """``ws://host:port``; a host that is a ``ws://`` or ``wss://`` address already stays as it is."""
+    """``ws://host:port``; a host that is already a ``ws://`` or ``wss://`` address is kept."""
     if "://" in host:
         return host
     return f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
@@ -38,14 +38,14 @@ class PolicyClient:
 
     Args:
         uri: ``ws://host:port``.
-        timeout_s: the longest that one answer may take.
-        wait_s: how long to wait for a server that does not answer yet.
+        timeout_s: longest time for one answer.
+        wait_s: longest time to wait for a server that does not answer yet.
         api_key: sent as ``Authorization: Api-Key ...``.
         on_wait: called about twice per second with the seconds left, while no server answers.
 
     Raises:
         UsageError: not the address of a websocket.
-        PersistWorldError: no server in time, refused, or not a policy server.
+        PersistWorldError: no server in time, a refused connection, or not a policy server.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class PolicyClient:
         self.metadata: dict[str, Any] = self._receive(what="its metadata")
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
-        """One request, one answer. A surplus message is an error: it would be taken for the next request's answer.
+        """One request, one answer. A second message is an error: it would count as the answer to the next request.
 
         Args:
             obs: a map of numbers, text and numpy arrays.
 
         Raises:
-            PersistWorldError: the server failed (with its traceback), closed, took too long, or sent a surplus message.
+            PersistWorldError: the server failed (with its traceback), closed, took too long, or sent a second message.
         """
         if self._connection is None:
             raise PersistWorldError("the connection to the policy server is closed", where=self.uri)
@@ -92,7 +92,7 @@ class PolicyClient:
         return self._receive(what="an answer")
 
     def reset(self) -> None:
-        """Nothing: openpi's protocol has no such message, a new episode is a new connection."""
+        """Does nothing: openpi's protocol has no reset message; a new episode is a new connection."""
 
     def close(self) -> None:
         """End the connection; later calls of `infer` are refused."""
@@ -107,7 +107,7 @@ class PolicyClient:
         self.close()
 
     def _connect(self, wait_s: float, on_wait: Callable[[float], None] | None) -> ClientConnection:
-        """Try until a server answers or the time is over."""
+        """Try until a server answers or the time is up."""
         deadline = time.monotonic() + wait_s
         while True:
             try:
@@ -128,7 +128,7 @@ class PolicyClient:
                         fix=key if status in (401, 403) else "check host, port and path",
                     ) from error
             except (InvalidHandshake, WebSocketException, ValueError) as error:
-                what = f"the server that answers is not a websocket server: {error}"
+                what = f"the server at this address is not a websocket server: {error}"
                 raise PersistWorldError(what, where=self.uri, fix="check host and port") from error
             left = deadline - time.monotonic()
             if left <= 0:
@@ -148,13 +148,13 @@ class PolicyClient:
             max_size=MAX_MESSAGE,
             open_timeout=timeout_s,
             close_timeout=1.0,
-            # openpi's server infers on its event loop and answers no ping meanwhile: `timeout_s` watches it instead.
+            # openpi's server computes on its event loop and answers no ping meanwhile, so only `timeout_s` applies.
             ping_interval=None,
             proxy=None if local else True,
         )
 
     def _error(self, what: str, fix: str = _SEE_LOG) -> PersistWorldError:
-        """The error that ends the connection: after it, a late answer would be taken for that of the next request."""
+        """Close the connection and return the error: a late answer would count as the next one."""
         self.close()
         return PersistWorldError(what, where=self.uri, fix=fix)
 
@@ -162,7 +162,7 @@ class PolicyClient:
         return self._error(f"the policy server closed the connection ({str(error) or type(error).__name__})")
 
     def _failed(self, message: str) -> PersistWorldError:
-        """The error for a text message, which is a traceback."""
+        """The error for a text message (a traceback)."""
         shown = message.rstrip()
         if len(shown) > _LONGEST_SHOWN:
             shown = f"... {shown[-_LONGEST_SHOWN:]}"

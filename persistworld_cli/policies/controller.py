@@ -20,11 +20,11 @@ Images = NDArray[np.uint8]
 
 
 def interpret_chunk(actions: Float, joints: Float, view: PolicyView) -> tuple[Float, Float]:
-    """What a policy's answer does to the arm (Ctrl-World's policy rollout); row 0 is now.
+    """The motion of the arm under a policy's answer (Ctrl-World's policy rollout); row 0 is the current state.
 
     Args:
         actions: (R, 8) joint velocities and gripper position.
-        joints: (8,) joints and gripper now.
+        joints: (8,) current joints and gripper.
         view: adapter and gripper caps.
 
     Returns:
@@ -39,7 +39,7 @@ def interpret_chunk(actions: Float, joints: Float, view: PolicyView) -> tuple[Fl
 
 @dataclass
 class PolicyTrace:
-    """What one rollout's arm did, at 15 Hz, (L-1) x skip rows per interaction (Ctrl-World's keys)."""
+    """The arm's motion in one rollout, at 15 Hz, (L-1) x skip rows per interaction (Ctrl-World's keys)."""
 
     joint_pos: list[list[float]] = field(default_factory=list)
     joint_vel: list[list[float]] = field(default_factory=list)
@@ -47,11 +47,11 @@ class PolicyTrace:
 
 
 class PolicyController:
-    """Asks a policy once for each rollout and interaction; poses follow from its joint velocities.
+    """Asks a policy once per rollout and interaction; its joint velocities give the poses.
 
     Args:
-        policies: one for each rollout, so that a policy with a memory keeps rollouts apart.
-        view: what it is shown and how its answer is read.
+        policies: one per rollout, since a policy may have a memory.
+        view: the policy's observation and the reading of its answer.
         joints: (B, 8) joints and gripper at the start.
         prompts: each rollout's instruction.
     """
@@ -62,10 +62,10 @@ class PolicyController:
         self.traces = [PolicyTrace() for _ in policies]
 
     def poses(self, images: Images) -> Float:
-        """(B, L, 7): poses of the next interaction, given what the cameras show now (B, V, H, W, 3) uint8.
+        """(B, L, 7): poses of the next interaction, given the current images (B, V, H, W, 3) uint8.
 
         Raises:
-            PersistWorldError: a policy failed or its answer does not fit the layout. No rollout has advanced then.
+            PersistWorldError: a policy failed, or its answer does not fit the layout. No rollout advances then.
         """
         view, end, poses = self._view, self._view.advance, []
         asked = zip(self._policies, images, self.joints, self._prompts, strict=True)

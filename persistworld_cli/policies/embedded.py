@@ -1,4 +1,4 @@
-"""Policies that run here: the embedded ones of the policy server, and any class of the user's.
+"""Policies that run in this process: the embedded ones, and any class of the user.
 
 To add one: write a class (see `observation.Policy`) and a line in `POLICIES`.
 """
@@ -23,7 +23,7 @@ Float = NDArray[np.float64]
 
 
 class _Embedded:
-    """What embedded policies share: a layout, a seed, and how often they were called in the episode."""
+    """Base of the embedded policies: a layout, a seed, and the number of calls in the episode."""
 
     def __init__(self, layout: ActionLayout, seed: int = 0) -> None:
         self._layout, self._seed, self._calls = layout, seed, 0
@@ -34,7 +34,7 @@ class _Embedded:
 
 
 class HoldPolicy(_Embedded):
-    """Keeps still: zero velocities, the gripper as it is. The lower bound of a leaderboard."""
+    """Stays still: zero velocities, the gripper unchanged. The lower bound of a leaderboard."""
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """Zeros, and the observed gripper position."""
@@ -46,8 +46,8 @@ class HoldPolicy(_Embedded):
 class RandomPolicy(_Embedded):
     """A random direction for each chunk, the gripper open or closed at random.
 
-    Draws depend on the seed, the number of the call, the joints and the instruction only, so a rollout does not change
-    when others run beside it.
+    Random draws depend only on the seed, the number of the call, the joints and the instruction, so other rollouts in
+    the batch do not change them.
     """
 
     speed = 0.4  # standard deviation of a joint's velocity
@@ -65,10 +65,10 @@ class RandomPolicy(_Embedded):
 
 
 class ScriptedPolicy(_Embedded):
-    """Reaches over a spot of the table, goes down, closes the gripper and lifts.
+    """Moves above a spot on the table, goes down, closes the gripper and lifts.
 
-    A closed loop on joint angles and gripper alone: each action follows from where the arm is, so it keeps no state and
-    one instance can serve any number of rollouts. It ignores the images.
+    A closed loop on joint angles and gripper alone: actions follow from the pose of the arm, so the policy has no state
+    and one instance can serve any number of rollouts. It ignores the images.
     """
 
     target = np.array([0.51, 0.0])  # m: the spot
@@ -76,11 +76,11 @@ class ScriptedPolicy(_Embedded):
     hover, grasp, lift = 0.14, 0.035, 0.17  # m above the table: heights of the finger pads
     near = 0.02  # m: close enough to the spot to go down
     closed = 0.5  # from here on the gripper holds
-    stride, grip_stride = 0.016, 0.2  # the most that pads (m) and gripper move in a row (1/15 s)
+    stride, grip_stride = 0.016, 0.2  # largest motion of pads (m) and gripper per row (1/15 s)
     damping = 2e-3
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
-        """Plan every row from the joints that the rows before should have reached."""
+        """Plan each row from the joints that the previous rows should reach."""
         joints = read_joints(obs)
         rows = np.empty((self._layout.rows, self._layout.width))
         for row in rows:
@@ -98,14 +98,14 @@ class ScriptedPolicy(_Embedded):
         return point
 
     def _goal(self, joints: Float) -> tuple[Float, float]:
-        """(8,) joints and gripper -> where the pads should go, and the gripper."""
+        """(8,) joints and gripper -> goal of the pads, and of the gripper."""
         pads, gripper = self._pads(joints[:7]), float(joints[7])
         away = float(np.linalg.norm(pads[:2] - self.target))
         if gripper > self.closed:
             return np.append(self.target, self.lift), 1.0
         if away < self.near:
             low = pads[2] <= self.grasp + 0.01
-            # Once begun, closing continues, although the gripper pulls the pads up a little.
+            # Once closing has begun it continues, although the gripper pulls the pads up a little.
             return np.append(self.target, self.grasp), 1.0 if low else gripper * 0.5
         if away > 3 * self.near and pads[2] < self.hover - 3 * self.near:
             return np.append(pads[:2], self.hover), 0.0  # too low to cross the table: up first
@@ -140,7 +140,7 @@ def make_policy(name: str, layout: ActionLayout, seed: int = 0) -> Policy:
 
 
 class LocalPolicy:
-    """A user's policy in this process; its exceptions become errors that show their traceback."""
+    """A user's policy in this process; its exceptions become errors with the traceback."""
 
     def __init__(self, policy: Policy, name: str) -> None:
         self._policy, self.name = policy, name

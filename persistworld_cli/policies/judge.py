@@ -1,4 +1,4 @@
-"""Judges: a judge looks at a rollout and decides whether the instruction came true, and how far it got.
+"""Judges: a judge looks at a rollout and decides whether the instruction succeeded, and with how much progress.
 
 To add one: write a class with `judge` (see `Judge`) and a line in `JUDGES`, or name your own as
 ``--judge module:Class``.
@@ -25,7 +25,7 @@ JUDGES = {"bundled-world": "persistworld_cli.policies.bundled_world.judge:Bundle
 
 @dataclass(frozen=True, kw_only=True)
 class SceneObject:
-    """An object as it was at the start: colour (0 .. 1), full size (m), position (3,) of its centre (m)."""
+    """An object at the start: colour (0 .. 1), full size (m), position (3,) of its centre (m)."""
 
     name: str
     colour: str
@@ -37,7 +37,7 @@ class SceneObject:
 
     @property
     def graspable(self) -> bool:
-        """Whether the gripper can hold it; the large ones can only be pushed."""
+        """Whether the gripper can hold it; large objects can only be pushed."""
         return self.shape not in LARGE_SHAPES
 
     @property
@@ -48,17 +48,17 @@ class SceneObject:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What a judge is given.
+    """The input of a judge.
 
     Attributes:
         episode, start, seed: the rollout.
-        instruction: of the policy.
+        instruction: the policy's instruction.
         cameras: V names.
-        rate_hz: of the frames.
-        frames: (F, V, H, W, 3) uint8: what the cameras showed, imagined or not.
+        rate_hz: frame rate.
+        frames: (F, V, H, W, 3) uint8: the camera images, imagined or simulated.
         poses: (F, 7) of the flange at each frame.
-        joint_pos, joint_vel: (R, 7) what the arm and the policy did between frames.
-        objects: the scene at the start; None where the dataset does not describe it.
+        joint_pos, joint_vel: (R, 7) joints of the arm and velocities of the policy between frames.
+        objects: the scene at the start; None if the dataset does not describe it.
     """
 
     episode: str
@@ -76,7 +76,7 @@ class Evidence:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A judge's decision: success, progress (0 .. 1), and the reason in a line. None: undecided."""
+    """A judge's decision: success, progress (0 .. 1), and the reason in one line. None means undecided."""
 
     success: bool | None
     progress: float | None

@@ -1,7 +1,7 @@
 """Rank policies by world-model success rate, and correlate it with real success.
 
-A policy's score is the mean over tasks of the success rate of its judged rollouts. Against real results only tasks that
-both sides have count, so that the scores are comparable.
+A policy's score is the mean over tasks of the success rate of its judged rollouts. The comparison with real results
+uses only tasks that both sides have.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FOLDER = "give the output folder of persistworld pi-rollout"
 
 @dataclass
 class Tally:
-    """Rollouts of one policy in one task; `simulated` is the success of those that the simulator repeated."""
+    """Rollouts of one policy in one task; `simulated` has the successes in the simulator."""
 
     success: list[bool] = field(default_factory=list)
     progress: list[float] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Tally:
     simulated: list[bool] = field(default_factory=list)
 
     def add(self, entry: Mapping[str, Any]) -> None:
-        """Count one rollout."""
+        """Add one rollout."""
         if entry.get("sim_success") is not None:
             self.simulated.append(bool(entry["sim_success"]))
         if not entry.get("complete", True):
@@ -51,7 +51,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Real:
-    """A real success rate (0 .. 1), and over how many trials; None where unknown."""
+    """A real success rate (0 .. 1) and its number of trials; None if unknown."""
 
     success: float
     n: int | None
@@ -62,14 +62,14 @@ Results = dict[str, dict[str, Real]]
 
 
 def read_runs(runs: Sequence[str]) -> tuple[Table, Results]:
-    """Rollouts of several runs of `pi-rollout`, and the simulator's results of those that have them.
+    """Rollouts of several runs of `pi-rollout`, and the simulator's results for them if there are any.
 
     Args:
-        runs: folders or their ``rollouts.json``; ``NAME=PATH`` gives a run's policy another name. A rollout's own JSON
-            file beside it takes precedence: a person may have judged it there.
+        runs: folders or their ``rollouts.json``; ``NAME=PATH`` gives the policy of a run another name. The JSON file of
+            a single rollout takes precedence, since a person may have judged the rollout there.
 
     Raises:
-        PersistWorldError: a file that is absent, or not of such a run.
+        PersistWorldError: a file is missing, or is not of such a run.
     """
     imagined: Table = {}
     for run in runs:
@@ -87,7 +87,7 @@ def read_runs(runs: Sequence[str]) -> tuple[Table, Results]:
 
 
 def _named(run: str) -> tuple[str, Path]:
-    """``NAME=PATH`` or ``PATH`` -> name ('' for none) and the run's file."""
+    """``NAME=PATH`` or ``PATH`` -> the name ('' if not given) and the run's file."""
     name, rest = "", run
     if "=" in run and not Path(run).exists():
         name, _, rest = run.partition("=")
@@ -123,12 +123,12 @@ def _check(entry: Mapping[str, Any]) -> None:
 
 
 def _own(path: Path, entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A rollout's own JSON where there is one beside the run's; else its entry there."""
+    """A rollout's own JSON file if there is one; else its entry in the run's file."""
     own = path.parent / Path(str(entry.get("json") or "?")).name
     try:
         if not own.is_file():
             return entry
-    except OSError:  # a name that no file can have
+    except OSError:  # an invalid file name
         return entry
     with reading("unreadable rollout", own):
         found = read_json(own, "unreadable rollout")
@@ -140,7 +140,7 @@ def read_real(path: Path) -> Results:
     """Real results: a CSV file with the columns policy, task, success (0 .. 1) and optionally n.
 
     Raises:
-        PersistWorldError: naming the line and what is wrong in it.
+        PersistWorldError: a line is invalid; the message names it.
     """
     with reading("unreadable", path, "give a CSV file, or sim"):
         rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(), skipinitialspace=True))
@@ -173,7 +173,7 @@ def _real(row: Mapping[str, Any], where: str) -> Real:
 
 
 def build_leaderboard(imagined: Table, real: Results | None) -> dict[str, Any]:
-    """Policies ordered by imagined success, and how well that predicts real success.
+    """Policies ordered by imagined success, and how well it predicts real success.
 
     Args:
         imagined: rollouts in the world model.
@@ -215,7 +215,7 @@ def _row(policy: str, tasks: Mapping[str, Tally], real: Results | None) -> dict[
 
 
 def _score(tallies: Iterable[Tally], what: str) -> float | None:
-    """Mean over tasks of a share; None without any."""
+    """Mean of a share over tasks; None without values."""
     shares = [float(np.mean(values)) for tally in tallies if (values := getattr(tally, what))]
     return float(np.mean(shares)) if shares else None
 
@@ -228,14 +228,14 @@ def _prediction(imagined: Table, real: Results) -> dict[str, Any]:
     }
     if len(shared) < 2:
         raise PersistWorldError(
-            f"{len(shared)} policies have judged rollouts and real results in the same task: two at least are needed",
+            f"{len(shared)} policies have judged rollouts and real results in the same task: at least two are needed",
             where=f"imagined: {', '.join(sorted(imagined)) or 'none'}; real: {', '.join(sorted(real)) or 'none'}",
             fix=_names_fix(imagined, real),
         )
     names = sorted({task for tasks in shared.values() for task in tasks})
     common = [task for task in names if all(task in tasks for tasks in shared.values())]
     by_task = {task: [policy for policy, tasks in shared.items() if task in tasks] for task in names}
-    scored = common or names  # without a task that all have, each policy is scored on its own
+    scored = common or names  # without a common task, each policy is scored on its own tasks
     return {
         **_correlate(imagined, real, list(shared), scored),
         "policies": list(shared),
@@ -274,4 +274,4 @@ def _names_fix(imagined: Table, real: Results) -> str:
     unknown = next((policy for policy in imagined if policy not in real), None)
     if unknown is None or not real:
         return "give runs of more policies, in tasks that have real results"
-    return f"name a run as the real results do (NAME=PATH); '{unknown}': {nearest(unknown, real)}"
+    return f"give the run the name in the real results (NAME=PATH); '{unknown}': {nearest(unknown, real)}"

@@ -1,7 +1,7 @@
 """openpi's message encoding: msgpack with numpy arrays (method.md section 6).
 
 An array is a map with the byte-string keys `__ndarray__` (true), `data` (its bytes, C order), `dtype` (numpy's string),
-`shape`; a numpy scalar has `__npgeneric__`, `data`, `dtype`. All else is plain msgpack; nothing is unpickled.
+`shape`; a numpy scalar has `__npgeneric__`, `data`, `dtype`. Everything else is plain msgpack; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from persistworld_cli.errors import PersistWorldError
 
-_KINDS = "biufSU"  # booleans, numbers, strings: what bytes alone can carry (no objects, no structures)
+_KINDS = "biufSU"  # booleans, numbers, strings: types that are plain bytes (no objects, no structures)
 
 
 def pack(message: Any) -> bytes:
@@ -40,7 +40,7 @@ def unpack(data: bytes) -> Any:
     except Exception as error:  # msgpack raises a dozen unrelated types for damaged bytes
         raise PersistWorldError(
             f"not a policy message (msgpack): {error!r}",
-            fix="check that the other side speaks openpi's websocket protocol",
+            fix="check that the other side uses openpi's websocket protocol",
         ) from error
 
 
@@ -56,7 +56,7 @@ def _encode(value: Any) -> dict[bytes, Any]:
 
 
 def _decode(entry: dict[Any, Any]) -> Any:
-    """msgpack's hook for every map: those that encode arrays and scalars are decoded."""
+    """msgpack's hook for every map: decodes those that encode arrays and scalars."""
     if b"__ndarray__" in entry:
         dtype = _dtype(entry)
         shape = tuple(int(size) for size in entry.get(b"shape", ()))

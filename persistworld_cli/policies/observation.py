@@ -1,4 +1,4 @@
-"""What a policy is shown and what it answers: the DROID layouts of openpi (method.md section 6).
+"""A policy's observation and answer: the DROID layouts of openpi (method.md section 6).
 
 Shapes: R rows of a chunk at 15 Hz, each 7 joint velocities and 1 gripper position; V cameras, H, W pixels.
 """
@@ -24,12 +24,12 @@ JOINTS = "observation/joint_position"
 GRIPPER = "observation/gripper_position"
 PROMPT = "prompt"
 ACTIONS = "actions"
-MOST = 100.0  # no command is larger: 1 is full speed, and full grip
+MOST = 100.0  # bound of a command: 1 is full speed and full grip
 _ANSWER = "serve a policy that answers {'actions': rows of joint velocities and gripper position}"
 
 
 class Policy(Protocol):
-    """Anything that turns an observation into a chunk of actions: a connection to a server, or an object here."""
+    """Anything that turns an observation into a chunk of actions: a server connection or an object here."""
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """One observation -> a map with ``actions`` (R, 8)."""
@@ -42,7 +42,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class ActionLayout:
-    """A policy family: how many rows of how many numbers it answers with. The observation is the same for all."""
+    """A policy family: rows of its answer, and numbers per row. The observation is the same for all."""
 
     name: str
     rows: int
@@ -56,16 +56,16 @@ LAYOUTS: Mapping[str, ActionLayout] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyView:
-    """What a policy is shown of the world, and how its answer is read.
+    """How a policy sees the world, and how its answer is read.
 
     Attributes:
-        layout: of its answers.
+        layout: layout of its answers.
         adapter: joint velocities -> joints.
         skip: every skip-th row of an answer is a pose of the world model.
-        gripper_cap: the most that the gripper may close.
-        cap_current: whether that also limits the current gripper.
-        camera, wrist_camera: index of the exterior and of the wrist camera shown.
-        resize: (height, width) that images are brought to before they are padded; empty: none.
+        gripper_cap: largest gripper position.
+        cap_current: whether the cap also limits the current gripper position.
+        camera, wrist_camera: index of the exterior and of the wrist camera that it sees.
+        resize: (height, width) to which images are resized before padding; empty: no resizing.
         image_size: side of the padded images.
         rows: L.
 
@@ -95,16 +95,16 @@ class PolicyView:
 
     @property
     def advance(self) -> int:
-        """Rows of an answer that pass in an interaction."""
+        """Rows of an answer that one interaction uses."""
         return (self.rows - 1) * self.skip
 
 
 def ask_policy(policy: Policy, view: PolicyView, images: NDArray[np.uint8], joints: Float, prompt: str) -> Float:
-    """One question to a policy.
+    """Ask a policy once.
 
     Args:
-        policy: the one to ask.
-        view: what it is shown.
+        policy: the policy.
+        view: its observation.
         images: (V, H, W, 3) uint8.
         joints: (8,) seven joint angles (rad) and the gripper (0 open .. 1 closed).
         prompt: the instruction.
@@ -113,7 +113,7 @@ def ask_policy(policy: Policy, view: PolicyView, images: NDArray[np.uint8], join
         (R, 8) joint velocities and gripper position.
 
     Raises:
-        PersistWorldError: it failed, or its answer does not fit the layout.
+        PersistWorldError: the policy failed, or its answer does not fit the layout.
     """
     return check_actions(policy.infer(build_observation(view, images, joints, prompt)), view.layout, "the policy")
 
@@ -132,7 +132,7 @@ def build_observation(view: PolicyView, images: NDArray[np.uint8], joints: Float
 def resize_with_pad(image: NDArray[np.uint8], size: int, first: Sequence[int] = ()) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 -> (size, size, 3): as large as fits, aspect kept, centred on black (bilinear).
 
-    With ``first`` (height, width) the image is brought to that size, and so to its aspect, before.
+    With ``first`` (height, width) the image is resized to that size (and aspect) first.
     """
     if first:
         image = _resize(image, *first)
@@ -156,8 +156,8 @@ def check_actions(answer: Any, layout: ActionLayout, source: str) -> Float:
 
     Args:
         answer: what `infer` returned.
-        layout: what the policy should answer with.
-        source: the policy, for messages.
+        layout: the expected layout.
+        source: name of the policy, for messages.
 
     Returns:
         (R, 8) float64: 7 joint velocities and the gripper position of each row.
@@ -176,7 +176,7 @@ def check_actions(answer: Any, layout: ActionLayout, source: str) -> Float:
         actions = np.asarray(answer[ACTIONS])
     except (ValueError, OverflowError) as error:  # rows of different lengths
         raise PersistWorldError(
-            "field 'actions' is no array: its rows differ in length or type",
+            "field 'actions' is not an array: its rows differ in length or type",
             where=source,
             fix=f"answer with {layout.rows} rows of {layout.width} numbers",
         ) from error
@@ -190,7 +190,7 @@ def check_actions(answer: Any, layout: ActionLayout, source: str) -> Float:
             fix=f"--set policy.layout={fitting[0]}" if fitting else "serve a policy with DROID's joint velocities",
         )
     actions = actions.astype(np.float64)
-    bad = np.argwhere(~(np.abs(actions) <= MOST))  # so written, NaN is bad
+    bad = np.argwhere(~(np.abs(actions) <= MOST))  # written this way, NaN is bad too
     if len(bad):
         row, column = (int(i) for i in bad[0])
         part = f"velocity of joint {column + 1}" if column < 7 else "gripper position"

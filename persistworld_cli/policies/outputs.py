@@ -30,17 +30,17 @@ _SUMMARY = ("episode", "start", "seed", "steps", "complete", "success", "progres
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyRollout:
-    """One rollout of a policy, up to an error if there is one.
+    """One rollout of a policy, up to the error if there was one.
 
     Attributes:
-        start: where it began.
+        start: start of the rollout.
         frames: (F, V, H, W, 3).
         poses: (S, L, 7).
-        trace: what the arm did at 15 Hz.
+        trace: the arm's motion at 15 Hz.
         joints_end: (8,) joints and gripper at the end.
         skip: rows of the policy's answer per frame.
-        seconds: of work per interaction.
-        error: why it ended early; None for a complete one.
+        seconds: computing time per interaction.
+        error: why the rollout ended early; None for a complete one.
     """
 
     start: Start
@@ -63,7 +63,7 @@ class PolicyRollout:
         return np.concatenate([self.start.pose[None], *(rows[1:] for rows in self.poses)])
 
     def evidence(self, cameras: Sequence[str], objects: tuple[SceneObject, ...] | None) -> Evidence:
-        """What a judge is given of it."""
+        """The judge's view of the rollout."""
         item = self.start.item
         return Evidence(
             episode=item.episode,
@@ -93,10 +93,10 @@ def save_rollout(
     Args:
         output: folder.
         settings: for the cameras' names.
-        rollout: what happened.
-        extra: further keys of the JSON; ``policy`` and ``task`` among them.
-        verdict: a judge's; None: to be judged by a person.
-        beside: name -> frames that are shown under the world model's.
+        rollout: the rollout.
+        extra: further keys of the JSON, with ``policy`` and ``task``.
+        verdict: the judge's verdict; None: for a person to judge.
+        beside: name -> frames shown below the world model's.
     """
     start, done, policy, task = rollout.start, len(rollout.poses), str(extra["policy"]), extra["task"]
     title = f"{policy}, {task}: episode {start.item.episode}, frame {start.item.start}: {start.text}"
@@ -105,7 +105,7 @@ def save_rollout(
     steps = [f"step {i}" for i in range(1, done + 1)]
     write_imagined_sheet(paths["png"], title, settings, rollout.frames, steps, beside)
     entry: dict[str, Any] = {
-        "success": verdict and verdict.success,  # None: to be judged by a person
+        "success": verdict and verdict.success,  # None: for a person to judge
         "progress": verdict and verdict.progress,
         "judged": verdict and verdict.reason,
         "start_idx": 0,  # of the video
@@ -129,10 +129,10 @@ def save_rollout(
 
 
 def write_episodes(root: Path, settings: Settings, rollouts: Sequence[PolicyRollout]) -> list[int | None]:
-    """Complete rollouts as one LeRobot v3.0 dataset of imagined episodes; a dataset that is there is replaced.
+    """Write the complete rollouts as one LeRobot v3.0 dataset of imagined episodes; an existing dataset is replaced.
 
-    State and action are those of `drive`'s episodes (the pose commanded at a frame, and at the next one), with the
-    joints, and the policy's mean velocities over a frame.
+    State and action are those of `drive`'s episodes (the pose commanded at a frame, and at the next one), plus
+    joints and the policy's mean velocities over a frame.
 
     Returns:
         Each rollout's number in the dataset; None for an incomplete one, which is left out.

@@ -1,8 +1,8 @@
 """`pi-rollout`: a policy acts in the world model, in closed loop (method.md section 6).
 
-Each interaction, the policy of each rollout gets the predicted frames, and its joint velocities become the world
-model's next poses. Written are a video and a JSON with Ctrl-World's keys for each rollout, and a LeRobot dataset of the
-complete ones. A judge may decide their success; the simulator may repeat them.
+In each interaction, each rollout's policy gets the predicted frames, and its joint velocities become the world model's
+next poses. The output is a video and a JSON with Ctrl-World's keys per rollout, and a LeRobot dataset of the complete
+rollouts. Optionally a judge decides success, and the simulator repeats the rollouts.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PolicyRolloutPlan:
-    """What will be rolled out, checked before the model is read."""
+    """The planned rollouts, checked before the model is read."""
 
     policy: str
     task: Task
@@ -60,7 +60,7 @@ class PolicyRolloutPlan:
 
 @dataclass(frozen=True)
 class JudgeSetup:
-    """The judge, and what is known of each start's scene; `simulate`: every rollout is repeated in the simulator."""
+    """The judge, and the known scene of each start; `simulate`: repeat every rollout in the simulator."""
 
     name: str = ""
     judge: Judge | None = None
@@ -76,7 +76,7 @@ class JudgeSetup:
 
 @dataclass
 class RolloutResults:
-    """Rollouts as they come, each with its verdict, its counterpart in the simulator, and its entry in the summary."""
+    """Collects rollouts, each with its verdict, its counterpart in the simulator, and its entry in the summary."""
 
     settings: Settings
     plan: PolicyRolloutPlan
@@ -120,7 +120,7 @@ class RolloutResults:
         self.error = self.error or rollout.error
 
     def _simulate(self, start: Start, scene: RecordedStart) -> Simulated | None:
-        """The same rollout in the simulator, judged from its images."""
+        """The same rollout in the simulator, judged from the simulated images."""
         plan, settings = self.plan, self.settings
         with open_policies(plan.policy, settings.policy, 1) as (policy,):
             rolled = roll_in_simulator(settings, start, scene, policy, plan.view, plan.steps)
@@ -128,12 +128,12 @@ class RolloutResults:
         return Simulated(rolled, verdict) if verdict else None
 
     def summary(self) -> dict[str, Any]:
-        """Of the whole run, as written to ``rollouts.json``; writes the LeRobot dataset."""
+        """Write the LeRobot dataset; returns the summary of the run, the content of ``rollouts.json``."""
         plan, folder = self.plan, self.output / "lerobot"
         numbers = write_episodes(folder, self.settings, self.rollouts)
         left_out = numbers.count(None)
         if left_out:
-            logger.warning("incomplete, so not in the LeRobot dataset: %d of %d rollouts", left_out, len(numbers))
+            logger.warning("%d of %d rollouts are incomplete and not in the LeRobot dataset", left_out, len(numbers))
         result: dict[str, Any] = {
             "policy": plan.policy,
             "task": plan.task.name,
@@ -155,19 +155,19 @@ class RolloutResults:
 
 
 def run(settings: Settings, request: PolicyRolloutRequest) -> dict[str, Any]:
-    """Roll a policy out and write what happened.
+    """Roll out a policy and write the results.
 
     Args:
         settings: resolved settings; `policy` has server, layout, task, adapter.
         request: the policy, its starts and its judge.
 
     Returns:
-        `RolloutResults.summary`, and ``text`` (path) where a judge was named.
+        `RolloutResults.summary`, and ``text`` (path) if a judge was named.
 
     Raises:
-        UsageError: an unknown policy, task, judge or layout, a skip that the layout is too short for.
-        PersistWorldError: no server in time; nothing to judge by; no simulator; or policy or judge failed in
-            mid-rollout, after the rollouts have been saved (incomplete ones marked ``"complete": false``).
+        UsageError: an unknown policy, task, judge or layout, a layout that is too short for the skip.
+        PersistWorldError: no server in time; no data to judge by; no simulator; or a policy or judge failed. In
+            the last case the rollouts are saved first (incomplete ones marked ``"complete": false``).
     """
     store = open_store(settings)
     plan = make_plan(settings, request, store)
@@ -195,17 +195,17 @@ def _roll_all(results: RolloutResults, store: EpisodeStore) -> None:
         for first in range(0, len(plan.starts), batch):
             starts = plan.starts[first : first + batch]
             try:
-                # A connection is a new episode. It is opened before the weights are read: no server, no minutes lost.
+                # A connection is a new episode: connect before the weights are read, to report a missing server early.
                 with open_policies(plan.policy, settings.policy, len(starts)) as policies:
                     if model is None:
-                        store = _scaled(settings, store, plan)  # before the weights load: it may refuse
+                        store = _scaled(settings, store, plan)  # before the weights are read, since it may refuse
                         model = load_model(settings)
                     world = InteractiveRollout(model, store, starts, settings, policy=True)
                     rollouts = _roll(world, plan, starts, policies, meter)
             except PersistWorldError as failed:
                 if not results.entries:
                     raise
-                results.error = failed  # the server went between two batches
+                results.error = failed  # the server stopped between two batches
                 break
             for rollout in rollouts:
                 results.record_rollout(rollout)
@@ -216,7 +216,7 @@ def _roll_all(results: RolloutResults, store: EpisodeStore) -> None:
 def _roll(
     world: InteractiveRollout, plan: PolicyRolloutPlan, starts: list[Start], policies: Sequence[Policy], meter: Meter
 ) -> list[PolicyRollout]:
-    """One batch, until the end or a policy's error."""
+    """Roll out one batch, to the end or to a policy's error."""
     joints = np.stack([start.joints for start in starts])
     controller = PolicyController(policies, plan.view, joints, [start.text for start in starts])
     frames, steps, error = [world.images[:, None]], [], None
@@ -247,7 +247,7 @@ def _roll(
 
 
 def _scaled(settings: Settings, store: EpisodeStore, plan: PolicyRolloutPlan) -> EpisodeStore:
-    """The dataset with the weights' own percentiles, the plan's poses checked against them."""
+    """The dataset with the weights' percentiles; checks the plan's poses against them."""
     first = plan.starts[0].split
     episodes = [start.item.episode for start in plan.starts if start.split == first]
     (scaled,) = weights_stores(settings, store, [inference_ref(settings.model).parts], split=first, episodes=episodes)
@@ -339,6 +339,6 @@ def _starts(
         frame = entry.start if request.start is None else request.start
         item = Item(entry.episode, frame, settings.policy.seed)
         start = make_start(store, item, split, request.instruction or entry.instruction)
-        _ = start.joints  # refused now, not after the weights are read
+        _ = start.joints  # before the weights are read
         starts.append(start)
     return starts, missing

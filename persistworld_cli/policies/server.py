@@ -1,6 +1,6 @@
-"""A policy server that speaks openpi's websocket protocol (method.md section 6), for the embedded policies.
+"""A policy server with openpi's websocket protocol (method.md section 6), for the embedded policies.
 
-Every connection gets a policy of its own, so that the rollouts of a batch share no state. `GET /healthz` answers 200.
+Every connection gets its own policy, so that the rollouts of a batch share no state. `GET /healthz` answers 200.
 Browsers are refused (they send an Origin), so no web page can reach a policy on loopback.
 """
 
@@ -32,12 +32,12 @@ class PolicyServer:
     """Serves a policy from threads of this process; use as a context manager, or `start`, `wait` and `close`.
 
     Args:
-        make: makes the policy of a connection.
+        make: creates the policy of a connection.
         metadata: the first message of every connection.
         host: address to listen on.
-        port: 0 takes a free one, which attribute `port` then holds.
+        port: 0 takes a free port; attribute `port` holds it.
         api_key: if given, connections must send it as ``Authorization: Api-Key ...``.
-        keyless: allow other hosts than loopback without a key.
+        keyless: allow listening beyond loopback without a key.
 
     Raises:
         UsageError: other machines could reach it without a key.
@@ -92,7 +92,7 @@ class PolicyServer:
     def wait(self) -> None:
         """Block until `close` is called or the process is interrupted."""
         while self._thread is not None and self._thread.is_alive():
-            self._thread.join(timeout=0.5)  # in slices, so that Ctrl-C arrives
+            self._thread.join(timeout=0.5)  # in slices, so that Ctrl-C takes effect
 
     def close(self) -> None:
         """Stop listening and end every connection."""
@@ -141,7 +141,7 @@ class PolicyServer:
                 self._open.discard(connection)
 
     def _answer(self, policy: Policy, message: str | bytes) -> bytes:
-        """One request -> one packed answer, with the time it took."""
+        """One request -> one packed answer, with its computing time."""
         if isinstance(message, str):
             raise PersistWorldError("a request must be a binary message (msgpack), not text")
         began = time.perf_counter()
@@ -153,9 +153,9 @@ class PolicyServer:
         """Send the traceback as text and end the connection, as openpi's server does."""
         try:
             connection.send(traceback.format_exc())
-            connection.close(_INTERNAL_ERROR, "the policy failed; its traceback came before")
+            connection.close(_INTERNAL_ERROR, "the policy failed; see the traceback before")
         except ConnectionClosed:
-            pass  # nobody is left to read it
+            pass  # the client is gone
 
 
 def serve_embedded(name: str, layout: ActionLayout, seed: int = 0, **options: Any) -> PolicyServer:

@@ -1,4 +1,4 @@
-"""From the name of a policy to one that answers: the embedded server, another server, or a class here."""
+"""Make a policy from its name: an embedded one, a server, or a class in this process."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 def check_policy(name: str) -> None:
-    """Refuse an unknown name before any compute. Raises UsageError."""
+    """Refuse an unknown name before anything is computed. Raises UsageError."""
     if name not in (*POLICIES, "", "server") and "://" not in name and not _ADDRESS.fullmatch(name):
         make_policy(name, LAYOUTS["pi05"])
 
 
 @contextmanager
 def open_policies(name: str, settings: PolicySettings, count: int) -> Iterator[Sequence[Policy]]:
-    """``count`` policies that share no state, closed on leaving.
+    """``count`` policies that share no state, closed on exit.
 
     Args:
         name: ``scripted``, ``hold`` or ``random``: served on a free port of loopback; ``server`` (or nothing): the
@@ -60,7 +60,7 @@ def open_policies(name: str, settings: PolicySettings, count: int) -> Iterator[S
 
 
 def _address(name: str, settings: PolicySettings) -> str:
-    """The websocket address of a policy's name, or else of the settings."""
+    """The websocket address in a policy's name, else that of the settings."""
     if "://" in name:
         return name
     if match := _ADDRESS.fullmatch(name):
@@ -69,13 +69,13 @@ def _address(name: str, settings: PolicySettings) -> str:
 
 
 def _countdown(uri: str) -> Callable[[float], None]:
-    """Logs every few seconds how long a server will still be waited for."""
+    """Logs every few seconds how long the wait for a server lasts."""
     last = math.inf
 
     def on_wait(left: float) -> None:
         nonlocal last
         if last - left >= _LOG_EVERY_S:
             last = left
-            logger.warning("no policy server at %s yet: waiting %.0f s more", uri, left)
+            logger.warning("no policy server at %s yet: waiting up to %.0f s more", uri, left)
 
     return on_wait

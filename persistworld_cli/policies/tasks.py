@@ -17,7 +17,7 @@ from persistworld_cli.read_files import read_toml
 
 @dataclass(frozen=True, kw_only=True)
 class TaskStart:
-    """Where one rollout begins; no episode: every episode of the split; no instruction: the episode's own."""
+    """The start of one rollout; without episode: every episode of the split; without instruction: the episode's."""
 
     episode: str = ""
     start: Whole = 0
@@ -26,12 +26,12 @@ class TaskStart:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task: its starts, and how the policy's answer is read in it."""
+    """A task: its starts, and how it reads the policy's answer."""
 
     name: str
     description: str = ""
     skip: Count = 2  # every skip-th row of the policy's chunk is taken
-    gripper_cap: Annotated[float, Bounds(gt=0, le=1)] = 1.0  # the most that the gripper may close
+    gripper_cap: Annotated[float, Bounds(gt=0, le=1)] = 1.0  # largest gripper position
     steps: Count = 12  # interactions
     starts: tuple[TaskStart, ...] = (TaskStart(),)
 
@@ -42,7 +42,7 @@ def task_names() -> list[str]:
 
 
 def load_task(name: str) -> Task:
-    """A bundled task by its name, or one's own by its path.
+    """A bundled task by its name, or your own by its path.
 
     Raises:
         UsageError: no such task, not TOML, an unknown key, a value of the wrong type or out of bounds.
@@ -62,7 +62,7 @@ def load_task(name: str) -> Task:
 
 
 def _build(cls: type, data: dict[str, Any], path: Path, **given: Any) -> Any:
-    """A table of the file as a dataclass, checked; ``given`` are fields that the file does not set."""
+    """A table of the file as a checked dataclass; ``given`` are fields that the file does not set."""
     types = {key: hint for key, hint in field_types(cls).items() if key not in given}
     for key in data:
         if key not in types:
@@ -73,5 +73,5 @@ def _build(cls: type, data: dict[str, Any], path: Path, **given: Any) -> Any:
 
 
 def _folder() -> Path:
-    """Where the bundled tasks are."""
+    """The folder of the bundled tasks."""
     return bundled_root() / "presets" / "tasks"

@@ -1,4 +1,4 @@
-"""Curves as PNG files: metrics over the horizon, changes of rollouts, what a training run logged."""
+"""Curves as PNG files: metrics over the horizon, changes of rollouts, the log of a training run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
-matplotlib.use("Agg")  # before pyplot: there may be no display
+matplotlib.use("Agg")  # before pyplot, since there may be no display
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -22,14 +22,14 @@ from persistworld_cli.files import whole_file
 from persistworld_cli.reports.tables import heading, signed_span
 
 MODEL_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377")  # safe for colour-blind readers (Paul Tol)
-_SMOOTHED_FROM = 40  # lines in a log from which a mean over neighbours is drawn over the numbers themselves
+_SMOOTHED_FROM = 40  # with at least this many log lines, a moving mean is drawn over the numbers
 REFERENCE = {"floor": ("#888888", "--"), "ceiling": ("#888888", ":")}
 
 
 def horizon_curves(path: Path, result: Mapping[str, Any]) -> None:
     """Write a PNG of the metrics over the horizon: a row of plots per metric, a column per camera group.
 
-    Of ``eval.json``: ``horizon[group][label][model] = {mean, low, high}``, ``times_s``.
+    Reads from ``eval.json``: ``horizon[group][label][model] = {mean, low, high}``, ``times_s``.
     """
     groups, metrics = result["groups"], result["metrics"]
     figure, axes = plt.subplots(
@@ -71,7 +71,7 @@ def _horizon(axes: Axes, result: Mapping[str, Any], group: str, metric: Mapping[
 def change_plot(path: Path, result: Mapping[str, Any]) -> None:
     """Write a PNG of every rollout's change against the baseline: one dot per rollout, ordered; right is better.
 
-    Of ``eval.json``: ``changes[group][label] = [new - base, ...]``.
+    Reads from ``eval.json``: ``changes[group][label] = [new - base, ...]``.
     """
     groups, metrics = result["groups"], result["metrics"]
     figure, axes = plt.subplots(
@@ -139,7 +139,7 @@ def style_axes(axes: Axes) -> None:
 
 
 def _spread_out(plot: Axes, across: NDArray[np.float64], up: NDArray[np.float64]) -> None:
-    """A logarithmic axis where numbers span more than a decade; few and small tick labels."""
+    """Use a logarithmic axis if the numbers span more than a decade, with few small tick labels."""
     for axis, scale, values in ((plot.xaxis, plot.set_xscale, across), (plot.yaxis, plot.set_yscale, up)):
         known = values[np.isfinite(values)]
         if known.size and known.min() > 0 and known.max() > 10 * known.min():
@@ -158,7 +158,7 @@ def _numbers(rows: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write it as a PNG and close it. Raises CannotWrite."""
+    """Write the figure as a PNG and close it. Raises CannotWrite."""
     try:
         with whole_file(path) as partial:
             figure.savefig(partial, dpi=130, format="png")
@@ -168,7 +168,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: its title, and the logged names with what to call each; on a logarithmic axis where numbers allow."""
+    """One plot: its title, and the logged names with their labels; on a logarithmic axis if the numbers allow it."""
 
     title: str
     series: Mapping[str, str]
@@ -217,7 +217,7 @@ def training_curves(
 
 
 def _draw(axis: Axes, panel: Panel, history: Sequence[Mapping[str, float]]) -> None:
-    """One panel; points where there are few."""
+    """Draw one panel, with markers if there are few points."""
     for (name, label), colour in zip(panel.series.items(), MODEL_COLOURS, strict=False):
         steps = np.array([line["step"] for line in history if name in line])
         values = np.array([line[name] for line in history if name in line], dtype=float)

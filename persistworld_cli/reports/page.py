@@ -1,4 +1,4 @@
-"""One HTML page with tables, curves, contact sheets and videos in it: no other file, no network."""
+"""One self-contained HTML page with tables, curves, contact sheets and videos."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from persistworld_cli.reports.tables import diagnostics_table, eval_table
 
 
 def render(template: Path, **values: object) -> str:
-    """A Jinja template with values, which are escaped; tables are Rich's, so a page shows what the terminal shows."""
+    """Fill a Jinja template with escaped values; tables are Rich's, so the page shows what the terminal shows."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -42,8 +42,8 @@ def _base64(file: Path) -> str:
 def write_page(path: Path, result: Mapping[str, Any], images: Sequence[Path], videos: Sequence[Path]) -> None:
     """Write the page of an ``eval.json``'s dictionary.
 
-    Images are PNG files; those in a folder ``sheets`` are wider than the page. A video named like an image is shown
-    under it.
+    Images are PNG files; those in a folder ``sheets`` are wider than the page. A video with the name of an image is
+    shown below it.
     """
     files = [*images, *videos]
     stems = dict.fromkeys(file.stem for file in files)

@@ -14,7 +14,7 @@ from persistworld_cli.reports.tables import new_table, percent
 
 
 def rollout_tables(result: Mapping[str, Any]) -> Group:
-    """A judged run: a row for each rollout; against the simulator, the confusion matrices and a summary in words.
+    """A judged run: a row per rollout; with the simulator, also the confusion matrices and a summary in words.
 
     Args:
         result: ``rollouts.json``.
@@ -38,7 +38,7 @@ def rollout_tables(result: Mapping[str, Any]) -> Group:
 
 
 def _confusion(against: Mapping[str, Any]) -> Table:
-    """The confusion matrices: judge on imagined and on simulated images, each against the simulator's truth."""
+    """The confusion matrices: the judge on imagined and on simulated images, each against the simulator's truth."""
     columns = ["n", "true pos.", "false pos.", "false neg.", "true neg.", "undecided", "accuracy", "progress r"]
     table = new_table("Predicted success against the simulator's own state", ["judged from"], columns)
     for name, one, r in (
@@ -64,13 +64,13 @@ def _words(against: Mapping[str, Any]) -> str:
 
 
 def leaderboard_tables(result: Mapping[str, Any]) -> Group:
-    """Policies by imagined success, and how well that predicts the real one (`policies.leaderboard`)."""
+    """Policies by imagined success, and how well it predicts real success (`policies.leaderboard`)."""
     predicted = result.get("predicted")
     table = new_table(
         "Leaderboard: success [95% Wilson interval]",
         ["policy", "tasks"],
         ["imagined success", "n", "progress", "undecided", "incomplete", *(["real success", "n"] if predicted else [])],
-        "means over tasks; intervals over all rollouts as if they were one task's",
+        "means over tasks; intervals over all rollouts, as if of one task",
     )
     for row in result["policies"]:
         cells = [percent(row["success"], row["low"], row["high"]), str(row["n"]), _share(row["progress"])]
@@ -101,12 +101,12 @@ def _prediction(predicted: Mapping[str, Any]) -> Table:
 def _warnings(predicted: Mapping[str, Any]) -> str:
     lines = [f"r is undefined: all policies have the same {side} success." for side in predicted["constant"]]
     if predicted["n"] < 4:
-        lines.append(f"{predicted['n']} policies: r of so few says little.")
+        lines.append(f"{predicted['n']} policies: r over so few says little.")
     if not predicted["same_tasks"]:
-        lines.append("No task has results of all policies: each is scored on tasks of its own.")
+        lines.append("No task has results of all policies: each policy is scored on its own tasks.")
     for key, what in (("without_real", "real results"), ("without_imagined", "judged rollouts")):
         if predicted[key]:
-            lines.append(f"Left out, no {what} in the same task: {', '.join(predicted[key])}.")
+            lines.append(f"Left out, without {what} in the same task: {', '.join(predicted[key])}.")
     return "\n".join(lines)
 
 

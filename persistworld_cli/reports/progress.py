@@ -17,9 +17,9 @@ class Meter:
     """Counts work on stderr. Use as a context manager; `advance(n, reward=0.1)` shows the numbers beside the count.
 
     Args:
-        label: of the work.
+        label: name of the work.
         total: amount of work; may be set later.
-        done: amount done before (a resumed run).
+        done: amount already done (a resumed run).
         quiet: show nothing (ranks other than 0).
     """
 

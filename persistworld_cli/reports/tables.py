@@ -1,6 +1,6 @@
 """Tables of results, from their dictionaries, so that a saved JSON can be shown again.
 
-Every table takes its metric names from the result's labels: ``lpips (untrained)`` stays that.
+Metric names come from the result's labels, so ``lpips (untrained)`` keeps its name.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from rich.text import Text
 from persistworld_cli.console import file_console
 from persistworld_cli.files import whole_file
 
-BARELY = 0.05  # dB: a smaller gain is of no practical use, whatever its interval
+BARELY = 0.05  # dB: a smaller gain has no practical use, whatever its interval
 COLOURS = {"better": "green", "worse": "red"}
 
-UNTRAINED_NOTE = "lpips (untrained): its backbone is random, as set: not comparable with LPIPS."
+UNTRAINED_NOTE = "lpips (untrained): the settings choose a random backbone; not comparable with LPIPS."
 
 
 def new_table(title: str, left: Sequence[str], right: Sequence[str], caption: str | None = None) -> Table:
@@ -46,7 +46,7 @@ def number(value: float | None, label: str, *, signed: bool = False) -> str:
 
 
 def heading(metric: Mapping[str, Any]) -> str:
-    """``psnr dB ↑``: label, unit and which way is better."""
+    """``psnr dB ↑``: label, unit and the better direction."""
     arrow = "↑" if metric["higher_is_better"] else "↓"
     return " ".join(part for part in (metric["label"], metric["unit"], arrow) if part)
 
@@ -100,7 +100,7 @@ def win_rate(row: Mapping[str, Any]) -> str:
 
 
 def diagnostics_table(result: Mapping[str, Any]) -> Table:
-    """What means over pixels and time hide: drift, action following, whether seed variance ranks like error.
+    """Diagnostics that means over pixels and time hide: drift, action following, seed variance against error.
 
     Args:
         result: ``eval.json``'s dictionary.
@@ -153,8 +153,8 @@ def _diagnostics_caption(result: Mapping[str, Any]) -> str:
     lines = []
     if following["kinds"]:
         lines.append(
-            f"gain: the first {following['steps']} interactions under the recorded actions, less the same under "
-            "another episode's (swapped) or none (null)."
+            f"gain: the first {following['steps']} interactions under the recorded actions, minus the same under "
+            "another episode's actions (swapped) or no motion (null)."
         )
     if following["note"]:
         lines.append(f"action following: {following['note']}.")
@@ -162,13 +162,13 @@ def _diagnostics_caption(result: Mapping[str, Any]) -> str:
         floor = ", ".join(
             f"{row['cameras']} {number(row['value'], 'psnr')}" for row in fvd["rows"] if row["model"] == result["floor"]
         )
-        lines.append(f"{fvd['label']}: torchvision's network, not papers' I3D; {result['floor']}: {floor}.")
+        lines.append(f"{fvd['label']}: torchvision's network, not the I3D of papers; {result['floor']}: {floor}.")
         if fvd["note"]:
             lines.append(f"{fvd['label']}: {fvd['note']}.")
     if uncertainty["rows"]:
         lines.append(
             f"rho: Spearman's, of the variance between {uncertainty['seeds']} seeds and the squared error, step by "
-            "step; both grow with time, within a step they cannot."
+            "step; both grow with time, so rho within a step is given too."
         )
     if uncertainty["note"]:
         lines.append(f"uncertainty: {uncertainty['note']}.")
@@ -176,7 +176,7 @@ def _diagnostics_caption(result: Mapping[str, Any]) -> str:
 
 
 def benchmark_name(stamp: Mapping[str, Any]) -> str:
-    """``bundled v2``, with what is not the benchmark's own: ``droid v2 (SUBSET: 3 of 50 episodes), changed in ...``."""
+    """``bundled v2``, with the changes from it: ``droid v2 (SUBSET: 3 of 50 episodes), changed in ...``."""
     part, changed = stamp.get("subset"), stamp["changed"]
     name = f"{stamp['name']} v{stamp['version']}"
     if part:
@@ -196,7 +196,7 @@ def _title(result: Mapping[str, Any]) -> str:
 
 
 def _caption(result: Mapping[str, Any]) -> str:
-    """What the brackets are, and in words what the reward says."""
+    """What the brackets mean, and the verdict on the reward in words."""
     lines = []
     if result["paired"]:
         names = " against ".join(escape(model["label"]) for model in reversed(result["models"]))
@@ -210,13 +210,13 @@ def _caption(result: Mapping[str, Any]) -> str:
 
 
 def reward_words(result: Mapping[str, Any]) -> dict[str, str]:
-    """What the training reward says, in words, by camera group; one entry where all groups say the same."""
+    """The verdict on the training reward in words, by camera group; one entry if all groups agree."""
     words = {row["cameras"]: row["words"] for row in result["paired"] if row["metric"] == "reward"}
     return {"all": next(iter(words.values()))} if len(set(words.values())) == 1 else words
 
 
 def steps_table(title: str, metrics: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for every step of a replay: ``step``, ``time_s``, ``model``, then metrics by label."""
+    """A row per step of a replay: ``step``, ``time_s``, ``model``, then metrics by label."""
     table = new_table(title, ["model"], ["step", "time", *map(heading, metrics)])
     for row in rows:
         cells = [number(row[metric["label"]], metric["label"]) for metric in metrics]

@@ -23,7 +23,7 @@ from persistworld_cli.rollout.recording import Recording
 
 Images = NDArray[np.uint8]
 INK, DIM, PAPER = (240, 240, 240), (165, 165, 172), (24, 24, 28)
-SHEET_CELL, VIDEO_CELL = 240, 320  # width in pixels that a view is brought to
+SHEET_CELL, VIDEO_CELL = 240, 320  # target width of a view in pixels
 GAP = 3
 BAR = 26
 LABEL = 116
@@ -31,7 +31,7 @@ LABEL = 116
 
 @lru_cache(maxsize=8)
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib ships: the same on every machine."""
+    """DejaVu Sans from matplotlib, the same on every machine."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
@@ -46,7 +46,7 @@ def _clip(text: str, size: int, width: int) -> str:
 
 
 def enlarge(images: Images, width: int) -> Images:
-    """Bring images (..., H, W, 3) near a width: whole factors by repeating pixels, smaller ones by averaging."""
+    """Scale images (..., H, W, 3) to about a width: enlarge by repeating pixels, shrink by averaging."""
     h, w = images.shape[-3:-1]
     factor = round(width / w)
     if factor >= 1:
@@ -58,7 +58,7 @@ def enlarge(images: Images, width: int) -> Images:
 
 
 def camera_names(settings: Settings) -> list[str]:
-    """The cameras' names, to show."""
+    """The cameras' names for display."""
     return [name.replace("_", " ") for name in settings.world.cameras]
 
 
@@ -71,7 +71,7 @@ class SheetBlock:
 
 
 def contact_sheet(path: Path, title: str, columns: Sequence[str], blocks: Sequence[SheetBlock]) -> None:
-    """Write one PNG: blocks under each other, rows of n images, a name left of each row, a text over each column."""
+    """Write one PNG: blocks below each other, rows of n images, a name left of each row, a text above each column."""
     rows = [[enlarge(images, SHEET_CELL) for _, images, _ in block.rows] for block in blocks]
     h, w = rows[0][0].shape[1:3]
     width = LABEL + len(columns) * (w + GAP)
@@ -109,7 +109,7 @@ class VideoRow:
 def side_by_side(
     title: str, cameras: Sequence[str], rows: Sequence[VideoRow], times: Sequence[str]
 ) -> Iterator[Images]:
-    """Frames of a video: cameras as columns, rows under each other; on top the title and the frame's time.
+    """Frames of a video: cameras as columns, rows below each other; at the top the title and the frame's time.
 
     ``times``: F texts, e.g. ``step 3  2.2 s``.
     """
@@ -142,13 +142,13 @@ def side_by_side(
 
 @dataclass(frozen=True)
 class ComparedRollout:
-    """A rollout against its recording, to draw.
+    """A rollout and its recording, to draw.
 
     Attributes:
-        title: over everything.
+        title: text at the top.
         settings: for cameras and rate.
-        recording: what is predicted.
-        drawn: model -> predicted frames (n, V, H, W, 3), n the frames that were recorded.
+        recording: the recording to compare with.
+        drawn: model -> predicted frames (n, V, H, W, 3), n the number of recorded frames.
         scores: model -> its scores.
     """
 
@@ -179,7 +179,7 @@ class ComparedRollout:
         contact_sheet(path, self.title, columns, blocks)
 
     def write_video(self, path: Path) -> None:
-        """Write an mp4: recording over models, with step, time and scores drawn on each frame."""
+        """Write an mp4: recording above models, with step, time and scores drawn on each frame."""
         length = int(self.recording.valid.sum())
         new_frames, rate = self.settings.model.num_frames - 1, self.settings.world.rate_hz
         first = self.recording.first[None]
@@ -208,15 +208,15 @@ def write_imagined_video(
 
     Args:
         path: mp4 to write.
-        title: over everything.
+        title: text at the top.
         settings: for the cameras' names.
         frames: (1 + S (L-1), V, H, W, 3): the start and the new frames of S interactions.
-        steps: S texts, the action of each interaction; none for a rollout that did not get beyond its start.
+        steps: S texts, the action of each interaction; empty if the rollout ended at its start.
         fps: frames per second.
-        beside: name -> frames of the same shape to show under the world model's.
+        beside: name -> frames of the same shape, shown below the world model's.
 
     Raises:
-        PersistWorldError: it cannot be written.
+        PersistWorldError: the video cannot be written.
     """
     new_frames = _new_frames(frames, steps)
     notes = ["start", *(text for text in steps for _ in range(new_frames))]
@@ -236,7 +236,7 @@ def write_imagined_sheet(
 ) -> None:
     """Write a PNG: start and ends of interactions as columns, a row per camera, further blocks for ``beside``.
 
-    Arguments as above.
+    Arguments as for the video.
     """
     shown = _columns(len(steps), 10)
     blocks = []
@@ -252,5 +252,5 @@ def _new_frames(frames: Images, steps: Sequence[str]) -> int:
 
 
 def _columns(last: int, most: int) -> NDArray[np.int64]:
-    """At most so many of 0 .. last, evenly spread, both ends among them."""
+    """At most this many of 0 .. last, evenly spread, with both ends."""
     return np.unique(np.linspace(0, last, min(most, last + 1)).round().astype(int))

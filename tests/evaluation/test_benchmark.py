@@ -63,7 +63,7 @@ def test_benchmark_lies_between_preset_and_flags() -> None:
     ("old", "new", "words"),
     [
         ("version = 2", "version = 0", "not a whole number"),
-        ("guidance = 1.0\n", "", "does not say sampling.guidance"),
+        ("guidance = 1.0\n", "", "does not set sampling.guidance"),
         ("[rewards]", "[model]\nckpt = 'x'\n[rewards]", "cannot set 'model.ckpt'"),
         ("[metrics.psnr]", "[metrics.pnsr]", r"\[metrics.psnr\] is missing"),
         ("steps = 14", "stepz = 14", "cannot set 'eval.stepz'"),

@@ -70,7 +70,7 @@ def test_other_numbers_are_varied_and_guidance_counts_twice() -> None:
         ({"vary": ["rho"]}, "'rho' is not KEY=VALUE,VALUE"),
         ({"vary": ["rho=7,x"]}, "sampling.rho = 'x' has the wrong type: expected a number"),
         ({"vary": ["sigma_min=-1"]}, "sampling.sigma_min"),
-        ({"samplers": ["euler"], "calls": [4]}, "nothing but the reference itself"),
+        ({"samplers": ["euler"], "calls": [4]}, "only the reference itself"),
     ],
 )
 def test_a_grid_that_cannot_be_meant_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -141,7 +141,7 @@ def test_what_cannot_be_said_is_said(tmp_path: Path) -> None:
     shown = command(one, two, "--real", real)
     assert shown.exit_code == 0, shown.output
     assert "r is undefined: all policies have the same imagined success." in shown.output
-    assert "2 policies: r of so few says little." in shown.output
+    assert "2 policies: r over so few says little." in shown.output
     assert "100% [21, 100]" in shown.output
     alone = command(one, "--real", real)
     assert alone.exit_code == 1

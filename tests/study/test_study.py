@@ -328,7 +328,7 @@ def test_report_counts_by_camera_group_and_says_who_is_not_done(tmp_path: Path) 
     shown = report(*files)
     assert shown.exit_code == 0, shown.stderr
     assert "new against base" in shown.stdout and "12 of 16" in shown.stdout and "0 of 16" in shown.stdout
-    assert "incomplete, counted as far as they go: bob (12 of 16), carl (0 of 16)" in shown.stdout
+    assert "incomplete, counted so far: bob (12 of 16), carl (0 of 16)" in shown.stdout
     told = json.loads(report(*files, "--json").stdout)
     rows = {row["cameras"]: row for row in told["preference"]}
     neither = key.trials[11].cameras

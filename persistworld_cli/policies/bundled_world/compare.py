@@ -1,8 +1,8 @@
 """`pi-rollout --against sim`: how well success in the world model predicts success in the simulator.
 
-The same policy acts from the same starts in both. Three comparisons: the judge's verdict on imagined images with the
-simulator's truth (the question), the judge's verdict on simulated images with the same truth (the judge's own share of
-the errors), and Pearson's r of progress.
+The same policy acts from the same starts in both. Three comparisons: the judge's verdicts on imagined images
+with the simulator's truth, the judge's verdicts on simulated images with the same truth (this shows the judge's own
+errors), and Pearson's r of progress.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Simulated:
     verdict: Verdict
 
     def entry(self) -> dict[str, Any]:
-        """For the rollout's JSON."""
+        """Its entry in the rollout's JSON."""
         trace, truth = self.rolled.rollout.trace, self.rolled.truth
         return {
             "success": truth.success if truth else None,
@@ -71,7 +71,7 @@ def _means(success: Sequence[bool | None], progress: Sequence[float | None]) -> 
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the known values; None without any."""
+    """Mean of the known values; None if there are none."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 

@@ -1,7 +1,7 @@
 """The judge of the bundled world: finds the objects by their colours and applies the world's own rules.
 
-It works from the exterior images, the poses and the gripper; of the simulator it only knows where the objects were at
-the start. It does not guess what it cannot see: success is then None, with the reason.
+It uses the exterior images, the poses and the gripper; from the simulator it only knows the objects' positions at the
+start. It does not guess what it cannot see: success is then None, with the reason.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from persistworld_cli.policies.bundled_world.rules import (
 from persistworld_cli.policies.bundled_world.triangulate import ObjectTracker, calibrate, detect, nominal_camera
 from persistworld_cli.policies.judge import Evidence, SceneObject, Verdict
 
-MOST_UNSEEN = 0.5  # of the frames: with more of them unknown, what was not seen is no failure
+MOST_UNSEEN = 0.5  # share of the frames: if more are unknown, an unseen success is not a failure
 
 
 class BundledJudge:
-    """Success and progress by the recorder's rules, from where the objects are seen."""
+    """Success and progress by the recorder's rules, from the objects' positions in the images."""
 
     wants_objects = True
 
     def judge(self, evidence: Evidence) -> Verdict:
-        """The verdict on a rollout of the bundled world. Raises PersistWorldError: not this world's cameras."""
+        """The verdict on a rollout of the bundled world. Raises PersistWorldError: the cameras are not this world's."""
         objects = evidence.objects or ()
         condition = find_condition(evidence.instruction, objects)
         if isinstance(condition, str):
@@ -42,7 +42,7 @@ class BundledJudge:
 
 
 def find_condition(instruction: str, objects: Sequence[SceneObject]) -> Condition | str:
-    """The success condition of an instruction among objects; or, as text, why it is invalid there."""
+    """The success condition of an instruction among objects; or the reason why it is invalid there, as text."""
     task = read_instruction(instruction, [item.name for item in objects])
     if isinstance(task, str):
         return task
@@ -82,7 +82,7 @@ def locate(evidence: Evidence, wanted: Sequence[int]) -> Float:
 def decide(
     condition: Condition, objects: Sequence[SceneObject], positions: Float, pads: Float, rate_hz: float
 ) -> Verdict:
-    """The verdict on positions (F, N, 3); it is a failure only if the objects were seen to the end."""
+    """The verdict on positions (F, N, 3); failure only if the objects were seen to the end."""
     known = ~np.isnan(condition.holds(positions, pads))
     names = " and ".join(objects[number].name for number in condition.task.objects)
     seen = f"{names} seen in {known.sum()} of {len(known)} frames"
@@ -102,7 +102,7 @@ def _undecided(why: str) -> Verdict:
 
 
 def _distance(condition: Condition, positions: Float, pads: Float) -> str:
-    """The distance that matters, in words: positions (N, 3), pads (3,)."""
+    """The distance that decides, in words: positions (N, 3), pads (3,)."""
     task, target = condition.task, positions[condition.task.target]
     if task.kind == "reach":
         return f"gripper {100 * np.hypot(*(pads - target)[:2]):.0f} cm from above it at the end"

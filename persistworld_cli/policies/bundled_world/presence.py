@@ -1,7 +1,7 @@
 """Object presence: a referee for training on the bundled world (``post_train.referees``).
 
-The world's objects have six saturated colours. In each image, each colour of the recording should fill about as many
-pixels in the prediction, anywhere: a lost or faded object counts, one that is a little aside does not.
+The world's objects have six saturated colours. Each colour should fill about as many
+pixels in a predicted image as in the recorded one, at any place: a lost or faded object counts, a shifted one does not.
 
 Shape legend: as in `metrics.registry.Metric`.
 """

@@ -40,9 +40,9 @@ IMAGE_HEIGHT, IMAGE_WIDTH = 180, 320  # as recorded
 FLANGE_TO_PADS = 0.15  # m along the flange's z to between the finger pads
 MOVED = 0.05  # m along the instruction's direction
 NEAR = 0.05  # m over the table, from the gripper or the object below
-RESTING = 0.02  # m between an object on top of another and where it would rest
+RESTING = 0.02  # m between an object and its resting place on top of another
 ON_TABLE = 1.5  # of an object's largest half size: with its centre below, it is on the table
-KEPT_S = 0.6  # s that a condition must hold: the object may just be passing by
+KEPT_S = 0.6  # s for which a condition must hold, so that an object that only passes by does not count
 
 # -- instructions -----------------------------------------------------------------------------------------------------
 
@@ -66,7 +66,7 @@ _PATTERNS = {kind: re.compile(template.format(**_FIELDS)) for kind, template in 
 class Task:
     """An instruction as data; objects by their number.
 
-    `kind` is a key of the templates above; `direction` is that of a pick or push, `onto` the object below of a stack.
+    `kind` is a key of the templates above; a pick or push has a `direction`, a stack an object `onto` which to put it.
     """
 
     kind: str
@@ -87,7 +87,7 @@ def instruction(task: Task, names: Sequence[str]) -> str:
 
 
 def read_instruction(text: str, names: Sequence[str]) -> Task | str:
-    """The task of an instruction among named objects; or, as text, why it is invalid."""
+    """The task of an instruction with these object names; or the reason why it is invalid, as text."""
     for kind, pattern in _PATTERNS.items():
         found = pattern.fullmatch(text.strip().lower().rstrip("."))
         if not found:
@@ -98,11 +98,11 @@ def read_instruction(text: str, names: Sequence[str]) -> Task | str:
                 return f"there is no '{name}' in the scene ({', '.join(names)})"
         onto = names.index(parts["onto"]) if "onto" in parts else None
         return Task(kind, names.index(parts["target"]), parts.get("direction", ""), onto)
-    return f"the instruction '{text}' is none of the bundled world's"
+    return f"the bundled world has no instruction '{text}'"
 
 
 def all_instructions() -> list[str]:
-    """Every instruction of the recorder in a fixed order, which a recording's `task_index` counts in."""
+    """Every instruction of the recorder, in the fixed order that a recording's `task_index` refers to."""
     small = [f"{colour} {shape}" for colour in OBJECT_COLOURS for shape in SMALL_SHAPES]
     large = [f"{colour} {shape}" for colour in OBJECT_COLOURS for shape in LARGE_SHAPES]
     texts = [instruction(Task("pick", 0, way), [name]) for name in small for way in DIRECTIONS]
@@ -117,7 +117,7 @@ def all_instructions() -> list[str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether a condition held for `KEPT_S` at any time, and the most progress (0 .. 1) over such a time."""
+    """Whether a condition held for `KEPT_S` at any time, and the largest progress (0 .. 1) over such a time."""
 
     success: bool
     progress: float
@@ -125,7 +125,7 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """When a task has succeeded in one scene.
+    """The success condition of a task in one scene.
 
     Attributes:
         task: the task.
@@ -170,7 +170,7 @@ class Condition:
         return np.where(np.isnan(true), np.nan, np.where(true == 1, 1.0, np.clip(share, 0, 1)))
 
     def outcome(self, positions: Float, pads: Float, rate_hz: float) -> Outcome | None:
-        """The outcome of frames at a rate (arguments as for `holds`); None where too few of them are known."""
+        """The outcome of frames at a rate (arguments as for `holds`); None if too few of them are known."""
         true, share = self.holds(positions, pads), self.progress(positions, pads)
         known, window = ~np.isnan(true), frames_kept(rate_hz)
         if known.sum() < window:
@@ -187,7 +187,7 @@ class Condition:
         return moved
 
     def _on_top(self, positions: Float) -> Float:
-        """(F, 3): where the target's centre would rest on the object below."""
+        """(F, 3): the target's centre if it rested on the object below."""
         below, target = self.task.onto, self.task.target
         assert below is not None
         place: Float = positions[:, below] + [0, 0, self.half[below, 2] + self.half[target, 2]]
@@ -207,6 +207,6 @@ def pad_positions(poses: Float) -> Float:
 
 
 def _over_table(gap: Float) -> Float:
-    """(..., 3) -> (...): length of a difference over the table, its height left out."""
+    """(..., 3) -> (...): horizontal length of a difference."""
     length: Float = np.linalg.norm(gap[..., :2], axis=-1)
     return length

@@ -1,4 +1,4 @@
-"""The objects in a raw recording of the bundled world: the scene at a rollout's start, and true positions.
+"""The objects in a raw recording of the bundled world: the scene at a rollout's start, and the true positions.
 
 `meta/episodes.jsonl` describes the objects (colour, shape, size), column `sim.object_pose` has their poses.
 """
@@ -23,7 +23,7 @@ from persistworld_cli.rollout.recording import Start
 OBJECT_POSE = "sim.object_pose"
 _JOINTS = "observation.state.joint_position"
 _SAME = 1e-3  # rad: float32 joints, rounded on their way into the processed dataset
-_FIX = "take the bundled world (persistworld extract-latents), with world.raw naming what it was extracted from"
+_FIX = "use the bundled world (persistworld extract-latents), and set world.raw to the recordings it was extracted from"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def find_recorded(settings: Settings, start: Start) -> RecordedStart:
     """A start in the raw recording that its dataset was extracted from.
 
     Raises:
-        PersistWorldError: `world.raw` is no recording of the bundled world, or not this dataset's.
+        PersistWorldError: `world.raw` is not a recording of the bundled world, or not that of this dataset.
     """
     root = resolve_path(settings.world.raw) if settings.world.raw else None
     if root is None or not (root / "meta" / "info.json").is_file():

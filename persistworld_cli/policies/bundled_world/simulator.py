@@ -1,4 +1,4 @@
-"""Rollouts in the bundled world's simulator: a recorded start restored, driven by a policy's joint velocities.
+"""Rollouts in the bundled world's simulator: restore a recorded start, then follow a policy's joint velocities.
 
 MuJoCo and the world's recorder are only imported here, on use (``pip install -e '.[sim]'``).
 
@@ -37,13 +37,13 @@ _ORIGIN_KEY = b"persistworld_example"
 
 @dataclass(frozen=True)
 class SimRollout:
-    """One rollout in the simulator: what an imagined one has, and the truth.
+    """One rollout in the simulator: as an imagined one, plus the ground truth.
 
     Attributes:
         positions: (F, N, 3) of the objects, m.
-        truth: success and progress by the simulator's state; None where the instruction is none of this world's, or the
-            rollout is shorter than a condition must hold.
-        reset_error: m or rad, how far repeating the recording up to the start was off it.
+        truth: success and progress from the simulator's state; None if the instruction is not one of this world's, or
+            the rollout is shorter than the time for which a condition must hold.
+        reset_error: m or rad, largest deviation from the recording when it is repeated up to the start.
     """
 
     rollout: PolicyRollout
@@ -53,16 +53,16 @@ class SimRollout:
 
 
 def check_simulator() -> None:
-    """Refuse a machine without MuJoCo, the recorder or a way to draw, before any compute. Raises PersistWorldError."""
+    """Refuse early a machine without MuJoCo, the recorder or a renderer. Raises PersistWorldError."""
     recorder = _recorder()
     try:
         recorder.mujoco.GLContext(16, 16).free()
-    except Exception as error:  # each driver fails in a way of its own
+    except Exception as error:  # each driver fails in its own way
         raise PersistWorldError(f"MuJoCo cannot draw here: {error!r}", where="--against sim", fix=_DRAWING) from error
 
 
 def _recorder() -> Any:
-    """The recorder's module that drives the world."""
+    """The recorder's module that runs the world."""
     try:
         return importlib.import_module("dataset_example.recorder.live")
     except ModuleNotFoundError as error:
@@ -73,7 +73,7 @@ def _recorder() -> Any:
 
 
 def recorded_origin(recorded: RecordedStart) -> tuple[int, str]:
-    """The seed that an episode was recorded with, and the name of its design; one without a name is `VARIED`.
+    """The seed of an episode's recording, and the name of its design (`VARIED` if it has no name).
 
     Raises:
         PersistWorldError: they are missing, or this checkout does not know the design.
@@ -85,7 +85,7 @@ def recorded_origin(recorded: RecordedStart) -> tuple[int, str]:
         seed, design = whole_number(entry["seed"], "seed"), str(entry.get("design", recorder.VARIED.name))
     if design not in recorder.DESIGNS:
         raise PersistWorldError(
-            f"the recording is of the design '{design}', unknown here ({', '.join(recorder.DESIGNS)})",
+            f"the recording has the design '{design}', unknown here ({', '.join(recorder.DESIGNS)})",
             where=str(table),
             fix="use the version of the repository that recorded it",
         )
@@ -119,8 +119,8 @@ def roll_in_simulator(
 ) -> SimRollout:
     """Roll a policy out in the simulator from a recorded start.
 
-    It sees the simulated cameras at the size of the world model's images, and the measured joints; its velocities
-    move the arm's targets as the dataset defines them, row by row, as many rows as the world model is given.
+    The policy sees the simulated cameras at the size of the world model's images, and the measured joints. Its
+    velocities move the arm's targets row by row, as the dataset defines them, for as many rows as the world model gets.
 
     Raises:
         PersistWorldError: the policy failed.

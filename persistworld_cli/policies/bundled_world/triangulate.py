@@ -1,8 +1,8 @@
-"""Positions of coloured objects, triangulated from two cameras whose places are known to a centimetre.
+"""Positions of coloured objects, triangulated from two cameras whose positions are known to a centimetre.
 
 Each camera's coloured pixels give a ray; two rays intersect at the object. The exterior cameras of the bundled world
 differ a little between episodes: the start, where the objects' positions are known, gives the offset. A view that shows
-too little of an object (hidden, or gone from an imagined image) is left out; with one view left, the object is assumed
+too little of an object (hidden, or lost in an imagined image) is left out; with one view left, the object is assumed
 to be on the table unless last seen above it.
 
 Shape legend: F frames, H, W pixels. Image points are fractions of the image's width and height, from its upper left.
@@ -31,12 +31,12 @@ from persistworld_cli.policies.bundled_world.rules import (
 )
 from persistworld_cli.policies.judge import SceneObject
 
-VISIBLE = 0.55  # of an object's silhouette: less gives no ray
-SPECK = 0.15  # of the largest region of a colour: smaller ones are not the object
-RAY_GAP = 0.03  # m that two rays may miss each other by
-ON_TABLE = 0.02  # m above where it rests: last seen higher, one view alone does not give its position
-RAISED = 0.05  # m above where it rests: from here on a free object lies on the large one (0.1 m high or more)
-IN_HAND = 0.09  # m from the pads: so near, with the gripper closed, it may be carried
+VISIBLE = 0.55  # share of an object's silhouette: less gives no ray
+SPECK = 0.15  # share of a colour's largest region: smaller regions are not the object
+RAY_GAP = 0.03  # m, largest distance between two rays that meet
+ON_TABLE = 0.02  # m above its resting height: if last seen higher, one view does not give its position
+RAISED = 0.05  # m above its resting height: a free object this high lies on the large one (at least 0.1 m high)
+IN_HAND = 0.09  # m from the pads: nearer than this, with a closed gripper, it may be carried
 CLOSED = 0.15  # the gripper has begun to close
 _CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=np.float64)
 _ROUND = np.array([[np.cos(a), np.sin(a), z] for a in np.linspace(0, 2 * np.pi, 16, endpoint=False) for z in (-1, 1)])
@@ -46,7 +46,7 @@ _ASPECT = IMAGE_WIDTH / IMAGE_HEIGHT  # of the recorded images; extraction may h
 
 @dataclass(frozen=True)
 class Camera:
-    """Position (3,) m; axes as rows (3, 3) right, up, back; offset (2,) of what it shows from where it should be."""
+    """Position (3,) m; axes as rows (3, 3) right, up, back; offset (2,) of what it shows from what is expected."""
 
     position: Float
     axes: Float
@@ -75,7 +75,7 @@ class Detection:
 
 
 def nominal_camera(name: str) -> Camera:
-    """An exterior camera as the recorder places it before it varies the place."""
+    """An exterior camera at the recorder's nominal position."""
     azimuth, elevation = np.radians(EXTERIOR_VIEWS[name][:2])
     back = np.array([np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)])
     right = np.cross([0.0, 0.0, 1.0], back)
@@ -85,7 +85,7 @@ def nominal_camera(name: str) -> Camera:
 
 
 def detect(frames: NDArray[np.uint8], item: SceneObject) -> list[Detection | None]:
-    """In each image (F, H, W, 3), the pixels of an object's colour; None where there are none."""
+    """The pixels of an object's colour in each image (F, H, W, 3); None if there are none."""
     return [_detect(mask) for mask in object_mask(frames, [item.rgb])]
 
 
@@ -100,12 +100,12 @@ def _detect(mask: NDArray[np.bool_]) -> Detection | None:
 
 
 def is_visible(camera: Camera, item: SceneObject, position: Float, seen: Detection) -> bool:
-    """Whether enough of an object at a position is seen for the centroid of its pixels to be its own."""
+    """Whether a view shows enough of an object at a position for the centroid of its pixels to be valid."""
     return seen.area >= VISIBLE * silhouette_area(camera, item, position)
 
 
 def silhouette_area(camera: Camera, item: SceneObject, position: Float) -> float:
-    """The fraction of the image that an object fills where nothing hides it, turned as at the start."""
+    """The fraction of the image that an unhidden object fills, with its orientation at the start."""
     shape = _ROUND if item.shape in ROUND_SHAPES else _CORNERS
     turn = Rotation.from_quat(item.quaternion[[1, 2, 3, 0]])
     corners = camera.project(position + turn.apply(shape * item.half))
@@ -113,7 +113,7 @@ def silhouette_area(camera: Camera, item: SceneObject, position: Float) -> float
 
 
 def calibrate(camera: Camera, starts: Sequence[tuple[SceneObject, Detection | None]]) -> Camera:
-    """The camera with the mean offset of what it shows of the objects at the start from their known positions."""
+    """The camera with the mean offset of the objects in its start image from their known positions."""
     gaps = [
         seen.centroid - camera.project(item.position[None])[0]
         for item, seen in starts
@@ -126,19 +126,19 @@ class ObjectTracker:
     """Positions of one object over a rollout, frame by frame.
 
     An object that the gripper does not hold rests on the table or on the large object. A half hidden object appears too
-    high or too low, so one that is seen near the table is placed where its rays meet its resting height.
+    high or too low, so an object near the table is placed where its rays meet its resting height.
     """
 
     def __init__(self, cameras: Mapping[str, Camera], item: SceneObject) -> None:
         self._cameras, self._item = cameras, item
         self._rest = float(item.half[2])
-        self._height = float(item.position[2])  # where both cameras last saw it
+        self._height = float(item.position[2])  # its last position seen by both cameras
 
     def locate(self, seen: Mapping[str, Detection | None], pads: Float, gripper: float) -> Float:
         """(3,) the object's position; NaN where it is unknown.
 
         Args:
-            seen: camera -> what it shows of the object.
+            seen: camera -> the object's pixels in its image.
             pads: (3,) the point between the finger pads.
             gripper: 0 open .. 1 closed.
         """
@@ -155,7 +155,7 @@ class ObjectTracker:
         return found
 
     def _triangulate(self, views: Sequence[tuple[Camera, Detection]], pads: Float, gripper: float) -> Float | None:
-        """Where two rays intersect, or where they, or one alone, meet the resting height."""
+        """Where two rays intersect; or where the rays, or a single ray, meet the resting height."""
         if not views:
             return None
         crossed = _intersect(*views) if len(views) == 2 else None
@@ -177,7 +177,7 @@ class ObjectTracker:
 
 
 def _intersect(one: tuple[Camera, Detection], two: tuple[Camera, Detection]) -> Float | None:
-    """The point nearest to two rays; None where they miss each other: not the same thing was seen."""
+    """The point nearest to two rays; None if they are far apart, since they then show different things."""
     origins = np.stack([camera.position for camera, _ in (one, two)])
     rays = np.stack([camera.ray(seen.centroid) for camera, seen in (one, two)])
     along = rays[0] @ rays[1]
