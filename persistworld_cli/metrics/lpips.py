@@ -2,8 +2,8 @@
 
 The package would download ImageNet weights in its constructor. Here the backbone is built untrained and filled from a
 file: the shipped AlexNet features (alexnet/README.md), or another file that the settings name. An untrained backbone,
-drawn from a fixed seed, is used only where the settings say ``untrained``; it is no perceptual distance, and its label
-is ``lpips (untrained)`` everywhere.
+drawn from a fixed seed, is used only where the settings say ``untrained``; it is not a perceptual distance, and its
+label is ``lpips (untrained)`` everywhere.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SMALLEST = 31  # pixels: below this AlexNet's second pooling has nothing left
 UNTRAINED_SEED = 20180111
 LABEL, LABEL_UNTRAINED = "lpips", "lpips (untrained)"
 UNTRAINED_WARNING = (
-    "rewards.lpips_backbone is 'untrained': lpips (untrained) compares images by a random AlexNet. It is no "
+    "rewards.lpips_backbone is 'untrained': lpips (untrained) compares images by a random AlexNet. It is not a "
     "perceptual distance, prefers blur to a small shift, and is not comparable with LPIPS"
 )
 
@@ -143,7 +143,7 @@ class Lpips:
     higher_is_better = False
 
     def __init__(self, net: str = "alex", backbone: str = "auto", device: torch.device | str = "cpu") -> None:
-        """Build on ``device``. ``backbone`` as in `find_backbone`. The global random state is left alone."""
+        """Build on ``device``. ``backbone`` as in `find_backbone`. The global random state is unchanged."""
         if net not in NETS:
             raise UsageError(f"unknown LPIPS network '{net}'", where="rewards.lpips_net", fix=nearest(net, NETS))
         ensure_torchvision()

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from persistworld_cli.metrics.ssim import WINDOW, ssim_map
 
-MOTION = 0.08  # of the full range: above video compression's ripple, below a block's contrast with the table
-BLUR = 3  # pixels a side that a difference is averaged over before it is compared with MOTION
+MOTION = 0.08  # of the full range: above video compression noise, below a block's contrast with the table
+BLUR = 3  # side in pixels of the square that averages a difference before it is compared with MOTION
 MOVING_SMALLEST = 8  # pixels: fewer say nothing about an image
 SATURATION = 0.5  # recorded pixels at least as colourful as this count as coloured
 VALUE = 0.15  # below it hue is noise
@@ -66,7 +66,7 @@ def masked_psnr(pred: Tensor, target: Tensor, mask: Tensor, *, smallest: int = M
 
 
 def masked_ssim(pred: Tensor, target: Tensor, mask: Tensor, *, smallest: int = MOVING_SMALLEST) -> Tensor:
-    """SSIM (`rewards.ssim`) averaged over the windows whose middle pixel is masked.
+    """SSIM (`metrics.ssim`) averaged over the windows whose middle pixel is masked.
 
     Args:
         pred, target: (B, ..., 3, H, W) in [0, 1].

@@ -1,8 +1,8 @@
 """Referees: metrics without weight in the reward, which reveal reward hacking.
 
-Training exploits what a reward leaves out: blur under a pixel distance, a lost object in an image that is mostly table.
-A metric outside the reward shows it. To add one, write a class like `SharpnessGap` and add a line to `REFEREES`, or
-name your own as ``module:Class`` in ``post_train.referees``.
+Training exploits what a reward does not measure: blur, with a pixel distance; a lost object, in an image that is mostly
+table. A metric outside the reward reveals it. To add one, write a class like `SharpnessGap` and add a line to
+`REFEREES`, or name your own as ``module:Class`` in ``post_train.referees``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Referee(Protocol):
     higher_is_better: bool
 
     def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Images (M,3,H,W) against the record's (T,3,H,W), as of `registry.Metric` -> (M,) float32, finite."""
+        """Images (M,3,H,W) against recorded (T,3,H,W), as for `registry.Metric` -> (M,) float32, finite."""
         ...
 
 

@@ -1,7 +1,7 @@
-"""The rewards by name: one file and one line here for each, or a class of the user's own.
+"""Rewards by name: one file and one line here for each, or the user's own class.
 
 A metric scores single images; ``rewards.weights`` sets which ones make the reward, and their weights (negative for
-lower-is-better metrics). A class of the user's own, named as ``module:Class``, subclasses `Metric` (docs/python.md).
+lower-is-better metrics). The user's own class, given as ``module:Class``, subclasses `Metric` (docs/python.md).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from persistworld_cli.metrics.psnr import Psnr
 from persistworld_cli.metrics.ssim import Ssim
 
 _LABEL = re.compile(r"[A-Za-z][\w.-]{0,39}")  # it is a key of JSON, a name in logs and a column of tables
-_TAKEN = ("reward", "psnr_moving")  # what results hold beside the rewards
+_TAKEN = ("reward", "psnr_moving")  # other keys of results
 
 
 class Metric(Protocol):
-    """Interface of a reward. A class of the user's own is made without arguments and needs `label`, `higher_is_better`
+    """Interface of a reward. The user's own class is created without arguments and needs `label`, `higher_is_better`
     and `__call__`.
 
     Attributes:
@@ -41,16 +41,16 @@ class Metric(Protocol):
     def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
         """Images (M,3,H,W) against (T,3,H,W), both in [0,1], M a multiple of T -> (M,) float32, finite.
 
-        Target t belongs to the images t*M/T .. (t+1)*M/T - 1 (candidates of one recording share it). No gradient is
-        taken; both are on the device of the run.
+        Target t belongs to the images t*M/T .. (t+1)*M/T - 1 (candidates of one recording share it). There is
+        no gradient; both are on the device of the run.
         """
         ...
 
     def maps(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The same in each cell of a grid of rows x columns: (M, rows, columns) float32, for credit by place.
+        """The metric in each cell of a grid of rows x columns: (M, rows, columns) float32, for credit per patch.
 
-        The mean over the cells need not be the image's value (PSNR is a logarithm); here, for a metric without spatial
-        values, every cell gets the image's.
+        The mean over the cells may differ from the image's value (PSNR is a logarithm). This default is for metrics
+        without spatial values: every cell gets the image's value.
         """
         return self(pred, target)[:, None, None].expand(-1, *grid)
 
@@ -67,10 +67,10 @@ REWARDS: dict[str, Callable[[RewardSettings, torch.device], Metric]] = {
 
 
 def make_reward(name: str, settings: RewardSettings, device: torch.device) -> tuple[str, Metric]:
-    """A reward and its key in results: its name here, or the label of a class ``module:Class``.
+    """A reward and its key in results: its name in `REWARDS`, or the label of a class ``module:Class``.
 
     Raises:
-        UsageError: as `make_plugin`, or a label that is taken or no plain word.
+        UsageError: as `make_plugin`, or a label that is taken or invalid.
     """
     if name in REWARDS:
         return name, REWARDS[name](settings, device)

@@ -1,4 +1,4 @@
-"""Metrics of predicted images, and the reward of a rollout that they make up.
+"""Metrics of predicted images, and the reward of a rollout, computed from them.
 
 Shape legend: B rollouts, N frames, V cameras, H x W pixels.
 """
@@ -42,7 +42,7 @@ class _Images:
             raise PersistWorldError(
                 f"{label} is not finite",
                 where="rewards",
-                fix="the predicted images hold NaN: check the weights, the learning rate, the number format",
+                fix="the predicted images hold NaN: check the weights, the learning rate and the precision",
             )
         batch, frames, views = self.shape
         if value.shape[:1] != self.drawn.shape[:1]:
@@ -62,7 +62,7 @@ class Scorer:
         names: the computed metrics, in the order of tables.
         labels: name -> label (``lpips (untrained)`` for that one).
         registered: name -> metric.
-        referees: name -> metric that is computed too and is no part of the reward (`with_referees`).
+        referees: name -> metric that is computed but is not part of the reward (`with_referees`).
         caveat: what a reader of the reward must know (``lpips (untrained)``), or "".
     """
 
@@ -103,7 +103,7 @@ class Scorer:
         self.caveat = ", ".join(label for label in self.labels.values() if "untrained" in label)
 
     def with_referees(self, referees: Mapping[str, Referee]) -> Scorer:
-        """The same metrics and reward, with referees computed too. Raises UsageError for one with a metric's label."""
+        """A copy that computes referees too. Raises UsageError if one has a metric's label."""
         for label in referees:
             if label in self.registered:
                 what = f"the referee '{label}' has the label of a reward"
@@ -140,7 +140,7 @@ class Scorer:
     def local(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
         """The weighted sum of metrics in each cell of a grid of rows x columns of each image: (B, N, V, *grid).
 
-        Args and errors as of `metrics`. Camera weights are not in it.
+        Args and errors as for `metrics`. Camera weights are not applied.
         """
         images = _Images(pred.to(self.device), target.to(self.device))
         parts = []

@@ -1,7 +1,7 @@
-"""Shift-tolerant LPIPS (Ghildyal and Liu, ECCV 2022), with the weights of the package stlpips_pytorch if it is there.
+"""Shift-tolerant LPIPS (Ghildyal and Liu, ECCV 2022), with the weights of the package stlpips_pytorch.
 
-LPIPS penalises a shift by one pixel heavily, this metric hardly, so it is a useful referee of a reward that contains
-LPIPS. Only the package's weights are read (AlexNet, BSD 2-clause). Its code is not imported: that needs IPython and
+LPIPS penalises a shift by one pixel heavily, this metric only slightly: a useful referee for a reward with LPIPS.
+Only the package's weights are read (AlexNet, BSD 2-clause). Its code is not imported: that needs IPython and
 torchsummary, and its blurred pooling is not for commercial use. The network here is written from the paper;
 ``tests/metrics/test_referees.py`` compares it with values of the package.
 """
@@ -23,7 +23,7 @@ PACKAGE, EXTRA = "stlpips_pytorch", "pip install 'persistworld[referee]'"
 _WEIGHTS = Path("weights") / "vST0.0" / "alex_shift_tolerant.pth"
 _CONVOLUTIONS = ("slice1.0", "slice2.5", "slice3.9", "slice4.11", "slice5.13")
 _PADDING = (2, 2, 1, 1, 1)
-_POOLED = (1, 2)  # layers before which the last one's output is pooled
+_POOLED = (1, 2)  # layers whose input is pooled
 
 
 def find_weights() -> Path | None:
@@ -37,7 +37,7 @@ class StLpips(Lpips):
     """Shift-tolerant LPIPS as a metric: 0 for identical images, larger is worse.
 
     Raises:
-        PersistWorldError: the package is not installed, or its weights are not what is expected.
+        PersistWorldError: the package is not installed, or its weights have other names or types.
     """
 
     label = "st_lpips"
@@ -76,7 +76,7 @@ class StLpips(Lpips):
 
 
 def _blurred(features: Tensor) -> Tensor:
-    """Half as large, after a binomial 3x3 filter: a shift by one pixel then moves no feature off the grid."""
+    """Downsample by 2 after a binomial 3x3 filter, so that a shift by one pixel changes features little."""
     row = torch.tensor([0.25, 0.5, 0.25], dtype=features.dtype, device=features.device)
     channels = features.shape[1]
     kernel = torch.outer(row, row).expand(channels, 1, 3, 3)

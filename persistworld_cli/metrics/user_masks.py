@@ -27,7 +27,7 @@ LAYOUT = "DIR/<episode>/<camera>/<frame>.png (or DIR/<episode>/<camera>.npz), se
 
 @dataclass(frozen=True)
 class MaskSet:
-    """Checked masks of one thing.
+    """Checked masks of one object.
 
     Attributes:
         name: in tables.
@@ -59,7 +59,7 @@ class MaskSet:
 
 
 def parse_masks(text: str) -> tuple[str, Path]:
-    """``NAME=DIR`` or ``DIR``, whose last part is then the name. Raises UsageError where it is no folder."""
+    """``NAME=DIR`` or ``DIR``, whose last part is then the name. Raises UsageError if it is not a folder."""
     name, given, folder = text.rpartition("=")
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -102,7 +102,7 @@ def open_masks(
             own = found.get((episode, camera))
             if own is None:
                 raise PersistWorldError(
-                    f"episode '{episode}' has no masks of camera {cameras[camera]}, others have",
+                    f"episode '{episode}' has no masks of camera {cameras[camera]}, but other episodes have",
                     where=str(folder / episode),
                     fix=f"lay them out as {LAYOUT}",
                 )

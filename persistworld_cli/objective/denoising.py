@@ -40,7 +40,7 @@ class Draws:
 
     @classmethod
     def sample(cls, shape: tuple[int, ...], history: int, generator: torch.Generator, device: torch.device) -> Draws:
-        """Fresh draws for clips of `shape` (B, N, C, h, w) from a CPU generator."""
+        """New draws for clips of `shape` (B, N, C, h, w) from a CPU generator."""
         b, n, *frame = shape
 
         def normal(*size: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The closed loop: from one recorded frame, the model sees only its own frames, and the recorded poses.
+"""The closed loop: from one recorded frame on, the model sees only its own frames and the recorded poses.
 
 Shape legend: B rollouts of a batch, S interactions, L frames of an interaction, F = S (L-1) new frames, V cameras,
 C latent channels, h, w latent, H, W pixels.
@@ -34,7 +34,7 @@ class ScoredRollout:
         item: which one.
         valid: (F,) False where the recording had ended: NaN in every score.
         scores: name -> (F, V) float32.
-        latents: (S, L, C, h, w) float16, the predicted interactions (row 0 draws the current frame again), or None.
+        latents: (S, L, C, h, w) float16, the predicted interactions (row 0 repeats the current frame), or None.
         seconds: wall time of its batch divided by the batch.
     """
 
@@ -48,8 +48,8 @@ class ScoredRollout:
 def batches(items: Sequence[Item], size: int) -> list[list[Item]]:
     """Items cut into batches, the same for every process.
 
-    Rounding depends on what is computed together, so a batch is the unit of work: of several processes, and of a run
-    that is resumed. Then one process or many, in one go or interrupted, give the same numbers.
+    Rounding depends on what is computed together, so several processes and resumed runs work by whole batches. Then one
+    process or many, interrupted or not, give the same numbers.
     """
     size = max(1, size)
     return [list(items[begin : begin + size]) for begin in range(0, len(items), size)]
@@ -92,14 +92,14 @@ class ClosedLoop:
     ) -> Iterator[ScoredRollout]:
         """Roll out and score, a batch at a time; yields each item when its batch is done.
 
-        An item's noise depends on its noise key and the interaction only, and its frames are decoded apart from the
-        other items', so its numbers do not depend on what is in its batch (up to float rounding).
+        An item's noise depends on its noise key and the interaction only, and its frames are decoded separately, so
+        its numbers do not depend on the other items of its batch (up to float rounding).
 
         Args:
             items: rollouts to make.
-            keep_latents: keep what was predicted, for images later (`draw_frames`).
+            keep_latents: keep the predicted latents, to decode later (`draw_frames`).
             progress: called after every interaction of a batch.
-            commands: gives the poses that a rollout gets instead of the recorded ones.
+            commands: returns the poses that replace a rollout's recorded ones.
 
         Raises:
             PersistWorldError: an absent episode, a start beyond its end, images of another size than the model draws.
@@ -121,8 +121,8 @@ class ClosedLoop:
         return load_recording(self.store, self.split, item, self.steps, self.num_frames)
 
     def references(self, item: Item) -> tuple[ScoredRollout, ScoredRollout]:
-        """Floor and ceiling of an item: the frame at the start copied over the whole horizon, and the recording through
-        the VAE, decoded in the runs that predictions are decoded in.
+        """Lower and upper reference of an item: the start frame, copied over the whole horizon; and the recording's
+        latents, decoded in the same chunks as predictions.
         """
         recording, model = self.recording(item), self.engine.model
         copied = to_unit([recording.first])[:, None].expand(-1, self.num_frames - 1, -1, -1, -1, -1)
@@ -156,7 +156,7 @@ class ClosedLoop:
             return draw_images(engine.model, predicted, engine.sampling, size)[:, 1:]
 
         scores = self._score(recordings, draw)
-        left = self.steps - state.steps  # every recording had ended: nothing was predicted, and nothing will be shown
+        left = self.steps - state.steps  # interactions after the end of every recording are not predicted
         progress(left)
         if not keep_latents:
             return scores, None

@@ -1,7 +1,7 @@
 """The rollout engine: one batched autoregressive step along poses of a recording, a keyboard or a policy.
 
 Shapes: B rollouts, P history frames, L predicted frames, C, h, w latent, D pose numbers.
-Row 0 of an interaction is the current frame again; rows 1..L-1 are new (method.md sections 1 and 3).
+Row 0 of an interaction repeats the current frame; rows 1..L-1 are new (method.md sections 1 and 3).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class RolloutState:
         return replace(self, memory=self.memory.copy())
 
     def select(self, rows: list[int]) -> RolloutState:
-        """An independent copy of some rows, a row as often as named."""
+        """An independent copy of some rows; a row may repeat."""
         text = None if self.text is None else self.text[rows]
         keys = [self.keys[row] for row in rows] if self.keys else ()
         return RolloutState(self.memory.select(rows), text, keys, self.steps)
@@ -64,17 +64,17 @@ class RolloutState:
         return replace(self.select([0] * len(keys)), keys=keys, steps=0)
 
     def noise_keys(self, branch: int = 0) -> list[NoiseKey]:
-        """Of the next interaction, for `rollout_noise`; a ``branch`` other than 0 gives other noise."""
+        """Noise keys of the next interaction, for `rollout_noise`; a ``branch`` other than 0 gives other noise."""
         return [(*key, self.steps, *((branch,) if branch else ())) for key in self.keys]
 
     def append(self, latents: torch.Tensor, poses: np.ndarray) -> None:
-        """An interaction is done: remember its last latents (B, C, h, w) and poses (B, D)."""
+        """Complete an interaction: store its last latents (B, C, h, w) and poses (B, D)."""
         self.memory.append(latents, poses)
         self.steps += 1
 
 
 class Inputs(NamedTuple):
-    """What one interaction of B rollouts is predicted from, before the action encoder.
+    """Inputs of one interaction of B rollouts, before the action encoder.
 
     history (B, P, C, h, w), current (B, C, h, w), actions (B, P + L, D) normalised, text (B, E) or none.
     """
@@ -85,13 +85,13 @@ class Inputs(NamedTuple):
     text: torch.Tensor | None
 
     def select(self, rows: torch.Tensor | list[int] | slice) -> Inputs:
-        """Some rows, a row as often as named."""
+        """Some rows; a row may repeat."""
         text = None if self.text is None else self.text[rows]
         return Inputs(self.history[rows], self.current[rows], self.actions[rows], text)
 
     @classmethod
     def join(cls, parts: list[Inputs]) -> Inputs:
-        """Several as one batch."""
+        """Join several into one batch."""
         texts = [p.text for p in parts if p.text is not None]
         return cls(
             torch.cat([p.history for p in parts]),
@@ -160,14 +160,14 @@ class RolloutEngine:
 
     @torch.no_grad()
     def inputs(self, state: RolloutState, poses: np.ndarray) -> Inputs:
-        """What an interaction with raw poses (B, L, D), row 0 the current pose, is predicted from."""
+        """Inputs of an interaction with raw poses (B, L, D); row 0 is the current pose."""
         history, past_poses = state.memory.history(self.entries)
         current, _ = state.memory.current
         actions = self.stat.normalise(np.concatenate([past_poses, poses], axis=1))
         return Inputs(history, current, torch.as_tensor(actions, device=self.model.device), state.text)
 
     def condition(self, inputs: Inputs) -> Condition:
-        """The same with its tokens made by the model's present action encoder (gradients flow into it)."""
+        """The model's condition, with tokens from the current action encoder (gradients flow into it)."""
         return Condition(
             history=inputs.history,
             current=inputs.current,
@@ -196,7 +196,7 @@ class RolloutEngine:
 
     @torch.no_grad()
     def step(self, state: RolloutState, poses: np.ndarray, noise: torch.Tensor) -> torch.Tensor:
-        """Predict an interaction (B, L, C, h, w) and remember its last frame and pose; `state` advances in place."""
+        """Predict an interaction (B, L, C, h, w) and store its last frame and pose; `state` advances in place."""
         predicted = self.sample(self.condition(self.inputs(state, poses)), noise)
         state.append(predicted[:, -1], poses[:, -1])
         return predicted

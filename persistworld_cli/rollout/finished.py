@@ -22,7 +22,7 @@ _RESUME = "free some disk and run the same command again: finished rollouts stay
 
 
 def pending(folder: Path, work: Sequence[Sequence[Item]]) -> list[Item]:
-    """The items of those batches that lack a finished file."""
+    """The items of all batches in which a finished file is missing."""
     return [item for batch in work if any(not _path(folder, item).is_file() for item in batch) for item in batch]
 
 
@@ -36,7 +36,7 @@ def log_finished(folders: Sequence[Path], items: Sequence[Item]) -> None:
 
 
 def save_rollout(folder: Path, rollout: ScoredRollout) -> None:
-    """One file, whole or absent. Raises CannotWrite."""
+    """Write a rollout's file atomically. Raises CannotWrite."""
     arrays: dict[str, Any] = {f"score.{name}": value for name, value in rollout.scores.items()}
     if rollout.latents is not None:
         arrays["latents"] = rollout.latents

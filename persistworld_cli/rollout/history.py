@@ -1,4 +1,4 @@
-"""What a rollout remembers: one latent and one pose per interaction, and which of them the model is shown.
+"""Memory of a rollout: one latent and one pose per interaction, and the entries that the model sees.
 
 Shapes: B rollouts, C, h, w latent, D pose numbers.
 """
@@ -40,7 +40,7 @@ class Memory:
         return torch.stack([self._latents[e] for e in entries], 1), np.stack([self._poses[e] for e in entries], 1)
 
     def append(self, latents: torch.Tensor, poses: np.ndarray) -> None:
-        """Remember an interaction's last frame (B, C, h, w) and pose (B, D)."""
+        """Store an interaction's last frame (B, C, h, w) and pose (B, D)."""
         self._latents.append(latents)
         self._poses.append(np.asarray(poses, dtype=np.float64))
 
@@ -51,7 +51,7 @@ class Memory:
         return other
 
     def select(self, rows: list[int]) -> Memory:
-        """An independent copy of some of the rollouts, in the order (and as often) as named."""
+        """An independent copy of some of the rollouts, in the given order; a row may repeat."""
         other = copy.copy(self)
         other._latents = [latent[rows] for latent in self._latents]
         other._poses = [pose[rows] for pose in self._poses]

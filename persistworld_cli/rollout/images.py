@@ -37,10 +37,10 @@ def draw_images(
 ) -> Tensor:
     """Decode latents (B, N, C, h, w) or (N, C, h, w) to images (..., V, 3, H, W) in [0, 1].
 
-    They are cut to ``size``, the (H, W) of a recording; the model's world's by default.
+    They are cut to ``size``: the (H, W) of a recording; by default of the model's world settings.
 
     Raises:
-        PersistWorldError: images smaller than the recording, or larger by more than a VAE rounds up: another world's.
+        PersistWorldError: images smaller than the recording, or larger by more than a VAE rounds up.
     """
     images = model.draw(latents.to(model.device), sampling)
     height, width = size or (model.world.height, model.world.width)

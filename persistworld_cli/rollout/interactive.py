@@ -1,4 +1,4 @@
-"""Rollouts that keys or a policy steer: poses in, images out, one interaction at a time.
+"""Rollouts controlled by keys or a policy: poses in, images out, one interaction at a time.
 
 Shape legend: B rollouts, L frames of an interaction (row 0 the current frame), V cameras, C latent channels, h, w
 latent, H, W pixels. A pose is x y z (m), roll pitch yaw (rad), gripper.
@@ -60,7 +60,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where an `InteractiveRollout` was, to come back to: rollouts, poses (B, 7), images (B, V, H, W, 3)."""
+    """A state of an `InteractiveRollout` to return to: rollouts, poses (B, 7), images (B, V, H, W, 3)."""
 
     state: RolloutState
     poses: Float
@@ -72,10 +72,10 @@ class InteractiveRollout:
 
     Args:
         model: the world model on its device.
-        store: where the starts lie.
+        store: the dataset of the starts.
         starts: one for each rollout; all are advanced together.
         settings: sampling and image size.
-        policy: show the model the history that policies are rolled out with (`sampling.history_policy`).
+        policy: use the history entries for policies (`sampling.history_policy`).
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class InteractiveRollout:
 
     @property
     def snapshot(self) -> Snapshot:
-        """Where it is now."""
+        """The current state."""
         return Snapshot(self._state.copy(), self.poses, self.images)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -108,13 +108,13 @@ class InteractiveRollout:
         self._state, self.poses, self.images = snapshot.state.copy(), snapshot.poses, snapshot.images
 
     def step(self, poses: Float, branch: int = 0) -> StepResult:
-        """One interaction along raw poses (B, L, 7); `poses` and `images` are then its last ones.
+        """Predict one interaction along raw poses (B, L, 7); `poses` and `images` then hold its last ones.
 
-        ``branch`` draws other noise for the same interaction; 0 is what every other rollout of these starts gets.
+        A ``branch`` other than 0 gives the interaction other noise; 0 is the noise of all other rollouts of the starts.
         """
         began = time.perf_counter()
         predicted = self._engine.step(self._state, poses, self._engine.noise(self._state, branch))
-        images = self._draw(predicted)[:, 1:]  # row 0 only draws the current frame again
+        images = self._draw(predicted)[:, 1:]  # row 0 repeats the current frame
         self.poses, self.images = poses[:, -1].copy(), images[:, -1]
         return StepResult(poses, images, time.perf_counter() - began)
 

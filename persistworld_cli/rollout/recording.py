@@ -22,7 +22,7 @@ NoiseKey = tuple[int | str, ...]
 def row_ids(start: int, interaction: int, num_frames: int, interactions: int = 1) -> NDArray[np.int64]:
     """Recorded frames (1 + interactions (L-1),) of consecutive interactions, unclipped.
 
-    Row k of interaction i is frame ``start + (L-1) i + k``: its row 0 is the last row of the interaction before.
+    Row k of interaction i is frame ``start + (L-1) i + k``: its row 0 is the last row of the previous interaction.
     """
     return start + (num_frames - 1) * interaction + np.arange((num_frames - 1) * interactions + 1)
 
@@ -47,7 +47,7 @@ class Item:
 
     @property
     def noise_key(self) -> NoiseKey:
-        """Its noise is a function of this and the interaction's number: the same in any batch and for every model."""
+        """This and the interaction's number decide the noise: the same in any batch and for every model."""
         return self.seed, self.episode, self.start
 
 
@@ -57,7 +57,7 @@ class Start:
 
     Attributes:
         item: the rollout.
-        split: that holds its episode.
+        split: of its episode.
         annotation: of the episode.
         text: the instruction.
     """
@@ -98,14 +98,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Recording(Start):
-    """A start and what was recorded from there on.
+    """A start and the recording after it.
 
     Attributes:
         frame_ids: (F,) recorded frame of each new frame, clipped to the last.
         valid: (F,) False where the recording has already ended; such frames are not scored.
         first: uint8 (V, H, W, 3), the frame at the start.
         frames: uint8 (F, V, H, W, 3).
-        commanded: (F + 1, D) poses from the start on that the model is given instead of the recorded ones, or None.
+        commanded: (F + 1, D) poses from the start on that the model gets in place of the recorded ones, or None.
     """
 
     frame_ids: NDArray[np.int64]
@@ -141,13 +141,13 @@ def check_item(store: EpisodeStore, split: str, item: Item) -> Annotation:
     """The annotation of an item's episode.
 
     Raises:
-        PersistWorldError: no such episode, lengths in it that disagree, or nothing recorded after the start.
+        PersistWorldError: no such episode, lengths that disagree, or no recorded frame after the start.
     """
     annotation = store.annotation(split, item.episode)
     store.require_latents(split, annotation)
     if not 0 <= item.start < annotation.num_frames - 1:
         raise PersistWorldError(
-            f"a rollout cannot start at frame {item.start} of the {annotation.num_frames} of episode '{item.episode}'",
+            f"frame {item.start} cannot be a start: episode '{item.episode}' has {annotation.num_frames} frames",
             where="start",
             fix=f"start between 0 and {annotation.num_frames - 2}",
         )

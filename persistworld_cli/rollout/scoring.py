@@ -41,7 +41,7 @@ class ScoringOptions:
 
     Attributes:
         crop: pixels left out at the top, bottom, left and right.
-        levels: "": predictions in [0, 1] as they are drawn; "nearest" or "down": rounded to 8 bit first.
+        levels: "": predictions in [0, 1] as decoded; "nearest" or "down": rounded to 8 bit first.
         motion: a pixel that differs by more from the rollout's start has moved.
         masks: sets of masks that the user gave.
     """

@@ -1,6 +1,6 @@
 """Prefix, branch, score, credit: post-training's candidates (PersistWorld, arXiv 2603.25685).
 
-Shapes: G groups on this rank, K candidates a group, F chunks, L frames a chunk, V cameras, H x W image.
+Shapes: G groups on this rank, K candidates per group, F chunks, L frames per chunk, V cameras, H x W image.
 Every draw is a function of (seed, update, global number of the group), so the split over ranks changes nothing.
 """
 
@@ -96,7 +96,7 @@ class CandidateMaker:
         self.brancher = RolloutEngine(engine.model, replace(engine.sampling, steps=steps), engine.stat, engine.entries)
         self.num_frames = engine.model.settings.num_frames
         self.new_frames = self.num_frames - 1
-        index = store.index(split)  # every annotation of a large dataset would take minutes to read
+        index = store.index(split)  # reading every annotation of a large dataset takes minutes
         lengths = {episode: int(length) for episode, length in zip(index.ids, index.lengths, strict=True)}
         least = options.prefix_max if options.prefix == "fixed" else 0
         needed = self.new_frames * (least + options.chunks) + 1
@@ -184,7 +184,7 @@ class CandidateMaker:
         return Candidates(chunks_in, chunks_x0, reward, metrics, images, recorded, seconds)
 
     def _sample(self, inputs: Inputs, noise: torch.Tensor) -> torch.Tensor:
-        """`micro_batch` x 4 rows at a time."""
+        """Sample, `micro_batch` x 4 rows at a time."""
         size = max(1, self.options.micro_batch * 4)
         parts = [slice(i, i + size) for i in range(0, noise.shape[0], size)]
         return torch.cat([self.brancher.sample(self.engine.condition(inputs.select(p)), noise[p]) for p in parts])
@@ -208,12 +208,12 @@ def credit(
 ) -> torch.Tensor:
     """Optimality r in [0, 1] of every candidate, for `objective.nft.nft_loss`.
 
-    The paper gives a candidate one number. But a candidate is good in one corner and bad in another, and a group of 8
-    cannot tell which corner made the difference; finer credit compares each frame, camera and patch with the same part
-    of the other candidates (ours).
+    The paper gives a candidate one number. But a candidate can be good in one corner and bad in another, and a group of
+    8 does not show which corner made the difference; finer credit compares each frame, camera and patch with the same
+    part of the other candidates (ours).
 
     Args:
-        made: candidates; their reward is of all K of a group, the rest of those that this rank drew.
+        made: candidates; their reward covers all K of a group, all else only those that this rank drew.
         scorer, options: how they are scored and credited.
         whole: values of this rank's candidates -> of all of their groups (`sharing.Share.whole`).
 

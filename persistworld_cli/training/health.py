@@ -1,7 +1,7 @@
 """Health of post-training: does the reward rise, for the right reason, and does the held-out closed loop agree.
 
-A reward may stall (no spread, identical policies) or rise for the wrong reason (blur, no motion): each has its number
-here; `warnings` watches them. Shapes as in `candidates`.
+A reward may stall (no spread, identical policies) or rise for the wrong reason (blur, no motion): each case has a
+number here; `warnings` watches them. Shapes as in `candidates`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class CollapseGuard:
     state: dict[str, Any] | None = None
 
     def see(self, score: float, state: dict[str, Any]) -> bool:
-        """Note a check: its reward less the base's, and the policies, which are copied if best. True: collapsed."""
+        """Record a check: its reward minus the base's, and the policies (copied if best). True: collapsed."""
         self.scores.append(score)
         if score > self.best:
             self.best, self.state = score, copy.deepcopy(state)
@@ -77,7 +77,7 @@ class CollapseGuard:
         return self.checks > 0 and len(last) == self.checks + 1 and falls and score < 0
 
     def rolled_back(self) -> None:
-        """Compare the next check with the best one."""
+        """After a rollback: the next check is compared with the best one."""
         self.scores = [self.best]
 
     def snapshot(self) -> dict[str, Any]:
@@ -85,5 +85,5 @@ class CollapseGuard:
         return {"scores": self.scores, "best": self.best, "state": self.state}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Load what `snapshot` gave."""
+        """Load what `snapshot` returned."""
         self.scores, self.best, self.state = list(saved["scores"]), saved["best"], saved["state"]

@@ -65,14 +65,14 @@ class Optimizers:
             self.all.append(torch.optim.AdamW(rest, betas=betas, **shared))
 
     def set_lr(self, lr: float) -> None:
-        """The same learning rate everywhere."""
+        """Set the learning rate of all optimisers."""
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
     @stage("optimizer")
     def step(self) -> None:
-        """Step and forget the gradients."""
+        """Step all optimisers and clear the gradients."""
         for kernel, alias in self.kernels:
             alias.grad = None if kernel.grad is None else kernel.grad.view(alias.shape)
         for optimizer in self.all:
@@ -86,7 +86,7 @@ class Optimizers:
         return [optimizer.state_dict() for optimizer in self.all]
 
     def load_state(self, states: list[dict[str, Any]]) -> None:
-        """What `state` gave."""
+        """Load what `state` returned."""
         for optimizer, state in zip(self.all, states, strict=True):
             optimizer.load_state_dict(state)
 
@@ -132,7 +132,7 @@ class WeightAverage:
 
     @contextmanager
     def in_place_of(self, parameters: list[nn.Parameter]) -> Iterator[None]:
-        """The averages in place of the parameters' own values, for a block."""
+        """Within a block, the averages replace the parameters' own values."""
         kept = [p.detach().clone() for p in parameters] if self.shadow else []
         self.copy_to(parameters)
         try:
@@ -147,7 +147,7 @@ class WeightAverage:
         return {"average": self.shadow, "count": self.count}
 
     def load_state(self, state: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        """What `state` gave; starts anew from `parameters` if that has no average, or none is set now."""
+        """Load what `state` returned; restart from `parameters` if it has no average, or `decay` is 0 now."""
         saved = state["average"]
         if not self.decay or not saved:
             self.shadow, self.count = self._copies(parameters), 0

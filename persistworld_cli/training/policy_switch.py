@@ -41,7 +41,7 @@ class PolicySwitch:
         model.requires_grad_(False)
         self.config = lora_config(options)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are intended
             torch.manual_seed(options.seed)
             for name in ("theta", "old"):
                 inject_adapter_in_model(self.config, model.unet, adapter_name=name)
@@ -57,7 +57,7 @@ class PolicySwitch:
         self.activate("theta")
 
     def activate(self, policy: str, *, sampling: bool = False) -> None:
-        """Make every later call of the model this policy's; see `use`."""
+        """Use this policy in every later call of the model; see `use`."""
         for layer in self.layers:
             # as peft's enable_adapters and set_adapter, without the walk over parameters, whose flags never change
             layer._disable_adapters = policy == "reference"
@@ -72,8 +72,8 @@ class PolicySwitch:
 
         Args:
             policy: theta, old or reference.
-            sampling: nothing learns, and no predictions are compared: layers may merge the adapter into their weight
-                (a second copy of one layer at a time). Equal to rounding, in bfloat16 that of the merged weights.
+            sampling: without gradients, and without comparing predictions: layers may merge the adapter into their
+                weight (a second copy of one layer at a time). Equal up to rounding; in bfloat16, of merged weights.
         """
         self.activate(policy, sampling=sampling)
         try:
@@ -109,7 +109,7 @@ class PolicySwitch:
         }
 
     def load_state(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
-        """What `state` gave."""
+        """Load what `state` returned."""
         for name, tensors in state.items():
             lora = {k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")}
             set_peft_model_state_dict(self.model.unet, lora, adapter_name=name)

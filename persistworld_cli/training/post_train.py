@@ -91,7 +91,9 @@ class PostTrainer(Trainer):
             self.check = ClosedLoopCheck(held(count=options.validate_rollouts), self.scorer.with_referees(referees))
         elif options.referees:
             names = ", ".join(options.referees)
-            logger.info("post_train.validate_every = 0: no closed-loop check, so these are not computed: %s", names)
+            logger.info(
+                "post_train.validate_every = 0: no closed-loop check, so these referees are not computed: %s", names
+            )
         self.videos: SampleVideos | None = None
         if options.video_every:
             self.videos = SampleVideos(held(count=options.video_rollouts), {"base": self.policy("reference")})
@@ -99,7 +101,7 @@ class PostTrainer(Trainer):
         held_out = options.margin_every and store.episodes("val")
         self.clips = open_clips(settings, "val") if held_out else None
         if options.margin_every and not held_out and work.main:
-            logger.warning("no held-out episodes: whether actions are used is not measured")
+            logger.warning("no held-out episodes: the use of actions is not measured")
         self.margin_base: list[float] | None = None
         self.warnings = Warnings(self._watchers(), work)
         self.lr_scale = 1.0
@@ -107,7 +109,7 @@ class PostTrainer(Trainer):
 
     @property
     def title(self) -> str:
-        """Name of the run, with what a reader of its reward must know."""
+        """Name of the run, with the caveat of its reward."""
         return f"post-train, {caveat}" if (caveat := self.scorer.caveat) else "post-train"
 
     def policy(self, name: str) -> Active:
@@ -115,7 +117,7 @@ class PostTrainer(Trainer):
         return partial(self.switch.use, name, sampling=True)
 
     def _watchers(self) -> list[Watcher]:
-        """The conditions that this run warns of."""
+        """The conditions that this run warns about."""
         window = max(_TREND, self.options.updates // 20)
         referees = self.check.scorer.referees if self.check else {}
         return [
@@ -188,7 +190,7 @@ class PostTrainer(Trainer):
             path = self.work.output / f"bad-batch-{step + 1}.pt"
             save_torch(path, {"x0": made.x0, "inputs": [i._asdict() for i in made.inputs], "reward": made.reward})
             raise PersistWorldError(
-                f"the gradient of update {step + 1} is not finite; nothing was stepped",
+                f"the gradient of update {step + 1} is not finite; the weights are unchanged",
                 where=f"batch saved in {path}",
                 fix="lower post_train.lr, or set post_train.mixed_precision = 'no'",
             )
@@ -232,7 +234,7 @@ class PostTrainer(Trainer):
             made.x0[chunk] = real.repeat_interleave(len(x0) // len(plans), 0).to(x0)
 
     def checks(self, done: int, numbers: dict[str, float]) -> dict[str, float]:
-        """Use of actions, closed-loop validation, warnings and videos, each at its own rate."""
+        """Use of actions, closed-loop validation, warnings and videos, each at its own interval."""
         options = self.options
         checked: dict[str, float] = {}
         if self.clips and done % options.margin_every == 0:
@@ -259,7 +261,7 @@ class PostTrainer(Trainer):
         return {**now.numbers(), **against_base(now, np.asarray(self.margin_base))}
 
     def restore_best(self, done: int) -> None:
-        """After a collapse: the policies of the best check again; then end the run, or roll back.
+        """After a collapse: restore the policies of the best check; then end the run, or roll back.
 
         Rolling back resets the optimisers and halves the learning rate.
         """
@@ -327,7 +329,7 @@ def run(settings: Settings, request: PostTrainRequest) -> dict[str, Any]:
         begun = work.resume(trainer)
         work.train(trainer, begun, trainer.title, options.save_every)
         adapter = work.output / "weights" / "adapter"
-        if work.main:  # of a finished run too: one stopped in its last update still has an older adapter
+        if work.main:  # of a finished run too: one that was stopped in its last update has an older adapter
             trainer.switch.save_adapter(adapter, "old", trainer.stat)
             training_curves(work.output / "curves.png", trainer.title, work.history(), POST_TRAIN_PANELS)
         warnings = trainer.warnings.repeat()

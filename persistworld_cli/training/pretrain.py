@@ -1,7 +1,7 @@
 """`persistworld pretrain`: teacher-forced training of the world model on recorded clips.
 
 Clips and all random draws are functions of (seed, number of the clip in the run), so a resumed run repeats an
-unbroken one, and several processes compute what one would.
+uninterrupted one, and several processes compute the same as one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from persistworld_cli.training.warnings import IgnoredActions, Warnings
 
 logger = logging.getLogger(__name__)
 _USE_ACTIONS = (
-    "Check that actions and frames are of the same time, and that action_encoder is in pretrain.parts (build-meta "
+    "Check that actions and frames are synchronised, and that action_encoder is in pretrain.parts (build-meta "
     "--check reports actions that never change); lower pretrain.token_drop, or train longer"
 )
 
@@ -49,7 +49,8 @@ _USE_ACTIONS = (
 def initial_model(settings: Settings, request: PretrainRequest, device: torch.device) -> WorldModel:
     """From the settings' weights; with `--scratch` from random ones, except the VAE's.
 
-    Stable Video Diffusion's weights lack two parts: the text encoder then comes from CLIP, the action encoder is fresh.
+    Stable Video Diffusion's weights lack two parts: the text encoder then comes from CLIP, and the action encoder is
+    initialised at random.
     """
     torch.manual_seed(settings.pretrain.seed)
     if not request.scratch:
@@ -82,7 +83,7 @@ def save_weights(
     Args:
         model: what was trained.
         folder: of the file.
-        carried: tensors of the initial checkpoint that are not the model's (an image encoder), copied unchanged.
+        carried: tensors of the initial checkpoint outside the model (an image encoder), copied unchanged.
         stat: the percentiles that scale actions, recorded in the file.
 
     Raises:
@@ -95,7 +96,7 @@ def save_weights(
 
 
 class Pretrainer(Trainer):
-    """Everything that one update of pretraining needs; validation is of the averaged weights.
+    """Everything that one update of pretraining needs; validation uses the averaged weights.
 
     Args:
         settings, request: what `run` takes.
@@ -135,7 +136,7 @@ class Pretrainer(Trainer):
         self.warnings = Warnings([IgnoredActions(_USE_ACTIONS)], work)
         self.last_loss = float("nan")
         if val is None and options.validate_every and work.main:
-            logger.warning("no held-out episodes: neither their loss nor whether actions are used is measured")
+            logger.warning("no held-out episodes: the held-out loss and the use of actions are not measured")
         engine = RolloutEngine(self.model, settings.sampling, store.stat())
         held = partial(HeldOut, settings, engine, store, work, steps=options.check_steps, batch=8)
         self.loop: ClosedLoopCheck | None = None
@@ -146,12 +147,12 @@ class Pretrainer(Trainer):
 
     @property
     def title(self) -> str:
-        """Name of the run, with what a reader of its held-out reward must know."""
+        """Name of the run, with the caveat of its held-out reward."""
         caveat = self.loop.scorer.caveat if self.loop else ""
         return f"pretrain, {caveat}" if caveat else "pretrain"
 
     def begin(self, step: int) -> None:
-        """Before update ``step``: open its clips, and roll out the first weights, with which checks compare."""
+        """Before update ``step``: open its clips, and score the initial weights as the base of the checks."""
         work, options = self.work, self.options
         self.batches = self.loader.batches(options.seed, step * options.accumulate, work.rank, work.world)
         if self.loop and self.loop.base is None:
@@ -160,7 +161,7 @@ class Pretrainer(Trainer):
         self.model.train()
 
     def update(self, step: int) -> dict[str, float]:
-        """One update; its numbers, where it is one to log."""
+        """One update; returns numbers if it is one to log."""
         options, work, done = self.options, self.work, step + 1
         lr = options.lr * lr_factor(step, options.updates, options.warmup, options.decay)
         self.optimizers.set_lr(lr)
@@ -187,7 +188,7 @@ class Pretrainer(Trainer):
         return {"loss": mean, "grad_norm": norm.item(), "lr": lr}
 
     def checks(self, done: int, numbers: dict[str, float]) -> dict[str, float]:
-        """Held-out loss and use of actions, closed loop, videos and warnings, each at its own rate."""
+        """Held-out loss and use of actions, closed loop, videos and warnings, each at its own interval."""
         checked: dict[str, float] = {}
         if self.val is not None and _due(done, self.options.validate_every):
             with self.averaged():
@@ -209,7 +210,7 @@ class Pretrainer(Trainer):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The averaged weights in place for a block, and the model in evaluation mode."""
+        """Within a block, use the averaged weights, with the model in evaluation mode."""
         self.model.eval()
         self.model.forget_texts()
         try:

@@ -51,7 +51,7 @@ class Interrupted(Exception):
 
 
 class Trainer(ABC):
-    """What a training run repeats.
+    """One kind of training: its update, checks and state.
 
     Attributes:
         shown: names of the logged numbers that the progress bar shows.
@@ -71,22 +71,22 @@ class Trainer(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """To resume from: tensors and plain values, nested."""
+        """State to resume from: tensors and plain values, nested."""
 
     @abstractmethod
     def load_state(self, saved: dict[str, Any]) -> None:
-        """Load what `state` gave."""
+        """Load what `state` returned."""
 
 
 class Run:
-    """One training run on one rank; a context manager, at whose end trackers send what is pending.
+    """One training run on one rank; a context manager; at its end, trackers send what is pending.
 
     Args:
         output: the run's folder.
         mixed_precision: accelerate's no | bf16 (no, on a CPU without it); fp16 would need loss scaling.
         keep: how many saved states to keep.
         cpu: stay on the CPU.
-        resume: resume from what the folder holds; otherwise that is deleted.
+        resume: resume from the saved state in the folder; False deletes it.
         resume_from: resume from this state instead: a ``step-N`` folder, or a run's folder (its newest); of any run.
         settings: name the trackers and are recorded there; None: no trackers.
         updates: of the whole run.
@@ -134,7 +134,7 @@ class Run:
             self.forget()
         if self.main:
             for folder in ("", "state", "weights"):
-                sweep(self.output / folder)  # files that a kill left half written
+                sweep(self.output / folder)  # half-written files of a killed run
             set_aside_damaged(self.output)
         self.accelerator.wait_for_everyone()
         if self.main and names:
@@ -221,7 +221,7 @@ class Run:
 
     @property
     def resumed_from(self) -> list[str]:
-        """The state that `load` will read, if there is one: the first of what the weights are made of."""
+        """Path of the state that `load` will read, in a list; empty if there is none."""
         return [str(state / STATE) for state in states_of(self.output)[-1:]]
 
     def load(self) -> dict[str, Any] | None:
@@ -295,7 +295,7 @@ class Run:
                 continue
             entries = numbered_log(path)
             if bad := [number for number, entry in entries if entry is None]:
-                logger.warning("%s: %d damaged lines are left out (line %d first)", path, len(bad), bad[0])
+                logger.warning("%s: %d damaged lines are dropped (the first is line %d)", path, len(bad), bad[0])
             lines = [json.dumps(entry) + "\n" for _, entry in entries if entry and entry["step"] <= step]
             write_text(path, "".join(lines), FREE_DISK)
 
@@ -305,7 +305,7 @@ class Run:
 
 
 def _resuming(step: int, updates: int, state: Path) -> str:
-    """Whether a saved state is resumed from, or nothing is left to do."""
+    """Message: a run resumes from a saved state, or nothing is left to do."""
     saved = f"saved at {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(state.stat().st_mtime))}"
     if step < updates:
         return f"resuming from update {step} of {updates}, {saved}"

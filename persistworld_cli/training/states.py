@@ -1,6 +1,6 @@
 """A run's saved states and logs as files: which states are intact, which is the newest, how to resume from another.
 
-A damaged state costs only itself: a run resumes from the newest intact one.
+A run resumes from its newest intact state; newer damaged ones are set aside.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def step_of(state: Path) -> int:
 def damage_of(state: Path) -> str:
     """What is wrong with a saved state (a ``step-N`` folder); "" for an intact one.
 
-    The file is an archive with a checksum of every tensor, which torch itself does not check: all of it is read.
+    The file is an archive with a checksum of every tensor. torch does not verify them, so the whole file is read here.
     """
     file = state / STATE
     if not file.exists():
         return f"it has no {STATE}"
     if not file.is_file():
-        return f"{STATE} is no file"
+        return f"{STATE} is not a file"
     try:
         with zipfile.ZipFile(file) as archive:
             broken = archive.testzip()
@@ -56,7 +56,7 @@ def damage_of(state: Path) -> str:
 
 
 def newest_whole(states: list[Path]) -> tuple[Path, list[tuple[Path, str]]]:
-    """The newest intact one of some states (oldest first), and the newer ones with what damaged each.
+    """The newest intact one of ``states`` (oldest first), and the newer ones with the damage of each.
 
     Raises:
         PersistWorldError: none is intact.
@@ -67,7 +67,7 @@ def newest_whole(states: list[Path]) -> tuple[Path, list[tuple[Path, str]]]:
             return state, damaged
         damaged.append((state, damage))
     newest, damage = damaged[0]
-    raise PersistWorldError(f"no saved state is whole; the newest: {damage}", where=str(newest), fix=_START_ANEW)
+    raise PersistWorldError(f"no saved state is intact; the newest: {damage}", where=str(newest), fix=_START_ANEW)
 
 
 def set_aside_damaged(output: Path) -> None:
@@ -84,7 +84,7 @@ def set_aside_damaged(output: Path) -> None:
         aside = next(p for e in endings if not (p := state.with_name(f"damaged-{state.name}{e}")).exists())
         with writing(state):
             state.rename(aside)
-        words = "the saved state %s is damaged (%s) and renamed to %s; the run goes on from %s"
+        words = "the saved state %s is damaged (%s) and renamed to %s; the run continues from %s"
         _log.warning(words, state.name, damage, aside, whole.name)
 
 
@@ -102,7 +102,7 @@ def find_state(path: Path) -> Path:
     if states := states_of(folder):
         whole, damaged = newest_whole(states)
         for state, damage in damaged:
-            _log.warning("the saved state %s is damaged (%s): an older one is taken", state, damage)
+            _log.warning("the saved state %s is damaged (%s): an older one is used", state, damage)
         return whole
     near = sorted(folder.parent.glob("step-*"))
     known = f"there are: {', '.join(map(str, near))}" if near else "name a run's folder or state/step-N"
@@ -135,7 +135,7 @@ def require_same_shapes(saved: Mapping[str, torch.Tensor], now: Mapping[str, tor
 
     Args:
         saved, now: name -> tensor.
-        settings: which ones decide it.
+        settings: names of the settings that decide the shapes.
 
     Raises:
         PersistWorldError: naming the first tensor that differs.
@@ -144,7 +144,7 @@ def require_same_shapes(saved: Mapping[str, torch.Tensor], now: Mapping[str, tor
         ours, theirs = (tuple(side[name].shape) if name in side else None for side in (now, saved))
         if ours != theirs:
             raise PersistWorldError(
-                f"the saved state is another model's: {name} is {theirs or 'absent'} there and {ours or 'absent'} here",
+                f"the saved state is of another model: {name} is {theirs or 'absent'} there, {ours or 'absent'} here",
                 where="state/",
                 fix=f"resume with the settings it was saved under ({settings}), or start anew (--no-resume, --output)",
             )

@@ -26,7 +26,7 @@ _IDENTITY = "tracker.json"
 
 
 def wanted_trackers(names: Iterable[str]) -> tuple[str, ...]:
-    """The trackers to start, each once, in the order they were named; ``none`` is none.
+    """The trackers to start, each once, in the given order; ``none`` is ignored.
 
     Raises:
         PersistWorldError: the package of one is not installed.
@@ -51,7 +51,7 @@ class Trackers:
         output: the run's folder, which names the run.
         settings: recorded by trackers that take them.
         begun: updates done by the state that the run resumes from.
-        sent: the last update that was sent before.
+        sent: the last update that is already sent.
 
     Raises:
         PersistWorldError: one does not start (not logged in, no network).
@@ -71,7 +71,7 @@ class Trackers:
         try:
             accelerator.init_trackers(PROJECT, init_kwargs=options)
             for tracker in accelerator.trackers:
-                if tracker.name != "tensorboard" and settings:  # there they would be a page of their own every time
+                if tracker.name != "tensorboard" and settings:  # TensorBoard would add a separate page each time
                     tracker.store_init_configuration(_plain(settings))
         except Exception as error:  # each tracker has errors of its own
             fix = "log in to it, stay offline (WANDB_MODE=offline), or leave it out: --tracker tensorboard"
@@ -100,7 +100,7 @@ class Trackers:
 
 
 def _quiet_writer_threads() -> None:
-    """TensorBoard's thread keeps an error for the next call, which raises it: it need not print a traceback too."""
+    """Suppress the traceback of TensorBoard's thread: it stores its error, and the next call raises it."""
     before = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:

@@ -40,7 +40,7 @@ def load_images(raw: Path, world: WorldSettings, cache: Path, quiet: bool) -> np
     every = max(1, round(dataset.fps / world.rate_hz))
     length = min(dataset.episode(e).length for e in dataset.episodes) // every
     shape = (len(dataset.episodes) * len(world.cameras), length, world.height, world.width, 3)
-    # by writes: a memory map that a full disk cannot hold kills the process
+    # written, not memory-mapped: on a full disk a memory map kills the process
     with whole_file(cache) as partial, partial.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         with Meter("reading images", len(dataset.episodes), quiet=quiet) as meter:
@@ -114,7 +114,7 @@ class VaeTrainer(Trainer):
         self.average = WeightAverage(self.parameters, 0.998)
 
     def update(self, step: int) -> dict[str, float]:
-        """One update; its numbers, where it is one to log."""
+        """One update; returns numbers if it is one to log."""
         options, device = self.options, self.work.device
         self.optimizers.set_lr(options.lr * lr_factor(step, options.updates, 50, "cosine"))
         real = pixels_to_unit(draw_batch(self.images, options, step).to(device))

@@ -32,7 +32,7 @@ class HeldOut:
     """Fixed rollouts of the held-out split, of which each rank makes its share.
 
     Args:
-        settings: `eval` names split, first start and seed.
+        settings: `eval` gives split, first start and seed.
         engine: of the model in training.
         store: the dataset.
         work: the run.
@@ -108,7 +108,7 @@ class ClosedLoopCheck:
         return numbers
 
     def load_base(self, saved: Scores | list[float] | None) -> None:
-        """Load a saved `base`; recomputed if it lacks a referee of now (or is an older run's list)."""
+        """Load a saved `base`; recomputed if it lacks a current referee (or is an older run's list)."""
         saved = {REWARD: saved} if isinstance(saved, list) else saved
         self.base = saved if saved and {REWARD, *self.scorer.referees} <= saved.keys() else None
 
@@ -126,7 +126,7 @@ class SampleVideos:
         self._fixed: dict[str, list[tuple[ScoredRollout, NDArray[np.uint8]]]] = {}
 
     def write(self, step: int, now: Mapping[str, Active]) -> None:
-        """The videos after an update, with the weights ``now`` (by label) below those of `base`."""
+        """Write the videos after an update, with the weights ``now`` (by label) below those of `base`."""
         held, settings = self.held, self.held.settings
         self._fixed |= {name: self._roll(weights) for name, weights in self.base.items() if name not in self._fixed}
         rows = self._fixed | {name: self._roll(weights) for name, weights in now.items()}

@@ -1,8 +1,8 @@
-"""Warnings of a training run: watchers that see each update's numbers, and the place that reports what they find.
+"""Warnings of a training run: watchers check the numbers of each update, and `Warnings` reports what they find.
 
 A watcher detects one way in which training learns nothing, or the wrong thing. It warns at the onset, and again each
 time the condition has lasted twice as long. Its memory is saved with the run, so a resumed run neither repeats nor
-forgets. Warnings go to standard error, `warnings.jsonl` and the run's result.
+loses a warning. Warnings go to standard error, `warnings.jsonl` and the run's result.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Watcher:
     memory: dict[str, Any]
 
     def see(self, step: int, numbers: Mapping[str, float]) -> str:
-        """Note the numbers of update ``step`` (from 1); a warning where one is due, else ""."""
+        """Check the numbers of update ``step`` (from 1); returns a warning if one is due, else ""."""
         raise NotImplementedError
 
     def streak(self, key: str, present: bool, patience: int, *, repeat: bool = True) -> bool:
-        """Count sightings in a row in ``memory[key]``. True: warn; after ``patience``, then whenever they doubled."""
+        """Count sightings in a row in ``memory[key]``. True: warn; after ``patience`` and at each doubling."""
         self.memory[key] = self.memory[key] + 1 if present else 0
         times, rest = divmod(self.memory[key], patience)
         doubled = times.bit_count() == 1 and not rest
@@ -107,7 +107,7 @@ class GroupsWithoutSpread(Watcher):
 class IgnoredActions(Watcher):
     """The margin between right and wrong actions is noise, or most of the base's margin is lost (`action_margin`).
 
-    Where the margin was above noise before, one check below is enough; a model that never used its actions gets two.
+    If the margin was above noise before, one check at noise level is enough to warn, else two in a row.
     """
 
     name = "actions ignored"
@@ -126,8 +126,8 @@ class IgnoredActions(Watcher):
         if self.streak("noise", not uses, 1 if used else 2):
             since = "no longer uses" if used else "does not use"
             return (
-                f"the model {since} its actions: on held-out clips, the actions of other clips instead of the right "
-                f"ones cost {margin}, which is not above noise. {self.fix}"
+                f"the model {since} its actions: on held-out clips, wrong actions (those of other clips) "
+                f"cost {margin}, which is not above noise. {self.fix}"
             )
         lost = (
             BASE in numbers
@@ -144,9 +144,9 @@ class IgnoredActions(Watcher):
 
 
 class FallingReferee(Watcher):
-    """Over a window, the reward rises and a referee outside it gets worse: the reward is gained for the wrong reason.
+    """Over a window, the reward rises and a referee outside it gets worse: it rises for the wrong reason.
 
-    A trend is the slope of a line through the window, and counts where it is unlikely by chance (Student's t, `RISING`
+    A trend is the slope of a line through the window, and counts if it is unlikely by chance (Student's t, `RISING`
     and `FALLING`). It warns once, and again only after a window without the two trends.
 
     Args:
@@ -177,7 +177,7 @@ class FallingReferee(Watcher):
         own = trend(steps, values)
         return (
             f"from update {steps[0]} to {steps[-1]} {self.reward} rose from {up.first:.4g} to {up.last:.4g}, but "
-            f"{self.referee} got worse, from {own.first:.4g} to {own.last:.4g}: the reward may be gained for the wrong "
+            f"{self.referee} got worse, from {own.first:.4g} to {own.last:.4g}: the reward may rise for the wrong "
             "reason. Look at videos (post_train.video_every), take an earlier state, raise post_train.kl or lower "
             "post_train.lr, or give the referee a weight in rewards.weights where it is a registered reward"
         )
@@ -209,7 +209,7 @@ def log_deviation(ratio: float) -> float:
 
 
 class Warnings:
-    """All watchers of a run, whose main process reports."""
+    """All watchers of a run; its main process reports."""
 
     def __init__(self, watchers: Sequence[Watcher], work: Run) -> None:
         self.watchers, self.work = tuple(watchers), work
@@ -221,12 +221,12 @@ class Warnings:
                 self.work.warn(step, watcher.name, message)
 
     def repeat(self) -> list[dict[str, Any]]:
-        """At the end of a run: all its warnings; on standard error too, one line per kind."""
+        """At the end of a run: returns all its warnings, and logs one line per kind."""
         entries = read_log(self.work.output / WARNINGS)
         for name in dict.fromkeys(entry["warning"] for entry in entries):
             steps = [entry["step"] for entry in entries if entry["warning"] == name]
             if self.work.main:
-                logger.warning("warned of in this run: %s (update %s)", name, ", ".join(map(str, steps)))
+                logger.warning("warnings in this run: %s (update %s)", name, ", ".join(map(str, steps)))
         return entries
 
     def state(self) -> dict[str, Any]:
@@ -234,7 +234,7 @@ class Warnings:
         return {watcher.name: dict(watcher.memory) for watcher in self.watchers}
 
     def load_state(self, saved: Mapping[str, Any]) -> None:
-        """What `state` gave; a watcher that was not there then starts anew."""
+        """Load what `state` returned; a watcher without saved memory starts anew."""
         known = {_RENAMED.get(name, name): memory for name, memory in saved.items()}
         for watcher in self.watchers:
             if watcher.name in known:

@@ -77,7 +77,7 @@ def test_a_run_goes_on_from_its_newest_whole_state(
         assert saved is not None and saved["step"] == 1 and torch.equal(saved["tensor"], torch.arange(5000))
         assert [entry["step"] for entry in work.history()] == [1]
         work.save(2, {"tensor": torch.ones(1)})
-    assert "step-00000002 is damaged" in caplog.text and "goes on from step-00000001" in caplog.text
+    assert "step-00000002 is damaged" in caplog.text and "continues from step-00000001" in caplog.text
     names = ["damaged-step-00000002", "step-00000001", "step-00000002", "step-00000009", "step-backup"]
     assert sorted(path.name for path in state.iterdir()) == names
     with Run(tmp_path, cpu=True) as work:
@@ -87,7 +87,7 @@ def test_a_run_goes_on_from_its_newest_whole_state(
 def test_a_run_without_a_whole_state_does_not_begin_anew_by_itself(tmp_path: Path) -> None:
     state = run_of(tmp_path / "run", 1) / "state" / "step-00000001"
     (state / "state.pt").write_bytes(b"")
-    with pytest.raises(PersistWorldError, match="no saved state is whole") as told:
+    with pytest.raises(PersistWorldError, match="no saved state is intact") as told:
         Run(tmp_path / "run", cpu=True)
     assert "--no-resume" in str(told.value.fix) and len((tmp_path / "run" / "metrics.jsonl").read_text()) > 9
     for given in (state, tmp_path / "run"):
@@ -107,7 +107,7 @@ def test_damaged_lines_of_the_log_cost_themselves_alone(tmp_path: Path, caplog: 
     with caplog.at_level(logging.WARNING), Run(tmp_path, cpu=True) as work:
         work.load()
         assert [entry["step"] for entry in work.history()] == [1, 5]
-    assert "3 damaged lines are left out (line 2 first)" in caplog.text
+    assert "3 damaged lines are dropped (the first is line 2)" in caplog.text
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 5]
 
 

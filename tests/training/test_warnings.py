@@ -75,7 +75,7 @@ def test_resting_policies_and_groups_without_spread_over_a_resume(
     assert "for 5 updates" in lines[0]["message"] and "post_train.explore" in lines[0]["message"]
     assert "for 5 updates" in lines[1]["message"] and "post_train.ema_max" in lines[1]["message"]
     assert result["warnings"] == lines
-    assert "warned of in this run: identical policies (update 6)" in caplog.text
+    assert "warnings in this run: identical policies (update 6)" in caplog.text
 
 
 @pytest.fixture(scope="module")
