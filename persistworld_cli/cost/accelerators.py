@@ -59,5 +59,5 @@ def find_accelerator(text: str) -> Accelerator:
             f"unknown accelerator '{text}'", where="--accelerator", fix=f"{known}; or a number of dense bf16 TFLOP/s"
         ) from None
     if not math.isfinite(tflops) or tflops <= 0:
-        raise UsageError(f"{text} TFLOP/s is no speed", where="--accelerator", fix="write a number above 0")
+        raise UsageError(f"{text} TFLOP/s is not a speed", where="--accelerator", fix="write a number above 0")
     return Accelerator(f"{tflops:g} TFLOP/s", tflops, None)

@@ -1,8 +1,8 @@
-"""Count a call's FLOPs and bytes on torch's meta device: in seconds, the same on every machine.
+"""Count a call's FLOPs and bytes on torch's meta device: takes seconds, with the same result on every machine.
 
 FLOPs are those of matrix products, convolutions and attention by torch's formulas, 2 per multiply-add, without norms
-and activation functions. Bytes are those of all tensors alive at once, without kernels' workspaces and an allocator's
-gaps.
+and activation functions. Bytes are those of all tensors alive at once, without kernel workspaces and allocator
+fragmentation.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-# What CUDA's autocast computes in the small type, and what in float32; everything else takes what it is given.
+# What CUDA's autocast computes in the small type, and what in float32; other operations keep their input's type.
 _MATMUL = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm)
 _SMALL: set[Any] = {functional.linear, torch.conv2d, torch.conv3d, *_MATMUL}
 _WHOLE: set[Any] = {functional.group_norm, functional.layer_norm, functional.softmax, torch.softmax}
 
 
 class Work(NamedTuple):
-    """FLOPs of a call, and the most bytes alive at once beside what was there before."""
+    """FLOPs of a call, and the peak of the bytes that it allocates."""
 
     flops: int
     peak: int
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up FLOPs and follows the bytes alive; ``known`` tensors count nothing."""
+    """Adds up FLOPs and tracks the bytes alive; ``known`` tensors are not counted."""
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
         super().__init__()
@@ -72,8 +72,8 @@ class _Counter(TorchDispatchMode):
 class _LikeCuda(TorchFunctionMode):
     """Attention as one fused operation, and the casts of CUDA's autocast to ``dtype`` (float32: none).
 
-    On the meta device attention would be three operations with a matrix of all pairs between, and autocast does not
-    exist; both change what is kept for the gradient.
+    On the meta device attention would be three operations with the full attention matrix between, and autocast does
+    not exist; both change what is kept for the gradient.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:

@@ -59,21 +59,21 @@ class InteractionCost:
 
 
 def meta_model(settings: ModelSettings, world: WorldSettings) -> WorldModel:
-    """The model of a preset, without memory for its weights, frozen.
+    """The model of a preset on the meta device, frozen.
 
     Raises:
-        PersistWorldError: settings that make no model.
+        PersistWorldError: no model can be built from the settings.
     """
     try:
         with META:
             model = build_world_model(settings, world)
     except (TypeError, ValueError, RuntimeError, KeyError, AssertionError) as error:
         raise PersistWorldError(
-            f"no model can be built of these settings: {str(error).splitlines()[0]}",
+            f"no model can be built from these settings: {str(error).splitlines()[0]}",
             where="model",
             fix="fix [model], or leave it as the preset has it",
         ) from error
-    return model.to(META).eval().requires_grad_(False)  # diffusers makes a few single numbers on the CPU all the same
+    return model.to(META).eval().requires_grad_(False)  # diffusers still creates a few scalars on the CPU
 
 
 def part_sizes(model: WorldModel) -> dict[str, int]:
@@ -82,7 +82,7 @@ def part_sizes(model: WorldModel) -> dict[str, int]:
 
 
 def weight_bytes(model: WorldModel) -> int:
-    """Bytes of the weights that are loaded: all but the part that nothing computes with."""
+    """Bytes of the weights that are loaded: all except the unused image encoder."""
     return sum(tensor_bytes(part.parameters()) for name, part in model.named_children() if name != PASSTHROUGH)
 
 
@@ -109,7 +109,7 @@ def sampler_calls(sampling: SamplingSettings) -> int:
     """Clips through the network per sampled clip: the sampler's own calls on a clip of zeros, twice under guidance.
 
     Raises:
-        PersistWorldError: a sampler of the user's own fails on it.
+        PersistWorldError: a user-defined sampler fails on it.
     """
     calls = 0
 

@@ -1,4 +1,4 @@
-"""A run's cost as tables and as JSON: parameters, FLOPs with their least time, memory."""
+"""A run's cost as tables and as JSON: parameters, FLOPs with their minimum time, memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Scale = Sequence[tuple[float, str]]  # size of a unit and its name, largest fir
 FLOPS: _Scale = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1.0, "FLOP"))
 BYTES: _Scale = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1.0, "B"))
 SECONDS: _Scale = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
-# Where memory is short, what to change.
+# What to change if memory is too small.
 _SMALLER = {
     "post-train": "lower post_train.micro_batch",
     "pretrain": "more processes, or a smaller pretrain.batch with more pretrain.accumulate",
@@ -27,11 +27,11 @@ _SMALLER = {
     "replay": "lower eval.batch",
 }
 NOTES = (
-    "Parameters and FLOPs are counted on a model without memory, built from these settings: no weights were read. "
+    "Parameters and FLOPs are counted on a model that is built from these settings without reading weights. "
     "FLOPs are those of matrix products, convolutions and attention, 2 per multiply-add.",
     "Memory is estimated: the tensors alive at once, operation by operation, with fused attention and the casts of "
-    "CUDA's autocast. Workspaces of kernels, gaps of the allocator and the CUDA context come on top (some GiB).",
-    "A floor is FLOPs over the peak of dense bf16, with nothing lost. What runs in float32 (the VAE; without mixed "
+    "CUDA's autocast. Kernel workspaces, allocator fragmentation and the CUDA context come on top (some GiB).",
+    "A floor is FLOPs divided by the peak dense bf16 rate. What runs in float32 (the VAE; without mixed "
     "precision, everything) cannot reach that peak.",
 )
 
@@ -52,7 +52,7 @@ class WorkRow:
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """Bytes of one process. Of those that are passing, one at a time, only the largest counts for the peak."""
+    """Bytes of one process. Passing rows exist one at a time: only the largest counts for the peak."""
 
     key: str
     what: str
@@ -62,7 +62,7 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class CostReport:
-    """Everything counted and estimated; ``trained`` holds what learns, by part."""
+    """Everything counted and estimated; ``trained``: trained parameters by part."""
 
     parameters: dict[str, int]
     work: list[WorkRow]
@@ -115,10 +115,10 @@ def pick_accelerator(name: str | None, *, dry_run: bool) -> Accelerator:
 
 
 def cost_report(task: str, settings: Settings) -> CostReport | None:
-    """What a task would cost; None for tasks that have no such section.
+    """What a task would cost; None for tasks without a cost estimate.
 
     Raises:
-        PersistWorldError: settings that make no model.
+        PersistWorldError: no model can be built from the settings.
     """
     if task == "post-train":
         from persistworld_cli.cost.training import post_train_report
@@ -152,7 +152,7 @@ def show_cost(task: str, report: CostReport, accelerator: Accelerator) -> None:
 
 
 def amount(value: float, scale: _Scale) -> str:
-    """A number in the largest unit of which there is at least one, with three digits."""
+    """A number in the largest unit that is not larger than it, with three digits."""
     size, unit = next(((size, unit) for size, unit in scale if value >= size), scale[-1])
     number = value / size
     digits = 0 if number >= 100 or number == round(number) else 1 if number >= 10 else 2

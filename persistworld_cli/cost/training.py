@@ -1,4 +1,4 @@
-"""What an update costs, counted on the meta device (see `flops`) with the training's own adapters and optimisers."""
+"""The cost of an update, counted on the meta device (see `flops`) with the training's own adapters and optimisers."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def pretrain_report(settings: Settings) -> CostReport:
 
 
 def mean_prefix(options: PostTrainSettings) -> float:
-    """Interactions of a prefix, on average over the run, where episodes are long enough."""
+    """Mean interactions of a prefix over the run, if episodes are long enough."""
     longest = sum(prefix_limit(options, update) for update in range(options.updates)) / options.updates
     return longest if options.prefix == "fixed" else longest / 2
 
@@ -129,7 +129,7 @@ def _learning(model: WorldModel, options: PostTrainSettings | PretrainSettings, 
 def _update_rows(settings: Settings, interaction: InteractionCost, old: int, theta: int) -> list[WorkRow]:
     """An update by its kinds of work, over all processes.
 
-    ``old`` and ``theta`` are FLOPs of a clip with adapters, forward, and forward and backward; the reference has none.
+    ``old``: FLOPs of a clip with adapters, forward; ``theta``: forward and backward. The reference has no adapters.
     """
     options, processes = settings.post_train, settings.launch.num_processes
     drawn, prefix = options.groups * options.candidates * options.chunks, mean_prefix(options)
@@ -160,7 +160,7 @@ def _update_rows(settings: Settings, interaction: InteractionCost, old: int, the
 def _training_rows(
     learned: list[nn.Parameter], optimizer: str, by_adamw: Iterable[nn.Parameter] = ()
 ) -> list[MemoryRow]:
-    """Gradients, and what the optimisers remember: Muon one number a parameter, AdamW two."""
+    """Gradients, and the optimisers' state: one number per parameter for Muon, two for AdamW."""
     state = 0
     for part in Optimizers(learned, optimizer, lr=1.0, weight_decay=0.0, by_adamw=by_adamw).all:
         held = [p for group in part.param_groups for p in group["params"]]

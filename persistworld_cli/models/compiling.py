@@ -1,7 +1,7 @@
-"""The network through torch.compile (``--compile``): fused kernels on a CPU, CUDA graphs on a GPU.
+"""Compile the network with torch.compile (``--compile``): fused kernels on a CPU, CUDA graphs on a GPU.
 
-Exact to rounding. Weights become constants: for sampling alone, after adapters are merged. Every new batch size is
-compiled at its first call, which is logged: minutes on two CPU cores, and again in every process.
+Results agree to rounding. Weights become constants, so it is for sampling only, after adapters are merged. Every new
+batch size is compiled at its first call, in every process; this is logged and takes minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.world_model import WorldModel
 
-MANY = 64  # batches of different numbers of clips in one process; torch gives up after 8 by default
+MANY = 64  # different batch sizes in one process; torch gives up after 8 by default
 _log = logging.getLogger(__name__)
 
 

@@ -8,12 +8,12 @@ from torch.nn import functional
 
 
 def set_norm_groups(module: nn.Module, groups: int) -> None:
-    """Let every GroupNorm of `module` work in `groups` groups, which must divide its channels.
+    """Set every GroupNorm of `module` to `groups` groups, which must divide its channels.
 
-    diffusers' blocks fix 32 groups: 10 channels a group at SVD's 320. At 32 channels each group is one channel, and
-    every norm then takes an image's mean and contrast out of each channel: a small model with 32 groups cannot keep
+    diffusers' blocks fix 32 groups: 10 channels per group at SVD's 320. At 32 channels each group is one channel, and
+    every norm then removes an image's mean and contrast from each channel: a small model with 32 groups cannot keep
     colours or copy a still background, however long it trains (measured: presets/tiny/README.md). Fewer groups at small
-    widths keep the full-size model's proportion; weights and their names stay.
+    widths keep the full-size model's proportion; weights and their names do not change.
     """
     for name, child in module.named_modules():
         if isinstance(child, nn.GroupNorm):
@@ -34,7 +34,7 @@ class TemporalConv(nn.Conv3d):
 
 
 def fold_temporal_convs(module: nn.Module) -> None:
-    """Let every fitting Conv3d of `module` compute as a `TemporalConv`; weights and their names stay."""
+    """Turn every suitable Conv3d of `module` into a `TemporalConv`; weights and their names do not change."""
     for child in module.modules():
         if type(child) is nn.Conv3d and child.kernel_size[1:] == (1, 1) and child.stride == (1, 1, 1):
             child.__class__ = TemporalConv

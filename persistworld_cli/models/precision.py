@@ -1,4 +1,4 @@
-"""The type that products are computed in: the requested one, where the processor has it.
+"""The type of matrix products: the requested one, if the processor supports it.
 
 A CPU without bfloat16 (most laptops: it comes with AVX-512 or newer) computes its products one number at a time: the
 tiny preset's network takes 7 times as long as in float32. There float32 is used instead, which is logged once.
@@ -22,14 +22,14 @@ def cpu_has_bfloat16() -> bool:
 
 
 def product_type(device: torch.device, wanted: torch.dtype) -> torch.dtype:
-    """``wanted``; float32 where that is bfloat16 and ``device`` is a CPU without it."""
+    """``wanted``, or float32 if that is bfloat16 and ``device`` is a CPU without it."""
     if device.type != "cpu" or wanted is not torch.bfloat16 or cpu_has_bfloat16():
         return wanted
-    _log_once("this processor has no bfloat16: float32 is computed in its place")
+    _log_once("this processor has no bfloat16: float32 is used instead")
     return torch.float32
 
 
 def small_products(device: torch.device, dtype: torch.dtype, own: torch.dtype) -> AbstractContextManager[object]:
-    """Products in ``dtype``, of weights held in ``own``: autocast where the two differ and it is not float32."""
+    """Autocast to ``dtype`` for weights of type ``own``; none if the two are equal or ``dtype`` is float32."""
     dtype = dtype if own is dtype else product_type(device, dtype)
     return nullcontext() if dtype in (torch.float32, own) else torch.autocast(device.type, dtype)

@@ -1,10 +1,10 @@
 """Samplers: from noise to a clip, given the clean prediction D(x, sigma). Each is one function and one table line, or
-a class of the user's own (``sampling.sampler = "module:Class"``; docs/python.md).
+a user-defined class (``sampling.sampler = "module:Class"``; docs/python.md).
 
 A sampler takes noise levels that fall to a last 0. The multistep ones solve the ODE in its exponential form (Lu et al.,
 arXiv 2211.01095, section 4, with alpha = 1): with l = -ln sigma, x_t = sigma_t / sigma_s x_s + sigma_t int e^l D dl,
-from l_s to l_t, where a polynomial through past predictions replaces D. The step to 0 gives D itself, so they come
-down to first order there. diffusers' schedulers for these have time steps, scalings and a noise schedule of their own;
+from l_s to l_t, where a polynomial through past predictions replaces D. The step to 0 gives D itself, so they drop
+to first order there. diffusers' schedulers for these have time steps, scalings and a noise schedule of their own;
 the tests compare with them.
 """
 
@@ -30,7 +30,7 @@ def euler(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Ten
 
 
 def heun(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """Heun's second-order steps (EDM algorithm 1): two network calls per step but for the last."""
+    """Heun's second-order steps (EDM algorithm 1): two network calls per step except the last."""
     for sigma, below in pairwise(sigmas):
         slope = (x - denoise(x, sigma)) / sigma
         ahead = x + slope * (below - sigma)
@@ -112,7 +112,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def find_sampler(name: str) -> Sampler:
-    """The sampler called ``name``, or of a class ``module:Class``. Raises as `make_plugin`."""
+    """The sampler called ``name``, or an instance of ``module:Class``. Raises as `make_plugin`."""
     if name in SAMPLERS:
         return SAMPLERS[name]
     fix = "a sampler has __call__(denoise, x, sigmas), which returns a clip of x's shape"
@@ -123,7 +123,7 @@ def find_sampler(name: str) -> Sampler:
 
 
 def _order(most: int, step: int, steps: int) -> int:
-    """The order of a step: as many predictions as there are, and down to 1 at the last step, which goes to 0."""
+    """The order of a step: limited by the predictions so far, and falling to 1 at the last step, which goes to 0."""
     return min(most, step + 1, steps - step)
 
 

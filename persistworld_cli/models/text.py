@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 from persistworld_cli.errors import PersistWorldError
 
 logger = logging.getLogger(__name__)
-LENGTH = 77  # tokens of CLIP's text tower, begin and end among them
+LENGTH = 77  # tokens of CLIP's text tower, including begin and end
 _warned: set[str] = set()  # instructions that were cut
 
 

@@ -17,12 +17,12 @@ from persistworld_cli.models.layers import fold_temporal_convs
 
 
 class FrameLevelUNet(UNetSpatioTemporalConditionModel):
-    """diffusers' UNet; only what each frame's cross-attention sees differs.
+    """diffusers' UNet, except for the tokens that each frame's cross-attention sees.
 
     diffusers repeats an item's whole token sequence for every frame: row (b, n) of the repeated context holds all N
-    tokens of item b. Frame-level conditioning keeps token n alone there. The blocks' temporal cross-attention takes the
-    context of each item's first frame: token 0 (as measured on Ctrl-World), or with `all_tokens`, where the spatial
-    blocks alone keep token n, every one.
+    tokens of item b. Frame-level conditioning keeps only token n in that row. Temporal cross-attention takes the
+    context of each item's first frame: token 0 (as measured on Ctrl-World). With `all_tokens` only the spatial blocks
+    are reduced to token n, and temporal cross-attention sees all tokens.
     """
 
     frame_level, all_tokens = True, False

@@ -21,7 +21,7 @@ DIFFUSERS_GROUPS = 32
 
 
 def build_vae(config: dict[str, Any], norm_groups: int = DIFFUSERS_GROUPS) -> AutoencoderKLTemporalDecoder:
-    """diffusers' class with `config`'s keywords and fresh weights."""
+    """diffusers' class with `config`'s keywords and random weights."""
     vae = AutoencoderKLTemporalDecoder(**config)
     fold_temporal_convs(vae)
     speed_up(vae)
@@ -47,8 +47,8 @@ def unstack_cameras(latent_nchw: torch.Tensor, cameras: int) -> torch.Tensor:
 
 
 def encode(vae: AutoencoderKLTemporalDecoder, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-    """Images (M, 3, H, W) in [-1, 1] to scaled latents (M, C, h1, w): the posterior's mode, or with unit `noise` of the
-    latents' shape a draw from it.
+    """Images (M, 3, H, W) in [-1, 1] to scaled latents (M, C, h1, w): the posterior's mode, or a sample
+    from it, given unit `noise` of the latents' shape.
     """
     posterior = vae.encode(images.to(vae.dtype)).latent_dist
     latents = posterior.mode() if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
@@ -60,7 +60,7 @@ def encode_images(
 ) -> torch.Tensor:
     """uint8 images (N, V, H, W, 3) on the CPU to latents with the cameras stacked, (N, C, h, w), float32, on `device`.
 
-    ``posterior``: ``mode``, or ``sample``: a draw seeded by camera and image, the same in every batch and process.
+    ``posterior``: ``mode``, or ``sample``, which is seeded by camera and image: the same in every batch and process.
     """
     n, v = frames_u8.shape[:2]
     images = pixels_to_unit(frames_u8.flatten(0, 1).to(device))

@@ -1,4 +1,4 @@
-"""The world model: every part under the names Ctrl-World's checkpoints use, and the calls everything else makes.
+"""The world model: all parts, under the names of Ctrl-World's checkpoints, and the methods that other packages call.
 
 Shapes: B batch, N = P + L frames (P history, L predicted), C latent channels, h = V * latent height, w latent width,
 T token width, D action numbers. Latents are scaled (unit variance, roughly).
@@ -32,8 +32,8 @@ from persistworld_cli.models.unet import FrameLevelUNet
 from persistworld_cli.models.vae import build_vae, decode, encode_images, unstack_cameras
 from persistworld_cli.stages import stage
 
-# Images that go through the decoder at once, or as many small ones as have so many pixels together (on two cores 120
-# of 48 x 80 took 1 to 20% less time than in three runs)
+# Images decoded at once; of small images, as many as have this many pixels in total (on two cores, 120 images of
+# 48 x 80 at once took 1 to 20% less time than in three calls)
 DECODE_ROWS, DECODE_PIXELS = 48, 2**19
 
 
@@ -42,7 +42,7 @@ class Condition:
     """What a clip is predicted from.
 
     Attributes:
-        history: (B, P, C, h, w) latents of the past, oldest first; noised already where training wants it.
+        history: (B, P, C, h, w) latents of the past, oldest first; already noised in training if requested.
         current: (B, C, h, w) latent of the current frame.
         tokens: (B, N, T) one conditioning token per frame.
         noise_aug: the third of SVD's added ids (0.0 in training, 0.02 at sampling).
@@ -103,14 +103,14 @@ class WorldModel(nn.Module):
         return max(DECODE_ROWS, DECODE_PIXELS // (self.world.height * self.world.width))
 
     def drop_passthrough(self) -> None:
-        """Remove the part that nothing computes with."""
+        """Remove the unused image encoder."""
         if hasattr(self, PASSTHROUGH):
             delattr(self, PASSTHROUGH)
 
     def cast_for_sampling(self, sampling: SamplingSettings) -> WorldModel:
         """Cast the weights to the type of ``sampling`` (``sampling.cast = "model"``); returns itself.
 
-        SVD's VAE overflows in float16: it stays in float32, as by diffusers' ``force_upcast``.
+        SVD's VAE overflows in float16: it stays in float32, as with diffusers' ``force_upcast``.
         """
         dtype = sampling_dtype(sampling)
         self.to(dtype)
@@ -164,14 +164,14 @@ class WorldModel(nn.Module):
         return images if latents.ndim == 5 else images[0]
 
     def draw(self, latents: torch.Tensor, sampling: SamplingSettings) -> torch.Tensor:
-        """`decode_latents` in the runs and the type of ``sampling``."""
+        """`decode_latents` with the chunk size and type of ``sampling``."""
         with small_products(self.device, getattr(torch, sampling.decode_dtype), self.vae.dtype):
             return self.decode_latents(latents, sampling.decode_chunk)
 
     # -- conditioning ---------------------------------------------------------------------------------------------
 
     def text_embeds(self, texts: list[str], *, grad: bool = False) -> torch.Tensor:
-        """Embeddings (B, E) of instructions; remembered unless `grad`."""
+        """Embeddings (B, E) of instructions; cached unless `grad`."""
         unknown = sorted({t for t in texts if grad or t not in self._text_cache})
         if unknown:
             ids, mask = tokenize(self.tokenizer, unknown)
@@ -197,7 +197,7 @@ class WorldModel(nn.Module):
     def network(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
         """Raw output F (B, L, C, h, w) for noisy frames x (B, L, C, h, w) at levels sigma (B,), in x's type.
 
-        The network computes in its weights' own type (autocast apart), whatever x has; noise levels keep theirs.
+        Without autocast the network computes in the type of its weights, whatever x has; noise levels keep their type.
         """
         settings, dtype = self.settings, self.dtype
         scale = precondition(sigma)
@@ -239,11 +239,11 @@ class WorldModel(nn.Module):
 
 
 def sampling_dtype(sampling: SamplingSettings) -> torch.dtype:
-    """Of the weights while sampling: float32 where autocast takes care of the products."""
+    """The type of the weights while sampling: float32 with autocast."""
     dtype: torch.dtype = getattr(torch, sampling.dtype)
     return dtype if sampling.cast == "model" else torch.float32
 
 
 def build_world_model(settings: ModelSettings, world: WorldSettings) -> WorldModel:
-    """A model with fresh weights (under `torch.device("meta")`: shapes only)."""
+    """A model with random weights (under `torch.device("meta")`: shapes only)."""
     return WorldModel(settings, world)

@@ -41,7 +41,7 @@ TINY = load_settings("tiny", [], {})
 
 @pytest.fixture(scope="module")
 def full() -> tuple[WorldModel, InteractionCost]:
-    """The full-size model without memory, and its interaction as Ctrl-World samples (guidance)."""
+    """The full-size model on the meta device, and its interaction as Ctrl-World samples (guidance)."""
     settings = load_settings("ctrl-world", [], {})
     model = meta_model(settings.model, settings.world)
     return model, count_interaction(model, settings.sampling, 1)
@@ -209,7 +209,7 @@ def test_the_peak_takes_the_largest_of_what_passes() -> None:
 
 def test_settings_that_make_no_model_are_told() -> None:
     broken = replace(TINY, model=replace(TINY.model, norm_groups=7))
-    with pytest.raises(PersistWorldError, match=r"no model can be built of these settings: .*7 groups"):
+    with pytest.raises(PersistWorldError, match=r"no model can be built from these settings: .*7 groups"):
         interaction_report(broken, 1)
 
 
@@ -256,7 +256,7 @@ def test_what_has_no_cost_section_stays_as_it_was(arguments: list[str]) -> None:
 
 def test_accelerators_are_checked() -> None:
     assert find_accelerator(" H100 ") is ACCELERATORS["h100"]
-    for text, words in (("h10", "unknown accelerator"), ("-3", "no speed"), ("inf", "no speed")):
+    for text, words in (("h10", "unknown accelerator"), ("-3", "not a speed"), ("inf", "not a speed")):
         with pytest.raises(UsageError, match=words):
             find_accelerator(text)
     for arguments, words in ((["--dry-run", "--accelerator", "h10"], "h100"), (["--accelerator", "h100"], "--dry-run")):

@@ -32,7 +32,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
 
 
 def _kernel_fits(attn: Attention, q: torch.Tensor) -> bool:
-    """Whether self-attention goes to the kernel: not where policies are compared, of which one needs a gradient."""
+    """Whether self-attention uses the kernel: not if policies are compared and one of them needs a gradient."""
     return native_attend.fits(q, attn.heads) and effective_weight(attn.to_q) is not None
 
 
@@ -45,7 +45,7 @@ def projected_out(attn: Attention, x: torch.Tensor) -> torch.Tensor:
 def across_frames(attn: Attention, x: torch.Tensor) -> torch.Tensor:
     """Self-attention of every pixel over its frames: (B, T, S, C) to the same shape.
 
-    The projections do not care for order; only queries, keys and values are put pixel by pixel.
+    Projections do not depend on the order; only queries, keys and values are rearranged pixel by pixel.
     """
 
     def pixels(x: torch.Tensor) -> torch.Tensor:

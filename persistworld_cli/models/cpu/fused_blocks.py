@@ -2,8 +2,8 @@
 
 - Images keep their channels last through the whole network, so that a convolution, a transformer and a temporal
   convolution each read them without reordering (diffusers' transformer ends with a copy to channels first).
-- Temporal blocks leave their activations (item, frame, pixel, channel): only queries, keys and values are put pixel by
-  pixel.
+- Temporal blocks leave their activations (item, frame, pixel, channel): only queries, keys and values are rearranged
+  pixel by pixel.
 - Cross-attention to one token is one addition, without its norm. The temporal blocks' token is projected once per item,
   not once per pixel.
 - Two branches are blended in one pass.
@@ -52,7 +52,7 @@ def _cross(block: Any, x: torch.Tensor, context: torch.Tensor | None) -> torch.T
 
 
 def _feed_forward(ff: Any, norm: nn.LayerNorm, x: torch.Tensor, residual: bool) -> torch.Tensor:
-    """[x +] ff(norm(x)); in one pass, or its gate in one, where there is a kernel for it."""
+    """[x +] ff(norm(x)); all or only its gate in one pass, if there is a kernel for it."""
     gated, dropout, last = ff.net
     if x.device.type == "cpu" and not torch.is_grad_enabled():
         w1, w2 = effective_weight(gated.proj), effective_weight(last)

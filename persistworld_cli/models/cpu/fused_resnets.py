@@ -1,9 +1,9 @@
 """diffusers' ResNet blocks, as this model configures them, in fewer passes over memory on a CPU.
 
-Where the kernels take a block's weights, each convolution normalises and activates as it reads, and adds embedding and
-residual as it writes (`native.convolve`); a temporal block's blend with its input is the gain on what it adds.
-Elsewhere normalisation and activation are one step (`native.norm`). There are no kernels on a GPU, nor for weights that
-learn.
+If the kernels support a block's weights, each convolution normalises and activates as it reads, and adds embedding and
+residual as it writes (`native.convolve`); a temporal block's blend with its input becomes a gain on what it adds.
+Otherwise normalisation and activation are one step (`native.norm`). There are no kernels for GPUs or for trainable
+weights.
 
 Shapes: B items, T frames, C channels, h, w image.
 """
@@ -25,7 +25,7 @@ from persistworld_cli.models.cpu.native.norm import norm_silu
 
 
 def _weights(block: Any, x: torch.Tensor) -> list[torch.Tensor] | None:
-    """Of a block's two convolutions, where x (N, C, ...) can go through both by the kernels."""
+    """Weights of a block's two convolutions; None unless the kernels support both for x (N, C, ...)."""
     learns = torch.is_grad_enabled() and (block.norm1.weight.requires_grad or block.norm2.weight.requires_grad)
     if learns or x.device.type != "cpu" or (block.training and block.dropout.p):
         return None
@@ -40,7 +40,7 @@ def _conv(x: torch.Tensor, conv: Any, weight: torch.Tensor, norm: nn.GroupNorm, 
 
 
 def _small(x: torch.Tensor) -> torch.Tensor:
-    """In autocast's type, where products are asked for in it."""
+    """x in autocast's type, if autocast is on."""
     return x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
 
 
@@ -50,7 +50,7 @@ def _activated(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
 
 
 class FirstConv(nn.Conv2d):
-    """A network's first convolution: what follows keeps the order in memory that it begins with on a CPU."""
+    """A network's first convolution: on a CPU, later layers keep the memory layout that it sets."""
 
     def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ordered = x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
@@ -127,7 +127,7 @@ class FusedVideoResnet(SpatioTemporalResBlock):
 
 
 class FusedUpsample(Upsample2D):
-    """Every pixel four times, then a convolution, which reads each where it is."""
+    """Upsampling by 2, then a convolution, which reads the pixels without a copy."""
 
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any) -> torch.Tensor:
         """(N, C, h, w) to (N, C', 2 h, 2 w)."""

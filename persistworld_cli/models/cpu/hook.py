@@ -1,6 +1,6 @@
-"""The one way into this folder: diffusers' blocks with the same weights and numbers (to rounding), faster on a CPU.
+"""The only entry to this package: diffusers' blocks with the same weights and numbers (to rounding), faster on a CPU.
 
-The rest of the package imports this file alone. Without it every model computes the same by diffusers' own blocks.
+Other packages import only this module. Without it every model computes the same with diffusers' own blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from persistworld_cli.models.cpu.native.build import available
 
 
 def speed_up(model: nn.Module) -> None:
-    """Let a model's blocks, attention and LoRA layers compute by this folder; again where adapters were added."""
+    """Replace a model's blocks, attention and LoRA layers by this package's; call it again after adding adapters."""
     if isinstance(model, UNetSpatioTemporalConditionModel):
         model.set_attn_processor(FewTokens())
     for name, module in model.named_modules():
@@ -31,7 +31,7 @@ def speed_up(model: nn.Module) -> None:
 
 @contextmanager
 def as_diffusers(unet: UNetSpatioTemporalConditionModel) -> Iterator[None]:
-    """diffusers' own blocks and attention for a block of code: to count or to measure against."""
+    """Use diffusers' own blocks and attention inside the block: to count FLOPs or to compare speed."""
     with diffusers_attention(unet), swapped_classes(unet, DIFFUSERS):
         yield
 

@@ -1,4 +1,4 @@
-"""What the faster blocks share: swapping a module's class under its weights, and asking a layer for its weight."""
+"""Shared by the faster blocks: change a module's class but not its weights, and get a layer's weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Classes = Mapping[type, type]
 
 
 def swap_classes(model: nn.Module, classes: Classes) -> None:
-    """Give every module whose class is a key that key's value as its class (subclasses of a key are left alone)."""
+    """Change the class of every module from a key of ``classes`` to its value (subclasses of keys stay)."""
     for module in model.modules():
         if type(module) in classes:
             module.__class__ = classes[type(module)]
@@ -21,7 +21,7 @@ def swap_classes(model: nn.Module, classes: Classes) -> None:
 
 @contextmanager
 def swapped_classes(model: nn.Module, classes: Classes) -> Iterator[None]:
-    """`swap_classes` for a block of code."""
+    """`swap_classes` while the block runs."""
     own = [(module, type(module)) for module in model.modules() if type(module) in classes]
     swap_classes(model, classes)
     try:
@@ -32,9 +32,9 @@ def swapped_classes(model: nn.Module, classes: Classes) -> Iterator[None]:
 
 
 def effective_weight(layer: nn.Module) -> torch.Tensor | None:
-    """The one weight that a layer multiplies by; None where there is more to it than one product.
+    """The weight of a layer that is a single product; None for other layers.
 
-    A layer that is not simply torch's answers through a method of this name.
+    Layers that are not plain torch layers have a method of this name.
     """
     own: Any = layer
     weight: torch.Tensor | None = None

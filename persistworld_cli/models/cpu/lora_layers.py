@@ -8,7 +8,7 @@ adds it to a copy of the layer's own: four passes over the largest activations o
 
 - In float32 on a CPU the layer is one product by W', forward and backward. W' is small beside the activations and kept
   until W, A or B is written to. In bfloat16 W' would lose what A and B add to it.
-- Else the low-rank product is added in place as it is made.
+- Otherwise the low-rank product is added in place while it is computed.
 - While a policy only samples (`merging`), W' is the layer's weight in every type.
 
 Shapes: x (..., C), W (C', C), A (r, C), B (C', r); for convolutions x (N, C, H, W) with channels last in memory,
@@ -33,7 +33,7 @@ KEPT = 2**20  # numbers of a merged weight; kernels keep up to four times as man
 
 
 class _FusedLora:
-    """What all kinds of layers share; several adapters at once, dropout and variants of LoRA are left to peft."""
+    """Shared by all kinds of layers; peft handles several adapters at once, dropout and LoRA variants."""
 
     merging = False  # whether the active policy only samples
 
@@ -76,7 +76,7 @@ class _FusedLora:
         return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
 
     def _exact(self: Any, x: torch.Tensor) -> bool:
-        """Whether the product is made in float32 on a CPU."""
+        """Whether the product is computed in float32 on a CPU."""
         both = x.dtype is torch.float32 and self.base_layer.weight.dtype is torch.float32
         return both and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 

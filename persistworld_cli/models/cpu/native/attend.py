@@ -1,4 +1,4 @@
-"""Self-attention over short sequences through the C++ kernel (`attention.cpp`), where nothing learns."""
+"""Self-attention over short sequences through the C++ kernel (`attention.cpp`), without gradients."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The C++ kernels as a library: compiled once per machine, in seconds, by its g++.
+"""The C++ kernels as a library, compiled once per machine, in seconds, by its g++.
 
-Without g++, on another processor or with another OpenMP than torch's own, every caller uses torch.
-``PERSISTWORLD_NATIVE=0`` in the environment switches it off.
+Without g++, on other processors or with another OpenMP runtime than torch's, every caller uses torch instead.
+``PERSISTWORLD_NATIVE=0`` in the environment switches the kernels off.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import torch
 from persistworld_cli.files import CannotWrite, whole_file
 
 SWITCH = "PERSISTWORLD_NATIVE"
-# No -ffast-math, which would change how the whole process rounds small numbers; nothing is fused but what says so
+# No -ffast-math, which would change how the whole process rounds small numbers; only explicit operations are fused
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
-# By the processor's capability; nothing beyond it, so that a library in a shared home runs on every node that has it
+# By CPU capability, and no newer instructions, so that a library in a shared home runs on every node with it
 VECTORS = {"AVX512": ("-mavx512f",), "AVX2": ("-mavx2", "-mfma")}
 _log = logging.getLogger(__name__)
 _wanted = True
@@ -34,7 +34,7 @@ _wanted = True
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The kernels, compiled at the first call; None where they cannot be compiled or are switched off."""
+    """The kernels, compiled at the first call; None if they cannot be compiled or are switched off."""
     compiler = shutil.which("g++")
     if os.environ.get(SWITCH) == "0" or compiler is None or not _fits():
         return None
@@ -43,21 +43,21 @@ def library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_compiled(compiler, sources)))
     except subprocess.CalledProcessError as error:
         said = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip()[:200])
-        _log.warning("fast CPU kernels are left out, %s could not compile them: %s", compiler, said)
+        _log.warning("fast CPU kernels are not used: %s could not compile them: %s", compiler, said)
     except (OSError, CannotWrite) as error:
-        _log.warning("fast CPU kernels are left out: %s", error)
+        _log.warning("fast CPU kernels are not used: %s", error)
     return None
 
 
 @torch.compiler.assume_constant_result
 def available() -> bool:
-    """Whether there are kernels."""
+    """Whether the kernels can be used."""
     return _wanted and library() is not None
 
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """torch's own operations for a block of code, to measure or to compare with."""
+    """Use torch's own operations inside the block, to measure or to compare."""
     global _wanted
     _wanted = False
     try:
@@ -91,7 +91,7 @@ def _compiled(compiler: str, sources: list[Path]) -> Path:
 
 
 def _cache() -> Path:
-    """This user's folder for compiled kernels; a temporary one where it cannot be written."""
+    """This user's folder for compiled kernels; a temporary one if it is not writable."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "persistworld"
     try:
         base.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Shared by the kernels' callers: pointers, and a cache of what is derived from weights."""
+"""Shared by the kernels' callers: pointers, and a cache of values derived from weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def native() -> ctypes.CDLL:
 
 
 def plain(x: torch.Tensor | None) -> torch.Tensor | None:
-    """In float32, in order."""
+    """The tensor in float32, contiguous."""
     return None if x is None else x.detach().float().contiguous()
 
 
@@ -71,7 +71,7 @@ def require_channels(weight: torch.Tensor, channels: int) -> None:
 
 
 def derived(weight: torch.Tensor, what: Any, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """`make(weight)`, remembered under `what` until the weight is written to."""
+    """`make(weight)`, cached under `what` until the weight is written to."""
     if weight.is_inference():  # has no version
         return make(weight)
     known = _derived.setdefault(weight, {})

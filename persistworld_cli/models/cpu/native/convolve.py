@@ -45,7 +45,7 @@ class _Call(ctypes.Structure):
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a convolution of stride 1 by `weight` (C', C, 3, 3) or (C', C, 3, 1[, 1]) can go to the kernels.
 
-    Not where the weight learns: there is no gradient for it.
+    Not for a trainable weight: there is no gradient for it.
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return False

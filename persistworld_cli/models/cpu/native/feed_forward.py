@@ -1,4 +1,4 @@
-"""A transformer's gated feed-forward block through the C++ kernel (`feed_forward.cpp`), where nothing learns."""
+"""A transformer's gated feed-forward block through the C++ kernel (`feed_forward.cpp`), without gradients."""
 
 from __future__ import annotations
 

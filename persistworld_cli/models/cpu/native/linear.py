@@ -28,12 +28,12 @@ FEWEST = 128  # rows for which the call is not what takes the time
 
 @torch.compiler.assume_constant_result
 def wanted() -> bool:
-    """Whether the processor is one of those."""
+    """Whether the processor has AVX2 and no AVX-512."""
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether x (..., C) times a weight (C', C) can go to the kernel; not where the weight learns."""
+    """Whether x (..., C) times a weight (C', C) can go to the kernel; not for a trainable weight."""
     if x.device.type != "cpu" or x.dtype is not torch.float32 or weight.dtype is not x.dtype:
         return False
     if torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and weight.requires_grad):

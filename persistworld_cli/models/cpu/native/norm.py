@@ -23,7 +23,7 @@ def ordered(x: torch.Tensor) -> bool:
 
 
 def fits(x: torch.Tensor, norm: nn.GroupNorm) -> bool:
-    """Whether x can go to the kernels; not where the norm's weights learn, for which there is no gradient."""
+    """Whether x can go to the kernels; not for trainable weights of the norm, which would get no gradient."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or x.shape[1] % LANES:
         return False
     learns = torch.is_grad_enabled() and norm.weight.requires_grad
