@@ -127,7 +127,7 @@ def trained(output: Path, arm: Arm, seed: int) -> Path:
 
 
 def train(settings: Settings, output: Path, chosen: Sequence[Arm], seeds: Sequence[int], updates: int) -> None:
-    """Train what is not trained yet; each run goes on from its last state.
+    """Train what is not trained yet; each run continues from its last state.
 
     Raises:
         SystemExit: a run failed; its own message stands above.

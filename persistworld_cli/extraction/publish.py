@@ -146,7 +146,7 @@ class Output:
                 fix="give another output folder",
             )
         else:
-            _log.info(f"resuming: {finished} episodes are there")
+            _log.info(f"resuming: {finished} episodes are finished")
             before = extraction_notes(self.root)
             if changed := _compare(path, before, shared, changing, alone=alone):
                 past = [*before.get("changes", []), {"from_episodes": finished, **changed}]

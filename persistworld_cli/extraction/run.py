@@ -94,7 +94,7 @@ def run(settings: Settings, request: ExtractRequest) -> dict[str, Any]:
         raise
     report = _joined(out, work, run)
     if work.main and not report.done and not report.failed:
-        note(f"finished; nothing was extracted: all {len(report.skipped)} episodes are there")
+        note(f"finished; nothing was extracted: all {len(report.skipped)} episodes exist already")
     if not report.done and not report.skipped:
         raise PersistWorldError(
             "no episode could be read",

@@ -30,9 +30,9 @@ def log_finished(folders: Sequence[Path], items: Sequence[Item]) -> None:
     """Log how many of the rollouts an earlier run finished; nothing where there are none."""
     done, total = sum(_path(folder, item).is_file() for folder in folders for item in items), len(folders) * len(items)
     if done == total:
-        _log.info("finished; nothing was rolled out: all %d rollouts are there", total)
+        _log.info("finished; nothing was rolled out: all %d rollouts exist already", total)
     elif done:
-        _log.info("resuming: %d of %d rollouts are there", done, total)
+        _log.info("resuming: %d of %d rollouts are finished", done, total)
 
 
 def save_rollout(folder: Path, rollout: ScoredRollout) -> None:

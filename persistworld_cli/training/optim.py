@@ -16,7 +16,7 @@ KINDS = ("muon", "adamw")
 
 
 def inputs_and_outputs(model: nn.Module) -> list[nn.Parameter]:
-    """Embeddings and the first and last convolutions, which Muon is not meant for."""
+    """Embeddings and the first and last convolutions, which Muon does not suit."""
     ends = ("conv_in.", "conv_out.", "embedding")
     return [p for name, p in model.named_parameters() if any(end in name for end in ends)]
 

@@ -72,8 +72,9 @@ class PolicySwitch:
 
         Args:
             policy: theta, old or reference.
-            sampling: without gradients, and without comparing predictions: layers may merge the adapter into their
-                weight (a second copy of one layer at a time). Equal up to rounding; in bfloat16, of merged weights.
+            sampling: no gradient is needed and no predictions are compared, so layers may merge the adapter into their
+                weight (a second copy of one layer at a time). The results are equal up to rounding (in bfloat16, to the
+                rounding of the merged weights).
         """
         self.activate(policy, sampling=sampling)
         try:

@@ -81,7 +81,7 @@ def save_weights(
     """Write all parts as one safetensors file under Ctrl-World's names, atomically.
 
     Args:
-        model: what was trained.
+        model: the trained model.
         folder: of the file.
         carried: tensors of the initial checkpoint outside the model (an image encoder), copied unchanged.
         stat: the percentiles that scale actions, recorded in the file.

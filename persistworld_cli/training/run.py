@@ -79,7 +79,7 @@ class Trainer(ABC):
 
 
 class Run:
-    """One training run on one rank; a context manager; at its end, trackers send what is pending.
+    """One training run on one rank. A context manager: at its end, trackers send pending data.
 
     Args:
         output: the run's folder.

@@ -73,7 +73,7 @@ class Trackers:
             for tracker in accelerator.trackers:
                 if tracker.name != "tensorboard" and settings:  # TensorBoard would add a separate page each time
                     tracker.store_init_configuration(_plain(settings))
-        except Exception as error:  # each tracker has errors of its own
+        except Exception as error:  # each tracker raises its own types
             fix = "log in to it, stay offline (WANDB_MODE=offline), or leave it out: --tracker tensorboard"
             if isinstance(error, OSError) and error.errno in NO_ROOM:
                 fix = "free some disk and run the same command again"
@@ -93,7 +93,7 @@ class Trackers:
                 tracker.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Send what is pending. Raises CannotWrite for a full disk."""
+        """Send pending data. Raises CannotWrite for a full disk."""
         for tracker in self._accelerator.trackers:
             with writing(self._events) if tracker.name == "tensorboard" else nullcontext():
                 tracker.finish()

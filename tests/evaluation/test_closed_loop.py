@@ -206,7 +206,7 @@ def test_eval_mistakes_are_named_before_any_compute(root: Path) -> None:
         (settings(root, episodes=BUNDLED, benchmark="bundled"), "'60', '61'.* of 20 that benchmark 'bundled' names"),
         (settings(root, masks=(str(root / "no-masks"),)), "no folder of masks"),
         (settings(root, split="test"), "no episodes"),
-        (settings(root, starts=(40,)), "cannot start at frame 40"),
+        (settings(root, starts=(40,)), "frame 40 cannot be a start"),
         (settings(root, seeds=()), "nothing to roll out"),
         (replace(settings(root), model=replace(settings(root).model, ckpt="")), "no weights"),
     ]

@@ -235,7 +235,7 @@ def test_a_dataset_goes_on_with_changes_only_where_it_is_asked_to(
     extract_latents(WORLD, raw, out, encode, encoder=weights)
     with caplog.at_level(logging.INFO, "persistworld_cli"):
         extract_latents(WORLD, raw, out, encode, encoder=replace(weights, name="b"))  # the same weights elsewhere
-    assert "resuming: 1 episodes are there" in caplog.text
+    assert "resuming: 1 episodes are finished" in caplog.text
     typed = Changing(command=("persistworld", "extract-latents", str(more), str(out)), dataset=str(out))
     before = (out / "extract.json").read_bytes()
     with pytest.raises(UsageError, match=r"raw: .*raw -> .*more") as refusal:

@@ -233,7 +233,7 @@ def test_an_evaluation_says_what_is_there_and_refuses_another_question(
     with caplog.at_level(logging.INFO, "persistworld_cli"):
         log_finished(list(plan.folders.values()), plan.items)
         log_finished(list(plan.folders.values()), [*plan.items, Item("9", 0, 1)])
-    said = ["finished; nothing was rolled out: all 4 rollouts are there", "resuming: 4 of 8 rollouts are there"]
+    said = ["finished; nothing was rolled out: all 4 rollouts exist already", "resuming: 4 of 8 rollouts are finished"]
     assert caplog.messages[-2:] == said
     other = replace(asked, model=replace(asked.model, motion_bucket_id=9))
     with pytest.raises(UsageError, match=r"model\.motion_bucket_id: 127 -> 9"):

@@ -1,4 +1,4 @@
-"""`--resume-from`: a run goes on from a state that is not its newest, or not its own."""
+"""`--resume-from`: a run continues from a state that is not its newest, or not its own."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.read_files import parse_json, require_unicode
 
-KEYS = ("texts", "states", "joints", "video_length", "success")  # what is read of an annotation
+KEYS = ("texts", "states", "joints", "video_length", "success")  # the keys of an annotation that are read
 REDO = "delete the episode's annotation and run persistworld extract-latents again"
 _DECODER = json.JSONDecoder()
 _SPACE = " \t\r\n"

@@ -26,7 +26,7 @@ from persistworld_cli.data.metadata.scan import AnnotationStat, extraction_notes
 from persistworld_cli.data.processes import in_order
 from persistworld_cli.errors import PersistWorldError
 
-_REDO = "delete these annotations and run persistworld extract-latents again: it does only what is missing"
+_REDO = "delete these annotations and run persistworld extract-latents again: it extracts only missing episodes"
 _META = "run persistworld build-meta DATASET"
 _NAMED = 5
 # kind -> (must be fixed, what is wrong, what to do)

@@ -32,7 +32,7 @@ _Header = tuple[tuple[int, ...], str, int]  # shape, name of the type, and where
 
 
 class Layout(NamedTuple):
-    """Where the numbers of a latent file lie: frame t at ``offset + t * frame_bytes``, frames one after another."""
+    """Position of the numbers in a latent file: frame t begins at ``offset + t * frame_bytes``."""
 
     suffix: str
     offset: int

@@ -41,7 +41,7 @@ _MOST = 2**40  # frames, episodes, numbers of files: more is damage
 
 @dataclass(frozen=True)
 class RawEpisode:
-    """Where an episode lies: table file, and for each camera the video file and the number of its first frame there."""
+    """Location of an episode: table file; for each camera the video file and the number of its first frame there."""
 
     index: int
     length: int
@@ -134,7 +134,7 @@ class RawDataset:
         self._known[episode.index] = episode
 
     def episode(self, index: int) -> RawEpisode:
-        """Where episode ``index`` lies. Raises PersistWorldError: not in the metadata, or not on disk."""
+        """Location of episode ``index``. Raises PersistWorldError: not in the metadata, or not on disk."""
         if index in self._known:
             return self._known[index]
         if index in self._present:
@@ -251,7 +251,7 @@ class RawDataset:
         return out
 
     def _episodes_v3(self) -> dict[int, RawEpisode]:
-        """Version 3: ``meta/episodes/chunk-*/file-*.parquet`` says in which file, and where in it, an episode lies."""
+        """Version 3: ``meta/episodes/chunk-*/file-*.parquet`` gives the file of each episode, and its place there."""
         files = sorted((self.path / "meta" / "episodes").glob("*/*.parquet"))
         if not files:
             raise PersistWorldError("list of episodes is missing", where=str(self.path / "meta/episodes"), fix=_FETCH)
