@@ -76,7 +76,7 @@ def parse_json(text: str) -> Any:
 
 
 def require_unicode(value: Any, text: str) -> None:
-    """Raise ValueError where a value parsed from a JSON text has half a surrogate pair."""
+    """Raise ValueError if a value parsed from a JSON text has half a surrogate pair."""
     if _HALF_PAIR.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -128,7 +128,7 @@ def read_toml(path: Path) -> tuple[str, dict[str, Any]]:
 def as_object(value: Any) -> dict[str, Any]:
     """`value`, which must be a map. Raises TypeError."""
     if not isinstance(value, Mapping):
-        raise TypeError(f"it holds {_kind(value)} where a table of names and values belongs")
+        raise TypeError(f"it is {_kind(value)}, not a table of names and values")
     return dict(value)
 
 

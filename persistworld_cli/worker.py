@@ -126,7 +126,7 @@ def _require_one_command(whole: Mapping[str, Any]) -> None:
                     f"machines were given different commands: {key} = {first.get(key)!r} on machine 0, "
                     f"{other.get(key)!r} on another",
                     where="--machine-rank",
-                    fix="give every machine the same command but for --machine-rank",
+                    fix="give every machine the same command, except for --machine-rank",
                 )
 
 

@@ -3,7 +3,7 @@
 Weights expect poses scaled by the 1st and 99th percentiles of the states that they were trained on (method.md 1).
 `scale_of` alone decides which percentiles a command uses:
 
-1. ``model.stat``, where the user names it (environment, ``--set``, a preset of their own);
+1. ``model.stat``, if the user sets it (environment, ``--set``, a preset of their own);
 2. those in the weights: a post-training's saved state before its adapter, an adapter before the weights below it;
 3. ``model.stat`` of a shipped preset;
 4. the dataset's own percentiles.
@@ -81,7 +81,7 @@ def scale_note(stat: ActionStat | None) -> dict[str, str]:
 
 
 def noted_scale(notes: Mapping[str, str], where: str) -> ActionStat | None:
-    """The percentiles in a weights file's notes; None where there are none. Raises PersistWorldError where damaged."""
+    """The percentiles in a weights file's notes; None if there are none. Raises PersistWorldError if damaged."""
     text = notes.get(NOTE)
     if text is None:
         return None
@@ -90,7 +90,7 @@ def noted_scale(notes: Mapping[str, str], where: str) -> ActionStat | None:
 
 
 def stored_scale(source: str | Path) -> ActionStat | None:
-    """The percentiles saved in weights or an adapter; None where there are none. No tensor is read.
+    """The percentiles saved in weights or an adapter; None if there are none. No tensor is read.
 
     Raises:
         PersistWorldError: nothing there, or damaged.
@@ -169,7 +169,7 @@ def weights_stores(
     Args:
         settings, store, quiet: as for `scale_of`.
         models: the weights of each, as for `scale_of`; each scale is compared with the poses once (`check_poses`).
-        split, episodes: what will be read; compared where the dataset has no index.
+        split, episodes: what will be read; compared if the dataset has no index.
 
     Raises:
         PersistWorldError: as `scale_of`; with ``model.strict_actions``, poses that do not look like the weights'.
@@ -193,7 +193,7 @@ def check_poses(
     episodes: Iterable[str] = (),
     quiet: bool = False,
 ) -> list[str]:
-    """Warn by dimension where a dataset's poses do not look like those that the weights were trained on.
+    """Warn, by dimension, if a dataset's poses do not look like those that the weights were trained on.
 
     Returns:
         The warning's lines (`pose_findings`); [] if the scale is the dataset's own, which says nothing about weights.
@@ -245,7 +245,7 @@ def sample_poses(store: EpisodeStore, split: str, episodes: Iterable[str]) -> Po
 
 
 def pose_findings(stat: ActionStat, poses: Poses) -> list[str]:
-    """One line for each dimension with too many clipped values or another range; [] where all is well.
+    """One line for each dimension with too many clipped values or another range; [] if all is well.
 
     The percentiles of an angle that wraps at +-pi span a whole turn: its range is not compared, and nothing between -pi
     and +pi counts as clipped. The range of data that wrap is measured around the circle.

@@ -67,7 +67,7 @@ def read_adapter(source: WeightSource) -> Adapter:
 
 
 def _peft_config(folder: Path) -> PeftConfig:
-    """``adapter_config.json``. Raises PersistWorldError where it is damaged or of another kind."""
+    """``adapter_config.json``. Raises PersistWorldError if it is damaged or of another kind."""
     path, what = folder / ADAPTER_CONFIG, "not an adapter's settings"
     with reading(what, path), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # of a newer peft

@@ -167,7 +167,7 @@ def advice(given: Shapes, wanted: str = "model") -> str:
         return "its LoRA layers are not merged: merge them where it was made (peft: merge_and_unload), and save again"
     if kind == "VAE" and wanted == "model":
         known = f" (preset {names})" if fits else ""
-        return f"this is a VAE alone{known}: give it with --vae (extract-latents, or pretrain --scratch)"
+        return f"this is only a VAE{known}: give it with --vae (extract-latents, or pretrain --scratch)"
     if fits and (wanted == kind or set(absent) <= {PASSTHROUGH}):
         return f"it fits preset {names}: --preset {next(iter(fits))}"
     if fits:

@@ -166,7 +166,7 @@ def _base_of(ckpt: str, adapter: str, settings: Settings | None) -> tuple[str, s
 
 
 def _settings_of(ckpt: str) -> Settings:
-    """Settings of the bundled preset that a checkpoint fits; it raises PersistWorldError where there is none."""
+    """Settings of the bundled preset that a checkpoint fits. Raises PersistWorldError if there is none."""
     shapes = WeightFiles(locate(ckpt)).shapes
     require_known(shapes, ckpt)
     name = nearest_preset(shapes)

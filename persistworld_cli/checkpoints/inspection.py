@@ -1,4 +1,4 @@
-"""Describe a checkpoint by names and shapes alone: kind, parts, types, and the presets it fits."""
+"""Describe a checkpoint by its names and shapes: kind, parts, types, and the presets it fits."""
 
 from __future__ import annotations
 

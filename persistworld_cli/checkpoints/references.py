@@ -71,7 +71,7 @@ def weights_ref(weights: str, ckpt: str, adapter: str = "", label: str = "") -> 
 def inference_ref(model: ModelSettings, label: str = "") -> ModelRef:
     """The model that inference runs: ``model.inference``, or ``model.ckpt``, with ``model.adapter`` on top.
 
-    Raises as `weights_ref`, and UsageError where no weights are named.
+    Raises as `weights_ref`, and UsageError if no weights are named.
     """
     adapter = adapter_name(model.adapter)
     if model.inference:

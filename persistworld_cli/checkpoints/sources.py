@@ -165,7 +165,7 @@ def _of_folder(listing: _Listing, parts: Iterable[str]) -> WeightSource:
 
 
 def _of_adapter(listing: _Listing, folder: str) -> WeightSource:
-    """A PEFT folder, and the action encoder beside it where there is one."""
+    """A PEFT folder, and the action encoder beside it if there is one."""
     names = [folder + ADAPTER_WEIGHTS + suffix for suffix in (".safetensors", ".bin")]
     found = [name for name in names if name in listing.names][:1]
     if not found:
@@ -220,7 +220,7 @@ def _pick(listing: _Listing, names: Iterable[str]) -> list[str]:
 
 
 def _families(listing: _Listing, names: set[str]) -> dict[str, list[str]]:
-    """Name without shard numbers -> files: the shards of one checkpoint, or a file alone."""
+    """Name without shard numbers -> files: the shards of one checkpoint, or a single file."""
     families: dict[str, list[str]] = {}
     for index in sorted(name for name in names if _INDEX.fullmatch(name)):
         families[index[: index.index(".index")]] = _shards_of(listing, index)

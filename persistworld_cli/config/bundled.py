@@ -29,7 +29,7 @@ def bundled_root() -> Path:
 
 
 def resolve_path(value: str | Path) -> Path:
-    """A path in settings -> a path on disk: ``bundled:NAME`` lies in `bundled_root`, ``~`` is expanded.
+    """A path in settings -> a path on disk: ``bundled:NAME`` is in `bundled_root`, ``~`` is expanded.
 
     Raises:
         UsageError: ``bundled:NAME`` leaves the bundled folder.

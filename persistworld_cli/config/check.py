@@ -28,7 +28,7 @@ def check(settings: Settings, where: Mapping[str, str] | None = None) -> None:
     places = where or {}
 
     def place(*keys: str) -> str:
-        """Where the keys were written; the key itself where it is a default."""
+        """Where the keys were written; the key itself if it is a default."""
         return "; ".join(dict.fromkeys(places.get(key, f"{key} (default)") for key in keys))
 
     def refuse(what: str, fix: str, *keys: str) -> NoReturn:

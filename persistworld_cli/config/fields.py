@@ -71,7 +71,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Known:
-    """Choices of a string: one of `names`, or ``module:Class`` for a class of the user's own (config/plugins.py)."""
+    """Choices of a string: one of `names`, or ``module:Class`` for a user-defined class (config/plugins.py)."""
 
     kind: str
     names: tuple[str, ...]
@@ -197,7 +197,7 @@ def coerce(value: Any, hint: Any, *, key: str, where: str) -> Any:
 
 
 def parse_text(text: str, hint: Any) -> Any:
-    """A value written on a command line or in the environment: TOML where it is TOML, else a plain string.
+    """A value written on a command line or in the environment: TOML if it parses as TOML, else a plain string.
 
     A string setting takes the text unchanged (``--set eval.split=val``); a list may be written without brackets and
     quotes (``--set eval.episodes=99,199``).
@@ -213,7 +213,7 @@ def parse_text(text: str, hint: Any) -> Any:
 
 
 def _toml(text: str) -> Any:
-    """The value of a TOML text, or None where it is not TOML (which has no null)."""
+    """The value of a TOML text, or None if it is not TOML (which has no null)."""
     try:
         data = tomli.loads(f"value = {text}")
     except (ValueError, RecursionError):  # TOMLDecodeError is a ValueError

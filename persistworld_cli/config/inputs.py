@@ -54,7 +54,7 @@ def _describe(key: str, value: str, settings: Mapping[str, Mapping[str, Any]]) -
 
 
 def describe_content(path: Path) -> dict[str, Any]:
-    """The content of a file or folder: ``{sha256}``, or ``{bytes, modified}`` where it is large."""
+    """The content of a file or folder: ``{sha256}``, or ``{bytes, modified}`` if it is large."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     stats = [file.stat() for file in files]
     size = sum(one.st_size for one in stats)

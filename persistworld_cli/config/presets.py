@@ -96,7 +96,7 @@ def resolve_settings(
         sets: ``table.key=value`` as given to ``--set``; the value is TOML, or a plain string.
         flags: dotted key -> value; None values are flags that were not given.
         env: environment; ``PERSISTWORLD_POST_TRAIN__BETA`` sets ``post_train.beta``.
-        flag_names: dotted key -> the flag's spelling, where it is not ``--<key>``.
+        flag_names: dotted key -> the flag's spelling, if it is not ``--<key>``.
         pinned: a layer between preset and environment (a benchmark's).
 
     Raises:

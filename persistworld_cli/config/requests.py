@@ -54,7 +54,7 @@ def option(default: Any, help: str, **how: Any) -> Any:
 
 
 def option_of(field: dataclasses.Field[Any], name: str) -> Option | None:
-    """The option of a field of that name, its flag spelled out; None where no command offers it."""
+    """The option of a field, with its flag; None if no command offers it."""
     own: Option | None = field.metadata.get("option")
     return own and dataclasses.replace(own, flag=own.flag or "--" + name.replace("_", "-"))
 

@@ -28,7 +28,7 @@ class Uses:
 
     Attributes:
         tables: whole tables of settings.
-        keys: single settings of other tables; they may not change, even where they are `free`.
+        keys: single settings of other tables; they may not change, even if they are `free`.
         unused: settings of those tables that the task does not read.
         logged: settings of other tables that affect only what is logged; they may change.
         request: fields of the request that change the result.

@@ -114,7 +114,7 @@ class ClipSettings:
     history_stride: Count = 4  # history spacing = stride x step frames
     zero_history_prob: Share = 0.15  # history spacing 0 (all history = current frame)
     rollout_history_prob: Share = 0.0  # ours: history laid out as a rollout shows it (SamplingSettings.history)
-    # processed dataset = weight; empty: world.dataset alone
+    # processed dataset = weight; empty: only world.dataset
     datasets: dict[str, NonNegative] = field(default_factory=dict)
     workers: Whole = free(2)  # prefetch processes per training process; 0: it reads the data itself
     ahead: Count = free(2)  # batches that each of them prefetches
@@ -248,7 +248,7 @@ class PostTrainSettings:
 class EvalSettings:
     """The closed-loop benchmark (method.md section 5)."""
 
-    benchmark: str = ""  # name or path of a benchmark file (presets/benchmarks); empty: none, these settings alone
+    benchmark: str = ""  # name or path of a benchmark file (presets/benchmarks); empty: none, only these settings
     published: str = ""  # figures that persistworld verify compares with (presets/published)
     split: str = "val"
     episodes: tuple[str, ...] = free(())  # empty: all of the split

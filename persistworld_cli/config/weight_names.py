@@ -13,7 +13,7 @@ _ADAPTER_FOLDERS = ("", "adapter/", "weights/adapter/")  # an adapter, a post-tr
 PARTS = ("unet", "vae", "image_encoder", "text_encoder", "action_encoder")  # of a world model's checkpoint
 PASSTHROUGH = "image_encoder"  # in checkpoints because Ctrl-World's strict loading needs it; otherwise unused
 USED_PARTS = tuple(part for part in PARTS if part != PASSTHROUGH)
-NO_ADAPTER = ("base", "none")  # as an adapter or baseline: the checkpoint alone
+NO_ADAPTER = ("base", "none")  # as an adapter or baseline: the checkpoint without an adapter
 
 
 def adapter_name(name: str) -> str:
@@ -22,7 +22,7 @@ def adapter_name(name: str) -> str:
 
 
 def adapter_on_disk(name: str) -> str:
-    """The adapter at a path, spelled as it was given; "" where there is none.
+    """The adapter at a path, spelled as it was given; "" if there is none.
 
     An adapter is a PEFT folder, a file of one, a run's folder or its ``weights``, or a saved state of post-training.
 

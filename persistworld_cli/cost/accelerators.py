@@ -19,7 +19,7 @@ class Accelerator:
         name: of ``--accelerator``.
         tflops: peak of dense bfloat16 matrix products with float32 sums, 1e12 FLOP/s (data sheets also print twice
             this number, for 2:4 sparse matrices).
-        memory_gib: memory that a program sees, GiB; None where it is unknown.
+        memory_gib: memory that a program sees, GiB; None if it is unknown.
     """
 
     name: str

@@ -76,7 +76,7 @@ class CostReport:
         return sum(row.bytes for row in self.memory if not row.passing) + max(passing, default=0)
 
     def fits(self, accelerator: Accelerator) -> bool | None:
-        """Whether the peak is below the accelerator's memory; None where that is not known."""
+        """Whether the peak is below the accelerator's memory; None if that is not known."""
         return None if accelerator.memory_gib is None else self.peak <= accelerator.memory_gib * GIB
 
     def as_json(self, accelerator: Accelerator) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def _limit(folder: Path) -> float | None:
 
 
 def _lines(path: Path) -> list[str]:
-    """A file's lines; none where it cannot be read (no Linux)."""
+    """A file's lines; none if it cannot be read (no Linux)."""
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -2,7 +2,8 @@
 
 torch's elastic agent, which accelerate starts, kills ranks 30 seconds after a signal, and reports a failed rank with a
 traceback of its own. Here the first signal is passed on, and the ranks take the time they need to end; a second one
-goes to the agent as usual. If a rank fails, the agent ends the others, and one line reports which rank failed and how.
+goes to the agent, as in torch. If a rank fails, the agent ends the others, and one line reports which rank failed and
+how.
 """
 
 from __future__ import annotations

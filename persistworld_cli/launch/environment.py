@@ -64,7 +64,7 @@ def physical_cores(allowed: Sequence[int]) -> int:
 
 
 def _siblings(cpu: int) -> str:
-    """Name of the core a CPU belongs to; "" where the system does not say."""
+    """Name of the core a CPU belongs to; "" if the system does not say."""
     try:
         return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
     except OSError:

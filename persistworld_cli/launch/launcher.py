@@ -181,8 +181,8 @@ def _wait(
 ) -> int:
     """Start the child, pass signals on to it, and wait for its exit code; it inherits the files of ``pass_fds``.
 
-    The child gets a session of its own, so that Ctrl-C reaches it once, from here, and not from the terminal too. Its
-    standard output goes to standard error: ours carries data alone.
+    The child gets its own session, so that Ctrl-C reaches it once, from here, and not from the terminal too. Its
+    standard output goes to standard error, because this process's standard output carries only data.
     """
     options: dict[str, Any] = {"stdout": 2, "stdin": stdin, "start_new_session": True, "pass_fds": pass_fds}
     with subprocess.Popen(command, env=dict(env), **options) as child, _forwarding(child):

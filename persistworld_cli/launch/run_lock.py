@@ -266,7 +266,7 @@ def _release(fd: int, path: Path, own: Holder, *, shared: bool, locked: bool) ->
 
 
 def _flock(fd: int, how: int) -> bool | None:
-    """Try to lock; None where the file system has no locks."""
+    """Try to lock; None if the file system has no locks."""
     try:
         fcntl.flock(fd, how | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -295,7 +295,7 @@ def _write(fd: int, holder: Holder) -> None:
 
 
 def _read(path: Path) -> Holder | None:
-    """The holder that a lock file names; None where there is no file."""
+    """The holder that a lock file names; None if there is no file."""
     try:
         fd = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

@@ -80,7 +80,7 @@ def decode(vae: AutoencoderKLTemporalDecoder, latents: torch.Tensor, chunk: int,
     """Scaled latents (M, C, h1, w) to images (M, 3, H, W), not clamped, in [-1, 1].
 
     Runs of `chunk` rows go through the decoder as one clip each, as in Ctrl-World, `together` of them at once (1 unless
-    M is a multiple of chunk). Rows are ordered camera by camera: where the chunk does not divide a camera's frames,
+    M is a multiple of chunk). Rows are ordered camera by camera: if the chunk does not divide a camera's frames,
     neighbouring cameras mix.
     """
     latents = (latents / vae.config.scaling_factor).to(vae.dtype)

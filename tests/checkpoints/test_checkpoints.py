@@ -68,7 +68,7 @@ def test_a_vae_alone_loads_under_either_name(base: Tensors, tmp_path: Path) -> N
         assert described["kind"] == "VAE" and "tiny" in described["fits"] and "unet" in described["lacks"]
         with pytest.raises(PersistWorldError, match="keys missing") as error:
             load_world_model(TINY.model, TINY.world, ckpt=str(tmp_path / file))
-        assert re.search(r"this is a VAE alone \(preset .*tiny\): give it with --vae", str(error.value.fix))
+        assert re.search(r"this is only a VAE \(preset .*tiny\): give it with --vae", str(error.value.fix))
     full = load_settings("ctrl-world", (), {}, env={})
     with pytest.raises(PersistWorldError, match="does not fit this preset's VAE") as error:
         load_vae(full.model, str(tmp_path / "vae.safetensors"))

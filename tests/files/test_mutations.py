@@ -62,7 +62,7 @@ def refused(case: Case, damaged: bytes) -> PersistWorldError:
     ("key", "value", "text"),
     [
         ("features", {"observation.images.wrist_left": 7}, "'observation.images.wrist_left' is not an object"),
-        ("features", 7, "a number where a table"),
+        ("features", 7, "a number, not a table"),
         ("chunks_size", 0, "chunks_size is 0"),
         ("chunks_size", "many", "chunks_size is 'many'"),
         ("fps", 0, "fps is 0"),
@@ -99,7 +99,7 @@ def test_any_json_file_may_be_cut_or_nested_deep(cases: list[Case]) -> None:
     ("name", "change", "text"),
     [
         ("adapter_config.json", {"rank_pattern": {"(": 3}}, "unterminated subpattern"),
-        ("adapter_config.json", {"rank_pattern": 3}, "a number where a table"),
+        ("adapter_config.json", {"rank_pattern": 3}, "a number, not a table"),
         ("adapter_config.json", {"r": -1}, "r is -1"),
         ("rollouts.json", {"rollouts": [7]}, "no policy, task or rollouts"),
         ("a rollout's JSON", {"progress": "far"}, "progress is 'far'"),

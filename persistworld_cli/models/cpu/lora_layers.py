@@ -65,7 +65,7 @@ class _FusedLora:
         return None if name is None else merged_weight(own, *self._factors(name))
 
     def _adapter(self: Any) -> str | None:
-        """The adapter's name, where one plain adapter is active."""
+        """The adapter's name if one plain adapter is active, else None."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if len(active) != 1 or self.merged or self.disable_adapters or active[0] in self.lora_variant:
             return None

@@ -65,7 +65,7 @@ def sizes(*numbers: int) -> list[ctypes.c_int64]:
 
 
 def require_channels(weight: torch.Tensor, channels: int) -> None:
-    """Raise ValueError where a weight (C', C, ...) has other channels than its input: a kernel would read beyond it."""
+    """Raise ValueError if a weight (C', C, ...) has other channels than its input: the kernel would read beyond it."""
     if weight.shape[1] != channels:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} for {channels} channels")
 
