@@ -68,7 +68,7 @@ def test_closed_loop_is_the_engine_stepped_by_hand_and_does_not_depend_on_the_ba
     s = settings(root)
     engine = RolloutEngine(model, s.sampling, store.stat())
     scorer = Scorer(replace(s.rewards, weights={"psnr": 1.0}), s.world, "cpu")
-    scorer = scorer.beside(load_referees(("sharpness_gap",), torch.device("cpu")))
+    scorer = scorer.with_referees(load_referees(("sharpness_gap",), torch.device("cpu")))
     items = [Item("9", 0, 0), Item("19", 2, 1), Item("29", 1, 0)]
     loop = ClosedLoop(engine, store, "val", steps=2, batch=3, scorer=scorer)
     done: list[int] = []

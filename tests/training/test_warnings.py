@@ -191,7 +191,7 @@ def test_trends_in_noise_are_not_told_and_a_resumed_watcher_goes_on() -> None:
         numbers = {"reward": 0.01 * step + rng.normal(0, 0.02), "sharpness": 1 - 0.01 * step + rng.normal(0, 0.01)}
         told = whole.see(step, numbers)
         if step == 10:
-            saved = json.loads(json.dumps(broken.state()))
+            saved = json.loads(json.dumps(broken.memory))
             broken = watcher()
             broken.load_state(saved)
         assert broken.see(step, numbers) == told
