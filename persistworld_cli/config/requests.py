@@ -206,7 +206,8 @@ class VerifyRequest(TaskRequest):
 
     task: ClassVar[str] = "verify"
     count: Annotated[int, Bounds(ge=2)] | None = option(
-        None, f"Largest number of the benchmark's episodes to use.  \\[{VERIFY_COUNT}, or those of --episodes]"
+        None,
+        f"Use at most this many of the benchmark's episodes on disk.  \\[{VERIFY_COUNT}, or those of --episodes]",
     )
     alone: bool = option(False, "Do not roll out the base, even if the published figures include a gain over it.")
     write_published: Path | None = option(
