@@ -167,7 +167,7 @@ class _Extraction:
             self.report.wall_s = time.perf_counter() - self.clock
             self.report.waited_s = max(0.0, self.report.wall_s - self.batcher.encode_s)
             self.report.frames = self.batcher.frames
-            for index in self.open:  # left by a stop; no process writes there any more
+            for index in self.open:  # unfinished episodes; no process writes there any more
                 self.output.unstage(index)
 
     def _share(self, episodes: set[int] | None, rank: int, world_size: int) -> dict[int, PersistWorldError]:
@@ -277,8 +277,8 @@ class _Extraction:
             raise KeyboardInterrupt
 
     def _idle(self) -> None:
-        """Called while there is no event. If only episodes that another run has locked are left, a partial batch is
-        encoded: that run may wait for the episodes in it.
+        """Called while there is no event. If another run has locked all remaining episodes, encode the partial batch:
+        that run may wait for the episodes in it.
         """
         if all(episode.decoded for episode in self.open.values()):
             self._complete(self.batcher.flush())

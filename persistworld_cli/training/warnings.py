@@ -144,7 +144,7 @@ class IgnoredActions(Watcher):
 
 
 class FallingReferee(Watcher):
-    """Over a window, the reward rises and a referee outside it gets worse: it rises for the wrong reason.
+    """Over a window, the reward rises while a referee outside it gets worse: a sign of reward hacking.
 
     A trend is the slope of a line through the window, and counts if it is unlikely by chance (Student's t, `RISING`
     and `FALLING`). It warns once, and again only after a window without the two trends.

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class ClipLoader:
-    """Batches of ``size`` clips, read by worker processes. Use it as a context manager; its end ends them.
+    """Batches of ``size`` clips, read by worker processes. Use it as a context manager: its exit ends them.
 
     Create it before the model: the workers start at once, as copies of this process, and should not copy a model too.
 

@@ -55,7 +55,7 @@ class BatchMemory:
         size = math.prod(shape)
         self._free = [block for block in self._free if len(block) == size]
         block = self._free.pop() if self._free else np.empty(size, np.float32)
-        lent = block[:]  # the tensor's storage holds this view; the block is free again when it ends
+        lent = block[:]  # the tensor's storage holds this view; when it is freed, so is the block
         weakref.finalize(lent, self._free_again, block).atexit = False
         return torch.from_numpy(lent).view(*shape)
 

@@ -70,7 +70,7 @@ class EpisodeStore:
 
     @stage("reading data")
     def annotation(self, split: str, episode: str) -> Annotation:
-        """Read an episode's annotation. Raises PersistWorldError: none, or as `annotations.read_annotation`."""
+        """Read an episode's annotation. Raises PersistWorldError: no such episode, or as `read_annotation`."""
         path = self.root / "annotation" / split / f"{episode}.json"
         if not path.is_file():
             raise PersistWorldError(
@@ -130,7 +130,7 @@ class EpisodeStore:
         return other
 
     def index(self, split: str) -> EpisodeIndex:
-        """The index of a split, from build-meta. Raises PersistWorldError: none, or the split has no episodes."""
+        """The index of a split, from build-meta. Raises PersistWorldError: no index, or no episodes."""
         path = self.meta / INDEX_FILE
         lists = sorted((self.root / "meta_info").glob("*/train_sample.json"))
         if not path.is_file() and lists:
@@ -143,7 +143,7 @@ class EpisodeStore:
 
 
 def open_store(settings: Settings) -> EpisodeStore:
-    """The dataset that the settings name, with the percentiles that they name; for weights, see `weights_stores`.
+    """The dataset of the settings, with their percentiles; for percentiles of weights, see `weights_stores`.
 
     Raises:
         UsageError: the settings name no dataset.

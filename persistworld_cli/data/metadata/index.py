@@ -100,7 +100,7 @@ class EpisodeIndex:
     """The episodes of one split, as clip drawing needs them. Episode e owns rows offsets[e]:offsets[e+1] of states.
 
     ``states`` is memory-mapped. ``starts``: only with imported lists of Ctrl-World; the start frames to draw from,
-    ascending, ``starts[start_offsets[e]:start_offsets[e+1]]``. None: every frame that enough frames follow.
+    ascending, ``starts[start_offsets[e]:start_offsets[e+1]]``. None: every frame with enough frames after it.
     """
 
     ids: tuple[str, ...]

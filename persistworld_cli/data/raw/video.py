@@ -75,7 +75,7 @@ def iter_frames(path: Path, indices: Sequence[int], *, threads: int = 0, whole: 
                 if target is None or seen < target:
                     continue
                 if seen > target:  # the key frame after the target: timestamps of this file cannot be trusted
-                    raise _unreadable(path, ValueError(f"no timestamp is that of frame {target}"))
+                    raise _unreadable(path, ValueError(f"no timestamp for frame {target}"))
                 yield np.asarray(frame.to_ndarray(format="rgb24", interpolation=_EXACT), dtype=np.uint8)
                 target = next(wanted, None)
                 if target is None and not whole:
