@@ -1,12 +1,12 @@
-"""All benchmarks of speed in one go, and the ledger that keeps their numbers.
+"""Run all speed benchmarks and add their numbers to the ledger.
 
 `python -m benchmarks [--only NAME,...] [--minutes 15] [--dataset DIR] [--list]` measures on the CPU, with quick sizes
 `python -m benchmarks --gpu` measures the full-size model with random weights on a GPU; without one: "not measured"
 
 Rows are added to benchmarks/ledger.json, and benchmarks/ledger.md shows them. Each benchmark runs in a process of its
-own, as `python -m benchmarks.NAME` would; one that would go beyond the minutes is stopped, and its rows say so. Measure
-on a machine that does nothing else: the load at the beginning is kept, and told of where it is high. Of the world that
-some need, an extraction is made in outputs/benchmarks where `--dataset` names none.
+own, as `python -m benchmarks.NAME` would; one that exceeds the time limit is stopped, and its rows say so. Measure
+on an otherwise idle machine: the load at the start is recorded, and reported if it is high. Some need the extracted
+world: without `--dataset` it is extracted into outputs/benchmarks.
 """
 
 from __future__ import annotations

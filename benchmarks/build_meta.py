@@ -1,15 +1,14 @@
-"""Metadata at the size of DROID: time, memory, size and opening of `persistworld build-meta`, on a generated tree.
+"""Metadata at the size of DROID: time, memory and output size of `persistworld build-meta`, and the time to open it.
 
 `python -m benchmarks.build_meta [--episodes 95600] [--folder DIR] [--distinct 0] [--json] [--keep]`
 
-The annotations have DROID's lengths (5 Hz frames, lognormal, mean about 107) and everything that real ones hold: the
-lists at 15 Hz with all their digits, 2.8 kB a frame. Latents are sparse .npy files of the full size, videos empty files
-(build-meta looks whether they are there). That is 29 GB of JSON; `--distinct N` writes N annotations and hard-links
-the others to them, which leaves the work the same but lets the reading come from memory. Files are dropped from the
-page cache before the first build. Every row is a `persistworld` process of its own; `cpu` are the processor seconds of
-it and its children (which other work on the machine hardly changes), memory is the largest sum of their resident sizes,
-sampled every 50 ms (shared pages counted once a process).
-"""
+The annotations have DROID's lengths (5 Hz frames, lognormal, mean about 107) and all contents of real ones: the lists
+at 15 Hz with all their digits, 2.8 kB per frame. Latents are sparse .npy files of the full size, videos empty files
+(build-meta checks that they exist). That is 29 GB of JSON; `--distinct N` writes N annotations and hard-links the
+others to them, so the work is the same, but the files are read from memory. Files are dropped from the page cache
+before the first build. Every row is a `persistworld` process of its own; `cpu` is the CPU time of it and its children
+(other work on the machine hardly changes it), memory is the largest sum of their resident sizes, sampled every 50 ms
+(shared pages count once per process)."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 
 Measured: the largest resident size of the tiny preset's worker on the CPU after one update of one group (prefix 0, all
 candidates kept up to 8), each in a process of its own, with glibc's own allocation. Estimated: what `post-train
---dry-run` says of a process of the full-size preset, 8 processes and groups.
+--dry-run` reports for one process of the full-size preset, with 8 processes and groups.
 """
 
 from __future__ import annotations

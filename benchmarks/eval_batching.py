@@ -1,11 +1,11 @@
-"""Rolling out several episodes at once against one after the other, and against the plain way (`benchmarks.plain`).
+"""Speed of rolling out several episodes at once, one by one, and in the plain way (`benchmarks.plain`).
 
 `python -m benchmarks.eval_batching [--dataset DIR] [--episodes 8] [--steps 3] [--batch 8] [--repeats 3] [--json]`
 
 The bundled benchmark's rollouts (sampling, decoding, all metrics; no loading, no report) of the tiny preset's base, in
-one process with the environment that workers get. The three ways are run in turn, `repeats` times; a ratio is of each
-round, its spread their smallest and largest. The gate, batched at most 0.60 of one rollout at a time, is held against
-`alone`: the same program with `eval.batch = 1`. `plain` says what all of it together gives, batching and the rest.
+one process with the environment that workers get. The three ways are run in turn, `repeats` times; ratios are
+computed per round, their spread is the smallest and the largest. The gate: batched takes at most 0.60 of `alone`, the
+same program with `eval.batch = 1`. The ratio to `plain` is the effect of batching and all other optimisations.
 `apart` is the largest difference of any score.
 """
 

@@ -1,17 +1,16 @@
-"""How long the encoder waits for images, what decoding in other processes gains, and what float16 latents cost.
+"""Waiting time of the encoder, gain of decoding in other processes, and loss through float16 latents.
 
 `python -m benchmarks.extraction [--episodes 0:12] [--runs 3] [--workers 0,1,2] [--preset tiny] [--json]`
 
 1. speed: the preset's raw dataset through `extract-latents`, decoding in this many processes (0: in the encoder's own),
-   in turn, each run a process of its own. `waited` is the share of the wall time, from when the encoder is loaded until
-   the last episode is on the disk, in which it stands still; `wall_ratio` is against the first number of the same
-   round; `cpu_s` are the processor seconds of encoder and decoders (what else runs on the machine hardly changes them).
-   Means and standard deviations over the rounds. Memory: the most that the encoder's process ever held (VmHWM; torch
-   and the weights are in it), and the largest decoding process, looked at after every episode.
+   in turn, each run in its own process. `waited` is the share of the wall time, from when the encoder is loaded until
+   the last episode is on the disk, in which it is idle; `wall_ratio` is relative to the first number of the same
+   round; `cpu_s` is the CPU time of encoder and decoders (other work on the machine hardly changes it).
+   Means and standard deviations over the rounds. Memory: the peak of the encoder's process (VmHWM, with torch and
+   the weights), and the largest decoding process, checked after every episode.
 2. float16: images of held-out episodes encoded and decoded with the latents as computed (float32) and as they are
-   stored by default (float16), both against the image, in dB of PSNR; mean and standard deviation over images. The
-   same for an encoder that computes in bf16 or fp16.
-"""
+   stored by default (float16), both compared with the image, in dB of PSNR; mean and standard deviation over images.
+   The same for an encoder that computes in bf16 or fp16."""
 
 from __future__ import annotations
 

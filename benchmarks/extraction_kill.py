@@ -1,12 +1,12 @@
-"""`extract-latents` killed at random moments: is the dataset in the end what an unbroken run writes?
+"""`extract-latents` killed at random moments: does it still write the dataset of an unbroken run?
 
 `python -m benchmarks.extraction_kill [--kills 20] [--episodes 0:12] [--seed 0] [--json]`
 
 An unbroken run first, on the bundled world with the tiny preset. Then the same command into another folder, ended by
 SIGKILL at a random moment after it began to stage episodes, and started again, until the kills are used up; every other
-time the whole process group is killed, else the encoder's process alone. A run that finishes before its moment comes is
-compared and begun anew. Every file must be the same, byte for byte, but for extract_report.json, which tells of the
-last run alone; after every kill, an annotation may stand only where all files of its episode do.
+time the whole process group is killed, else only the encoder's process. A run that finishes before its kill is
+compared and started again. Every file must be the same, byte for byte, except extract_report.json, which describes only
+the last run; after every kill, an annotation may exist only if all files of its episode do.
 """
 
 from __future__ import annotations

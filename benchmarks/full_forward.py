@@ -2,15 +2,15 @@
 
 `python -m benchmarks.full_forward [--preset ctrl-world] [--dtype bfloat16] [--repeats 3] [--plain] [--json]`
 
-UNet and action encoder get random weights in the type asked for, straight from the meta device; nothing else of the
-model is given memory. A clip of the preset's size (ctrl-world: 1 x 11 frames, 72 x 40) goes through `denoise`, once to
+UNet and action encoder get random weights in the requested type, straight from the meta device; no other part of the
+model uses memory. A clip of the preset's size (ctrl-world: 1 x 11 frames, 72 x 40) goes through `denoise`, once to
 warm up and then `--repeats` times. FLOPs are those of `persistworld ... --dry-run` (counted on the meta device). The
-measuring runs in a process of its own with the environment that workers get; `peak_bytes` is its VmHWM (Linux), with
-the interpreter and its libraries in it (`libraries_bytes`: before the model is built). `cpu_s` is the time that the
-process's threads ran: where it is well below threads x seconds, the machine was shared and the times say little.
+measurement runs in its own process with the environment that workers get; `peak_bytes` is its VmHWM (Linux), with
+the interpreter and its libraries in it (`libraries_bytes`: before the model is built). `cpu_s` is the CPU time of
+the process: if it is well below threads x seconds, the machine was shared and the times are unreliable.
 
 With `--plain`, each pass is followed by one through diffusers' own blocks (`benchmarks.plain`); `apart` is the largest
-difference of the two predictions over the largest number of the second.
+difference of the two predictions divided by the largest value of the second.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benchmarks at full size share: random weights of a preset's size, and a process's peak of memory."""
+"""Shared by the full-size benchmarks: random weights of a preset's size, and a process's peak memory."""
 
 from __future__ import annotations
 

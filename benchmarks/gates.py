@@ -6,8 +6,8 @@
 2. clip: PSNR of the fourth new frame of one clip from real history, against copying the current frame
    (gate: +2.5 dB), at each number of sampling steps; mean and standard error over clips.
 3. loop: PSNR by interaction in closed loop from one frame, against copying the first, at the best number of steps;
-   and with the recorded frames put into the memory instead of the model's own: what is between the two is exposure
-   bias, the most that post-training on own rollouts could win back.
+   and with recorded frames in the memory instead of the model's own. The difference is exposure bias, the largest
+   possible gain of post-training on own rollouts.
 """
 
 from __future__ import annotations

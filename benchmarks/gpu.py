@@ -2,11 +2,10 @@
 
 `python -m benchmarks.gpu [--preset persistworld] [--repeats 5] [--device cuda] [--json]`
 
-The model gets random weights of the preset's size, in the type that its sampling asks for. A way is a sampler, its
-steps, guidance and how many rollouts are advanced together; each draws clips from random conditions and decodes them,
-as a rollout's interaction step does, once to warm up and then `--repeats` times, all ways in turn. FLOPs are those of a
-dry run, peaks those of its data sheets. `--device cpu --preset tiny` tries the script itself where there is no GPU.
-"""
+The model gets random weights of the preset's size, in the type of its sampling. A way is a sampler, its steps, guidance
+and the number of rollouts advanced together; each samples clips from random conditions and decodes them, as an
+interaction step does, once to warm up and then `--repeats` times, all ways in turn. FLOPs are those of a dry run, peaks
+those of the data sheets. `--device cpu --preset tiny` tests the script without a GPU."""
 
 from __future__ import annotations
 

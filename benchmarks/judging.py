@@ -1,4 +1,4 @@
-"""How far the judge of the bundled world can be trusted: recorded images as if they were a rollout, truth known.
+"""Accuracy of the bundled world's judge on recorded images, whose ground truth is known.
 
 `python -m benchmarks.judging [--dataset DIR] [--raw DIR] [--episodes 80] [--json]`
 
@@ -6,7 +6,7 @@ No simulator and no model: frames are decoded from the extracted world, the trut
 `sim.object_pose`. Reported are (1) the distance of located objects from their true positions, (2) each episode's own
 instruction against `is_episode_successful` (decided when the instructed motion ends; later motions may undo or do it)
 and against the same rule on the true positions, and (3) every instruction that the scene's objects allow, after 4, 8
-and 14 s, against that rule: most of those did not come true, so failures are tested as well.
+and 14 s, against that rule: most of those did not succeed, so failures are tested as well.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
-"""`post-train` (or `pretrain`, `eval`) killed at random moments and resumed: is it the run that nobody killed?
+"""`post-train` (or `pretrain`, `eval`) killed at random moments and resumed: is the result that of an unbroken run?
 
 `python -m benchmarks.kill_training [--task post-train] [--kills 10] [--updates 6] [--processes 1] [--dataset DIR]`
 
-The bundled world and the tiny preset with small updates, closed-loop checks in between, on the CPU. An unbroken run
-first. Then the same command into another folder, ended by SIGKILL at a random moment of its life (while it imports,
-loads, draws, learns, saves) and started again, until the kills are used up; every other time the whole process group is
-killed, else the worker alone. A run that finishes before its moment comes is compared and begun anew. metrics.jsonl
-(less the times) and the weights, or an evaluation's rollouts (less the times), must be the same, byte for byte. With
-`--processes 2`, every start after a kill takes two processes and one in turn; then numbers are compared to 1e-4. With
+The bundled world and the tiny preset with small updates, closed-loop checks in between, on the CPU. It starts with an
+unbroken run. Then the same command into another folder, ended by SIGKILL at a random moment of its life (while it
+imports, loads, draws, learns, saves) and started again, until the kills are used up; every other time the whole process
+group is killed, else only the worker. A run that finishes before its kill is compared and started again. metrics.jsonl
+(without times) and the weights, or an evaluation's rollouts (without times), must be the same, byte for byte. With
+`--processes 2`, starts after a kill alternate between two processes and one; numbers are then compared to 1e-4. With
 `--stop`, a rank is stopped (SIGSTOP) for ten seconds before it is killed. Without --dataset, four episodes are
-extracted first.
-"""
+extracted first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that are killed on purpose: started quietly in a process group of their own, ended by SIGKILL, reported."""
+"""Commands that are killed on purpose: started quietly in their own process group, ended by SIGKILL, reported."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The ledger of measurements: rows in a JSON file, and the same as a table for people beside it.
+"""The ledger of measurements: rows in a JSON file, and the same rows as a Markdown table beside it.
 
-A row says what was measured, with what spread over how many repeats, by which command, of which commit, on what
-machine, and how busy that was when it began (its load: measured beside other work, a number says little). Machines
-are told by their processors and their number alone.
+A row holds the measurement, its spread over the repeats, the command, the commit, the machine, and the load at the
+start (numbers measured beside other work are unreliable). Machines are identified only by their processors and their
+number.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Reading clips for training: against the straightforward way, with worker processes, and from more than memory holds.
+"""Reading clips for training: compared with the simple way, with worker processes, and from more data than memory.
 
 `python -m benchmarks.loader [--dataset DIR] [--repeats 5] [--workers 4] [--cold-gb 2] [--folder DIR] [--json]`
 
-One process, warm cache, ways taken in turns within each repeat. The straightforward way parses the episode's JSON,
-loads the three whole latent files, takes the frames and normalises. Gates: 20 times its samples per second in one
-process; with workers, as many samples as 2 GB/s of latents off a disk would allow. CPU time a sample (of all processes)
-is given too, as wall time on a shared machine says little.
+One process, warm cache, ways in turn within each repeat. The simple way parses the episode's JSON, loads the three
+whole latent files, takes the frames and normalises. Gates: 20 times its samples per second in one process; with
+workers, the samples of 2 GB/s of latents from a disk. CPU time per sample (of all processes) is given too, since wall
+time on a shared machine is unreliable.
 
 Then a dataset of `--cold-gb` is generated in a temporary folder and read from the disk (its pages dropped from the
-cache before each repeat), by this loader and by memory maps, in a child that may have 256 MiB of data beside its
-libraries: samples and bytes read from the disk a sample, and by how much the child's memory grew.
+cache before each repeat), by this loader and by memory maps, in a child process that is limited to 256 MiB of data
+besides its libraries. Reported are samples, bytes read from the disk per sample, and the growth of the child's memory.
 """
 
 from __future__ import annotations

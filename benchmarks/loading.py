@@ -3,10 +3,10 @@
 `python -m benchmarks.loading [--preset ctrl-world] [--stored float16] [--asked float16,float32] [--folder DIR]`
 
 Random weights of the preset's size are written to a temporary folder, as .pt and as .safetensors, and each file is
-loaded in a process of its own in each type asked for. `peak_bytes` is that process's VmHWM (Linux), with the
+loaded in its own process in each requested type. `peak_bytes` is that process's VmHWM (Linux), with the
 interpreter and its libraries in it (`libraries_bytes`: after the imports, before loading); `ratio` is the peak over the
-size of what is loaded, in the type asked for (gate: 1.15); `of_all` over the size of all that the file holds, with the
-image encoder that stays on disk.
+size of what is loaded, in the type asked for (gate: 1.15); `of_all` over the size of all that the file holds, including
+the image encoder, which stays on disk.
 """
 
 from __future__ import annotations

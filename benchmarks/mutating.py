@@ -1,4 +1,4 @@
-"""Ways to damage a file, and what came of reading it: the parts of `benchmarks.mutations` and of the project's test.
+"""Ways to damage a file, and the outcomes of reading it: the parts of `benchmarks.mutations` and of the project's test.
 
 A mutation is a pure function of its number and a seed, so that a failure can be repeated by naming both.
 """

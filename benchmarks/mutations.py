@@ -1,10 +1,10 @@
-"""Damages every kind of file that the project reads, and counts what comes of it, by format.
+"""Damage every kind of file that the project reads, and count the outcomes by format.
 
 `python -m benchmarks.mutations [--seeds 20] [--rounds 60] [--only TEXT] [--output FILE.json]`
 
 Each mutation must end in an equal result, in one PersistWorldError that says what, where and what to do, or in a
-changed value that the format cannot check (`UNCHECKED` says why, by format). A traceback, a hang, or a file that is
-lost is BAD; a BAD one is printed with what repeats it, and the exit code is 1.
+changed value that the format cannot detect (`UNCHECKED` has the reason by format). A traceback, a hang, or a lost file
+is BAD; it is printed with the arguments that repeat it, and the exit code is 1.
 tests/files/test_mutations.py runs the same with one seed.
 """
 

@@ -1,8 +1,8 @@
-"""The plain way, against which speed is measured: what a script around diffusers, lpips and scikit-image does.
+"""The plain way, the baseline of speed measurements: a script around diffusers, lpips and scikit-image.
 
 diffusers' own blocks (its attention, its 3-D convolutions, its memory layout) and peft's own LoRA layers, one rollout
-at a time, each clip decoded by itself in runs of the decode chunk, every image scored by itself. Written for the
-benchmarks; nothing else uses it.
+at a time, each clip decoded by itself in runs of the decode chunk, every image scored by itself. Only the
+benchmarks use it.
 """
 
 from __future__ import annotations

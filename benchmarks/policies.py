@@ -3,7 +3,7 @@
 `persistworld pi-rollout --policy benchmarks.policies:Recorded --against sim` in the repository's root.
 
 A policy recognises the episode by its instruction and the arm's joints, and answers with the recorded velocities and
-gripper positions from there on, corrected towards the recorded arm.
+gripper positions from there on, corrected towards the recorded pose of the arm.
 """
 
 from __future__ import annotations

@@ -2,15 +2,15 @@
 
 `python -m benchmarks.post_training [--dataset DIR] [--updates 3] [--groups 2] [--json]`
 
-The tiny preset's post-training with the paper's credit (one number a candidate), in one process with the environment
+The tiny preset's post-training with the paper's credit (one number per candidate), in one process with the environment
 that workers get. The plain way (`benchmarks.plain`): diffusers' own blocks; each group's prefix, then each candidate,
-drawn by itself; each clip decoded by itself; each image scored by scikit-image and the lpips package; the three
-predictions and the gradient of each kept candidate by themselves. Both ways make the same updates' gradients, in turn;
-nothing is stepped. A ratio is of an update, its spread the smallest and largest. The gate: at least 3 times the updates
-an hour, and scoring and decoding together below 15% of an update.
+sampled by itself; each clip decoded by itself; each image scored by scikit-image and the lpips package; the three
+predictions and the gradient of each kept candidate by themselves. Both ways compute the gradients of the same updates,
+in turn; no weights change. Ratios are per update, their spread is the smallest and largest. The gate: at least 3 times
+the updates per hour, and scoring and decoding together below 15% of an update.
 
-Before that, one group in float32, so that rounding does not hide a mistake: `gradients apart` is the distance of the
-two ways' gradients over the gradient's length (gate 1e-4).
+Before that, one group runs in float32, so that rounding does not hide a mistake: `gradients apart` is the distance of
+the two gradients divided by the gradient's norm (gate 1e-4).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The proof: is a post-trained world model better in closed loop, and better than the same effort spent otherwise?
+"""The proof: is a post-trained world model better in closed loop, and better than with the same effort spent otherwise?
 
 `python -m benchmarks.proof --dataset outputs/demo/world [--output outputs/proof] [--updates 60]` trains
 `python -m benchmarks.proof ... --test` opens the test: rolls out, compares, writes `proof.json` and `proof.md`
@@ -7,10 +7,10 @@
 Pre-registered; none of it is changed after the test was opened:
 
 - Arms, each from the preset's base, on the same episodes (split "train"), with the same number of updates and of clips
-  an update (groups x kept candidates): `post-trained` (the preset's settings), `recorded` (the same rollouts,
+  per update (groups x kept candidates): `post-trained` (the preset's settings), `recorded` (the same rollouts,
   fine-tuned towards the recorded frames), `teacher-forced` (the base's training continued: real history, all weights,
   under the noise levels that `post-trained` learns under). Training seeds 0, 1, 2.
-- Test: the bundled benchmark's 20 held-out episodes x 10 noise seeds = 200 pairs an arm and training seed, 14
+- Test: the bundled benchmark's 20 held-out episodes x 10 noise seeds = 200 pairs per arm and training seed, 14
   interactions, sampled as the benchmark says; a pair shares episode and noise with the base's rollout.
 - Primary: the training reward over all cameras, `post-trained` less base: Wilcoxon's test over episodes, where an
   episode's difference is the mean over its noise and training seeds. Secondary: SSIM, PSNR, LPIPS by camera group with
@@ -20,9 +20,9 @@ Pre-registered; none of it is changed after the test was opened:
   look, not as a test.
 - Settings were chosen on other episodes (presets/tiny/README.md).
 
-Noise seeds of an episode differ little where a model is sampled in one call, so 200 pairs say hardly more than their 20
-episodes: everything is tested over episodes. Trained runs and finished rollouts are kept; an interrupted proof goes on.
-"""
+Noise seeds of an episode differ little if a model is sampled in one call, so 200 pairs hold hardly more information
+than their 20 episodes: all tests are over episodes. Trained runs and finished rollouts are kept; an interrupted proof
+continues."""
 
 from __future__ import annotations
 

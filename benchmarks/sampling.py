@@ -1,15 +1,14 @@
-"""An interaction under the plain way and ours, guided, with many denoising steps: exact speed.
+"""Speed of a guided interaction with many denoising steps, in the plain way and in ours.
 
 `python -m benchmarks.sampling [--steps 50] [--repeats 3] [--size tiny|mid] [--rollouts 8] [--compile] [--whole]`
 
 Random weights of the tiny preset's size, or of a mid-size network (about 100 million weights) on the same latents; one
 process with the environment that workers get. The plain way (`benchmarks.plain`): diffusers' own blocks, Euler steps,
 guidance as a doubled batch, one rollout at a time; the predicted clip decoded by itself, and the recorded one again
-beside it. Ours: the rollout engine, for one rollout and for several together; only what was predicted is decoded;
-with `--compile`, the network is compiled before (the seconds that this takes are not in the ratios). All
-in float32, in turn, `repeats` times; a ratio is of a round. Gates: 1.5 times as fast for one rollout, 2 times a rollout
-for several. `apart`: the largest difference of an image, of numbers in [0, 1] (gate 1e-4).
-"""
+beside it. Ours: the rollout engine, for one rollout and for several together; only predicted clips are decoded; with
+`--compile`, the network is compiled first (the ratios do not include this time). All in float32, in turn, `repeats`
+times; ratios are per round. Gates: 1.5 times as fast for one rollout, 2 times per rollout for several. `apart`: the
+largest difference of an image, of numbers in [0, 1] (gate 1e-4)."""
 
 from __future__ import annotations
 

@@ -3,9 +3,8 @@
 `python -m benchmarks.sim_agreement [--dataset DIR] [--rollouts 20] [--steps 10] [--output DIR] [--json]`
 
 Each policy (`benchmarks.policies` and the embedded ones) is rolled out by `persistworld pi-rollout --against sim` from
-the same held-out starts, then `persistworld leaderboard --real sim` compares. Finished runs are kept; one of an earlier
-version is refused.
-"""
+the same held-out starts, then `persistworld leaderboard --real sim` compares. Finished runs are kept; a run of an
+earlier version is refused."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Two post-trainings at once on one machine: how many times as long as one alone does an update take?
+"""Two post-trainings at once on one machine: how much longer is an update than in a single run?
 
 `python -m benchmarks.two_runs [--repeats 3] [--updates 3] [--dataset DIR] [--json]`
 
-The bundled world and the tiny preset, small updates, on the CPU, as anyone starts them: the commands themselves, which
-choose threads, binding and waiting. In turn one run alone, then two that start together; a number is the seconds of a
-run's updates after the first (metrics.jsonl), of two runs those of the slower. OMP_* and GOMP_* are unset for them: how
-they use the cores must be the program's own choice. Gate: the median of the ratios is at most 2.5 (2 would be fair, as
+The bundled world and the tiny preset, small updates, on the CPU, with the real commands, which choose threads,
+binding and waiting. In turn, one run alone, then two that start together. Measured are the seconds of a run's updates
+after the first (metrics.jsonl); of two runs, the slower counts. OMP_* and GOMP_* are unset, so that the program itself
+chooses how to use the cores. Gate: the median of the ratios is at most 2.5 (2 would be fair, as
 two runs share the cores). Without --dataset, four episodes are extracted first.
 """
 

@@ -1,10 +1,10 @@
-"""What happens in a design of the bundled world, and how hard its images are to predict, beside another design.
+"""Statistics of events in a design of the bundled world and of the difficulty of its images, compared with another.
 
 `python -m benchmarks.world_statistics --design steady --against varied [--episodes 24] [--seed 900] [--sheet DIR]`
 
 Episodes are simulated and drawn here (nothing is read from disk, no codec); no model is trained. Images are taken at
 5 Hz and brought to the model's 48x80 as extraction does. Every number is a mean over episodes with a 95% bootstrap
-interval over episodes; the ratio's interval draws both designs' episodes again, apart. `--sheet` also writes two
+interval over episodes; the ratio's interval resamples the episodes of each design separately. `--sheet` also writes two
 contact sheets of each design, at the recorded size and at the model's. Needs MuJoCo (`pip install -e '.[sim]'`).
 
 A clip is a current frame t and the four that follow; clips do not overlap. A spell is an unbroken contact, gaps of up
