@@ -316,7 +316,7 @@ class SelfcheckRequest(TaskRequest):
 
     Attributes:
         seconds: each rank writes ``waiting.RANK`` into ``output`` and waits for this time.
-        fail_rank: this rank leaves ``failing.RANK`` and fails.
+        fail_rank: this rank fails.
         fail_how: mistake (PersistWorldError), crash (another error) or kill (by a signal).
     """
 

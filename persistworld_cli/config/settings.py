@@ -42,7 +42,7 @@ Optimizer = Literal["muon", "adamw"]  # muon: matrices and kernels; AdamW for th
 class WorldSettings:
     """What is recorded: cameras in stacking order, image size, rate."""
 
-    dataset: str = ""  # processed dataset (output of extract-latents); "bundled" = the shipped world
+    dataset: str = ""  # processed dataset (output of extract-latents)
     raw: str = ""  # raw LeRobot dataset (input of extract-latents)
     cameras: tuple[str, ...] = ("exterior_1_left", "exterior_2_left", "wrist_left")
     exterior: tuple[int, ...] = (0, 1)  # indices into cameras

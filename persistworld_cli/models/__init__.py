@@ -1,4 +1,4 @@
-"""The world model: UNet, action tokens, VAE, text, diffusion, samplers, adapters, checkpoints."""
+"""The world model: UNet, action tokens, VAE, text encoder, diffusion, samplers."""
 
 from persistworld_cli.compat import ensure_torchvision
 

@@ -16,7 +16,7 @@ import torch
 
 from persistworld_cli.config.settings import SamplingSettings
 from persistworld_cli.data.clips.store import ActionStat, EpisodeStore
-from persistworld_cli.data.raw.video import resize
+from persistworld_cli.data.raw.resize import resize
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.diffusion import karras_sigmas
 from persistworld_cli.models.precision import small_products

@@ -19,7 +19,8 @@ from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.requests import PretrainVaeRequest
 from persistworld_cli.config.settings import Settings, VaeSettings, WorldSettings
 from persistworld_cli.data.raw.lerobot import RawDataset
-from persistworld_cli.data.raw.video import read_frames, resize
+from persistworld_cli.data.raw.resize import resize
+from persistworld_cli.data.raw.video import read_frames
 from persistworld_cli.files import hash_of, whole_file, write_json
 from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae, pixels_to_unit
 from persistworld_cli.read_files import reading

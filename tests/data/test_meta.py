@@ -265,7 +265,7 @@ def test_findings_name_their_episodes() -> None:
     turn[:, 1] = np.linspace(0, 0.1, 10)
     grip[:, 6] = np.linspace(0, 85, 10)
     names, states = ["stay", "leap", "turn", "grip"], [base, leap, turn, grip]
-    found = findings(names, np.full(4, 10), ["do it"] * 4, np.array([facts(s) for s in states]), 5.0)
+    found = findings(names, np.full(4, 10), ["do it"] * 4, np.array([facts(s) for s in states]), 5.0, 5)
     assert {row["finding"].partition(" (")[0]: row["first"] for row in found} == {
         "arm never moves 1 cm": ["stay", "grip"],
         "position jumps": ["leap"],

@@ -13,7 +13,7 @@ from data_raw import CAMERAS, HEIGHT, TASK, WIDTH, columns, encode, video_path, 
 from persistworld_cli.config.settings import WorldSettings
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.data.metadata.annotations import load_annotation
-from persistworld_cli.data.raw import video
+from persistworld_cli.data.raw.resize import resize
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.extraction.pipeline import ExtractCallbacks, extract_latents
 from persistworld_cli.extraction.preparing import resample_ids, split_of
@@ -221,7 +221,7 @@ def test_real_droid_gives_the_processed_subset_back(
         error = {}
         for shift in (-1, 0, 1):
             frames = theirs.frames(their_split, episode, [i + shift for i in ids])[:, 2]
-            error[shift] = np.abs(wrist - video.resize(frames, 48, 80)).mean()
+            error[shift] = np.abs(wrist - resize(frames, 48, 80)).mean()
         assert min(error, key=lambda shift: error[shift]) == 0, error
 
 

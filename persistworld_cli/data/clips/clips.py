@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from persistworld_cli.config.settings import ClipSettings, SamplingSettings
 from persistworld_cli.data.clips.store import EpisodeStore
+from persistworld_cli.data.metadata.health import count_starts
 from persistworld_cli.data.metadata.index import ActionStat
 from persistworld_cli.errors import PersistWorldError
 
@@ -76,7 +77,7 @@ class ClipSource:
         self.stat = stat or store.stat()
         self._states = np.asarray(self.index.states)  # still memory-mapped, without numpy.memmap's cost at each use
         # one sample for every start frame that leaves num_frames - 1 frames after it; short episodes give one
-        self.starts = np.maximum(1, self.index.lengths - (num_frames - 1))
+        self.starts = count_starts(self.index.lengths, num_frames)
         if self.index.start_offsets is not None:  # Ctrl-World's own lists name them
             self.starts = np.diff(self.index.start_offsets)
         self._start_offsets = np.concatenate([[0], np.cumsum(self.starts)])

@@ -88,7 +88,12 @@ def state_table(
 
 
 def findings(
-    names: Sequence[str], lengths: NDArray[np.int64], texts: Sequence[str], facts: NDArray[np.float64], rate_hz: float
+    names: Sequence[str],
+    lengths: NDArray[np.int64],
+    texts: Sequence[str],
+    facts: NDArray[np.float64],
+    rate_hz: float,
+    num_frames: int,
 ) -> list[dict[str, Any]]:
     """Oddities of usable episodes (E,), by their `scan.Facts` (E, 6); only those that occur."""
     column = dict(zip(Facts._fields, facts.T, strict=True))
@@ -124,7 +129,7 @@ def findings(
             wrapped,
             "usual with DROID (a gripper that points down); the action jumps between -1 and 1 there",
         ),
-        ("shorter than a clip", lengths < 5, "the last frame is repeated"),
+        ("shorter than a clip", lengths < num_frames, "the last frame is repeated"),
         ("without an instruction", np.array([not t.strip() for t in texts], bool), "the model gets an empty text"),
     )
     return [_finding(what, np.flatnonzero(mask), names, means) for what, mask, means in found if mask.any()]

@@ -110,7 +110,7 @@ def build_meta(
         franka = {motion.shape[2] for motion in motions} == {7}
         adapter = fit_adapter(motions, hand_position if franka else None)
         health = {
-            **_health(builder, rate_hz),
+            **_health(builder, rate_hz, num_frames),
             "states": state_table(rows, builder.lengths, training, stat),
             "latents": "checked" if (root / "latent_videos").is_dir() else "none",
             **({} if lists is None else {"imported": lists.summary(names)}),
@@ -192,14 +192,14 @@ def _counts(
     return episodes, frames, samples
 
 
-def _health(builder: IndexBuilder, rate_hz: float) -> dict[str, Any]:
+def _health(builder: IndexBuilder, rate_hz: float, num_frames: int) -> dict[str, Any]:
     """The part of health.json that describes the annotations."""
     usable = [row for row in builder.rows if row.length]
     names, texts, lengths = [row.item.name for row in usable], [row.text for row in usable], [r.length for r in usable]
     facts = np.array([row.facts for row in usable])
     return {
         "unusable": unusable([row.item.name for row in builder.rows], [row.problem for row in builder.rows]),
-        "findings": findings(names, np.array(lengths), texts, facts, rate_hz),
+        "findings": findings(names, np.array(lengths), texts, facts, rate_hz, num_frames),
         "length": {"min": min(lengths), "median": float(np.median(lengths)), "max": max(lengths)},
         "instructions": len({text for text in texts if text.strip()}),
         "success": dict(Counter(f"{row.item.split}: {_SUCCESS[row.success]}" for row in usable)),

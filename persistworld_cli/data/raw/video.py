@@ -16,7 +16,6 @@ from av.error import FFmpegError
 from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 
-from persistworld_cli.data.raw.resize import resize as resize
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import whole_file
 
