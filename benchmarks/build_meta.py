@@ -8,7 +8,8 @@ at 15 Hz with all their digits, 2.8 kB per frame. Latents are sparse .npy files 
 others to them, so the work is the same, but the files are read from memory. Files are dropped from the page cache
 before the first build. Every row is a `persistworld` process of its own; `cpu` is the CPU time of it and its children
 (other work on the machine hardly changes it), memory is the largest sum of their resident sizes, sampled every 50 ms
-(shared pages count once per process)."""
+(shared pages count once per process).
+"""
 
 from __future__ import annotations
 

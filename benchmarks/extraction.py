@@ -10,7 +10,8 @@
    the weights), and the largest decoding process, checked after every episode.
 2. float16: images of held-out episodes encoded and decoded with the latents as computed (float32) and as they are
    stored by default (float16), both compared with the image, in dB of PSNR; mean and standard deviation over images.
-   The same for an encoder that computes in bf16 or fp16."""
+   The same for an encoder that computes in bf16 or fp16.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@
 The model gets random weights of the preset's size, in the type of its sampling. A way is a sampler, its steps, guidance
 and the number of rollouts advanced together; each samples clips from random conditions and decodes them, as an
 interaction step does, once to warm up and then `--repeats` times, all ways in turn. FLOPs are those of a dry run, peaks
-those of the data sheets. `--device cpu --preset tiny` tests the script without a GPU."""
+those of the data sheets. `--device cpu --preset tiny` tests the script without a GPU.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ group is killed, else only the worker. A run that finishes before its kill is co
 (without times) and the weights, or an evaluation's rollouts (without times), must be the same, byte for byte. With
 `--processes 2`, starts after a kill alternate between two processes and one; numbers are then compared to 1e-4. With
 `--stop`, a rank is stopped (SIGSTOP) for ten seconds before it is killed. Without --dataset, four episodes are
-extracted first."""
+extracted first.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ Pre-registered; none of it is changed after the test was opened:
 
 Noise seeds of an episode differ little if a model is sampled in one call, so 200 pairs hold hardly more information
 than their 20 episodes: all tests are over episodes. Trained runs and finished rollouts are kept; an interrupted proof
-continues."""
+continues.
+"""
 
 from __future__ import annotations
 

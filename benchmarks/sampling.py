@@ -8,7 +8,8 @@ guidance as a doubled batch, one rollout at a time; the predicted clip decoded b
 beside it. Ours: the rollout engine, for one rollout and for several together; only predicted clips are decoded; with
 `--compile`, the network is compiled first (the ratios do not include this time). All in float32, in turn, `repeats`
 times; ratios are per round. Gates: 1.5 times as fast for one rollout, 2 times per rollout for several. `apart`: the
-largest difference of an image, of numbers in [0, 1] (gate 1e-4)."""
+largest difference of an image, of numbers in [0, 1] (gate 1e-4).
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@
 
 Each policy (`benchmarks.policies` and the embedded ones) is rolled out by `persistworld pi-rollout --against sim` from
 the same held-out starts, then `persistworld leaderboard --real sim` compares. Finished runs are kept; a run of an
-earlier version is refused."""
+earlier version is refused.
+"""
 
 from __future__ import annotations
 

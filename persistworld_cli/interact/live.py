@@ -21,7 +21,7 @@ from persistworld_cli.interact.terminal_images import draw, find_protocol, fit
 from persistworld_cli.rollout.interactive import Images
 
 _GAP = 2  # pixels between views
-_TEXT_LINES = 11  # of the screen, beside the image
+_TEXT_LINES = 11  # lines of the screen that the image leaves free
 _BETWEEN_FRAMES_S = 0.06
 _CLEAR_LINE = "\x1b[K"
 

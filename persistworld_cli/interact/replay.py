@@ -1,4 +1,4 @@
-"""Subcommand replay: replay recorded actions in the world model from one real frame, beside the recording."""
+"""Subcommand replay: replay recorded actions in the world model from one real frame, next to the recording."""
 
 from __future__ import annotations
 

@@ -27,9 +27,9 @@ def _preference(result: Mapping[str, Any]) -> Table:
         "Preference: which is closer to the recording",
         ["new against base", "cameras"],
         ["new", "base", "neither", "prefers new", "p", "kappa", "over episodes", "verdict"],
-        "rate: cannot tell counts half; 95% Wilson interval over responses, p: two-sided binomial of the decided "
-        "ones.\nResponses about one episode resemble each other: the verdict rests on episodes (interval and p at the "
-        "right).",
+        'rate: "cannot tell" counts half; 95% Wilson interval over responses; p: two-sided binomial of the decided '
+        "ones.\nResponses about one episode resemble each other, so the verdict rests on episodes (interval and p at "
+        "the right).",
     )
     last = None
     for row in result["preference"]:
