@@ -55,7 +55,7 @@ class Condition:
 
 
 class WorldModel(nn.Module):
-    """UNet, VAE, text and action encoder. Build with `build_world_model`, load with `checkpoints.loading.load_world_model`."""
+    """UNet, VAE, text and action encoder. `build_world_model` builds, `checkpoints.loading.load_world_model` loads."""
 
     def __init__(self, settings: ModelSettings, world: WorldSettings) -> None:
         super().__init__()
