@@ -43,7 +43,7 @@ def resolved(tmp_path: Path, text: str, *flags: str) -> tuple[int, str, dict[str
 
 def test_processes_and_machines_are_taken_and_flags_go_before_them(tmp_path: Path) -> None:
     code, said, launch = resolved(tmp_path, PLAIN, "--machine-rank", "0")
-    assert code == 0 and "asks for bf16; the task's own setting decides" in said
+    assert code == 0 and "requests bf16; the task's own setting decides" in said
     wanted = {"num_processes": 4, "num_machines": 2, "machine_rank": 0, "device": "cpu"}
     assert launch.items() >= (wanted | {"main_process_ip": "10.0.0.7", "main_process_port": 29500}).items()
 
@@ -52,7 +52,7 @@ def test_processes_and_machines_are_taken_and_flags_go_before_them(tmp_path: Pat
     ("old", "new", "words"),
     [
         ("MULTI_CPU", "FSDP", "every process holds the whole network"),
-        ("MULTI_CPU", "XLA", "take one of NO, MULTI_CPU, MULTI_GPU"),
+        ("MULTI_CPU", "XLA", "use one of NO, MULTI_CPU, MULTI_GPU"),
         ("use_cpu: true", "gpu_ids: 0,2", "CUDA_VISIBLE_DEVICES=0,2"),
         ("num_processes: 4", "num_processors: 4", "unknown keys (['num_processors'])"),
         (PLAIN, "- 1\n", "not an accelerate configuration"),

@@ -167,8 +167,8 @@ def test_nothing_else_writes_to_the_terminal() -> None:
 @pytest.mark.parametrize(
     ("actions", "text"),
     [
-        ([[0.0] * 8] * 14 + [[0.0] * 7], "no array"),
-        ([[0.0] * 8] * 14 + [[0.0] * 7 + [[1.0]]], "no array"),
+        ([[0.0] * 8] * 14 + [[0.0] * 7], "not an array"),
+        ([[0.0] * 8] * 14 + [[0.0] * 7 + [[1.0]]], "not an array"),
         ([[0.0] * 8] * 14 + [[0.0] * 7 + ["fast"]], "not numbers"),
         ([[0.0] * 8] * 14 + [[0.0] * 7 + [2**70]], "not numbers"),
         ([[0.0] * 8] * 14 + [[0.0] * 7 + [None]], "not numbers"),

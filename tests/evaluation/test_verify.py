@@ -126,7 +126,7 @@ def test_means_alone_decide_by_an_interval(world: Path, verify: Any, tmp_path: P
     for arguments, words in (
         (["--episodes", "60", "--published", str(means)], "two or more"),
         (["--published", str(tmp_path / "none.toml")], "cannot read the figures"),
-        (["--published", "bundled:presets/published/ctrl-world.toml"], "of a trained LPIPS"),
+        (["--published", "bundled:presets/published/ctrl-world.toml"], "the trained LPIPS"),
         (["--count", "2", "--episodes", "60"], "give one of them"),
         ([], "--write-published"),
     ):

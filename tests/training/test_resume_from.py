@@ -73,7 +73,7 @@ def test_what_cannot_be_gone_on_from_is_refused(world: Settings, whole: Path, tm
         post_train.run(world, PostTrainRequest(output=tmp_path, resume_from=whole / "state" / "step-00000007"))
     assert "step-00000003" in str(missing.value.fix)
     wider = replace(world, post_train=replace(world.post_train, lora_rank=8))
-    with pytest.raises(PersistWorldError, match=r"is \(4, \d+\) there and \(8, \d+\) here") as other:
+    with pytest.raises(PersistWorldError, match=r"is \(4, \d+\) there, \(8, \d+\) here") as other:
         post_train.run(wider, PostTrainRequest(output=tmp_path, resume_from=whole))
     assert "lora_rank" in str(other.value.fix)
     told = CliRunner().invoke(app, ["post-train", "--no-resume", "--resume-from", str(whole)])
