@@ -120,7 +120,10 @@ def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def counted(task: str, settings: Settings) -> Any:
         model = replace(settings.model, ckpt="", adapter="", tokenizer="")
         world = replace(settings.world, dataset="", raw="")
-        options = {"post-train": settings.post_train, "pretrain": settings.pretrain}.get(task)
+        options = {
+            "post-train": replace(settings.post_train, updates=1, beta=1.0),
+            "pretrain": replace(settings.pretrain, updates=1),
+        }.get(task)
         batch = settings.eval.batch if task in ("eval", "replay") else 1
         kind = task if task in ("post-train", "pretrain", "pretrain-vae", "extract-latents") else "interaction"
         key = repr((kind, model, world, settings.sampling, options, batch, settings.launch.num_processes))

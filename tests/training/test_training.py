@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_the_last_state_whole_and_says_so(
 
 
 def test_two_pretraining_processes_equal_one(world: Settings, tmp_path: Path) -> None:
-    options = replace(world.pretrain, updates=4, batch=4, save_every=2, check_every=4)
+    options = replace(world.pretrain, updates=2, batch=4, save_every=1, check_every=2)
     for name, processes in (("one", 1), ("two", 2)):
         launched = replace(world.launch, num_processes=processes, threads=1)
         code, _ = run_task(replace(world, pretrain=options, launch=launched), PretrainRequest(output=tmp_path / name))
