@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_groups import small_groups
 from typer.testing import CliRunner
 
 from persistworld_cli import command_line
@@ -22,7 +23,7 @@ from persistworld_cli.commands.app import app
 from persistworld_cli.config.presets import flatten
 from persistworld_cli.config.requests import EvalRequest, PostTrainRequest, PretrainRequest, ReplayRequest, TaskRequest
 from persistworld_cli.config.resume import USES, is_free, used_keys
-from persistworld_cli.config.settings import FREE, PostTrainSettings, Settings
+from persistworld_cli.config.settings import FREE, Settings
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation import run as evaluation
 from persistworld_cli.evaluation.plan import make_plan
@@ -39,12 +40,8 @@ COMMAND = ["persistworld", "post-train", "--set", "post_train.beta=0.1", "--outp
 @pytest.fixture(scope="module")
 def world(small_world: Settings) -> Settings:
     """A small recorded world; two short updates."""
-    options = PostTrainSettings(
+    options = small_groups(
         updates=2,
-        groups=1,
-        candidates=2,
-        keep_best=1,
-        keep_worst=1,
         prefix_max=0,
         lora_rank=4,
         save_every=1,

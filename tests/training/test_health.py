@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_groups import small_groups
 
 from persistworld_cli.config.requests import PostTrainRequest
-from persistworld_cli.config.settings import PostTrainSettings, Settings
+from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.raw.video import read_frames
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.training import post_train
@@ -39,12 +40,8 @@ def test_the_guard_wants_falls_in_a_row_and_below_the_base() -> None:
 @pytest.fixture(scope="module")
 def world(small_world: Settings) -> Settings:
     """A small recorded world and a check at every update."""
-    options = PostTrainSettings(
+    options = small_groups(
         updates=2,
-        groups=1,
-        candidates=2,
-        keep_best=1,
-        keep_worst=1,
         prefix_max=1,
         lora_rank=4,
         validate_every=1,

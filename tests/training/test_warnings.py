@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_groups import small_groups
 
 from persistworld_cli.config.requests import PostTrainRequest, PretrainRequest
-from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings
+from persistworld_cli.config.settings import PretrainSettings, Settings
 from persistworld_cli.training import action_margin, post_train, pretrain
 from persistworld_cli.training.run import Run
 from persistworld_cli.training.warnings import (
@@ -31,12 +32,8 @@ from persistworld_cli.training.warnings import (
 @pytest.fixture(scope="module")
 def world(small_world: Settings) -> Settings:
     """A small recorded world whose episodes do not all move alike, and settings for a few cheap updates."""
-    post = PostTrainSettings(
+    post = small_groups(
         updates=6,
-        groups=1,
-        candidates=2,
-        keep_best=1,
-        keep_worst=1,
         prefix_max=0,
         lora_rank=2,
         lora_alpha=2,
