@@ -106,7 +106,7 @@ def _state_config(root: Path) -> PeftConfig:
     path = step.parent.parent / "config.json"
     try:
         saved = as_object(parse_json(path.read_text(encoding="utf-8"))["settings"])
-        return lora_config(from_json(saved, where=str(path)).post_train)
+        return lora_config(from_json({"post_train": saved["post_train"]}, where=str(path)).post_train)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PersistWorldError(
             "a saved state without its run's config.json", where=str(path), fix="leave the state in its run's folder"

@@ -37,7 +37,7 @@ def command(
     request: DriveRequest,
     token: str | None = option(None, "With --web: secret that the page must present."),
 ) -> None:
-    """Drive the arm with keys: each key is one step of 0.8 s, and the world model predicts the camera images."""
+    """Drive the arm with keys: each key is one step, and the world model predicts the camera images."""
     if token:
         if not request.web:
             raise UsageError("--token needs --web", where="--token", fix="add --web, or leave it out")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import NoReturn
 
 from persistworld_cli.config.fields import check_fields
-from persistworld_cli.config.keys import ACTIONS, SESSION_KEYS
-from persistworld_cli.config.settings import DriveSettings, LaunchSettings, Settings
+from persistworld_cli.config.keys import KEY_ACTION, SESSION_KEYS, dimensions_of, parse_action
+from persistworld_cli.config.settings import LaunchSettings, Settings
 from persistworld_cli.config.sizes import vae_factor
-from persistworld_cli.errors import UsageError, nearest
+from persistworld_cli.errors import UsageError
 
 _Refuse = Callable[..., NoReturn]  # (what is wrong, what to do, *dotted keys)
 
@@ -39,7 +40,7 @@ def check(settings: Settings, where: Mapping[str, str] | None = None) -> None:
         check_fields(getattr(settings, table.name), f"{table.name}.", place)
     _check_cameras(settings, refuse)
     _check_sizes(settings, refuse)
-    _check_drive(settings.drive, refuse)
+    _check_robot(settings, refuse)
     _check_sampling(settings, refuse)
     _check_training(settings, refuse)
     _check_launch(settings.launch, refuse)
@@ -94,20 +95,47 @@ def _check_sizes(settings: Settings, refuse: _Refuse) -> None:
         refuse(what, "write policy.resize = [180, 320], or [] for images as they are sampled", "policy.resize")
 
 
-def _check_drive(drive: DriveSettings, refuse: _Refuse) -> None:
-    low, high = drive.workspace_low, drive.workspace_high
-    if any(a >= b for a, b in zip(low, high, strict=True)):
-        what = f"drive.workspace {low} .. {high} is empty"
-        refuse(what, "write three numbers in each, low below high", "drive.workspace_low", "drive.workspace_high")
+def _check_robot(settings: Settings, refuse: _Refuse) -> None:
+    robot, drive, width = settings.robot, settings.drive, settings.model.action_dim
+    dimensions = {one.name: one for one in dimensions_of(settings)}
+    if robot.dimensions and len(robot.dimensions) != width:
+        what = f"robot.dimensions has {len(robot.dimensions)} entries, but model.action_dim = {width}"
+        fix = 'name every number of a state, in order: dimensions = ["x m", "gripper"]'
+        refuse(what, fix, "robot.dimensions", "model.action_dim")
+    if len(dimensions) < len(robot.dimensions):
+        refuse("robot.dimensions names a number twice", "name each number once", "robot.dimensions")
+    for name in dimensions:
+        if not name or name[0] in "+-" or "=" in name:
+            what = f"robot.dimensions: '{name}' cannot be a name"
+            refuse(what, "a name has no '=', and no '+' or '-' in front; a unit may follow it", "robot.dimensions")
+    for name, (low, high) in robot.limits.items():
+        if low >= high:
+            refuse(f"robot.limits.{name} = {low:g} .. {high:g} is empty", "write the lower one first", "robot.limits")
     if not drive.keys:
         refuse("drive.keys is empty", 'write, for example, l = "-y"', "drive.keys")
-    for key, action in drive.keys.items():
-        if action not in ACTIONS:
-            refuse(f"drive.keys: '{action}' of key '{key}' is not an action", nearest(action, ACTIONS), "drive.keys")
+    for key, text in drive.keys.items():
         if len(key) != 1 or not key.isascii() or not key.isalpha():
             refuse(f"drive.keys: '{key}' is not one letter", "use a letter", "drive.keys")
         if key in SESSION_KEYS:
             refuse(f"drive.keys: '{key}' is reserved for {SESSION_KEYS[key]}", "use another letter", "drive.keys")
+        try:
+            action = parse_action(text)
+        except ValueError:
+            refuse(f"drive.keys: '{text}' of key '{key}' is not an action", KEY_ACTION, "drive.keys")
+        if dimensions and action.name not in dimensions:
+            what = f"drive.keys: '{text}' of key '{key}' is not an action: no number of the state is '{action.name}'"
+            refuse(what, f"they are: {', '.join(dimensions)}", "drive.keys", "robot.dimensions")
+        if action.sign and action.name not in drive.step:
+            what = f"drive.step has no '{action.name}', which key '{key}' changes"
+            refuse(what, f"write drive.step = {{ {action.name} = 0.1 }}", "drive.step", "drive.keys")
+        low, high = robot.limits.get(action.name, (-math.inf, math.inf))
+        if not action.sign and not low <= action.goal <= high:
+            what = f"drive.keys: '{text}' of key '{key}' is outside robot.limits.{action.name} = {low:g} .. {high:g}"
+            refuse(what, "change one of them", "drive.keys", "robot.limits")
+    for table, entries in (("robot.limits", robot.limits), ("drive.step", drive.step)):
+        if dimensions and (unknown := [name for name in entries if name not in dimensions]):
+            what = f"{table} names '{unknown[0]}', which is no number of the state ({', '.join(dimensions)})"
+            refuse(what, f"write the whole table: {table} = {{ {next(iter(dimensions))} = ... }}", table)
 
 
 def _check_sampling(settings: Settings, refuse: _Refuse) -> None:

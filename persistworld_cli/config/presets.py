@@ -19,10 +19,19 @@ from persistworld_cli.config.check import check
 from persistworld_cli.config.fields import coerce, field_types, parse_text
 from persistworld_cli.config.settings import Settings, setting_types
 from persistworld_cli.errors import UsageError, nearest
+from persistworld_cli.files import jsonable
 from persistworld_cli.read_files import read_toml
 
 DEFAULT_PRESET = "tiny"
 ENV_PREFIX = "PERSISTWORLD_"
+# settings of older versions -> what replaces them
+_RENAMED = {
+    "drive.step_m": "drive.step = { x = 0.08, y = 0.08, z = 0.08 }",
+    "drive.gripper_open": 'drive.keys.o = "gripper=0 open"',
+    "drive.gripper_closed": 'drive.keys.c = "gripper=0.7 close"',
+    "drive.workspace_low": "robot.limits = { x = [0.3, 0.8], y = [-0.5, 0.5], z = [0.01, 0.5] }",
+    "drive.workspace_high": "robot.limits = { x = [0.3, 0.8], y = [-0.5, 0.5], z = [0.01, 0.5] }",
+}
 _META_KEYS = ("extends", "description")  # what a preset may have beside its tables
 
 
@@ -143,7 +152,7 @@ def to_json(settings: Settings) -> dict[str, dict[str, Any]]:
     tables: dict[str, dict[str, Any]] = {}
     for key, value in flatten(settings).items():
         table, _, name = key.partition(".")
-        tables.setdefault(table, {})[name] = list(value) if isinstance(value, tuple) else value
+        tables.setdefault(table, {})[name] = jsonable(value)
     return tables
 
 
@@ -178,6 +187,8 @@ def _typed(key: str, value: Any, where: str) -> Any:
 def _unknown_key(key: str, where: str) -> UsageError:
     """The error for a key that no table has, naming the nearest one that exists."""
     known = list(setting_types())
+    if key in _RENAMED:
+        return UsageError(f"'{key}' has been replaced", where=where, fix=f"write {_RENAMED[key]}")
     table, _, name = key.partition(".")
     tables = sorted({k.partition(".")[0] for k in known})
     if table not in tables:

@@ -34,7 +34,13 @@ SAMPLER_NAMES = ("euler", "heun", "dpmpp-2m", "dpmpp-3m", "unipc")
 Sampler = Annotated[str, Known("sampler", SAMPLER_NAMES)]  # models/samplers.py
 Tracker = Literal["tensorboard", "wandb", "trackio", "none"]  # each the name of its package
 Precision = Literal["no", "bf16"]
-_KEYS = {"l": "-y", "r": "+y", "f": "+x", "b": "-x", "u": "+z", "d": "-z", "o": "open", "c": "close"}
+_LIMITS = {"x": (0.3, 0.8), "y": (-0.5, 0.5), "z": (0.01, 0.5)}
+_STEP = {"x": 0.08, "y": 0.08, "z": 0.08}
+_KEYS = {
+    **{"l": "-y left", "r": "+y right", "f": "+x forward", "b": "-x back", "u": "+z up", "d": "-z down"},
+    **{"o": "gripper=0 open", "c": "gripper=0.7 close"},
+}
+_IMAGES = {"observation/exterior_image_1_left": "exterior_2_left", "observation/wrist_image_left": "wrist_left"}
 Optimizer = Literal["muon", "adamw"]  # muon: matrices and kernels; AdamW for the rest
 
 
@@ -272,18 +278,25 @@ class EvalSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RobotSettings:
+    """What the numbers of a state mean (the model's actions are states), and the limits of commanded states."""
+
+    name: str = ""  # robot_type of written datasets; empty: Franka with its pose, else unknown
+    # "NAME UNIT" of every number, in order; empty: Franka's pose, if world.state_fields are DROID's
+    dimensions: tuple[str, ...] = ()
+    limits: dict[str, tuple[float, float]] = field(default_factory=_LIMITS.copy)  # name = [low, high]; others: none
+
+
+@dataclass(frozen=True, kw_only=True)
 class DriveSettings:
-    """Keyboard map and limits (method.md section 6)."""
+    """Start and keyboard map (method.md section 6)."""
 
     episode: str = ""
     start: Whole = 0
-    step_m: Positive = 0.08
-    gripper_open: Share = 0.0
-    gripper_closed: Share = 0.70
-    keys: dict[str, str] = field(default_factory=_KEYS.copy)  # letter = action (config.keys.ACTIONS)
+    step: dict[str, Positive] = field(default_factory=_STEP.copy)  # dimension = change by one key
+    # letter = "+NAME", "-NAME" (by its step) or "NAME=VALUE" (to that value), then a label
+    keys: dict[str, str] = field(default_factory=_KEYS.copy)
     display: Literal["auto", "kitty", "iterm", "sixel", "blocks", "blocks-256", "none"] = "auto"  # of drive --live
-    workspace_low: tuple[float, float, float] = (0.3, -0.5, 0.01)
-    workspace_high: tuple[float, float, float] = (0.8, 0.5, 0.5)
     seed: int = 0
 
 
@@ -338,6 +351,7 @@ class Settings:
     rewards: RewardSettings = field(default_factory=RewardSettings)
     post_train: PostTrainSettings = field(default_factory=PostTrainSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
+    robot: RobotSettings = field(default_factory=RobotSettings, metadata=FREE)
     drive: DriveSettings = field(default_factory=DriveSettings, metadata=FREE)
     policy: PolicySettings = field(default_factory=PolicySettings, metadata=FREE)
     launch: LaunchSettings = field(default_factory=LaunchSettings, metadata=FREE)

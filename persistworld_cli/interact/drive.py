@@ -17,7 +17,7 @@ from persistworld_cli.interact.web import drive_web
 from persistworld_cli.interact.web_server import open_server
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.robot.keyboard import parse_keys
-from persistworld_cli.rollout.interactive import InteractiveRollout, make_start
+from persistworld_cli.rollout.interactive import InteractiveRollout, make_start, require_dimensions
 from persistworld_cli.rollout.recording import Item, require_episodes
 
 
@@ -31,7 +31,8 @@ def run(settings: Settings, request: DriveRequest) -> dict[str, Any]:
 
     Raises:
         UsageError: unknown keys, before any compute.
-        PersistWorldError: no such episode or frame, unreadable weights or data, a port that is taken.
+        PersistWorldError: no such episode or frame, a pose of unknown numbers, unreadable weights or data, a port
+            that is taken.
     """
     keys = [] if request.keys is None else parse_keys(request.keys, settings.drive.keys)
     if request.web:
@@ -55,6 +56,7 @@ def open_session(settings: Settings) -> DriveSession:
     store, drive, split = open_store(settings), settings.drive, settings.eval.split
     episode = drive.episode or require_episodes(store, split)[0]
     start = make_start(store, Item(episode, drive.start, drive.seed), split)
+    require_dimensions(settings, start)
     # before the weights are read, so that missing percentiles are reported at once
     parts = inference_ref(settings.model).parts
     (store,) = weights_stores(settings, store, [parts], split=start.split, episodes=[start.item.episode])

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from persistworld_cli.config.keys import ACTIONS, SESSION_KEYS
+from persistworld_cli.config.keys import SESSION_KEYS
 from persistworld_cli.console import escaped
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.interact.session import DriveSession, Step
@@ -21,7 +21,6 @@ from persistworld_cli.interact.terminal_images import draw, find_protocol, fit
 from persistworld_cli.rollout.interactive import Images
 
 _GAP = 2  # pixels between views
-_TEXT_LINES = 11  # lines of the screen that the image leaves free
 _BETWEEN_FRAMES_S = 0.06
 _CLEAR_LINE = "\x1b[K"
 
@@ -92,13 +91,13 @@ class _Screen:
             self._size = self._terminal.size
             self._terminal.write("\x1b[2J")
         columns, lines = self._size
-        whole, h, w = arrange(images, max(2, lines - _TEXT_LINES), columns - 1)
+        below = [_line(line, columns) for line in _status(self._session, columns)]
+        whole, h, w = arrange(images, max(2, lines - len(below) - 5), columns - 1)
         item = self._session.start.item
         title = f"persistworld drive: episode {item.episode}, frame {item.start}, seed {item.seed}"
         above = [title, self._session.start.text or ""]
         texts = [f"\x1b[1m{_line(text, columns)}\x1b[0m{_CLEAR_LINE}" for text in above]
         image = draw(self._protocol, whole, h, w)
-        below = [_line(line, columns) for line in _status(self._session, columns)]
         place = 4 + h if image else 4
         out = ["\x1b[H", "\r\n".join(texts), "\x1b[3;1H", image, f"\x1b[{place};1H"]
         out += [f"{line}{_CLEAR_LINE}\r\n" for line in below]
@@ -137,25 +136,30 @@ def mosaic(images: Images, count: int) -> Images:
 
 def _status(session: DriveSession, columns: int) -> list[str]:
     """Steps, pose, time per step, and the keys."""
-    head, path, pose = session.head, session.path, session.pose
+    head, path, keymap = session.head, session.path, session.keymap
     keys = "".join(step.key for step in path) or "-"
     taken = [step.seconds for step in session.steps[1:]]
     seconds = f"{head.seconds:.2f} s (median {np.median(taken):.2f} s)" if head.depth else "-"
     branch = f"   branch {head.branch}" if head.branch else ""
     return [
         f"step {head.depth}{branch}   time of the step {seconds}   keys {keys[-max(8, columns - 60) :]}",
-        f"x {pose[0]:+.3f}  y {pose[1]:+.3f}  z {pose[2]:+.3f} m   "
-        f"rpy {pose[3]:+.2f} {pose[4]:+.2f} {pose[5]:+.2f} rad   gripper {pose[6]:.2f}",
+        *_wrapped(
+            [f"{one.name} {value:+.3f} {one.unit}" for one, value in zip(keymap.dimensions, session.pose, strict=True)],
+            columns,
+        ),
         "",
-        *_wrapped([f"{key} {ACTIONS[action]}" for key, action in session.settings.drive.keys.items()], columns),
+        *_wrapped([f"{key} {keymap.meaning(key)}" for key in session.settings.drive.keys], columns),
         "   ".join(f"{key} {what}" for key, what in SESSION_KEYS.items()),
     ]
 
 
-def _wrapped(words: Sequence[str], columns: int) -> list[str]:
-    """Texts in one line if they fit, else two."""
-    line = "   ".join(words)
-    if len(line) < columns:
-        return [line]
-    half = (len(words) + 1) // 2
-    return ["   ".join(words[:half]), "   ".join(words[half:])]
+def _wrapped(texts: Sequence[str], columns: int) -> list[str]:
+    """Texts side by side, in as many lines as they need."""
+    lines = [""]
+    for text in texts:
+        longer = f"{lines[-1]}   {text.strip()}".strip()
+        if len(longer) < columns or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(text.strip())
+    return lines

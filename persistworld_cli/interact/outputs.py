@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from persistworld_cli.data.raw.lerobot_writer import NewEpisode, write_lerobot
+from persistworld_cli.config.keys import robot_name
+from persistworld_cli.data.raw.lerobot_writer import NewEpisode, pose_columns, write_lerobot
 from persistworld_cli.files import CannotWrite, scratch_folder, whole_file, write_json
 from persistworld_cli.interact.session import DriveSession
 from persistworld_cli.reports.videos import write_imagined_sheet, write_imagined_video
-from persistworld_cli.rollout.interactive import Float
 
 
 def title(session: DriveSession) -> str:
@@ -66,18 +66,14 @@ def write_lerobot_zip(session: DriveSession, path: Path) -> None:
     """The path to the current step as a LeRobot v3.0 dataset of one episode, in a zip file.
 
     The state of a frame is the pose commanded at it; the action is the next frame's pose (for the last frame, its own).
-    Columns have DROID's names, so that `extract-latents` reads them too.
     """
     poses = np.concatenate([session.steps[0].poses, *(step.poses[1:] for step in session.path)])
-    columns: dict[str, Float] = {}
-    for name, rows in (("observation.state", poses), ("action", np.concatenate([poses[1:], poses[-1:]]))):
-        columns |= {name: rows, f"{name}.cartesian_position": rows[:, :6], f"{name}.gripper_position": rows[:, 6:]}
-    world, frames = session.settings.world, session.frames()
-    images = {camera: frames[:, view] for view, camera in enumerate(world.cameras)}
-    episode = NewEpisode(task=session.start.text, columns=columns, images=images)
+    settings, frames = session.settings, session.frames()
+    images = {camera: frames[:, view] for view, camera in enumerate(settings.world.cameras)}
+    episode = NewEpisode(task=session.start.text, columns=pose_columns(settings, poses), images=images)
     with scratch_folder(path) as folder, whole_file(path) as partial:
         root = folder / path.stem
-        write_lerobot(root, [episode], world.rate_hz, "Franka")
+        write_lerobot(root, [episode], settings.world.rate_hz, robot_name(settings))
         with zipfile.ZipFile(partial, "w") as packed:
             for file in sorted(root.rglob("*")):
                 packed.write(file, file.relative_to(folder))

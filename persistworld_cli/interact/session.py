@@ -4,7 +4,7 @@ A step's noise is a pure function of (seed, episode, start, interaction, branch)
 `branch` the next number. Steps are kept: rewinding shows the same frames again, and the same key after the same step
 returns the existing step.
 
-Shape legend: L rows of an interaction, F new frames (L-1; 1 at the start), V cameras, H, W pixels.
+Shape legend: L rows of an interaction, D numbers of a pose, F new frames (L-1; 1 at the start), V cameras, H, W pixels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Step:
         depth: interactions since the start.
         key: the key pressed; "" at the start.
         branch: number of the noise.
-        poses: (L, 7), the first row is the pose before it; (1, 7) at the start.
+        poses: (L, D), the first row is the pose before it; (1, D) at the start.
         images: uint8 (F, V, H, W, 3).
         seconds: time to compute it.
         snapshot: state of the rollout after it.
@@ -53,18 +53,18 @@ class DriveSession:
     Args:
         world: with a single rollout, at its start.
         start: its episode and frame.
-        settings: key map, step size, limits.
+        settings: numbers of a pose, limits, keys and steps.
     """
 
     def __init__(self, world: InteractiveRollout, start: Start, settings: Settings) -> None:
         self._world, self.start, self.settings = world, start, settings
-        self.keymap = KeyMap(settings=settings.drive)
+        self.keymap = KeyMap(settings)
         self.head = Step(poses=world.poses, images=world.images, snapshot=world.snapshot)
         self.steps = [self.head]
 
     @property
     def pose(self) -> Float:
-        """(7,) the current pose."""
+        """(D,) the current pose."""
         pose: Float = self.head.poses[-1]
         return pose
 

@@ -11,6 +11,7 @@ Shape legend: V cameras, H, W pixels.
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import struct
 import threading
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from persistworld_cli.config.keys import ACTIONS, SESSION_KEYS
+from persistworld_cli.config.keys import SESSION_KEYS, parse_action
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.interact.outputs import title, write_lerobot_zip, write_record, write_video
 from persistworld_cli.interact.session import DriveSession, Step
@@ -175,14 +176,27 @@ def hello(session: DriveSession, name: str) -> dict[str, Any]:
         "height": int(session.head.images.shape[2]),
         "width": int(session.head.images.shape[3]),
         "rate": settings.world.rate_hz,
-        "keys": [{"key": k, "action": a, "meaning": ACTIONS[a]} for k, a in settings.drive.keys.items()],
+        "keys": [_key(key, action) for key, action in settings.drive.keys.items()],
         "session_keys": dict(SESSION_KEYS),
-        "low": list(settings.drive.workspace_low),
-        "high": list(settings.drive.workspace_high),
+        "dimensions": [
+            {"name": one.name, "unit": one.unit, "low": _finite(one.low), "high": _finite(one.high)}
+            for one in session.keymap.dimensions
+        ],
         "saves": list(SAVES),
         "steps": [step_message(step) for step in session.steps],
         "head": session.head.number,
     }
+
+
+def _key(key: str, text: str) -> dict[str, str]:
+    """A key, the number that it changes and how, and both in words."""
+    action = parse_action(text)
+    return {"key": key, "name": action.name, "way": ("=", "+", "-")[action.sign], "meaning": action.text}
+
+
+def _finite(number: float) -> float | None:
+    """A limit; None for none, since JSON has no infinity."""
+    return number if math.isfinite(number) else None
 
 
 def step_message(step: Step) -> dict[str, Any]:

@@ -1,33 +1,30 @@
-"""The keyboard map: one key -> one interaction's poses (method.md section 6).
+"""The keyboard map: one key -> one interaction's states (method.md section 6).
 
-A pose is x y z (m), roll pitch yaw (rad), gripper (0 open .. 1 closed). A key moves by one step along an axis of the
-base frame, or opens or closes the gripper; the preset maps keys to actions (`drive.keys`).
+A key changes one number of the state by a step, or takes it to a value; the preset names the numbers
+(`robot.dimensions`) and maps keys to actions (`drive.keys`). Shapes: L rows of an interaction, D numbers of a state.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from persistworld_cli.config.keys import ACTIONS
-from persistworld_cli.config.settings import DriveSettings
+from persistworld_cli.config.keys import dimensions_of, parse_action
+from persistworld_cli.config.settings import DriveSettings, Settings
 from persistworld_cli.errors import UsageError
 
 Float = NDArray[np.float64]
 
-_AXES = {"x": 0, "y": 1, "z": 2}
-_GRIPPER = 6
 _BETWEEN = " ,"
 _REPEATED = re.compile(r"(?P<key>[^*])(?:\*(?P<count>[1-9]\d{0,2})(?!\d))?")  # l, or l*3
 
 
 def key_help(keys: Mapping[str, str] | None = None) -> str:
     """Every key with its action, for messages; ``keys``: a key map (`drive.keys`), else the default one."""
-    return ", ".join(f"{key} {ACTIONS[action]}" for key, action in (keys or DriveSettings().keys).items())
+    return ", ".join(f"{key} {parse_action(action).text}" for key, action in (keys or DriveSettings().keys).items())
 
 
 def parse_keys(text: str, keys: Mapping[str, str] | None = None) -> list[str]:
@@ -56,37 +53,36 @@ def parse_keys(text: str, keys: Mapping[str, str] | None = None) -> list[str]:
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
 class KeyMap:
-    """Keys -> poses, with the step size and the limits of the workspace."""
+    """Keys -> states, with the steps and limits of the settings, which name every number (`dimensions_of`)."""
 
-    settings: DriveSettings = field(default_factory=DriveSettings)
+    def __init__(self, settings: Settings) -> None:
+        self.dimensions = dimensions_of(settings)
+        self._low, self._high = (np.array([getattr(one, end) for one in self.dimensions]) for end in ("low", "high"))
+        self._step = settings.drive.step
+        self._actions = {key: parse_action(text) for key, text in settings.drive.keys.items()}
 
     def meaning(self, key: str) -> str:
         """The action of a key, in words."""
-        return ACTIONS[self.settings.keys[key]]
+        return self._actions[key].text
 
-    def chunk(self, pose: ArrayLike, key: str, rows: int = 5) -> Float:
-        """Poses of one interaction.
+    def chunk(self, state: ArrayLike, key: str, rows: int = 5) -> Float:
+        """States of one interaction.
 
         Args:
-            pose: (7,) the current pose.
+            state: (D,) the current state.
             key: one key; an unknown one gives no motion, as in the reference (`parse_keys` refuses it before).
-            rows: number of poses, from the current one.
+            rows: L, the number of states, from the current one.
 
         Returns:
-            (rows, 7) float64: linear from the pose to its goal; xyz of every row inside the workspace.
+            (L, D) float64: linear from the state to its goal; every row within the limits.
         """
-        start = np.asarray(pose, dtype=np.float64)
-        delta = np.zeros(7)
-        action = self.settings.keys.get(key, "")
-        if action in ("open", "close"):
-            goal = self.settings.gripper_open if action == "open" else self.settings.gripper_closed
-            delta[_GRIPPER] = goal - start[_GRIPPER]
-        elif action:
-            delta[_AXES[action[1]]] = float(f"{action[0]}1") * self.settings.step_m
+        start = np.asarray(state, dtype=np.float64)
+        delta = np.zeros(len(self.dimensions))
+        if action := self._actions.get(key):
+            index = [one.name for one in self.dimensions].index(action.name)
+            goal = action.goal - start[index]
+            delta[index] = action.sign * self._step[action.name] if action.sign else goal
         share = np.linspace(0.0, 1.0, rows)[:, None] if rows > 1 else np.zeros((1, 1))
-        poses = start + share * delta
-        # The first row is clipped as well: a start outside the workspace jumps to its edge (as in the reference).
-        poses[:, :3] = np.clip(poses[:, :3], self.settings.workspace_low, self.settings.workspace_high)
-        return poses
+        # The first row is clipped as well: a start outside the limits jumps to their edge (as in the reference).
+        return np.clip(start + share * delta, self._low, self._high)

@@ -1,7 +1,7 @@
 """Rollouts controlled by keys or a policy: poses in, images out, one interaction at a time.
 
 Shape legend: B rollouts, L frames of an interaction (row 0 the current frame), V cameras, C latent channels, h, w
-latent, H, W pixels. A pose is x y z (m), roll pitch yaw (rad), gripper.
+latent, H, W pixels, D numbers of a pose: the state of the robot, for Franka x y z (m), roll pitch yaw (rad), gripper.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from persistworld_cli.config.keys import dimensions_of
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError
@@ -40,18 +41,25 @@ def make_start(store: EpisodeStore, item: Item, prefer: str, text: str = "") -> 
     """
     split = find_split(store, item.episode, prefer) or prefer
     annotation = check_item(store, split, item)
-    if annotation.states.shape[1] != 7:
-        raise PersistWorldError(
-            f"states have {annotation.states.shape[1]} numbers, not 7 (xyz, rpy, gripper)",
-            where=f"episode '{item.episode}'",
-            fix="keys and policies move a pose of 7 numbers: extract with the default state_fields",
-        )
     return Start(item=item, split=split, annotation=annotation, text=text or annotation.text)
+
+
+def require_dimensions(settings: Settings, start: Start) -> None:
+    """Raise PersistWorldError unless the settings name every number of the start's pose (`robot.dimensions`)."""
+    names, count = [one.name for one in dimensions_of(settings)], len(start.pose)
+    if len(names) != count:
+        said = f"robot.dimensions has {len(names)}: {', '.join(names)}" if names else "robot.dimensions is not set"
+        raise PersistWorldError(
+            f"states have {count} numbers, but {said}",
+            where=f"episode '{start.item.episode}'",
+            fix='name every number in the preset, in order: [robot] dimensions = ["shoulder rad", "gripper"]; '
+            "with it robot.limits, drive.step and drive.keys (docs/own-robot.md)",
+        )
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of one interaction: its poses (B, L, 7), new images (B, L-1, V, H, W, 3) uint8, seconds of work."""
+    """The result of one interaction: its poses (B, L, D), new images (B, L-1, V, H, W, 3) uint8, seconds of work."""
 
     poses: Float
     images: Images
@@ -60,7 +68,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state of an `InteractiveRollout` to return to: rollouts, poses (B, 7), images (B, V, H, W, 3)."""
+    """A state of an `InteractiveRollout` to return to: rollouts, poses (B, D), images (B, V, H, W, 3)."""
 
     state: RolloutState
     poses: Float
@@ -108,7 +116,7 @@ class InteractiveRollout:
         self._state, self.poses, self.images = snapshot.state.copy(), snapshot.poses, snapshot.images
 
     def step(self, poses: Float, branch: int = 0) -> StepResult:
-        """Predict one interaction along raw poses (B, L, 7); `poses` and `images` then hold its last ones.
+        """Predict one interaction along raw poses (B, L, D); `poses` and `images` then hold its last ones.
 
         A ``branch`` other than 0 gives the interaction other noise; 0 is the noise of all other rollouts of the starts.
         """

@@ -68,7 +68,7 @@ def test_drive_writes_what_was_seen(root: Path, tmp_path: Path) -> None:
     poses = np.asarray(record["poses"])
     assert poses.shape == (3, 5, 7)
     states = json.loads((root / "world" / "annotation" / "val" / "8.json").read_text())["states"]
-    assert np.allclose(poses[0], KeyMap().chunk(np.asarray(states[2]), "l"))
+    assert np.allclose(poses[0], KeyMap(Settings()).chunk(np.asarray(states[2]), "l"))
     assert np.allclose(poses[1, 0], poses[0, -1])  # a key begins where the last one ended
     assert poses[1, -1, 6] == 0.7
     assert len(record["seconds"]) == 3
@@ -100,7 +100,7 @@ def test_rollouts_do_not_depend_on_their_batch_and_follow_their_seed(root: Path)
     own = settings(root)
     store, model = open_store(own), load_model(own)
     starts = [make_start(store, Item(episode, 1, seed), "val") for episode, seed in (("7", 0), ("8", 0), ("7", 1))]
-    steps = np.stack([KeyMap().chunk(start.pose, "f") for start in starts])
+    steps = np.stack([KeyMap(Settings()).chunk(start.pose, "f") for start in starts])
     batch = InteractiveRollout(model, store, starts, own)
     assert batch.images.shape == (3, VIEWS, HEIGHT, WIDTH, 3)
     together = batch.step(steps)
@@ -338,7 +338,7 @@ def test_policy_in_the_loop_equals_the_reference(golden: GoldenFiles, tag: str, 
 def test_keys_in_the_loop_equal_the_reference(golden: GoldenFiles) -> None:
     engine, state, data = reference_loop(golden, "tiny_rollout_keyboard.safetensors", "g2", policy=False)
     for i, noise in enumerate(data["noise"]):
-        poses = KeyMap().chunk(state.memory.current[1][0], "lfduco"[i])[None]
+        poses = KeyMap(Settings()).chunk(state.memory.current[1][0], "lfduco"[i])[None]
         close("I keyboard, poses", poses[0], data["pose_raw"][i, 6:], 1e-10)
         predicted = engine.step(state, poses, noise[None])
         close(f"I keyboard, {len(data['noise'])} interactions", predicted[0], data["pred"][i], 5e-5)

@@ -109,8 +109,8 @@ def drive_by_hand(watched: Watched, process: subprocess.Popen[bytes], changed: C
     watched.type("x", "branch 1")
     watched.type("z", "undone")
     watched.type("zz", "no step to undo")
-    watched.type("lc", "Hclose the gripper\x1b[K")  # typed ahead
-    watched.wait("gripper 0.70")
+    watched.type("lc", "Hclose (gripper=0.7)\x1b[K")  # typed ahead
+    watched.wait("gripper +0.700")
     watched.type("\x03")
     return process.communicate()[0]
 

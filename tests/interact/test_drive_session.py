@@ -39,7 +39,7 @@ def test_keys_give_what_the_world_gives_along_their_poses(root: Path) -> None:
     frames = [world.images[0][None]]
     for key in "lcu":
         here.press(key)
-        frames.append(world.step(np.stack([KeyMap().chunk(world.poses[0], key)])).images[0])
+        frames.append(world.step(np.stack([KeyMap(own).chunk(world.poses[0], key)])).images[0])
     assert np.array_equal(here.frames(), np.concatenate(frames))
     assert np.array_equal(here.pose, world.poses[0]) and [s.depth for s in here.path] == [1, 2, 3]
 

@@ -143,7 +143,7 @@ def test_the_flag_goes_on_and_keeps_the_settings_update_by_update(
 def test_what_a_task_does_not_use_may_change_and_what_the_run_did_not_know_is_listed(
     world: Settings, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = replace(world, drive=replace(world.drive, step_m=0.5), pretrain=replace(world.pretrain, lr=7.0))
+    asked = replace(world, drive=replace(world.drive, seed=5), pretrain=replace(world.pretrain, lr=7.0))
     past = find_earlier_run(record(asked, finished), finished)
     assert past is not None and not past.changes and capsys.readouterr().err == ""
     old = tmp_path / "old"  # of a version that knew neither the inputs nor one of the settings

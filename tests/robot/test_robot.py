@@ -12,7 +12,7 @@ from golden_files import GoldenFiles
 from golden_table import close
 from safetensors.torch import load_file, save_file
 
-from persistworld_cli.config.settings import DriveSettings
+from persistworld_cli.config.settings import DriveSettings, RobotSettings, Settings
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.robot.adapter import GainAdapter, load_adapter
 from persistworld_cli.robot.keyboard import KeyMap, parse_keys
@@ -67,24 +67,25 @@ def test_jacobian_is_the_derivative_of_the_tool_point() -> None:
 
 def test_keys_equal_the_reference(golden: GoldenFiles) -> None:
     data = np.load(golden / "keyboard.npz")
-    keymap = KeyMap()
+    keymap = KeyMap(Settings())
     for index, key in enumerate(data["keys"]):
         for number, start in enumerate(data["poses"]):
             close("E keyboard", keymap.chunk(start, str(key)), data["chunks"][index, number], 1e-10)
 
 
 def test_keymap_follows_its_settings() -> None:
-    keymap = KeyMap(settings=DriveSettings(step_m=0.02, gripper_closed=0.5, workspace_high=(0.55, 0.5, 0.5)))
+    drive = DriveSettings(step=dict.fromkeys("xyz", 0.02), keys={**DriveSettings().keys, "c": "gripper=0.5 close"})
+    keymap = KeyMap(Settings(drive=drive, robot=RobotSettings(limits={"x": (0.3, 0.55)})))
     start = np.array([0.54, 0.0, 0.2, 3.0, 0.0, 0.0, 0.1])
     assert np.allclose(keymap.chunk(start, "l", rows=3)[:, 1], [0.0, -0.01, -0.02])
     assert np.allclose(keymap.chunk(start, "f")[-1, 0], 0.55)
     assert np.allclose(keymap.chunk(start, "c", rows=2)[:, 6], [0.1, 0.5])
     assert keymap.chunk(start, "u", rows=1).shape == (1, 7)
-    own = {"w": "+x", "g": "close"}
-    keymap = KeyMap(settings=DriveSettings(keys=own))
+    own = {"w": "+x", "g": "gripper=0.7 close"}
+    keymap = KeyMap(Settings(drive=DriveSettings(keys=own)))
     assert np.allclose(keymap.chunk(start, "w")[-1, 0], 0.62) and keymap.chunk(start, "g")[-1, 6] == 0.7
-    assert keymap.meaning("w") == "forward (+x)" and np.allclose(keymap.chunk(start, "l"), start)
-    with pytest.raises(UsageError, match=r"unknown key 'l'.*\n.*\n.*w forward \(\+x\), g close"):
+    assert keymap.meaning("w") == "+x" and np.allclose(keymap.chunk(start, "l"), start)
+    with pytest.raises(UsageError, match=r"unknown key 'l'.*\n.*\n.*w \+x, g close \(gripper=0.7\)"):
         parse_keys("wl", own)
 
 

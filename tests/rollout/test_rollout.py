@@ -14,7 +14,7 @@ from golden_table import close
 from safetensors.torch import load_file
 
 from persistworld_cli.config.presets import load_settings
-from persistworld_cli.config.settings import SamplingSettings
+from persistworld_cli.config.settings import SamplingSettings, Settings
 from persistworld_cli.data.clips.store import ActionStat
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.world_model import build_world_model
@@ -66,7 +66,7 @@ def test_what_the_network_is_shown_is_what_the_reference_shows_it(
         if case.startswith("replay"):
             poses = recorded_poses(d["traj_states"].numpy(), 0, i, 5)[None]
         elif case.startswith("keyboard"):
-            poses = KeyMap().chunk(state.memory.current[1][0], "lfduco"[i])[None]
+            poses = KeyMap(Settings()).chunk(state.memory.current[1][0], "lfduco"[i])[None]
         else:
             poses = d["poses_taken"][i][None].numpy()
         close(f"I {case}, poses", poses[0], d["pose_raw"][i, 6:], 1e-10)

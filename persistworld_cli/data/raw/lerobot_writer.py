@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from persistworld_cli.config.settings import Settings, WorldSettings
 from persistworld_cli.data.raw.video import write_mp4
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import write_json
@@ -37,6 +38,23 @@ class NewEpisode:
 
     def __len__(self) -> int:
         return len(next(iter(self.images.values())))
+
+
+def pose_columns(settings: Settings, poses: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """State and action (T, D) of a generated episode: the pose commanded at a frame, and at the next one or the last.
+
+    DROID's two state fields are written as well, or the only field of `world.state_fields`, so that `extract-latents`
+    reads the dataset with the same preset.
+    """
+    fields, droid = settings.world.state_fields, WorldSettings().state_fields
+    cuts = [6] if fields == droid else []  # behind x y z, roll pitch yaw
+    columns = {"observation.state": poses, "action": np.concatenate([poses[1:], poses[-1:]])}
+    if len(fields) == len(cuts) + 1:
+        for field, rows in zip(fields, np.split(poses, cuts, axis=1), strict=True):
+            columns[field] = rows
+            if field.startswith("observation.state"):
+                columns[field.replace("observation.state", "action")] = np.concatenate([rows[1:], rows[-1:]])
+    return columns
 
 
 def write_lerobot(root: Path, episodes: Sequence[NewEpisode], fps: float, robot: str) -> None:
