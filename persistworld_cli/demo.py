@@ -10,10 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from rich.table import Table
-
 from persistworld_cli.console import stderr_console, stdout_console
 from persistworld_cli.files import write_json
+from persistworld_cli.reports.tables import new_table
 
 OUT = Path("outputs/demo")
 DATASET = str(OUT / "world")
@@ -70,12 +69,10 @@ def share_rollouts() -> None:
 
 def summary(spent: dict[str, float], total: float) -> None:
     """Print the time and the output folder of each stage."""
-    table = Table(title="make demo", title_justify="left")
-    for heading in ("stage", "seconds", "where"):
-        table.add_column(heading, justify="right" if heading == "seconds" else "left")
+    table = new_table("make demo", ["stage", "where"], ["seconds"])
     for folder, seconds in spent.items():
-        table.add_row(folder, f"{seconds:.0f}", str(DATASET if folder in ("extract", "meta") else OUT / folder))
-    table.add_row("all", f"{total:.0f}", "")
+        table.add_row(folder, str(DATASET if folder in ("extract", "meta") else OUT / folder), f"{seconds:.0f}")
+    table.add_row("all", "", f"{total:.0f}")
     stdout_console().print(table)
     write_json(OUT / "demo.json", {"seconds": spent, "total": total})
     images = sorted(p for p in OUT.rglob("*") if p.suffix in (".png", ".mp4", ".html") and "world" not in p.parts)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from persistworld_cli.commands.options import ROLLOUTS, Common, setting, with_common
-from persistworld_cli.commands.run import execute, write_json
+from persistworld_cli.commands.run import execute, saved, show_tables, write_json
 from persistworld_cli.config.requests import EvalRequest, option
-from persistworld_cli.console import write_out
 from persistworld_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 EXAMPLES = (
     "persistworld eval",
@@ -50,17 +53,24 @@ def command(
                 raise UsageError("two finished results: nothing is run", where=flag, fix="leave it out")
         compare_finished(common, others)
         return
-    execute(common, replace(request, compare="".join(others)))
+    execute(common, replace(request, compare="".join(others)), tables=_tables)
+
+
+def _tables(result: Mapping[str, Any]) -> list[Table]:
+    """Tables of the result, and of its comparison with another one."""
+    from persistworld_cli.reports.tables import eval_table, eval_tables
+
+    shown = eval_tables(saved(result["json"]))
+    return [*shown, eval_table(saved(result["compare_json"]))] if "compare_json" in result else shown
 
 
 def compare_finished(common: Common, paths: Sequence[str]) -> None:
     """Print two finished results against each other, the first as the baseline."""
     from persistworld_cli.evaluation.comparing import compare_files
-    from persistworld_cli.reports.tables import plain
 
     first, second = paths
     against, table = compare_files(first, second)
     if common.as_json:
         write_json(against)
     else:
-        write_out(plain(table))
+        show_tables([table])

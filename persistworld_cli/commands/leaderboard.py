@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from persistworld_cli.commands.options import Common, with_common
-from persistworld_cli.commands.run import show_plan, write_json
+from persistworld_cli.commands.run import show_plan, show_tables, write_json
 from persistworld_cli.config.requests import LeaderboardRequest
-from persistworld_cli.console import stdout_console
 
 EXAMPLES = (
     "persistworld leaderboard outputs/hold outputs/scripted",
@@ -31,4 +30,4 @@ def command(common: Common, request: LeaderboardRequest) -> None:
     if common.as_json:
         write_json(result)
     else:
-        stdout_console().print(leaderboard_tables(result))
+        show_tables(leaderboard_tables(result))

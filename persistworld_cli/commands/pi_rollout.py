@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 from persistworld_cli.commands.options import ADAPTER, CKPT, COMPILE, DATASET, STRICT, Common, setting, with_common
 from persistworld_cli.commands.run import execute
 from persistworld_cli.config.requests import PolicyRolloutRequest
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 EXAMPLES = (
     "persistworld pi-rollout",
@@ -28,4 +34,10 @@ EXAMPLES = (
 )
 def command(common: Common, request: PolicyRolloutRequest) -> None:
     """Let a policy act in the world model: it sees the predicted images and returns joint velocities."""
-    execute(common, request)
+    execute(common, request, tables=_tables)
+
+
+def _tables(result: Mapping[str, Any]) -> list[RenderableType]:
+    from persistworld_cli.reports.policy_tables import rollout_tables
+
+    return rollout_tables(result)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 from persistworld_cli.commands.options import COMPILE, DATASET, STRICT, Common, setting, with_common
-from persistworld_cli.commands.run import execute
+from persistworld_cli.commands.run import execute, saved
 from persistworld_cli.config.requests import ReplayRequest
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 EXAMPLES = (
     "persistworld replay",
@@ -27,4 +33,10 @@ EXAMPLES = (
 )
 def command(common: Common, request: ReplayRequest) -> None:
     """Replay recorded actions: prediction above recording as mp4 and contact sheet, and metrics for every step."""
-    execute(common, request)
+    execute(common, request, tables=_tables)
+
+
+def _tables(result: Mapping[str, Any]) -> list[Table]:
+    from persistworld_cli.reports.tables import steps_tables
+
+    return steps_tables(saved(result["json"]))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -20,6 +20,10 @@ from persistworld_cli.console import note, stdout_console, write_out
 from persistworld_cli.cost.report import cost_report, pick_accelerator, show_cost
 from persistworld_cli.evaluation.benchmarks import load_benchmark
 from persistworld_cli.files import flat, jsonable
+from persistworld_cli.read_files import read_json
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _SHOWN_ROWS = 40  # of a table in a result; the file has all
 
@@ -39,13 +43,19 @@ def resolve(common: Common) -> Resolved:
     return resolved
 
 
-def execute(common: Common, request: TaskRequest, check: Callable[[Settings], None] | None = None) -> None:
+def execute(
+    common: Common,
+    request: TaskRequest,
+    check: Callable[[Settings], None] | None = None,
+    tables: Callable[[Mapping[str, Any]], Iterable[RenderableType]] | None = None,
+) -> None:
     """Run a command whose work is done by a worker: resolve settings, show or launch, print the result.
 
     Args:
         common: the shared options and flags.
         request: the command's own options.
         check: looks at the resolved settings before anything starts; raises UsageError.
+        tables: what to show of the result and of the files it names; by default, the result itself.
     """
     device = pick_accelerator(common.accelerator, dry_run=common.dry_run)
     resolved = resolve(common)
@@ -70,7 +80,7 @@ def execute(common: Common, request: TaskRequest, check: Callable[[Settings], No
     if code:
         raise typer.Exit(code)  # the worker has reported the reason
     code = int(result.pop("exit_code", 0))  # work that finished, but not all of it as requested (an unreadable episode)
-    show_result(result, as_json=common.as_json)
+    show_result(result, as_json=common.as_json, tables=tables)
     if code:
         raise typer.Exit(code)
 
@@ -113,9 +123,11 @@ def show_plan(
         )
         return
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table("setting", "value", "from", box=None, header_style="bold", pad_edge=False)
+    from persistworld_cli.reports.tables import new_table
+
+    table = new_table(None, ["setting", "value", "from"])
+    table.columns[-1].no_wrap = True
     last = ""
     for key, value in values.items():
         if last and key.partition(".")[0] != last:
@@ -138,29 +150,39 @@ def resolve_if_named(common: Common) -> Resolved | None:
     return resolve(common) if common.preset or common.sets else None
 
 
-def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
+def show_result(
+    result: Mapping[str, Any],
+    *,
+    as_json: bool,
+    tables: Callable[[Mapping[str, Any]], Iterable[RenderableType]] | None = None,
+) -> None:
     """A command's result: JSON, or tables for people.
 
-    A list of mappings becomes a table, everything else a line ``name  value``. If the result names a rendered report
-    (`text`), only this report and the paths of the other files are shown.
+    A list of mappings becomes a table, everything else a line ``name  value``. If there are ``tables``, or the result
+    names a text file, these are shown instead, and then only paths of files follow.
     """
     if as_json:
         write_json(dict(result))
         return
     from rich.markup import escape
-    from rich.table import Table
 
-    console = stdout_console()
-    rendered = Path(str(result.get("text") or ""))
-    if rendered.is_file():
-        write_out(rendered.read_text(encoding="utf-8") + "\n")
+    from persistworld_cli.reports.tables import new_table
+
+    console, text = stdout_console(), Path(str(result.get("text") or ""))
+    if tables:
+        show_tables(tables(result))
+    elif text.is_file():
+        write_out(text.read_text(encoding="utf-8") + "\n")
+    if tables or text.is_file():
         result = {key: value for key, value in result.items() if key != "text" and _are_files(value)}
-    lines = Table(box=None, show_header=False, pad_edge=False)
+    lines = new_table(None, ["name", "value"])
+    lines.show_header = False
     for name, value in flat(result).items():
         if _is_table(value):
-            table = Table(*value[0].keys(), title=name, title_justify="left", box=None, pad_edge=False)
+            columns = [column for column in value[0] if any(row.get(column) is not None for row in value)]
+            table = new_table(escape(name), list(map(escape, columns)))
             for row in value[:_SHOWN_ROWS]:
-                table.add_row(*(escape(_text(row.get(column))) for column in value[0]))
+                table.add_row(*(escape(_text(row.get(column))) for column in columns))
             console.print(table)
             if len(value) > _SHOWN_ROWS:
                 console.print(f"... and {len(value) - _SHOWN_ROWS} more rows")
@@ -168,6 +190,18 @@ def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
             lines.add_row(f"[bold]{escape(name)}[/bold]", escape(_text(value)))
     if lines.row_count:
         console.print(lines)
+
+
+def saved(path: str) -> dict[str, Any]:
+    """A result's JSON file."""
+    return read_json(Path(path), "unreadable result")
+
+
+def show_tables(tables: Iterable[RenderableType]) -> None:
+    """Tables on standard output, with an empty line between them."""
+    from persistworld_cli.reports.tables import spaced
+
+    stdout_console().print(spaced(tables))
 
 
 def _is_table(value: Any) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from persistworld_cli.commands.options import Common, with_common
-from persistworld_cli.commands.run import show_plan, write_json
+from persistworld_cli.commands.run import show_plan, show_tables, write_json
 from persistworld_cli.config.requests import StudyReportRequest
-from persistworld_cli.console import stdout_console
 
 EXAMPLES = (
     "persistworld study-report answers/*.json --key outputs/study.key.json",
@@ -26,4 +25,4 @@ def command(common: Common, request: StudyReportRequest) -> None:
     if common.as_json:
         write_json(result)
     else:
-        stdout_console().print(study_tables(result))
+        show_tables(study_tables(result))

@@ -113,7 +113,7 @@ def resolve_settings(
     """
     name = preset if preset is not None else DEFAULT_PRESET
     layers: dict[str, _Value] = {}
-    _read_preset(name, layers, " (bundled world, no --preset)" if preset is None else "")
+    _read_preset(name, layers)
     with _layer(layers):
         if pinned:
             for key, value in pinned.values:
@@ -224,8 +224,8 @@ def _preset_path(name: str) -> Path:
     return path
 
 
-def _read_preset(name: str, layers: dict[str, _Value], note: str, chain: tuple[Path, ...] = ()) -> None:
-    """Add a preset's values to ``layers``, after those of the preset it extends; ``note`` is added to their origin."""
+def _read_preset(name: str, layers: dict[str, _Value], chain: tuple[Path, ...] = ()) -> None:
+    """Add a preset's values to ``layers``, after those of the preset it extends."""
     path = _preset_path(name).resolve()
     if path in chain:
         what = "presets extend one another in a circle: " + " -> ".join(p.name for p in (*chain, path))
@@ -238,9 +238,9 @@ def _read_preset(name: str, layers: dict[str, _Value], note: str, chain: tuple[P
     if "extends" in data:
         parent = data["extends"]
         beside = path.parent / parent
-        _read_preset(str(beside) if beside.is_file() else parent, layers, note, (*chain, path))
+        _read_preset(str(beside) if beside.is_file() else parent, layers, (*chain, path))
     shipped = path.parent == (bundled_root() / "presets").resolve()
-    label = f"preset {name if shipped else path}{note}"
+    label = f"preset {name if shipped else path}"
     with _layer(layers):
         for table in [table for table in data if table not in _META_KEYS]:
             for key, value in _dotted(table, data[table], _place(path, text, "", table)):

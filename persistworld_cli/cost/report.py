@@ -161,11 +161,9 @@ def amount(value: float, scale: _Scale) -> str:
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] = ()) -> Table:
     """A plain table whose columns but the first are numbers."""
-    from rich.table import Table
+    from persistworld_cli.reports.tables import new_table
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
+    table = new_table(None, columns[:1], columns[1:])
     for row in rows:
         table.add_row(*row)
     if total:

@@ -17,7 +17,7 @@ from persistworld_cli.evaluation.uncertainty import uncertainty_result
 from persistworld_cli.files import jsonable, write_json, write_text
 from persistworld_cli.reports.curves import change_plot, horizon_curves, uncertainty_plot
 from persistworld_cli.reports.page import write_page
-from persistworld_cli.reports.tables import diagnostics_table, eval_table, plain, reward_words, write_csv
+from persistworld_cli.reports.tables import eval_tables, plain, reward_words, write_csv
 from persistworld_cli.reports.videos import ComparedRollout
 from persistworld_cli.statistics.paired import mean
 
@@ -44,8 +44,7 @@ def write_report(data: EvalData, output: Path, video_net: FeatureNet | None = No
         images.append(output / "uncertainty.png")
         uncertainty_plot(images[-1], result)
     sheets, videos = draw_picks(data, output)
-    tables = [plain(eval_table(result)), plain(diagnostics_table(result))]
-    write_text(output / "table.txt", "\n".join(tables))
+    write_text(output / "table.txt", plain(*eval_tables(result)))
     result["files"] = [str(file.relative_to(output)) for file in [*images, *sheets, *videos]]
     write_json(output / "eval.json", result)
     write_page(output / "report.html", result, [*images, *sheets], videos)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -25,25 +26,22 @@ def frontier_table(result: Mapping[str, Any]) -> Table:
     of = f" of benchmark {benchmark_name(stamp)}" if stamp and stamp.get("subset") else ""
     title = f"Sampling settings against {reference['name']} ({reference['calls']} network calls per clip): "
     title += f"{n['rollouts']} rollouts of {n['episodes']} episodes{of}, {n['steps']} steps, the same noise"
-    table = new_table(title, ["setting"], ["calls", "s per step"], _caption(result))
-    table.add_column("cameras")
-    for metric in metrics:
-        table.add_column(heading(metric), justify="right")
-    for column in table.columns:
-        column.no_wrap = True
-    table.add_column(f"within\n{result['percent']:g}%")
+    table = new_table(title, ["setting"], [escape(heading(metric)) for metric in metrics], _caption(result))
 
-    def add(row: Mapping[str, Any], cells: Mapping[str, list[Any]], within: Text | str, style: str | None) -> None:
+    def add(row: Mapping[str, Any], cells: Mapping[str, list[Any]], within: Text, style: str | None) -> None:
         star = " *" if row["name"] == result["chosen"] else ""
-        own = [row["name"] + star, str(row["calls"]), f"{row['seconds_per_interaction']:.3g}", within]
-        for index, group in enumerate(result["groups"]):
-            name, calls, seconds, verdict = own if not index else [""] * 4
-            table.add_row(name, calls, seconds, group, *cells[group], verdict, style=style)
+        calls = f"{row['calls']} call{'s' if row['calls'] != 1 else ''}"
+        figures = [Text(calls), Text(f"{row['seconds_per_interaction']:.3g} s"), within]
+        beside = [*figures, *[Text()] * len(metrics)][: len(metrics)]
+        name = Text(" ").join([Text(row["name"] + star, "bold"), *figures[len(metrics) :]])
+        table.add_row(name, *beside, style=style)
+        for group in result["groups"]:
+            table.add_row(f"  {group}", *cells[group], style=style)
         table.add_section()
 
     figures = reference["figures"]
     shown = {group: [number(own[m["label"]], m["label"]) for m in metrics] for group, own in figures.items()}
-    add(reference, shown, "", "dim")
+    add(reference, shown, Text("reference"), "dim")
     for row in result["settings"]:
         losses = {(loss["cameras"], loss["metric"]): loss for loss in row["losses"]}
         cells = {group: [_cell(losses[group, m["label"]], m) for m in metrics] for group in result["groups"]}
@@ -62,11 +60,11 @@ def _cell(loss: Mapping[str, Any], metric: Mapping[str, Any]) -> Text:
 def _caption(result: Mapping[str, Any]) -> str:
     decisive = ", ".join(metric["label"] for metric in result["metrics"] if metric["decides"])
     lines = [
-        "change: against the reference (first rows), 95% bootstrap intervals over episodes. calls: clips through the",
-        "network per sampled clip (guidance counts twice). s per step: per rollout of a batch, with decoding, scoring.",
-        f"within: yes, if the worse end of each interval of {decisive}",
-        f"is at most {result['percent']:g}% worse; no, if the better end of an interval is worse than that; open:",
-        "too few episodes to decide. *: fewest calls that qualify.",
+        "A setting: network calls per sampled clip (guidance counts twice), seconds per interaction step of a rollout "
+        "(with decoding and scoring), verdict; then the change against the reference with its 95% bootstrap interval "
+        "over episodes.",
+        f"yes: the worse end of each interval of {decisive} is at most {result['percent']:g}% worse; no: the better "
+        "end of one is worse than that; open: too few episodes to decide. *: fewest calls that qualify.",
         f"{result['conclusion']}.",
     ]
     if "untrained" in decisive:

@@ -21,7 +21,7 @@ from persistworld_cli.errors import UsageError
 from persistworld_cli.files import jsonable, write_json, write_text
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.progress import Meter
-from persistworld_cli.reports.tables import plain, steps_table
+from persistworld_cli.reports.tables import plain, steps_tables
 from persistworld_cli.reports.videos import ComparedRollout
 from persistworld_cli.rollout.closed_loop import ClosedLoop, ScoredRollout, batches
 from persistworld_cli.rollout.engine import RolloutEngine
@@ -93,7 +93,7 @@ def _write(
     """Videos, sheets, table and JSON."""
     infos = metric_infos(scorer)
     metrics = [{"name": name, **asdict(info)} for name, info in infos.items()]
-    entries, tables = [], []
+    entries = []
     for item in items:
         recording = load_recording(store, settings.eval.split, item, steps, settings.model.num_frames)
         length = int(recording.valid.sum())
@@ -105,11 +105,12 @@ def _write(
         shown.write_video(video)
         shown.write_sheet(sheet)
         rows = step_rows(settings, scores[item], {name: info.label for name, info in infos.items()})
-        tables.append(plain(steps_table(title, metrics, rows)))
-        entries.append({**asdict(item), "video": str(video), "sheet": str(sheet), "frames": length, "rows": rows})
-    write_text(output / "steps.txt", "\n".join(tables))
+        files = {"video": str(video), "sheet": str(sheet)}
+        entries.append({**asdict(item), "title": title, **files, "frames": length, "rows": rows})
     record = {"kind": "replay", "models": [asdict(ref) for ref in refs], "metrics": metrics, "steps": steps}
-    write_json(output / "replay.json", {**record, "replays": entries})
+    record["replays"] = entries
+    write_text(output / "steps.txt", plain(*steps_tables(record)))
+    write_json(output / "replay.json", record)
     return {
         "output": str(output),
         "episodes": len({item.episode for item in items}),

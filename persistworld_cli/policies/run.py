@@ -162,7 +162,7 @@ def run(settings: Settings, request: PolicyRolloutRequest) -> dict[str, Any]:
         request: the policy, its starts and its judge.
 
     Returns:
-        `RolloutResults.summary`, and ``text`` (path) if a judge was named.
+        `RolloutResults.summary`, and ``text`` (path).
 
     Raises:
         UsageError: an unknown policy, task, judge or layout, a layout that is too short for the skip.
@@ -175,9 +175,8 @@ def run(settings: Settings, request: PolicyRolloutRequest) -> dict[str, Any]:
     _roll_all(results, store)
     output, summary = results.output, results.summary()
     write_json(output / "rollouts.json", summary)
-    if results.judging.judge is not None:
-        write_text(output / "rollouts.txt", plain(rollout_tables(summary)))
-        summary["text"] = str(output / "rollouts.txt")
+    write_text(output / "rollouts.txt", plain(*rollout_tables(summary)))
+    summary["text"] = str(output / "rollouts.txt")
     if (error := results.error) is not None:
         whole = all(entry["complete"] for entry in results.entries)
         state = "" if whole else " up to the error (marked incomplete)"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -13,28 +14,29 @@ from rich.text import Text
 from persistworld_cli.reports.tables import new_table, percent
 
 
-def rollout_tables(result: Mapping[str, Any]) -> Group:
-    """A judged run: a row per rollout; with the simulator, also the confusion matrices and a summary in words.
+def rollout_tables(result: Mapping[str, Any]) -> list[RenderableType]:
+    """A row per rollout; with the simulator, also the confusion matrices and a summary in words.
 
     Args:
         result: ``rollouts.json``.
     """
-    against = result.get("against_sim")
-    policy, task, judge = (escape(str(result[key])) for key in ("policy", "task", "judge"))
-    columns = ["episode", "start", "seed", "steps", "success", "progress"]
-    columns += ["simulated", "progress"] if against else []
-    table = new_table(f"{policy} in task {task}, judged by {judge}", [], columns)
-    table.add_column("what the judge saw")
+    against, judge = result.get("against_sim"), result["judge"]
+    title = escape(f"{result['policy']} in task {result['task']}")
+    table = new_table(f"{title}, judged by {escape(judge)}" if judge else title, ["rollout", "steps"])
+    for name in (
+        *(("success", "progress") if judge else ()),
+        *(("success, simulated", "progress, simulated") if against else ()),
+    ):
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("what the judge saw" if judge else "video", overflow="fold")
     for row in result["rollouts"]:
-        cells = [str(row[name]) for name in ("episode", "start", "seed", "steps")]
-        cells += [_yes(row["success"]), _share(row["progress"])]
-        if against:
-            cells += [_yes(row.get("sim_success")), _share(row.get("sim_progress"))]
-        table.add_row(*cells, escape(str(row.get("judged") or ("" if row["complete"] else "incomplete"))))
-    parts: list[RenderableType] = [table]
-    if against:
-        parts += [Text(), _confusion(against), Text(), Text(_words(against))]
-    return Group(*parts)
+        cells = [f"episode {row['episode']}, frame {row['start']}, seed {row['seed']}", str(row["steps"])]
+        cells += [_yes(row["success"]), _share(row["progress"])] if judge else []
+        cells += [_yes(row.get("sim_success")), _share(row.get("sim_progress"))] if against else []
+        seen = row.get("judged") if judge else Path(row["video"]).name
+        state = "" if row["complete"] else "incomplete"
+        table.add_row(*map(Text, cells), Text("; ".join(filter(None, (state, seen)))))
+    return [table, _confusion(against), Text(_words(against))] if against else [table]
 
 
 def _confusion(against: Mapping[str, Any]) -> Table:
@@ -63,24 +65,18 @@ def _words(against: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def leaderboard_tables(result: Mapping[str, Any]) -> Group:
+def leaderboard_tables(result: Mapping[str, Any]) -> list[RenderableType]:
     """Policies by imagined success, and how well it predicts real success (`policies.leaderboard`)."""
     predicted = result.get("predicted")
-    table = new_table(
-        "Leaderboard: success [95% Wilson interval]",
-        ["policy", "tasks"],
-        ["imagined success", "n", "progress", "undecided", "incomplete", *(["real success", "n"] if predicted else [])],
-        "means over tasks; intervals over all rollouts, as if of one task",
-    )
+    columns = ["imagined success", "progress", "undecided, incomplete", *(["real success"] if predicted else [])]
+    title, caption = "Leaderboard: success [95% Wilson interval]", "means over tasks; intervals as if of one task"
+    table = new_table(title, ["policy", "tasks"], columns, caption)
     for row in result["policies"]:
-        cells = [percent(row["success"], row["low"], row["high"]), str(row["n"]), _share(row["progress"])]
-        cells += [str(row["undecided"]), str(row["incomplete"])]
-        if predicted:
-            cells += [percent(row["real"], row["real_low"], row["real_high"]), str(row["real_n"] or "-")]
-        table.add_row(escape(row["policy"]), escape(", ".join(row["tasks"])), *cells)
-    if not predicted:
-        return Group(table)
-    return Group(table, Text(), _prediction(predicted), Text(_warnings(predicted)))
+        cells = [percent(row["success"], row["low"], row["high"], f" of {row['n']}"), _share(row["progress"])]
+        cells += [f"{row['undecided']}, {row['incomplete']}"]
+        cells += [percent(row["real"], row["real_low"], row["real_high"], f" of {row['real_n']}")] if predicted else []
+        table.add_row(*map(Text, [row["policy"], ", ".join(row["tasks"]), *cells]))
+    return [table, _prediction(predicted), Text(_warnings(predicted))] if predicted else [table]
 
 
 def _prediction(predicted: Mapping[str, Any]) -> Table:

@@ -5,14 +5,17 @@ Metric names come from the result's labels, so ``lpips (untrained)`` keeps its n
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import RenderableType
+from rich.box import Box
+from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
 from rich.markup import escape
+from rich.measure import Measurement, measure_renderables
 from rich.table import Table
 from rich.text import Text
 
@@ -25,13 +28,57 @@ COLOURS = {"better": "green", "worse": "red"}
 UNTRAINED_NOTE = "lpips (untrained): the settings choose a random backbone; not comparable with LPIPS."
 
 
-def new_table(title: str, left: Sequence[str], right: Sequence[str], caption: str | None = None) -> Table:
+_EDGELESS = Box("    \n    \n ── \n    \n ── \n    \n    \n    \n")  # a rule below the header and between sections
+
+
+class FittedTable(Table):
+    """A table that is as wide as its content where that fits, and never cuts a cell.
+
+    In less width, texts wrap between words and columns of numbers keep their lines; if that does not suffice, words
+    of texts are folded. Title and caption use the whole width.
+    """
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown = copy.copy(self)
+        shown.title = shown.caption = None
+        room = options.max_width - 2 * (len(self.columns) - 1)
+        shown.columns = [copy.copy(column) for column in self.columns]
+        for column, width in zip(shown.columns, self._fit(console, options, room), strict=True):
+            column.width = width
+        if self.title:
+            yield console.render_str(str(self.title), style="bold")
+        yield from Table.__rich_console__(shown, console, options)
+        if self.caption:
+            yield console.render_str(str(self.caption), style="dim")
+
+    def _fit(self, console: Console, options: ConsoleOptions, room: int) -> list[int]:
+        """The width of each column: the widest ones give way first, down to their longest word (numbers: line)."""
+        whole = [column.justify == "right" or column.no_wrap for column in self.columns]
+        widths, least = [], []
+        for column, lines in zip(self.columns, whole, strict=True):
+            header = Measurement.get(console, options, column.header if self.show_header else "")
+            cells = measure_renderables(console, options, list(column.cells) or [""])
+            widths.append(max(header.maximum, cells.maximum))
+            least.append(max(header.minimum, cells.maximum if lines else cells.minimum))
+
+        def order(index: int) -> tuple[bool, bool, int]:
+            above = widths[index] > least[index]
+            return above, not above and not whole[index], widths[index]
+
+        while sum(widths) > max(room, len(widths)):
+            widths[max(range(len(widths)), key=order)] -= 1
+        return widths
+
+
+def new_table(
+    title: str | None, left: Sequence[str], right: Sequence[str] = (), caption: str | None = None
+) -> FittedTable:
     """An empty table with columns of texts (``left``), then of numbers (``right``)."""
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    for name in left:
-        table.add_column(name)
-    for name in right:
-        table.add_column(name, justify="right")
+    table = FittedTable(title=title, caption=caption, box=_EDGELESS, padding=(0, 1, 0, 0), pad_edge=False)
+    table.show_edge = False
+    for name in (*left, *right):
+        side: JustifyMethod = "left" if name in left else "right"
+        table.add_column(name, justify=side, overflow="fold", vertical="top")
     return table
 
 
@@ -46,57 +93,51 @@ def number(value: float | None, label: str, *, signed: bool = False) -> str:
 
 
 def heading(metric: Mapping[str, Any]) -> str:
-    """``psnr dB ↑``: label, unit and the better direction."""
-    arrow = "↑" if metric["higher_is_better"] else "↓"
-    return " ".join(part for part in (metric["label"], metric["unit"], arrow) if part)
+    """``psnr dB↑``: label, unit and the better direction."""
+    return f"{metric['label']} {metric['unit']}".rstrip() + ("↑" if metric["higher_is_better"] else "↓")
 
 
 def eval_table(result: Mapping[str, Any]) -> Table:
-    """The benchmark's table of ``eval.json``: floor, models, ceiling, change and win rate per camera group."""
-    metrics = result["metrics"]
-    table = new_table(_title(result), ["cameras", ""], [heading(metric) for metric in metrics], _caption(result))
+    """The benchmark's table of ``eval.json``: for each camera group and metric, the floor, the models, the ceiling, and
+    the change from the first model to the last.
+    """
+    models = list(dict.fromkeys(row["model"] for row in result["table"]))
+    compared = ["change", "win rate"] if result["paired"] else []
+    table = new_table(_title(result), ["cameras"], [*map(escape, models), *compared], _caption(result))
+    for column, model in zip(table.columns[1:], models, strict=False):
+        column.style = "dim" if model in (result["floor"], result["ceiling"]) else ""
+    paired = {(row["cameras"], row["metric"]): row for row in result["paired"]}
     for group in result["groups"]:
-        rows = [row for row in result["table"] if row["cameras"] == group]
-        for index, row in enumerate(rows):
-            reference = row["model"] in (result["floor"], result["ceiling"])
-            cells = [number(row[metric["label"]], metric["label"]) for metric in metrics]
-            table.add_row(
-                escape(group) if index == 0 else "", escape(row["model"]), *cells, style="dim" if reference else None
-            )
-        for name, texts in _paired_rows(result, group):
-            table.add_row("", name, *texts)
+        table.add_row(Text(group, "bold"), *[""] * (len(table.columns) - 1))
+        rows = {row["model"]: row for row in result["table"] if row["cameras"] == group}
+        for metric in result["metrics"]:
+            label = metric["label"]
+            cells: list[RenderableType] = [number(rows[model][label], label) for model in models]
+            cells += _change(paired[group, label], label) if compared else []
+            table.add_row(escape(heading(metric)), *cells)
         table.add_section()
     return table
 
 
-def _paired_rows(result: Mapping[str, Any], group: str) -> list[tuple[str, list[Text]]]:
-    """Change, win rate and verdict of each metric in one camera group; nothing without a comparison."""
-    paired = {row["metric"]: row for row in result["paired"] if row["cameras"] == group}
-    if not paired:
-        return []
-    change, wins, verdicts = [], [], []
-    for metric in result["metrics"]:
-        row, label = paired[metric["label"]], metric["label"]
-        style = COLOURS.get(row["verdict"], "")
-        span = f"[{number(row['change_low'], label, signed=True)}, {number(row['change_high'], label, signed=True)}]"
-        change.append(Text(f"{number(row['change'], label, signed=True)}\n{span}", style))
-        wins.append(Text(win_rate(row), style))
-        verdicts.append(Text(row["verdict"], style))
-    return [("  change", change), ("  win rate", wins), ("  verdict", verdicts)]
+def _change(row: Mapping[str, Any], label: str) -> list[RenderableType]:
+    """Change with verdict and interval, and win rate, in the colour of the verdict."""
+    style = COLOURS.get(row["verdict"], "")
+    middle, low, high = (number(row[key], label, signed=True) for key in ("change", "change_low", "change_high"))
+    return [Text(f"{middle} {row['verdict']}\n[{low}, {high}]", style), Text(win_rate(row), style)]
 
 
-def percent(value: float | None, low: float | None = None, high: float | None = None) -> str:
-    """``81%``, ``81% [57, 93]``, or ``-``."""
+def percent(value: float | None, low: float | None = None, high: float | None = None, after: str = "") -> str:
+    """``81%``, with text after it, and its interval ``[57, 93]`` in a second line; ``-`` for None."""
     if value is None:
         return "-"
-    return f"{100 * value:.0f}%" + ("" if low is None or high is None else f" [{100 * low:.0f}, {100 * high:.0f}]")
+    span = "" if low is None or high is None else f"\n[{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{100 * value:.0f}%{after}{span}"
 
 
 def win_rate(row: Mapping[str, Any]) -> str:
-    """``81% [57, 93] of 16``."""
-    if not row["rollouts"]:
-        return "-"
-    return f"{percent(row['win_rate'], row['win_low'], row['win_high'])} of {row['rollouts']}"
+    """``81% of 16``, and its interval below."""
+    rollouts = row["rollouts"]
+    return percent(row["win_rate"], row["win_low"], row["win_high"], f" of {rollouts}") if rollouts else "-"
 
 
 def diagnostics_table(result: Mapping[str, Any]) -> Table:
@@ -106,28 +147,34 @@ def diagnostics_table(result: Mapping[str, Any]) -> Table:
         result: ``eval.json``'s dictionary.
     """
     following, uncertainty, fvd = (result[key] for key in ("action_following", "uncertainty", "fvd"))
-    columns = ["drift\npsnr dB per second"]
-    columns += [f"gain over {kind} actions\n{following['metric']} dB" for kind in following["kinds"]]
-    columns += [f"{fvd['label']} ↓"] if fvd["rows"] else []
-    columns += ["variance and error\nrho (within a step)"] if uncertainty["rows"] else []
+    models = [model["label"] for model in result["models"]]
     title = "Diagnostics: mean [95% interval over episodes]"
-    table = new_table(title, ["cameras", ""], columns, _diagnostics_caption(result))
+    table = new_table(title, ["cameras"], [escape(model) for model in models], _diagnostics_caption(result))
     for group in result["groups"]:
-        for index, model in enumerate(model["label"] for model in result["models"]):
-            drift = result["drift_per_s"][group]["psnr"][model]
-            cells = [Text(signed_span(drift["mean"], drift["low"], drift["high"]))]
-            cells += [_margin(result, group, model, kind) for kind in following["kinds"]]
-            cells += [
-                Text(number(r["value"], "psnr")) for r in fvd["rows"] if (r["model"], r["cameras"]) == (model, group)
-            ]
-            cells += [
-                Text(f"{signed_span(r['rho'], r['low'], r['high'])} ({signed_span(r['within_step'])})")
-                for r in uncertainty["rows"]
-                if (r["model"], r["cameras"]) == (model, group)
-            ]
-            table.add_row(escape(group) if index == 0 else "", escape(model), *cells)
+
+        def own(rows: Iterable[Mapping[str, Any]], model: str, group: str = group) -> Mapping[str, Any]:
+            return next(row for row in rows if (row["model"], row["cameras"]) == (model, group))
+
+        table.add_row(Text(group, "bold"), *[""] * len(models))
+        drift = result["drift_per_s"][group]["psnr"]
+        spans = [signed_span(drift[m]["mean"], drift[m]["low"], drift[m]["high"]) for m in models]
+        table.add_row("drift, psnr dB per second", *map(Text, spans))
+        for kind in following["kinds"]:
+            margins = [_margin(result, group, model, kind) for model in models]
+            table.add_row(f"gain over {kind} actions, {following['metric']} dB", *margins)
+        if fvd["rows"]:
+            table.add_row(f"{fvd['label']} ↓", *(number(own(fvd["rows"], m)["value"], "psnr") for m in models))
+        if uncertainty["rows"]:
+            rhos = [own(uncertainty["rows"], model) for model in models]
+            spans = [f"{signed_span(r['rho'], r['low'], r['high'])} ({signed_span(r['within_step'])})" for r in rhos]
+            table.add_row("variance and error, rho (within a step)", *map(Text, spans))
         table.add_section()
     return table
+
+
+def eval_tables(result: Mapping[str, Any]) -> list[Table]:
+    """What `eval` shows of its ``eval.json``."""
+    return [eval_table(result), diagnostics_table(result)]
 
 
 def signed_span(value: float | None, low: float | None = None, high: float | None = None) -> str:
@@ -201,8 +248,8 @@ def _caption(result: Mapping[str, Any]) -> str:
     if result["paired"]:
         names = " against ".join(escape(model["label"]) for model in reversed(result["models"]))
         lines.append(f"{names}: same episodes, same noise.")
-        lines.append("change: 95% bootstrap interval over episodes; win rate: share of rollouts, 95% Wilson interval;")
-        lines.append("verdict: from the first interval and Wilcoxon's test over episodes (p < 0.05).")
+        lines.append("change: 95% bootstrap interval over episodes; its verdict also takes Wilcoxon's test (p < 0.05).")
+        lines.append("win rate: share of rollouts, 95% Wilson interval.")
         lines += [f"reward, {cameras} cameras: {words}" for cameras, words in reward_words(result).items()]
     if any("untrained" in metric["label"] for metric in result["metrics"]):
         lines.append(UNTRAINED_NOTE)
@@ -215,20 +262,30 @@ def reward_words(result: Mapping[str, Any]) -> dict[str, str]:
     return {"all": next(iter(words.values()))} if len(set(words.values())) == 1 else words
 
 
-def steps_table(title: str, metrics: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A row per step of a replay: ``step``, ``time_s``, ``model``, then metrics by label."""
-    table = new_table(title, ["model"], ["step", "time", *map(heading, metrics)])
-    for row in rows:
-        cells = [number(row[metric["label"]], metric["label"]) for metric in metrics]
-        table.add_row(escape(row["model"]), str(row["step"]), f"{row['time_s']:.1f} s", *cells)
-    return table
+def steps_tables(result: Mapping[str, Any]) -> list[Table]:
+    """The rollouts of a ``replay.json``, a row per step and model with the metrics."""
+    tables: list[Table] = []
+    metrics = result["metrics"]
+    for replay in result["replays"]:
+        headings = [escape(heading(metric)) for metric in metrics]
+        table = new_table(escape(replay["title"]), ["model"], ["step", "time", *headings])
+        for row in replay["rows"]:
+            cells = [number(row[metric["label"]], metric["label"]) for metric in metrics]
+            table.add_row(escape(row["model"]), str(row["step"]), f"{row['time_s']:.1f} s", *cells)
+        tables.append(table)
+    return tables
 
 
-def plain(table: RenderableType, width: int = 140) -> str:
-    """A table (or several) as plain text, for files and pages."""
+def plain(*tables: RenderableType, width: int = 80) -> str:
+    """Tables as plain text, for files."""
     text = io.StringIO()
-    file_console(text, width).print(table)
+    file_console(text, width).print(spaced(tables))
     return text.getvalue()
+
+
+def spaced(tables: Iterable[RenderableType]) -> Group:
+    """Tables with an empty line between them."""
+    return Group(*[part for table in tables for part in (Text(), table)][1:])
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Group
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -13,23 +13,22 @@ from rich.text import Text
 from persistworld_cli.reports.tables import COLOURS, new_table, percent
 
 
-def study_tables(result: Mapping[str, Any]) -> Group:
+def study_tables(result: Mapping[str, Any]) -> list[RenderableType]:
     """Preference by camera group, ratings, raters; and verdicts in words.
 
     Args:
         result: what `study.responses.study_result` returns.
     """
-    return Group(_preference(result), Text(), _elo(result), Text(), _raters(result), Text(), Text(_words(result)))
+    return [_preference(result), _elo(result), _raters(result), Text(_words(result))]
 
 
 def _preference(result: Mapping[str, Any]) -> Table:
     table = new_table(
         "Preference: which is closer to the recording",
         ["new against base", "cameras"],
-        ["new", "base", "neither", "prefers new", "p", "kappa", "over episodes", "verdict"],
-        'rate: "cannot tell" counts half; 95% Wilson interval over responses; p: two-sided binomial of the decided '
-        "ones.\nResponses about one episode resemble each other, so the verdict rests on episodes (interval and p at "
-        "the right).",
+        ["new, base, neither", "prefers new", "kappa", "over episodes", "verdict"],
+        'prefers new: "cannot tell" counts half; 95% Wilson interval over responses; p: two-sided binomial of the '
+        "decided ones.\nResponses about one episode resemble each other, so the verdict rests on episodes.",
     )
     last = None
     for row in result["preference"]:
@@ -40,11 +39,10 @@ def _preference(result: Mapping[str, Any]) -> Table:
         table.add_row(
             escape(pair) if pair != last else "",
             row["cameras"],
-            *(str(row[name]) for name in ("prefer_new", "prefer_base", "cannot_tell")),
-            percent(row["rate"], row["low"], row["high"]),
-            p_value(row["binomial_p"]),
-            "-" if row["kappa"] is None else f"{row['kappa']:.2f} {row['kappa_words']}",
-            _over_episodes(row),
+            ", ".join(str(row[name]) for name in ("prefer_new", "prefer_base", "cannot_tell")),
+            Text(f"{percent(row['rate'], row['low'], row['high'])}\np {p_value(row['binomial_p'])}"),
+            "-" if row["kappa"] is None else f"{row['kappa']:.2f}\n{row['kappa_words']}",
+            Text(_over_episodes(row)),
             Text(row["verdict"], style),
         )
         last = pair
@@ -54,8 +52,8 @@ def _preference(result: Mapping[str, Any]) -> Table:
 def _over_episodes(row: Mapping[str, Any]) -> str:
     if row["verdict"] == "too few":
         return f"{row['episodes']} episodes"
-    over = percent(row["rate"], row["episodes_low"], row["episodes_high"])
-    return f"{over} of {row['episodes']}, p {p_value(row['episodes_p'])}"
+    over = percent(row["rate"], row["episodes_low"], row["episodes_high"], f" of {row['episodes']}")
+    return f"{over}\np {p_value(row['episodes_p'])}"
 
 
 def p_value(p: float) -> str:
@@ -65,7 +63,7 @@ def p_value(p: float) -> str:
 
 def _elo(result: Mapping[str, Any]) -> Table:
     caption = (
-        "maximum likelihood, mean 1500;\n95% bootstrap interval over episodes,\nmissing if they are few or all agree"
+        "maximum likelihood, mean 1500; 95% bootstrap interval over episodes, missing if they are few or all agree"
     )
     if not result["elo_comparable"]:
         caption += "\nno chain of studies connects all models: compare only models that a chain connects"
@@ -78,7 +76,7 @@ def _elo(result: Mapping[str, Any]) -> Table:
 
 def _raters(result: Mapping[str, Any]) -> Table:
     table = new_table("Raters", ["rater"], ["responses", "cannot tell", "chose left", "seconds (median)"])
-    table.add_column("file")
+    table.add_column("file", overflow="fold")
     for row in result["raters"]:
         whole = row["responses"] == row["questions"]
         table.add_row(

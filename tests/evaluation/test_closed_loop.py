@@ -139,7 +139,7 @@ def test_eval_end_to_end_continues_and_gives_the_same_numbers(root: Path, monkey
     for name in ("report.html", "table.txt", "curves.png", "changes.png", "rollouts.csv"):
         assert (out / name).stat().st_size > 0
     assert len(list((out / "sheets").glob("*.png"))) == 2 and len(list((out / "videos").glob("*.mp4"))) == 2
-    assert "lpips (untrained)" in (out / "table.txt").read_text() and " lpips ↓" not in (out / "table.txt").read_text()
+    assert "lpips (untrained)" in (out / "table.txt").read_text() and " lpips↓" not in (out / "table.txt").read_text()
     assert json.dumps(summary, allow_nan=False)
     check_conduct(result)
     assert "gain over swapped actions" in (out / "table.txt").read_text()

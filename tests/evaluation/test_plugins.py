@@ -104,7 +104,7 @@ def test_eval_with_an_own_reward_and_sampler_shows_them_by_name(tmp_path: Path) 
     summary = eval_run.run(own, EvalRequest(output=tmp_path / "out"))
     result = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert "mean_error" in [metric["label"] for metric in result["metrics"]] and summary["table"][0]["mean_error"] > 0
-    assert "mean_error ↓" in (tmp_path / "out" / "table.txt").read_text()
+    assert "mean_error↓" in (tmp_path / "out" / "table.txt").read_text()
     protocol = result["protocol"]
     assert protocol["sampling"]["sampler"] == "own_parts:Midpoint"
     assert protocol["metrics"]["mean_error"] == {"label": "mean_error", "class": OWN}

@@ -15,7 +15,7 @@ from PIL import Image
 from persistworld_cli.data.raw.video import count_frames, read_frames, write_mp4
 from persistworld_cli.reports.curves import change_plot, horizon_curves
 from persistworld_cli.reports.page import write_page
-from persistworld_cli.reports.tables import eval_table, number, plain, steps_table, win_rate, write_csv
+from persistworld_cli.reports.tables import eval_table, new_table, number, plain, steps_tables, win_rate, write_csv
 from persistworld_cli.reports.videos import (
     SheetBlock,
     VideoRow,
@@ -31,14 +31,14 @@ def result() -> dict[str, Any]:
 
 
 def test_eval_table_says_what_a_person_needs(result: dict[str, Any]) -> None:
-    text = plain(eval_table(result))
+    text = plain(eval_table(result), width=140)
     assert "8 rollouts of 8 episodes, 1 steps = 0.8 s" in text
-    assert "psnr dB ↑" in text and "lpips (untrained) ↓" in text and " lpips ↓" not in text
+    assert "psnr dB↑" in text and "lpips (untrained)↓" in text and " lpips↓" not in text
     assert text.index("copy first frame") < text.index("base") < text.index("recording through VAE")
-    assert "+1.50" in text and "[+1.40, +1.60]" in text and "75% [41, 93] of 8" in text
-    assert "too few" in text and "reward, all cameras: better in words" in text and "random" in text
+    assert "+1.50 better" in text and "[+1.40, +1.60]" in text and "75% of 8" in text and "[41, 93]" in text
+    assert "-0.0010 too few" in text and "reward, all cameras: better in words" in text and "random" in text
     result["paired"], result["models"] = [], result["models"][:1]
-    alone = plain(eval_table(result))
+    alone = plain(eval_table(result), width=140)
     assert "win rate" not in alone and "recording through VAE" in alone
 
 
@@ -54,8 +54,27 @@ def test_numbers() -> None:
 
 def test_steps_table() -> None:
     rows = [{"step": 1, "time_s": 0.8, "model": "base", "psnr": 21.0, "lpips (untrained)": None}]
-    text = plain(steps_table("episode 9", METRICS, rows))
+    (table,) = steps_tables({"metrics": METRICS, "replays": [{"title": "episode 9", "rows": rows}]})
+    text = plain(table)
     assert "episode 9" in text and "0.8 s" in text and "21.00" in text
+
+
+def test_a_table_wraps_between_words_keeps_numbers_whole_and_cuts_nothing(result: dict[str, Any]) -> None:
+    """In 80 columns, in more, and in far too few."""
+    table = new_table("a title of some words", ["model", "note"], ["change of the metric"], "a caption of some words")
+    note = "several words about what was seen"
+    table.add_row("post-trained", note, "+1.50 undecided\n[+1.40, +1.60]")
+    for own, spans in (
+        (table, ("+1.50 undecided", "[+1.40, +1.60]")),
+        (eval_table(result), ("[+1.40, +1.60]", "75% of 8")),
+    ):
+        for width in (80, 140):
+            text = plain(own, width=width)
+            assert all(len(line) <= width for line in text.splitlines()) and all(span in text for span in spans)
+            assert "…" not in text
+    assert note in plain(table, width=80) and "post-trained" in plain(table, width=52)
+    narrow = plain(table, width=30)
+    assert all(len(line) <= 30 for line in narrow.splitlines()) and "…" not in narrow and "undecided" in narrow
 
 
 def test_curves_are_images_even_with_missing_ends(result: dict[str, Any], tmp_path: Path) -> None:
