@@ -18,7 +18,6 @@ from persistworld_cli.cost.interaction import sampler_calls
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.policies.embedded import make_policy
 from persistworld_cli.policies.judge import Evidence, ask_judge, load_judge
-from persistworld_cli.policies.observation import LAYOUTS
 
 ROLLOUT, CLASSES = re.findall(
     r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "python.md").read_text(), re.DOTALL
@@ -55,7 +54,7 @@ def test_the_example_classes_are_taken_by_name(tmp_path: Path, monkeypatch: pyte
     scorer = Scorer(RewardSettings(weights={"mine:MeanError": -1.0}), WorldSettings())
     assert scorer.weights == {"mean_error": -1.0}
     assert sampler_calls(SamplingSettings(steps=5, sampler="mine:Midpoint")) == 9
-    assert make_policy("mine:Still", LAYOUTS["pi05"]).infer({})["actions"].shape == (15, 8)
+    assert make_policy("mine:Still").infer({})["actions"].shape == (15, 8)
     evidence = Evidence(
         episode="60",
         start=0,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "persistworld pi-rollout",
     "persistworld pi-rollout --policy ws://127.0.0.1:8000 --steps 8",
-    "persistworld pi-rollout --task pickplace --policy server --rollouts 4",
+    "persistworld pi-rollout --task pickplace --policy server --actions joint-position --rollouts 4",
     "persistworld pi-rollout --judge bundled-world --against sim --rollouts 8",
 )
 
@@ -23,6 +23,7 @@ EXAMPLES = (
 @with_common(
     "single",
     setting("policy.task", "Task: its start frames, instruction, skip and gripper cap."),
+    setting("policy.actions", "What the rows of the policy's answers mean (docs/policies.md has openpi's configs)."),
     setting("policy.steps", "Interaction steps of a rollout."),
     setting("policy.seed", "Random seed."),
     CKPT,
@@ -33,7 +34,7 @@ EXAMPLES = (
     cost=True,
 )
 def command(common: Common, request: PolicyRolloutRequest) -> None:
-    """Let a policy act in the world model: it sees the predicted images and returns joint velocities."""
+    """Let a policy act in the world model: it sees the predicted images and answers with actions."""
     execute(common, request, tables=_tables)
 
 

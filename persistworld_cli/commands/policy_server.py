@@ -16,6 +16,7 @@ EXAMPLES = ("persistworld policy-server --policy hold", "persistworld policy-ser
     "none",
     setting("policy.host", "Address to listen on."),
     setting("policy.port", "Port to listen on."),
+    setting("policy.actions", "What its rows mean: hold answers in each language, the others in joint-velocity."),
     setting("policy.seed", "Random seed."),
 )
 def command(common: Common, request: PolicyServerRequest) -> None:
@@ -25,15 +26,14 @@ def command(common: Common, request: PolicyServerRequest) -> None:
     if common.dry_run:
         show_plan(common, request, resolved, output=f"ws://{own.host}:{own.port}")
         return
-    from persistworld_cli.policies.observation import LAYOUTS
     from persistworld_cli.policies.source import API_KEY_VARIABLE, serve_embedded
     from persistworld_cli.serving import is_loopback
 
     key = os.environ.get(API_KEY_VARIABLE)
     server = serve_embedded(
         request.policy,
-        LAYOUTS[own.layout],
-        own.seed,
+        own.actions,
+        seed=own.seed,
         host=own.host,
         port=own.port,
         api_key=key,

@@ -31,6 +31,7 @@ _RENAMED = {
     "drive.gripper_closed": 'drive.keys.c = "gripper=0.7 close"',
     "drive.workspace_low": "robot.limits = { x = [0.3, 0.8], y = [-0.5, 0.5], z = [0.01, 0.5] }",
     "drive.workspace_high": "robot.limits = { x = [0.3, 0.8], y = [-0.5, 0.5], z = [0.01, 0.5] }",
+    "policy.layout": "no layout: any number of rows is taken, and policy.actions says what they mean",
 }
 _META_KEYS = ("extends", "description")  # what a preset may have beside its tables
 

@@ -308,7 +308,7 @@ class PolicySettings:
     port: Port = 8000
     timeout_s: Positive = 60.0
     wait_s: NonNegative = 30.0
-    layout: Literal["pi05", "pi0", "pi0-fast"] = "pi05"
+    actions: Literal["joint-velocity", "joint-position", "pose", "model"] = "joint-velocity"  # policies/languages.py
     camera: Whole = 1  # the exterior camera shown to the policy
     wrist_camera: Whole = 2
     resize: tuple[Count, ...] = ()  # height, width that images are resized to before padding; empty: as sampled
@@ -319,7 +319,8 @@ class PolicySettings:
     cap_current: bool = False  # whether gripper_cap also limits the current gripper (row 0 of an interaction)
     steps: Whole = 0  # interactions; 0: the task's
     adapter: str = "gain"  # gain | meta (fitted by build-meta) | path of an MLP's weights
-    gain: Positive = 0.054
+    gain: Positive = 0.054  # of adapter = "gain": rad per row at velocity 1
+    position_gain: Annotated[float, Bounds(gt=0, le=1)] = 0.27  # share of the way to commanded joints covered in a row
     seed: int = 0
 
 

@@ -6,27 +6,33 @@ To add one: write a class (see `observation.Policy`) and a line in `POLICIES`.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from persistworld_cli.config.plugins import make_plugin, running
-from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.policies.bundled_world.rules import FLANGE_TO_PADS
-from persistworld_cli.policies.observation import ACTIONS, GRIPPER, JOINTS, PROMPT, ActionLayout, Policy
+from persistworld_cli.policies.languages import GRIPPER, JOINTS, LANGUAGES
+from persistworld_cli.policies.observation import ACTIONS, PROMPT, Policy
 from persistworld_cli.robot.adapter import DEFAULT_GAIN
 from persistworld_cli.robot.kinematics import PANDA, forward, jacobian
 
 Float = NDArray[np.float64]
 
+DEFAULT_ACTIONS = "joint-velocity"
+ROWS = 15  # of an answer, as many as pi0.5-DROID's
+
 
 class _Embedded:
-    """Base of the embedded policies: a layout, a seed, and the number of calls in the episode."""
+    """Base of the embedded policies: the rows of an answer, a seed, and the number of calls in the episode."""
 
-    def __init__(self, layout: ActionLayout, seed: int = 0) -> None:
-        self._layout, self._seed, self._calls = layout, seed, 0
+    languages: tuple[str, ...] = (DEFAULT_ACTIONS,)  # that it speaks
+
+    def __init__(self, actions: str = DEFAULT_ACTIONS, rows: int = ROWS, seed: int = 0) -> None:
+        self._actions, self._rows, self._seed, self._calls = actions, rows, seed, 0
 
     def reset(self) -> None:
         """Start a new episode."""
@@ -34,13 +40,16 @@ class _Embedded:
 
 
 class HoldPolicy(_Embedded):
-    """Stays still: zero velocities, the gripper unchanged. The lower bound of a leaderboard."""
+    """Stays still, the gripper unchanged. The lower bound of a leaderboard."""
+
+    languages = tuple(LANGUAGES)
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
-        """Zeros, and the observed gripper position."""
-        actions = np.zeros((self._layout.rows, self._layout.width))
-        actions[:, 7] = read_joints(obs)[7]
-        return {ACTIONS: actions}
+        """The observed state in every row, velocities of 0."""
+        language = LANGUAGES[self._actions]
+        row = _read(obs, language.fields)
+        row[: language.rates] = 0.0
+        return {ACTIONS: np.tile(row, (self._rows, 1))}
 
 
 class RandomPolicy(_Embedded):
@@ -58,9 +67,11 @@ class RandomPolicy(_Embedded):
         known = zlib.crc32(np.round(joints, 6).tobytes() + str(obs.get(PROMPT, "")).encode())
         rng = np.random.default_rng([self._seed, self._calls, known])
         self._calls += 1
-        shape = np.sin(np.linspace(0, np.pi, self._layout.rows + 2)[1:-1])[:, None]
+        shape = np.sin(np.linspace(0, np.pi, self._rows + 2)[1:-1])[:, None]
         velocity = np.clip(rng.normal(0, self.speed, 7) * shape, -1, 1)
-        gripper = np.full((self._layout.rows, 1), float(rng.integers(2)))
+        end = joints[:7] + DEFAULT_GAIN * velocity.sum(axis=0)
+        velocity[:, (end < PANDA.joint_low) | (end > PANDA.joint_high)] *= -1  # back from the joint's limit
+        gripper = np.full((self._rows, 1), float(rng.integers(2)))
         return {ACTIONS: np.concatenate([velocity, gripper], axis=1)}
 
 
@@ -82,7 +93,7 @@ class ScriptedPolicy(_Embedded):
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """Plan each row from the joints that the previous rows should reach."""
         joints = read_joints(obs)
-        rows = np.empty((self._layout.rows, self._layout.width))
+        rows = np.empty((self._rows, 8))
         for row in rows:
             goal, gripper = self._goal(joints)
             velocity = self._velocity(joints[:7], goal)
@@ -123,20 +134,38 @@ class ScriptedPolicy(_Embedded):
         return velocity / max(1.0, float(np.abs(velocity).max()))
 
 
-POLICIES: Mapping[str, Callable[[ActionLayout, int], Policy]] = {
+POLICIES: Mapping[str, type[HoldPolicy | RandomPolicy | ScriptedPolicy]] = {
     "scripted": ScriptedPolicy,
     "hold": HoldPolicy,
     "random": RandomPolicy,
 }
 
 
-def make_policy(name: str, layout: ActionLayout, seed: int = 0) -> Policy:
-    """A new policy of the registry, or of a class ``module:Class``. Raises as `make_plugin`."""
+def make_policy(name: str, actions: str = DEFAULT_ACTIONS, rows: int = ROWS, seed: int = 0) -> Policy:
+    """A new policy of the registry, or of a class ``module:Class``.
+
+    Args:
+        name: the policy.
+        actions: the language that an embedded one answers in (`policy.actions`).
+        rows: rows of its answers.
+        seed: of its random numbers.
+
+    Raises:
+        UsageError: an embedded one does not speak the language; or as `make_plugin`.
+    """
     if name in POLICIES:
-        return POLICIES[name](layout, seed)
+        kind = POLICIES[name]
+        if actions not in kind.languages:
+            fix = f"leave out --actions, or use another --policy ({', '.join(_speaking(actions))}, a server, yours)"
+            raise UsageError(f"policy '{name}' does not answer in {actions}", where="policy.actions", fix=fix)
+        return kind(actions, rows, seed)
     fix = "a policy has infer(obs) -> dict and reset()"
     policy: Policy = make_plugin(name, POLICIES, kind="policy", where="--policy", needs=("infer", "reset"), fix=fix)
     return policy
+
+
+def _speaking(actions: str) -> list[str]:
+    return [name for name, kind in POLICIES.items() if actions in kind.languages]
 
 
 class LocalPolicy:
@@ -157,12 +186,20 @@ class LocalPolicy:
 
 def read_joints(obs: Mapping[str, Any]) -> Float:
     """(8,) joints and gripper of an observation. Raises PersistWorldError naming the field that is missing or wrong."""
+    joints = _read(obs, (JOINTS, GRIPPER))
+    if joints.shape != (8,):
+        raise PersistWorldError(f"fields '{JOINTS}' and '{GRIPPER}' have {len(joints)} numbers, not 7 and 1")
+    return joints
+
+
+def _read(obs: Mapping[str, Any], fields: Sequence[str]) -> Float:
+    """The numbers of some fields of an observation, in order."""
     parts = []
-    for key, size in ((JOINTS, 7), (GRIPPER, 1)):
+    for key in fields:
         if key not in obs:
             raise PersistWorldError(f"the observation has no field '{key}'")
         value = np.asarray(obs[key], dtype=np.float64).reshape(-1)
-        if value.shape != (size,) or not np.isfinite(value).all():
-            raise PersistWorldError(f"field '{key}' must be {size} finite numbers, not {obs[key]!r}")
+        if not len(value) or not np.isfinite(value).all():
+            raise PersistWorldError(f"field '{key}' must be finite numbers, not {obs[key]!r}")
         parts.append(value)
     return np.concatenate(parts)

@@ -1,6 +1,6 @@
-"""A policy's observation and answer: the DROID layouts of openpi (method.md section 6).
+"""A policy's observation and its answer (method.md section 6). What the rows of an answer mean: `policies.languages`.
 
-Shapes: R rows of a chunk at 15 Hz, each 7 joint velocities and 1 gripper position; V cameras, H, W pixels.
+Shapes: R rows of an answer at 15 Hz, W numbers in each; V cameras, H, W pixels.
 """
 
 from __future__ import annotations
@@ -13,26 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.robot.adapter import ActionAdapter
+from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.policies.languages import LANGUAGES, ActionLanguage, ArmState
 
 Float = NDArray[np.float64]
 
 EXTERIOR = "observation/exterior_image_1_left"
 WRIST = "observation/wrist_image_left"
-JOINTS = "observation/joint_position"
-GRIPPER = "observation/gripper_position"
 PROMPT = "prompt"
 ACTIONS = "actions"
-MOST = 100.0  # bound of a command: 1 is full speed and full grip
-_ANSWER = "serve a policy that answers {'actions': rows of joint velocities and gripper position}"
 
 
 class Policy(Protocol):
     """Anything that turns an observation into a chunk of actions: a server connection or an object here."""
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
-        """One observation -> a map with ``actions`` (R, 8)."""
+        """One observation -> a map with ``actions`` (R, W)."""
         ...
 
     def reset(self) -> None:
@@ -40,58 +36,26 @@ class Policy(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class ActionLayout:
-    """A policy family: rows of its answer, and numbers per row. The observation is the same for all."""
-
-    name: str
-    rows: int
-    width: int = 8
-
-
-LAYOUTS: Mapping[str, ActionLayout] = {
-    layout.name: layout for layout in (ActionLayout("pi05", 15), ActionLayout("pi0", 10), ActionLayout("pi0-fast", 10))
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class PolicyView:
     """How a policy sees the world, and how its answer is read.
 
     Attributes:
-        layout: layout of its answers.
-        adapter: joint velocities -> joints.
+        language: the meaning of its answer.
         skip: every skip-th row of an answer is a pose of the world model.
-        gripper_cap: largest gripper position.
-        cap_current: whether the cap also limits the current gripper position.
         camera, wrist_camera: index of the exterior and of the wrist camera that it sees.
         resize: (height, width) to which images are resized before padding; empty: no resizing.
         image_size: side of the padded images.
         rows: L.
-
-    Raises:
-        UsageError: the layout has too few rows for the skip.
     """
 
-    layout: ActionLayout
-    adapter: ActionAdapter
+    language: ActionLanguage
     skip: int = 2
-    gripper_cap: float = 1.0
-    cap_current: bool = False
     camera: int = 1
     wrist_camera: int = 2
     resize: tuple[int, ...] = ()
     image_size: int = 224
     rows: int = 5
-
-    def __post_init__(self) -> None:
-        if self.advance >= self.layout.rows:
-            raise UsageError(
-                f"skip {self.skip} needs {self.advance + 1} rows of actions, "
-                f"layout '{self.layout.name}' has {self.layout.rows}",
-                where="policy.skip, or the task's",
-                fix=f"--set policy.skip={(self.layout.rows - 1) // (self.rows - 1)}",
-            )
 
     @property
     def advance(self) -> int:
@@ -99,32 +63,31 @@ class PolicyView:
         return (self.rows - 1) * self.skip
 
 
-def ask_policy(policy: Policy, view: PolicyView, images: NDArray[np.uint8], joints: Float, prompt: str) -> Float:
+def ask_policy(policy: Policy, view: PolicyView, images: NDArray[np.uint8], now: ArmState, prompt: str) -> Float:
     """Ask a policy once.
 
     Args:
         policy: the policy.
         view: its observation.
         images: (V, H, W, 3) uint8.
-        joints: (8,) seven joint angles (rad) and the gripper (0 open .. 1 closed).
+        now: the current state.
         prompt: the instruction.
 
     Returns:
-        (R, 8) joint velocities and gripper position.
+        (R, W) rows that cover the interaction, or more.
 
     Raises:
-        PersistWorldError: the policy failed, or its answer does not fit the layout.
+        PersistWorldError: the policy failed, or its answer does not fit.
     """
-    return check_actions(policy.infer(build_observation(view, images, joints, prompt)), view.layout, "the policy")
+    return check_actions(policy.infer(build_observation(view, images, now, prompt)), view, "the policy")
 
 
-def build_observation(view: PolicyView, images: NDArray[np.uint8], joints: Float, prompt: str) -> dict[str, Any]:
+def build_observation(view: PolicyView, images: NDArray[np.uint8], now: ArmState, prompt: str) -> dict[str, Any]:
     """One request; arguments as for `ask_policy`."""
     return {
         EXTERIOR: resize_with_pad(images[view.camera], view.image_size, view.resize),
         WRIST: resize_with_pad(images[view.wrist_camera], view.image_size, view.resize),
-        JOINTS: np.array(joints[:7], dtype=np.float64),  # copies: a policy in this process may keep its observations
-        GRIPPER: np.array(joints[7:8], dtype=np.float64),
+        **view.language.observe(now),
         PROMPT: prompt,
     }
 
@@ -151,52 +114,66 @@ def _resize(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uin
     return np.asarray(source.resize((width, height), Image.Resampling.BILINEAR))
 
 
-def check_actions(answer: Any, layout: ActionLayout, source: str) -> Float:
-    """The chunk in a policy's answer, checked.
+def check_actions(answer: Any, view: PolicyView, source: str) -> Float:
+    """The rows in a policy's answer, checked.
 
     Args:
         answer: what `infer` returned.
-        layout: the expected layout.
+        view: the expected rows.
         source: name of the policy, for messages.
 
     Returns:
-        (R, 8) float64: 7 joint velocities and the gripper position of each row.
+        (R, W) float64.
 
     Raises:
-        PersistWorldError: no ``actions``, not numbers, a wrong shape, a NaN, or one beyond `MOST`; names the entry.
+        PersistWorldError: no ``actions``, not numbers, a wrong width, too few rows, a NaN, or a number beyond the
+            language's bound; names the entry.
     """
+    language, fix = view.language, f"answer with {{'actions': rows of {len(view.language.parts)} numbers}}"
     if not isinstance(answer, Mapping):
-        what = f"the policy answered with {type(answer).__name__}, not a map"
-        raise PersistWorldError(what, where=source, fix=_ANSWER)
+        raise PersistWorldError(f"the policy answered with {type(answer).__name__}, not a map", where=source, fix=fix)
     if ACTIONS not in answer:
         keys = ", ".join(sorted(str(key) for key in answer)) or "nothing"
         what = f"the policy's answer has no field 'actions' (it has: {keys})"
-        raise PersistWorldError(what, where=source, fix=_ANSWER)
+        raise PersistWorldError(what, where=source, fix=fix)
     try:
         actions = np.asarray(answer[ACTIONS])
     except (ValueError, OverflowError) as error:  # rows of different lengths
-        raise PersistWorldError(
-            "field 'actions' is not an array: its rows differ in length or type",
-            where=source,
-            fix=f"answer with {layout.rows} rows of {layout.width} numbers",
-        ) from error
+        what = "field 'actions' is not an array: its rows differ in length or type"
+        raise PersistWorldError(what, where=source, fix=fix) from error
     if actions.dtype.kind not in "iuf":
-        raise PersistWorldError(f"field 'actions' holds {actions.dtype}, not numbers", where=source, fix=_ANSWER)
-    if actions.shape != (layout.rows, layout.width):
-        fitting = [known.name for known in LAYOUTS.values() if (known.rows, known.width) == actions.shape]
-        raise PersistWorldError(
-            f"field 'actions' has shape {actions.shape}, but layout '{layout.name}' is {(layout.rows, layout.width)}",
-            where=source,
-            fix=f"--set policy.layout={fitting[0]}" if fitting else "serve a policy with DROID's joint velocities",
-        )
+        raise PersistWorldError(f"field 'actions' holds {actions.dtype}, not numbers", where=source, fix=fix)
+    _check_shape(actions.shape, view, source)
     actions = actions.astype(np.float64)
-    bad = np.argwhere(~(np.abs(actions) <= MOST))  # written this way, NaN is bad too
+    bad = np.argwhere(~(np.abs(actions) <= language.most))  # written this way, NaN is bad too
     if len(bad):
         row, column = (int(i) for i in bad[0])
-        part = f"velocity of joint {column + 1}" if column < 7 else "gripper position"
         raise PersistWorldError(
-            f"field 'actions' is {actions[row, column]} at [{row}, {column}] ({part} in row {row})",
+            f"field 'actions' is {actions[row, column]} at [{row}, {column}] ({language.parts[column]} in row {row})",
             where=source,
-            fix=f"answer with finite numbers between -{MOST:g} and {MOST:g}",
+            fix=f"answer with finite numbers between -{language.most:g} and {language.most:g}",
         )
     return actions
+
+
+def _check_shape(shape: tuple[int, ...], view: PolicyView, source: str) -> None:
+    """Any number of rows that covers an interaction is taken."""
+    parts = view.language.parts
+    if len(shape) != 2 or shape[1] != len(parts):
+        others = [
+            name for name, kind in LANGUAGES.items() if len(shape) == 2 and len(getattr(kind, "parts", ())) == shape[1]
+        ]
+        own = f"rows of {len(parts)} numbers ({parts[0]}, ..., {parts[-1]})"
+        fix = f"answer with {own}" + (f", or take another --actions ({', '.join(others)})" if others else "")
+        raise PersistWorldError(f"field 'actions' has shape {shape}, not {own}", where=source, fix=fix)
+    if shape[0] < view.advance:
+        frames = view.rows - 1
+        fix = f"raise the policy's action horizon to {view.advance} or more (openpi: model.action_horizon)"
+        if shape[0] >= frames:
+            fewer = shape[0] // frames
+            fix += f", or take {fewer} rows per frame, which replays the policy slower: --set policy.skip={fewer}"
+        raise PersistWorldError(
+            f"the policy answered {shape[0]} rows, but an interaction takes {frames} frames x skip {view.skip} of them",
+            where=source,
+            fix=fix,
+        )

@@ -1,7 +1,7 @@
 """Output of policy rollouts: video, contact sheet and JSON of each, and a LeRobot dataset of all.
 
 Shape legend: S interactions, L rows of one (row 0 the current frame), F = 1 + S (L-1) frames, V cameras, H, W pixels,
-R = S (L-1) skip rows of a policy's answers at 15 Hz.
+R = S (L-1) skip rows of a policy's answers at 15 Hz, D numbers of a pose.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class PolicyRollout:
     Attributes:
         start: start of the rollout.
         frames: (F, V, H, W, 3).
-        poses: (S, L, 7).
+        poses: (S, L, D).
         trace: the arm's motion at 15 Hz.
-        joints_end: (8,) joints and gripper at the end.
+        joints_end: (8,) joints and gripper at the end; empty in a language that does not need them.
         skip: rows of the policy's answer per frame.
         seconds: computing time per interaction.
         error: why the rollout ended early; None for a complete one.
@@ -59,7 +59,7 @@ class PolicyRollout:
 
     @property
     def frame_poses(self) -> Float:
-        """(F, 7) the pose at each frame."""
+        """(F, D) the pose at each frame."""
         return np.concatenate([self.start.pose[None], *(rows[1:] for rows in self.poses)])
 
     def evidence(self, cameras: Sequence[str], objects: tuple[SceneObject, ...] | None) -> Evidence:
@@ -132,7 +132,7 @@ def write_episodes(root: Path, settings: Settings, rollouts: Sequence[PolicyRoll
     """Write the complete rollouts as one LeRobot v3.0 dataset of imagined episodes; an existing dataset is replaced.
 
     State and action are those of `drive`'s episodes (the pose commanded at a frame, and at the next one), plus
-    joints and the policy's mean velocities over a frame.
+    joints and, of a policy that answers joint velocities, its mean velocities over a frame.
 
     Returns:
         Each rollout's number in the dataset; None for an incomplete one, which is left out.
@@ -151,7 +151,6 @@ def write_episodes(root: Path, settings: Settings, rollouts: Sequence[PolicyRoll
 def _episode(settings: Settings, rollout: PolicyRollout) -> NewEpisode:
     poses = rollout.frame_poses
     joints = np.array([*rollout.trace.joint_pos[:: rollout.skip], rollout.joints_end[:7]])
-    velocities = np.array(rollout.trace.joint_vel).reshape(len(joints) - 1, rollout.skip, 7).mean(axis=1)
     columns: dict[str, Float] = {}
     for name, later in (("observation.state", 0), ("action", 1)):
         rows = np.minimum(np.arange(len(poses)) + later, len(poses) - 1)
@@ -159,8 +158,11 @@ def _episode(settings: Settings, rollout: PolicyRollout) -> NewEpisode:
             name: poses[rows],
             f"{name}.cartesian_position": poses[rows, :6],
             f"{name}.gripper_position": poses[rows, 6:],
-            f"{name}.joint_position": joints[rows],
         }
-    columns["action.joint_velocity"] = np.concatenate([velocities, np.zeros((1, 7))])
+        if joints.size:
+            columns[f"{name}.joint_position"] = joints[rows]
+    if rollout.trace.joint_vel:
+        velocities = np.array(rollout.trace.joint_vel).reshape(len(joints) - 1, rollout.skip, 7).mean(axis=1)
+        columns["action.joint_velocity"] = np.concatenate([velocities, np.zeros((1, 7))])
     images = {camera: rollout.frames[:, view] for view, camera in enumerate(settings.world.cameras)}
     return NewEpisode(task=rollout.start.text, columns=columns, images=images)

@@ -1,7 +1,7 @@
 """`pi-rollout`: a policy acts in the world model, in closed loop (method.md section 6).
 
-In each interaction, each rollout's policy gets the predicted frames, and its joint velocities become the world model's
-next poses. The output is a video and a JSON with Ctrl-World's keys per rollout, and a LeRobot dataset of the complete
+In each interaction, each rollout's policy gets the predicted frames, and its answer becomes the world model's next
+poses. The output is a video and a JSON with Ctrl-World's keys per rollout, and a LeRobot dataset of the complete
 rollouts. Optionally a judge decides success, and the simulator repeats the rollouts.
 """
 
@@ -29,8 +29,10 @@ from persistworld_cli.policies.bundled_world.compare import Simulated, compare
 from persistworld_cli.policies.bundled_world.scene import RecordedStart, find_recorded
 from persistworld_cli.policies.bundled_world.simulator import check_simulator, roll_in_simulator
 from persistworld_cli.policies.controller import PolicyController
+from persistworld_cli.policies.embedded import ROWS
 from persistworld_cli.policies.judge import Judge, Verdict, ask_judge, load_judge
-from persistworld_cli.policies.observation import LAYOUTS, Policy, PolicyView
+from persistworld_cli.policies.languages import ActionLanguage, JointPosition, JointVelocity, ModelActions, Pose
+from persistworld_cli.policies.observation import Policy, PolicyView
 from persistworld_cli.policies.outputs import PolicyRollout, save_rollout, write_episodes
 from persistworld_cli.policies.source import check_policy, open_policies
 from persistworld_cli.policies.tasks import Task, TaskStart, load_task
@@ -56,6 +58,11 @@ class PolicyRolloutPlan:
     steps: int
     starts: list[Start]
     missing: list[str]  # the task's episodes that are not in this dataset
+
+    @property
+    def rows(self) -> int:
+        """Rows that an embedded policy answers with."""
+        return max(ROWS, self.view.advance)
 
 
 @dataclass(frozen=True)
@@ -104,9 +111,10 @@ class RolloutResults:
         extra: dict[str, Any] = {
             "policy": plan.policy,
             "task": plan.task.name,
+            "actions": self.settings.policy.actions,
             "judge": judging.name or None,
             "steps_planned": plan.steps,
-            "gripper_cap": plan.view.gripper_cap,
+            "gripper_cap": plan.view.language.gripper_cap,
         }
         shown, images = {}, None
         if simulated is not None:
@@ -122,7 +130,7 @@ class RolloutResults:
     def _simulate(self, start: Start, scene: RecordedStart) -> Simulated | None:
         """The same rollout in the simulator, judged from the simulated images."""
         plan, settings = self.plan, self.settings
-        with open_policies(plan.policy, settings.policy, 1) as (policy,):
+        with open_policies(plan.policy, settings.policy, 1, plan.rows) as (policy,):
             rolled = roll_in_simulator(settings, start, scene, policy, plan.view, plan.steps)
         verdict = self.judging.verdict(rolled.rollout, scene, settings.world.cameras)
         return Simulated(rolled, verdict) if verdict else None
@@ -137,6 +145,7 @@ class RolloutResults:
         result: dict[str, Any] = {
             "policy": plan.policy,
             "task": plan.task.name,
+            "actions": self.settings.policy.actions,
             "steps": plan.steps,
             "complete": self.error is None,
             "not_started": len(plan.starts) - len(self.entries),
@@ -165,7 +174,7 @@ def run(settings: Settings, request: PolicyRolloutRequest) -> dict[str, Any]:
         `RolloutResults.summary`, and ``text`` (path).
 
     Raises:
-        UsageError: an unknown policy, task, judge or layout, a layout that is too short for the skip.
+        UsageError: an unknown policy, task or judge, or a policy that does not speak the language.
         PersistWorldError: no server in time; no data to judge by; no simulator; or a policy or judge failed. In
             the last case the rollouts are saved first (incomplete ones marked ``"complete": false``).
     """
@@ -195,7 +204,7 @@ def _roll_all(results: RolloutResults, store: EpisodeStore) -> None:
             starts = plan.starts[first : first + batch]
             try:
                 # A connection is a new episode: connect before the weights are read, to report a missing server early.
-                with open_policies(plan.policy, settings.policy, len(starts)) as policies:
+                with open_policies(plan.policy, settings.policy, len(starts), plan.rows) as policies:
                     if model is None:
                         store = _scaled(settings, store, plan)  # before the weights are read, since it may refuse
                         model = load_model(settings)
@@ -216,8 +225,8 @@ def _roll(
     world: InteractiveRollout, plan: PolicyRolloutPlan, starts: list[Start], policies: Sequence[Policy], meter: Meter
 ) -> list[PolicyRollout]:
     """Roll out one batch, to the end or to a policy's error."""
-    joints = np.stack([start.joints for start in starts])
-    controller = PolicyController(policies, plan.view, joints, [start.text for start in starts])
+    states = [plan.view.language.begin(start) for start in starts]
+    controller = PolicyController(policies, plan.view, states, [start.text for start in starts])
     frames, steps, error = [world.images[:, None]], [], None
     for policy in policies:
         policy.reset()
@@ -234,9 +243,9 @@ def _roll(
         PolicyRollout(
             start=start,
             frames=np.concatenate([part[row] for part in frames]),
-            poses=np.array([step.poses[row] for step in steps]).reshape(-1, world.num_frames, 7),
+            poses=np.array([step.poses[row] for step in steps]).reshape(-1, world.num_frames, world.poses.shape[1]),
             trace=controller.traces[row],
-            joints_end=controller.joints[row],
+            joints_end=controller.states[row].joints,
             skip=plan.view.skip,
             seconds=[step.seconds / len(starts) for step in steps],
             error=error,
@@ -269,21 +278,21 @@ def _judge_setup(settings: Settings, request: PolicyRolloutRequest, plan: Policy
                 raise
             scenes.append(None)
     if against:
+        if settings.policy.actions == "model":
+            fix = "take a policy that answers joint velocities, joint positions or poses"
+            raise UsageError("the simulator cannot follow --actions model", where="--against sim", fix=fix)
         check_simulator()
     return JudgeSetup(name, judge, scenes, bool(against))
 
 
 def make_plan(settings: Settings, request: PolicyRolloutRequest, store: EpisodeStore) -> PolicyRolloutPlan:
     """Check everything that can be wrong before the model is read. Raises UsageError and PersistWorldError."""
-    check_policy(request.policy)
     own = settings.policy
+    check_policy(request.policy, own.actions)
     task = load_task(own.task)
     view = PolicyView(
-        layout=LAYOUTS[own.layout],
-        adapter=_adapter(own, store),
+        language=_language(settings, store, own.gripper_cap or task.gripper_cap),
         skip=own.skip or task.skip,
-        gripper_cap=own.gripper_cap or task.gripper_cap,
-        cap_current=own.cap_current,
         camera=_camera(own.camera, "policy.camera", settings),
         wrist_camera=_camera(own.wrist_camera, "policy.wrist_camera", settings),
         resize=own.resize,
@@ -291,7 +300,21 @@ def make_plan(settings: Settings, request: PolicyRolloutRequest, store: EpisodeS
         rows=settings.model.num_frames,
     )
     starts, missing = _starts(settings, request, store, task)
+    for start in starts:
+        view.language.begin(start)  # before the weights are read
     return PolicyRolloutPlan(request.policy, task, view, own.steps or task.steps, starts, missing)
+
+
+def _language(settings: Settings, store: EpisodeStore, gripper_cap: float) -> ActionLanguage:
+    """The language of the policy's answers."""
+    own = settings.policy
+    if own.actions == "model":
+        return ModelActions([f"number {i} of the state" for i in range(1, settings.model.action_dim + 1)])
+    gripper = gripper_cap, own.cap_current
+    if own.actions == "joint-velocity":
+        return JointVelocity(_adapter(own, store), *gripper)
+    kind = Pose if own.actions == "pose" else JointPosition
+    return kind(own.position_gain, *gripper)
 
 
 def _adapter(settings: PolicySettings, store: EpisodeStore) -> ActionAdapter:
@@ -337,7 +360,5 @@ def _starts(
     for entry in found:
         frame = entry.start if request.start is None else request.start
         item = Item(entry.episode, frame, settings.policy.seed)
-        start = make_start(store, item, split, request.instruction or entry.instruction)
-        _ = start.joints  # before the weights are read
-        starts.append(start)
+        starts.append(make_start(store, item, split, request.instruction or entry.instruction))
     return starts, missing

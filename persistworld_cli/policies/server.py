@@ -19,9 +19,9 @@ from websockets.sync.server import Server, ServerConnection
 
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.policies.client import MAX_MESSAGE
-from persistworld_cli.policies.embedded import make_policy
+from persistworld_cli.policies.embedded import DEFAULT_ACTIONS, ROWS, make_policy
 from persistworld_cli.policies.msgpack_numpy import pack, unpack
-from persistworld_cli.policies.observation import ActionLayout, Policy
+from persistworld_cli.policies.observation import Policy
 from persistworld_cli.serving import is_loopback, listen, same_secret
 
 _INTERNAL_ERROR = 1011
@@ -158,12 +158,14 @@ class PolicyServer:
             pass  # the client is gone
 
 
-def serve_embedded(name: str, layout: ActionLayout, seed: int = 0, **options: Any) -> PolicyServer:
-    """A server (not started yet) of one of the embedded policies; ``options`` as for `PolicyServer`.
+def serve_embedded(
+    name: str, actions: str = DEFAULT_ACTIONS, rows: int = ROWS, seed: int = 0, **options: Any
+) -> PolicyServer:
+    """A server (not started yet) of a policy: arguments as for `make_policy`, ``options`` as for `PolicyServer`.
 
     Raises:
-        UsageError: an unknown name, or others could reach it without a key.
+        UsageError: an unknown name, a language that the policy does not speak, or others could reach it without a key.
     """
-    make_policy(name, layout, seed)  # refuses an unknown name
-    metadata = {"policy": name, "layout": layout.name, "action_rows": layout.rows, "action_width": layout.width}
-    return PolicyServer(lambda: make_policy(name, layout, seed), metadata, **options)
+    make_policy(name, actions, rows, seed)  # refuses the name or the language
+    metadata = {"policy": name, "actions": actions, "action_rows": rows}
+    return PolicyServer(lambda: make_policy(name, actions, rows, seed), metadata, **options)

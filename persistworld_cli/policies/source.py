@@ -12,8 +12,8 @@ from contextlib import ExitStack, contextmanager
 from persistworld_cli.config.fields import MODULE_CLASS
 from persistworld_cli.config.settings import PolicySettings
 from persistworld_cli.policies.client import PolicyClient, policy_uri
-from persistworld_cli.policies.embedded import POLICIES, LocalPolicy, make_policy
-from persistworld_cli.policies.observation import LAYOUTS, Policy
+from persistworld_cli.policies.embedded import POLICIES, ROWS, LocalPolicy, make_policy
+from persistworld_cli.policies.observation import Policy
 from persistworld_cli.policies.server import API_KEY_VARIABLE, serve_embedded
 
 _ADDRESS = re.compile(r"(?P<host>[^/\s]+):(?P<port>\d+)")
@@ -22,35 +22,35 @@ _LOG_EVERY_S = 5.0
 logger = logging.getLogger(__name__)
 
 
-def check_policy(name: str) -> None:
-    """Refuse an unknown name before anything is computed. Raises UsageError."""
-    if name not in (*POLICIES, "", "server") and "://" not in name and not _ADDRESS.fullmatch(name):
-        make_policy(name, LAYOUTS["pi05"])
+def check_policy(name: str, actions: str) -> None:
+    """Refuse an unknown name, or a language that it does not speak, before anything is computed. Raises UsageError."""
+    if name not in ("", "server") and "://" not in name and not _ADDRESS.fullmatch(name):
+        make_policy(name, actions)
 
 
 @contextmanager
-def open_policies(name: str, settings: PolicySettings, count: int) -> Iterator[Sequence[Policy]]:
+def open_policies(name: str, settings: PolicySettings, count: int, rows: int = ROWS) -> Iterator[Sequence[Policy]]:
     """``count`` policies that share no state, closed on exit.
 
     Args:
         name: ``scripted``, ``hold`` or ``random``: served on a free port of loopback; ``server`` (or nothing): the
             server at `policy.host` and `policy.port`; ``ws://...`` or ``host:port``: a server there;
             ``module:Class``: in this process.
-        settings: host, port, timeouts, layout, seed. The API key comes from the environment variable
+        settings: host, port, timeouts, actions, seed. The API key comes from the environment variable
             ``PERSISTWORLD_POLICY_API_KEY``.
         count: number of rollouts; each has its own connection (or instance).
+        rows: of an embedded policy's answer.
 
     Raises:
         UsageError: an unknown name. PersistWorldError: no server in time.
     """
     if MODULE_CLASS.fullmatch(name) and "://" not in name:
-        layout = LAYOUTS[settings.layout]
-        yield [LocalPolicy(make_policy(name, layout, settings.seed), name) for _ in range(count)]
+        yield [LocalPolicy(make_policy(name), name) for _ in range(count)]
         return
     with ExitStack() as stack:
         key = None
         if name in POLICIES:
-            uri = stack.enter_context(serve_embedded(name, LAYOUTS[settings.layout], settings.seed)).uri
+            uri = stack.enter_context(serve_embedded(name, settings.actions, rows, settings.seed)).uri
         else:
             uri, key = _address(name, settings), os.environ.get(API_KEY_VARIABLE)
         times = {"timeout_s": settings.timeout_s, "wait_s": settings.wait_s}

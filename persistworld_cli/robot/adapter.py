@@ -77,18 +77,12 @@ class MlpAdapter(torch.nn.Module):
         """(R, 7) velocities and (7,) joints -> (R, 7) joints.
 
         The network takes exactly 15 rows: a shorter chunk (pi0, pi0-FAST) is padded with its last velocity, and only
-        its own rows are returned.
-
-        Raises:
-            PersistWorldError: more than 15 rows.
+        its own rows are returned; of a longer one, the rows after the fifteenth begin at the joints reached there.
         """
         rows = np.asarray(velocities, dtype=np.float64)
-        if not 1 <= len(rows) <= MLP_ROWS:
-            raise PersistWorldError(
-                f"the action adapter's network takes 1 to {MLP_ROWS} rows of velocities, not {len(rows)}",
-                where="policy.adapter",
-                fix="--adapter gain has no such limit",
-            )
+        if len(rows) > MLP_ROWS:
+            reached = self(rows[:MLP_ROWS], joints)
+            return np.concatenate([reached, self(rows[MLP_ROWS:], reached[-1])])
         held = np.concatenate([rows, np.repeat(rows[-1:], MLP_ROWS - len(rows), axis=0)])
         low, high = np.array(_VELOCITY_P01), np.array(_VELOCITY_P99)
         scaled = 2 * (held - low) / (high - low + 1e-8) - 1

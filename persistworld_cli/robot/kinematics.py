@@ -34,6 +34,8 @@ class Arm:
 
 
 _RIGHT = float(np.pi / 2)
+_INVERSE_STEPS, _DAMPING = 100, 1e-3
+_CONVERGED, _REACHED = 1e-6, 1e-3  # m and rad
 PANDA = Arm(
     a=(0.0, 0.0, 0.0, 0.0825, -0.0825, 0.0, 0.088),
     d=(0.333, 0.0, 0.316, 0.0, 0.384, 0.0, 0.0),
@@ -93,6 +95,25 @@ def pose_of_frame(frame: Float) -> Float:
     flat = frame.reshape(-1, 4, 4)
     euler = Rotation.from_matrix(flat[:, :3, :3]).as_euler("xyz") if len(flat) else np.empty((0, 3))
     return np.concatenate([flat[:, :3, 3], euler], axis=1).reshape(*frame.shape[:-2], 6)
+
+
+def inverse(goal: ArrayLike, joints: ArrayLike, arm: Arm = PANDA) -> Float | None:
+    """Joints (J,) within their limits at which the flange has a pose (6,), by damped least squares from ``joints`` on.
+
+    None if the flange cannot get within 1 mm and 1 mrad of the pose.
+    """
+    end, angle = np.asarray(goal, dtype=np.float64), np.asarray(joints, dtype=np.float64)
+    target = Rotation.from_euler("xyz", end[3:])
+    for _ in range(_INVERSE_STEPS):
+        frame = forward(angle, arm)
+        turn = (target * Rotation.from_matrix(frame[:3, :3]).inv()).as_rotvec()
+        error = np.concatenate([end[:3] - frame[:3, 3], turn])
+        if np.abs(error).max() < _CONVERGED:
+            return angle
+        jac = jacobian(angle, arm)
+        step = jac.T @ np.linalg.solve(jac @ jac.T + _DAMPING * np.eye(6), error)
+        angle = np.clip(angle + step, arm.joint_low, arm.joint_high)
+    return angle if np.abs(error).max() < _REACHED else None
 
 
 def jacobian(joints: ArrayLike, arm: Arm = PANDA, tool_z: float = 0.0) -> Float:

@@ -19,6 +19,7 @@ import msgpack
 import numpy as np
 import pytest
 from drive_world import arm_world, session
+from policy_views import VIEW
 from rich.table import Table
 from rich.text import Text
 from typer.testing import CliRunner
@@ -46,11 +47,11 @@ from persistworld_cli.interact.web import Inbox, _Host, _read
 from persistworld_cli.interact.web_server import DriveServer
 from persistworld_cli.policies.client import PolicyClient
 from persistworld_cli.policies.msgpack_numpy import pack
-from persistworld_cli.policies.observation import LAYOUTS, MOST, check_actions
+from persistworld_cli.policies.observation import check_actions
 from persistworld_cli.policies.server import PolicyServer, serve_embedded
 from persistworld_cli.reports.progress import Meter
 
-PI05 = LAYOUTS["pi05"]
+MOST = VIEW.language.most
 # Clears the screen, sets the title, CSI as one character, overwrites the line, turns text round, half a surrogate pair.
 NASTY = "a\x1b[2Jb\x1b]0;title\x07c\x9b31md\re\x08f\u202eg\ud800h\x7fi"
 SHOWN = r"a\u001b[2Jb\u001b]0;title\u0007c\u009b31md\u000de\u0008f\u202eg\ud800h\u007fi"
@@ -184,12 +185,12 @@ def test_nothing_else_writes_to_the_terminal() -> None:
 )
 def test_an_answer_that_is_no_chunk_is_one_error(actions: Any, text: str) -> None:
     with pytest.raises(PersistWorldError, match=text) as refused:
-        check_actions({"actions": actions}, PI05, "a server")
+        check_actions({"actions": actions}, VIEW, "a server")
     assert refused.value.where == "a server"
 
 
 def test_the_largest_commands_pass() -> None:
-    assert np.array_equal(check_actions({"actions": [[MOST] * 8] * 15}, PI05, "x"), np.full((15, 8), MOST))
+    assert np.array_equal(check_actions({"actions": [[MOST] * 8] * 15}, VIEW, "x"), np.full((15, 8), MOST))
 
 
 @contextmanager
@@ -244,11 +245,11 @@ def test_a_policy_for_other_machines_needs_a_key_or_a_flag(monkeypatch: pytest.M
     monkeypatch.delenv("PERSISTWORLD_POLICY_API_KEY", raising=False)
     for host in ("0.0.0.0", "::", "", "192.0.2.1", "example.org"):
         with pytest.raises(UsageError, match="needs a key"):
-            serve_embedded("hold", PI05, host=host)
+            serve_embedded("hold", host=host)
     for host in ("127.0.0.1", "localhost", "::1"):
-        serve_embedded("hold", PI05, host=host)
-    serve_embedded("hold", PI05, host="0.0.0.0", api_key="k")
-    serve_embedded("hold", PI05, host="0.0.0.0", keyless=True)
+        serve_embedded("hold", host=host)
+    serve_embedded("hold", host="0.0.0.0", api_key="k")
+    serve_embedded("hold", host="0.0.0.0", keyless=True)
     refused = CliRunner().invoke(app, ["policy-server", "--host", "0.0.0.0"])
     assert refused.exit_code == 2
     assert "--no-key" in refused.output

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from persistworld_cli.policies.observation import LAYOUTS, PolicyView, build_observation
+from persistworld_cli.policies.languages import JointVelocity, at_joints
+from persistworld_cli.policies.observation import PolicyView, build_observation
 from persistworld_cli.robot.adapter import GainAdapter
 
 REST = np.array([0.0, 0.05, 0.3, -2.25, 0.0, 2.5, -np.pi / 2, 0.0])
 IMAGES = np.zeros((3, 6, 8, 3), np.uint8)
-PI05 = LAYOUTS["pi05"]
-VIEW = PolicyView(layout=PI05, adapter=GainAdapter(), image_size=16)
+VIEW = PolicyView(language=JointVelocity(GainAdapter()), image_size=16)
 
 
 def observation(joints: np.ndarray = REST, prompt: str = "lift the cube") -> dict[str, Any]:
-    return build_observation(VIEW, IMAGES, joints, prompt)
+    return build_observation(VIEW, IMAGES, at_joints(joints), prompt)

@@ -36,8 +36,9 @@ from persistworld_cli.interact import drive
 from persistworld_cli.policies import run as policy_rollout
 from persistworld_cli.policies.controller import PolicyController
 from persistworld_cli.policies.embedded import make_policy
+from persistworld_cli.policies.languages import JointVelocity, at_joints
 from persistworld_cli.policies.msgpack_numpy import pack, unpack
-from persistworld_cli.policies.observation import LAYOUTS, PolicyView
+from persistworld_cli.policies.observation import PolicyView
 from persistworld_cli.robot.adapter import load_adapter
 from persistworld_cli.robot.keyboard import KeyMap
 from persistworld_cli.rollout.engine import RolloutEngine, first_latent
@@ -191,9 +192,9 @@ def test_a_plan_takes_task_request_and_settings_into_account(root: Path) -> None
     plan = policy_rollout.make_plan(world(root, seed=3), request, store)
     found = [(s.item.episode, s.item.start, s.item.seed) for s in plan.starts]
     assert found == [("7", 2, 3), ("8", 2, 3)]
-    assert (plan.view.skip, plan.view.gripper_cap, plan.steps) == (3, 1.0, 2)
+    assert (plan.view.skip, plan.view.language.gripper_cap, plan.steps) == (3, 1.0, 2)
     plan = policy_rollout.make_plan(world(root, skip=2, gripper_cap=0.6, steps=0), request, store)
-    assert (plan.view.skip, plan.view.gripper_cap, plan.steps) == (2, 0.6, 8)
+    assert (plan.view.skip, plan.view.language.gripper_cap, plan.steps) == (2, 0.6, 8)
 
 
 def failing_server(respond: Callable[[int, ServerConnection], None]) -> Any:
@@ -204,7 +205,7 @@ def failing_server(respond: Callable[[int, ServerConnection], None]) -> Any:
     def handle(connection: ServerConnection) -> None:
         nonlocal count
         connection.send(pack({"policy": "failing"}))
-        policy = make_policy("hold", LAYOUTS["pi05"])
+        policy = make_policy("hold")
         for message in connection:
             with lock:
                 count += 1
@@ -267,8 +268,7 @@ def test_what_cannot_be_rolled_out_is_told_before_any_weights_are_read(root: Pat
     for own, more, text in (
         (blind(task="stack"), {}, r"no episode of task 'stack' is in this dataset \(0012, 0013\)"),
         (blind(task="stak"), {}, "unknown task 'stak'"),
-        (blind(skip=4), {}, "needs 17 rows"),
-        (blind(layout="pi0-fast"), {}, "needs 13 rows of actions, layout 'pi0-fast' has 10"),
+        (blind(actions="pose"), {"policy": "scripted"}, "policy 'scripted' does not answer in pose"),
         (blind(camera=3), {}, "policy.camera = 3"),
         (blind(adapter="meta"), {}, "no fitted action adapter"),
         (blind(), {"policy": "hodl"}, "unknown policy 'hodl'"),
@@ -324,8 +324,8 @@ def test_policy_in_the_loop_equals_the_reference(golden: GoldenFiles, tag: str, 
         def close(self) -> None: ...
 
     adapter = load_adapter(str(golden / "action_adapter_weights.safetensors"))
-    view = PolicyView(layout=LAYOUTS["pi05"], adapter=adapter, skip=skip, gripper_cap=0.75)
-    controller = PolicyController([Recorded()], view, data["joint_in"][:1].numpy(), ["go"])
+    view = PolicyView(language=JointVelocity(adapter, 0.75), skip=skip)
+    controller = PolicyController([Recorded()], view, [at_joints(data["joint_in"][0].numpy())], ["go"])
     images = np.zeros((1, 3, 8, 8, 3), np.uint8)
     for i, noise in enumerate(data["noise"]):
         poses = controller.poses(images)

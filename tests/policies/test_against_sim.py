@@ -124,14 +124,13 @@ def test_a_policy_acts_in_the_simulator(drawing: None, bundled: Settings, record
     """Recorded velocities push the drum as they did; asked for something else, that is no success."""
     from persistworld_cli.data.clips.store import open_store
     from persistworld_cli.policies.embedded import LocalPolicy, make_policy
-    from persistworld_cli.policies.observation import LAYOUTS
 
     start = recorded_start(bundled, PUSH)
     recorded = find_recorded(bundled, start)
     view = make_plan(bundled, PolicyRolloutRequest(policy="hold"), open_store(bundled)).view
 
     def load(name: str) -> LocalPolicy:
-        return LocalPolicy(make_policy(name, LAYOUTS["pi05"]), name)
+        return LocalPolicy(make_policy(name), name)
 
     rolled = roll_in_simulator(bundled, start, recorded, load(recorded_policy), view, 6)
     assert rolled.truth == Outcome(True, 1.0)

@@ -10,13 +10,23 @@ import numpy as np
 import pytest
 from golden_files import GoldenFiles
 from golden_table import close
-from policy_views import PI05, REST, observation
+from policy_views import IMAGES, REST, VIEW, observation
 from safetensors.numpy import load_file
 
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.policies.controller import PolicyController, interpret_chunk
+from persistworld_cli.policies.controller import PolicyController
 from persistworld_cli.policies.embedded import POLICIES, make_policy
-from persistworld_cli.policies.observation import LAYOUTS, PolicyView, build_observation, check_actions, resize_with_pad
+from persistworld_cli.policies.languages import (
+    CARTESIAN,
+    LANGUAGES,
+    ActionLanguage,
+    JointPosition,
+    JointVelocity,
+    ModelActions,
+    Pose,
+    at_joints,
+)
+from persistworld_cli.policies.observation import PolicyView, build_observation, check_actions, resize_with_pad
 from persistworld_cli.policies.tasks import load_task, task_names
 from persistworld_cli.robot.adapter import GainAdapter
 from persistworld_cli.robot.kinematics import forward
@@ -36,8 +46,7 @@ def test_images_keep_their_aspect_and_are_padded() -> None:
 
 
 def test_observation_has_the_described_fields() -> None:
-    view = PolicyView(layout=PI05, adapter=GainAdapter())
-    obs = build_observation(view, np.zeros((3, 192, 320, 3), np.uint8), REST, "go")
+    obs = build_observation(replace(VIEW, image_size=224), np.zeros((3, 192, 320, 3), np.uint8), at_joints(REST), "go")
     shapes = {key: np.shape(value) for key, value in obs.items()}
     assert shapes == {
         "observation/exterior_image_1_left": (224, 224, 3),
@@ -50,19 +59,20 @@ def test_observation_has_the_described_fields() -> None:
 
 def test_wrong_answers_name_the_field() -> None:
     good = np.zeros((15, 8), np.float32)
-    assert check_actions({"actions": good}, PI05, "p").dtype == np.float64
+    assert check_actions({"actions": good}, VIEW, "p").dtype == np.float64
     bad = good.copy()
     bad[3, 2] = np.nan
     for answer, text in (
         ([1], "not a map"),
         ({"action": good}, "no field 'actions' .it has: action."),
         ({"actions": [["a"] * 8] * 15}, "not numbers"),
-        ({"actions": good[:, :7]}, r"shape \(15, 7\)"),
-        ({"actions": good[:10]}, "policy.layout=pi0"),
+        ({"actions": good[:, :7]}, r"(?s)shape \(15, 7\), not rows of 8 numbers.*another --actions \(pose\)"),
+        ({"actions": good[:7]}, r"(?s)7 rows, but an interaction takes 4 frames x skip 2 .* horizon to 8 .*skip=1"),
+        ({"actions": good[:3]}, r"(?s)3 rows, .* horizon to 8 or more \(openpi: model.action_horizon\)$"),
         ({"actions": bad}, r"nan at \[3, 2\] .velocity of joint 3 in row 3."),
     ):
         with pytest.raises(PersistWorldError, match=text):
-            check_actions(answer, PI05, "p")
+            check_actions(answer, VIEW, "p")
 
 
 # -- policies ---------------------------------------------------------------------------------------------------------
@@ -70,7 +80,7 @@ def test_wrong_answers_name_the_field() -> None:
 
 def act(policy: Any, joints: np.ndarray, rows: int = 12) -> np.ndarray:
     """The joints after the first rows of a policy's answer, as the gain adapter moves them."""
-    actions = check_actions(policy.infer(observation(joints)), PI05, "p")
+    actions = check_actions(policy.infer(observation(joints)), VIEW, "p")
     arm = GainAdapter()(actions[:, :7], joints[:7])[rows - 1]
     return np.append(arm, np.clip(actions[rows - 1, 7], 0, 1))
 
@@ -81,7 +91,7 @@ def pads(joints: np.ndarray) -> np.ndarray:
 
 
 def test_scripted_policy_reaches_closes_and_lifts() -> None:
-    policy = make_policy("scripted", PI05)
+    policy = make_policy("scripted")
     path = [REST]
     for _ in range(6):
         path.append(act(policy, path[-1]))
@@ -89,39 +99,39 @@ def test_scripted_policy_reaches_closes_and_lifts() -> None:
     assert lowest < 0.1 < pads(path[0])[2]
     assert path[-1][7] == 1.0
     assert np.abs(pads(path[-1]) - [0.51, 0.0, 0.17]).max() < 0.01
-    again = act(make_policy("scripted", PI05), path[2])  # it follows from the joints alone
+    again = act(make_policy("scripted"), path[2])  # it follows from the joints alone
     assert np.array_equal(again, path[3])
 
 
 def test_scripted_policy_rises_before_it_crosses_the_table() -> None:
-    policy = make_policy("scripted", PI05)
+    policy = make_policy("scripted")
     low = min((act(policy, act(policy, REST), rows) for rows in range(1, 13)), key=lambda joints: pads(joints)[2])
     assert pads(low)[2] < 0.06
     low[0] += 0.5  # beside the spot, at its height, the gripper open
     low[7] = 0.0
-    actions = check_actions(policy.infer(observation(low)), PI05, "p")
+    actions = check_actions(policy.infer(observation(low)), VIEW, "p")
     first = pads(np.append(low[:7] + 0.054 * actions[0, :7], 0)) - pads(low)
     assert first[2] > 0.5 * np.linalg.norm(first)
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_policy_answers_in_every_layout(name: str, layout: str) -> None:
-    actions = check_actions(make_policy(name, LAYOUTS[layout], 3).infer(observation()), LAYOUTS[layout], name)
-    assert np.abs(actions[:, :7]).max() <= 1.0
+def test_every_policy_answers_any_number_of_rows(name: str) -> None:
+    for rows in (10, 16):
+        actions = check_actions(make_policy(name, rows=rows, seed=3).infer(observation()), VIEW, name)
+        assert actions.shape == (rows, 8) and np.abs(actions[:, :7]).max() <= 1.0
     with pytest.raises(PersistWorldError, match="observation/joint_position"):
-        make_policy(name, PI05).infer({"prompt": "x"})
+        make_policy(name).infer({"prompt": "x"})
 
 
 def test_random_policy_depends_on_seed_call_and_episode_only() -> None:
     def draw(seed: int, calls: int, prompt: str = "a") -> np.ndarray:
-        policy = make_policy("random", PI05, seed)
+        policy = make_policy("random", seed=seed)
         return [policy.infer(observation(prompt=prompt))["actions"] for _ in range(calls)][-1]
 
     assert np.array_equal(draw(1, 2), draw(1, 2))
     others = (draw(2, 2), draw(1, 1), draw(1, 2, "b"))
     assert not any(np.array_equal(draw(1, 2), other) for other in others)
-    assert np.array_equal(make_policy("hold", PI05).infer(observation())["actions"], np.zeros((15, 8)))
+    assert np.array_equal(make_policy("hold").infer(observation())["actions"], np.zeros((15, 8)))
 
 
 # -- what a chunk means -----------------------------------------------------------------------------------------------
@@ -148,10 +158,11 @@ class RecordedAdapter:
 @pytest.mark.parametrize(("tag", "skip"), [("skip2", 2), ("skip3", 3)])
 def test_chunks_become_poses_as_in_the_reference(golden: GoldenFiles, tag: str, skip: int) -> None:
     data = reference_rollout(golden, tag)
-    view = PolicyView(layout=PI05, adapter=RecordedAdapter(data), skip=skip, gripper_cap=0.75)
+    view = PolicyView(language=JointVelocity(RecordedAdapter(data), 0.75), skip=skip)
     taken = slice(0, view.advance + 1, skip)
     for i, (actions, joints) in enumerate(zip(data["chunk"], data["joint_in"], strict=True)):
-        arm, states = interpret_chunk(actions, joints, view)
+        motion = view.language.follow(actions, at_joints(joints), view.advance)
+        arm, states = motion.joints[:-1], motion.pose[:-1]
         close(f"I policy {tag}, joints", arm[:, :7], data["fk_joints"][i], 1e-6)
         close(f"I policy {tag}, states", states, data["fk_states"][i], 1e-6)
         close(f"I policy {tag}, poses of a chunk", states[taken], data["poses_taken"][i], 1e-6)
@@ -174,9 +185,9 @@ def test_policy_controller_follows_the_reference_through_a_rollout(golden: Golde
 
         def close(self) -> None: ...
 
-    view = PolicyView(layout=PI05, adapter=RecordedAdapter(data), skip=skip, gripper_cap=0.75, camera=1, wrist_camera=2)
+    view = PolicyView(language=JointVelocity(RecordedAdapter(data), 0.75), skip=skip, camera=1, wrist_camera=2)
     policies = [Recorded(), Recorded()]
-    controller = PolicyController(policies, view, np.stack([data["joint_in"][0]] * 2), ["a", "b"])
+    controller = PolicyController(policies, view, [at_joints(data["joint_in"][0])] * 2, ["a", "b"])
     images = np.zeros((2, 3, 8, 8, 3), np.uint8)
     images[:, 1], images[:, 2] = 10, 20
     for i in range(4):
@@ -192,20 +203,106 @@ def test_policy_controller_follows_the_reference_through_a_rollout(golden: Golde
         close(f"I policy {tag}, saved {name}", np.asarray(getattr(trace, name)), expected, 1e-5)
 
 
-def test_a_chunk_too_short_for_its_skip_is_refused() -> None:
-    with pytest.raises(UsageError, match="skip 3 needs 13 rows") as short:
-        PolicyView(layout=LAYOUTS["pi0"], adapter=GainAdapter(), skip=3)
-    assert "policy.skip=2" in str(short.value)
-
-
 def test_the_gripper_of_now_is_capped_only_where_asked() -> None:
     now = np.append(REST[:7], 0.9)
     actions = np.ones((15, 8)) * [0, 0, 0, 0, 0, 0, 0, 1.5]
-    view = PolicyView(layout=PI05, adapter=GainAdapter(), skip=2, gripper_cap=0.75)
-    _, states = interpret_chunk(actions, now, view)
+    states = JointVelocity(GainAdapter(), 0.75).follow(actions, at_joints(now), 8).pose
     assert np.allclose(states[:9:2, 6], [0.9, 0.75, 0.75, 0.75, 0.75])
-    _, capped = interpret_chunk(actions, now, replace(view, cap_current=True))
+    capped = JointVelocity(GainAdapter(), 0.75, cap_current=True).follow(actions, at_joints(now), 8).pose
     assert np.allclose(capped[:9:2, 6], 0.75)
+
+
+# -- action languages -------------------------------------------------------------------------------------------------
+
+MOVED = REST + np.append(np.linspace(-0.1, 0.1, 7), 0.5)
+HELD = {"joint-velocity": np.append(np.zeros(7), 0.5), "joint-position": MOVED, "pose": at_joints(MOVED).pose}
+
+
+def language(name: str, gain: float = 1.0) -> ActionLanguage:
+    return {
+        "joint-velocity": JointVelocity(GainAdapter()),
+        "joint-position": JointPosition(gain),
+        "pose": Pose(gain),
+        "model": ModelActions(["x"] * 7),
+    }[name]
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_each_language_moves_the_arm_where_the_policy_says(name: str) -> None:
+    """The same motion in each language: one that starts at REST and ends at MOVED."""
+    path = np.linspace(REST, MOVED, 17)[1:]
+    steps = np.diff(path, axis=0, prepend=REST[None])
+    rows = {
+        "joint-velocity": np.concatenate([steps[:, :7] / 0.054, path[:, 7:]], axis=1),
+        "joint-position": path,
+        "pose": np.array([at_joints(row).pose for row in path]),
+    }
+    rows["model"] = rows["pose"]
+    view = replace(VIEW, language=language(name), skip=3)
+    start = at_joints(REST)
+    now = start if name != "model" else replace(start, joints=np.empty(0))
+
+    class Served:
+        def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
+            self.seen = obs
+            return {"actions": rows[name].astype(np.float32)}  # 16 rows, as openpi's pi05_droid_finetune
+
+        def reset(self) -> None: ...
+
+    policy = Served()
+    controller = PolicyController([policy], view, [now], ["go"])
+    poses = controller.poses(IMAGES[None])[0]
+    assert np.allclose(poses, [at_joints(row).pose for row in (REST, *path[2:12:3])], atol=2e-5)
+    assert np.allclose(controller.states[0].pose, at_joints(path[11]).pose, atol=2e-5)
+    assert np.allclose(controller.traces[0].answers, rows[name][:12], atol=1e-6)
+    assert bool(controller.traces[0].joint_vel) == (name == "joint-velocity")
+    seen = {key: value for key, value in policy.seen.items() if "image" not in key and key != "prompt"}
+    if name == "model":
+        assert list(seen) == ["observation/state"] and np.allclose(seen["observation/state"], start.pose)
+    else:
+        assert np.allclose(seen["observation/joint_position"], REST[:7])
+        assert (CARTESIAN in seen) == (name == "pose")
+    held = make_policy("hold", name).infer(build_observation(view, IMAGES, controller.states[0], "go"))
+    after = view.language.follow(check_actions(held, view, "hold"), controller.states[0], 12)
+    assert np.allclose(after.pose, after.pose[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["joint-position", "pose"])
+def test_the_arm_lags_behind_commanded_positions(name: str) -> None:
+    """As in DROID: it covers a share of the way in each row."""
+    goal = MOVED if name == "joint-position" else at_joints(MOVED).pose
+    moved = language(name, 0.27).follow(np.tile(goal, (3, 1)), at_joints(REST), 3).joints
+    assert np.allclose(moved[:, :7], MOVED[:7] - 0.73 ** np.arange(4)[:, None] * (MOVED - REST)[:7], atol=2e-2)
+    assert np.allclose(moved[:, 7], [0.0, 0.5, 0.5, 0.5])
+
+
+def test_another_language_than_the_policys_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    """Joint positions read as velocities, velocities as positions, and a pose out of reach."""
+    now, velocity = at_joints(REST), np.append(np.full(7, -0.3), 0.0)
+    with pytest.raises(PersistWorldError, match=r"reaches -3.1\d* rad at joint 4, .* -3.0718 and -0.0698") as refused:
+        language("joint-velocity").follow(np.tile(REST, (15, 1)), now, 12)
+    assert "--actions joint-position" in str(refused.value)
+    assert "velocity of joint 4 in row 0 of the policy's answer is -2.25, outside DROID's -1 to 1" in caplog.text
+    with pytest.raises(PersistWorldError, match=r"commands -0\.3 rad at joint 6") as refused:
+        language("joint-position").follow(velocity[None], now, 1)
+    assert "row 0" in str(refused.value) and "--actions joint-velocity" in str(refused.value)
+    assert "position of joint 3 in row 0 of the policy's answer is -0.3, over 0.5 rad from" in caplog.text
+    with pytest.raises(PersistWorldError, match=r"cannot reach pose \(0.300, 0.000, 2.000"):
+        language("pose").follow(np.array([[0.3, 0, 2, 3.1, 0, 0, 0]]), now, 1)
+    caplog.clear()
+    kept = language("joint-velocity")
+    for _ in range(2):  # a run is warned once; unused rows are not checked
+        kept.follow(np.concatenate([np.tile(velocity * 5, (1, 1)), np.tile(REST, (11, 1)) * 9]), now, 1)
+    assert len(caplog.records) == 1
+    with pytest.raises(PersistWorldError, match="stop"):  # a wrong policy, not another language
+        language("joint-velocity").follow(np.tile(np.append(np.ones(7), 0), (60, 1)), now, 60)
+
+
+def test_random_and_scripted_policies_keep_away_from_the_joints_limits() -> None:
+    for name in ("random", "scripted"):
+        policy, now, kept = make_policy(name), at_joints(REST), language("joint-velocity")
+        for _ in range(40):
+            now = kept.follow(check_actions(policy.infer(observation(now.joints)), VIEW, name), now, 15)[15]
 
 
 # -- tasks ------------------------------------------------------------------------------------------------------------

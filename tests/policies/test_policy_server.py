@@ -14,7 +14,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
-from policy_views import PI05, REST, observation
+from policy_views import REST, observation
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 from websockets.sync.server import ServerConnection, serve
@@ -91,10 +91,10 @@ def test_what_cannot_travel_is_refused() -> None:
 
 
 def test_server_and_client_speak_the_protocol() -> None:
-    with serve_embedded("scripted", PI05) as server, PolicyClient(server.uri, wait_s=5) as client:
+    with serve_embedded("scripted") as server, PolicyClient(server.uri, wait_s=5) as client:
         assert client.metadata["policy"] == "scripted"
         answer = client.infer(observation())
-        expected = make_policy("scripted", PI05).infer(observation())
+        expected = make_policy("scripted").infer(observation())
         assert np.array_equal(answer["actions"], expected["actions"])
         assert answer["server_timing"]["infer_ms"] > 0
         with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/healthz", timeout=5) as response:
@@ -104,7 +104,7 @@ def test_server_and_client_speak_the_protocol() -> None:
 
 
 def test_server_answers_a_client_written_from_the_description() -> None:
-    with serve_embedded("hold", PI05) as server, connect(server.uri, proxy=None) as connection:
+    with serve_embedded("hold") as server, connect(server.uri, proxy=None) as connection:
         assert msgpack.unpackb(connection.recv())["policy"] == "hold"
         image = {b"__ndarray__": True, b"data": bytes(12), b"dtype": "|u1", b"shape": [2, 2, 3]}
         joints = {b"__ndarray__": True, b"data": REST[:7].tobytes(), b"dtype": "<f8", b"shape": [7]}
@@ -123,7 +123,7 @@ def test_server_answers_a_client_written_from_the_description() -> None:
 
 
 def test_a_failing_policy_shows_its_traceback() -> None:
-    with serve_embedded("hold", PI05) as server:
+    with serve_embedded("hold") as server:
         client = PolicyClient(server.uri, wait_s=5)
         with pytest.raises(PersistWorldError, match=r"(?s)Traceback.*no field 'observation/joint_position'"):
             client.infer({"prompt": "no joints"})
@@ -132,14 +132,14 @@ def test_a_failing_policy_shows_its_traceback() -> None:
 
 
 def test_api_key_and_origin_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    with serve_embedded("hold", PI05, api_key="secret") as server:
+    with serve_embedded("hold", api_key="secret") as server:
         with pytest.raises(PersistWorldError, match="HTTP 401") as refused:
             PolicyClient(server.uri, wait_s=5, api_key="wrong")
         assert API_KEY_VARIABLE in str(refused.value)
         monkeypatch.setenv(API_KEY_VARIABLE, "secret")
         with open_policies(server.uri, PolicySettings(wait_s=5), 1) as (client,):
             assert "actions" in client.infer(observation())
-    with serve_embedded("hold", PI05) as server, pytest.raises(InvalidStatus, match="403"):
+    with serve_embedded("hold") as server, pytest.raises(InvalidStatus, match="403"):
         connect(server.uri, proxy=None, origin=Origin("http://evil.example"))
 
 
@@ -153,9 +153,9 @@ def test_no_server_is_waited_for_with_a_countdown_and_then_told() -> None:
 
 
 def test_a_server_that_comes_late_is_found(caplog: pytest.LogCaptureFixture) -> None:
-    with serve_embedded("hold", PI05) as probe:
+    with serve_embedded("hold") as probe:
         port = probe.port
-    late = serve_embedded("hold", PI05, port=port)
+    late = serve_embedded("hold", port=port)
 
     class StartsServer(logging.Handler):
         """Starts the server when the client says that it waits."""
@@ -250,14 +250,14 @@ def test_a_policy_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             two.infer(observation(prompt="fail"))
     for name, text in (("my_policy:Half", "reset"), ("my_policy:None_", "no class"), ("nowhere_x:A", "no module")):
         with pytest.raises(UsageError, match=text):
-            check_policy(name)
+            check_policy(name, "joint-velocity")
 
 
 def test_policy_names_are_checked_before_any_compute() -> None:
     for name in ("scripted", "server", "", "ws://a:1", "localhost:8000"):
-        check_policy(name)
+        check_policy(name, "joint-velocity")
     with pytest.raises(UsageError, match=r"unknown policy 'scripped'.*\n.*\n.*scripted"):
-        check_policy("scripped")
+        check_policy("scripped", "joint-velocity")
 
 
 def test_every_rollout_has_a_connection_of_its_own() -> None:

@@ -1,4 +1,4 @@
-"""Rollouts in the bundled world's simulator: restore a recorded start, then follow a policy's joint velocities.
+"""Rollouts in the bundled world's simulator: restore a recorded start, then follow a policy's answers.
 
 MuJoCo and the world's recorder are only imported here, on use (``pip install -e '.[sim]'``).
 
@@ -23,6 +23,7 @@ from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.policies.bundled_world.rules import Condition, Outcome, Task, pad_positions, read_instruction
 from persistworld_cli.policies.bundled_world.scene import RecordedStart
 from persistworld_cli.policies.controller import PolicyTrace
+from persistworld_cli.policies.languages import ArmState
 from persistworld_cli.policies.observation import Policy, PolicyView, ask_policy
 from persistworld_cli.policies.outputs import POLICY_HZ, PolicyRollout
 from persistworld_cli.read_files import as_object, parse_json, reading, whole_number
@@ -120,7 +121,7 @@ def roll_in_simulator(
     """Roll a policy out in the simulator from a recorded start.
 
     The policy sees the simulated cameras at the size of the world model's images, and the measured joints. Its
-    velocities move the arm's targets row by row, as the dataset defines them, for as many rows as the world model gets.
+    answer moves the arm's targets row by row, as the dataset defines them, for as many rows as the world model gets.
 
     Raises:
         PersistWorldError: the policy failed.
@@ -135,21 +136,24 @@ def roll_in_simulator(
         positions.append(world.positions())
 
     with restored(recorded) as (world, error):
-        joints, pose = _measure(world)
+        now = _measure(world)
         look()
         policy.reset()
         for _ in range(steps):
-            actions = ask_policy(policy, view, frames[-1], joints, start.text)
-            rows = [pose]
-            for number in range(view.advance):
-                trace.joint_pos.append(joints[:7].tolist())
-                trace.joint_vel.append(actions[number, :7].tolist())
-                trace.state_fk.append(pose.tolist())
-                world.drive(actions[number, :7], float(np.clip(actions[number, 7], 0, view.gripper_cap)))
-                joints, pose = _measure(world)
+            actions = ask_policy(policy, view, frames[-1], now, start.text)[: view.advance]
+            targets = view.language.targets(actions, now)
+            rows = [now.pose]
+            for number, action in enumerate(actions):
+                trace.add(now[None], action[None], view.language)
+                gripper = float(np.clip(action[-1], 0, view.language.gripper_cap or 1.0))
+                if targets is None:
+                    world.drive(action[:7], gripper)
+                else:
+                    world.tick(targets[number], gripper)
+                now = _measure(world)
                 if (number + 1) % view.skip == 0:
                     look()
-                    rows.append(pose)
+                    rows.append(now.pose)
             poses.append(np.stack(rows))
         half = np.array([item.half for item in world.objects])
     rollout = PolicyRollout(
@@ -157,7 +161,7 @@ def roll_in_simulator(
         frames=np.stack(frames),
         poses=np.stack(poses),
         trace=trace,
-        joints_end=joints,
+        joints_end=now.joints,
         skip=view.skip,
     )
     task, places = read_instruction(start.text, [item.name for item in recorded.objects]), np.stack(positions)
@@ -168,11 +172,11 @@ def roll_in_simulator(
     return SimRollout(rollout, places, truth, error)
 
 
-def _measure(world: Any) -> tuple[Float, Float]:
-    """Joints (8,) and pose (7,) of the simulated arm, each with the gripper."""
+def _measure(world: Any) -> ArmState:
+    """Joints and pose of the simulated arm, each with the gripper."""
     now = world.observe()
     gripper = [float(now["observation.state.gripper_position"])]
-    return (
-        np.concatenate([now["observation.state.joint_position"], gripper]),
+    return ArmState(
         np.concatenate([now["observation.state.cartesian_position"], gripper]),
+        np.concatenate([now["observation.state.joint_position"], gripper]),
     )
