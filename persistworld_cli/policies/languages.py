@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from persistworld_cli.config.keys import dimensions_of
+from persistworld_cli.config.settings import Settings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.robot.adapter import ActionAdapter
 from persistworld_cli.robot.kinematics import PANDA, inverse
 from persistworld_cli.robot.kinematics import pose as flange_pose
+from persistworld_cli.rollout.interactive import require_dimensions
 from persistworld_cli.rollout.recording import Start
 
 Float = NDArray[np.float64]
@@ -32,6 +35,7 @@ CARTESIAN = "observation/cartesian_position"
 STATE = "observation/state"
 _FARTHEST = 0.5  # rad: DROID commands positions at most 0.28 rad from the arm's (952 rows of six episodes)
 _FASTEST = 1.0  # DROID's controller slows a faster command down; 0.1 to 99.9% of those rows' velocities: -1.00 .. 1.00
+_ELSEWHERE = 0.01  # m between recorded pose and recorded joints: DROID's agree to 4e-8
 # The likely causes of numbers that no policy of the language answers.
 _POSITIONS = (
     "likely cause: joint positions read as velocities; openpi's *_full_droid_finetune and *_jointpos configs need "
@@ -123,8 +127,15 @@ class _Franka(ActionLanguage):
         self.gripper_cap, self._cap_current, self._warned = gripper_cap, cap_current, False
 
     def begin(self, start: Start) -> ArmState:
-        """The recorded joints, and their pose."""
-        return at_joints(start.joints)
+        """The recorded joints. Raises PersistWorldError if the recorded pose is not theirs."""
+        now = at_joints(start.joints) if start.pose.shape == (7,) and start.joints.shape == (8,) else None
+        if now is None or np.abs(now.pose - start.pose)[:3].max() > _ELSEWHERE:
+            raise PersistWorldError(
+                "the recorded states are not poses of a Franka at the recorded joints",
+                where=f"episode '{start.item.episode}', frame {start.item.start}",
+                fix="--actions model takes a policy that answers with states, of any robot",
+            )
+        return now
 
     def observe(self, now: ArmState) -> dict[str, Float]:
         """Joints and gripper, as openpi's DROID policies get them."""
@@ -244,27 +255,34 @@ class Pose(JointPosition):
 
 
 class ModelActions(ActionLanguage):
-    """The world model's own actions, for any robot: a row of the answer is a state. The policy sees the current one.
-
-    Args:
-        parts: names of an action's numbers.
-    """
+    """The world model's own actions, for any robot: states within `robot.limits`, without lag."""
 
     fields = (STATE,)
 
-    def __init__(self, parts: Sequence[str]) -> None:
-        self.parts = tuple(parts)
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._dimensions = settings, dimensions_of(settings)
+        self.parts = tuple(one.name for one in self._dimensions)
 
     def begin(self, start: Start) -> ArmState:
-        """The recorded state."""
+        """The recorded state. Raises PersistWorldError unless `robot.dimensions` names its numbers."""
+        require_dimensions(self._settings, start)
         return ArmState(start.pose, np.empty(0))
 
     def observe(self, now: ArmState) -> dict[str, Float]:
-        """The state, as openpi's policies for robots other than DROID get it."""
+        """The state, as openpi's policies of robots other than DROID get it."""
         return {STATE: now.pose.copy()}
 
     def follow(self, actions: Float, now: ArmState, taken: int) -> ArmState:
         """The rows as they are."""
+        for column, one in enumerate(self._dimensions):
+            outside = np.flatnonzero((actions[:taken, column] < one.low) | (actions[:taken, column] > one.high))
+            if len(outside):
+                value, row = actions[outside[0], column], outside[0]
+                raise PersistWorldError(
+                    f"the policy commands {one.name} = {value:.4g}, limited to {one.low:g} to {one.high:g} {one.unit}",
+                    where=f"row {row} of the policy's answer",
+                    fix="answer states as the dataset has them, or widen robot.limits",
+                )
         poses = np.concatenate([now.pose[None], actions])
         return ArmState(poses, np.empty((len(poses), 0)))
 

@@ -309,7 +309,7 @@ def _language(settings: Settings, store: EpisodeStore, gripper_cap: float) -> Ac
     """The language of the policy's answers."""
     own = settings.policy
     if own.actions == "model":
-        return ModelActions([f"number {i} of the state" for i in range(1, settings.model.action_dim + 1)])
+        return ModelActions(settings)
     gripper = gripper_cap, own.cap_current
     if own.actions == "joint-velocity":
         return JointVelocity(_adapter(own, store), *gripper)

@@ -79,9 +79,9 @@ class Start:
         recorded = self.annotation.joints
         if recorded is None or len(recorded) <= self.item.start:
             raise PersistWorldError(
-                f"episode '{self.item.episode}' has no joint angles, which a policy needs",
+                f"episode '{self.item.episode}' has no joint angles, which a Franka's policies need",
                 where=f"annotation/{self.split}/{self.item.episode}.json, key 'joints'",
-                fix="extract the episode again from its raw recording, or take another episode",
+                fix="extract it again from its raw recording, take another episode, or a policy of --actions model",
             )
         joints: NDArray[np.float64] = recorded[self.item.start]
         return joints

@@ -13,6 +13,7 @@ from golden_table import close
 from policy_views import IMAGES, REST, VIEW, observation
 from safetensors.numpy import load_file
 
+from persistworld_cli.config.settings import RobotSettings, Settings
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.policies.controller import PolicyController
 from persistworld_cli.policies.embedded import POLICIES, make_policy
@@ -223,7 +224,7 @@ def language(name: str, gain: float = 1.0) -> ActionLanguage:
         "joint-velocity": JointVelocity(GainAdapter()),
         "joint-position": JointPosition(gain),
         "pose": Pose(gain),
-        "model": ModelActions(["x"] * 7),
+        "model": ModelActions(replace(Settings(), robot=RobotSettings(limits={"gripper": (0.0, 0.6)}))),
     }[name]
 
 
@@ -289,6 +290,8 @@ def test_another_language_than_the_policys_is_noticed(caplog: pytest.LogCaptureF
     assert "position of joint 3 in row 0 of the policy's answer is -0.3, over 0.5 rad from" in caplog.text
     with pytest.raises(PersistWorldError, match=r"cannot reach pose \(0.300, 0.000, 2.000"):
         language("pose").follow(np.array([[0.3, 0, 2, 3.1, 0, 0, 0]]), now, 1)
+    with pytest.raises(PersistWorldError, match=r"gripper = 0\.9, limited to 0 to 0\.6"):
+        language("model").follow(np.full((1, 7), 0.9), now, 1)
     caplog.clear()
     kept = language("joint-velocity")
     for _ in range(2):  # a run is warned once; unused rows are not checked
