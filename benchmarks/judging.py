@@ -45,8 +45,8 @@ def judge_episode(settings: Settings, store: EpisodeStore, split: str, episode: 
     """One episode: distances of places seen from true ones (m), and rows (instruction's kind, judged, true, ...)."""
     start = make_start(store, Item(episode, 0, 0), split)
     recorded, count = find_recorded(settings, start), start.annotation.num_frames
-    step = round(recorded.raw.fps / settings.world.rate_hz)
-    true = true_positions(recorded)[::step][:count]
+    rows = recorded.raw.clock(recorded.index).rows(settings.world.rate_hz)
+    true = true_positions(recorded)[rows][:count]
     evidence = Evidence(
         episode=episode,
         start=0,

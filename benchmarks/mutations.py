@@ -203,10 +203,9 @@ def _read_raw(folder: Path, videos: bool) -> Any:
         told += [raw.episode(index), raw.instruction(index), sorted(raw.columns(index))]
         told.append(raw.read(index, ["observation.state.joint_position", "observation.state.gripper_position"]))
         for camera in raw.cameras:
-            path, first, length = raw.video(index, camera)
-            told += [path, first, length]
+            told += [raw.video(index, camera), raw.clock(index)]
             if videos:
-                told += [count_frames(path), read_frames(path, [first, first + 3, first + 6])]
+                told += list(raw.images(index, camera, [0, 3, 6]))
     return told
 
 

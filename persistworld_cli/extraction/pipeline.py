@@ -253,6 +253,8 @@ class _Extraction:
         self.report.done.append(str(index))
         if header is not None and not header.has_instruction:
             self.report.without_instruction.append(str(index))
+        if header is not None and header.raw_fps != self.dataset.fps:
+            self.report.other_fps[str(index)] = header.raw_fps
         self._progress()
 
     def _fail(self, index: int, error: PersistWorldError) -> None:

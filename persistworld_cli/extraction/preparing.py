@@ -29,6 +29,7 @@ ANNOTATION = "annotation.json"  # in the staging folder, beside videos/
 _LISTED = ("observation.state.", "action.", "sim.")  # columns copied at the raw rate; sim.: the bundled world's
 GO_ON = "free some disk and run the same command again: it continues where it was"
 _FETCH = "fetch the episode again, or leave it out"
+_SLOWEST = 0.99  # of the model's rate: below it, frames would be repeated
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,7 @@ class EpisodeHeader:
     split: str
     frames: int  # T
     has_instruction: bool
-
-
-def resample_ids(length: int, raw_fps: float, rate_hz: float) -> NDArray[np.int64]:
-    """Raw frame numbers of the model's frames: frame i is the raw frame nearest to ``i * raw_fps / rate_hz``."""
-    ratio = raw_fps / rate_hz
-    ids = np.floor(np.arange(int(length / ratio) + 2) * ratio + 0.5 + 1e-9).astype(np.int64)
-    return ids[ids < length]
+    raw_fps: float  # by its timestamps
 
 
 def split_of(index: int, rule: str, splits: dict[str, tuple[int, int]]) -> str:
@@ -92,12 +87,20 @@ def prepare(
     """
     world = recipe.world
     split = split_of(index, world.val_rule, dataset.splits)
-    annotation, ids = _annotation(recipe, dataset, index, split)
-    views = [_images(dataset, index, camera, ids) for camera in world.cameras]
+    clock = dataset.clock(index)
+    if clock.fps < _SLOWEST * world.rate_hz:
+        raise PersistWorldError(
+            f"recorded at {clock.fps:g} fps, under the model's {world.rate_hz:g} Hz",
+            where=str(dataset.episode(index).table),
+            fix="set world.rate_hz to at most the recorded rate",
+        )
+    ids = clock.rows(world.rate_hz)
+    annotation = _annotation(recipe, dataset, index, split, ids, clock.fps)
+    views = [dataset.images(index, camera, ids.tolist(), threads=1) for camera in world.cameras]
     with writing(stage, GO_ON):
         stage.mkdir(parents=True)
         (stage / ANNOTATION).write_text(json.dumps(annotation))  # `Output.publish` moves the staged files
-    yield EpisodeHeader(split, len(ids), bool(annotation["texts"][0].strip()))
+    yield EpisodeHeader(split, len(ids), bool(annotation["texts"][0].strip()), clock.fps)
     with ExitStack() as stack:
         writers = [
             stack.enter_context(video.mp4_writer(stage / "videos" / f"{c}.mp4", world.rate_hz, reproducible=True))
@@ -116,28 +119,13 @@ def prepare(
             next(view, None)  # lets the reader count the remaining frames
 
 
-def _images(dataset: RawDataset, index: int, camera: str, ids: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
-    """One camera's images at raw frames ``ids``, at the recorded size; the file is checked at once."""
-    path, first, length = dataset.video(index, camera)
-    declared = video.count_frames(path)
-    alone = not dataset.version.startswith("v3")  # a version 3 file holds other episodes too
-    if declared < first + length or (alone and declared != length):
-        raise PersistWorldError(
-            f"camera '{camera}' has {max(0, declared - first)} frames, the table {length} rows",
-            where=str(path),
-            fix=_FETCH,
-        )
-    return video.iter_frames(path, [first + int(i) for i in ids], threads=1, whole=length if alone else 0)
-
-
 def _annotation(
-    recipe: Recipe, dataset: RawDataset, index: int, split: str
-) -> tuple[dict[str, Any], NDArray[np.int64]]:
-    """The annotation with Ctrl-World's keys, and the raw frames it keeps."""
+    recipe: Recipe, dataset: RawDataset, index: int, split: str, ids: NDArray[np.int64], raw_fps: float
+) -> dict[str, Any]:
+    """The annotation with Ctrl-World's keys; ``ids``: the rows that become frames."""
     world = recipe.world
     data, success = _columns(world, dataset, index)
     length = len(next(iter(data.values())))
-    ids = resample_ids(length, dataset.fps, world.rate_hz)
     states = np.concatenate([data[n].reshape(length, -1) for n in world.state_fields], axis=1)[ids]
     joints = [data[n].reshape(length, -1) for n in world.joint_fields]
     cameras, suffix = range(len(world.cameras)), SUFFIX[recipe.layout]
@@ -148,7 +136,7 @@ def _annotation(
         "video_length": len(ids),
         "state_length": len(ids),
         "raw_length": length,
-        "raw_fps": dataset.fps,
+        "raw_fps": raw_fps,
         "rate_hz": world.rate_hz,
         "videos": [{"video_path": f"videos/{split}/{index}/{c}.mp4"} for c in cameras],
         "latent_videos": [{"latent_video_path": f"latent_videos/{split}/{index}/{c}{suffix}"} for c in cameras],
@@ -156,7 +144,7 @@ def _annotation(
         # some robots record none
         **({"joints": np.concatenate(joints, axis=1)[ids].tolist()} if joints else {}),
         **{name: values.tolist() for name, values in data.items()},
-    }, ids
+    }
 
 
 def _columns(

@@ -20,6 +20,7 @@ class ExtractReport:
     skipped: list[str] = field(default_factory=list)  # already there
     failed: list[dict[str, str]] = field(default_factory=list)  # {episode, reason}
     without_instruction: list[str] = field(default_factory=list)  # done, but none is recorded
+    other_fps: dict[str, float] = field(default_factory=dict)  # done, by timestamps that give another rate
     absent: int = 0  # named by the raw metadata but not on disk: normal for a part of a dataset
     absent_ids: str = ""  # their ids, as 12:95,99
     wall_s: float = 0.0  # from when the encoder was ready until the last episode was in place
@@ -53,6 +54,7 @@ def merge_reports(out: Path, world_size: int, run: str) -> ExtractReport:
         part = ExtractReport.read(path_of(out, rank, run))
         for name in ("done", "skipped", "failed", "without_instruction"):
             getattr(merged, name).extend(getattr(part, name))
+        merged.other_fps |= part.other_fps
         merged.absent, merged.absent_ids = part.absent, part.absent_ids
         merged.wall_s += part.wall_s / world_size
         merged.waited_s += part.waited_s / world_size

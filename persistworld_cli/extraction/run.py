@@ -83,8 +83,8 @@ def run(settings: Settings, request: ExtractRequest) -> dict[str, Any]:
     work = Run(request.output, cpu=settings.launch.device == "cpu")
     raw, out = resolve_path(settings.world.raw), Path(resolve_path(settings.world.dataset))
     source = request.vae or settings.model.ckpt
-    present = RawDataset(raw).episodes
-    chosen = parse_episodes(request.episodes, present)
+    dataset = RawDataset(raw)
+    chosen = parse_episodes(request.episodes, dataset.episodes)
     run = work.gather([secrets.token_hex(4)])[0]  # several runs may write to this dataset
     try:
         _extract(settings, request, work, Vae(settings, source, request.dtype, work.device), run, chosen)
@@ -93,6 +93,12 @@ def run(settings: Settings, request: ExtractRequest) -> dict[str, Any]:
             note("stopped; finished episodes stay, and the same command continues with the others")
         raise
     report = _joined(out, work, run)
+    if work.main and report.other_fps:
+        rates = ", ".join(f"{fps:g}" for fps in sorted(set(report.other_fps.values()))[:4])
+        note(
+            f"info.json says {dataset.fps:g} fps, the timestamps of {len(report.other_fps)} episodes {rates}: "
+            "timestamps are followed"
+        )
     if work.main and not report.done and not report.failed:
         note(f"finished; nothing was extracted: all {len(report.skipped)} episodes exist already")
     if not report.done and not report.skipped:
@@ -107,6 +113,7 @@ def run(settings: Settings, request: ExtractRequest) -> dict[str, Any]:
         "already there": len(report.skipped),
         "failed": report.failed,
         "without instruction": len(report.without_instruction),
+        "other fps than info.json": len(report.other_fps),
         "not on disk": report.absent,
         "seconds": round(report.wall_s, 2),
         "frames": report.frames,

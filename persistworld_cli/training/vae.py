@@ -20,7 +20,6 @@ from persistworld_cli.config.requests import PretrainVaeRequest
 from persistworld_cli.config.settings import Settings, VaeSettings, WorldSettings
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.data.raw.resize import resize
-from persistworld_cli.data.raw.video import read_frames
 from persistworld_cli.files import hash_of, whole_file, write_json
 from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae, pixels_to_unit
 from persistworld_cli.read_files import reading
@@ -38,17 +37,16 @@ def load_images(raw: Path, world: WorldSettings, cache: Path, quiet: bool) -> np
     if cache.exists():
         return read_images(cache)
     dataset = RawDataset(raw)
-    every = max(1, round(dataset.fps / world.rate_hz))
-    length = min(dataset.episode(e).length for e in dataset.episodes) // every
-    shape = (len(dataset.episodes) * len(world.cameras), length, world.height, world.width, 3)
+    rows = {episode: dataset.clock(episode).rows(world.rate_hz) for episode in dataset.episodes}
+    length = min(map(len, rows.values()))
+    shape = (len(rows) * len(world.cameras), length, world.height, world.width, 3)
     # written, not memory-mapped: on a full disk a memory map kills the process
     with whole_file(cache) as partial, partial.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        with Meter("reading images", len(dataset.episodes), quiet=quiet) as meter:
-            for episode in dataset.episodes:
+        with Meter("reading images", len(rows), quiet=quiet) as meter:
+            for episode, ids in rows.items():
                 for camera in world.cameras:
-                    path, first, _ = dataset.video(episode, camera)
-                    frames = read_frames(path, [first + every * k for k in range(length)])
+                    frames = np.stack(list(dataset.images(episode, camera, ids[:length].tolist())))
                     file.write(np.ascontiguousarray(resize(frames, world.height, world.width)).data)
                 meter.advance()
     return read_images(cache)

@@ -9,6 +9,7 @@ from PIL import Image
 from torch.nn import functional
 
 from persistworld_cli.data.raw import video
+from persistworld_cli.data.raw.clock import Clock
 from persistworld_cli.data.raw.resize import resize
 from persistworld_cli.errors import PersistWorldError
 
@@ -35,13 +36,19 @@ def test_frames_come_back_in_any_order_with_repeats(tmp_path: Path) -> None:
     assert numbers(video.read_frames(path, wanted)) == wanted
 
 
+def rows(path: Path, count: int, wanted: list[int], begin: float | None = None, threads: int = 0) -> list[int]:
+    clock = Clock.of(np.arange(count) / 15, 15)
+    return numbers(np.stack(list(video.iter_rows(path, clock, wanted, name="it", begin=begin, threads=threads))))
+
+
 def test_a_far_start_is_reached_by_seeking_to_the_same_frames(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     video.write_mp4(path, numbered(180), 15, crf=1)
-    wanted = [61, 100, 101, 179]
-    assert numbers(video.read_frames(path, wanted)) == wanted
+    assert rows(path, 119, [0, 39, 40, 40, 118], begin=61 / 15) == [61, 100, 101, 101, 179]
     with pytest.raises(PersistWorldError, match="video ends after 180 frames, frame 180 is wanted"):
         video.read_frames(path, [170, 180])
+    with pytest.raises(PersistWorldError, match="it has 119 frames, the table 120 rows"):
+        rows(path, 120, [0], begin=61 / 15)
 
 
 def test_colours_survive_without_bias(tmp_path: Path) -> None:
@@ -110,11 +117,12 @@ def test_reproducible_videos_do_not_depend_on_what_was_written_before(tmp_path: 
 
 def test_a_whole_file_is_counted_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
-    video.write_mp4(path, numbered(40), 5, crf=1)
+    video.write_mp4(path, numbered(40), 15, crf=1)
     for threads in (0, 1):
-        assert numbers(np.stack(list(video.iter_frames(path, [0, 30], threads=threads, whole=40)))) == [0, 30]
-    with pytest.raises(PersistWorldError, match="video ends after 40 frames, 41 are declared"):
-        list(video.iter_frames(path, [0, 30], whole=41))
+        assert rows(path, 40, [0, 30], threads=threads) == [0, 30]
+    for count in (39, 41):
+        with pytest.raises(PersistWorldError, match=f"it has 40 frames, the table {count} rows"):
+            rows(path, count, [0, 30])
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from data_raw import CAMERAS, HEIGHT, TASK, WIDTH, columns, encode, video_path, 
 from persistworld_cli.config.settings import WorldSettings
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.data.metadata.annotations import load_annotation
+from persistworld_cli.data.raw.clock import Clock
 from persistworld_cli.data.raw.resize import resize
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.extraction.pipeline import ExtractCallbacks, extract_latents
-from persistworld_cli.extraction.preparing import resample_ids, split_of
+from persistworld_cli.extraction.preparing import split_of
 from persistworld_cli.extraction.publish import Changing, Encoder
 from persistworld_cli.extraction.report import merge_reports
 
@@ -33,16 +34,19 @@ WORLD = WorldSettings(height=HEIGHT, width=WIDTH)
         (8, 12, 5, [0, 2, 5, 7]),
         (10, 30, 5, [0, 6]),
         (1, 15, 5, [0]),
-        (0, 15, 5, []),
     ],
 )
 def test_resampling(length: int, fps: float, rate: float, expected: list[int]) -> None:
-    assert resample_ids(length, fps, rate).tolist() == expected
+    assert _clock(length, fps).rows(rate).tolist() == expected
 
 
 def test_resampling_of_a_whole_ratio_is_every_third_row_for_any_length() -> None:
-    for length in range(1, 200):
-        assert resample_ids(length, 15, 5).tolist() == list(range(0, length, 3))
+    for length in (*range(1, 50), 20_000):
+        assert _clock(length, 15).rows(5).tolist() == list(range(0, length, 3))
+
+
+def _clock(length: int, fps: float) -> Clock:
+    return Clock.of((np.arange(length) / fps).astype(np.float32), fps)
 
 
 def test_split_rules() -> None:

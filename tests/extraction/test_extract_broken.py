@@ -88,6 +88,6 @@ def test_a_shared_video_that_is_cut_short_costs_the_episodes_behind(tmp_path: Pa
     report = extract_latents(WORLD, raw, tmp_path / "b", encode)
     assert report.done == ["0"]
     assert [f["reason"].partition(" (")[0] for f in report.failed] == [
-        "camera 'wrist_left' has 10 frames, the table 12 rows",
-        "camera 'wrist_left' has 0 frames, the table 12 rows",
+        "camera 'wrist_left' of episode 1 has 10 frames, the table 12 rows",
+        "camera 'wrist_left' of episode 2 has 0 frames, the table 12 rows",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from persistworld_cli.data.raw import video
@@ -52,30 +54,43 @@ def columns(episode: int, length: int) -> dict[str, NDArray[np.float32]]:
     return {name: values.astype(np.float32) for name, values in out.items()}
 
 
-def _table(episode: int, length: int, first: int = 0) -> pa.Table:
+def _table(episode: int, length: int, fps: float, first: int = 0, stored: bool = False) -> pa.Table:
     data: dict[str, object] = {k: v.tolist() for k, v in columns(episode, length).items()}
     data |= {
         "is_episode_successful": [episode % 2 == 0] * length,
         "language_instruction": [TASK] * length,
-        "timestamp": np.arange(length, dtype=np.float32) / 15,
+        "timestamp": (np.arange(length) / fps).astype(np.float32),
         "frame_index": np.arange(length),
         "episode_index": np.full(length, episode),
         "index": np.arange(first, first + length),
     }
+    for number, camera in enumerate(CAMERAS if stored else ()):
+        cells = [{"bytes": _png(image(episode, number, f)), "path": f"frame-{f:06d}.png"} for f in range(length)]
+        data[f"observation.images.{camera}"] = cells
     return pa.table(data)
 
 
-def _info(version: str, fps: float, **paths: object) -> dict[str, object]:
-    features: dict[str, object] = {f"observation.images.{c}": {"dtype": "video"} for c in CAMERAS}
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def _info(version: str, fps: float, stored: bool, **paths: object) -> dict[str, object]:
+    kind = {"dtype": "image" if stored else "video"}
+    features: dict[str, object] = {f"observation.images.{c}": kind for c in CAMERAS}
     features |= {k: {"dtype": "float32"} for k in columns(0, 1)} | {"language_instruction": {"dtype": "string"}}
     return {"codebase_version": version, "fps": fps, "chunks_size": 1000, "features": features, **paths}
 
 
-def write_v21(root: Path, lengths: dict[int, int], fps: float = 15, splits: dict[str, str] | None = None) -> Path:
-    """A version 2.1 dataset of episodes {index: raw length}."""
+def write_v21(
+    root: Path, lengths: dict[int, int], fps: float = 15, splits: dict[str, str] | None = None, stored: bool = False
+) -> Path:
+    """A version 2.1 dataset of episodes {index: raw length}; ``stored``: images are in the tables, not in videos."""
     info = _info(
         "v2.1",
         fps,
+        stored,
         splits=splits or {},
         data_path="data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
         video_path="videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
@@ -84,8 +99,8 @@ def write_v21(root: Path, lengths: dict[int, int], fps: float = 15, splits: dict
     for episode, length in lengths.items():
         path = table_path(root, episode)
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(_table(episode, length), path)
-        for number, camera in enumerate(CAMERAS):
+        pq.write_table(_table(episode, length, fps, stored=stored), path)
+        for number, camera in enumerate(() if stored else CAMERAS):
             video.write_mp4(
                 video_path(root, episode, camera), [image(episode, number, f) for f in range(length)], fps, crf=1
             )
@@ -96,11 +111,12 @@ def write_v21(root: Path, lengths: dict[int, int], fps: float = 15, splits: dict
     return root
 
 
-def write_v30(root: Path, lengths: Sequence[int], fps: float = 15) -> Path:
-    """A version 3.0 dataset: all episodes in one table and one video a camera."""
+def write_v30(root: Path, lengths: Sequence[int], fps: float = 15, stored: bool = False) -> Path:
+    """A version 3.0 dataset: all episodes in one table and one video per camera; ``stored``: as for `write_v21`."""
     info = _info(
         "v3.0",
         fps,
+        stored,
         data_path="data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
         video_path="videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
     )
@@ -108,7 +124,7 @@ def write_v30(root: Path, lengths: Sequence[int], fps: float = 15) -> Path:
     rows = []
     for episode, length in enumerate(lengths):
         row = {"episode_index": episode, "tasks": [TASK], "length": length, "data/chunk_index": 0, "data/file_index": 0}
-        for camera in CAMERAS:
+        for camera in () if stored else CAMERAS:
             head = f"videos/observation.images.{camera}/"
             row |= {f"{head}chunk_index": 0, f"{head}file_index": 0}
             row |= {f"{head}from_timestamp": starts[episode] / fps, f"{head}to_timestamp": starts[episode + 1] / fps}
@@ -116,9 +132,9 @@ def write_v30(root: Path, lengths: Sequence[int], fps: float = 15) -> Path:
     for folder in ("meta/episodes/chunk-000", "data/chunk-000"):
         (root / folder).mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), root / "meta/episodes/chunk-000/file-000.parquet")
-    tables = [_table(e, n, int(starts[e])) for e, n in enumerate(lengths)]
+    tables = [_table(e, n, fps, int(starts[e]), stored) for e, n in enumerate(lengths)]
     pq.write_table(pa.concat_tables(tables), root / "data/chunk-000/file-000.parquet")
-    for number, camera in enumerate(CAMERAS):
+    for number, camera in enumerate(() if stored else CAMERAS):
         frames = [image(e, number, f) for e, n in enumerate(lengths) for f in range(n)]
         video.write_mp4(root / f"videos/observation.images.{camera}/chunk-000/file-000.mp4", frames, fps, crf=1)
     (root / "meta/info.json").write_text(json.dumps(info))

@@ -1,17 +1,22 @@
 """Reader of raw LeRobot datasets, versions 2.0, 2.1 (one file per episode) and 3.0 (many episodes per file).
 
-Every path comes from the templates in ``meta/info.json``. A dataset may be partial: an episode without any video on
-disk is not listed (the tables of all episodes are small, and usually present).
+Every path comes from the templates in ``meta/info.json``. A camera is a video (``dtype: video``) or a column of images
+in the tables (``dtype: image``). A dataset may be partial: an episode without any video on disk is not listed (the
+tables of all episodes are small, and usually present).
+
+Checked against what LeRobot 0.6.1 (v3.0) and 0.3.3 (v2.1) write, and 0.6.1 converts, deletes from, merges and splits.
 """
 
 from __future__ import annotations
 
+import io
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from persistworld_cli.data.raw.clock import Clock
+from persistworld_cli.data.raw.video import TIMES_FIX, Frames, iter_rows
 from persistworld_cli.errors import PersistWorldError, nearest
 from persistworld_cli.read_files import (
     as_object,
@@ -39,15 +46,24 @@ _PLACE = ("chunk_index", "file_index")  # of a version 3 file
 _MOST = 2**40  # frames, episodes, numbers of files: more is damage
 
 
+class VideoSpan(NamedTuple):
+    """An episode in a camera's video: from ``begin`` to ``end`` seconds; None: the file holds this episode alone."""
+
+    path: Path
+    begin: float | None = None
+    end: float | None = None
+    shared: int | None = None  # an episode that has some of these seconds too
+
+
 @dataclass(frozen=True)
 class RawEpisode:
-    """Location of an episode: table file; for each camera the video file and the number of its first frame there."""
+    """Location of an episode: table file, and its span in the video of each camera that has one."""
 
     index: int
     length: int
     tasks: tuple[str, ...]
     table: Path
-    videos: dict[str, tuple[Path, int]]
+    videos: dict[str, VideoSpan]
 
 
 class RawDataset:
@@ -89,7 +105,9 @@ class RawDataset:
             self.features: dict[str, dict[str, Any]] = as_object(self.info["features"])
             if odd := [name for name, feature in self.features.items() if not isinstance(feature, dict)]:
                 raise ValueError(f"feature '{odd[0]}' is not an object")
-            self.cameras = tuple(k.removeprefix(_IMAGES) for k, v in self.features.items() if v.get("dtype") == "video")
+            kinds = {k.removeprefix(_IMAGES): v.get("dtype") for k, v in self.features.items()}
+            self.cameras = tuple(name for name, kind in kinds.items() if kind in ("video", "image"))
+            self._filmed = tuple(name for name in self.cameras if kinds[name] == "video")
             self._check_info()
         self._known: dict[int, RawEpisode] = {}
         self._file: tuple[Path, pq.ParquetFile, list[set[int] | None]] | None = None
@@ -102,7 +120,7 @@ class RawDataset:
         fields = _PLACE if self.version.startswith("v3") else ("episode_chunk", "episode_index")
         names: dict[str, int | str] = dict.fromkeys(fields, 0)
         fill_template(self.info["data_path"], names)
-        if self.cameras:
+        if self._filmed:
             fill_template(self.info.get("video_path"), {"video_key": "", **names})
 
     @property
@@ -134,13 +152,16 @@ class RawDataset:
         self._known[episode.index] = episode
 
     def episode(self, index: int) -> RawEpisode:
-        """Location of episode ``index``. Raises PersistWorldError: not in the metadata, or not on disk."""
+        """Location of episode ``index``. Raises PersistWorldError: not or wrongly in the metadata, or not on disk."""
         if index in self._known:
             return self._known[index]
-        if index in self._present:
-            return self._present[index]
-        if index in self._all:
-            raise PersistWorldError(f"episode {index} is not on disk", where=str(self._all[index].table), fix=_FETCH)
+        episode = self._all.get(index)
+        if isinstance(episode, PersistWorldError):
+            raise episode
+        if episode is not None and index in self._present:
+            return episode
+        if episode is not None:
+            raise PersistWorldError(f"episode {index} is not on disk", where=str(episode.table), fix=_FETCH)
         raise PersistWorldError(
             f"no episode {index} in this dataset",
             where=str(self.path / "meta"),
@@ -169,44 +190,93 @@ class RawDataset:
         """Names of the columns in the table of an episode."""
         return list(self._rows(self.episode(index)).column_names)
 
-    def video(self, index: int, camera: str) -> tuple[Path, int, int]:
-        """(file, number of its first frame there, number of frames) of an episode's camera.
+    def clock(self, index: int) -> Clock:
+        """Times of an episode's rows: those of column ``timestamp``, without it ``row / fps``.
 
         Raises:
-            PersistWorldError: the dataset has no such camera, or the file is not on disk.
+            PersistWorldError: timestamps that do not increase or leave frames out, or an unreadable table.
         """
-        episode = self.episode(index)
-        key = camera.removeprefix(_IMAGES)
+        table = self.episode(index).table
+        if "timestamp" in self.columns(index):
+            stamps = self.read(index, ["timestamp"])["timestamp"].reshape(-1)
+        else:
+            stamps = np.arange(self._rows(self.episode(index)).num_rows) / self.fps
+        try:
+            return Clock.of(stamps, self.fps)
+        except ValueError as error:
+            what = f"timestamps of episode {index}: {error}"
+            raise PersistWorldError(what, where=str(table), fix=TIMES_FIX) from error
+
+    def images(self, index: int, camera: str, rows: Sequence[int], threads: int = 0) -> Iterator[Frames]:
+        """A camera's images (H, W, 3) at some rows of an episode, ascending, nearest in time (see `video.iter_rows`).
+
+        Files, times and lengths that the metadata states are checked at once, the rest while reading.
+
+        Raises:
+            PersistWorldError: no such camera, something missing or damaged, times that disagree by over half a frame.
+        """
+        key, name = camera.removeprefix(_IMAGES), f"camera '{camera}' of episode {index}"
+        clock = self.clock(index)
+        if key in self.cameras and key not in self._filmed:
+            return self._stored(index, self._feature(key), rows, name)
+        span = self.video(index, camera)
+        if span.begin is not None and span.end is not None:
+            what, lasts = f"{name} is from_timestamp {span.begin:.3f} to {span.end:.3f} s in its video", clock.duration
+            if abs(span.end - span.begin - lasts) > 0.5 * clock.spacing:
+                what += f", its {len(clock.times)} rows last {lasts:.3f} s"
+            elif span.shared is not None:
+                what += f", which overlaps episode {span.shared}"
+            else:
+                what = ""
+            if what:
+                raise PersistWorldError(what, where=str(self.path / "meta/episodes"), fix=TIMES_FIX)
+        return iter_rows(span.path, clock, rows, name=name, begin=span.begin, threads=threads)
+
+    def video(self, index: int, camera: str) -> VideoSpan:
+        """Where the video of an episode's camera is.
+
+        Raises:
+            PersistWorldError: the dataset or this episode has no such camera, or the file is not on disk.
+        """
+        episode, key = self.episode(index), camera.removeprefix(_IMAGES)
         if key not in episode.videos:
+            known = key in self._filmed
             raise PersistWorldError(
-                f"no camera '{camera}' in episode {index}", where=str(self.path), fix=nearest(key, episode.videos)
+                f"episode {index} has no video of camera '{camera}'" if known else f"no camera '{camera}'",
+                where=str(self.path / "meta"),
+                fix="leave the episode out, or the camera" if known else nearest(key, self.cameras),
             )
-        path, first = episode.videos[key]
-        if not path.is_file():
-            raise PersistWorldError(f"video of camera '{camera}' is missing", where=str(path), fix=_FETCH)
-        return path, first, episode.length
+        if not episode.videos[key].path.is_file():
+            path = str(episode.videos[key].path)
+            raise PersistWorldError(f"video of camera '{camera}' is missing", where=path, fix=_FETCH)
+        return episode.videos[key]
 
     def instruction(self, index: int) -> str:
         """The instruction, '' if none is recorded.
 
-        From column ``language_instruction``, else the episode's first task, else the task that ``task_index`` names.
+        From column ``language_instruction``, else the episode's only task, else the task of its first row (LeRobot
+        lists several tasks in any order).
         """
         episode = self.episode(index)
-        text = self._first(episode, "language_instruction") or next(iter(episode.tasks), None)
+        text = self._first(episode, "language_instruction") or (episode.tasks[0] if len(episode.tasks) == 1 else None)
         if text is None:
             task = self._first(episode, "task_index")
             with reading("unreadable table", episode.table, _FETCH):
                 text = "" if task is None else self._tasks.get(whole_number(task, "task_index"), "")
+            text = text or next(iter(episode.tasks), "")
         return "" if text == _NO_TASK else str(text)
 
     @cached_property
-    def _all(self) -> dict[int, RawEpisode]:
-        """Every episode that the metadata names."""
+    def _all(self) -> dict[int, RawEpisode | PersistWorldError]:
+        """Every episode that the metadata names, or why its entry cannot be read."""
         return self._episodes_v3() if self.version.startswith("v3") else self._episodes_v2()
 
     @cached_property
-    def _present(self) -> dict[int, RawEpisode]:
-        """The episodes with a video on disk, or a table where there are no cameras; each folder is listed once."""
+    def _present(self) -> set[int]:
+        """The episodes with a video on disk, or a table where not all cameras are videos; each folder is listed once.
+
+        Episodes with an unreadable entry count as present, so that extraction names them.
+        """
         folders: dict[Path, set[str]] = {}
 
         def there(path: Path) -> bool:
@@ -214,10 +284,13 @@ class RawDataset:
                 folders[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
             return path.name in folders[path.parent]
 
+        stored = len(self._filmed) < len(self.cameras)
         return {
-            index: episode
+            index
             for index, episode in self._all.items()
-            if any(there(path) for path, _ in episode.videos.values()) or (not episode.videos and there(episode.table))
+            if isinstance(episode, PersistWorldError)
+            or any(there(span.path) for span in episode.videos.values())
+            or ((stored or not episode.videos) and there(episode.table))
         }
 
     @cached_property
@@ -236,50 +309,53 @@ class RawDataset:
                 rows = [{"task": row.get("__index_level_0__"), **row} for row in listed.to_pylist()]
             return {whole_number(row["task_index"], "task_index"): str(row["task"] or "") for row in rows}
 
-    def _episodes_v2(self) -> dict[int, RawEpisode]:
+    def _episodes_v2(self) -> dict[int, RawEpisode | PersistWorldError]:
         """Version 2: ``meta/episodes.jsonl`` and one file per episode."""
         path = self.path / "meta" / "episodes.jsonl"
         if not path.is_file():
             raise PersistWorldError("list of episodes is missing", where=str(path), fix=_FETCH)
         chunk = int(self.info.get("chunks_size", 1000))
-        out: dict[int, RawEpisode] = {}
-        for number, row in enumerate(read_json_lines(path, "unreadable list of episodes", _FETCH), 1):
-            with reading(f"entry {number} is unreadable", path, _FETCH):
-                index = whole_number(row["episode_index"], "episode_index", 0, _MOST)
-                names = {"episode_chunk": index // chunk, "episode_index": index}
-                out[index] = self._episode(row, names, {c: (self._video_file(c, names), 0) for c in self.cameras})
-        return out
 
-    def _episodes_v3(self) -> dict[int, RawEpisode]:
+        def parse(row: dict[str, Any]) -> RawEpisode:
+            index = int(row["episode_index"])
+            names = {"episode_chunk": index // chunk, "episode_index": index}
+            return self._episode(row, names, {c: VideoSpan(self._video_file(c, names)) for c in self._filmed})
+
+        return _listed(read_json_lines(path, "unreadable list of episodes", _FETCH), path, parse)
+
+    def _episodes_v3(self) -> dict[int, RawEpisode | PersistWorldError]:
         """Version 3: ``meta/episodes/chunk-*/file-*.parquet`` gives the file of each episode, and its place there."""
         files = sorted((self.path / "meta" / "episodes").glob("*/*.parquet"))
         if not files:
             raise PersistWorldError("list of episodes is missing", where=str(self.path / "meta/episodes"), fix=_FETCH)
-        out: dict[int, RawEpisode] = {}
+        rows: list[dict[str, Any]] = []
         for path in files:
             with reading("unreadable list of episodes", path, _FETCH):
                 # the statistics columns are most of the file: leave them
                 names = [n for n in pq.read_schema(path).names if not n.startswith("stats/")]
                 _require_once(names)
-                for row in pq.read_table(path, columns=names).to_pylist():
-                    episode = self._row_v3(row)
-                    out[episode.index] = episode
-        return out
+                rows += pq.read_table(path, columns=names).to_pylist()
+        episodes = _listed(rows, self.path / "meta/episodes", self._row_v3)
+        _mark_shared([e for e in episodes.values() if isinstance(e, RawEpisode)], 0.5 / self.fps)
+        return episodes
 
     def _row_v3(self, row: dict[str, Any]) -> RawEpisode:
         """An episode from its row in the version 3 list."""
-        videos: dict[str, tuple[Path, int]] = {}
-        for camera in self.cameras:
-            head = f"videos/{self._video_key(camera)}/"
-            if row.get(head + "chunk_index") is None:
+        videos: dict[str, VideoSpan] = {}
+        for camera in self._filmed:
+            head = f"videos/{self._feature(camera)}/"
+            if _empty(row.get(head + "chunk_index")):  # pandas writes NaN where an episode lacks a camera
                 continue
             names = {name: whole_number(row[head + name], head + name, 0, _MOST) for name in _PLACE}
-            first = round(float(row[head + "from_timestamp"]) * self.fps)
-            videos[camera] = (self._video_file(camera, names), whole_number(first, "from_timestamp * fps", 0, _MOST))
+            begin, end = (row[head + name] for name in ("from_timestamp", "to_timestamp"))
+            for name, value in (("from_timestamp", begin), ("to_timestamp", end)):
+                if not isinstance(value, int | float) or not 0 <= value < _MOST:
+                    raise ValueError(f"{head}{name} is {value}, not a time in seconds")
+            videos[camera] = VideoSpan(self._video_file(camera, names), float(begin), float(end))
         names = {name: whole_number(row[f"data/{name}"], f"data/{name}", 0, _MOST) for name in _PLACE}
         return self._episode(row, names, videos)
 
-    def _episode(self, row: dict[str, Any], names: dict[str, int], videos: dict[str, tuple[Path, int]]) -> RawEpisode:
+    def _episode(self, row: dict[str, Any], names: dict[str, int], videos: dict[str, VideoSpan]) -> RawEpisode:
         """An episode from its row in the list; ``names``: the fields in its table's path template."""
         return RawEpisode(
             index=whole_number(row["episode_index"], "episode_index", 0, _MOST),
@@ -291,9 +367,9 @@ class RawDataset:
 
     def _video_file(self, camera: str, names: dict[str, int]) -> Path:
         """Path of a camera's video from info.json's template."""
-        return self.path / fill_template(self.info["video_path"], {"video_key": self._video_key(camera), **names})
+        return self.path / fill_template(self.info["video_path"], {"video_key": self._feature(camera), **names})
 
-    def _video_key(self, camera: str) -> str:
+    def _feature(self, camera: str) -> str:
         """The feature of a camera; some datasets name it without the usual ``observation.images.``."""
         return camera if camera in self.info["features"] else _IMAGES + camera
 
@@ -302,12 +378,12 @@ class RawDataset:
         table = self._rows(episode)
         return table.column(column)[0].as_py() if column in table.column_names else None
 
-    def _rows(self, episode: RawEpisode) -> pa.Table:
-        """The rows of one episode, by frame. The last row groups stay in memory: a v3 file serves many episodes."""
+    def _rows(self, episode: RawEpisode, camera: str | None = None) -> pa.Table:
+        """The rows of one episode, by frame: all columns but images; with a camera's feature, that column of images."""
         if not episode.table.is_file():
             raise PersistWorldError("table is missing", where=str(episode.table), fix=_FETCH)
         with reading("unreadable table", episode.table, _FETCH):
-            table = self._groups(episode)
+            table = self._groups(episode, camera)
             if "episode_index" in table.column_names:
                 table = table.filter(pc.equal(table.column("episode_index"), episode.index))
             if table.num_rows == 0:
@@ -319,17 +395,91 @@ class RawDataset:
                     raise PersistWorldError("frame_index leaves frames out", where=str(episode.table), fix=_FETCH)
         return table
 
-    def _groups(self, episode: RawEpisode) -> pa.Table:
-        """The row groups of the episode's file that may hold it: a v3 file may be too large for memory."""
+    def _groups(self, episode: RawEpisode, camera: str | None) -> pa.Table:
+        """The row groups of the episode's file that may hold it: a v3 file may be too large for memory.
+
+        The last ones stay in memory, without images: a v3 file serves many episodes.
+        """
         if self._file is None or self._file[0] != episode.table:
             opened = pq.ParquetFile(episode.table)
             _require_once(opened.schema_arrow.names)
             self._file, self._table = (episode.table, opened, _episodes_of(opened)), None
         _, file, held = self._file
         groups = tuple(group for group, episodes in enumerate(held) if episodes is None or episode.index in episodes)
+        if camera is not None:
+            return file.read_row_groups(list(groups), columns=[camera, "episode_index", "frame_index"])
         if self._table is None or self._table[1] != groups:
-            self._table = (episode.table, groups, file.read_row_groups(list(groups)))
+            images = {self._feature(name) for name in self.cameras}
+            names = [name for name in file.schema_arrow.names if name not in images]
+            self._table = (episode.table, groups, file.read_row_groups(list(groups), columns=names))
         return self._table[2]
+
+    def _stored(self, index: int, feature: str, rows: Sequence[int], name: str) -> Iterator[Frames]:
+        """The images of a camera that are stored in the table."""
+        episode = self.episode(index)
+        if feature not in pq.read_schema(episode.table).names:
+            raise PersistWorldError(f"{name} has no images", where=str(episode.table), fix=_FETCH)
+        cells, sizes = self._rows(episode, feature).column(feature), set()
+        for row in rows:
+            image = _decode(cells[int(row)].as_py(), f"{name}, row {row}", episode.table)
+            sizes.add(image.shape)
+            if len(sizes) > 1:
+                raise PersistWorldError(f"{name} has images of several sizes", where=str(episode.table), fix=_FETCH)
+            yield image
+
+
+def _listed(
+    rows: Sequence[dict[str, Any]], path: Path, parse: Callable[[dict[str, Any]], RawEpisode]
+) -> dict[int, RawEpisode | PersistWorldError]:
+    """Episodes by number from their entries in the list ``path``; one that cannot be used does not hide the others.
+
+    Raises:
+        PersistWorldError: an entry does not give the number of its episode.
+    """
+    out: dict[int, RawEpisode | PersistWorldError] = {}
+    for number, row in enumerate(rows, 1):
+        with reading(f"entry {number} is unreadable", path, _FETCH):
+            index = whole_number(row["episode_index"], "episode_index", 0, _MOST)
+        try:
+            with reading(f"entry of episode {index} is unreadable", path, _FETCH):
+                if index in out:
+                    raise ValueError("the list has the episode twice")
+                out[index] = parse(row)
+        except PersistWorldError as error:
+            out[index] = error
+    return out
+
+
+def _mark_shared(episodes: Sequence[RawEpisode], half: float) -> None:
+    """Note at the spans of a video that overlap by over half a frame (s) which other episode each overlaps."""
+    files: dict[tuple[str, Path], list[RawEpisode]] = {}
+    for episode in episodes:
+        for camera, span in episode.videos.items():
+            files.setdefault((camera, span.path), []).append(episode)
+    for (camera, _), sharing in files.items():
+        last: RawEpisode | None = None  # the one that ends last of those before
+        for episode in sorted(sharing, key=lambda one: one.videos[camera].begin or 0.0):
+            span, before = episode.videos[camera], last.videos[camera] if last else None
+            if last and before and before.end is not None and (span.begin or 0.0) < before.end - half:
+                episode.videos[camera] = span._replace(shared=last.index)
+                last.videos[camera] = before._replace(shared=episode.index)
+            if before is None or (span.end or 0.0) > (before.end or 0.0):
+                last = episode
+
+
+def _empty(value: Any) -> bool:
+    """Whether a cell holds nothing: null or NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _decode(cell: Any, name: str, path: Path) -> Frames:
+    """The image (H, W, 3) in a cell ``{bytes, path}``, an encoded PNG or JPEG."""
+    from PIL import Image
+
+    if not cell or not cell.get("bytes"):
+        raise PersistWorldError(f"{name} has no image in the table", where=str(path), fix=_FETCH)
+    with reading(f"{name}: unreadable image", path, _FETCH), Image.open(io.BytesIO(cell["bytes"])) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def _require_once(names: Sequence[str]) -> None:
@@ -366,7 +516,7 @@ def _column(table: pa.Table, name: str, path: Path) -> NDArray[Any]:
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    """A list of texts; None is an empty one. Raises TypeError."""
-    if value is not None and not isinstance(value, list):
+    """A list of texts, or one text; None is an empty list. Raises TypeError."""
+    if value is not None and not isinstance(value, list | str):
         raise TypeError("tasks are not a list")
-    return tuple(str(text) for text in value or [])
+    return tuple(str(text) for text in ([value] if isinstance(value, str) else value or []))

@@ -16,6 +16,7 @@ from av.error import FFmpegError
 from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 
+from persistworld_cli.data.raw.clock import Clock
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import whole_file
 
@@ -25,12 +26,14 @@ Frames = NDArray[np.uint8]
 # (PyAV 18 is the first to take them) its mean is right to 0.02 (52 dB).
 _EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
-# Below this many skipped frames decoding through is cheaper and safer than seeking.
-_SEEK_THRESHOLD = 60
+_SEEK_S = 4.0  # seconds: to a nearer start, decoding is cheaper and safer than seeking
+_ROUNDING = 2e-4  # seconds: timestamps are float32
+_CUT = "the file is cut short or damaged: download or record it again"
+TIMES_FIX = "correct the timestamps or the video, or leave the episode out"
 
 
 def count_frames(path: Path) -> int:
-    """Number of frames the container declares (decoded and counted where it declares none). Raises as `iter_frames`."""
+    """Number of frames the container declares (decoded and counted where it declares none). Raises as `read_frames`."""
     try:
         with av.open(str(path)) as container:
             stream = _video_stream(container, path)
@@ -41,70 +44,110 @@ def count_frames(path: Path) -> int:
         raise _unreadable(path, error) from error
 
 
-def iter_frames(path: Path, indices: Sequence[int], *, threads: int = 0, whole: int = 0) -> Iterator[Frames]:
-    """Yield the frames of strictly increasing ``indices`` as uint8 (H, W, 3), decoding forward once.
+def read_frames(path: Path, indices: Sequence[int]) -> Frames:
+    """Frames of ``path`` by number (any order, repeats allowed): uint8 (N, H, W, 3).
 
-    A far first index (an episode inside a long LeRobot v3.0 file) is reached by a seek to the key frame before it.
+    Raises:
+        PersistWorldError: unreadable file, a damaged frame before the last index, the file ends before it, a negative
+            index or no index at all.
+    """
+    if not len(indices) or min(indices) < 0:
+        raise PersistWorldError(
+            f"cannot read frames {list(indices)[:8]}", where=str(path), fix="give numbers from 0 on"
+        )
+    unique, seen = sorted({int(i) for i in indices}), -1
+    frames: list[Frames] = []
+    for seen, (frame, _) in enumerate(_decoded(path, 0)):
+        _require_sound(path, frame, seen)
+        if seen == unique[len(frames)]:
+            frames.append(_pixels(frame))
+            if len(frames) == len(unique):
+                return np.stack(frames)[np.searchsorted(np.asarray(unique), np.asarray(indices, dtype=np.int64))]
+    raise PersistWorldError(
+        f"video ends after {seen + 1} frames, frame {unique[len(frames)]} is wanted", where=str(path), fix=_CUT
+    )
+
+
+def iter_rows(
+    path: Path, clock: Clock, rows: Sequence[int], *, name: str, begin: float | None = None, threads: int = 0
+) -> Iterator[Frames]:
+    """Yield the frames of some rows of an episode as uint8 (H, W, 3), decoding forward once.
+
+    Each row must have a frame of its own, at most half a frame away from it in time: then its frame is the nearest one.
+    An episode far inside a long LeRobot v3.0 file is reached by a seek to the key frame before it.
 
     Args:
         path: the video.
-        indices: frame numbers.
+        clock: times of all rows.
+        rows: numbers of the rows to yield, ascending; repeats allowed.
+        name: of the camera and the episode, for messages.
+        begin: time of the first row in the file, seconds; None: the file holds this episode alone and begins with it.
         threads: of the decoder; 0: as FFmpeg chooses.
-        whole: read to the end after the last index, and expect this many frames in all. A decoder may silently drop a
-            damaged frame; all later ones would then be one place too early.
 
     Raises:
-        PersistWorldError: unreadable file, a damaged frame before the last index, or the file ends before it.
+        PersistWorldError: unreadable file, a damaged frame, another number of frames than rows, or other times.
     """
-    if not len(indices):
-        return
-    wanted = iter(indices)
-    target: int | None = next(wanted)
-    seen, sound = -1, False
+    alone, half, seen = begin is None, 0.5 * clock.spacing + _ROUNDING, 0
+    wanted = iter(rows)
+    target = next(wanted, None)
+    for frame, sound in _decoded(path, threads, 0.0 if begin is None else begin - half):
+        if frame.time is None:
+            raise _unreadable(path, ValueError("its frames have no timestamps"))
+        begin = frame.time if begin is None else begin
+        time = frame.time - begin
+        if time >= -half and seen < len(clock.times) and abs(time - clock.times[seen]) > half:
+            raise PersistWorldError(
+                f"{name}: frame {seen} is at {time:.3f} s in the video, at {clock.times[seen]:.3f} s in the table",
+                where=str(path),
+                fix=TIMES_FIX,
+            )
+        if sound or time >= -half:  # after a seek, frames before the key frame lack what they build on
+            _require_sound(path, frame, seen)
+        if time < -half:
+            continue
+        if target == seen:
+            image = _pixels(frame)
+            while target == seen:
+                yield image
+                target = next(wanted, None)
+        seen += 1
+        if seen == len(clock.times) and not alone:
+            return
+    if seen != len(clock.times):
+        raise PersistWorldError(
+            f"{name} has {seen} frames, the table {len(clock.times)} rows", where=str(path), fix=_CUT
+        )
+
+
+def _pixels(frame: av.VideoFrame) -> Frames:
+    """A decoded frame as uint8 RGB (H, W, 3)."""
+    return np.asarray(frame.to_ndarray(format="rgb24", interpolation=_EXACT), dtype=np.uint8)
+
+
+def _require_sound(path: Path, frame: av.VideoFrame, number: int) -> None:
+    """Raise if the decoder filled a damaged frame with guesses."""
+    if frame.is_corrupt:
+        raise _unreadable(path, ValueError(f"frame {number} is damaged"))
+
+
+def _decoded(path: Path, threads: int, begin: float = 0.0) -> Iterator[tuple[av.VideoFrame, bool]]:
+    """The frames of a video, and whether a key frame has come; a far ``begin`` (s) is reached by a seek before it."""
+    sound = False
     try:
         with av.open(str(path)) as container:
             stream = _video_stream(container, path)
             stream.thread_type = "AUTO" if threads != 1 else "NONE"
             if threads:
                 stream.codec_context.thread_count = threads
-            for seen, frame in _numbered(container, stream, int(indices[0])):
-                sound = sound or frame.key_frame  # after a seek, frames before the key frame lack what they build on
-                if frame.is_corrupt and (sound or seen == target):  # the decoder filled a damaged frame with guesses
-                    raise _unreadable(path, ValueError(f"frame {seen} is damaged"))
-                if target is None or seen < target:
-                    continue
-                if seen > target:  # the key frame after the target: timestamps of this file cannot be trusted
-                    raise _unreadable(path, ValueError(f"no timestamp for frame {target}"))
-                yield np.asarray(frame.to_ndarray(format="rgb24", interpolation=_EXACT), dtype=np.uint8)
-                target = next(wanted, None)
-                if target is None and not whole:
-                    return
+            if begin > _SEEK_S and stream.time_base is not None:
+                container.seek(int(begin / stream.time_base), stream=stream, backward=True)
+            for frame in container.decode(stream):
+                sound = sound or frame.key_frame
+                yield frame, sound
     except PersistWorldError:
         raise
     except Exception as error:  # as in `count_frames`
         raise _unreadable(path, error) from error
-    if target is not None or seen + 1 != whole:
-        expected = f"frame {target} is wanted" if target is not None else f"{whole} are declared"
-        raise PersistWorldError(
-            f"video ends after {seen + 1} frames, {expected}",
-            where=str(path),
-            fix="the file is cut short or damaged: download or record it again",
-        )
-
-
-def read_frames(path: Path, indices: Sequence[int]) -> Frames:
-    """Frames of ``path`` at ``indices`` (any order, repeats allowed): uint8 (N, H, W, 3).
-
-    Raises:
-        PersistWorldError: as `iter_frames`; also for a negative index or no index at all.
-    """
-    if not len(indices) or min(indices) < 0:
-        raise PersistWorldError(
-            f"cannot read frames {list(indices)[:8]}", where=str(path), fix="give numbers from 0 on"
-        )
-    unique = sorted({int(i) for i in indices})
-    frames = np.stack(list(iter_frames(path, unique)))
-    return frames[np.searchsorted(np.asarray(unique), np.asarray(indices, dtype=np.int64))]
 
 
 @contextmanager
@@ -165,24 +208,6 @@ def write_mp4(path: Path, frames: Iterable[Frames], fps: float, *, crf: int = 18
     with mp4_writer(path, fps, crf=crf) as add:
         for image in frames:
             add(image)
-
-
-def _numbered(
-    container: av.container.InputContainer, stream: av.VideoStream, first: int
-) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Decoded frames with their numbers, starting at or before frame ``first``.
-
-    Without a seek, frames are counted (right for any timestamps); after one, their number comes from the timestamp.
-    """
-    rate, base = stream.average_rate, stream.time_base
-    if first < _SEEK_THRESHOLD or rate is None or base is None:
-        yield from enumerate(container.decode(stream))
-        return
-    origin = stream.start_time or 0
-    container.seek(origin + int(first / rate / base), stream=stream, backward=True)
-    for frame in container.decode(stream):
-        if frame.pts is not None:
-            yield round((frame.pts - origin) * base * rate), frame
 
 
 def _video_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:

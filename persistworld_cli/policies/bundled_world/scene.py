@@ -52,12 +52,13 @@ def find_recorded(settings: Settings, start: Start) -> RecordedStart:
     if described is None or OBJECT_POSE not in raw.features:
         what = f"the raw recording does not describe the objects of episode '{episode}'"
         raise PersistWorldError(what, where=str(root), fix=_FIX)
-    row = round(start.item.start * raw.fps / settings.world.rate_hz)
     columns = raw.read(index, [OBJECT_POSE, _JOINTS])
-    joints = columns[_JOINTS]
-    if row >= len(joints) or known is None or np.abs(joints[row] - known[start.item.start, :7]).max() >= _SAME:
+    rows, first = raw.clock(index).rows(settings.world.rate_hz), start.item.start
+    joints = columns[_JOINTS][rows]
+    if first >= len(rows) or known is None or np.abs(joints[first] - known[first, :7]).max() >= _SAME:
         what = f"episode '{episode}' of the dataset is not episode {index} of the recording"  # the arm is elsewhere
         raise PersistWorldError(what, where=str(root), fix=_FIX)
+    row = int(rows[first])
     poses = columns[OBJECT_POSE][row].reshape(-1, 7)
     objects = tuple(
         SceneObject(
