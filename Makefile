@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/python -m persistworld_cli.demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

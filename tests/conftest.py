@@ -35,13 +35,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "golden: compares with the reference's own numbers")
 
 
+# Folders that take longest, so that they start first: one that starts last is waited for alone.
+LONGEST = ("training", "evaluation", "commands", "launch", "checkpoints", "cost", "extraction", "frontier", "interact")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.parent.name, len(order)))
     for item in items:
         if "golden" in getattr(item, "fixturenames", ()):
             item.add_marker("golden")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """`-n auto`: two on any machine, since half of the tests wait for processes; more take memory."""
     return min(4, max(2, cores()))
@@ -113,20 +120,21 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 @pytest.fixture
 def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dry runs of settings that cost the same share one count: it depends on neither weights nor datasets."""
+    """Dry runs of one model share one count, with the default batch: what they cost is tested in tests/cost."""
     from persistworld_cli.commands import run
     from persistworld_cli.cost import report
 
     def counted(task: str, settings: Settings) -> Any:
-        model = replace(settings.model, ckpt="", adapter="", tokenizer="")
-        world = replace(settings.world, dataset="", raw="")
-        options = {
-            "post-train": replace(settings.post_train, updates=1, beta=1.0),
-            "pretrain": replace(settings.pretrain, updates=1),
-        }.get(task)
-        batch = settings.eval.batch if task in ("eval", "replay") else 1
-        kind = task if task in ("post-train", "pretrain", "pretrain-vae", "extract-latents") else "interaction"
-        key = repr((kind, model, world, settings.sampling, options, batch, settings.launch.num_processes))
+        plain = Settings()
+        settings = replace(
+            settings,
+            world=replace(settings.world, dataset="", raw=""),
+            model=replace(settings.model, **dict.fromkeys(("ckpt", "adapter", "inference", "tokenizer", "stat"), "")),
+            **{table: getattr(plain, table) for table in ("launch", "eval", "pretrain", "post_train")},
+        )
+        key = repr(
+            (task if task in ("post-train", "pretrain") else "", settings.world, settings.model, settings.sampling)
+        )
         if key not in _COUNTED:
             _COUNTED[key] = count(task, settings)
         return _COUNTED[key]

@@ -23,7 +23,7 @@ from persistworld_cli.evaluation.published import load_published
 from persistworld_cli.evaluation.verify import DIFFERS, FITS, UNDECIDED, compare_figures, interval
 from persistworld_cli.launch import launcher
 
-EPISODES, FRAMES, STEPS = (60, 61), 13, 3
+EPISODES, FRAMES, STEPS = (60, 61), 5, 1
 
 
 @pytest.fixture(scope="module")

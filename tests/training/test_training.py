@@ -163,28 +163,26 @@ def test_a_full_disk_leaves_the_last_state_whole_and_says_so(
     state = output / "state" / "step-00000001" / "state.pt"
     whole = state.read_bytes()
 
-    def fill_disk() -> None:
-        """No file may grow beyond half a state: writing fails as on a full disk, with EFBIG for ENOSPC."""
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, len(whole) // 2))
-
-    command = [sys.executable, "-m", "persistworld_cli.worker", config_file("post-train", world, output)]
-    done = subprocess.run(command, env=ENV, preexec_fn=fill_disk, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "error: cannot be written: File too large" in done.stderr
-    assert "free some disk and run the same command again" in done.stderr
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limits[1]))  # EFBIG for a full disk's ENOSPC
+    try:
+        with pytest.raises(PersistWorldError) as full:
+            post_train.run(world, PostTrainRequest(output=output))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert full.value.what == "cannot be written: File too large"
+    assert "free some disk and run the same command again" in str(full.value.fix)
     assert state.read_bytes() == whole and [path.name for path in state.parent.parent.iterdir()] == ["step-00000001"]
-    (output / "failure.json").unlink()
     post_train.run(world, PostTrainRequest(output=output))
     assert losses(output, "step") == [1, 2]
     assert (output / ADAPTER).read_bytes() == (post_trained / ADAPTER).read_bytes()
 
 
 def test_two_pretraining_processes_equal_one(world: Settings, tmp_path: Path) -> None:
-    options = replace(world.pretrain, updates=2, batch=4, save_every=1, check_every=2)
-    for name, processes in (("one", 1), ("two", 2)):
-        launched = replace(world.launch, num_processes=processes, threads=1)
-        code, _ = run_task(replace(world, pretrain=options, launch=launched), PretrainRequest(output=tmp_path / name))
-        assert code == 0
+    settings = replace(world, pretrain=replace(world.pretrain, batch=4))
+    pretrain.run(settings, PretrainRequest(output=tmp_path / "one"))
+    together = replace(settings, launch=replace(world.launch, num_processes=2, threads=1))
+    assert run_task(together, PretrainRequest(output=tmp_path / "two"))[0] == 0
     for name in ("loss", "grad_norm", "val_loss", "val_reward", "val_base"):
         assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), abs=1e-5)
     one, two = (load_file(str(tmp_path / n / "weights" / "model.safetensors")) for n in ("one", "two"))
