@@ -36,7 +36,7 @@ from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.data.raw.lerobot import RawDataset
-from persistworld_cli.extraction.pipeline import ExtractCallbacks, extract_latents
+from persistworld_cli.extraction.pipeline import ExtractCallbacks, Progress, extract_latents
 from persistworld_cli.extraction.run import DTYPES, Vae, parse_episodes
 from persistworld_cli.models.vae import decode, encode_images, unstack_cameras
 
@@ -63,7 +63,7 @@ def child(preset: str, episodes: str, workers: int, out: Path) -> dict[str, Any]
     chosen = parse_episodes(episodes, RawDataset(raw).episodes)
     largest = [0]
 
-    def look(settled: int, total: int, waited: float) -> None:
+    def look(progress: Progress) -> None:
         largest[0] = max([largest[0], *(p.memory_info().rss for p in psutil.Process().children())])
 
     callbacks = ExtractCallbacks(ready=encoder.load, progress=look)

@@ -30,19 +30,32 @@ _UNNAMED, _REFUSED = Encoder(), Changing()
 _PUBLISHING = 2  # episodes that may wait to be published
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far this process is: frames and episodes (done or failed), and the share of time the encoder was idle.
+
+    ``of_frames`` is estimated from the metadata for episodes that are not open yet.
+    """
+
+    frames: int
+    of_frames: int
+    episodes: int
+    of_episodes: int
+    waited: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExtractCallbacks:
     """Functions that a run calls.
 
     Args:
         ready: once, after decoding has started: the time to load the encoder.
-        progress: after every episode: how many of this process's episodes are done or failed, of how many, and the
-            share of the time so far in which the encoder was idle.
+        progress: at the start, and after every chunk of frames and every episode.
         stop: often; True ends the run with KeyboardInterrupt.
     """
 
     ready: Callable[[], None] = lambda: None
-    progress: Callable[[int, int, float], None] = lambda settled, total, waited: None
+    progress: Callable[[Progress], None] = lambda progress: None
     stop: Callable[[], bool] = lambda: False
 
 
@@ -144,11 +157,14 @@ class _Extraction:
     publisher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "publisher"))
     publishing: deque[tuple[int, Future[None]]] = field(default_factory=deque)
     clock: float = field(default_factory=time.perf_counter)
-    total: int = 0  # episodes to do
+    frames: dict[int, tuple[int, int]] = field(default_factory=dict)  # episode to do -> frames taken, and in all
+    sums: tuple[int, int] = (0, 0)  # of the same
 
     def run(self, episodes: set[int] | None, rank: int, world_size: int, workers: int) -> None:
         """Extract all episodes of this process."""
-        for index, error in self._share(episodes, rank, world_size).items():
+        unknown = self._share(episodes, rank, world_size)
+        self._progress()
+        for index, error in unknown.items():
             self._fail(index, error)
         if not self.todo:
             return
@@ -179,16 +195,16 @@ class _Extraction:
         absent = sorted(set(self.dataset.declared if episodes is None else episodes) - present)
         self.report.absent, self.report.absent_ids = len(absent), ranges(absent)
         unknown: dict[int, PersistWorldError] = {}
+        kept = self.output.recipe.world.rate_hz / self.dataset.fps
         for index in sorted(present if episodes is None else episodes)[rank::world_size]:
             if str(index) in finished:
                 self.report.skipped.append(str(index))
                 continue
             try:
-                self.dataset.episode(index)
+                self._count(index, 0, round(self.dataset.episode(index).length * kept))
                 self.todo.append(index)
             except PersistWorldError as error:
                 unknown[index] = error
-        self.total = len(self.todo) + len(unknown)
         return unknown
 
     def _next_job(self) -> Job | None:
@@ -200,7 +216,8 @@ class _Extraction:
                 self.elsewhere.append(index)
             elif self.output.has(index):  # another run has finished it meanwhile
                 self.locks.release(index)
-                self.total -= 1
+                self._count(index, 0, 0)
+                del self.frames[index]
                 self.report.skipped.append(str(index))
             else:
                 job = Job(self.dataset.episode(index), self.output.stage(index))
@@ -214,9 +231,13 @@ class _Extraction:
         """Handle one event of an episode."""
         if isinstance(event, EpisodeHeader):
             self.open[index].header = event
+            self._count(index, 0, event.frames)
             self.batcher.begin(index, event.frames)
         elif not isinstance(event, Done):
             self._complete(self.batcher.add(index, event))
+            taken, frames = self.frames[index]
+            self._count(index, taken + len(event), frames)
+            self._progress()
         elif event.error is None:
             self.open[index].decoded = True
             self._publish(index)
@@ -263,13 +284,20 @@ class _Extraction:
             raise error
         where = f" ({error.where})" if error.where else ""
         self.report.failed.append({"episode": str(index), "reason": f"{error.what}{where}"})
+        self._count(index, 0, 0)
         self._progress()
 
     def _progress(self) -> None:
         elapsed = time.perf_counter() - self.clock
         settled = len(self.report.done) + len(self.report.failed)
         waited = 1 - self.batcher.encode_s / elapsed if elapsed > self.batcher.encode_s else 0.0
-        self.callbacks.progress(settled, self.total, waited)
+        self.callbacks.progress(Progress(*self.sums, settled, len(self.frames), waited))
+
+    def _count(self, index: int, taken: int, frames: int) -> None:
+        """Note an episode's frames."""
+        before = self.frames.get(index, (0, 0))
+        self.sums = self.sums[0] + taken - before[0], self.sums[1] + frames - before[1]
+        self.frames[index] = taken, frames
 
     def _look_up(self) -> None:
         """Between two events: report published episodes, and stop if requested."""

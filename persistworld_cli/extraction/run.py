@@ -17,7 +17,7 @@ from persistworld_cli.config.settings import Settings
 from persistworld_cli.console import note
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.extraction.pipeline import ExtractCallbacks, extract_latents
+from persistworld_cli.extraction.pipeline import ExtractCallbacks, Progress, extract_latents
 from persistworld_cli.extraction.publish import Changing, Encoder
 from persistworld_cli.extraction.report import ExtractReport, merge_reports, path_of
 from persistworld_cli.models.vae import encode_images
@@ -133,11 +133,12 @@ def _extract(
         str(describe_content(weights).get("sha256", "")) if weights.exists() else ""
     )  # weights from a hub: by name
     label = "extract-latents" if work.world == 1 else f"extract-latents, process 1 of {work.world}"
-    with Meter(label, 0, quiet=not work.main) as meter:
+    with Meter(label, 0, unit="frames", quiet=not work.main) as meter:
 
-        def progress(settled: int, total: int, waited: float) -> None:
-            meter.total = total
-            meter.advance(settled - meter.done, **{"encoder waited (%)": round(100 * waited)})
+        def progress(now: Progress) -> None:
+            meter.total = now.of_frames
+            episodes, idle = f"{now.episodes}/{now.of_episodes}", f"{now.waited:.0%}"
+            meter.advance(now.frames - meter.done, episodes=episodes, encoder_idle=idle)
 
         return extract_latents(
             settings.world,

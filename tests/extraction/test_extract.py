@@ -16,7 +16,7 @@ from persistworld_cli.data.metadata.annotations import load_annotation
 from persistworld_cli.data.raw.clock import Clock
 from persistworld_cli.data.raw.resize import resize
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.extraction.pipeline import ExtractCallbacks, extract_latents
+from persistworld_cli.extraction.pipeline import ExtractCallbacks, Progress, extract_latents
 from persistworld_cli.extraction.preparing import split_of
 from persistworld_cli.extraction.publish import Changing, Encoder
 from persistworld_cli.extraction.report import merge_reports
@@ -63,11 +63,13 @@ def test_split_rules() -> None:
 
 def test_an_episode_comes_out_whole(tmp_path: Path) -> None:
     raw = write_v21(tmp_path / "raw", {0: 20, 99: 10})
-    seen: list[tuple[int, int]] = []
-    callbacks = ExtractCallbacks(progress=lambda settled, total, waited: seen.append((settled, total)))
+    seen: list[Progress] = []
+    callbacks = ExtractCallbacks(progress=seen.append)
     report = extract_latents(WORLD, raw, tmp_path / "out", encode, batch_frames=3, callbacks=callbacks)
     assert (report.done, report.skipped, report.failed) == (["0", "99"], [], [])
-    assert seen == [(1, 2), (2, 2)]
+    counts = [(now.frames, now.episodes) for now in seen]
+    assert counts == sorted(counts) and {now.of_episodes for now in seen} == {2} and {0, 7, 11} <= set(dict(counts))
+    assert (seen[-1].frames, seen[-1].of_frames, seen[-1].episodes) == (11, 11, 2)
     store = EpisodeStore(tmp_path / "out")
     assert store.episodes("train") == ["0"] and store.episodes("val") == ["99"]
     note = store.annotation("train", "0")

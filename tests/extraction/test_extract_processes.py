@@ -92,7 +92,7 @@ def test_processes_that_keep_dying_are_one_error(raw: Path, tmp_path: Path, monk
 
 def test_an_interrupt_leaves_nobody_behind(raw: Path, unbroken: dict[str, bytes], tmp_path: Path) -> None:
     seen: list[int] = []
-    callbacks = ExtractCallbacks(progress=lambda settled, total, waited: seen.append(settled), stop=lambda: bool(seen))
+    callbacks = ExtractCallbacks(progress=lambda now: seen.append(now.episodes), stop=lambda: any(seen))
     with pytest.raises(KeyboardInterrupt):
         extract_latents(WORLD, raw, tmp_path, encode, batch_frames=5, workers=2, callbacks=callbacks)
     assert not multiprocessing.active_children() and not any((tmp_path / ".staging").iterdir())
