@@ -206,12 +206,12 @@ class WorldModel(nn.Module):
         still = current[:, None].repeat(1, frames.shape[1], 1, 1, 1)
         if settings.history_cond_zero:
             still[:, : condition.history.shape[1]] = 0
-        ids = torch.tensor([settings.fps_id, settings.motion_bucket_id, condition.noise_aug], device=x.device)
+        ids = (settings.fps_id, settings.motion_bucket_id, condition.noise_aug)
         out: Any = self.unet(
             torch.cat([frames, still], dim=2).to(dtype),
             scale.c_noise,
             condition.tokens.to(dtype),
-            added_time_ids=ids.to(x.dtype).expand(x.shape[0], 3),
+            added_time_ids=torch.cat([x.new_full((x.shape[0], 1), value) for value in ids], dim=1),
             return_dict=False,
         )
         return out[0][:, condition.history.shape[1] :].to(x.dtype)

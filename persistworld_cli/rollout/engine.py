@@ -179,12 +179,13 @@ class RolloutEngine:
     @stage("sampling")
     def sample(self, condition: Condition, noise: torch.Tensor) -> torch.Tensor:
         """One clip (B, L, C, h, w) from unit noise of that shape."""
-        sigmas = self.sigmas.to(self.model.device)
+        sigmas = self.sigmas  # on the CPU: a GPU takes them as arguments of its kernels, and no one waits for it
         guidance = self.sampling.guidance
 
         def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             with self._autocast():
-                return self.model.denoise_guided(x, sigma.expand(x.shape[0]), condition, guidance).float()
+                levels = x.new_full(x.shape[:1], float(sigma))
+                return self.model.denoise_guided(x, levels, condition, guidance).float()
 
         x = noise.to(self.model.device) * (sigmas[0] ** 2 + 1).sqrt()
         clip = self.sampler(denoise, x, sigmas)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ from golden_files import GoldenFiles, flat
 from golden_model import golden_model, thinned, worst
 from golden_table import close
 from safetensors.torch import load_file
+from torch.nn import functional
 
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import PretrainSettings, SamplingSettings
 from persistworld_cli.data.clips.store import ActionStat
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models import text, vae
+from persistworld_cli.models.cpu import attention
 from persistworld_cli.models.diffusion import karras_sigmas, loss_weight, precondition
 from persistworld_cli.models.precision import cpu_has_bfloat16
 from persistworld_cli.models.samplers import SAMPLERS, euler
@@ -293,6 +296,26 @@ def test_what_temporal_attention_sees_is_a_setting_with_and_without_the_faster_b
     assert worst(outs[0], outs[1]) < 1e-5 * outs[1].abs().max()
     assert worst(images[0], images[1]) < 1e-5
     assert torch.equal(outs[0], tiny.network(x, sigma, condition)) == (choice == "first")
+
+
+def test_no_call_of_attention_has_more_sequences_than_cuda_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clip has 2880 pixels, and temporal attention a sequence for each: 23 clips are more than 65,535."""
+    batches: list[int] = []
+    real = functional.scaled_dot_product_attention
+
+    def recorded(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        batches.append(q.shape[0])
+        return real(q, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", recorded)
+    many = torch.empty(24 * 2880, 5, 11, 64, device="meta")
+    assert attention.attend(many, many, many, 0.125).shape == many.shape
+    assert sum(batches) == len(many) and max(batches) <= 65_535
+
+    q, k, v = torch.randn(3, 5, 2, 300, 8, generator=torch.Generator().manual_seed(0))
+    whole = attention.attend(q, k, v, 0.3)
+    monkeypatch.setattr(attention, "MOST", 2)
+    assert torch.equal(attention.attend(q, k, v, 0.3), whole)
 
 
 def test_an_instruction_that_clip_cannot_hold_is_cut_with_one_warning(

@@ -21,12 +21,15 @@ from persistworld_cli.models.cpu.layers import effective_weight
 from persistworld_cli.models.cpu.native import attend as native_attend
 
 SHORT = 256  # longest sequence taken by the plain product
+MOST = 65_535  # sequences per call: CUDA's fused kernels put the batch on a grid's axis of this length
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """softmax(scale q k') v over (..., sequence, D)."""
+    """softmax(scale q k') v over (N, H, sequence, D)."""
     if k.shape[-2] > SHORT or q.device.type != "cpu":
-        return functional.scaled_dot_product_attention(q, k, v, scale=scale)
+        parts = zip(q.split(MOST), k.split(MOST), v.split(MOST), strict=True)
+        outs = [functional.scaled_dot_product_attention(*part, scale=scale) for part in parts]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
     weights = ((q * scale) @ k.transpose(-1, -2)).softmax(dim=-1)
     return weights.to(v.dtype) @ v
 
