@@ -2,10 +2,10 @@
 a user-defined class (``sampling.sampler = "module:Class"``; docs/python.md).
 
 A sampler takes noise levels (on the CPU) that fall to a last 0. The multistep ones solve the ODE in its exponential
-form (Lu et al., arXiv 2211.01095, section 4, with alpha = 1): with l = -ln sigma, x_t = sigma_t / sigma_s x_s + sigma_t int e^l D dl,
-from l_s to l_t, where a polynomial through past predictions replaces D. The step to 0 gives D itself, so they drop
-to first order there. diffusers' schedulers for these have time steps, scalings and a noise schedule of their own;
-the tests compare with them.
+form (Lu et al., arXiv 2211.01095, section 4, with alpha = 1): with l = -ln sigma, x_t = sigma_t / sigma_s x_s +
+sigma_t int e^l D dl, from l_s to l_t, where a polynomial through past predictions replaces D. The step to 0 gives D
+itself, so they drop to first order there. diffusers' schedulers for these have time steps, scalings and a noise
+schedule of their own; the tests compare with them.
 """
 
 from __future__ import annotations
