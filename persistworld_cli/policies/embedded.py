@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 from persistworld_cli.config.plugins import make_plugin, running
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.policies.bundled_world.rules import FLANGE_TO_PADS
-from persistworld_cli.policies.languages import GRIPPER, JOINTS, LANGUAGES
+from persistworld_cli.policies.languages import DEFAULT_ACTIONS, GRIPPER, JOINTS, LANGUAGES
 from persistworld_cli.policies.observation import ACTIONS, PROMPT, Policy
 from persistworld_cli.robot.adapter import DEFAULT_GAIN
 from persistworld_cli.robot.kinematics import PANDA, forward, jacobian
 
 Float = NDArray[np.float64]
 
-DEFAULT_ACTIONS = "joint-velocity"
 ROWS = 15  # of an answer, as many as pi0.5-DROID's
 
 

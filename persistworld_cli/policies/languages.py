@@ -29,6 +29,7 @@ from persistworld_cli.rollout.recording import Start
 
 Float = NDArray[np.float64]
 
+DEFAULT_ACTIONS = "joint-velocity"
 JOINTS = "observation/joint_position"
 GRIPPER = "observation/gripper_position"
 CARTESIAN = "observation/cartesian_position"
@@ -288,7 +289,7 @@ class ModelActions(ActionLanguage):
 
 
 LANGUAGES: Mapping[str, type[ActionLanguage]] = {
-    "joint-velocity": JointVelocity,
+    DEFAULT_ACTIONS: JointVelocity,
     "joint-position": JointPosition,
     "pose": Pose,
     "model": ModelActions,

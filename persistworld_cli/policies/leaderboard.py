@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from persistworld_cli.errors import PersistWorldError, nearest
+from persistworld_cli.policies.languages import DEFAULT_ACTIONS
 from persistworld_cli.read_files import read_json, reading, reason
 from persistworld_cli.statistics.paired import wilson
 from persistworld_cli.statistics.ranking import mmrv, pearson
@@ -26,8 +27,9 @@ _FOLDER = "give the output folder of persistworld pi-rollout"
 
 @dataclass
 class Tally:
-    """Rollouts of one policy in one task; `simulated` has the successes in the simulator."""
+    """Rollouts of one policy in one task, and the language of its answers; `simulated`: successes in the simulator."""
 
+    actions: str = DEFAULT_ACTIONS
     success: list[bool] = field(default_factory=list)
     progress: list[float] = field(default_factory=list)
     undecided: int = 0
@@ -69,13 +71,18 @@ def read_runs(runs: Sequence[str]) -> tuple[Table, Results]:
             a single rollout takes precedence, since a person may have judged the rollout there.
 
     Raises:
-        PersistWorldError: a file is missing, or is not of such a run.
+        PersistWorldError: a file is missing, is not of such a run, or a policy's runs differ in their language.
     """
     imagined: Table = {}
     for run in runs:
         name, path = _named(run)
         found = _read(path)
-        tally = imagined.setdefault(name or found["policy"], {}).setdefault(found["task"], Tally())
+        policy, actions = name or found["policy"], found.get("actions", DEFAULT_ACTIONS)  # older runs: velocities
+        tasks = imagined.setdefault(policy, {})
+        if other := next((tally.actions for tally in tasks.values() if tally.actions != actions), None):
+            what = f"policy '{policy}' answers {other} in one run and {actions} in another"
+            raise PersistWorldError(what, where=str(path), fix="give each its own name: NAME=FOLDER")
+        tally = tasks.setdefault(found["task"], Tally(actions))
         for entry in found["rollouts"]:
             tally.add(_own(path, entry))
     real = {
@@ -196,6 +203,7 @@ def _row(policy: str, tasks: Mapping[str, Tally], real: Results | None) -> dict[
     low, high = wilson(sum(success), len(success)) if success else (None, None)
     row = {
         "policy": policy,
+        "actions": next(iter(tasks.values())).actions,
         "tasks": sorted(tasks),
         "n": len(success),
         "success": _score(tasks.values(), "success"),

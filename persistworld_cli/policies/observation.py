@@ -173,7 +173,8 @@ def _check_shape(shape: tuple[int, ...], view: PolicyView, source: str) -> None:
             fewer = shape[0] // frames
             fix += f", or take {fewer} rows per frame, which replays the policy slower: --set policy.skip={fewer}"
         raise PersistWorldError(
-            f"the policy answered {shape[0]} rows, but an interaction takes {frames} frames x skip {view.skip} of them",
+            f"the policy answered {shape[0]} rows, but an interaction takes {view.advance} (frames: {frames}, skip: "
+            f"{view.skip})",
             where=source,
             fix=fix,
         )

@@ -31,7 +31,14 @@ from persistworld_cli.policies.bundled_world.simulator import check_simulator, r
 from persistworld_cli.policies.controller import PolicyController
 from persistworld_cli.policies.embedded import ROWS
 from persistworld_cli.policies.judge import Judge, Verdict, ask_judge, load_judge
-from persistworld_cli.policies.languages import ActionLanguage, JointPosition, JointVelocity, ModelActions, Pose
+from persistworld_cli.policies.languages import (
+    DEFAULT_ACTIONS,
+    ActionLanguage,
+    JointPosition,
+    JointVelocity,
+    ModelActions,
+    Pose,
+)
 from persistworld_cli.policies.observation import Policy, PolicyView
 from persistworld_cli.policies.outputs import PolicyRollout, save_rollout, write_episodes
 from persistworld_cli.policies.source import check_policy, open_policies
@@ -167,7 +174,7 @@ def run(settings: Settings, request: PolicyRolloutRequest) -> dict[str, Any]:
     """Roll out a policy and write the results.
 
     Args:
-        settings: resolved settings; `policy` has server, layout, task, adapter.
+        settings: resolved settings; `policy` has server, actions, task, adapter.
         request: the policy, its starts and its judge.
 
     Returns:
@@ -311,7 +318,7 @@ def _language(settings: Settings, store: EpisodeStore, gripper_cap: float) -> Ac
     if own.actions == "model":
         return ModelActions(settings)
     gripper = gripper_cap, own.cap_current
-    if own.actions == "joint-velocity":
+    if own.actions == DEFAULT_ACTIONS:
         return JointVelocity(_adapter(own, store), *gripper)
     kind = Pose if own.actions == "pose" else JointPosition
     return kind(own.position_gain, *gripper)

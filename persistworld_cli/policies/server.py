@@ -19,7 +19,8 @@ from websockets.sync.server import Server, ServerConnection
 
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.policies.client import MAX_MESSAGE
-from persistworld_cli.policies.embedded import DEFAULT_ACTIONS, ROWS, make_policy
+from persistworld_cli.policies.embedded import ROWS, make_policy
+from persistworld_cli.policies.languages import DEFAULT_ACTIONS
 from persistworld_cli.policies.msgpack_numpy import pack, unpack
 from persistworld_cli.policies.observation import Policy
 from persistworld_cli.serving import is_loopback, listen, same_secret

@@ -21,7 +21,7 @@ def rollout_tables(result: Mapping[str, Any]) -> list[RenderableType]:
         result: ``rollouts.json``.
     """
     against, judge = result.get("against_sim"), result["judge"]
-    title = escape(f"{result['policy']} in task {result['task']}")
+    title = escape(f"{result['policy']} ({result['actions']}) in task {result['task']}")
     table = new_table(f"{title}, judged by {escape(judge)}" if judge else title, ["rollout", "steps"])
     for name in (
         *(("success", "progress") if judge else ()),
@@ -71,11 +71,13 @@ def leaderboard_tables(result: Mapping[str, Any]) -> list[RenderableType]:
     columns = ["imagined success", "progress", "undecided, incomplete", *(["real success"] if predicted else [])]
     title, caption = "Leaderboard: success [95% Wilson interval]", "means over tasks; intervals as if of one task"
     table = new_table(title, ["policy", "tasks"], columns, caption)
+    mixed = len({row["actions"] for row in result["policies"]}) > 1
     for row in result["policies"]:
+        name = f"{row['policy']} ({row['actions']})" if mixed else row["policy"]
         cells = [percent(row["success"], row["low"], row["high"], f" of {row['n']}"), _share(row["progress"])]
         cells += [f"{row['undecided']}, {row['incomplete']}"]
         cells += [percent(row["real"], row["real_low"], row["real_high"], f" of {row['real_n']}")] if predicted else []
-        table.add_row(*map(Text, [row["policy"], ", ".join(row["tasks"]), *cells]))
+        table.add_row(*map(Text, [name, ", ".join(row["tasks"]), *cells]))
     return [table, _prediction(predicted), Text(_warnings(predicted))] if predicted else [table]
 
 

@@ -68,6 +68,17 @@ def test_confusion_by_hand() -> None:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
+def test_other_languages_are_not_compared_in_silence(tmp_path: Path) -> None:
+    for name, actions in (("old", {}), ("new", {"actions": "pose"})):
+        folder = write_run(tmp_path / name, "mine", [True, False])
+        record = json.loads((folder / "rollouts.json").read_text())
+        (folder / "rollouts.json").write_text(json.dumps(record | actions))
+    with pytest.raises(PersistWorldError, match="answers joint-velocity in one run and pose in another"):
+        read_runs([str(tmp_path / "old"), str(tmp_path / "new")])
+    table = command(tmp_path / "old", f"poses={tmp_path / 'new'}").output
+    assert "mine (joint-velocity)" in table and "poses (pose)" in table
+
+
 def test_a_leaderboard_by_hand(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / "a", "good", [True, True, True, False]),
