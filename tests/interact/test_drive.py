@@ -30,6 +30,7 @@ from persistworld_cli.config.settings import (
     Settings,
 )
 from persistworld_cli.data.clips.store import ActionStat, open_store
+from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.data.raw.video import count_frames, read_frames
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.interact import drive
@@ -153,6 +154,18 @@ def test_a_served_policy_acts_in_the_world(root: Path, tmp_path: Path) -> None:
     moved = np.asarray(record["joint_pos"])
     assert np.allclose(moved[1:12] - moved[:11], 0.054 * np.asarray(record["joint_vel"])[:11])
     assert np.allclose(np.asarray(record["poses"])[:, 0], np.asarray(record["state_fk"])[::12])
+
+
+def test_the_language_of_a_policy_is_recorded(root: Path, tmp_path: Path) -> None:
+    request = PolicyRolloutRequest(policy="hold", output=tmp_path)
+    result = policy_rollout.run(world(root, steps=1, actions="pose"), request)
+    record = json.loads(Path(result["rollouts"][0]["json"]).read_text())
+    assert result["actions"] == record["actions"] == "pose"
+    assert np.allclose(record["answers"], record["state_fk"], atol=1e-5) and record["joint_vel"] == []
+    columns = RawDataset(tmp_path / "lerobot").read(0, ["action.joint_position", "action.cartesian_position"])
+    assert np.allclose(columns["action.cartesian_position"], record["answers"][0][:6], atol=1e-5)
+    with pytest.raises(PersistWorldError, match="joint_velocity"):
+        RawDataset(tmp_path / "lerobot").read(0, ["action.joint_velocity"])
 
 
 def test_a_policy_of_this_process_sees_the_predicted_images(root: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from persistworld_cli.policies import run as policy_rollout
 from persistworld_cli.policies.bundled_world.rules import Outcome
 from persistworld_cli.policies.bundled_world.scene import find_recorded
 from persistworld_cli.policies.bundled_world.simulator import check_simulator, restored, roll_in_simulator
+from persistworld_cli.policies.languages import JointPosition
 from persistworld_cli.policies.run import make_plan
 
 PICK, PUSH = 60, 65
@@ -31,15 +32,19 @@ from persistworld_cli.data.raw.lerobot import RawDataset
 
 class Recorded:
     """Answers with what was recorded in episode {episode}."""
+    column = "action.joint_velocity"
     def __init__(self):
         self.reset()
     def reset(self):
         self.row = 0
-        columns = RawDataset({raw!r}).read({episode}, ["action.joint_velocity", "action.gripper_position"])
-        self.rows = np.column_stack([columns["action.joint_velocity"], columns["action.gripper_position"]])
+        columns = RawDataset({raw!r}).read({episode}, [self.column, "action.gripper_position"])
+        self.rows = np.column_stack([columns[self.column], columns["action.gripper_position"]])
     def infer(self, obs):
         begun, self.row = self.row, self.row + 12
         return {{"actions": self.rows[begun : begun + 15]}}
+
+class Positions(Recorded):
+    column = "action.joint_position"
 '''
 
 
@@ -142,6 +147,9 @@ def test_a_policy_acts_in_the_simulator(drawing: None, bundled: Settings, record
     assert np.abs(rolled.rollout.trace.joint_pos - joints).max() < 0.03  # velocities move the arm as they did
     asked_of = replace(start, text=start.text.replace("to the left", "forward"))
     assert roll_in_simulator(bundled, asked_of, recorded, load(recorded_policy), view, 2).truth != rolled.truth
+    positions = replace(view, language=JointPosition(0.5))
+    moved = roll_in_simulator(bundled, start, recorded, load("replaying:Positions"), positions, 1).rollout.trace
+    assert np.abs(moved.joint_pos - joints[:12]).max() < 0.03 and not moved.joint_vel
     towel = replace(start, text="fold the towel")
     assert roll_in_simulator(bundled, towel, recorded, load(recorded_policy), view, 1).truth is None
 
