@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,34 @@ def test_the_arm_lags_behind_commanded_positions(name: str) -> None:
     moved = language(name, 0.27).follow(np.tile(goal, (3, 1)), at_joints(REST), 3).joints
     assert np.allclose(moved[:, :7], MOVED[:7] - 0.73 ** np.arange(4)[:, None] * (MOVED - REST)[:7], atol=2e-2)
     assert np.allclose(moved[:, 7], [0.0, 0.5, 0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "gain", "bound"),
+    [
+        ("joint-velocity", "joint_velocity", 1.0, 26),
+        ("joint-position", "joint_position", 0.27, 10),
+        ("joint-position", "joint_position", 1.0, 23),
+        ("pose", "cartesian_position", 0.27, 13),
+    ],
+)
+def test_each_language_follows_the_commands_of_real_episodes(
+    shared_data: Path, name: str, columns: str, gain: float, bound: float
+) -> None:
+    """DROID's recorded commands bring the flange near to where it was recorded: mean distance in mm over 12 rows."""
+    errors = []
+    for path in sorted((shared_data / "droid_subset" / "annotation").glob("*/*.json")):
+        note = {key: np.array(value) for key, value in json.loads(path.read_text()).items() if "." in key}
+        state, action = (
+            [note[f"{side}.{key}"].reshape(len(note["action.joint_velocity"]), -1) for key in (one, "gripper_position")]
+            for side, one in (("observation.state", "joint_position"), ("action", columns))
+        )
+        joints, commands = np.concatenate(state, axis=1), np.concatenate(action, axis=1)
+        for row in range(0, len(joints) - 13, 24):
+            moved = language(name, gain).follow(commands[row : row + 12], at_joints(joints[row]), 12).pose
+            there = note["observation.state.cartesian_position"][row : row + 13]
+            errors.append(np.linalg.norm(moved[1:, :3] - there[1:, :3], axis=1).mean() * 1e3)
+    assert 0.8 * bound < np.mean(errors) < bound
 
 
 def test_another_language_than_the_policys_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
