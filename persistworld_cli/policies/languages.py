@@ -13,7 +13,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,7 @@ _VELOCITIES = (
     "likely cause: joint velocities read as positions; openpi's pi0_droid, pi0_fast_droid, pi05_droid and "
     "pi05_droid_finetune configs need --actions joint-velocity"
 )
-_INTO_STOP = "likely cause: the policy drives the joint into its stop, where a real arm halts"
+_INTO_STOP = "likely cause: the policy drives the joint into its stop; --set policy.joint_limits=stop keeps it there"
 _POSES = "answer x y z (m) of the flange in the base frame and roll pitch yaw (rad, extrinsic xyz), as DROID has them"
 
 logger = logging.getLogger(__name__)
@@ -118,14 +118,15 @@ class _Franka(ActionLanguage):
     Args:
         gripper_cap: largest gripper position.
         cap_current: whether the cap also limits the current gripper position, at row 0.
+        stop: keep joints at their limits instead of refusing what is beyond.
     """
 
     fields = (JOINTS, GRIPPER)
     most = 100.0  # 1 is full speed and full grip
     gripper_cap: float
 
-    def __init__(self, gripper_cap: float = 1.0, cap_current: bool = False) -> None:
-        self.gripper_cap, self._cap_current, self._warned = gripper_cap, cap_current, False
+    def __init__(self, gripper_cap: float = 1.0, cap_current: bool = False, stop: bool = False) -> None:
+        self.gripper_cap, self._cap_current, self._stop, self._warned = gripper_cap, cap_current, stop, False
 
     def begin(self, start: Start) -> ArmState:
         """The recorded joints. Raises PersistWorldError if the recorded pose is not theirs."""
@@ -153,6 +154,21 @@ class _Franka(ActionLanguage):
     def _move(self, actions: Float, now: ArmState, taken: int) -> Float:
         """(R, 7) joints after each row, at least ``taken`` of them."""
 
+    def _limit(self, joints: Float, taken: int, what: str, cause: str) -> Float:
+        """(R, 7) joints, kept within the Franka's limits if they may not pass them; else the rows taken are checked."""
+        low, high = np.array(PANDA.joint_low), np.array(PANDA.joint_high)
+        if self._stop:
+            return np.clip(joints, low, high)
+        if len(beyond := np.argwhere((joints[:taken] < low) | (joints[:taken] > high))):
+            row, joint = (int(i) for i in beyond[0])
+            value = joints[row, joint]
+            raise PersistWorldError(
+                f"{what} {value:.4g} rad at joint {joint + 1}, whose limits are {low[joint]:g} and {high[joint]:g} rad",
+                where=f"row {row} of the policy's answer",
+                fix=cause,
+            )
+        return joints
+
     def _warn_once(self, actions: Float, unusual: NDArray[np.bool_], text: str, cause: str) -> None:
         """Log the first unusual number (R, 7) of the run."""
         if self._warned or not unusual.any():
@@ -162,19 +178,6 @@ class _Franka(ActionLanguage):
         value = actions[row, joint]
         said = "the %s in row %d of the policy's answer is %.4g, %s; %s"
         logger.warning(said, self.parts[joint], row, value, text, cause)
-
-
-def _check_limits(joints: Float, what: str, cause: str) -> None:
-    """Refuse (R, 7) joints beyond the Franka's limits."""
-    low, high = np.array(PANDA.joint_low), np.array(PANDA.joint_high)
-    if len(beyond := np.argwhere((joints < low) | (joints > high))):
-        row, joint = (int(i) for i in beyond[0])
-        value = joints[row, joint]
-        raise PersistWorldError(
-            f"{what} {value:.4g} rad at joint {joint + 1}, whose limits are {low[joint]:g} and {high[joint]:g} rad",
-            where=f"row {row} of the policy's answer",
-            fix=cause,
-        )
 
 
 def at_joints(joints: Float) -> ArmState:
@@ -189,16 +192,15 @@ class JointVelocity(_Franka):
     parts = (*(f"velocity of joint {i}" for i in range(1, 8)), "gripper position")
     rates = 7
 
-    def __init__(self, adapter: ActionAdapter, gripper_cap: float = 1.0, cap_current: bool = False) -> None:
-        super().__init__(gripper_cap, cap_current)
+    def __init__(self, adapter: ActionAdapter, *limits: Any, **more: Any) -> None:
+        super().__init__(*limits, **more)
         self._adapter = adapter
 
     def _move(self, actions: Float, now: ArmState, taken: int) -> Float:
         fast = np.abs(actions[:taken, :7]) > _FASTEST
         self._warn_once(actions, fast, "outside DROID's -1 to 1 (0.1 to 99.9%)", _POSITIONS)
         arm = self._adapter(actions[:, :7], now.joints[:7])
-        _check_limits(arm[:taken], "the arm reaches", _POSITIONS if fast.any() else _INTO_STOP)
-        return arm
+        return self._limit(arm, taken, "the arm reaches", _POSITIONS if fast.any() else _INTO_STOP)
 
 
 class JointPosition(_Franka):
@@ -210,16 +212,16 @@ class JointPosition(_Franka):
 
     parts = (*(f"position of joint {i}" for i in range(1, 8)), "gripper position")
 
-    def __init__(self, gain: float, gripper_cap: float = 1.0, cap_current: bool = False) -> None:
-        super().__init__(gripper_cap, cap_current)
+    def __init__(self, gain: float, *limits: Any, **more: Any) -> None:
+        super().__init__(*limits, **more)
         self._gain = gain
 
     def targets(self, actions: Float, now: ArmState) -> Float:
         """The commanded joints, within the limits."""
         far = np.abs(actions[:1, :7] - now.joints[:7]) > _FARTHEST
         self._warn_once(actions, far, f"over {_FARTHEST} rad from where the joint is", _VELOCITIES)
-        _check_limits(actions[:, :7], "the policy commands", _VELOCITIES if far.any() else _INTO_STOP)
-        return actions[:, :7]
+        cause = _VELOCITIES if far.any() else _INTO_STOP
+        return self._limit(actions[:, :7], len(actions), "the policy commands", cause)
 
     def _move(self, actions: Float, now: ArmState, taken: int) -> Float:
         arm, reached = now.joints[:7], []

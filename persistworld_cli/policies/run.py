@@ -317,11 +317,11 @@ def _language(settings: Settings, store: EpisodeStore, gripper_cap: float) -> Ac
     own = settings.policy
     if own.actions == "model":
         return ModelActions(settings)
-    gripper = gripper_cap, own.cap_current
+    limits = gripper_cap, own.cap_current, own.joint_limits == "stop"
     if own.actions == DEFAULT_ACTIONS:
-        return JointVelocity(_adapter(own, store), *gripper)
+        return JointVelocity(_adapter(own, store), *limits)
     kind = Pose if own.actions == "pose" else JointPosition
-    return kind(own.position_gain, *gripper)
+    return kind(own.position_gain, *limits)
 
 
 def _adapter(settings: PolicySettings, store: EpisodeStore) -> ActionAdapter:

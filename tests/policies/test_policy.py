@@ -31,7 +31,7 @@ from persistworld_cli.policies.languages import (
 from persistworld_cli.policies.observation import PolicyView, build_observation, check_actions, resize_with_pad
 from persistworld_cli.policies.tasks import load_task, task_names
 from persistworld_cli.robot.adapter import GainAdapter
-from persistworld_cli.robot.kinematics import forward
+from persistworld_cli.robot.kinematics import PANDA, forward
 
 # -- observation and answer -------------------------------------------------------------------------------------------
 
@@ -326,8 +326,10 @@ def test_another_language_than_the_policys_is_noticed(caplog: pytest.LogCaptureF
     for _ in range(2):  # a run is warned once; unused rows are not checked
         kept.follow(np.concatenate([np.tile(velocity * 5, (1, 1)), np.tile(REST, (11, 1)) * 9]), now, 1)
     assert len(caplog.records) == 1
-    with pytest.raises(PersistWorldError, match="stop"):  # a wrong policy, not another language
-        language("joint-velocity").follow(np.tile(np.append(np.ones(7), 0), (60, 1)), now, 60)
+    push = np.tile(np.append(np.ones(7), 0), (99, 1))  # a wrong policy, not another language
+    with pytest.raises(PersistWorldError, match=r"policy\.joint_limits=stop"):
+        language("joint-velocity").follow(push, now, 99)
+    assert np.allclose(JointVelocity(GainAdapter(), stop=True).follow(push, now, 99).joints[99, :7], PANDA.joint_high)
 
 
 def test_random_and_scripted_policies_keep_away_from_the_joints_limits() -> None:
