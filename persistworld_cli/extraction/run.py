@@ -96,8 +96,8 @@ def run(settings: Settings, request: ExtractRequest) -> dict[str, Any]:
     if work.main and report.other_fps:
         rates = ", ".join(f"{fps:g}" for fps in sorted(set(report.other_fps.values()))[:4])
         note(
-            f"info.json says {dataset.fps:g} fps, the timestamps of {len(report.other_fps)} episodes {rates}: "
-            "timestamps are followed"
+            f"info.json says {dataset.fps:g} fps, timestamps say {rates} fps in {len(report.other_fps)} episodes: "
+            "the timestamps were used"
         )
     if work.main and not report.done and not report.failed:
         note(f"finished; nothing was extracted: all {len(report.skipped)} episodes exist already")

@@ -5,6 +5,7 @@ The layout is what LeRobot 0.6.1 (v3.0) and 0.3.3 (v2.1) write: their own files 
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_raw import CAMERAS, HEIGHT, TASK, WIDTH, columns, encode, image, table_path, video_path, write_v21, write_v30
+from PIL import Image
 
 from persistworld_cli.config.settings import WorldSettings
 from persistworld_cli.data.metadata.annotations import load_annotation
@@ -97,6 +99,12 @@ def listed(**values: Any) -> Change:
     return apply
 
 
+def depth_png() -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.full((HEIGHT, WIDTH), 3000, np.uint16)).save(out, "PNG")
+    return out.getvalue()
+
+
 def no_timestamps(root: Path) -> None:
     for path in (root / "data").rglob("*.parquet"):
         pq.write_table(pq.read_table(path).drop(["timestamp"]), path)
@@ -134,6 +142,18 @@ FAULTS: dict[str, tuple[str, list[Change], str]] = {  # layout, changes, how epi
         "v3.0, images",
         [change(SHARED, camera=lambda cells: [None if i == 11 else c for i, c in enumerate(cells)])],
         f"camera '{CAMERA}' of episode 1, row 3 has no image",
+    ),
+    "depth maps in the table": (
+        "v3.0, images",
+        [
+            change(
+                SHARED,
+                camera=lambda cells: [
+                    {"bytes": depth_png(), "path": ""} if 8 <= i < 15 else c for i, c in enumerate(cells)
+                ],
+            )
+        ],
+        f"camera '{CAMERA}' of episode 1, row 0 is a depth map of 16-bit numbers",
     ),
     "timestamps at half the video's speed": (
         "v2.1",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -59,6 +60,21 @@ def test_colours_survive_without_bias(tmp_path: Path) -> None:
     back = video.read_frames(tmp_path / "a.mp4", [0])[0].astype(float)
     assert np.abs((back - image).mean(axis=(0, 1))).max() < 0.5  # swscale's defaults: 1.1
     assert np.abs(back - image).mean() < 1.0
+
+
+def test_a_depth_video_is_gray_by_its_steps(tmp_path: Path) -> None:
+    steps = [0, 400, 401, 2048, 4095]
+    with av.open(
+        str(tmp_path / "a.mp4"), "w"
+    ) as container:  # as LeRobot 0.6.1 encodes depth: 12 bits in HEVC, lossless
+        stream = container.add_stream("libx265", rate=15, options={"x265-params": "lossless=1:log-level=none"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "gray12le"
+        for step in steps:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64), step, np.uint16), "gray12le")))
+        container.mux(stream.encode())
+    frames = video.read_frames(tmp_path / "a.mp4", range(5)).astype(float)
+    assert frames.std(axis=(1, 2, 3)).max() == 0
+    assert frames[:, 0, 0, 0] == pytest.approx(np.array(steps) / 16, abs=1)
 
 
 def test_odd_sizes_are_padded_to_even(tmp_path: Path) -> None:

@@ -479,6 +479,12 @@ def _decode(cell: Any, name: str, path: Path) -> Frames:
     if not cell or not cell.get("bytes"):
         raise PersistWorldError(f"{name} has no image in the table", where=str(path), fix=_FETCH)
     with reading(f"{name}: unreadable image", path, _FETCH), Image.open(io.BytesIO(cell["bytes"])) as image:
+        if image.mode[0] in "IF":  # converted to RGB, all that is further than 255 mm would be white
+            raise PersistWorldError(
+                f"{name} is a depth map of {'float' if image.mode == 'F' else '16-bit'} numbers",
+                where=str(path),
+                fix="make videos of the depth maps: lerobot-edit-dataset --operation.type convert_image_to_video",
+            )
         return np.asarray(image.convert("RGB"))
 
 
