@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import multiprocessing.spawn
-import random
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -37,11 +35,18 @@ def unbroken(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
     return tree(out)
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[list[str], list[str], list[dict[str, str]]]:
-    out, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, err
-    done, skipped, failed = json.loads(out)
-    return done, skipped, failed
+def finish(*processes: subprocess.Popen[str]) -> list[tuple[list[str], list[str], list[dict[str, str]]]]:
+    """Let them go on to their ends; what each has done, skipped and failed at."""
+    for process in processes:
+        assert process.stdin
+        process.stdin.close()
+        process.stdin = None
+    results = []
+    for process in processes:
+        out, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, err
+        results.append(json.loads(out.splitlines()[-1]))
+    return results
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -100,32 +105,30 @@ def test_an_interrupt_leaves_nobody_behind(raw: Path, unbroken: dict[str, bytes]
     assert tree(tmp_path) == unbroken
 
 
-def test_killed_at_random_moments_the_tree_is_that_of_an_unbroken_run(
+def test_killed_at_any_batch_the_tree_is_that_of_an_unbroken_run(
     raw: Path, unbroken: dict[str, bytes], tmp_path: Path
 ) -> None:
-    moments = random.Random(0)
-    for _ in range(3):
-        process = start_extraction(raw, tmp_path, 0.1, workers=2)
-        end = time.monotonic() + PATIENCE
-        while not list((tmp_path / ".staging").glob("*")) and process.poll() is None:
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.5))
-        process.kill()
-        process.communicate()
+    for batches in (1, 4, 7):  # of 13, less what was finished before
+        with start_extraction(raw, tmp_path, workers=2) as process:
+            assert process.stdin and process.stdout
+            for _ in range(batches):
+                assert process.stdout.readline() == "batch\n"
+                process.stdin.write("\n")
+            process.kill()  # while it encodes, and writes what it has
         for name, data in tree(tmp_path).items():  # an annotation stands only where all of its episode does
             if name.startswith("annotation/") and not Path(name).name.startswith("."):
                 note = json.loads(data)
                 files = [v["video_path"] for v in note["videos"]]
                 files += [v["latent_video_path"] for v in note["latent_videos"]]
                 assert all((tmp_path / file).read_bytes() == unbroken[file] for file in files)
-    finish(start_extraction(raw, tmp_path, 0.0, workers=2))
+    finish(start_extraction(raw, tmp_path, workers=2))
     assert tree(tmp_path) == unbroken
 
 
 def test_two_runs_over_one_output_share_the_work(raw: Path, unbroken: dict[str, bytes], tmp_path: Path) -> None:
-    runs = [start_extraction(raw, tmp_path, 0.1, workers=1) for _ in range(2)]
-    (first, skipped, _), (second, also_skipped, _) = (finish(process) for process in runs)
+    runs = [start_extraction(raw, tmp_path, workers=1) for _ in range(2)]
+    assert [run.stdout and run.stdout.readline() for run in runs] == ["batch\n"] * 2  # each has begun an episode
+    (first, skipped, _), (second, also_skipped, _) = finish(*runs)
     assert sorted(map(int, first + second)) == [0, 1, 2, 3, 4, 99]
     assert len(first + skipped) == len(second + also_skipped) == 6
     assert tree(tmp_path) == unbroken
