@@ -30,6 +30,10 @@ _RENAMED = {
     "drive.gripper_open": 'drive.keys.o = "gripper=0 open"',
     "drive.gripper_closed": 'drive.keys.c = "gripper=0.7 close"',
     "drive.workspace_low": "robot.limits = { x = [0.3, 0.8], y = [-0.5, 0.5], z = [0.01, 0.5] }",
+    **dict.fromkeys(
+        ("policy.camera", "policy.wrist_camera"),
+        'policy.images = { "observation/exterior_image_1_left" = "exterior_2_left" }, field of an observation = camera',
+    ),
     "drive.workspace_high": "robot.limits = { x = [0.3, 0.8], y = [-0.5, 0.5], z = [0.01, 0.5] }",
     "policy.layout": "no layout: any number of rows is taken, and policy.actions says what they mean",
 }

@@ -285,6 +285,8 @@ class RobotSettings:
     # "NAME UNIT" of every number, in order; empty: Franka's pose, if world.state_fields are DROID's
     dimensions: tuple[str, ...] = ()
     limits: dict[str, tuple[float, float]] = field(default_factory=_LIMITS.copy)  # name = [low, high]; others: none
+    # of policies that answer in joints: panda, or module:Class; empty: panda with Franka's pose, else none
+    kinematics: Annotated[str, Known("kinematics", ("panda", ""))] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,8 +311,8 @@ class PolicySettings:
     timeout_s: Positive = 60.0
     wait_s: NonNegative = 30.0
     actions: Literal["joint-velocity", "joint-position", "pose", "model"] = "joint-velocity"  # policies/languages.py
-    camera: Whole = 1  # the exterior camera shown to the policy
-    wrist_camera: Whole = 2
+    rate_hz: Positive = 15.0  # rows of an answer per second
+    images: dict[str, str] = field(default_factory=_IMAGES.copy)  # field of an observation = camera
     resize: tuple[Count, ...] = ()  # height, width that images are resized to before padding; empty: as sampled
     image_size: Count = 224  # side of the padded square that is sent
     task: str = "bundled"

@@ -1,6 +1,6 @@
 """A policy as the controller of rollouts: its answers become the poses of the next interaction.
 
-Shapes: B rollouts, L rows of an interaction (row 0 is the current pose), R rows of a policy's answer at 15 Hz, V
+Shapes: B rollouts, L rows of an interaction (row 0 is the current pose), R rows of a policy's answer, V
 cameras, H, W pixels, D numbers of a pose.
 """
 
@@ -21,7 +21,7 @@ Images = NDArray[np.uint8]
 
 @dataclass
 class PolicyTrace:
-    """The arm's motion in one rollout, at 15 Hz, (L-1) x skip rows per interaction (Ctrl-World's keys).
+    """The arm's motion in one rollout, at `policy.rate_hz`, (L-1) x skip rows per interaction (Ctrl-World's keys).
 
     ``answers``: the policy's rows; ``joint_vel``: the velocities in them, if it answers velocities.
     """
@@ -33,11 +33,12 @@ class PolicyTrace:
 
     def add(self, motion: ArmState, actions: Float, language: ActionLanguage) -> None:
         """Add the states at some rows, and what the policy answered for them."""
-        self.joint_pos += motion.joints[:, :7].tolist()
+        if language.joints:
+            self.joint_pos += motion.joints[:, : language.joints].tolist()
         self.state_fk += motion.pose.tolist()
         self.answers += actions.tolist()
         if language.rates:
-            self.joint_vel += actions[:, : language.rates].tolist()
+            self.joint_vel += actions[:, : language.joints].tolist()
 
 
 class PolicyController:

@@ -46,8 +46,8 @@ class HoldPolicy(_Embedded):
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """The observed state in every row, velocities of 0."""
         language = LANGUAGES[self._actions]
-        row = _read(obs, language.fields)
-        row[: language.rates] = 0.0
+        fields = [field for field in language.fields if field != GRIPPER or GRIPPER in obs]  # an arm may have none
+        row = np.concatenate([_read(obs, [field]) * (field not in language.rates) for field in fields])
         return {ACTIONS: np.tile(row, (self._rows, 1))}
 
 

@@ -3,8 +3,9 @@
 To add one: write a class with `judge` (see `Judge`) and a line in `JUDGES`, or name your own as
 ``--judge module:Class``.
 
-Shape legend: F frames of a rollout (the first is the start), V cameras, H, W pixels, R rows of the trace at 15 Hz.
-A pose is x y z (m), roll pitch yaw (rad), gripper (0 open .. 1 closed), of the flange in the robot's base frame.
+Shape legend: F frames of a rollout (the first is the start), V cameras, H, W pixels, R rows of the trace at
+`policy.rate_hz`, J joints, D numbers of a pose: the robot's state, of a Franka x y z (m), roll pitch yaw (rad) of the
+flange in the base frame, gripper (0 open .. 1 closed).
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ class Evidence:
         cameras: V names.
         rate_hz: frame rate.
         frames: (F, V, H, W, 3) uint8: the camera images, imagined or simulated.
-        poses: (F, 7) of the flange at each frame.
-        joint_pos, joint_vel: (R, 7) joints of the arm and velocities of the policy between frames.
+        poses: (F, D) at each frame.
+        joint_pos, joint_vel: (R, J) joints of the arm and velocities of the policy between frames; (0, 0) where the
+            policy's answers do not have them.
         objects: the scene at the start; None if the dataset does not describe it.
     """
 

@@ -2,27 +2,28 @@
 
 To add one: write a class (see `ActionLanguage`), a line in `LANGUAGES`, and its name in `policy.actions`.
 
-Shapes: R rows of an answer at 15 Hz; a motion has a row more, row 0 is now. D numbers of an action of the world model,
-for the Franka its pose: x y z (m), roll pitch yaw (rad), gripper (0 open .. 1 closed). Joints are 7 angles (rad) and
-the gripper.
+Shapes: R rows of an answer (`policy.rate_hz`); a motion has a row more, row 0 is now. D numbers of an action of the
+world model, for the Franka its pose: x y z (m), roll pitch yaw (rad), gripper (0 open .. 1 closed). J joints; recorded
+joints are these and the gripper, if there is one: for the Franka 7 angles (rad) and the gripper.
 """
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from persistworld_cli.config.keys import dimensions_of
+from persistworld_cli.config.keys import Dimension, dimensions_of
+from persistworld_cli.config.plugins import running
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.robot.adapter import ActionAdapter
-from persistworld_cli.robot.kinematics import PANDA, inverse
+from persistworld_cli.robot.kinematics import PANDA, Kinematics
 from persistworld_cli.robot.kinematics import pose as flange_pose
 from persistworld_cli.rollout.interactive import require_dimensions
 from persistworld_cli.rollout.recording import Start
@@ -36,7 +37,8 @@ CARTESIAN = "observation/cartesian_position"
 STATE = "observation/state"
 _FARTHEST = 0.5  # rad: DROID commands positions at most 0.28 rad from the arm's (952 rows of six episodes)
 _FASTEST = 1.0  # DROID's controller slows a faster command down; 0.1 to 99.9% of those rows' velocities: -1.00 .. 1.00
-_ELSEWHERE = 0.01  # m between recorded pose and recorded joints: DROID's agree to 4e-8
+_ELSEWHERE = {"m": 0.01, "cm": 1.0, "mm": 10.0}  # between recorded pose and recorded joints: DROID's agree to 4e-8 m
+_FRANKA = dimensions_of(Settings())
 # The likely causes of numbers that no policy of the language answers.
 _POSITIONS = (
     "likely cause: joint positions read as velocities; openpi's *_full_droid_finetune and *_jointpos configs need "
@@ -52,9 +54,14 @@ _POSES = "answer x y z (m) of the flange in the base frame and roll pitch yaw (r
 logger = logging.getLogger(__name__)
 
 
+def _parts(what: str, joints: int, grippers: int = 1) -> tuple[str, ...]:
+    """What each number of a row is."""
+    return (*(f"{what} of joint {i}" for i in range(1, joints + 1)), *["gripper position"] * grippers)
+
+
 @dataclass(frozen=True)
 class ArmState:
-    """Action (..., D) of the world model and joints (..., 8) that it belongs to, now or at each row of a motion.
+    """Action (..., D) of the world model and joints (..., J + 1) that it belongs to, now or at each row of a motion.
 
     ``joints`` is (..., 0) in a language that does not need them.
     """
@@ -72,15 +79,17 @@ class ActionLanguage(ABC):
     Attributes:
         parts: what each number of a row is, for messages.
         fields: the observation's fields that hold the same numbers of the current state, in order.
-        rates: leading numbers of a row that are rates, which are 0 where the arm stays.
+        rates: those of the fields for which a row holds rates, which are 0 where the arm stays.
+        joints: number of joints of the arm; 0 where none are needed.
         most: largest number that is accepted.
         gripper_cap: largest gripper position; None: not limited.
     """
 
     parts: tuple[str, ...]
     fields: ClassVar[tuple[str, ...]]
-    rates: ClassVar[int] = 0
-    most: ClassVar[float] = float(np.finfo(np.float32).max)
+    rates: ClassVar[tuple[str, ...]] = ()
+    joints: int = 0
+    most: float = float(np.finfo(np.float32).max)
     gripper_cap: float | None = None
 
     @abstractmethod
@@ -92,7 +101,7 @@ class ActionLanguage(ABC):
         """The state's fields of an observation; copies, since a policy in this process may keep them."""
 
     def targets(self, actions: Float, now: ArmState) -> Float | None:
-        """(R, 7) joints that the rows command; None if they command none. Raises PersistWorldError: out of reach."""
+        """(R, J) joints that the rows command; None if they command none. Raises PersistWorldError: out of reach."""
         return None
 
     @abstractmethod
@@ -112,66 +121,107 @@ class ActionLanguage(ABC):
         """
 
 
-class _Franka(ActionLanguage):
-    """Base of the languages of a Franka arm with a gripper.
+class _Joints(ActionLanguage):
+    """Base of the languages of an arm whose kinematics are known, with or without a gripper.
 
     Args:
-        gripper_cap: largest gripper position.
+        gripper_cap: largest gripper position of a Franka; another arm's keeps to `robot.limits`.
         cap_current: whether the cap also limits the current gripper position, at row 0.
         stop: keep joints at their limits instead of refusing what is beyond.
+        arm: kinematics.
+        dimensions: the numbers of a state: the arm's pose, and the gripper's position if it has one.
+
+    Raises:
+        UsageError: the kinematics do not give these numbers.
     """
 
     fields = (JOINTS, GRIPPER)
+    what: ClassVar[str]  # of a joint that a row holds
     most = 100.0  # 1 is full speed and full grip
-    gripper_cap: float
 
-    def __init__(self, gripper_cap: float = 1.0, cap_current: bool = False, stop: bool = False) -> None:
-        self.gripper_cap, self._cap_current, self._stop, self._warned = gripper_cap, cap_current, stop, False
+    def __init__(
+        self,
+        gripper_cap: float = 1.0,
+        cap_current: bool = False,
+        stop: bool = False,
+        arm: Kinematics = PANDA,
+        dimensions: Sequence[Dimension] = _FRANKA,
+    ) -> None:
+        self._arm, self._dimensions, self._stop, self._warned = arm, tuple(dimensions), stop, False
+        low, high = np.array(arm.joint_low, dtype=np.float64), np.array(arm.joint_high, dtype=np.float64)
+        self.joints, self._low, self._high = len(low), low, high
+        width = self._pose((low + high) / 2).shape[-1]
+        if width not in (len(dimensions), len(dimensions) - 1):
+            raise UsageError(
+                f"robot.kinematics gives {width} numbers, but a state has {len(dimensions)}",
+                where="robot.kinematics",
+                fix="it gives the numbers of a state (robot.dimensions), without the gripper's, which is the last",
+            )
+        self._grippers = len(dimensions) - width
+        self.parts = _parts(self.what, self.joints, self._grippers)
+        self._is_franka = arm is PANDA
+        if not self._is_franka:
+            self.most = ActionLanguage.most
+        grip = (0.0, gripper_cap) if self._is_franka else (dimensions[-1].low, dimensions[-1].high)
+        self._grip_low, self._grip_high = grip
+        self.gripper_cap, self._cap_current = gripper_cap if self._is_franka else None, cap_current
+
+    def _pose(self, joints: Float) -> Float:
+        """(..., J) joints -> (..., P). Raises PersistWorldError with the traceback of a user's class."""
+        with running("kinematics", "robot.kinematics"):
+            return np.asarray(self._arm.pose(joints), dtype=np.float64)
 
     def begin(self, start: Start) -> ArmState:
         """The recorded joints. Raises PersistWorldError if the recorded pose is not theirs."""
-        now = at_joints(start.joints) if start.pose.shape == (7,) and start.joints.shape == (8,) else None
-        if now is None or np.abs(now.pose - start.pose)[:3].max() > _ELSEWHERE:
-            raise PersistWorldError(
-                "the recorded states are not poses of a Franka at the recorded joints",
-                where=f"episode '{start.item.episode}', frame {start.item.start}",
-                fix="--actions model takes a policy that answers with states, of any robot",
-            )
-        return now
+        joints, width = start.joints, len(self._dimensions)
+        if joints.shape == (self.joints + self._grippers,) and start.pose.shape == (width,):
+            pose = np.concatenate([self._pose(joints[: self.joints]), joints[self.joints :]])
+            off = np.abs(pose - start.pose)
+            if all(off[i] <= _ELSEWHERE.get(one.unit, np.inf) for i, one in enumerate(self._dimensions)):
+                return ArmState(pose, joints)
+        whose = "a Franka" if self._is_franka else "robot.kinematics"
+        raise PersistWorldError(
+            f"the recorded states are not poses of {whose} at the recorded joints",
+            where=f"episode '{start.item.episode}', frame {start.item.start}",
+            fix="--actions model takes a policy that answers with states, of any robot",
+        )
 
     def observe(self, now: ArmState) -> dict[str, Float]:
         """Joints and gripper, as openpi's DROID policies get them."""
-        return {JOINTS: now.joints[:7].copy(), GRIPPER: now.joints[7:].copy()}
+        arm, grip = now.joints[: self.joints].copy(), now.joints[self.joints :].copy()
+        return {JOINTS: arm, GRIPPER: grip} if self._grippers else {JOINTS: arm}
 
     def follow(self, actions: Float, now: ArmState, taken: int) -> ArmState:
         """The arm's motion; each row's gripper position is reached with it (Ctrl-World's policy rollout)."""
-        arm = np.concatenate([now.joints[None, :7], self._move(actions, now, taken)])
-        current = np.minimum(now.joints[7:], self.gripper_cap) if self._cap_current else now.joints[7:]
-        grip = np.concatenate([current, np.clip(actions[:, -1], 0.0, self.gripper_cap)])[: len(arm), None]
-        return ArmState(np.concatenate([flange_pose(arm), grip], axis=1), np.concatenate([arm, grip], axis=1))
+        arm = np.concatenate([now.joints[None, : self.joints], self._move(actions, now, taken)])
+        current = now.joints[self.joints :]
+        current = np.minimum(current, self._grip_high) if self._cap_current else current
+        commanded = np.clip(actions[:, actions.shape[1] - self._grippers :], self._grip_low, self._grip_high)
+        grip = np.concatenate([current[None], commanded])[: len(arm)]
+        return ArmState(np.concatenate([self._pose(arm), grip], axis=1), np.concatenate([arm, grip], axis=1))
 
     @abstractmethod
     def _move(self, actions: Float, now: ArmState, taken: int) -> Float:
-        """(R, 7) joints after each row, at least ``taken`` of them."""
+        """(R, J) joints after each row, at least ``taken`` of them."""
 
     def _limit(self, joints: Float, taken: int, what: str, cause: str) -> Float:
-        """(R, 7) joints, kept within the Franka's limits if they may not pass them; else the rows taken are checked."""
-        low, high = np.array(PANDA.joint_low), np.array(PANDA.joint_high)
+        """(R, J) joints, kept within their limits if they may not pass them; else the rows taken are checked."""
+        low, high = self._low, self._high
         if self._stop:
             return np.clip(joints, low, high)
         if len(beyond := np.argwhere((joints[:taken] < low) | (joints[:taken] > high))):
             row, joint = (int(i) for i in beyond[0])
-            value = joints[row, joint]
+            unit, ends = " rad" if self._is_franka else "", f"{low[joint]:g} and {high[joint]:g}"
             raise PersistWorldError(
-                f"{what} {value:.4g} rad at joint {joint + 1}, whose limits are {low[joint]:g} and {high[joint]:g} rad",
+                f"{what} {joints[row, joint]:.4g}{unit} at joint {joint + 1}, whose limits are {ends}{unit}",
                 where=f"row {row} of the policy's answer",
                 fix=cause,
             )
         return joints
 
     def _warn_once(self, actions: Float, unusual: NDArray[np.bool_], text: str, cause: str) -> None:
-        """Log the first unusual number (R, 7) of the run."""
-        if self._warned or not unusual.any():
+        """Log the first number (R, J) of the run that is unusual for a Franka."""
+        if self._warned or not self._is_franka or not unusual.any():
             return
         self._warned = True
         row, joint = (int(i) for i in np.argwhere(unusual)[0])
@@ -186,31 +236,34 @@ def at_joints(joints: Float) -> ArmState:
     return ArmState(np.append(flange_pose(joints[:7]), joints[7]), joints)
 
 
-class JointVelocity(_Franka):
-    """Seven joint velocities (1: DROID's full speed) and the gripper's position: openpi's DROID policies."""
+class JointVelocity(_Joints):
+    """Joint velocities (Franka: seven, 1 is DROID's full speed) and the gripper's position: openpi's DROID policies."""
 
-    parts = (*(f"velocity of joint {i}" for i in range(1, 8)), "gripper position")
-    rates = 7
+    what = "velocity"
+    parts = _parts(what, PANDA.num_joints)
+    rates = (JOINTS,)
 
     def __init__(self, adapter: ActionAdapter, *limits: Any, **more: Any) -> None:
         super().__init__(*limits, **more)
         self._adapter = adapter
 
     def _move(self, actions: Float, now: ArmState, taken: int) -> Float:
-        fast = np.abs(actions[:taken, :7]) > _FASTEST
+        rows = actions[:, : self.joints]
+        fast = np.abs(rows[:taken]) > _FASTEST
         self._warn_once(actions, fast, "outside DROID's -1 to 1 (0.1 to 99.9%)", _POSITIONS)
-        arm = self._adapter(actions[:, :7], now.joints[:7])
+        arm = self._adapter(rows, now.joints[: self.joints])
         return self._limit(arm, taken, "the arm reaches", _POSITIONS if fast.any() else _INTO_STOP)
 
 
-class JointPosition(_Franka):
-    """Seven commanded joint angles (rad) and the gripper's position: openpi's ``*_full_droid_finetune``.
+class JointPosition(_Joints):
+    """Commanded joints (Franka: seven, rad) and the gripper's position: openpi's ``*_full_droid_finetune``.
 
     Args:
         gain: share of the way to the commanded joints that the arm covers in a row.
     """
 
-    parts = (*(f"position of joint {i}" for i in range(1, 8)), "gripper position")
+    what = "position"
+    parts = _parts(what, PANDA.num_joints)
 
     def __init__(self, gain: float, *limits: Any, **more: Any) -> None:
         super().__init__(*limits, **more)
@@ -218,13 +271,14 @@ class JointPosition(_Franka):
 
     def targets(self, actions: Float, now: ArmState) -> Float:
         """The commanded joints, within the limits."""
-        far = np.abs(actions[:1, :7] - now.joints[:7]) > _FARTHEST
+        joints = actions[:, : self.joints]
+        far = np.abs(joints[:1] - now.joints[: self.joints]) > _FARTHEST
         self._warn_once(actions, far, f"over {_FARTHEST} rad from where the joint is", _VELOCITIES)
         cause = _VELOCITIES if far.any() else _INTO_STOP
-        return self._limit(actions[:, :7], len(actions), "the policy commands", cause)
+        return self._limit(joints, len(actions), "the policy commands", cause)
 
     def _move(self, actions: Float, now: ArmState, taken: int) -> Float:
-        arm, reached = now.joints[:7], []
+        arm, reached = now.joints[: self.joints], []
         for target in self.targets(actions[:taken], now):
             arm = arm + self._gain * (target - arm)
             reached.append(arm)
@@ -232,28 +286,38 @@ class JointPosition(_Franka):
 
 
 class Pose(JointPosition):
-    """A commanded pose of the flange, as DROID records it, and the gripper's position.
+    """A commanded pose (Franka: of the flange, as DROID records it), and the gripper's position.
 
     As in DROID's controller, inverse kinematics makes commanded joints of it.
     """
 
-    parts = ("x", "y", "z", "roll", "pitch", "yaw", "gripper position")
+    parts = tuple(one.name for one in _FRANKA)
     fields = (CARTESIAN, GRIPPER)
 
+    def __init__(self, gain: float, *limits: Any, **more: Any) -> None:
+        super().__init__(gain, *limits, **more)
+        self.parts = tuple(one.name for one in self._dimensions)
+        self._width = len(self.parts) - self._grippers
+        if not hasattr(self._arm, "inverse"):
+            fix = "give the class inverse(pose, joints) -> joints or None"
+            raise UsageError("policy.actions = 'pose' needs inverse kinematics", where="robot.kinematics", fix=fix)
+
     def observe(self, now: ArmState) -> dict[str, Float]:
-        """The flange's pose beside joints and gripper."""
-        return {CARTESIAN: now.pose[:6].copy(), **super().observe(now)}
+        """The pose beside joints and gripper."""
+        return {CARTESIAN: now.pose[: self._width].copy(), **super().observe(now)}
 
     def targets(self, actions: Float, now: ArmState) -> Float:
         """The joints of each pose, each found from those before it."""
-        joints = [now.joints[:7]]
-        for row, goal in enumerate(actions[:, :6]):
-            found = inverse(goal, joints[-1])
+        joints, arm = [now.joints[: self.joints]], cast("Any", self._arm)
+        for row, goal in enumerate(actions[:, : self._width]):
+            with running("kinematics", "robot.kinematics"):
+                found = arm.inverse(goal, joints[-1])
             if found is None:
-                shown = ", ".join(f"{value:.3f}" for value in goal)
-                what = f"the Franka cannot reach pose ({shown}) within its joints' limits"
-                raise PersistWorldError(what, where=f"row {row} of the policy's answer", fix=_POSES)
-            joints.append(found)
+                shown, whose = ", ".join(f"{value:.3f}" for value in goal), "Franka" if self._is_franka else "arm"
+                what = f"the {whose} cannot reach pose ({shown}) within its joints' limits"
+                fix = _POSES if self._is_franka else "answer poses as the dataset has them"
+                raise PersistWorldError(what, where=f"row {row} of the policy's answer", fix=fix)
+            joints.append(np.asarray(found, dtype=np.float64))
         return np.array(joints[1:])
 
 

@@ -1,12 +1,12 @@
 """A policy's observation and its answer (method.md section 6). What the rows of an answer mean: `policies.languages`.
 
-Shapes: R rows of an answer at 15 Hz, W numbers in each; V cameras, H, W pixels.
+Shapes: R rows of an answer, W numbers in each; V cameras, H, W pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,8 +18,6 @@ from persistworld_cli.policies.languages import LANGUAGES, ActionLanguage, ArmSt
 
 Float = NDArray[np.float64]
 
-EXTERIOR = "observation/exterior_image_1_left"
-WRIST = "observation/wrist_image_left"
 PROMPT = "prompt"
 ACTIONS = "actions"
 
@@ -43,19 +41,20 @@ class PolicyView:
     Attributes:
         language: the meaning of its answer.
         skip: every skip-th row of an answer is a pose of the world model.
-        camera, wrist_camera: index of the exterior and of the wrist camera that it sees.
+        images: field of an observation -> index of the camera that it shows.
         resize: (height, width) to which images are resized before padding; empty: no resizing.
         image_size: side of the padded images.
         rows: L.
+        rate_hz: rows of an answer per second.
     """
 
     language: ActionLanguage
     skip: int = 2
-    camera: int = 1
-    wrist_camera: int = 2
+    images: Mapping[str, int] = field(default_factory=dict)
     resize: tuple[int, ...] = ()
     image_size: int = 224
     rows: int = 5
+    rate_hz: float = 15.0
 
     @property
     def advance(self) -> int:
@@ -85,8 +84,7 @@ def ask_policy(policy: Policy, view: PolicyView, images: NDArray[np.uint8], now:
 def build_observation(view: PolicyView, images: NDArray[np.uint8], now: ArmState, prompt: str) -> dict[str, Any]:
     """One request; arguments as for `ask_policy`."""
     return {
-        EXTERIOR: resize_with_pad(images[view.camera], view.image_size, view.resize),
-        WRIST: resize_with_pad(images[view.wrist_camera], view.image_size, view.resize),
+        **{key: resize_with_pad(images[i], view.image_size, view.resize) for key, i in view.images.items()},
         **view.language.observe(now),
         PROMPT: prompt,
     }

@@ -1,7 +1,7 @@
 """Output of policy rollouts: video, contact sheet and JSON of each, and a LeRobot dataset of all.
 
 Shape legend: S interactions, L rows of one (row 0 the current frame), F = 1 + S (L-1) frames, V cameras, H, W pixels,
-R = S (L-1) skip rows of a policy's answers at 15 Hz, D numbers of a pose.
+R = S (L-1) skip rows of a policy's answers, D numbers of a pose.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from persistworld_cli.config.keys import robot_name
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.raw.lerobot_writer import NewEpisode, write_lerobot
+from persistworld_cli.data.raw.lerobot_writer import NewEpisode, pose_columns, write_lerobot
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import remove, whole_folder, write_json
 from persistworld_cli.policies.controller import PolicyTrace
@@ -24,7 +25,7 @@ from persistworld_cli.reports.videos import write_imagined_sheet, write_imagined
 from persistworld_cli.rollout.interactive import Float
 from persistworld_cli.rollout.recording import Start
 
-POLICY_HZ = 15.0  # rows of a chunk per second (DROID)
+POLICY_HZ = 15.0  # rows of an answer per second (DROID)
 _SUMMARY = ("episode", "start", "seed", "steps", "complete", "success", "progress", "judged")
 
 
@@ -36,9 +37,9 @@ class PolicyRollout:
         start: start of the rollout.
         frames: (F, V, H, W, 3).
         poses: (S, L, D).
-        trace: the arm's motion at 15 Hz.
+        trace: the arm's motion, row by row.
         joints_end: (8,) joints and gripper at the end; empty in a language that does not need them.
-        skip: rows of the policy's answer per frame.
+        skip, rate_hz: rows of the policy's answer per frame, and per second.
         seconds: computing time per interaction.
         error: why the rollout ended early; None for a complete one.
     """
@@ -49,13 +50,14 @@ class PolicyRollout:
     trace: PolicyTrace
     joints_end: Float
     skip: int
+    rate_hz: float = POLICY_HZ
     seconds: Sequence[float] = ()
     error: PersistWorldError | None = None
 
     @property
     def fps(self) -> float:
         """Frames per second."""
-        return POLICY_HZ / self.skip
+        return self.rate_hz / self.skip
 
     @property
     def frame_poses(self) -> Float:
@@ -74,8 +76,8 @@ class PolicyRollout:
             rate_hz=self.fps,
             frames=self.frames,
             poses=self.frame_poses,
-            joint_pos=np.array(self.trace.joint_pos).reshape(-1, 7),
-            joint_vel=np.array(self.trace.joint_vel).reshape(-1, 7),
+            joint_pos=np.array(self.trace.joint_pos or np.empty((0, 0))),
+            joint_vel=np.array(self.trace.joint_vel or np.empty((0, 0))),
             objects=objects,
         )
 
@@ -141,7 +143,7 @@ def write_episodes(root: Path, settings: Settings, rollouts: Sequence[PolicyRoll
     if whole:
         episodes = [_episode(settings, rollout) for rollout in whole]
         with whole_folder(root) as partial:
-            write_lerobot(partial, episodes, whole[0].fps, "Franka")
+            write_lerobot(partial, episodes, whole[0].fps, robot_name(settings))
     else:
         remove(root)
     numbers = {id(rollout): number for number, rollout in enumerate(whole)}
@@ -149,20 +151,13 @@ def write_episodes(root: Path, settings: Settings, rollouts: Sequence[PolicyRoll
 
 
 def _episode(settings: Settings, rollout: PolicyRollout) -> NewEpisode:
-    poses = rollout.frame_poses
-    joints = np.array([*rollout.trace.joint_pos[:: rollout.skip], rollout.joints_end[:7]])
-    columns: dict[str, Float] = {}
-    for name, later in (("observation.state", 0), ("action", 1)):
-        rows = np.minimum(np.arange(len(poses)) + later, len(poses) - 1)
-        columns |= {
-            name: poses[rows],
-            f"{name}.cartesian_position": poses[rows, :6],
-            f"{name}.gripper_position": poses[rows, 6:],
-        }
-        if joints.size:
-            columns[f"{name}.joint_position"] = joints[rows]
-    if rollout.trace.joint_vel:
-        velocities = np.array(rollout.trace.joint_vel).reshape(len(joints) - 1, rollout.skip, 7).mean(axis=1)
-        columns["action.joint_velocity"] = np.concatenate([velocities, np.zeros((1, 7))])
+    columns, trace, skip = pose_columns(settings, rollout.frame_poses), rollout.trace, rollout.skip
+    if trace.joint_pos:
+        joints = np.array([*trace.joint_pos[::skip], rollout.joints_end[: len(trace.joint_pos[0])]])
+        columns |= {"observation.state.joint_position": joints}
+        columns |= {"action.joint_position": np.concatenate([joints[1:], joints[-1:]])}
+    if trace.joint_vel:
+        velocities = np.array(trace.joint_vel).reshape(len(joints) - 1, skip, -1).mean(axis=1)
+        columns["action.joint_velocity"] = np.concatenate([velocities, np.zeros_like(velocities[:1])])
     images = {camera: rollout.frames[:, view] for view, camera in enumerate(settings.world.cameras)}
     return NewEpisode(task=rollout.start.text, columns=columns, images=images)

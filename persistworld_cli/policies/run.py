@@ -19,6 +19,7 @@ from persistworld_cli.checkpoints.action_scale import weights_stores
 from persistworld_cli.checkpoints.loading import load_model
 from persistworld_cli.checkpoints.references import inference_ref
 from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.config.keys import dimensions_of
 from persistworld_cli.config.requests import PolicyRolloutRequest
 from persistworld_cli.config.settings import PolicySettings, Settings
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
@@ -40,13 +41,14 @@ from persistworld_cli.policies.languages import (
     Pose,
 )
 from persistworld_cli.policies.observation import Policy, PolicyView
-from persistworld_cli.policies.outputs import PolicyRollout, save_rollout, write_episodes
+from persistworld_cli.policies.outputs import POLICY_HZ, PolicyRollout, save_rollout, write_episodes
 from persistworld_cli.policies.source import check_policy, open_policies
 from persistworld_cli.policies.tasks import Task, TaskStart, load_task
 from persistworld_cli.reports.policy_tables import rollout_tables
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.tables import plain
 from persistworld_cli.robot.adapter import ActionAdapter, load_adapter
+from persistworld_cli.robot.kinematics import load_kinematics
 from persistworld_cli.rollout.interactive import InteractiveRollout, find_split, make_start
 from persistworld_cli.rollout.recording import Item, Start
 
@@ -254,6 +256,7 @@ def _roll(
             trace=controller.traces[row],
             joints_end=controller.states[row].joints,
             skip=plan.view.skip,
+            rate_hz=plan.view.rate_hz,
             seconds=[step.seconds / len(starts) for step in steps],
             error=error,
         )
@@ -285,6 +288,9 @@ def _judge_setup(settings: Settings, request: PolicyRolloutRequest, plan: Policy
                 raise
             scenes.append(None)
     if against:
+        if settings.policy.rate_hz != POLICY_HZ:
+            fix = f"leave policy.rate_hz at {POLICY_HZ:g}"
+            raise UsageError(f"the simulator runs at {POLICY_HZ:g} Hz", where="policy.rate_hz", fix=fix)
         if settings.policy.actions == "model":
             fix = "take a policy that answers joint velocities, joint positions or poses"
             raise UsageError("the simulator cannot follow --actions model", where="--against sim", fix=fix)
@@ -300,12 +306,13 @@ def make_plan(settings: Settings, request: PolicyRolloutRequest, store: EpisodeS
     view = PolicyView(
         language=_language(settings, store, own.gripper_cap or task.gripper_cap),
         skip=own.skip or task.skip,
-        camera=_camera(own.camera, "policy.camera", settings),
-        wrist_camera=_camera(own.wrist_camera, "policy.wrist_camera", settings),
+        images={key: _camera(name, key, settings) for key, name in own.images.items()},
         resize=own.resize,
         image_size=own.image_size,
         rows=settings.model.num_frames,
+        rate_hz=own.rate_hz,
     )
+    _check_rate(settings, view)
     starts, missing = _starts(settings, request, store, task)
     for start in starts:
         view.language.begin(start)  # before the weights are read
@@ -317,27 +324,41 @@ def _language(settings: Settings, store: EpisodeStore, gripper_cap: float) -> Ac
     own = settings.policy
     if own.actions == "model":
         return ModelActions(settings)
-    limits = gripper_cap, own.cap_current, own.joint_limits == "stop"
+    arm = load_kinematics(settings)
+    body = gripper_cap, own.cap_current, own.joint_limits == "stop", arm, dimensions_of(settings)
     if own.actions == DEFAULT_ACTIONS:
-        return JointVelocity(_adapter(own, store), *limits)
+        return JointVelocity(_adapter(own, store, len(arm.joint_low)), *body)
     kind = Pose if own.actions == "pose" else JointPosition
-    return kind(own.position_gain, *limits)
+    return kind(own.position_gain, *body)
 
 
-def _adapter(settings: PolicySettings, store: EpisodeStore) -> ActionAdapter:
+def _adapter(settings: PolicySettings, store: EpisodeStore, joints: int) -> ActionAdapter:
     """The action adapter that the settings name."""
     kind = settings.adapter
     path = kind if kind in ("gain", "meta") else str(resolve_path(kind))
-    return load_adapter(path, settings.gain, store.meta / "adapter.json")
+    return load_adapter(path, settings.gain, store.meta / "adapter.json", joints)
 
 
-def _camera(index: int, key: str, settings: Settings) -> int:
+def _camera(name: str, key: str, settings: Settings) -> int:
     """The index of a camera, checked. Raises UsageError."""
-    if not 0 <= index < len(settings.world.cameras):
+    cameras = settings.world.cameras
+    if name not in cameras:
+        what = f"policy.images: no camera '{name}', which '{key}' shows"
+        fix = f'world.cameras has {", ".join(cameras)}: images = {{ "{key}" = "{cameras[0]}" }}'
+        raise UsageError(what, where="policy.images", fix=fix)
+    return cameras.index(name)
+
+
+def _check_rate(settings: Settings, view: PolicyView) -> None:
+    """Refuse frames of another rate than the world's. Ctrl-World's tasks have such frames, a Franka may."""
+    rate, world = view.rate_hz / view.skip, settings.world.rate_hz
+    if settings.robot.dimensions and abs(rate - world) > 0.01 * world:
         raise UsageError(
-            f"{key} = {index}, but there are {len(settings.world.cameras)} cameras", where=key, fix="count from 0"
+            f"every {view.skip}. row of {view.rate_hz:g} per second makes {rate:g} frames per second; "
+            f"the world has {world:g}",
+            where="policy.rate_hz, policy.skip",
+            fix=f"rows as far apart as frames: --set policy.rate_hz={world:g} --set policy.skip=1",
         )
-    return index
 
 
 def _starts(

@@ -45,8 +45,8 @@ class GainAdapter:
     """Joints move by ``gain x velocity`` in each row."""
 
     def __init__(self, gain: ArrayLike = DEFAULT_GAIN) -> None:
-        """``gain``: one number, or one for each of the 7 joints (rad per row for a velocity of 1)."""
-        self.gain: Float = np.broadcast_to(np.asarray(gain, dtype=np.float64), (NUM_JOINTS,)).copy()
+        """``gain``: one number, or one for each joint (rad per row for a velocity of 1)."""
+        self.gain: Float = np.array(gain, dtype=np.float64)
 
     def __call__(self, velocities: ArrayLike, joints: ArrayLike) -> Float:
         """(R, 7) velocities and (7,) joints -> (R, 7) joints."""
@@ -95,13 +95,16 @@ class MlpAdapter(torch.nn.Module):
         return (start + share * (delta_high - delta_low) + delta_low)[: len(rows)]
 
 
-def load_adapter(kind: str, gain: float = DEFAULT_GAIN, meta: Path | None = None) -> ActionAdapter:
+def load_adapter(
+    kind: str, gain: float = DEFAULT_GAIN, meta: Path | None = None, joints: int = NUM_JOINTS
+) -> ActionAdapter:
     """The adapter that the settings name.
 
     Args:
         kind: ``gain`` (one number for every joint), ``meta`` (fitted by build-meta), or an MLP's weights file.
         gain: for ``gain``.
         meta: build-meta's ``adapter.json``, for ``meta``.
+        joints: number of joints.
 
     Raises:
         PersistWorldError: the file is missing or invalid.
@@ -109,19 +112,22 @@ def load_adapter(kind: str, gain: float = DEFAULT_GAIN, meta: Path | None = None
     if kind == "gain":
         return GainAdapter(gain)
     if kind == "meta":
-        return GainAdapter(_read_gain(meta))
+        return GainAdapter(_read_gain(meta, joints))
+    if joints != NUM_JOINTS:
+        what = f"an action adapter's network has {NUM_JOINTS} joints, this arm {joints}"
+        raise PersistWorldError(what, where="policy.adapter", fix="give gain or meta")
     return _load_mlp(Path(kind).expanduser())
 
 
-def _read_gain(path: Path | None) -> Float:
-    """(7,) gains out of build-meta's ``adapter.json``: a number or a list under ``gain``."""
+def _read_gain(path: Path | None, joints: int) -> Float:
+    """(J,) gains out of build-meta's ``adapter.json``: a number or a list under ``gain``."""
     fix = "run persistworld build-meta on the dataset, or take --adapter gain"
     if path is None or not path.is_file():
         where = str(path or "policy.adapter")
         raise PersistWorldError("the dataset has no fitted action adapter", where=where, fix=fix)
     with reading("not an action adapter", path, fix):
         data = read_json(path, "not an action adapter", fix)
-        gain = np.broadcast_to(np.asarray(data["gain"], dtype=np.float64), (NUM_JOINTS,))
+        gain = np.broadcast_to(np.asarray(data["gain"], dtype=np.float64), (joints,))
     if not np.isfinite(gain).all():
         raise PersistWorldError("the fitted gains are not finite", where=str(path), fix=fix)
     return gain

@@ -1,4 +1,6 @@
-"""Forward kinematics of the arm: joint angles -> pose of the flange in the base frame.
+"""Kinematics of an arm: Franka's, and those of your own (`robot.kinematics`).
+
+Forward kinematics of the Franka: joint angles -> pose of the flange in the base frame.
 
 Source: Franka's published modified (Craig) Denavit-Hartenberg table; the flange follows joint 7 at 0.107 m along z. No
 hand rotation and no gripper offset: this is what DROID records as `cartesian_position` (to 4e-8 m and 2e-7 rad).
@@ -7,13 +9,40 @@ Shapes: (...) any leading batch, J joints. Angles in rad, lengths in m, float64 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.transform import Rotation
 
+from persistworld_cli.config.plugins import make_plugin
+from persistworld_cli.config.settings import Settings
+from persistworld_cli.errors import UsageError
+
 Float = NDArray[np.float64]
+
+
+class Kinematics(Protocol):
+    """An arm whose policies answer in joints: J of them, in the units of the recorded joints.
+
+    A class with ``inverse(pose, joints) -> joints or None`` takes poses too (``policy.actions = "pose"``).
+    """
+
+    @property
+    def joint_low(self) -> Sequence[float]:
+        """The lower limits of the joints (J,)."""
+        ...
+
+    @property
+    def joint_high(self) -> Sequence[float]:
+        """The upper limits of the joints (J,)."""
+        ...
+
+    def pose(self, joints: Float) -> Float:
+        """(R, J) joints -> (R, P): the numbers of a state, without the gripper's, which is the last if there is one."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +61,14 @@ class Arm:
         """Number of joints."""
         return len(self.a)
 
+    def pose(self, joints: Float) -> Float:
+        """(..., J) rad -> (..., 6): `pose` of this arm."""
+        return pose(joints, self)
+
+    def inverse(self, goal: Float, joints: Float) -> Float | None:
+        """`inverse` of this arm."""
+        return inverse(goal, joints, self)
+
 
 _RIGHT = float(np.pi / 2)
 _INVERSE_STEPS, _DAMPING = 100, 1e-3
@@ -45,6 +82,20 @@ PANDA = Arm(
     joint_high=(2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973),
 )
 """Franka Emika Panda, as in DROID."""
+
+
+def load_kinematics(settings: Settings) -> Kinematics:
+    """The arm that the settings name. Raises UsageError if they name none, or as `make_plugin`."""
+    name = settings.robot.kinematics or ("" if settings.robot.dimensions else "panda")
+    if not name:
+        what = f"policy.actions = '{settings.policy.actions}' needs the arm's kinematics"
+        fix = "name a class of yours, module:Class (docs/own-robot.md), or take a policy of --actions model"
+        raise UsageError(what, where="robot.kinematics", fix=fix)
+    if name == "panda":
+        return PANDA
+    needs, fix = ("joint_low", "joint_high", "pose"), "a class has joint_low, joint_high and pose(joints)"
+    arm: Kinematics = make_plugin(name, ("panda",), kind="kinematics", where="robot.kinematics", needs=needs, fix=fix)
+    return arm
 
 
 def joint_frames(joints: ArrayLike, arm: Arm = PANDA) -> Float:

@@ -171,7 +171,9 @@ def test_the_language_of_a_policy_is_recorded(root: Path, tmp_path: Path) -> Non
 def test_a_policy_of_this_process_sees_the_predicted_images(root: Path, tmp_path: Path) -> None:
     Watcher.seen.clear()
     request = PolicyRolloutRequest(policy=f"{__name__}:Watcher", episodes=("7",), instruction="look", output=tmp_path)
-    policy_rollout.run(world(root, camera=0, image_size=64), request)
+    policy_rollout.run(
+        world(root, images={"observation/exterior_image_1_left": "exterior_1_left"}, image_size=64), request
+    )
     assert [obs["prompt"] for obs in Watcher.seen] == ["look", "look"]
     first, second = (obs["observation/exterior_image_1_left"] for obs in Watcher.seen)
     assert first.shape == (64, 64, 3)
@@ -282,7 +284,7 @@ def test_what_cannot_be_rolled_out_is_told_before_any_weights_are_read(root: Pat
         (blind(task="stack"), {}, r"no episode of task 'stack' is in this dataset \(0012, 0013\)"),
         (blind(task="stak"), {}, "unknown task 'stak'"),
         (blind(actions="pose"), {"policy": "scripted"}, "policy 'scripted' does not answer in pose"),
-        (blind(camera=3), {}, "policy.camera = 3"),
+        (blind(images={"image": "front"}), {}, "no camera 'front', which 'image' shows"),
         (blind(adapter="meta"), {}, "no fitted action adapter"),
         (blind(), {"policy": "hodl"}, "unknown policy 'hodl'"),
         (blind(), {"episodes": ("12",)}, "no episode '12'"),

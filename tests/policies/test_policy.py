@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from golden_files import GoldenFiles
 from golden_table import close
-from policy_views import IMAGES, REST, VIEW, observation
+from policy_views import IMAGES, IMAGES_SHOWN, REST, VIEW, observation
 from safetensors.numpy import load_file
 
 from persistworld_cli.config.settings import RobotSettings, Settings
@@ -187,7 +187,7 @@ def test_policy_controller_follows_the_reference_through_a_rollout(golden: Golde
 
         def close(self) -> None: ...
 
-    view = PolicyView(language=JointVelocity(RecordedAdapter(data), 0.75), skip=skip, camera=1, wrist_camera=2)
+    view = PolicyView(language=JointVelocity(RecordedAdapter(data), 0.75), skip=skip, images=IMAGES_SHOWN)
     policies = [Recorded(), Recorded()]
     controller = PolicyController(policies, view, [at_joints(data["joint_in"][0])] * 2, ["a", "b"])
     images = np.zeros((2, 3, 8, 8, 3), np.uint8)
