@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from persistworld_cli.checkpoints.saving import read_notes
 from persistworld_cli.checkpoints.sources import locate
 from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.config.keys import FRANKA_POSE, state_names
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.config.weight_names import USED_PARTS
 from persistworld_cli.data.clips.store import EpisodeStore
-from persistworld_cli.data.metadata.health import state_names
 from persistworld_cli.data.metadata.index import INDEX_FILE, ActionStat, IndexFile
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.read_files import as_object, parse_json, reading
@@ -128,7 +128,7 @@ def scale_of(settings: Settings, store: EpisodeStore, weights: Sequence[str | Pa
         return own
     stat = store.stat()
     used = Scale(stat, origin, of_data) if settings.model.stat_given else own
-    rows = scale_differences(stat, stored)
+    rows = scale_differences(stat, stored, settings)
     if rows and not quiet:
         lines = "".join(
             f"\n  {name:8}{by_settings}, the weights' {by_weights}" for name, by_settings, by_weights in rows
@@ -138,13 +138,15 @@ def scale_of(settings: Settings, store: EpisodeStore, weights: Sequence[str | Pa
     return used
 
 
-def scale_differences(one: ActionStat, other: ActionStat) -> list[tuple[str, str, str]]:
+def scale_differences(
+    one: ActionStat, other: ActionStat, settings: Settings | None = None
+) -> list[tuple[str, str, str]]:
     """(dimension, range, other range) wherever two scales differ by more than rounding."""
     if one.p01.shape != other.p01.shape:
         return [("numbers", str(len(one.p01)), str(len(other.p01)))]
     span = np.maximum(np.abs(one.p99 - one.p01), 1e-8)
     apart = np.maximum(np.abs(one.p01 - other.p01), np.abs(one.p99 - other.p99)) > 1e-5 * span
-    names = state_names(len(apart))
+    names = state_names(len(apart), settings)
     return [(names[i], _range(one, i), _range(other, i)) for i in np.flatnonzero(apart).tolist()]
 
 
@@ -202,7 +204,7 @@ def check_poses(
         PersistWorldError: there are such lines, and ``model.strict_actions`` is set.
     """
     poses = None if scale.of_data else sample_poses(store, split or settings.eval.split, episodes)
-    lines = pose_findings(scale.stat, poses) if poses else []
+    lines = pose_findings(scale.stat, poses, settings) if poses else []
     if not poses or not lines:
         return lines
     what = "the poses do not look like those that the weights were trained on:\n" + "\n".join(lines)
@@ -244,7 +246,7 @@ def sample_poses(store: EpisodeStore, split: str, episodes: Iterable[str]) -> Po
     )
 
 
-def pose_findings(stat: ActionStat, poses: Poses) -> list[str]:
+def pose_findings(stat: ActionStat, poses: Poses, settings: Settings | None = None) -> list[str]:
     """One line for each dimension with too many clipped values or another range; [] if all is well.
 
     The percentiles of an angle that wraps at +-pi span a whole turn: its range is not compared, and nothing between -pi
@@ -253,8 +255,9 @@ def pose_findings(stat: ActionStat, poses: Poses) -> list[str]:
     states, width = poses.states, poses.states.shape[1]
     if width != len(stat.p01):
         return [f"  states have {width} numbers, the scale {len(stat.p01)}"]
-    names = state_names(width)
-    ranges = np.array([_spread(states[:, i], name in _ANGLES) for i, name in enumerate(names)])
+    names = state_names(width, settings)
+    angles = _ANGLES if names == state_names(len(FRANKA_POSE)) else ()  # in rad
+    ranges = np.array([_spread(states[:, i], name in angles) for i, name in enumerate(names)])
     spans = np.maximum(stat.p99 - stat.p01, 1e-8)
     ratios = ranges / spans
     position = [i for i, name in enumerate(names) if name in _POSITION] or list(range(width))
@@ -262,7 +265,7 @@ def pose_findings(stat: ActionStat, poses: Poses) -> list[str]:
     still = poses.episodes < FEW and float(ratios[position].max()) < STILL
     lines = []
     for i, name in enumerate(names):
-        turning = name in _ANGLES and spans[i] >= _WHOLE_TURN
+        turning = name in angles and spans[i] >= _WHOLE_TURN
         low, high = stat.p01[i] - margin[i], stat.p99[i] + margin[i]
         if turning:
             low, high = -math.pi - _SLACK, math.pi + _SLACK

@@ -69,6 +69,12 @@ def dimensions_of(settings: Settings) -> tuple[Dimension, ...]:
     return tuple(Dimension(name=n, unit=unit.strip(), low=limits[n][0], high=limits[n][1]) for n, unit in named)
 
 
+def state_names(width: int, settings: Settings | None = None) -> tuple[str, ...]:
+    """Names of a state's numbers: those of the settings (default: Franka's pose) if they fit, else 0, 1, ..."""
+    names = tuple(one.name for one in dimensions_of(settings or Settings()))
+    return names if len(names) == width else tuple(map(str, range(width)))
+
+
 def robot_name(settings: Settings) -> str:
     """The `robot_type` of a written LeRobot dataset."""
     return settings.robot.name or ("unknown" if settings.robot.dimensions else "Franka")

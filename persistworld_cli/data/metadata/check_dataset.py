@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from persistworld_cli.config.keys import state_names
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.config.sizes import latent_size
 from persistworld_cli.data.metadata.check_episode import Seen, inspect
-from persistworld_cli.data.metadata.health import state_names
 from persistworld_cli.data.metadata.index import INDEX_FILE, ActionStat, IndexFile
 from persistworld_cli.data.metadata.index_rows import signatures
 from persistworld_cli.data.metadata.scan import AnnotationStat, extraction_notes, list_annotations
@@ -153,7 +153,7 @@ def check_dataset(
         report.add("no-preset", "")
     else:
         _preset(report, usual, extraction_notes(root), settings, f"preset {preset}")
-    _metadata(report, root, listed, usual.numbers)
+    _metadata(report, root, listed, usual.numbers, settings)
     report.checked = {
         "annotations parsed": len(listed),
         "latent headers read": sum(one.cameras for one in seen) if there[1] else 0,
@@ -215,7 +215,9 @@ def _preset(report: Report, usual: Seen, noted: dict[str, Any], settings: Settin
         report.add("preset-rate", name, f"{noted['rate_hz']:g} Hz, the preset's is {world.rate_hz:g}")
 
 
-def _metadata(report: Report, root: Path, listed: Sequence[AnnotationStat], numbers: int) -> None:
+def _metadata(
+    report: Report, root: Path, listed: Sequence[AnnotationStat], numbers: int, settings: Settings | None
+) -> None:
     """Check index and percentiles."""
     path = root / "meta" / INDEX_FILE
     if not path.is_file():
@@ -241,7 +243,7 @@ def _metadata(report: Report, root: Path, listed: Sequence[AnnotationStat], numb
     if numbers and len(stat.p01) != numbers:
         report.add("stat-width", "stat.json", f"{len(stat.p01)} numbers, the states have {numbers}")
         return
-    for number, name in enumerate(state_names(len(stat.p01))):
+    for number, name in enumerate(state_names(len(stat.p01), settings)):
         low, high = stat.p01[number], stat.p99[number]
         if not (np.isfinite(low) and np.isfinite(high) and low <= high):
             report.add("stat-order", name, f"{low:g} .. {high:g}")

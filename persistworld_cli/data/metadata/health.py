@@ -13,19 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persistworld_cli.data.metadata.index import ActionStat, StateRows, running
-from persistworld_cli.data.metadata.scan import POSE, Facts
+from persistworld_cli.data.metadata.scan import Facts
 
 STILL_M = 0.01  # an arm that stays within this did nothing
 JUMP_M_S = 1.5  # faster than DROID's arms are driven: a lost or swapped frame
 TURN_RAD_S = 6.0
 GRIP_SLACK = 0.01  # beyond 0..1
 NAMED = 20  # episodes named in a finding
-POSE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
-
-
-def state_names(width: int) -> tuple[str, ...]:
-    """Names of a state's numbers: the pose's, or 0, 1, ..."""
-    return POSE_NAMES if width == POSE else tuple(str(i) for i in range(width))
 
 
 def count_starts(lengths: NDArray[np.int64], num_frames: int) -> NDArray[np.int64]:
@@ -62,7 +56,7 @@ def _start_frames(lengths: NDArray[np.int64], training: NDArray[np.bool_], num_f
 
 
 def state_table(
-    states: StateRows, lengths: NDArray[np.int64], training: NDArray[np.bool_], stat: ActionStat
+    states: StateRows, lengths: NDArray[np.int64], training: NDArray[np.bool_], stat: ActionStat, names: Sequence[str]
 ) -> list[dict[str, Any]]:
     """A row for each number of a state: percentiles, range, and the share of training frames that will be clipped."""
     width = states.shape[1]
@@ -83,7 +77,7 @@ def state_table(
             "max": float(high[i]),
             "clipped": round(float(clipped[i]) / total, 6),
         }
-        for i, name in enumerate(state_names(width))
+        for i, name in enumerate(names)
     ]
 
 

@@ -13,13 +13,15 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from persistworld_cli.config.keys import FRANKA_POSE, state_names
+from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.metadata.adapter_fit import HandPosition, chosen, fit_adapter
 from persistworld_cli.data.metadata.ctrl_world_meta import SampleLists
 from persistworld_cli.data.metadata.health import count_starts, findings, start_percentiles, state_table, unusable
@@ -61,6 +63,7 @@ def build_meta(
     meta: Path | str | None = None,
     num_frames: int = 5,
     lists: SampleLists | None = None,
+    settings: Settings | None = None,
     hand_position: HandPosition | None = None,
     fresh: bool = False,
     workers: int | None = None,
@@ -73,6 +76,7 @@ def build_meta(
         meta: where to write; ``<dataset>/meta`` by default.
         num_frames: frames that a clip predicts (start frames leave num_frames - 1 after them).
         lists: Ctrl-World's own sample lists and percentiles, used instead of those computed from all episodes.
+        settings: name the numbers of a state; Franka's pose by default.
         hand_position: forward kinematics, for the adapter's error of the hand.
         fresh: read everything again.
         workers: processes that parse; one per core by default.
@@ -84,7 +88,10 @@ def build_meta(
     root = Path(dataset)
     target = Path(meta) if meta else root / "meta"
     require_processed(root)
-    rate_hz = float(extraction_notes(root).get("rate_hz", 5.0))
+    notes, settings = extraction_notes(root), settings or Settings()
+    rate_hz = float(notes.get("rate_hz", 5.0))
+    if fields := notes.get("state_fields"):  # those of this dataset, whatever preset was named
+        settings = replace(settings, world=replace(settings.world, state_fields=tuple(fields)))
     listed = [item for item in list_annotations(root) if lists is None or lists.names(item.split, item.episode)]
     previous = PreviousIndex(target, fresh=fresh)
     _sweep(target)
@@ -106,12 +113,13 @@ def build_meta(
                 where=str(lists.folder if lists else ""),
                 fix="import the statistics of this dataset's robot, or leave out --import",
             )
+        numbers = state_names(rows.shape[1], settings)
         motions = [motion for _, motion in sorted(builder.motions.items()) if motion is not None]
         franka = {motion.shape[2] for motion in motions} == {7}
         adapter = fit_adapter(motions, hand_position if franka else None)
         health = {
-            **_health(builder, rate_hz, num_frames),
-            "states": state_table(rows, builder.lengths, training, stat),
+            **_health(builder, rate_hz, num_frames, pose=numbers == state_names(len(FRANKA_POSE))),
+            "states": state_table(rows, builder.lengths, training, stat, numbers),
             "latents": "checked" if (root / "latent_videos").is_dir() else "none",
             **({} if lists is None else {"imported": lists.summary(names)}),
         }
@@ -192,11 +200,13 @@ def _counts(
     return episodes, frames, samples
 
 
-def _health(builder: IndexBuilder, rate_hz: float, num_frames: int) -> dict[str, Any]:
-    """The part of health.json that describes the annotations."""
+def _health(builder: IndexBuilder, rate_hz: float, num_frames: int, *, pose: bool) -> dict[str, Any]:
+    """The part of health.json that describes the annotations; `pose`: states are poses of a Franka."""
     usable = [row for row in builder.rows if row.length]
     names, texts, lengths = [row.item.name for row in usable], [row.text for row in usable], [r.length for r in usable]
     facts = np.array([row.facts for row in usable])
+    if not pose:
+        facts[~np.isnan(facts[:, 1])] = np.nan  # seven other numbers, measured as a pose
     return {
         "unusable": unusable([row.item.name for row in builder.rows], [row.problem for row in builder.rows]),
         "findings": findings(names, np.array(lengths), texts, facts, rate_hz, num_frames),
