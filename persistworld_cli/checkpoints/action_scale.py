@@ -131,7 +131,7 @@ def scale_of(settings: Settings, store: EpisodeStore, weights: Sequence[str | Pa
     rows = scale_differences(stat, stored, settings)
     if rows and not quiet:
         lines = "".join(
-            f"\n  {name:8}{by_settings}, the weights' {by_weights}" for name, by_settings, by_weights in rows
+            f"\n  {name:7} {by_settings}, the weights' {by_weights}" for name, by_settings, by_weights in rows
         )
         what = "warning: the action scale of the weights differs from %s; used: %s%s"
         logger.warning(what, origin, used.origin, lines)
@@ -278,7 +278,7 @@ def pose_findings(stat: ActionStat, poses: Poses, settings: Settings | None = No
             faults.append(f"the range is {ratios[i]:.2g} times the weights'")
         if faults:
             p01, p99 = np.percentile(states[:, i], [1, 99])
-            lines.append(f"  {name:8}data {p01:.4g} .. {p99:.4g}, weights {_range(stat, i)}: {'; '.join(faults)}")
+            lines.append(f"  {name:7} data {p01:.4g} .. {p99:.4g}, weights {_range(stat, i)}: {'; '.join(faults)}")
     return lines
 
 

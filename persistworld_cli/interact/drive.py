@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from persistworld_cli.checkpoints.action_scale import weights_stores
 from persistworld_cli.checkpoints.loading import load_model
 from persistworld_cli.checkpoints.references import inference_ref
+from persistworld_cli.config.keys import dimensions_of
 from persistworld_cli.config.requests import LOCALHOST, DriveRequest
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import open_store
@@ -19,6 +21,8 @@ from persistworld_cli.reports.progress import Meter
 from persistworld_cli.robot.keyboard import parse_keys
 from persistworld_cli.rollout.interactive import InteractiveRollout, make_start, require_dimensions
 from persistworld_cli.rollout.recording import Item, require_episodes
+
+logger = logging.getLogger(__name__)
 
 
 def run(settings: Settings, request: DriveRequest) -> dict[str, Any]:
@@ -57,6 +61,10 @@ def open_session(settings: Settings) -> DriveSession:
     episode = drive.episode or require_episodes(store, split)[0]
     start = make_start(store, Item(episode, drive.start, drive.seed), split)
     require_dimensions(settings, start)
+    for one, value in zip(dimensions_of(settings), start.pose, strict=True):
+        if not one.low <= value <= one.high:
+            said = "the start's %s = %.4g is outside robot.limits, %g to %g: the first key moves it to their edge"
+            logger.warning(said, one.name, value, one.low, one.high)
     # before the weights are read, so that missing percentiles are reported at once
     parts = inference_ref(settings.model).parts
     (store,) = weights_stores(settings, store, [parts], split=start.split, episodes=[start.item.episode])

@@ -18,6 +18,7 @@ from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.interact.session import DriveSession, Step
 from persistworld_cli.interact.terminal import Terminal
 from persistworld_cli.interact.terminal_images import draw, find_protocol, fit
+from persistworld_cli.reports.videos import camera_names
 from persistworld_cli.rollout.interactive import Images
 
 _GAP = 2  # pixels between views
@@ -95,7 +96,8 @@ class _Screen:
         whole, h, w = arrange(images, max(2, lines - len(below) - 5), columns - 1)
         item = self._session.start.item
         title = f"persistworld drive: episode {item.episode}, frame {item.start}, seed {item.seed}"
-        above = [title, self._session.start.text or ""]
+        views = ", ".join(camera_names(self._session.settings))
+        above = [title, f"{self._session.start.text}   views: {views}".strip()]
         texts = [f"\x1b[1m{_line(text, columns)}\x1b[0m{_CLEAR_LINE}" for text in above]
         image = draw(self._protocol, whole, h, w)
         place = 4 + h if image else 4
