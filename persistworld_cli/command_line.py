@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 _WITH_CHANGES = "--continue-with-changes"
+
+
+def command_line() -> list[str]:
+    """This process's command as it was typed, but for the secret of ``--token``: files and logs hold it."""
+    return _without(["persistworld", *sys.argv[1:]], "--token")
 
 
 def unused_folder(folder: Path) -> Path:
@@ -23,15 +29,18 @@ def unused_folder(folder: Path) -> Path:
 
 def with_output(command: Sequence[str], output: Path) -> str:
     """The command with another ``--output``."""
+    words = [word for word in _without(command, "--output", "-o") if word != _WITH_CHANGES]
+    return shlex.join([*words, "--output", relative(output)])
+
+
+def _without(command: Sequence[str], *flags: str) -> list[str]:
+    """The command without an option and its value."""
     words, skip = [], False
     for word in command:
-        if skip or word == _WITH_CHANGES:
-            skip = False
-        elif word in ("--output", "-o"):
-            skip = True
-        elif not word.startswith(("--output=", "-o=")):
+        if not skip and word not in flags and not word.startswith(tuple(f"{flag}=" for flag in flags)):
             words.append(word)
-    return shlex.join([*words, "--output", relative(output)])
+        skip = not skip and word in flags
+    return words
 
 
 def with_dataset(command: Sequence[str], old: str, new: Path) -> str:
@@ -46,6 +55,11 @@ def with_dataset(command: Sequence[str], old: str, new: Path) -> str:
 def with_changes(command: Sequence[str]) -> str:
     """The command with ``--continue-with-changes``."""
     return shlex.join([*(word for word in command if word != _WITH_CHANGES), _WITH_CHANGES])
+
+
+def to_continue(command: Sequence[str]) -> str:
+    """The command that continues its own run: ``--no-resume`` and ``--resume-from`` would begin again."""
+    return shlex.join(word for word in _without(command, "--resume-from") if word != "--no-resume")
 
 
 def relative(path: Path) -> str:

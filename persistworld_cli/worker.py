@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from persistworld_cli.compat import STOP_SIGNALS, end_with_parent, free_main_thread
 from persistworld_cli.config import requests
 from persistworld_cli.config.presets import from_json
-from persistworld_cli.config.requests import FAILURE, RESULT, TaskRequest, request_from_json
+from persistworld_cli.config.requests import FAILURE, INTERRUPTED, RESULT, TaskRequest, request_from_json
 from persistworld_cli.console import debug_wanted, listen_to_library, note, show_error, show_traceback
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import write_json
@@ -40,7 +40,6 @@ TASKS: dict[type[TaskRequest], str] = {
     requests.PolicyRolloutRequest: "persistworld_cli.policies.run:run",
     requests.SelfcheckRequest: "persistworld_cli.launch.selfcheck:run",
 }
-INTERRUPTED = 130
 _OF_ONE_MACHINE = ("machine_rank", "cores", "command", "output", "threads")  # may differ between the machines of a run
 
 

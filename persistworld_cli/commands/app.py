@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from persistworld_cli import __version__
 from persistworld_cli.commands import (
@@ -28,8 +29,28 @@ from persistworld_cli.commands import (
 )
 from persistworld_cli.console import write_out
 
+
+def _without_types(parameters: list[Any]) -> list[Any]:
+    """Show nothing beside a switch, typer's own ones too; typer would show <bool>."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return parameters
+
+
+class _Group(TyperGroup):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
+
+
+class _Command(TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
+
+
 app = typer.Typer(
     name="persistworld",
+    cls=_Group,
     help="Robot world models: from recordings to a video world model, post-trained and evaluated on its own rollouts.",
     epilog="Start with: make demo (or persistworld COMMAND --help). Without --preset, the bundled world is used.",
     no_args_is_help=True,
@@ -38,14 +59,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# In the order in which they are used. A module has the function `command`, and its EXAMPLES for the help.
+# In the order in which they are used. A module has the function `command`, and its EXAMPLES for the help: what they
+# need -> commands.
 _MODULES: tuple[ModuleType, ...] = (
     *(extract_latents, build_meta, pretrain, post_train, eval, study_report, verify, frontier, replay, drive),
     *(pi_rollout, policy_server, leaderboard, inspect, export),
 )
 COMMANDS = {module.__name__.rpartition(".")[2].replace("_", "-"): module for module in _MODULES}
 for _name, _module in COMMANDS.items():
-    app.command(_name, epilog="\n\n".join(["Examples:", *_module.EXAMPLES]))(_module.command)
+    _examples = [part for needs, own in _module.EXAMPLES.items() for part in (f"{needs or 'Examples'}:", *own)]
+    app.command(_name, cls=_Command, epilog="\n\n".join(_examples))(_module.command)
 
 
 def _show_version(wanted: bool) -> None:

@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from persistworld_cli.data.metadata.meta import MetaReport
     from persistworld_cli.reports.progress import Meter
 
-EXAMPLES = (
-    "persistworld build-meta",
-    "persistworld build-meta data/droid_latents --preset ctrl-world",
-    "persistworld build-meta data/droid_latents --preset ctrl-world --check",
-    "persistworld build-meta data/droid_latents --preset ctrl-world --export ctrl-world",
-    "persistworld build-meta data/droid --preset ctrl-world --import Ctrl-World/dataset_meta_info/droid",
-)
+EXAMPLES = {
+    "After persistworld extract-latents": ("persistworld build-meta", "persistworld build-meta --check"),
+    "With DROID's latents in data/droid_latents": (
+        "persistworld build-meta data/droid_latents --preset ctrl-world",
+        "persistworld build-meta data/droid_latents --preset ctrl-world --export ctrl-world",
+    ),
+    "With Ctrl-World's own latents in data/droid, and its repository": (
+        "persistworld build-meta data/droid --preset ctrl-world --import Ctrl-World/dataset_meta_info/droid",
+    ),
+}
 _SHOWN = 3  # episodes named in a terminal; the JSON names more
 
 
@@ -47,7 +50,9 @@ def command(common: Common, request: BuildMetaRequest) -> None:
     resolved = resolve(common)
     if common.dry_run:
         show_plan(common, request, resolved, output=f"{resolved.settings.world.dataset}/meta")
-    elif request.check:
+        return
+    note(f"build-meta: reading {resolved.settings.world.dataset}")
+    if request.check:
         _check(resolved, common.flags["world.dataset"] is not None, request, as_json=common.as_json)
     else:
         _build(resolved.settings, request, as_json=common.as_json)
@@ -85,7 +90,7 @@ def _build(settings: Settings, request: BuildMetaRequest, *, as_json: bool) -> N
                 progress=_progress(meter),
             )
     except KeyboardInterrupt:
-        note("interrupted: the metadata is unchanged")
+        note("build-meta: stopped; the metadata is unchanged")
         raise
     exported = None
     if request.export:

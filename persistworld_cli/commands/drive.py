@@ -5,19 +5,31 @@ from __future__ import annotations
 import os
 import sys
 
-from persistworld_cli.commands.options import ADAPTER, CKPT, COMPILE, DATASET, STRICT, Common, setting, with_common
+from persistworld_cli.commands.options import (
+    ADAPTER,
+    CKPT,
+    COMPILE,
+    DATASET,
+    STRICT,
+    WORLD,
+    Common,
+    setting,
+    with_common,
+)
 from persistworld_cli.commands.run import execute
 from persistworld_cli.config.keys import TOKEN_VARIABLE
 from persistworld_cli.config.requests import DriveRequest, option
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.errors import UsageError
 
-EXAMPLES = (
-    "persistworld drive --keys lllrrr",
-    "persistworld drive --keys 'f*2 d c u' --episode 899 --start 8 --seed 1",
-    "persistworld drive --live",
-    "persistworld drive --web --open",
-)
+EXAMPLES = {
+    WORLD: (
+        "persistworld drive --keys lllrrr",
+        "persistworld drive --keys 'f*2 d c u' --episode 66 --start 8 --seed 1",
+        "persistworld drive --live",
+        "persistworld drive --web --open",
+    ),
+}
 
 
 @with_common(

@@ -6,21 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from persistworld_cli.commands.options import ROLLOUTS, Common, setting, with_common
+from persistworld_cli.commands.options import DROID, ROLLOUTS, TRAINED, WORLD, Common, setting, with_common
 from persistworld_cli.commands.run import execute, saved, show_tables, write_json
 from persistworld_cli.config.requests import EvalRequest, option
+from persistworld_cli.console import note
 from persistworld_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-EXAMPLES = (
-    "persistworld eval",
-    "persistworld eval --ckpt outputs/post-train-tiny/weights",
-    "persistworld eval --ckpt bundled:presets/tiny/adapter --study outputs/study",
-    "persistworld eval --benchmark bundled --seed 0 --seed 1",
-    "persistworld eval --preset persistworld --num-processes 8",
-)
+EXAMPLES = {
+    WORLD: (
+        "persistworld eval",
+        "persistworld eval --ckpt bundled:presets/tiny/adapter --study outputs/study",
+        "persistworld eval --benchmark bundled --seed 0 --seed 1",
+    ),
+    TRAINED: ("persistworld eval --ckpt outputs/post-train-tiny/weights",),
+    DROID: ("persistworld eval --preset persistworld --dataset droid_latents --num-processes 8",),
+}
 
 
 @with_common(
@@ -28,7 +31,7 @@ EXAMPLES = (
     *ROLLOUTS,
     setting(
         "eval.masks",
-        "Also measure on these pixels: DIR/<episode>/<camera>/<frame>.png; may be repeated.",
+        "Also measure on the pixels of DIR/EPISODE/CAMERA/FRAME.png; may be repeated.",
         metavar="[NAME=]DIR",
     ),
     setting("eval.fvd", "Also compute the Fréchet video distance: weights of torchvision's R3D-18.", metavar="PATH"),
@@ -69,6 +72,7 @@ def compare_finished(common: Common, paths: Sequence[str]) -> None:
     from persistworld_cli.evaluation.comparing import compare_files
 
     first, second = paths
+    note(f"eval: comparing {first} and {second}")
     against, table = compare_files(first, second)
     if common.as_json:
         write_json(against)

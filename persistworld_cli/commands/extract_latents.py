@@ -9,11 +9,13 @@ from persistworld_cli.commands.run import execute
 from persistworld_cli.config.requests import ExtractRequest
 from persistworld_cli.launch.environment import cores
 
-EXAMPLES = (
-    "persistworld extract-latents",
-    "persistworld extract-latents data/droid_1.0.1 data/droid_latents --preset ctrl-world --vae yjguo/Ctrl-World",
-    "persistworld extract-latents data/droid_1.0.1 data/droid_latents --episodes 0:100,199 --num-processes 8",
-)
+EXAMPLES = {
+    "": ("persistworld extract-latents",),
+    "With DROID in data/droid_1.0.1 and GPUs (README.md)": (
+        "persistworld extract-latents data/droid_1.0.1 data/droid_latents --preset ctrl-world --num-processes 8",
+        "persistworld extract-latents data/droid_1.0.1 data/droid_latents --preset ctrl-world --episodes 0:100,199",
+    ),
+}
 
 
 @with_common(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from persistworld_cli.commands.options import ROLLOUTS, Common, with_common
+from persistworld_cli.commands.options import DROID, ROLLOUTS, TRAINED, WORLD, Common, with_common
 from persistworld_cli.commands.run import execute, saved
 from persistworld_cli.config.presets import DEFAULT_PRESET
 from persistworld_cli.config.requests import FrontierRequest
@@ -14,12 +14,17 @@ from persistworld_cli.config.requests import FrontierRequest
 if TYPE_CHECKING:
     from rich.table import Table
 
-EXAMPLES = (
-    "persistworld frontier --calls 1,2,4,8 --sampler euler,dpmpp-2m",
-    "persistworld frontier --write-preset outputs/fast.toml",
-    "persistworld frontier --adapter outputs/few-step/weights --baseline base --calls 1,4",
-    "persistworld frontier --preset ctrl-world --vary sigma_min=0.002,0.05 --vary guidance=1,2 --num-processes 8",
-)
+EXAMPLES = {
+    WORLD: (
+        "persistworld frontier --calls 1,2,4,8 --sampler euler,dpmpp-2m",
+        "persistworld frontier --write-preset outputs/fast.toml",
+    ),
+    TRAINED: ("persistworld frontier --adapter outputs/post-train-tiny/weights --baseline base --calls 1,4",),
+    DROID: (
+        "persistworld frontier --preset ctrl-world --dataset droid_latents --num-processes 8 "
+        "--vary sigma_min=0.002,0.05 --vary guidance=1,2",
+    ),
+}
 
 
 @with_common("full", *ROLLOUTS)

@@ -5,19 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from persistworld_cli.commands.options import Common, with_common
+from persistworld_cli.commands.options import TRAINED, Common, with_common
 from persistworld_cli.commands.run import resolve_if_named, show_plan, show_result, write_json
 from persistworld_cli.config.requests import InspectRequest
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.console import stdout_console
+from persistworld_cli.console import note, stdout_console
 from persistworld_cli.cost.report import BYTES, amount
 
-EXAMPLES = (
-    "persistworld inspect bundled:presets/tiny/base",
-    "persistworld inspect outputs/post-train-tiny/weights/adapter",
-    "persistworld inspect yjguo/Ctrl-World",
-    "persistworld inspect yjguo/Ctrl-World:checkpoint-10000.pt",
-)
+EXAMPLES = {
+    "": ("persistworld inspect bundled:presets/tiny/base",),
+    TRAINED: ("persistworld inspect outputs/post-train-tiny/weights/adapter",),
+    "With internet, which downloads the weights": (
+        "persistworld inspect yjguo/Ctrl-World",
+        "persistworld inspect yjguo/Ctrl-World:checkpoint-10000.pt",
+    ),
+}
 
 
 @with_common("none", without=("output",))
@@ -30,6 +32,7 @@ def command(common: Common, request: InspectRequest) -> None:
     if common.dry_run:
         show_plan(common, request, resolved)
         return
+    note(f"inspect: reading {request.ckpt}")
     result = _inspect(request.ckpt, resolved.settings if resolved else None)
     if common.as_json:
         write_json(result)

@@ -7,12 +7,15 @@ from pathlib import Path
 from persistworld_cli.commands.options import Common, with_common
 from persistworld_cli.commands.run import show_plan, show_tables, write_json
 from persistworld_cli.config.requests import LeaderboardRequest
+from persistworld_cli.console import note
 
-EXAMPLES = (
-    "persistworld leaderboard outputs/hold outputs/scripted",
-    "persistworld leaderboard pi05=outputs/a pi0=outputs/b --real real.csv",
-    "persistworld leaderboard outputs/* --real sim --json",
-)
+EXAMPLES = {
+    "After persistworld pi-rollout --judge bundled-world --policy hold -o outputs/hold, and so on": (
+        "persistworld leaderboard outputs/hold outputs/scripted",
+        "persistworld leaderboard pi05=outputs/a pi0=outputs/b --real real.csv",
+    ),
+    "After the same with --against sim": ("persistworld leaderboard outputs/hold outputs/scripted --real sim --json",),
+}
 
 
 @with_common("none", without=("output", "preset", "sets"))
@@ -21,6 +24,7 @@ def command(common: Common, request: LeaderboardRequest) -> None:
     if common.dry_run:
         show_plan(common, request)
         return
+    note(f"leaderboard: reading {', '.join(request.runs)}")
     from persistworld_cli.policies.leaderboard import SIMULATOR, build_leaderboard, read_real, read_runs
     from persistworld_cli.reports.policy_tables import leaderboard_tables
 

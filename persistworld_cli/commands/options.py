@@ -7,10 +7,11 @@ turns errors that a user can fix into one block on standard error and an exit co
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -18,13 +19,68 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from persistworld_cli.config.fields import bare_type, field_types, parse_text
-from persistworld_cli.config.requests import Option, Request, option, option_of
+from persistworld_cli.command_line import command_line, to_continue
+from persistworld_cli.config.fields import bare_type, choices, field_types, parse_text
+from persistworld_cli.config.requests import INTERRUPTED, Option, Request, option, option_of
 from persistworld_cli.config.settings import setting_types
-from persistworld_cli.console import debug_wanted, listen_to_library, show_error, show_traceback
+from persistworld_cli.console import debug_wanted, listen_to_library, note, show_error, show_traceback
 from persistworld_cli.errors import PersistWorldError, UsageError
 
+# What an example of a help needs: headings of a module's EXAMPLES, as "" for nothing.
+WORLD = "After persistworld extract-latents and persistworld build-meta"
+TRAINED = "After persistworld extract-latents, build-meta and post-train"
+DROID = "With DROID's latents in droid_latents, weights from the hub, and GPUs (README.md)"
+_METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 _SETTINGS, _LAUNCHING = "Settings and output", "Processes and machines"  # headings of the help
+
+
+def _named(place: str) -> Callable[[], Iterable[str]]:
+    """The names that ``module:name`` holds or returns; imported only when a shell completes a value."""
+
+    def names() -> Iterable[str]:
+        module, _, name = place.partition(":")
+        found = getattr(importlib.import_module(f"persistworld_cli.{module}"), name)
+        return found() if callable(found) else found
+
+    return names
+
+
+# Option -> the names to complete, where the annotation does not list them.
+_COMPLETED: dict[str, Callable[[], Iterable[str]]] = {
+    "preset": _named("config.presets:preset_names"),
+    "accelerator": _named("cost.accelerators:ACCELERATORS"),
+    "eval.benchmark": lambda: [*_named("evaluation.benchmarks:benchmark_names")(), "none"],
+    "policy.task": _named("policies.tasks:task_names"),
+    "policy": lambda: [*_named("policies.embedded:POLICIES")(), "server"],
+    "judge": _named("policies.judge:JUDGES"),
+    "part": lambda: ("world", "vae"),
+    "real": lambda: ("sim",),
+    "eval.split": lambda: ("train", "val"),
+    "world.val_rule": lambda: ("id-ends-99", "info-splits", "every-"),
+}
+
+
+def _completer(name: str, hint: Any, *, commas: bool) -> Callable[[str], list[str]]:
+    """What a shell offers for an option's value; nothing lets it offer files."""
+
+    def complete(incomplete: str) -> list[str]:
+        if name == "sets":
+            return _complete_setting(incomplete)
+        before, comma, last = incomplete.rpartition(",") if commas else ("", "", incomplete)
+        known = _COMPLETED[name]() if name in _COMPLETED else choices(hint)
+        return [before + comma + one for one in known if one.startswith(last)]
+
+    return complete
+
+
+def _complete_setting(incomplete: str) -> list[str]:
+    """``table.key=`` of the settings that begin so; of a whole key, ``table.key=value`` of each choice."""
+    key, _, value = incomplete.partition("=")
+    types = setting_types()
+    if key in types:
+        known = _COMPLETED[key]() if key in _COMPLETED else choices(types[key])
+        return [f"{key}={one}" for one in known if one.startswith(value)] or [f"{key}={value}"]
+    return [f"{name}=" for name in types if name.startswith(key)]
 
 
 @dataclass(frozen=True)
@@ -45,9 +101,12 @@ class Slot:
         """The parameter that typer reads."""
         own, hint, default = self.own, bare_type(self.hint), self.default
         how: dict[str, Any] = {"help": own.help, "metavar": own.metavar, "rich_help_panel": own.panel}
+        element = bare_type(typing.get_args(hint)[0]) if typing.get_origin(hint) is tuple else hint
+        how["metavar"] = own.metavar or _METAVARS.get(element)
+        how["autocompletion"] = _completer(self.name, self.hint, commas=own.commas)
         if typing.get_origin(hint) is tuple:
-            hint = list[str] if own.commas else list[bare_type(typing.get_args(hint)[0])]  # type: ignore[misc]
-            default = [",".join(map(str, default))] if default and default is not MISSING else default
+            hint = list[str] if own.commas else list[element]  # type: ignore[valid-type]
+            default = list(map(str, default)) if default and default is not MISSING else default
         if default is MISSING:
             default = inspect.Parameter.empty
         elif hint is bool:
@@ -144,6 +203,7 @@ class Common:
         None,
         "Preset: tiny, ctrl-world, persistworld, or the path of a TOML file.",
         flag="--preset -p",
+        metavar="NAME|FILE",
         panel=_SETTINGS,
     )
     sets: tuple[str, ...] = option(
@@ -276,4 +336,5 @@ def _guard(call: Callable[[], None], *, debug: bool) -> None:
         show_error(error)
         raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
     except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+        note(f"stopped; to start again:\n    {to_continue(command_line())}")
+        raise typer.Exit(INTERRUPTED) from None

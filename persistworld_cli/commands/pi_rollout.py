@@ -5,19 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from persistworld_cli.commands.options import ADAPTER, CKPT, COMPILE, DATASET, STRICT, Common, setting, with_common
+from persistworld_cli.commands.options import (
+    ADAPTER,
+    CKPT,
+    COMPILE,
+    DATASET,
+    DROID,
+    STRICT,
+    WORLD,
+    Common,
+    setting,
+    with_common,
+)
 from persistworld_cli.commands.run import execute
 from persistworld_cli.config.requests import PolicyRolloutRequest
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-EXAMPLES = (
-    "persistworld pi-rollout",
-    "persistworld pi-rollout --policy ws://127.0.0.1:8000 --steps 8",
-    "persistworld pi-rollout --task pickplace --policy server --actions joint-position --rollouts 4",
-    "persistworld pi-rollout --judge bundled-world --against sim --rollouts 8",
-)
+EXAMPLES = {
+    WORLD: ("persistworld pi-rollout", "persistworld pi-rollout --judge bundled-world --rollouts 8"),
+    f"{WORLD}, with MuJoCo": ("persistworld pi-rollout --judge bundled-world --against sim --rollouts 8",),
+    f"{WORLD}, with persistworld policy-server in another terminal": (
+        "persistworld pi-rollout --policy ws://127.0.0.1:8000 --steps 8",
+    ),
+    f"{DROID}, with openpi's server": (
+        "persistworld pi-rollout --preset persistworld --dataset droid_latents --task pickplace --policy server "
+        "--rollouts 4",
+    ),
+}
 
 
 @with_common(

@@ -9,7 +9,9 @@ from persistworld_cli.commands.run import resolve, show_plan
 from persistworld_cli.config.requests import PolicyServerRequest
 from persistworld_cli.console import note
 
-EXAMPLES = ("persistworld policy-server --policy hold", "persistworld policy-server --policy scripted --port 8001")
+EXAMPLES = {
+    "": ("persistworld policy-server --policy hold", "persistworld policy-server --policy scripted --port 8001"),
+}
 
 
 @with_common(

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from persistworld_cli.commands.options import DATASET, STRICT, TRACKER, Common, setting, with_common
+from persistworld_cli.commands.options import (
+    DATASET,
+    DROID,
+    STRICT,
+    TRACKER,
+    TRAINED,
+    WORLD,
+    Common,
+    setting,
+    with_common,
+)
 from persistworld_cli.commands.run import execute
 from persistworld_cli.commands.weights import START, start_from
 from persistworld_cli.config.requests import PostTrainRequest
 
-EXAMPLES = (
-    "persistworld post-train --updates 40",
-    "persistworld post-train --updates 40 --num-processes 2",
-    "persistworld post-train --groups 1 --num-processes 2 --split-groups --tracker tensorboard,trackio",
-    "persistworld post-train --resume-from outputs/post-train-tiny --output outputs/longer --updates 80",
-    "persistworld post-train --set post_train.beta=0.5 --set post_train.kl=0 --dry-run",
-    "persistworld post-train --preset persistworld --ckpt yjguo/Ctrl-World --num-processes 8",
-)
+EXAMPLES = {
+    "": ("persistworld post-train --set post_train.beta=0.5 --set post_train.kl=0 --dry-run",),
+    WORLD: (
+        "persistworld post-train --updates 40",
+        "persistworld post-train --updates 40 --num-processes 2",
+        "persistworld post-train --groups 1 --num-processes 2 --split-groups --tracker none",
+    ),
+    TRAINED: ("persistworld post-train --resume-from outputs/post-train-tiny --output outputs/longer --updates 80",),
+    DROID: ("persistworld post-train --preset persistworld --dataset droid_latents --num-processes 8",),
+}
 
 
 @with_common(

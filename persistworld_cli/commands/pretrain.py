@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from persistworld_cli.commands.options import DATASET, STRICT, TRACKER, Common, setting, with_common
+from persistworld_cli.commands.options import DATASET, DROID, STRICT, TRACKER, WORLD, Common, setting, with_common
 from persistworld_cli.commands.run import execute
 from persistworld_cli.commands.weights import START, start_from
 from persistworld_cli.config.requests import PretrainRequest, PretrainVaeRequest, option
 from persistworld_cli.errors import UsageError
 
-EXAMPLES = (
-    "persistworld pretrain --updates 2000",
-    "persistworld pretrain --part vae --updates 4000",
-    "persistworld pretrain --preset ctrl-world --num-processes 8",
-    "persistworld pretrain --preset ctrl-world-svd --num-processes 8",
-)
+EXAMPLES = {
+    "": ("persistworld pretrain --part vae --updates 4000",),
+    WORLD: ("persistworld pretrain --updates 2000",),
+    DROID: (
+        "persistworld pretrain --preset ctrl-world --dataset droid_latents --num-processes 8",
+        "persistworld pretrain --preset ctrl-world-svd --dataset droid_latents --num-processes 8",
+    ),
+}
 
 
 @with_common(

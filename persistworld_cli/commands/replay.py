@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from persistworld_cli.commands.options import COMPILE, DATASET, STRICT, Common, setting, with_common
+from persistworld_cli.commands.options import COMPILE, DATASET, STRICT, TRAINED, WORLD, Common, setting, with_common
 from persistworld_cli.commands.run import execute, saved
 from persistworld_cli.config.requests import ReplayRequest
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-EXAMPLES = (
-    "persistworld replay",
-    "persistworld replay --episode 899 --start 8 --steps 12",
-    "persistworld replay --episode 899 --adapter base --adapter outputs/post-train-tiny/weights",
-)
+EXAMPLES = {
+    WORLD: ("persistworld replay", "persistworld replay --episode 66 --start 8 --steps 12"),
+    TRAINED: ("persistworld replay --episode 66 --adapter base --adapter outputs/post-train-tiny/weights",),
+}
 
 
 @with_common(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from persistworld_cli.command_line import command_line
 from persistworld_cli.commands.options import Common
 from persistworld_cli.commands.weights import hints, weights_lines, weights_rows
 from persistworld_cli.config.presets import Resolved, flatten, load_settings, resolve_settings
@@ -63,13 +64,17 @@ def execute(
         check(resolved.settings)
     output = common.output if common.output is not None else Path("outputs") / f"{request.task}-{resolved.label}"
     request = replace(request, output=output, command=tuple(command_line()), profile=common.profile)
+    note(f"{request.task}: {'dry run' if common.dry_run else f'output goes to {output}'}")
     weights = weights_rows(resolved, request)
     lines = [*weights_lines(weights), *hints(resolved, request)]
     if common.dry_run:
+        show = functools.partial(show_plan, common, request, resolved, output=str(output), weights=weights, lines=lines)
+        if not common.as_json:
+            show()
         report = cost_report(request.task, resolved.settings)
-        cost = report.as_json(device) if report else None
-        show_plan(common, request, resolved, output=str(output), cost=cost, weights=weights, lines=lines)
-        if report and not common.as_json:
+        if common.as_json:
+            show(cost=report.as_json(device) if report else None)
+        elif report:
             show_cost(request.task, report, device)
         return
     for line in lines:
@@ -83,11 +88,6 @@ def execute(
     show_result(result, as_json=common.as_json, tables=tables)
     if code:
         raise typer.Exit(code)
-
-
-def command_line() -> list[str]:
-    """This command as it was typed."""
-    return ["persistworld", *sys.argv[1:]]
 
 
 def show_plan(

@@ -5,11 +5,14 @@ from __future__ import annotations
 from persistworld_cli.commands.options import Common, with_common
 from persistworld_cli.commands.run import show_plan, show_tables, write_json
 from persistworld_cli.config.requests import StudyReportRequest
+from persistworld_cli.console import note
 
-EXAMPLES = (
-    "persistworld study-report answers/*.json --key outputs/study.key.json",
-    "persistworld study-report answers/*.json --json",
-)
+EXAMPLES = {
+    "After persistworld eval --study outputs/study, with the raters' files in answers": (
+        "persistworld study-report answers/*.json --key outputs/study.key.json",
+        "persistworld study-report answers/*.json --json",
+    ),
+}
 
 
 @with_common("none", without=("output", "preset", "sets"))
@@ -18,6 +21,7 @@ def command(common: Common, request: StudyReportRequest) -> None:
     if common.dry_run:
         show_plan(common, request)
         return
+    note(f"study-report: reading {len(request.files)} files")
     from persistworld_cli.study.responses import read_study, study_result
     from persistworld_cli.study.tables import study_tables
 

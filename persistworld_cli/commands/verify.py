@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from persistworld_cli.commands.options import ROLLOUTS, Common, setting, with_common
+from persistworld_cli.commands.options import DROID, ROLLOUTS, WORLD, Common, setting, with_common
 from persistworld_cli.commands.run import execute
 from persistworld_cli.config.requests import VERIFY_COUNT, VerifyRequest
 from persistworld_cli.errors import UsageError
 
-EXAMPLES = (
-    "persistworld verify --preset ctrl-world --dataset droid_latents",
-    "persistworld verify --preset persistworld --dataset droid_latents --num-processes 8 --count 24",
-    "persistworld verify --write-published mine.toml --count 4",
-    "persistworld verify --published mine.toml --ckpt outputs/pretrain-tiny/weights/model.safetensors",
-)
+EXAMPLES = {
+    DROID: (
+        "persistworld verify --preset ctrl-world --dataset droid_latents",
+        "persistworld verify --preset persistworld --dataset droid_latents --num-processes 8 --count 24",
+    ),
+    WORLD: (
+        "persistworld verify --write-published mine.toml --count 4",
+        "persistworld verify --published mine.toml --ckpt bundled:presets/tiny/base",
+    ),
+}
 _PUBLISHED = setting("eval.published", "Figures to compare with.  \\[the preset's]", metavar="FILE.toml")
 
 

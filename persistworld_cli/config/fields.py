@@ -148,6 +148,18 @@ def bare_type(hint: Any) -> Any:
     return type(args[0]) if origin is Literal else hint
 
 
+def choices(hint: Any) -> tuple[str, ...]:
+    """The values that an annotation names, of one entry if it is a list; () if there is no list of them."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return tuple(map(str, args))
+    if known := [rule.names for rule in args[1:] if isinstance(rule, Known)]:
+        return known[0]
+    if origin in (Annotated, Union, types.UnionType, tuple):
+        return choices(args[0])
+    return ("true", "false") if hint is bool else ()
+
+
 def expected(hint: Any) -> str:
     """A type in a user's words."""
     bare = bare_type(hint)

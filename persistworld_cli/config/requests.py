@@ -24,9 +24,11 @@ from persistworld_cli.files import jsonable
 CONFIG = "config.json"  # request and settings, written by the launcher
 RESULT = "result.json"  # what the task returned, written by rank 0
 FAILURE = "failure.json"  # exit code and reason, written by the first rank that failed
+INTERRUPTED = 130  # exit code
 LOCALHOST = "127.0.0.1"
 VERIFY_COUNT = 8
 REQUIRED = dataclasses.MISSING
+CONTINUING = "Continuing a run"  # a heading of the help
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +126,7 @@ class ContinuingRequest(TaskRequest):
         False,
         "Continue although settings that affect the result have changed.",
         flag="--continue-with-changes",
+        panel=CONTINUING,
     )
 
 
@@ -150,9 +153,14 @@ class ExtractRequest(ContinuingRequest):
 class TrainingRequest(ContinuingRequest):
     """Train, from the newest state in the output folder if there is one."""
 
-    resume: bool = option(True, "Continue the run in the output folder, if it has one.", flag="--resume/--no-resume")
+    resume: bool = option(
+        True, "Continue the run in the output folder, if it has one.", flag="--resume/--no-resume", panel=CONTINUING
+    )
     resume_from: Path | None = option(
-        None, "Continue from this state: a run's folder (newest state) or its state/step-N.", metavar="PATH"
+        None,
+        "Continue from this state: a run's folder (newest state) or its state/step-N.",
+        metavar="PATH",
+        panel=CONTINUING,
     )
 
     def __post_init__(self) -> None:

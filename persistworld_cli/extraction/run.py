@@ -86,12 +86,7 @@ def run(settings: Settings, request: ExtractRequest) -> dict[str, Any]:
     dataset = RawDataset(raw)
     chosen = parse_episodes(request.episodes, dataset.episodes)
     run = work.gather([secrets.token_hex(4)])[0]  # several runs may write to this dataset
-    try:
-        _extract(settings, request, work, Vae(settings, source, request.dtype, work.device), run, chosen)
-    except KeyboardInterrupt:
-        if work.main:
-            note("stopped; finished episodes stay, and the same command continues with the others")
-        raise
+    _extract(settings, request, work, Vae(settings, source, request.dtype, work.device), run, chosen)
     report = _joined(out, work, run)
     if work.main and report.other_fps:
         rates = ", ".join(f"{fps:g}" for fps in sorted(set(report.other_fps.values()))[:4])

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persistworld_cli.command_line import relative, unused_folder, with_changes, with_output
-from persistworld_cli.config.requests import CONFIG
+from persistworld_cli.command_line import relative, to_continue, unused_folder, with_changes, with_output
+from persistworld_cli.config.requests import CONFIG, TaskRequest
 from persistworld_cli.config.resume import USES, Change, Changes, find_changes, with_todays_names
 from persistworld_cli.console import note
 from persistworld_cli.errors import UsageError
@@ -42,10 +42,19 @@ def find_finished_work(task: str, output: Path) -> FinishedWork | None:
     if task in _TRAININGS:
         states = {step: path for path in (output / "state").glob("step-*") if (step := _step(path)) is not None}
         return _trained(states[max(states)], max(states)) if states else None
-    if task in USES:
+    if task in USES or task == "verify":
         count = sum(not path.name.startswith(".") for path in (output / "rollouts").glob("*/*.npz"))
         return FinishedWork(count, "rollouts", f"{count} finished rollouts") if count else None
     return None
+
+
+def what_remains(request: TaskRequest) -> str:
+    """After an interruption: what was saved, and the command to run."""
+    work, command = find_finished_work(request.task, request.output), to_continue(request.command)
+    if work is None and request.task != "extract-latents":
+        return f"{request.task}: stopped; nothing was saved to continue with. To start again:\n    {command}"
+    saved = f"{work.words} is kept in {relative(request.output)}" if work else "finished episodes are kept"
+    return f"{request.task}: stopped; {saved}. To continue:\n    {command}"
 
 
 def _step(state: Path) -> int | None:

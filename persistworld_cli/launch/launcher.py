@@ -22,12 +22,12 @@ from persistworld_cli import __version__
 from persistworld_cli.compat import STOP_SIGNALS
 from persistworld_cli.config.inputs import describe_inputs
 from persistworld_cli.config.presets import to_json
-from persistworld_cli.config.requests import CONFIG, FAILURE, RESULT, TaskRequest, request_to_json
+from persistworld_cli.config.requests import CONFIG, FAILURE, INTERRUPTED, RESULT, TaskRequest, request_to_json
 from persistworld_cli.config.settings import LaunchSettings, Settings
 from persistworld_cli.console import note, show_error
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import write_json
-from persistworld_cli.launch.continuing import find_earlier_run, keep_history
+from persistworld_cli.launch.continuing import find_earlier_run, keep_history, what_remains
 from persistworld_cli.launch.elastic import killed
 from persistworld_cli.launch.environment import cores_alone, gpu_count, torch_has_cuda, use_gpu, worker_environment
 from persistworld_cli.launch.run_lock import SHARED_TASKS, RunFolder, own_folder
@@ -77,7 +77,10 @@ def run_task(settings: Settings, request: TaskRequest, *, take_over: bool = Fals
             ) from error
         with keep_terminal() if request.terminal else nullcontext():
             code = _work(launch, folder, request.terminal)
-        return _outcome(code, folder)
+        code, result = _outcome(code, folder)
+        if code == INTERRUPTED and folder.first and request.command:
+            note(what_remains(request))
+        return code, result
 
 
 def _record(settings: Settings, request: TaskRequest, run: str) -> dict[str, Any]:

@@ -11,10 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from drive_world import write_preset
+from run_in_process import run_in_process
 from typer.testing import CliRunner
 
 from persistworld_cli.commands import app as commands
-from persistworld_cli.config.bundled import bundled_root
+from persistworld_cli.config.bundled import bundled_root, resolve_path
+from persistworld_cli.config.settings import Settings
+from persistworld_cli.launch import launcher
 
 pytestmark = pytest.mark.usefixtures("counted_once")
 NAMES = [
@@ -34,7 +38,12 @@ NAMES = [
     "inspect",
     "export",
 ]
-EXAMPLES = [example for command in commands.COMMANDS.values() for example in command.EXAMPLES]
+EXAMPLES = [
+    (needs, example)
+    for command in commands.COMMANDS.values()
+    for needs, own in command.EXAMPLES.items()
+    for example in own
+]
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "pandas")
 HELP = f"""
 import json, sys
@@ -67,8 +76,9 @@ def dry(*arguments: str) -> dict[str, dict[str, object]]:
 def test_every_help_works_without_torch() -> None:
     """One after the other in one process: what none of them imports, each does without."""
     command = [sys.executable, "-c", HELP, json.dumps([[], *([name] for name in NAMES)])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
     assert done.returncode == 0, done.stderr
+    assert "…" not in done.stdout and "<bool>" not in done.stdout
     shown = [line.split()[2] for line in done.stdout.splitlines() if line.strip().startswith("Usage: persistworld ")]
     assert shown[1:] == NAMES
 
@@ -106,14 +116,18 @@ def test_help_lists_the_commands_and_runnable_examples() -> None:
     for name in NAMES:
         shown = " ".join(CliRunner().invoke(commands.app, [name, "--help"]).stdout.split())
         assert commands.COMMANDS[name].EXAMPLES
-        for example in commands.COMMANDS[name].EXAMPLES:
-            assert example in shown
+        for needs, examples in commands.COMMANDS[name].EXAMPLES.items():
+            assert needs in shown and all(example in shown for example in examples)
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_every_example_of_the_help_resolves(example: str) -> None:
+@pytest.mark.parametrize(("needs", "example"), EXAMPLES)
+def test_every_example_of_the_help_resolves(needs: str, example: str) -> None:
+    """And one that needs nothing names no file that a fresh clone lacks."""
     program, *arguments = shlex.split(example)
     assert program == "persistworld"
+    if not needs:
+        read = [word for flag, word in zip(["", *arguments], arguments, strict=False) if flag not in ("-o", "--output")]
+        assert all(resolve_path(word).exists() for word in read if "/" in word)
     result = CliRunner().invoke(commands.app, [*arguments, "--dry-run"])
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout) if "--json" in arguments else "dry run" in result.stdout
@@ -227,3 +241,60 @@ def test_an_unreadable_episode_is_named_and_the_exit_code_tells(tmp_path: Path) 
     assert done.returncode == 1, done.stderr
     result = json.loads(done.stdout)
     assert result["done"] == 1 and [f["episode"] for f in result["failed"]] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("eval --preset ti", ["tiny"]),
+        ("pi-rollout --task wi", ["wipe_table"]),
+        ("eval --device c", ["cpu", "cuda"]),
+        ("post-train --tracker wandb,tr", ["wandb,trackio"]),
+        ("post-train --set post_train.bet", ["post_train.beta="]),
+        ("post-train --set pretrain.decay", ["pretrain.decay=constant", "pretrain.decay=cosine"]),
+        ("drive --accelerator h2", ["h200"]),
+        ("export x --to p", ["peft"]),
+        ("eval --ckpt x", []),
+    ],
+)
+def test_tab_completes_the_values_of_options(words: str, offered: list[str]) -> None:
+    env = {
+        "_PERSISTWORLD_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"persistworld {words}",
+        "COMP_CWORD": str(len(words.split())),
+    }
+    shown = CliRunner().invoke(commands.app, [], prog_name="persistworld", env=env)
+    assert shown.output.split() == offered
+
+
+# The least that makes each command run, for a dry run.
+ARGUMENTS = {
+    "export": ["bundled:presets/tiny/base", "--to", "safetensors", "-o", "x.safetensors"],
+    "inspect": ["bundled:presets/tiny/base"],
+    "leaderboard": ["outputs/a"],
+    "study-report": ["answers.json"],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_json_of_a_dry_run_is_one_document_on_stdout(name: str) -> None:
+    done = CliRunner().invoke(commands.app, [name, *ARGUMENTS.get(name, []), "--dry-run", "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["request"] is not None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["build-meta"], ["eval", "--steps", "1"], ["replay", "--steps", "1"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_json_of_a_run_is_one_document_on_stdout(
+    arguments: list[str], small_world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most others are run with --json by tests of their own."""
+    monkeypatch.setattr(launcher, "run_task", run_in_process)
+    preset = write_preset(tmp_path / "small.toml", small_world)
+    output = [] if arguments[0] == "build-meta" else ["--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(commands.app, [*arguments, "--preset", str(preset), *output, "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)

@@ -21,14 +21,21 @@ from typer.testing import CliRunner
 from persistworld_cli import command_line
 from persistworld_cli.commands.app import app
 from persistworld_cli.config.presets import flatten
-from persistworld_cli.config.requests import EvalRequest, PostTrainRequest, PretrainRequest, ReplayRequest, TaskRequest
+from persistworld_cli.config.requests import (
+    EvalRequest,
+    ExtractRequest,
+    PostTrainRequest,
+    PretrainRequest,
+    ReplayRequest,
+    TaskRequest,
+)
 from persistworld_cli.config.resume import USES, is_free, used_keys
 from persistworld_cli.config.settings import FREE, Settings
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation import run as evaluation
 from persistworld_cli.evaluation.plan import make_plan
 from persistworld_cli.files import write_json
-from persistworld_cli.launch.continuing import HISTORY, find_earlier_run, find_finished_work
+from persistworld_cli.launch.continuing import HISTORY, find_earlier_run, find_finished_work, what_remains
 from persistworld_cli.launch.launcher import _record, run_task
 from persistworld_cli.rollout.finished import log_finished
 from persistworld_cli.rollout.recording import Item
@@ -316,3 +323,15 @@ def test_a_damaged_record_is_one_error(tmp_path: Path, damaged: bytes) -> None:
     with pytest.raises(PersistWorldError, match="record of the folder's run cannot be read") as error:
         find_earlier_run({"task": "post-train", "request": {}, "settings": {}}, tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_an_interrupted_run_says_what_is_saved_and_how_to_continue(tmp_path: Path) -> None:
+    command = ("persistworld", "post-train", "--no-resume", "--resume-from", "x", "--resume-from=y", "--lr", "1 e")
+    request = PostTrainRequest(output=tmp_path, command=command)
+    assert what_remains(request).startswith("post-train: stopped; nothing was saved")
+    (tmp_path / "state" / "step-00000012").mkdir(parents=True)
+    kept, _, again = what_remains(request).partition("\n")
+    assert "update 12, saved at" in kept and str(tmp_path) in kept
+    assert again == "    persistworld post-train --lr '1 e'"
+    extraction = ExtractRequest(output=tmp_path, command=("persistworld", "extract-latents"))
+    assert "finished episodes are kept" in what_remains(extraction)
