@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from persistworld_cli.command_line import commit
 from persistworld_cli.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +55,7 @@ def entry(row: Row, benchmark: str, command: str, load: float, accelerator: str 
         "benchmark": benchmark,
         **asdict(row),
         "command": command,
-        "commit": commit(),
+        "commit": commit("benchmarks/ledger.*") or "unknown",
         "machine": machine() | ({"accelerator": accelerator} if accelerator else {}),
         "load": round(load, 2),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
@@ -68,20 +68,6 @@ def machine() -> dict[str, Any]:
     name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": name, "cores": cores}
-
-
-def commit() -> str:
-    """The commit that is checked out, with a ``+`` where files differ from it; "unknown" outside git."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", ":!benchmarks/ledger.*")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def append(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:

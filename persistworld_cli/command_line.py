@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,23 @@ _WITH_CHANGES = "--continue-with-changes"
 def command_line() -> list[str]:
     """This process's command as it was typed, but for the secret of ``--token``: files and logs hold it."""
     return _without(["persistworld", *sys.argv[1:]], "--token")
+
+
+def commit(*ignored: str) -> str:
+    """The commit of this program's repository, with a ``+`` if files differ (but the ``ignored``); "" outside git."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    if not (root / ".git").exists():
+        return ""
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in ignored))
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def unused_folder(folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from persistworld_cli import __version__
+from persistworld_cli.command_line import commit
 from persistworld_cli.config.settings import ModelSettings, SamplingSettings, Settings
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError, UsageError
@@ -111,11 +113,13 @@ def check_metrics(wanted: Mapping[str, Mapping[str, Any]], metrics: Mapping[str,
 
 
 def provenance(settings: Settings, store: EpisodeStore, device: torch.device) -> dict[str, Any]:
-    """Dataset, device, number type of the network's matrix products, and versions, for result files."""
+    """Date, commit, dataset, device, number type of the network's matrix products, and versions, for result files."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     wanted: torch.dtype = getattr(torch, settings.sampling.dtype)
     used = wanted if settings.sampling.cast == "model" else product_type(device, wanted)
     return {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "commit": commit(),
         "dataset": str(store.root),
         "device": str(device),
         "device_name": name,

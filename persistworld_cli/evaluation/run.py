@@ -6,6 +6,7 @@ share the folder. Process 0 makes the report from those files.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -52,6 +53,7 @@ def run(settings: Settings, request: EvalRequest) -> dict[str, Any]:
     data = measure(plan, processes)
     if data is None:
         return {}
+    data.provenance["command"] = shlex.join(request.command)
     summary = write_report(data, output, plan.video_net)
     if other:
         summary |= write_comparison(*compare_files(other, str(output / "eval.json")), output)

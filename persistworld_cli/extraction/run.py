@@ -105,14 +105,14 @@ def run(settings: Settings, request: ExtractRequest) -> dict[str, Any]:
     return {
         "dataset": str(out),
         "done": len(report.done),
-        "already there": len(report.skipped),
+        "skipped": len(report.skipped),
         "failed": report.failed,
-        "without instruction": len(report.without_instruction),
+        "without_instruction": len(report.without_instruction),
         "other fps than info.json": len(report.other_fps),
-        "not on disk": report.absent,
+        "absent": report.absent,
         "seconds": round(report.wall_s, 2),
         "frames": report.frames,
-        "encoder waited": round(report.waited_s / report.wall_s, 4) if report.wall_s else 0.0,
+        "encoder_idle": round(report.waited_s / report.wall_s, 4) if report.wall_s else 0.0,
         "report": str(path_of(out)),
         "exit_code": 1 if report.failed else 0,
     }

@@ -49,6 +49,7 @@ def write_page(path: Path, result: Mapping[str, Any], images: Sequence[Path], vi
     stems = dict.fromkeys(file.stem for file in files)
     page = render(
         Path(__file__).with_name("report.html"),
+        made=_made(result),
         title=" against ".join(model["label"] for model in reversed(result["models"])),
         tables=[eval_table(result), *([diagnostics_table(result)] if "action_following" in result else [])],
         figures=[(_heading(stem), [file for file in files if file.stem == stem]) for stem in stems],
@@ -72,6 +73,16 @@ def _camera_table(result: Mapping[str, Any]) -> Table | None:
     table = eval_table({**result, "groups": names, "table": result["cameras"], "paired": []})
     table.caption = None
     return table
+
+
+def _made(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the page shows: checkpoints, and by which command, when, and by which commit of the program it was made."""
+    rows = []
+    for model in result["models"]:
+        adapter = f" with adapter {model['adapter']}" if model.get("adapter") else ""
+        digest = f", SHA-256 {model['ckpt_sha256'][:12]}" if model.get("ckpt_sha256") else ""
+        rows.append((model["label"], f"{model['ckpt']}{digest}{adapter}"))
+    return rows + [(key, str(result[key])) for key in ("command", "date", "commit") if result.get(key)]
 
 
 def _provenance(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,4 +61,6 @@ def made_up_result() -> dict[str, Any]:
         "protocol": {"steps": 1, "items": [1, 2]},
         "versions": {"torch": "2"},
         "device": "cpu",
+        "command": "persistworld eval --seed 1",
+        "date": "2026-11-29 12:00:00",
     }

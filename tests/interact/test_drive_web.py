@@ -139,8 +139,15 @@ def test_driving_on_the_page(root: Path, served: Served, new_page: Callable[[], 
     page.wait("document.body?.dataset.state === 'ready' && document.body.dataset.shown !== undefined")
     at(page, many)
     assert page.js("document.querySelectorAll('.step').length") == many + 1  # the session is the server's
-    page.size(1280, 800)
-    assert page.js("document.documentElement.scrollWidth <= innerWidth") and not page.errors
+    page.key("q")
+    page.wait("document.querySelector('#message').textContent.includes('“q” does nothing here')")
+    for width in (420, 1280):  # nothing is cut, and there is one scrollbar
+        page.size(width, 800)
+        page.wait(f"innerWidth === {width} && document.documentElement.scrollWidth <= innerWidth")
+        buttons = "[...document.querySelectorAll('.key, [data-save]')]"
+        assert page.js(f"{buttons}.every(one => one.getBoundingClientRect().right < innerWidth)")
+        assert page.js("(tree => tree.scrollHeight <= tree.clientHeight)(document.querySelector('#tree'))")
+    assert not page.errors
     another_tab_asks(page, new_page(), served, many)
 
     served.process.send_signal(signal.SIGINT)
@@ -156,6 +163,7 @@ def saved_is_right(page: Page, served: Served, keys: str) -> None:
     for kind, name in (("json", "drive.json"), ("mp4", "drive.mp4"), ("lerobot", "drive-lerobot.zip")):
         page.click(f"[data-save={kind}]")
         page.wait(f"document.body.dataset.saved === '{name}'")
+        assert page.js("document.activeElement === document.body")  # the next key drives
         file = page.downloads / name
         wait_for(lambda file=file: file.is_file(), name)  # type: ignore[misc]
         assert file.read_bytes() == (served.output / name).read_bytes()

@@ -57,6 +57,7 @@ def test_page_says_what_the_table_says_and_needs_nothing_else(tmp_path: Path) ->
     table = eval_table(result)
     for words in (str(table.title), *str(table.caption).splitlines(), "best: episode 9, start 0, seed 1"):
         assert str(escape(words)) in text
+    assert "persistworld eval --seed 1" in text and "2026-11-29" in text and "abababababab" in text
     assert "lpips (untrained)" in text and "75% of 8\n[41, 93]" in text and "a&lt;b&gt;.pt" in text
     assert "exterior_1_left" in text and "versions.torch" in text and text.count("best: episode 9") == 2  # and an alt
     assert not re.search(r'(src|href)="(?!data:)', text)
