@@ -37,6 +37,7 @@ def escaped(text: str) -> str:
 def write_out(text: str) -> None:
     """Data on standard output, `escaped`."""
     sys.stdout.write(escaped(text))
+    sys.stdout.flush()  # a server's first words, in a pipe
 
 
 def show_traceback() -> None:

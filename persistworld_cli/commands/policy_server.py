@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from persistworld_cli.commands.options import Common, setting, with_common
-from persistworld_cli.commands.run import resolve, show_plan
+from persistworld_cli.commands.run import resolve, show_plan, write_json
 from persistworld_cli.config.requests import PolicyServerRequest
 from persistworld_cli.console import note
 
@@ -43,6 +43,8 @@ def command(common: Common, request: PolicyServerRequest) -> None:
     )
     with server:
         note(f"policy '{request.policy}' on {server.uri}; Ctrl-C ends it")
+        if common.as_json:
+            write_json({"policy": request.policy, "uri": server.uri})
         if not is_loopback(own.host):
             who = "anyone with the key" if key else "every machine that reaches this port"
             note(f"{who} can use the policy, and nothing is encrypted: an ssh tunnel is safer")

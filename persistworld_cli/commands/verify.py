@@ -10,13 +10,13 @@ from persistworld_cli.config.requests import VERIFY_COUNT, VerifyRequest
 from persistworld_cli.errors import UsageError
 
 EXAMPLES = {
-    DROID: (
-        "persistworld verify --preset ctrl-world --dataset droid_latents",
-        "persistworld verify --preset persistworld --dataset droid_latents --num-processes 8 --count 24",
-    ),
     WORLD: (
         "persistworld verify --write-published mine.toml --count 4",
         "persistworld verify --published mine.toml --ckpt bundled:presets/tiny/base",
+    ),
+    DROID: (
+        "persistworld verify --preset ctrl-world --dataset droid_latents",
+        "persistworld verify --preset persistworld --dataset droid_latents --num-processes 8 --count 24",
     ),
 }
 _PUBLISHED = setting("eval.published", "Figures to compare with.  \\[the preset's]", metavar="FILE.toml")

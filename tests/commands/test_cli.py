@@ -193,7 +193,7 @@ def test_a_mistake_in_the_world_is_exit_code_1_and_debug_shows_the_traceback(tmp
     missing = str(tmp_path / "nowhere")
     result = run("build-meta", missing, "--preset", "tiny")
     assert result.returncode == 1
-    assert result.stderr.startswith("error: ") and missing in result.stderr
+    assert result.stderr.startswith(f"build-meta: reading {missing}\nerror: ")
     assert "Traceback" not in result.stderr and result.stdout == ""
     debug = CliRunner().invoke(commands.app, ["build-meta", missing, "--preset", "tiny", "--debug"])
     assert debug.exit_code == 1 and "Traceback" in debug.stderr
