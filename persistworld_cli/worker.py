@@ -23,6 +23,7 @@ from persistworld_cli.compat import STOP_SIGNALS, end_with_parent, free_main_thr
 from persistworld_cli.config import requests
 from persistworld_cli.config.presets import from_json
 from persistworld_cli.config.requests import FAILURE, INTERRUPTED, RESULT, TaskRequest, request_from_json
+from persistworld_cli.config.weight_names import READINGS
 from persistworld_cli.console import debug_wanted, listen_to_library, note, show_error, show_traceback
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import write_json
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
         free_main_thread()
         result = _run(whole, config)
         if _rank() == 0:
-            write_json(folder / RESULT, result)
+            write_json(folder / RESULT, result | ({"weights_read": READINGS} if READINGS else {}))
         _leave_group()
         return 0
     except (KeyboardInterrupt, SystemExit) as stop:

@@ -1,11 +1,18 @@
-"""Adapters on disk: PEFT folders with an action encoder, and saved states of post-training."""
+"""Adapters on disk: PEFT folders with an action encoder, saved states of post-training, and other tools' LoRA files.
+
+A LoRA file of diffusers (``unet.mid_block...lora.down.weight``) or kohya (``lora_unet_mid_block...lora_down.weight``)
+has no settings beside it: rank and layers are those of its tensors; alpha is in the file or, as in these tools, the
+rank. peft's own weights without ``adapter_config.json`` are refused, since nothing says their alpha.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +21,21 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from persistworld_cli.checkpoints.action_scale import scale_note
-from persistworld_cli.checkpoints.compatibility import Shapes, bundled_settings, misfit, preset_shapes, shapes_of
+from persistworld_cli.checkpoints.compatibility import (
+    Shapes,
+    bundled_settings,
+    kind_of,
+    misfit,
+    preset_shapes,
+    shapes_of,
+)
+from persistworld_cli.checkpoints.names import read_names, split_joined
 from persistworld_cli.checkpoints.saving import save_safetensors
 from persistworld_cli.checkpoints.sources import ENCODER, WeightSource, locate
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
 from persistworld_cli.config.presets import from_json, preset_names
 from persistworld_cli.config.settings import ModelSettings, PostTrainSettings
-from persistworld_cli.config.weight_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from persistworld_cli.config.weight_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, report_reading
 from persistworld_cli.data.metadata.index import ActionStat
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import require_free, whole_folder
@@ -31,6 +46,11 @@ from persistworld_cli.read_files import as_object, parse_json, positive_number, 
 
 _ENCODER, _LORA_PREFIX = f"{ENCODER}.", "base_model.model."
 _MOST_RANK = 2**20
+# How a LoRA tensor's name ends: peft's (with the adapter's name), diffusers', the oldest diffusers', kohya's.
+_LORA_END = re.compile(r"(?:\.lora_|\.lora\.|\.lora_linear_layer\.|_lora\.)(A|B|down|up)(?:\.\w+)?\.weight$")
+_MATRIX = {"A": "A", "down": "A", "B": "B", "up": "B"}
+_ALPHA, _JOINED = ".alpha", "lora_unet_"  # kohya's
+_DIFFUSERS = "lora_adapter_metadata"  # in the header of diffusers' files: JSON of peft's settings, ``unet.r``, ...
 _NO_FIT = (ValueError, RuntimeError, KeyError, TypeError, AttributeError)  # what peft raises for another model's layers
 
 
@@ -52,18 +72,151 @@ class Adapter:
 
 
 def read_adapter(source: WeightSource) -> Adapter:
-    """A PEFT folder, or the sampling policy in a post-training's saved state. Raises PersistWorldError for others."""
-    if source.kind not in ("adapter", "state"):
+    """A PEFT folder, the sampling policy in a post-training's saved state, or another tool's LoRA file.
+
+    Raises:
+        PersistWorldError: not an adapter; one with unknown settings, or of another kind or model.
+    """
+    files = WeightFiles(source)
+    given = source.kind in ("adapter", "state")
+    if not given and kind_of(files.info) != "adapter":
         raise PersistWorldError(
             "these are a model's weights, not an adapter",
             where=source.name,
-            fix="give them with --ckpt; an adapter is a folder with adapter_config.json",
+            fix="give them with --ckpt; an adapter is a folder with adapter_config.json, or a LoRA file",
         )
-    config = _state_config(source.root) if source.kind == "state" else _peft_config(source.root)
-    tensors = WeightFiles(source).load()
+    tensors = files.load()
     own = [name for name in tensors if name.startswith(_ENCODER)]
     encoder = {name.removeprefix(_ENCODER): tensors.pop(name) for name in own}
-    return Adapter(config, tensors, encoder, source.root)
+    alphas = {} if given else {name: tensors.pop(name) for name in list(tensors) if name.endswith(_ALPHA)}
+    names = _peft_names(source.name, tensors, strict=not given)
+    lora = {new: tensors[name] for name, new in names.items()}
+    if given:
+        config = _state_config(source.root) if source.kind == "state" else _peft_config(source.root)
+        config = config if lora.keys() == tensors.keys() else _config_of_layers(config, names, lora)
+    else:
+        config = _config_of_file(source, files.metadata, names, lora, alphas)
+    return Adapter(config, lora, encoder, source.root)
+
+
+def _peft_names(source: str, names: Iterable[str], *, strict: bool) -> dict[str, str]:
+    """Name of a LoRA tensor in a file -> peft's name on the UNet.
+
+    Args:
+        source: the file, for messages.
+        names: of the tensors.
+        strict: refuse names of no layer; otherwise all names then stay as they are, for peft to judge.
+
+    Raises:
+        PersistWorldError: such names, or layers of another part.
+    """
+    plain: dict[str, str] = {}  # name -> the name that the layer's own weight would have
+    ends: dict[str, str] = {}
+    for name in names:
+        found = _LORA_END.search(name)
+        layer = name[: found.start()] if found else name.removesuffix(".weight")
+        ends[name] = f".lora_{_MATRIX[found[1]]}.weight" if found else ".weight" if name.endswith(".weight") else ""
+        if layer.startswith(_JOINED):
+            layers = split_joined(layer.removeprefix(_JOINED), "unet")
+            layer = f"unet.{layers[0]}" if len(layers) == 1 else layer
+        layer = layer + ".0" if layer.endswith(".to_out") else layer  # a Sequential, which the oldest files leave out
+        plain[name] = f"{layer}.weight" if ends[name] else layer
+    naming = read_names(dict.fromkeys(plain.values()))
+    odd = [name for name, layer in plain.items() if layer in naming.strange or (strict and not _LORA_END.search(name))]
+    other = [name for name, layer in plain.items() if not naming.names[layer].startswith("unet.")]
+    if (strict and odd) or (other and not odd):
+        raise PersistWorldError(
+            f"{len(odd or other)} of the adapter's {len(plain)} tensors change no layer of the UNet by LoRA "
+            f"(first: {(odd or other)[0]})",
+            where=source,
+            fix="merge the adapter with the tool that made it (peft: merge_and_unload), and give the merged weights "
+            "with --ckpt",
+        )
+    if odd:
+        return {name: name for name in plain}
+    own = {name: naming.names[layer].removeprefix("unet.").removesuffix(".weight") for name, layer in plain.items()}
+    peft = {name: _LORA_PREFIX + own[name] + ends[name] for name in plain}
+    if changed := next((name for name, new in peft.items() if name != new), ""):
+        report_reading(f"{source}: {len(peft)} names, such as '{changed}', are read as peft's '{peft[changed]}'")
+    return peft
+
+
+def _layer_of(name: str) -> str:
+    """``base_model.model.mid_block.x.lora_A.weight`` -> ``mid_block.x``."""
+    return name.removeprefix(_LORA_PREFIX).partition(".lora_")[0]
+
+
+def _ranks(lora: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Layer -> rank."""
+    return {_layer_of(name): tensor.shape[0] for name, tensor in lora.items() if ".lora_A." in name}
+
+
+def _config_of_layers(config: PeftConfig, names: Mapping[str, str], lora: Mapping[str, torch.Tensor]) -> PeftConfig:
+    """An adapter's settings whose layers have other names in its files than in the UNet."""
+    config = copy.copy(config)
+    own = {_LORA_END.sub("", name).removeprefix(_LORA_PREFIX): _layer_of(new) for name, new in names.items()}
+    ranks, patterns = _ranks(lora), dict(getattr(config, "alpha_pattern", None) or {})
+    alphas = {}
+    for name, layer in own.items():
+        pattern = next((one for one in patterns if re.match(rf"(.*\.)?({one})$", name)), None)
+        if pattern is not None:
+            alphas[layer] = patterns[pattern]
+    given = {"target_modules": sorted(ranks), "rank_pattern": ranks, "alpha_pattern": alphas, "exclude_modules": None}
+    for key, value in given.items():
+        setattr(config, key, value)
+    return config
+
+
+def _config_of_file(
+    source: WeightSource,
+    notes: Mapping[str, str],
+    names: Mapping[str, str],
+    lora: Mapping[str, torch.Tensor],
+    alphas: Mapping[str, torch.Tensor],
+) -> PeftConfig:
+    """The settings of a LoRA file that has none beside it: diffusers' in its header, else those of its tensors.
+
+    Raises:
+        PersistWorldError: alpha is unknown, or the header is damaged.
+    """
+    ranks = _ranks(lora)
+    rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
+    if _DIFFUSERS in notes:
+        with reading("the adapter's settings in its header are damaged", source.root):
+            header = {
+                key.removeprefix("unet."): value for key, value in as_object(parse_json(notes[_DIFFUSERS])).items()
+            }
+            _check_config(header)
+            known = {key: value for key, value in header.items() if key in LoraConfig.__dataclass_fields__}
+            return _config_of_layers(LoraConfig(**known), names, lora)
+    if any(name.startswith(_LORA_PREFIX.partition(".")[0]) for name in names):
+        ends = sorted({re.search(r"[^.]*(\.\d+)?$", layer)[0] for layer in ranks})  # type: ignore[index]
+        known = {"peft_type": "LORA", "r": rank, "lora_alpha": "ALPHA", "target_modules": ends}
+        settings = json.dumps(known).replace('"ALPHA"', "ALPHA")
+        raise PersistWorldError(
+            f"peft's weights without {ADAPTER_CONFIG}: nothing says their alpha (rank {rank})",
+            where=str(source.root),
+            fix="fetch that file too, or write it, with the alpha of the training for ALPHA: "
+            f"echo '{settings}' > {source.files[0][0].with_name(ADAPTER_CONFIG)}",
+        )
+    by_layer = {_layer_of(new): name for name, new in names.items()}
+    stems = {layer: _LORA_END.sub("", name) for layer, name in by_layer.items()}
+    scales = {layer: float(alphas[stem + _ALPHA]) for layer, stem in stems.items() if stem + _ALPHA in alphas}
+    if strays := alphas.keys() - {stem + _ALPHA for stem in stems.values()}:
+        what = f"the adapter has an alpha without its layer (first: {min(strays)})"
+        raise PersistWorldError(what, where=source.name, fix="fetch it again")
+    known_by = "alpha is in the file" if scales else "alpha is the rank, as diffusers takes it"
+    report_reading(f"{source.name}: LoRA of rank {rank} on {len(ranks)} layers, without settings; {known_by}")
+    every = {layer: scales.get(layer, float(own)) for layer, own in ranks.items()}
+    alpha = Counter(every.values()).most_common(1)[0][0] if every else 8.0
+    return LoraConfig(
+        r=rank,
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]
+        target_modules=sorted(ranks),
+        rank_pattern={layer: own for layer, own in ranks.items() if own != rank},
+        alpha_pattern={layer: own for layer, own in every.items() if own != alpha},
+        bias="none",
+    )
 
 
 def _peft_config(folder: Path) -> PeftConfig:
@@ -73,6 +226,7 @@ def _peft_config(folder: Path) -> PeftConfig:
         warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # of a newer peft
         _check_config(read_json(path, what))
         config = PeftConfig.from_pretrained(str(folder))
+        config.base_model_name_or_path = None  # peft would look for it on the hub
         if not getattr(config, "target_modules", None):
             raise ValueError("no target_modules: no layers of the network are named")
         return config
@@ -83,7 +237,8 @@ def _check_config(config: dict[str, Any]) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         for name, value in as_object(config.get(key) or {}).items():
             re.compile(name)
-            whole_number(value, f"{key} of '{name}'", 1, _MOST_RANK)
+            what = f"{key} of '{name}'"
+            positive_number(value, what) if key == "alpha_pattern" else whole_number(value, what, 1, _MOST_RANK)
     whole_number(config.get("r", 8), "r", 1, _MOST_RANK)
     positive_number(config.get("lora_alpha", 8), "lora_alpha")
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
@@ -164,7 +319,8 @@ def _wrap(adapter: Adapter, unet: FrameLevelUNet, encoder: ActionEncoder) -> tup
         wrapped = PeftModel(unet, adapter.config, low_cpu_mem_usage=True)
     except _NO_FIT as error:
         return None, str(error).splitlines()[0]
-    why = misfit(shapes_of(get_peft_model_state_dict(wrapped)), shapes_of(adapter.lora))
+    expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    why = misfit(shapes_of(expected), shapes_of(adapter.lora))
     if not why and adapter.encoder:
         why = misfit(shapes_of(encoder.state_dict()), shapes_of(adapter.encoder))
     return wrapped, why

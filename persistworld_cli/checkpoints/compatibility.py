@@ -6,6 +6,7 @@ Only names and shapes are compared. Presets are built on the meta device, withou
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -18,9 +19,8 @@ from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.world_model import build_world_model
 
 Shapes = Mapping[str, tuple[int, ...]]
-_LORA = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector")
-# Keys that identify a part saved without its prefix.
-_BARE = {"vae": "decoder.conv_in.weight", "unet": "time_embedding.linear_1.weight"}
+# Of peft, diffusers (``.lora.down.``, ``to_q_lora.down.``) and kohya (``.lora_down.``), and other kinds of adapters.
+_LORA = re.compile(r"[._]lora[._]|\.lora_(A|B|down|up|mid|embedding_|magnitude)|\.(hada_|lokr_|dora_scale|oft_)")
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
@@ -61,9 +61,21 @@ def require_fit(
         whose: the preset that `expected` is of.
     """
     if text := misfit(expected, given):
-        raise PersistWorldError(
-            f"the checkpoint does not fit {whose}'s {wanted}: {text}", where=where, fix=advice(given, wanted)
-        )
+        fix = advice(given, wanted)
+        if not misfit(expected, {name: shape for name, shape in given.items() if name in expected}):
+            fix = f"without the unexpected tensors it fits; to leave them out: {_pruning(where)}"
+        raise PersistWorldError(f"the checkpoint does not fit {whose}'s {wanted}: {text}", where=where, fix=fix)
+
+
+def _pruning(where: str) -> str:
+    """The command that copies a checkpoint without the tensors of no model."""
+    return (
+        'python -c "from safetensors.torch import save_file; from persistworld_cli.checkpoints.sources import locate; '
+        "from persistworld_cli.checkpoints.tensor_files import WeightFiles; "
+        f"files = WeightFiles(locate({where!r})); "
+        "save_file({name: t.contiguous() for name, t in files.load().items() if name not in files.naming.strange}, "
+        "'pruned.safetensors')\""
+    )
 
 
 def require_known(shapes: Shapes, where: str) -> str:
@@ -98,30 +110,26 @@ def parts_of(names: Iterable[str]) -> dict[str, list[str]]:
     return {part: keys for part, keys in parts.items() if keys}
 
 
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether names are an adapter's, by itself or beside the layers that it changes."""
+    return any(_LORA.search(name) for name in names)
+
+
 def kind_of(names: Iterable[str]) -> str:
     """What tensors of these names are: ``world model``, ``adapter``, ``VAE``, ``UNet``, ``unmerged world model``,
     ``parts of a world model``, or ``unknown``.
     """
     names = list(names)
-    lora = sum(any(mark in name for mark in _LORA) for name in names)
     parts = parts_of(names)
-    if lora:
+    if is_lora(names):
         return "unmerged world model" if any(".base_layer." in name for name in names) else "adapter"
-    if set(parts) == {"vae"} or _BARE["vae"] in names:
+    if set(parts) == {"vae"}:
         return "VAE"
-    if set(parts) == {"unet"} or _BARE["unet"] in names:
+    if set(parts) == {"unet"}:
         return "UNet"
     if {"unet", "vae", "text_encoder", "action_encoder"} <= set(parts):
         return "world model"
     return "parts of a world model" if set(parts) - {""} else "unknown"
-
-
-def with_prefix(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """A part under its own names (``decoder.conv_in.weight``) under the world model's (``vae.decoder...``)."""
-    for part, mark in _BARE.items():
-        if mark in shapes:
-            return {f"{part}.{name}": shape for name, shape in shapes.items()}
-    return dict(shapes)
 
 
 @functools.cache
@@ -147,11 +155,10 @@ def settings_shapes(settings: Settings) -> dict[str, tuple[int, ...]]:
 
 def fitting_presets(shapes: Shapes) -> dict[str, list[str]]:
     """Bundled presets that these shapes match, as a whole or in whole parts -> the missing parts."""
-    named = with_prefix(shapes)
-    held, fits = parts_of(named), {}
+    held, fits = parts_of(shapes), {}
     for name in preset_names() if held and "" not in held else ():
         whole = preset_shapes(name)
-        if not misfit({k: shape for k, shape in whole.items() if part_of(k) in held}, named):
+        if not misfit({k: shape for k, shape in whole.items() if part_of(k) in held}, shapes):
             fits[name] = [part for part in parts_of(whole) if part not in held]
     return fits
 
@@ -171,8 +178,12 @@ def advice(given: Shapes, wanted: str = "model") -> str:
     if fits and (wanted == kind or set(absent) <= {PASSTHROUGH}):
         return f"it fits preset {names}: --preset {next(iter(fits))}"
     if fits:
-        held = list(parts_of(with_prefix(given)))
-        return f"it holds the {_list(held)} of preset {names}, without {_list(absent)}"
+        held = list(parts_of(given))
+        folders = ", ".join(f"{part}/" for part in (*held, *absent))
+        return (
+            f"it holds the {_list(held)} of preset {names}, without {_list(absent)}: give whole weights, or a folder "
+            f"with all parts ({folders})"
+        )
     return (
         f"it fits none of the bundled presets ({', '.join(preset_names())}): give the one it was trained with, "
         "--preset FILE.toml"

@@ -11,6 +11,7 @@ from persistworld_cli.checkpoints.action_scale import scale_note, stored_scale
 from persistworld_cli.checkpoints.adapters import adapter_misfit, adapter_presets, read_adapter, write_adapter
 from persistworld_cli.checkpoints.compatibility import (
     bundled_settings,
+    kind_of,
     nearest_preset,
     preset_shapes,
     require_fit,
@@ -26,7 +27,7 @@ from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.presets import preset_names
 from persistworld_cli.config.requests import ExportRequest
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.config.weight_names import ADAPTER_CONFIG, PASSTHROUGH, adapter_name, adapter_on_disk
+from persistworld_cli.config.weight_names import ADAPTER_CONFIG, PASSTHROUGH, READINGS, adapter_name, adapter_on_disk
 from persistworld_cli.data.metadata.index import ActionStat
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import require_free
@@ -72,6 +73,7 @@ def export(request: ExportRequest, settings: Settings | None) -> dict[str, Any]:
         "merged": merged,
         "action_scale": None if stat is None else {"p01": stat.p01.tolist(), "p99": stat.p99.tolist()},
         "sha256": sha256_of(str(output)),
+        **({"weights_read": READINGS} if READINGS else {}),
     }
 
 
@@ -103,7 +105,7 @@ def _export_adapter(request: ExportRequest, settings: Settings | None) -> _Expor
     """A PEFT folder of CKPT, or of the adapter that is named on top of it."""
     ckpt, adapter, dtype = request.ckpt, request.adapter, getattr(torch, request.dtype)
     source = locate(adapter or ckpt)
-    if source.kind not in ("adapter", "state"):
+    if source.kind not in ("adapter", "state") and kind_of(WeightFiles(source).info) != "adapter":
         raise UsageError(
             f"'{source.name}' holds whole weights: an adapter that was merged cannot be taken out again",
             where="--to peft",

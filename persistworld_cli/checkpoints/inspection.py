@@ -18,7 +18,6 @@ from persistworld_cli.checkpoints.compatibility import (
     preset_shapes,
     require_known,
     settings_shapes,
-    with_prefix,
 )
 from persistworld_cli.checkpoints.sources import locate
 from persistworld_cli.checkpoints.tensor_files import Info, WeightFiles
@@ -42,16 +41,17 @@ def describe(name: str, compare: Settings | None = None) -> dict[str, Any]:
         JSON values: ``kind``, ``path``, ``layers``, ``tensors``, ``parameters``, ``dtypes`` (type -> tensors), ``fits``
         (bundled presets), ``nearest`` (if it fits none: the ``preset`` with most in common, ``misfit``), ``lacks``
         (parts of those presets that are not in it), ``adapter`` (rank, alpha, targets), ``merged_adapter``,
-        ``action_scale`` (its percentiles), ``parts`` and ``files`` (one row each); with `compare`,
-        ``own_preset``: "fits", or why not.
+        ``removed_from_names`` (segments that wrappers put into names -> number of names), ``action_scale`` (its
+        percentiles), ``parts`` and ``files`` (one row each); with `compare`, ``own_preset``: "fits", or why not.
 
     Raises:
         PersistWorldError: nothing there, damaged, or tensors of something else.
     """
     source = locate(name)
     files = WeightFiles(source)
+    files.report()
     kind = require_known(files.shapes, name)
-    adapter = read_adapter(source) if kind == "adapter" and source.kind in ("adapter", "state") else None
+    adapter = read_adapter(source) if kind == "adapter" else None
     shown = {"diffusers": "diffusers folder", "state": "saved state of a post-training"}.get(source.kind, kind)
     return {
         "kind": shown,
@@ -63,6 +63,7 @@ def describe(name: str, compare: Settings | None = None) -> dict[str, Any]:
         **(_fit_of_adapter(adapter, compare) if adapter else _fit_of_weights(files, compare)),
         "adapter": _settings_of(adapter),
         "merged_adapter": files.metadata.get(MERGED),
+        "removed_from_names": files.naming.removed,
         "action_scale": json.loads(files.metadata[NOTE]) if noted_scale(files.metadata, name) else None,
         "parts": _parts(files),
         "files": [
@@ -72,7 +73,7 @@ def describe(name: str, compare: Settings | None = None) -> dict[str, Any]:
 
 
 def _fit_of_weights(files: WeightFiles, compare: Settings | None) -> dict[str, Any]:
-    shapes = with_prefix(files.shapes)
+    shapes = files.shapes
     fits = fitting_presets(shapes)
     result: dict[str, Any] = {"fits": list(fits), "lacks": next(iter(fits.values()), []), "nearest": None}
     near = nearest_preset(shapes)
@@ -112,12 +113,10 @@ def _settings_of(adapter: Adapter | None) -> dict[str, Any] | None:
 
 def _parts(files: WeightFiles) -> list[dict[str, Any]]:
     """One row per part, in the model's order."""
-    shapes = with_prefix(files.shapes)
-    infos = dict(zip(shapes, files.info.values(), strict=True))
     rows = []
-    rest = "lora" if kind_of(shapes) in ("adapter", "unmerged world model") else "other"
-    for part, names in parts_of(shapes).items():
-        own = [infos[name] for name in names]
+    rest = "lora" if kind_of(files.info) in ("adapter", "unmerged world model") else "other"
+    for part, names in parts_of(files.info).items():
+        own = [files.info[name] for name in names]
         types = ", ".join(_types(own))
         rows.append({"part": part or rest, "tensors": len(own), "parameters": sum(map(_count, own)), "dtype": types})
     return rows

@@ -70,6 +70,7 @@ def load_world_model(
     require_fit({k: shape for k, shape in expected.items() if part_of(k) not in absent}, files.shapes, source)
     if not passthrough or PASSTHROUGH not in parts_of(files.info):
         model.drop_passthrough()
+    files.report()
     model.to_empty(device=device)
     targets = model.state_dict()
     files.rename({name: name for name in files.info if name in targets})
@@ -173,11 +174,14 @@ def load_vae(settings: ModelSettings, source: str) -> AutoencoderKLTemporalDecod
     """
     files = WeightFiles(locate(source, parts=("vae",)))
     own = {name: name.removeprefix("vae.") for name in files.info if name.startswith("vae.")}
+    whole = set(parts_of(files.info)) - {"vae", ""}
     with torch.device("meta"):
         vae = build_vae(settings.vae, settings.norm_groups)
-    if own:
-        files.rename(own)
-    require_fit(shapes_of(vae.state_dict()), files.shapes, source, wanted="VAE")
+    expected = {f"vae.{name}": shape for name, shape in shapes_of(vae.state_dict()).items()}
+    given = {name: files.info[name].shape for name in (own if own and whole else files.info)}
+    require_fit(expected, given, source, wanted="VAE")
+    files.report()
+    files.rename(own)
     vae.to_empty(device="cpu")
     fill(vae.state_dict(), files)
     return vae.eval().requires_grad_(False)

@@ -182,6 +182,7 @@ def sha256_of(path: str) -> str:
     if root.is_dir():
         files = [(file, str(file.relative_to(root))) for file in sorted(root.rglob("*")) if file.is_file()]
     else:
-        found = [root] if root.is_file() else [file for file, _ in locate(path).files]
-        files = [(file, file.name if len(found) > 1 else "") for file in found]
+        source = None if root.is_file() else locate(path)
+        found = [file for file, _ in source.files] if source else [root]
+        files = [(file, file.name if len(found) > 1 else source.entry if source else "") for file in found]
     return hash_files(files)

@@ -1,18 +1,12 @@
-"""Find the files of a checkpoint on disk or on the hub; only the files needed are fetched from a repository.
-
-The hub's own client does the work, so HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT are honoured.
-"""
+"""Find the files of a checkpoint on disk or on the hub; only the files needed are fetched from a repository."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
-
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
 
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.weight_names import (
@@ -26,15 +20,26 @@ from persistworld_cli.config.weight_names import (
     names_in,
 )
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.hub import command, is_hub_id, open_repository, snapshot_in, unfinished_in
 from persistworld_cli.read_files import parse_json
 
 ENCODER = "action_encoder"  # its file beside an adapter's weights
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
-_INDEX = re.compile(r".+\.index(\.\w+)?\.json")
-_TRAINING = ("optimizer", "scheduler", "rng_state", "random_states", "training_args", "scaler", "trainer_state")
-_PATIENCE_S = 30.0  # for the hub's answer
+_INDEX = re.compile(r"(?P<stem>.+)(?P<suffix>\.\w+)\.index(?P<variant>\.\w+)?\.json")
+_TRAINING = (
+    *("optimizer", "scheduler", "rng_state", "random_states", "training_args", "scaler", "trainer_state"),
+    *("sampler", "dl_state_dict", "custom_checkpoint"),
+)
+_UNFINISHED = (".aria2", ".incomplete", ".part", ".crdownload")  # beside a file: its download did not end
+# How a file's name ends -> what its folder is, and the command that makes weights of it.
+_FOREIGN = {
+    ".distcp": (
+        "a checkpoint in shards of torch.distributed",
+        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {0} {0}.pt",
+    ),
+    "zero_to_fp32.py": ("a checkpoint in shards of DeepSpeed", "python {0}/zero_to_fp32.py {0} {0}-merged"),
+}
 _DEFAULTS = ("diffusion_pytorch_model", "pytorch_model")  # the libraries' own names for "model"
 
 
@@ -48,20 +53,22 @@ class WeightSource:
             ``adapter`` (PEFT folder), ``state`` (saved state of a training).
         root: the file, or the folder that holds the files.
         files: (file, prefix of its keys) in a fixed order; a diffusers folder's ``unet/`` has the prefix ``unet.``.
+        entry: of a file with several sets of weights, the one that is meant.
     """
 
     name: str
     kind: Literal["weights", "diffusers", "adapter", "state"]
     root: Path
     files: tuple[tuple[Path, str], ...]
+    entry: str = ""
 
 
 def locate(source: str | Path, parts: Iterable[str] = PARTS) -> WeightSource:
     """The files of a checkpoint.
 
     Args:
-        source: file, folder, ``bundled:PATH``, hub id ``owner/name``, or one file or folder of a hub repository,
-            ``owner/name:PATH``.
+        source: file, folder (also of the hub's cache), ``bundled:PATH``, hub id ``owner/name``, or one file or folder
+            of a hub repository, ``owner/name:PATH``; ``FILE:ENTRY`` is one of several sets of weights in a file.
         parts: of a diffusers folder, the parts that are wanted; others are neither fetched nor listed.
 
     Raises:
@@ -74,17 +81,20 @@ def locate(source: str | Path, parts: Iterable[str] = PARTS) -> WeightSource:
         beside = frozenset(file.name for file in path.parent.iterdir() if file.is_file())
         return _of_file(text, _Listing(str(path.parent), "/", beside, path.parent.joinpath), path.name, parts)
     if path.is_dir():
-        return _of_folder(_Listing(text, "/", names_in(path), path.joinpath), parts)
+        return _of_folder(_listing_of_folder(text, path), parts)
+    outer, _, entry = text.rpartition(":")
+    if outer and resolve_path(outer).is_file():
+        return replace(locate(outer, parts), name=text, entry=entry)
     repo, _, name = text.partition(":")
     if not _is_hub_id(repo):
         raise PersistWorldError(f"no such file or folder: '{path}'", where="weights", fix="check the path")
-    listing = _listing_of_hub(text, repo)
+    listing = _listing_of_hub(repo)
     if name in listing.names:
         return _of_file(text, listing, name, parts)
     folder = listing.inside(name)
     if not folder.names:
         shown = sorted(file for file in listing.names if _is_weights(file))
-        raise listing.error(f"no file '{name}' there", f"it holds: {', '.join(shown) or 'no weights'}")
+        raise listing.lacking(f"no file '{name}' there", f"it holds: {', '.join(shown) or 'no weights'}")
     return _of_folder(folder, parts)
 
 
@@ -99,7 +109,7 @@ def adapter_at(source: str) -> str:
     repo, _, name = source.partition(":")
     if not _is_hub_id(repo):
         return ""  # the loader reports the missing path
-    listing = _listing_of_hub(source, repo)
+    listing = _listing_of_hub(repo)
     if name in listing.names:
         return source if _is_adapter_file(listing, name) else ""
     return "" if adapter_folder_in(listing.inside(name).names) is None else source
@@ -113,28 +123,43 @@ class _Listing:
     join: str  # between the name and a file's, as the user would write it
     names: frozenset[str]
     fetch: Callable[[str], Path]
+    unfinished: str = ""  # what an interrupted download left, for messages
+    again: str = ""  # the command that fetches what is missing
 
     def inside(self, folder: str) -> _Listing:
         """The listing of one of its folders; "" or ".": itself."""
         if folder in ("", "."):
             return self
         names = frozenset(name.removeprefix(f"{folder}/") for name in self.names if name.startswith(f"{folder}/"))
-        return _Listing(f"{self.name}{self.join}{folder}", "/", names, lambda name: self.fetch(f"{folder}/{name}"))
+        inside = f"{self.name}{self.join}{folder}"
+        return replace(self, name=inside, join="/", names=names, fetch=lambda name: self.fetch(f"{folder}/{name}"))
 
     def files(self, names: Iterable[str], prefix: str = "") -> tuple[tuple[Path, str], ...]:
-        """Some files, fetched, each with the prefix of its keys."""
-        return tuple((self.fetch(name), prefix) for name in names)
+        """Some files, fetched, each with the prefix of its keys. Raises PersistWorldError for one that is not whole."""
+        found = tuple((self.fetch(name), prefix) for name in names)
+        for path, _ in found:
+            if path.is_symlink() and not path.exists():
+                raise self.lacking(f"'{path.name}' is a link to a file that is not there: {path.readlink()}")
+        for name in names:
+            if beside := next((name + ending for ending in _UNFINISHED if name + ending in self.names), ""):
+                raise self.lacking(f"'{name}' is not whole: its download left '{PurePosixPath(beside).name}'")
+        return found
 
     def error(self, what: str, fix: str) -> PersistWorldError:
         """An error about this folder or repository."""
         return PersistWorldError(what, where=self.name, fix=fix)
+
+    def lacking(self, what: str, otherwise: str = "fetch it again") -> PersistWorldError:
+        """An error about files that are missing or not whole."""
+        fix = f"{otherwise}; to fetch the rest: {self.again}" if self.again else otherwise
+        return self.error(what + self.unfinished, fix)
 
 
 def _of_file(text: str, listing: _Listing, name: str, parts: Iterable[str]) -> WeightSource:
     """The checkpoint that one file of a folder or repository means, given as `text`."""
     if _is_adapter_file(listing, name):
         return _of_folder(listing.inside(PurePosixPath(name).parent.as_posix()), parts)
-    file = listing.fetch(name)
+    ((file, _),) = listing.files([name])
     if _INDEX.fullmatch(name):
         shards = _pick(listing, {name, *_shards_of(listing, name)})
         return WeightSource(text, "weights", file.parent, listing.files(shards))
@@ -155,11 +180,17 @@ def _of_folder(listing: _Listing, parts: Iterable[str]) -> WeightSource:
         wanted = [part for part in PARTS if part in set(parts) and own[part]]
         files = [file for part in wanted for file in listing.files(_pick(listing, own[part]), f"{part}.")]
         if not files:
-            raise listing.error("the diffusers folder has none of the requested parts", f"expected {', '.join(parts)}")
+            raise listing.lacking(
+                "the diffusers folder has none of the requested parts", f"expected {', '.join(parts)}"
+            )
         return WeightSource(listing.name, "diffusers", files[0][0].parents[1], tuple(files))
+    for name in () if top else sorted(listing.names):
+        if kind := next((kind for ending, kind in _FOREIGN.items() if name.endswith(ending)), None):
+            home = (PurePosixPath(listing.name) / name).parent
+            raise listing.error(kind[0], f"merge the shards: {kind[1].format(home)}")
     nested = [name for name in weights if name.count("/") == 1]
     if not (top or nested):
-        raise listing.error("no weights there", f"expected files ending in {', '.join(SUFFIXES)}")
+        raise listing.lacking("no weights there", f"expected files ending in {', '.join(SUFFIXES)}")
     files = list(listing.files(_pick(listing, top or nested)))
     return WeightSource(listing.name, "weights", files[0][0] if len(files) == 1 else files[0][0].parent, tuple(files))
 
@@ -169,7 +200,7 @@ def _of_adapter(listing: _Listing, folder: str) -> WeightSource:
     names = [folder + ADAPTER_WEIGHTS + suffix for suffix in (".safetensors", ".bin")]
     found = [name for name in names if name in listing.names][:1]
     if not found:
-        raise listing.error("an adapter without its weights", f"expected {names[0]} beside {ADAPTER_CONFIG}")
+        raise listing.lacking("an adapter without its weights", f"expected {names[0]} beside {ADAPTER_CONFIG}")
     root = listing.fetch(folder + ADAPTER_CONFIG).parent
     encoders = [name for name in (f"{folder}{ENCODER}{suffix}" for suffix in SUFFIXES) if name in listing.names][:1]
     files = (*listing.files(found), *listing.files(encoders, f"{ENCODER}."))
@@ -177,7 +208,7 @@ def _of_adapter(listing: _Listing, folder: str) -> WeightSource:
 
 
 def _is_hub_id(text: str) -> bool:
-    return bool(_HUB_ID.fullmatch(text)) and not text.endswith(SUFFIXES)
+    return is_hub_id(text) and not text.endswith(SUFFIXES)
 
 
 def _is_adapter_file(listing: _Listing, name: str) -> bool:
@@ -210,12 +241,15 @@ def _pick(listing: _Listing, names: Iterable[str]) -> list[str]:
             f"name one: {listing.name.rstrip('/')}{listing.join}{shown[0]}",
         )
     files = families[min(models.popitem()[1], key=lambda family: SUFFIXES.index(PurePosixPath(family).suffix))]
-    absent = [file for file in files if file not in listing.names]
     shard = _SHARD.fullmatch(files[0])
     count = int(shard["count"]) if shard else len(files)
-    if absent or len(files) != count:
-        there = len(files) - len(absent)
-        raise listing.error(f"only {there} of the {count} shards of '{files[0]}' are there", "fetch the others")
+    if shard:
+        rest = f"-of-{shard['count']}{shard['suffix']}"
+        files = [f"{shard['stem']}-{number:05d}{rest}" for number in range(1, count + 1)]
+    absent = [file for file in files if file not in listing.names]
+    if absent:
+        there = f"only {count - len(absent)} of the {count} shards of '{files[0]}' are there"
+        raise listing.lacking(f"{there} (missing: {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''})")
     return files
 
 
@@ -223,7 +257,9 @@ def _families(listing: _Listing, names: set[str]) -> dict[str, list[str]]:
     """Name without shard numbers -> files: the shards of one checkpoint, or a single file."""
     families: dict[str, list[str]] = {}
     for index in sorted(name for name in names if _INDEX.fullmatch(name)):
-        families[index[: index.index(".index")]] = _shards_of(listing, index)
+        family = _INDEX.fullmatch(index)
+        assert family is not None
+        families[f"{family['stem']}{family['variant'] or ''}{family['suffix']}"] = _shards_of(listing, index)
     named = {file for files in families.values() for file in files}
     for name in sorted(names - named):
         if _INDEX.fullmatch(name):
@@ -256,42 +292,20 @@ def _model_of(family: str) -> str:
     return (path.parent / ("model" if path.stem in _DEFAULTS else path.stem)).as_posix()
 
 
-def _listing_of_hub(name: str, repo: str) -> _Listing:
-    """A repository's file names, from the hub, or from the cache. Raises PersistWorldError."""
-
-    def fetch(wanted: str) -> Path:
-        try:
-            return Path(hf_hub_download(repo, wanted))
-        except Exception as error:  # the client's own errors, its HTTP library's, OSError
-            raise _hub_error(name, error) from error
-
-    get: Callable[[str], Path] = fetch
-    try:
-        names = frozenset(file.rfilename for file in HfApi().model_info(repo, timeout=_PATIENCE_S).siblings or ())
-    except Exception as error:  # as above
-        folder = _cached(repo)
-        if folder is None:
-            raise _hub_error(name, error) from error
-        names = frozenset(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-        get = folder.joinpath
-    return _Listing(repo, ":", names, get)
+def _listing_of_folder(text: str, path: Path) -> _Listing:
+    """A folder's file names; those of its snapshot, if it is a repository in the hub's cache."""
+    if (path / "blobs").is_dir() and path.name.startswith("models--"):
+        again = command(path.name.removeprefix("models--").replace("--", "/", 1))
+        snapshot, unfinished = snapshot_in(path), unfinished_in(path)
+        if snapshot is None:
+            raise PersistWorldError(f"no snapshot in this folder of the hub's cache{unfinished}", where=text, fix=again)
+        return _Listing(str(snapshot), "/", names_in(snapshot), snapshot.joinpath, unfinished, again)
+    again = f"hf download REPOSITORY --local-dir {text}" if (path / ".cache" / "huggingface").is_dir() else ""
+    return _Listing(text, "/", names_in(path), path.joinpath, unfinished_in(path), again)
 
 
-def _cached(repo: str) -> Path | None:
-    """The folder of a repository in the hub's cache, which may be incomplete."""
-    try:
-        return Path(snapshot_download(repo, local_files_only=True))
-    except Exception as error:  # as above; newer clients name an incomplete folder in the error
-        part = getattr(error, "snapshot_path", None)
-        return Path(part) if part else None
-
-
-def _hub_error(name: str, error: Exception) -> PersistWorldError:
-    """The client's error in one line, and what to do about it."""
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    fix = "check the path or hub id; offline, fetch it first (hf download) and set HF_HOME"
-    if isinstance(error, RepositoryNotFoundError):  # also for a gated or private one
-        fix = "check the id; for a gated or private one accept its terms on its page, and log in (hf auth login)"
-    return PersistWorldError(
-        f"'{name}' is not on disk, and cannot be fetched from the hub: {reason}", where="weights", fix=fix
-    )
+def _listing_of_hub(repo: str) -> _Listing:
+    """A repository's file names, from the hub or the cache. Raises PersistWorldError."""
+    found = open_repository(repo)
+    unfinished = "" if found.answered else unfinished_in(found.snapshot.parents[1])
+    return _Listing(repo, ":", found.names, found.fetch, unfinished, "" if found.answered else command(repo))

@@ -1,6 +1,7 @@
 """Read tensors from files: names and shapes first, then one tensor after another, never a whole file in memory.
 
 No code is run: safetensors hold none, and torch's `weights_only` reader refuses all but tensors and plain values.
+numpy's scalars and arrays beside the weights are passed over: nothing of numpy runs.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
+from persistworld_cli.checkpoints.compatibility import is_lora
+from persistworld_cli.checkpoints.names import Naming, read_names
 from persistworld_cli.checkpoints.saving import read_notes
 from persistworld_cli.checkpoints.sources import WeightSource
+from persistworld_cli.config.weight_names import report_reading
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.read_files import reading
 from persistworld_cli.torch_files import load_torch, require_stored
@@ -44,7 +48,7 @@ class Info(NamedTuple):
 
 
 class WeightFiles:
-    """All tensors of a checkpoint under their names in its files, with the file's prefix.
+    """All tensors of a checkpoint under a world model's names (`names`); an adapter's keep their own.
 
     Args:
         sources: their files; if several have a tensor of the same name, the last one counts.
@@ -52,9 +56,10 @@ class WeightFiles:
     Attributes:
         info: name -> shape and type.
         metadata: the files' notes (`saving`).
+        naming: what the names in the files mean.
 
     Raises:
-        PersistWorldError: a damaged file, one that holds no state dict, or a pickle with code in it.
+        PersistWorldError: a damaged file, one that holds no state dict or several, or a pickle with code in it.
     """
 
     def __init__(self, *sources: WeightSource) -> None:
@@ -62,14 +67,57 @@ class WeightFiles:
         self.metadata: dict[str, str] = {}
         self._home: dict[str, tuple[int, str]] = {}  # name -> (file, name there)
         self._files: list[_Safetensors | _Torch] = []
-        for path, prefix in (entry for source in sources for entry in source.files):
-            file = _open(path)
-            self.metadata |= read_notes(path)
-            for name, info in file.info.items():
-                if not name.endswith(DROPPED):
-                    self.info[prefix + name] = info
-                    self._home[prefix + name] = (len(self._files), name)
-            self._files.append(file)
+        self._name, self._unread = sources[0].name, list[str]()
+        for source in sources:
+            for path, prefix in source.files:
+                file = _open(path)
+                self.metadata |= read_notes(path)
+                for there, name in self._chosen(file, source).items():
+                    if not name.endswith(DROPPED):
+                        self.info[prefix + name] = file.info[there]
+                        self._home[prefix + name] = (len(self._files), there)
+                self._files.append(file)
+        self.naming = Naming({}, [], {})
+        if not is_lora(self.info):
+            self.naming = read_names(self.info)
+            self.rename(self.naming.names)
+
+    def _chosen(self, file: _Safetensors | _Torch, source: WeightSource) -> dict[str, str]:
+        """Names in a file -> names from now on: those of the named entry, or of the only set of weights in it."""
+        groups = file.groups
+        if source.entry:
+            start = f"{source.entry}."
+            names = {name: name.removeprefix(start) for name in file.info if name.startswith(start)}
+            if names:
+                return names
+            held = ", ".join(dict.fromkeys(name.partition(".")[0] for name in file.info))
+            raise PersistWorldError(f"no '{source.entry}' in the file", where=source.name, fix=f"it holds: {held}")
+        sets = _weights_in(groups)
+        together = [name for names in sets.values() for name in names]
+        if len(sets) > 1 and read_names(together).strange:
+            first, *others = (place or "(top)" for place in sets)
+            raise PersistWorldError(
+                f"{len(sets)} sets of weights in the file: {', '.join([first, *others])}",
+                where=source.name,
+                fix=f"name one: {file.path}:{next(filter(None, sets))}",
+            )
+        if not sets and isinstance(file, _Torch) and file.step:
+            raise PersistWorldError(
+                "this is the saved state of a training, to resume from",
+                where=str(file.path),
+                fix="its weights are in the run's folder under weights/",
+            )
+        if sets:
+            rest = [name for place, names in groups.items() if place not in sets for name in names]
+            self._unread += [*file.others, *(name.partition(".")[0] for name in rest)]
+        return {name: name for name in together or file.info}
+
+    def report(self) -> None:
+        """Say, once, what the files have that a plain checkpoint does not."""
+        if text := str(self.naming):
+            report_reading(f"{self._name}: {text}")
+        if unread := sorted(set(self._unread)):
+            report_reading(f"{self._name}: not read, beside the weights: {', '.join(unread)}")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -100,6 +148,14 @@ def fill(targets: Mapping[str, torch.Tensor], files: WeightFiles) -> None:
             targets[name].copy_(tensor)
 
 
+def _weights_in(groups: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """The groups of a file's names that are a model's or an adapter's; all, if there is only one."""
+    if len(groups) < 2:
+        return dict(groups)
+    own = (place for place, names in groups.items() if is_lora(names) or len(read_names(names).strange) < len(names))
+    return {place: groups[place] for place in own}
+
+
 class _Safetensors:
     """A safetensors file; opened again every `WINDOW` bytes, which releases what was mapped."""
 
@@ -108,6 +164,7 @@ class _Safetensors:
         with safe_open(str(path), "pt") as file:
             self.order: list[str] = list(file.offset_keys())
             self.info = {name: Info.of(file.get_tensor(name)) for name in self.order}
+        self.groups, self.others = {"": self.order}, list[str]()
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """In the file's order."""
@@ -125,13 +182,29 @@ class _Safetensors:
 
 
 class _Torch:
-    """A file of `torch.save`, memory-mapped unless it has the format used before 2020."""
+    """A file of `torch.save`, memory-mapped unless it has the format used before 2020.
+
+    Attributes:
+        groups: place of a dict in the file ("" for the outermost) -> the full names of its tensors.
+        others: outermost keys of what is no tensor.
+        step: whether the file counts steps, as a training's saved state does.
+    """
 
     def __init__(self, path: Path, *, mapped: bool) -> None:
         self.mapped = mapped
         self.path = path
-        content = load_torch(path, mapped=mapped)
-        self.tensors: dict[str, torch.Tensor] = _state_dict(content, path)
+        with torch.serialization.safe_globals(_INERT):
+            content = load_torch(path, mapped=mapped)
+        self.step = isinstance(content, dict) and "step" in content
+        content = _policy(content) if self.step and "switch" in content else content
+        self.tensors = tensors_in(content)
+        self.groups: dict[str, list[str]] = {}
+        for place, key in _places(content):
+            self.groups.setdefault(place, []).append(f"{place}.{key}" if place else key)
+        if not self.tensors and not self.step:
+            raise PersistWorldError("the file holds no state dict", where=str(path), fix="give a file of named tensors")
+        named = {name for name in content if any(place.split(".")[0] == name for place in self.groups)}
+        self.others = [str(key) for key, value in content.items() if not torch.is_tensor(value) and key not in named]
         self.info = {name: Info.of(tensor) for name, tensor in self.tensors.items()}
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -156,31 +229,45 @@ def _release(tensor: torch.Tensor) -> None:
     ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
-def _state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a pickle: a state dict, one under "state_dict", or a post-training's sampling policy."""
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    elif isinstance(content, dict) and "step" in content:
-        content = _policy(content, path)
-    what = "" if isinstance(content, dict) and content else "the file holds no state dict"
-    other = [] if what else [k for k, value in content.items() if not (isinstance(k, str) and torch.is_tensor(value))]
-    if other:
-        what = f"not a state dict: {len(other)} of its {len(content)} entries are not tensors (first: {other[0]})"
-    if what:
-        raise PersistWorldError(what, where=str(path), fix="give a file of named tensors")
-    return content
+class _Inert:
+    """What stands for numpy's scalars and arrays in a pickle; their values are not needed."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
 
 
-def _policy(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The sampling policy of a post-training's state under the names of a PEFT folder."""
+_INERT: list[Any] = [
+    (_Inert, name)
+    for name in (
+        *(f"numpy.{core}.multiarray.{made}" for core in ("_core", "core") for made in ("scalar", "_reconstruct")),
+        "numpy.dtype",
+        "numpy.ndarray",
+    )
+]
+
+
+def _places(content: Any, place: str = "") -> dict[tuple[str, str], torch.Tensor]:
+    """Tensors in nested dicts of names: (the keys that lead to the dict, joined by dots; the last key) -> tensor."""
+    found: dict[tuple[str, str], torch.Tensor] = {}
+    for key, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(key, str) and torch.is_tensor(value):
+            found[place, key] = value
+        elif isinstance(key, str):
+            found |= _places(value, f"{place}.{key}" if place else key)
+    return found
+
+
+def tensors_in(content: Any) -> dict[str, torch.Tensor]:
+    """The tensors of what `torch.load` gives: of a module, or in nested dicts, under all keys joined by dots."""
+    content = content.state_dict() if isinstance(content, torch.nn.Module) else content
+    return {f"{place}.{key}" if place else key: tensor for (place, key), tensor in _places(content).items()}
+
+
+def _policy(content: dict[str, Any]) -> dict[str, Any]:
+    """The sampling policy of a post-training's state under the names of a PEFT folder; {} if it has none."""
     for key in _POLICY:
-        if not isinstance(content.get(key), dict):
-            raise PersistWorldError(
-                "this is the saved state of a training, to resume from",
-                where=str(path),
-                fix="its weights are in the run's folder under weights/",
-            )
-        content = content[key]
+        content = content[key] if isinstance(content.get(key), dict) else {}
     return {re.sub(r"^unet\.", "base_model.model.", str(name)): value for name, value in content.items()}
 
 
@@ -189,6 +276,27 @@ def _damage(error: Exception) -> str:
     said = str(error).splitlines()[0].partition(". ")[0] if str(error) else ""
     cut = not said or any(mark in said for mark in ("not fully covered", "invalid header length", "header too small"))
     return "its end is missing" if cut else said
+
+
+def _rescue(path: Path, expression: str = "torch.load({}, weights_only=False)") -> str:
+    """The command that writes the tensors of a file with objects in it to one of its own."""
+    loaded = expression.format(f"{str(path)!r}, map_location='cpu'")
+    new = str(path.with_name(f"{path.stem}-tensors.pt"))
+    return (
+        'python -c "import torch; from persistworld_cli.checkpoints.tensor_files import tensors_in; '
+        f'torch.save(tensors_in({loaded}), {new!r})"'
+    )
+
+
+def _refuse_program(path: Path) -> None:
+    """Raise PersistWorldError for an archive of TorchScript."""
+    with zipfile.ZipFile(path) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise PersistWorldError(
+                "the file is a TorchScript program, not weights",
+                where=str(path),
+                fix=f"if you trust its author: {_rescue(path, 'torch.jit.load({}).state_dict()')}",
+            )
 
 
 def _open(path: Path) -> _Safetensors | _Torch:
@@ -206,16 +314,19 @@ def _open(path: Path) -> _Safetensors | _Torch:
         if head.startswith(b"PK"):
             if not zipfile.is_zipfile(path):  # its table of contents is at the end
                 raise EOFError
+            _refuse_program(path)
             return _Torch(path, mapped=True)
         if head.startswith(b"\x80"):
             return _Torch(path, mapped=False)
         if head[8:9] == b"{" or (head and path.suffix == ".safetensors"):
             return _Safetensors(path)
     except pickle.UnpicklingError as error:
+        thing = re.search(r"GLOBAL (\S+)", str(error))
         raise PersistWorldError(
-            "the file holds more than tensors (a pickle that could run code) and was not opened",
+            f"the file holds more than tensors ({thing[1] if thing else 'an object'}, which could run code) and was "
+            "not opened",
             where=str(path),
-            fix="get a plain state dict, or safetensors",
+            fix=f"get a plain state dict, or safetensors; if you trust its author: {_rescue(path)}",
         ) from error
     except PersistWorldError:
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
@@ -14,6 +15,16 @@ PARTS = ("unet", "vae", "image_encoder", "text_encoder", "action_encoder")  # of
 PASSTHROUGH = "image_encoder"  # in checkpoints because Ctrl-World's strict loading needs it; otherwise unused
 USED_PARTS = tuple(part for part in PARTS if part != PASSTHROUGH)
 NO_ADAPTER = ("base", "none")  # as an adapter or baseline: the checkpoint without an adapter
+READINGS: list[str] = []  # how this process read weights that are not plain; recorded in result.json
+
+logger = logging.getLogger(__name__)
+
+
+def report_reading(text: str) -> None:
+    """Log and record, once per process, how weights were read."""
+    if text not in READINGS:
+        READINGS.append(text)
+        logger.info(text)
 
 
 def adapter_name(name: str) -> str:
@@ -56,6 +67,9 @@ def adapter_folder_in(names: Collection[str]) -> str | None:
 
 
 def names_in(folder: Path) -> frozenset[str]:
-    """Files of a folder, its subfolders and a run's adapter; not deeper, since a run's folder holds many."""
+    """Files of a folder, its subfolders and a run's adapter; not deeper, since a run's folder holds many.
+
+    A link to an absent file counts: the hub's cache has one where a download is not whole.
+    """
     found = [*folder.glob("*"), *folder.glob("*/*"), *folder.glob("weights/adapter/*")]
-    return frozenset(path.relative_to(folder).as_posix() for path in found if path.is_file())
+    return frozenset(path.relative_to(folder).as_posix() for path in found if not path.is_dir())

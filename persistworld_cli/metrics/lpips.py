@@ -12,6 +12,7 @@ import hashlib
 import logging
 import math
 import os
+import urllib.request
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,8 @@ def _torchvision_file(url: str, net: str) -> Path:
     from filelock import FileLock
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
+    from persistworld_cli.hub import PATIENT_S, within
+
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / url.rpartition("/")[2]
     if path.is_file():
@@ -81,6 +84,7 @@ def _torchvision_file(url: str, net: str) -> Path:
     try:
         if HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
+        within(PATIENT_S, lambda: urllib.request.urlopen(url, timeout=PATIENT_S).close())
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{path.name}.lock"):
             if not path.is_file():

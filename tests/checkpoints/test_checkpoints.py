@@ -100,7 +100,8 @@ def test_pretraining_starts_from_a_folder_without_text_and_action_encoder(
     with pytest.raises(PersistWorldError, match="keys missing") as error:
         load_world_model(model, TINY.world, ckpt=str(svd))
     assert re.fullmatch(
-        "it holds the unet and vae of preset .*tiny, without text_encoder and action_encoder", str(error.value.fix)
+        "it holds the unet and vae of preset .*tiny, without text_encoder and action_encoder: give whole weights, .*",
+        str(error.value.fix),
     )
 
 
