@@ -294,7 +294,7 @@ def _model_of(family: str) -> str:
 
 def _listing_of_folder(text: str, path: Path) -> _Listing:
     """A folder's file names; those of its snapshot, if it is a repository in the hub's cache."""
-    if (path / "blobs").is_dir() and path.name.startswith("models--"):
+    if path.name.startswith("models--") and any((path / own).is_dir() for own in ("blobs", "refs", "snapshots")):
         again = command(path.name.removeprefix("models--").replace("--", "/", 1))
         snapshot, unfinished = snapshot_in(path), unfinished_in(path)
         if snapshot is None:

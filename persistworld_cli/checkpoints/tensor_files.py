@@ -203,8 +203,8 @@ class _Torch:
             self.groups.setdefault(place, []).append(f"{place}.{key}" if place else key)
         if not self.tensors and not self.step:
             raise PersistWorldError("the file holds no state dict", where=str(path), fix="give a file of named tensors")
-        named = {name for name in content if any(place.split(".")[0] == name for place in self.groups)}
-        self.others = [str(key) for key, value in content.items() if not torch.is_tensor(value) and key not in named]
+        outer = {key: value for key, value in content.items() if not torch.is_tensor(value)}
+        self.others = [str(key) for key, value in outer.items() if not _places(value)]
         self.info = {name: Info.of(tensor) for name, tensor in self.tensors.items()}
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -71,6 +71,7 @@ class Hub(BaseHTTPRequestHandler):
     """Just enough of the hub: a repository's list of files, and the files."""
 
     fetched: list[str]
+    listed: list[tuple[str, str | None]]  # repository, token
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -82,6 +83,7 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0].strip("/").split("/")
         if path[:2] == ["api", "models"] and "/".join(path[2:4]) in REPOSITORIES:
             name = "/".join(path[2:4])
+            self.listed.append((name, self.headers["Authorization"]))
             files = [{"rfilename": file} for file in REPOSITORIES[name]]
             self.answer(json.dumps({"id": name, "sha": COMMIT, "siblings": files, "tags": []}).encode(), "list")
         elif path[2:4] == ["resolve", "main"] and "/".join(path[:2]) in REPOSITORIES:
@@ -106,13 +108,13 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub() -> Iterator[tuple[str, list[str]]]:
-    """The server's address, and what was fetched from it."""
-    handler = type("Handler", (Hub,), {"fetched": []})
+def hub() -> Iterator[tuple[str, list[str], list[tuple[str, str | None]]]]:
+    """The server's address, and what was fetched and listed."""
+    handler = type("Handler", (Hub,), {"fetched": [], "listed": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", handler.fetched
+    yield f"http://127.0.0.1:{server.server_port}", handler.fetched, handler.listed
     server.shutdown()
     server.server_close()
     thread.join()
@@ -127,8 +129,10 @@ def locate(home: Path, *sources: tuple[str, list[str] | None], **env: str) -> li
     return json.loads(done.stdout)
 
 
-def test_of_a_repository_only_what_is_needed_is_fetched(hub: tuple[str, list[str]], tmp_path: Path) -> None:
-    address, fetched = hub
+def test_of_a_repository_only_what_is_needed_is_fetched(
+    hub: tuple[str, list[str], list[tuple[str, str | None]]], tmp_path: Path
+) -> None:
+    address, fetched, listed = hub
     one, two, named, wrong, vae, svd, shards, adapter, *nested, nobody = locate(
         tmp_path,
         ("acme/one", None),
@@ -144,7 +148,11 @@ def test_of_a_repository_only_what_is_needed_is_fetched(hub: tuple[str, list[str
         ("acme/nested:lora/adapter_model.safetensors", None),
         ("acme/nobody", None),
         HF_ENDPOINT=address,
+        HF_TOKEN="hf_secret",
     )
+    assert listed == [
+        (f"acme/{name}", "Bearer hf_secret") for name in ("one", "two", "svd", "shards", "adapter", "nested")
+    ]
     assert one == ["weights", [["checkpoint-10000.pt", ""]]]
     assert "2 checkpoints there: a.pt, b.pt" in two and "name one: acme/two:a.pt" in two
     assert named == ["weights", [["b.pt", ""]]]
