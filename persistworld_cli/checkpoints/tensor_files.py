@@ -32,6 +32,7 @@ WINDOW = 16 << 20  # bytes mapped at once: a mapped file's pages count as this p
 # Buffers that transformers before 4.31 saved; newer models do not have them in the state dict and refuse them.
 DROPPED = "position_ids"
 
+_OUTER = "."  # the entry for the tensors of a file that are in no dict of their own
 _POLICY = ("switch", "old")  # where a post-training's state holds the sampling policy
 
 
@@ -86,8 +87,9 @@ class WeightFiles:
         """Names in a file -> names from now on: those of the named entry, or of the only set of weights in it."""
         groups = file.groups
         if source.entry:
-            start = f"{source.entry}."
-            names = {name: name.removeprefix(start) for name in file.info if name.startswith(start)}
+            start = "" if source.entry == _OUTER else f"{source.entry}."
+            own = file.info if start else groups.get("", [])
+            names = {name: name.removeprefix(start) for name in own if name.startswith(start)}
             if names:
                 return names
             held = ", ".join(dict.fromkeys(name.partition(".")[0] for name in file.info))
@@ -95,11 +97,11 @@ class WeightFiles:
         sets = _weights_in(groups)
         together = [name for names in sets.values() for name in names]
         if len(sets) > 1 and read_names(together).strange:
-            first, *others = (place or "(top)" for place in sets)
+            places = [place or _OUTER for place in sets]
             raise PersistWorldError(
-                f"{len(sets)} sets of weights in the file: {', '.join([first, *others])}",
+                f"{len(places)} sets of weights in the file: {', '.join(places)}",
                 where=source.name,
-                fix=f"name one: {file.path}:{next(filter(None, sets))}",
+                fix=f"name one: {file.path}:{places[0]}",
             )
         if not sets and isinstance(file, _Torch) and file.step:
             raise PersistWorldError(

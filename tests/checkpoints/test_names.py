@@ -101,6 +101,8 @@ def test_two_sets_of_weights_are_told_apart(tmp_path: Path) -> None:
     assert WeightFiles(locate(f"{tmp_path / 'w.pt'}:ema")).load()[NAMES[3]] == 4
     with pytest.raises(PersistWorldError, match="no 'other' in the file"):
         WeightFiles(locate(f"{tmp_path / 'w.pt'}:other"))
+    torch.save({**MARKED, "ema": MARKED}, tmp_path / "outer.pt")
+    assert WeightFiles(locate(f"{tmp_path / 'outer.pt'}:.")).load() == MARKED
 
 
 def test_what_could_run_code_is_named_with_the_command_that_helps(tmp_path: Path) -> None:
