@@ -441,7 +441,7 @@ def _runs(folder: Path) -> list[Case]:
     def read() -> Any:
         imagined, _ = read_runs([str(folder), str(other)])
         result = build_leaderboard(imagined, read_real(folder / "real.csv"))
-        return [result, plain(leaderboard_tables(result))]
+        return [result, plain(*leaderboard_tables(result))]
 
     return [
         Case("JSON", "rollouts.json", folder / "rollouts.json", folder, read, by.JSON),
