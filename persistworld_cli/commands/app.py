@@ -13,6 +13,7 @@ from persistworld_cli import __version__
 from persistworld_cli.commands import (
     build_meta,
     drive,
+    env,
     eval,
     export,
     extract_latents,
@@ -63,7 +64,7 @@ app = typer.Typer(
 # need -> commands.
 _MODULES: tuple[ModuleType, ...] = (
     *(extract_latents, build_meta, pretrain, post_train, eval, study_report, verify, frontier, replay, drive),
-    *(pi_rollout, policy_server, leaderboard, inspect, export),
+    *(pi_rollout, policy_server, leaderboard, inspect, export, env),
 )
 COMMANDS = {module.__name__.rpartition(".")[2].replace("_", "-"): module for module in _MODULES}
 for _name, _module in COMMANDS.items():

@@ -37,6 +37,7 @@ NAMES = [
     "leaderboard",
     "inspect",
     "export",
+    "env",
 ]
 EXAMPLES = [
     (needs, example)
@@ -128,9 +129,20 @@ def test_every_example_of_the_help_resolves(needs: str, example: str) -> None:
     if not needs:
         read = [word for flag, word in zip(["", *arguments], arguments, strict=False) if flag not in ("-o", "--output")]
         assert all(resolve_path(word).exists() for word in read if "/" in word)
-    result = CliRunner().invoke(commands.app, [*arguments, "--dry-run"])
+    result = CliRunner().invoke(commands.app, [*arguments, "--dry-run"] if arguments[0] != "env" else arguments)
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout) if "--json" in arguments else "dry run" in result.stdout
+    shown = "dry run" if arguments[0] != "env" else "cpu kernels"
+    assert json.loads(result.stdout) if "--json" in arguments else shown in result.stdout
+
+
+def test_env_describes_the_machine_and_hides_secrets() -> None:
+    secrets = {"HF_TOKEN": "hf_abc", "HF_ENDPOINT": "https://me:hf_abc@hub", "PERSISTWORLD_DRIVE_TOKEN": "hf_abc"}
+    result = CliRunner().invoke(commands.app, ["env", "--json"], env={**secrets, "OMP_NUM_THREADS": "1"})
+    assert result.exit_code == 0 and "hf_abc" not in result.stdout
+    told = json.loads(result.stdout)
+    assert told["variables"]["HF_ENDPOINT"] == "https://***@hub" and told["variables"]["OMP_NUM_THREADS"] == "1"
+    assert told["packages"]["torch"] == told["torch"]["torch"] and "error" not in told["torch"]
+    assert Path(told["paths"]["bundled_files"]["path"]) == bundled_root()
 
 
 def test_no_preset_takes_the_bundled_world_and_says_so_on_stderr() -> None:

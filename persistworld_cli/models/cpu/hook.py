@@ -16,7 +16,7 @@ from persistworld_cli.models.cpu.fused_blocks import DIFFUSERS, FUSED
 from persistworld_cli.models.cpu.fused_resnets import FirstConv
 from persistworld_cli.models.cpu.layers import swap_classes, swapped_classes
 from persistworld_cli.models.cpu.lora_layers import FUSED_LORA
-from persistworld_cli.models.cpu.native.build import available
+from persistworld_cli.models.cpu.native.build import available, obstacle
 
 
 def speed_up(model: nn.Module) -> None:
@@ -39,3 +39,8 @@ def as_diffusers(unet: UNetSpatioTemporalConditionModel) -> Iterator[None]:
 def kernels_in_use() -> bool:
     """Whether this machine runs the C++ kernels."""
     return available()
+
+
+def kernels() -> str:
+    """``used``, or why this machine does not run the C++ kernels."""
+    return "used" if available() else f"not used: {obstacle() or 'they do not compile'}"

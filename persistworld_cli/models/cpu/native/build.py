@@ -35,10 +35,9 @@ _wanted = True
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernels, compiled at the first call; None if they cannot be compiled or are switched off."""
-    compiler = shutil.which("g++")
-    if os.environ.get(SWITCH) == "0" or compiler is None or not _fits():
+    if obstacle():
         return None
-    sources = sorted(Path(__file__).parent.glob("*.cpp"))
+    compiler, sources = shutil.which("g++") or "", sorted(Path(__file__).parent.glob("*.cpp"))
     try:
         return ctypes.CDLL(str(_compiled(compiler, sources)))
     except subprocess.CalledProcessError as error:
@@ -47,6 +46,23 @@ def library() -> ctypes.CDLL | None:
     except (OSError, CannotWrite) as error:
         _log.warning("fast CPU kernels are not used: %s", error)
     return None
+
+
+def obstacle() -> str:
+    """Why the kernels are not compiled on this machine; "" if they are."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0"
+    if platform.system() != "Linux":
+        return "they need Linux"
+    if (capability := torch.backends.cpu.get_cpu_capability()) not in VECTORS:
+        return f"they need AVX2 or AVX-512, and torch uses {capability}"
+    if shutil.which("g++") is None:
+        return "no g++ (apt install g++)"
+    loaded = {Path(line.split()[-1]).name for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    # two OpenMP runtimes in one process would each keep a thread on every core
+    if not any(n.startswith("libgomp") for n in loaded) or any(n.startswith(("libomp", "libiomp")) for n in loaded):
+        return "they need libgomp as the only OpenMP runtime"
+    return ""
 
 
 @torch.compiler.assume_constant_result
@@ -64,15 +80,6 @@ def without_kernels() -> Iterator[None]:
         yield
     finally:
         _wanted = True
-
-
-def _fits() -> bool:
-    """Whether the kernels support this processor and this torch."""
-    if platform.system() != "Linux" or torch.backends.cpu.get_cpu_capability() not in VECTORS:
-        return False
-    loaded = {Path(line.split()[-1]).name for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
-    # two OpenMP runtimes in one process would each keep a thread on every core
-    return any(n.startswith("libgomp") for n in loaded) and not any(n.startswith(("libomp", "libiomp")) for n in loaded)
 
 
 def _compiled(compiler: str, sources: list[Path]) -> Path:
