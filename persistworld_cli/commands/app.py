@@ -89,6 +89,8 @@ def _root(
 
 def main() -> None:
     """Run the command line; exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    if sys.platform == "win32":  # file locks and signals of POSIX
+        sys.exit("error: Windows is not supported\n  to do: use WSL 2, which is Linux (docs/install.md)")
     try:
         app()
     except KeyboardInterrupt:

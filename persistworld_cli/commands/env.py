@@ -14,10 +14,8 @@ from typing import Any
 from persistworld_cli import __version__
 from persistworld_cli.commands.options import Common, with_common
 from persistworld_cli.commands.run import show_tables, write_json
-from persistworld_cli.compat import ensure_torchvision
 from persistworld_cli.config.bundled import bundled_root
 from persistworld_cli.cost.report import BYTES, amount
-from persistworld_cli.launch.environment import cores, cpus
 
 EXAMPLES = {"": ("persistworld env", "persistworld env --json")}
 
@@ -61,6 +59,8 @@ def _system() -> dict[str, Any]:
     """The program, Python and the machine."""
     import psutil
 
+    from persistworld_cli.launch.environment import cores, cpus
+
     model = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists() and (found := re.search(r"model name\s*: (.*)", info.read_text())):
         model = found[1]
@@ -79,6 +79,8 @@ def _torch() -> dict[str, Any]:
     """Devices and kernels; a torch that does not import is the error to report."""
     try:
         import torch
+
+        from persistworld_cli.compat import ensure_torchvision
 
         ensure_torchvision()
         import torchvision

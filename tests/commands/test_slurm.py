@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from persistworld_cli.commands.app import app
 
-SCRIPT = Path(__file__).resolve().parents[2] / "docs" / "slurm" / "post_train.sbatch"
+SCRIPTS = Path(__file__).resolve().parents[2] / "docs" / "slurm"
+SCRIPT = SCRIPTS / "post_train.sbatch"
 STAND_INS = {
     "srun": """#!/bin/bash
 while [[ "$1" == --* ]]; do shift; done
@@ -78,3 +79,16 @@ def test_the_signal_before_the_time_limit_reaches_the_launchers_and_requeues_the
         job.send_signal(signal.SIGUSR1)
         assert job.wait() == 0
     assert (tmp_path / "requeued").read_text() == "requeue 41\n"
+
+
+def test_the_tasks_of_an_array_divide_the_episodes(cluster: dict[str, str], tmp_path: Path) -> None:
+    ranges = []
+    for task in range(3):
+        array = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_CPUS_PER_TASK": "16"}
+        job = {**cluster, **array, "SLURM_NODEID": str(task), "EPISODES": "10"}
+        assert subprocess.run(["bash", str(SCRIPTS / "extract.sbatch")], env=job).returncode == 0
+        words = (tmp_path / f"{task}.words").read_text().splitlines()
+        result = CliRunner().invoke(app, [*words, "--dry-run", "--json"])
+        assert result.exit_code == 0, result.output
+        ranges.append(json.loads(result.stdout)["request"]["episodes"])
+    assert ranges == ["0:4", "4:8", "8:12"]
