@@ -212,10 +212,16 @@ def measure(root: Path, episodes: int, distinct: int) -> dict[str, Any]:
     rows.append(run("nothing new", *base))
     tree.add(range(episodes, episodes + 100))
     rows.append(run("100 episodes more", *base))
-    updated = [(root / "meta" / name).read_bytes() for name in ("index.safetensors", "stat.json", "adapter.json")]
+    updated = [
+        (root / "meta" / name).read_bytes()
+        for name in ("index.safetensors", "stat.json", "joint_velocity_adapter.json")
+    ]
     opened = opening(root / "meta")
     rows.append(run("all again (--fresh)", *base, "--fresh"))
-    again = [(root / "meta" / name).read_bytes() for name in ("index.safetensors", "stat.json", "adapter.json")]
+    again = [
+        (root / "meta" / name).read_bytes()
+        for name in ("index.safetensors", "stat.json", "joint_velocity_adapter.json")
+    ]
     rows.append(run("with export", *base, "--export", "ctrl-world"))
     lists = root / "meta_info" / root.resolve().name
     rows.append(run("with import", *base, "--import", str(lists)))

@@ -290,7 +290,8 @@ def _dataset(folder: Path) -> list[Case]:
     meta = folder / "meta"
     index = IndexFile(meta / "index.safetensors")
     lists = export_ctrl_world(index, ActionStat.load(meta / "stat.json"), folder / "meta_info" / "own")
-    (meta / "adapter.json").write_text(json.dumps({"gain": [0.05] * 7}))
+    gains = meta / "joint_velocity_adapter.json"
+    gains.write_text(json.dumps({"gain": [0.05] * 7}))
     item, one = list_annotations(folder)[0], folder / "annotation" / "train" / "0.json"
 
     def annotation() -> Any:
@@ -311,7 +312,7 @@ def _dataset(folder: Path) -> list[Case]:
     return [
         Case("JSON", "annotation", one, folder, annotation, by.JSON),
         Case("JSON", "stat.json", meta / "stat.json", folder, lambda: ActionStat.load(meta / "stat.json"), by.JSON),
-        Case("JSON", "adapter.json", meta / "adapter.json", folder, lambda: _gain(meta / "adapter.json"), by.JSON),
+        Case("JSON", gains.name, gains, folder, lambda: _gain(gains), by.JSON),
         Case("JSON", "extract.json", path, folder, lambda: [extraction_notes(folder), _same(path, shared)], by.JSON),
         Case("JSON", "extract_report", folder / "extract_report.json", folder, lambda: _report(folder), by.JSON),
         Case("JSON", "samples", lists / "train_sample.json", folder, lambda: _lists(lists), by.JSON),
@@ -377,7 +378,7 @@ def _weights(folder: Path) -> list[Case]:
     return [
         Case("pt", "weights .pt", folder / "model.pt", folder, read(folder / "model.pt"), by.TORCH),
         Case("pt", "weights of an old .pt", folder / "old.pt", folder, read(folder / "old.pt"), by.ANY),
-        Case("pt", "action adapter", folder / "mlp.pth", folder, act(folder / "mlp.pth"), by.TORCH),
+        Case("pt", "joint-velocity adapter", folder / "mlp.pth", folder, act(folder / "mlp.pth"), by.TORCH),
         *(
             Case("safetensors", f"{path.parent.name}/{path.name}", path, folder, load, by.SAFETENSORS)
             for path, load in (

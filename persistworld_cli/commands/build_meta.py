@@ -1,4 +1,4 @@
-"""``persistworld build-meta``: index, action statistics, action adapter and health report of a processed dataset."""
+"""``persistworld build-meta``: index, action statistics, joint-velocity adapter and health report of a dataset."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _SHOWN = 3  # episodes named in a terminal; the JSON names more
     without=("output",),
 )
 def command(common: Common, request: BuildMetaRequest) -> None:
-    """Index a processed dataset: location of every episode, action statistics, action adapter and health report.
+    """Index a processed dataset: place of every episode, action statistics, joint-velocity adapter and health report.
 
     A later run reads only the annotations that are new or changed.
     """
@@ -120,7 +120,7 @@ def _machine(report: MetaReport, exported: str | None) -> dict[str, Any]:
         "samples": report.samples,
         "state_p01": report.stat.p01.tolist(),
         "state_p99": report.stat.p99.tolist(),
-        "adapter": report.adapter,
+        "joint_velocity_adapter": report.adapter,
         "health": report.health,
         **({"exported": exported} if exported else {}),
     }
@@ -171,7 +171,7 @@ _PREDICTORS = {
 def _adapter_tables(adapter: dict[str, Any] | None) -> dict[str, Any]:
     """Gain and error of each joint, and the error of each way to predict."""
     if adapter is None:
-        return {"adapter": "not fitted: no annotation has joint positions and velocities at the raw rate"}
+        return {"joint-velocity adapter": "not fitted: no annotation has joints and velocities at the raw rate"}
     each = adapter["joint_mae_each"]
     joints = [
         {
@@ -190,8 +190,8 @@ def _adapter_tables(adapter: dict[str, Any] | None) -> dict[str, Any]:
         }
         for name, text in _PREDICTORS.items()
     ]
-    title = f"action adapter: motion per raw frame = gain x velocity (rad; {adapter['episodes']} episodes)"
-    return {title: joints, "action adapter: mean error over 1 to 15 raw frames": ways}
+    title = f"joint-velocity adapter: motion per raw frame = gain x velocity (rad; {adapter['episodes']} episodes)"
+    return {title: joints, "joint-velocity adapter: mean error over 1 to 15 raw frames": ways}
 
 
 def _first(names: list[str], count: int) -> str:

@@ -37,6 +37,7 @@ _RENAMED = {
     "drive.workspace_high": "robot.limits = { x = [0.3, 0.8], y = [-0.5, 0.5], z = [0.01, 0.5] }",
     "policy.layout": "no layout: any number of rows is taken, and policy.actions says what they mean",
 }
+_OLD_NAMES = {"policy.adapter": "policy.joint_velocity_adapter"}  # still read
 _META_KEYS = ("extends", "description")  # what a preset may have beside its tables
 
 
@@ -213,7 +214,12 @@ def _dotted(table: str, entries: Any, where: str) -> list[tuple[str, Any]]:
     """A TOML table as (dotted key, value) pairs."""
     if not isinstance(entries, Mapping):
         raise _unknown_key(table, where)
-    return [(f"{table}.{name}", value) for name, value in entries.items()]
+    return [(_todays(f"{table}.{name}"), value) for name, value in entries.items()]
+
+
+def _todays(key: str) -> str:
+    """A setting's name today."""
+    return _OLD_NAMES.get(key, key)
 
 
 def _preset_path(name: str) -> Path:
@@ -308,7 +314,7 @@ def _add_set(layers: dict[str, _Value], item: str) -> None:
 
 def _add_text(layers: dict[str, _Value], key: str, text: str, origin: str, where: str) -> None:
     """A value written as text; ``table.dict.entry=value`` changes one entry of a setting that is a table itself."""
-    types = setting_types()
+    types, key = setting_types(), _todays(key)
     table, name, *rest = key.split(".")
     base = f"{table}.{name}"
     if rest and base in types and get_origin(types[base]) is dict:

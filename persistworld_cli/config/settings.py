@@ -321,8 +321,8 @@ class PolicySettings:
     cap_current: bool = False  # whether gripper_cap also limits the current gripper (row 0 of an interaction)
     steps: Whole = 0  # interactions; 0: the task's
     joint_limits: Literal["refuse", "stop"] = "refuse"  # a policy that passes one: refuse it, or the joint stays there
-    adapter: str = "gain"  # gain | meta (fitted by build-meta) | path of an MLP's weights
-    gain: Positive = 0.054  # of adapter = "gain": rad per row at velocity 1
+    joint_velocity_adapter: str = "gain"  # gain | meta (fitted by build-meta) | path of an MLP's weights
+    gain: Positive = 0.054  # of joint_velocity_adapter = "gain": rad per row at velocity 1
     position_gain: Annotated[float, Bounds(gt=0, le=1)] = 0.27  # share of the way to commanded joints covered in a row
     seed: int = 0
 

@@ -22,7 +22,7 @@ from persistworld_cli.config.keys import Dimension, dimensions_of
 from persistworld_cli.config.plugins import running
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.robot.adapter import ActionAdapter
+from persistworld_cli.robot.adapter import JointVelocityAdapter
 from persistworld_cli.robot.kinematics import PANDA, Kinematics
 from persistworld_cli.robot.kinematics import pose as flange_pose
 from persistworld_cli.rollout.interactive import require_dimensions
@@ -243,7 +243,7 @@ class JointVelocity(_Joints):
     parts = _parts(what, PANDA.num_joints)
     rates = (JOINTS,)
 
-    def __init__(self, adapter: ActionAdapter, *limits: Any, **more: Any) -> None:
+    def __init__(self, adapter: JointVelocityAdapter, *limits: Any, **more: Any) -> None:
         super().__init__(*limits, **more)
         self._adapter = adapter
 

@@ -23,6 +23,7 @@ from persistworld_cli.config.keys import dimensions_of
 from persistworld_cli.config.requests import PolicyRolloutRequest
 from persistworld_cli.config.settings import PolicySettings, Settings
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
+from persistworld_cli.data.metadata.adapter_fit import ADAPTER_FILES
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import write_json, write_text
 from persistworld_cli.models.world_model import WorldModel
@@ -47,7 +48,7 @@ from persistworld_cli.policies.tasks import Task, TaskStart, load_task
 from persistworld_cli.reports.policy_tables import rollout_tables
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.tables import plain
-from persistworld_cli.robot.adapter import ActionAdapter, load_adapter
+from persistworld_cli.robot.adapter import JointVelocityAdapter, load_adapter
 from persistworld_cli.robot.kinematics import load_kinematics
 from persistworld_cli.rollout.interactive import InteractiveRollout, find_split, make_start
 from persistworld_cli.rollout.recording import Item, Start
@@ -176,7 +177,7 @@ def run(settings: Settings, request: PolicyRolloutRequest) -> dict[str, Any]:
     """Roll out a policy and write the results.
 
     Args:
-        settings: resolved settings; `policy` has server, actions, task, adapter.
+        settings: resolved settings; `policy` has server, actions, task, joint-velocity adapter.
         request: the policy, its starts and its judge.
 
     Returns:
@@ -332,11 +333,12 @@ def _language(settings: Settings, store: EpisodeStore, gripper_cap: float) -> Ac
     return kind(own.position_gain, *body)
 
 
-def _adapter(settings: PolicySettings, store: EpisodeStore, joints: int) -> ActionAdapter:
-    """The action adapter that the settings name."""
-    kind = settings.adapter
+def _adapter(settings: PolicySettings, store: EpisodeStore, joints: int) -> JointVelocityAdapter:
+    """The joint-velocity adapter that the settings name."""
+    kind = settings.joint_velocity_adapter
     path = kind if kind in ("gain", "meta") else str(resolve_path(kind))
-    return load_adapter(path, settings.gain, store.meta / "adapter.json", joints)
+    fitted = next((file for file in (store.meta / name for name in ADAPTER_FILES) if file.exists()), None)
+    return load_adapter(path, settings.gain, fitted, joints)
 
 
 def _camera(name: str, key: str, settings: Settings) -> int:

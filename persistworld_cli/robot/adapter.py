@@ -1,4 +1,4 @@
-"""Action adapters: commanded joint velocities of a policy -> the arm's future joint angles.
+"""Joint-velocity adapters: commanded joint velocities of a policy -> the arm's future joint angles.
 
 DROID's controller scales a velocity of 1 to at most 0.2 rad per control step (15 Hz), and the arm lags behind: in real
 episodes the motion per frame is about 0.054 of the velocity (method.md section 6). `GainAdapter` sums gain x velocity;
@@ -33,7 +33,7 @@ _DELTA_P01 = (-0.2801219, -0.397792, -0.22935797, -0.3351759, -0.42025003, -0.36
 _DELTA_P99 = (0.2827909, 0.42184818, 0.33529875, 0.35958457, 0.375613, 0.44463825, 0.469769)
 
 
-class ActionAdapter(Protocol):
+class JointVelocityAdapter(Protocol):
     """Joint velocities and the joints now -> joints after each row."""
 
     def __call__(self, velocities: ArrayLike, joints: ArrayLike) -> Float:
@@ -97,13 +97,13 @@ class MlpAdapter(torch.nn.Module):
 
 def load_adapter(
     kind: str, gain: float = DEFAULT_GAIN, meta: Path | None = None, joints: int = NUM_JOINTS
-) -> ActionAdapter:
+) -> JointVelocityAdapter:
     """The adapter that the settings name.
 
     Args:
         kind: ``gain`` (one number for every joint), ``meta`` (fitted by build-meta), or an MLP's weights file.
         gain: for ``gain``.
-        meta: build-meta's ``adapter.json``, for ``meta``.
+        meta: build-meta's ``joint_velocity_adapter.json``, for ``meta``.
         joints: number of joints.
 
     Raises:
@@ -114,19 +114,19 @@ def load_adapter(
     if kind == "meta":
         return GainAdapter(_read_gain(meta, joints))
     if joints != NUM_JOINTS:
-        what = f"an action adapter's network has {NUM_JOINTS} joints, this arm {joints}"
-        raise PersistWorldError(what, where="policy.adapter", fix="give gain or meta")
+        what = f"an joint-velocity adapter's network has {NUM_JOINTS} joints, this arm {joints}"
+        raise PersistWorldError(what, where="policy.joint_velocity_adapter", fix="give gain or meta")
     return _load_mlp(Path(kind).expanduser())
 
 
 def _read_gain(path: Path | None, joints: int) -> Float:
-    """(J,) gains out of build-meta's ``adapter.json``: a number or a list under ``gain``."""
-    fix = "run persistworld build-meta on the dataset, or take --adapter gain"
+    """(J,) gains out of build-meta's ``joint_velocity_adapter.json``: a number or a list under ``gain``."""
+    fix = "run persistworld build-meta on the dataset, or set policy.joint_velocity_adapter to gain"
     if path is None or not path.is_file():
-        where = str(path or "policy.adapter")
-        raise PersistWorldError("the dataset has no fitted action adapter", where=where, fix=fix)
-    with reading("not an action adapter", path, fix):
-        data = read_json(path, "not an action adapter", fix)
+        where = str(path or "policy.joint_velocity_adapter")
+        raise PersistWorldError("the dataset has no fitted joint-velocity adapter", where=where, fix=fix)
+    with reading("not a joint-velocity adapter", path, fix):
+        data = read_json(path, "not a joint-velocity adapter", fix)
         gain = np.broadcast_to(np.asarray(data["gain"], dtype=np.float64), (joints,))
     if not np.isfinite(gain).all():
         raise PersistWorldError("the fitted gains are not finite", where=str(path), fix=fix)
@@ -137,8 +137,8 @@ def _load_mlp(path: Path) -> MlpAdapter:
     """The network, with weights from safetensors or a torch file (``weights_only``)."""
     if not path.is_file():
         raise PersistWorldError(
-            f"no action adapter '{path}'",
-            where="policy.adapter",
+            f"no joint-velocity adapter '{path}'",
+            where="policy.joint_velocity_adapter",
             fix="give gain, meta, or the path of Ctrl-World's model2_15_9.pth (or the same as safetensors)",
         )
     tensors = _read_tensors(path)
@@ -149,7 +149,7 @@ def _load_mlp(path: Path) -> MlpAdapter:
         matches = [tensor for key, tensor in tensors.items() if key == name or key.endswith("." + name)]
         if len(matches) != 1 or matches[0].shape != expected.shape:
             got = f"has shape {tuple(matches[0].shape)}" if len(matches) == 1 else "is missing"
-            fix = "this is not Ctrl-World's action adapter (112-512-512-105)"
+            fix = "this is not Ctrl-World's joint-velocity adapter (112-512-512-105)"
             raise PersistWorldError(f"'{name}' {got}; expected {tuple(expected.shape)}", where=str(path), fix=fix)
         found[name] = matches[0].float()
     model.load_state_dict(found)
@@ -158,7 +158,7 @@ def _load_mlp(path: Path) -> MlpAdapter:
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a file, by name; those of a torch file may be nested one level."""
-    with reading("cannot read the action adapter", path, "give safetensors, or a plain state dict"):
+    with reading("cannot read the joint-velocity adapter", path, "give safetensors, or a plain state dict"):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 

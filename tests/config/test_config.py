@@ -263,3 +263,12 @@ def test_settings_are_frozen() -> None:
 def test_a_whole_number_beyond_every_float_is_one_error() -> None:
     with pytest.raises(UsageError, match="too large"):
         load_settings("tiny", ["post_train.beta=1" + "0" * 400])
+
+
+def test_a_setting_is_read_under_its_old_name_too(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text('extends = "tiny"\n[policy]\nadapter = "meta"\n')
+    assert load_settings(str(mine), env={}).policy.joint_velocity_adapter == "meta"
+    env = {"PERSISTWORLD_POLICY__ADAPTER": "meta"}
+    assert load_settings("tiny", ["policy.adapter=gain"], env=env).policy.joint_velocity_adapter == "gain"
+    assert from_json({"policy": {"adapter": "meta"}}).policy.joint_velocity_adapter == "meta"

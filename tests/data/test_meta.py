@@ -59,7 +59,7 @@ def test_adapter_finds_the_gain(dataset: Path) -> None:
     assert adapter is not None
     assert adapter["gain"] == pytest.approx([0.05] * 7, abs=1e-6)
     assert adapter["joint_mae"]["fitted"] < 1e-6 < adapter["joint_mae"]["hold"] < adapter["joint_mae"]["scale_0.2"]
-    assert json.loads((dataset / "meta/adapter.json").read_text()) == adapter
+    assert json.loads((dataset / "meta/joint_velocity_adapter.json").read_text()) == adapter
 
 
 def motion(joints: NDArray[np.floating], velocity: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -321,4 +321,4 @@ def test_recordings_of_the_new_setup_need_no_raw_lists(shared_data: Path, tmp_pa
     (copy / "videos/train").symlink_to(shared_data / "droid_new_setup/videos/val")
     report = build_meta(copy)
     assert report.episodes == {"train": 3} and report.adapter is None
-    assert not (copy / "meta/adapter.json").exists()
+    assert not (copy / "meta/joint_velocity_adapter.json").exists()

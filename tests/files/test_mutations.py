@@ -118,7 +118,7 @@ def test_values_of_another_kind_are_named(cases: list[Case], name: str, change: 
 
 
 def test_archives_that_torch_would_misread(cases: list[Case]) -> None:
-    for name in ("weights .pt", "latents .pt", "action adapter", "state.pt as an adapter"):
+    for name in ("weights .pt", "latents .pt", "joint-velocity adapter", "state.pt as an adapter"):
         case, out = find(cases, name), io.BytesIO()
         with zipfile.ZipFile(case.file) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
             for member in old.namelist():

@@ -285,7 +285,7 @@ def test_what_cannot_be_rolled_out_is_told_before_any_weights_are_read(root: Pat
         (blind(task="stak"), {}, "unknown task 'stak'"),
         (blind(actions="pose"), {"policy": "scripted"}, "policy 'scripted' does not answer in pose"),
         (blind(images={"image": "front"}), {}, "no camera 'front', which 'image' shows"),
-        (blind(adapter="meta"), {}, "no fitted action adapter"),
+        (blind(joint_velocity_adapter="meta"), {}, "no fitted joint-velocity adapter"),
         (blind(), {"policy": "hodl"}, "unknown policy 'hodl'"),
         (blind(), {"episodes": ("12",)}, "no episode '12'"),
         (blind(port=9, wait_s=0.1), {"policy": "server"}, "no policy server answered"),

@@ -1,4 +1,4 @@
-"""Kinematics, keys and action adapters against the reference's numbers and DROID's recordings."""
+"""Kinematics, keys and joint-velocity adapters against the reference's numbers and DROID's recordings."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_mlp_adapter_equals_the_reference(golden: GoldenFiles, tmp_path: Path) -
     for path in (weights, tmp_path / "model2_15_9.pth"):
         adapter = load_adapter(str(path))
         for joints, velocities, future in zip(data["joint"], data["joint_vel"], data["joint_future"], strict=True):
-            close("D action adapter", adapter(velocities, joints), future, 1e-5)
+            close("D joint-velocity adapter", adapter(velocities, joints), future, 1e-5)
     assert adapter(velocities[:10], joints).shape == (10, 7)
     longer = adapter(np.concatenate([velocities, velocities[:3]]), joints)  # the rest begins where 15 rows end
     assert np.allclose(longer, np.concatenate([future, adapter(velocities[:3], longer[14])]), atol=1e-5)
@@ -131,9 +131,9 @@ def test_bad_adapters_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(PersistWorldError, match="build-meta"):
         load_adapter("meta", meta=tmp_path / "adapter.json")
     (tmp_path / "adapter.json").write_text('{"gain": [1, 2]}')
-    with pytest.raises(PersistWorldError, match="not an action adapter"):
+    with pytest.raises(PersistWorldError, match="not a joint-velocity adapter"):
         load_adapter("meta", meta=tmp_path / "adapter.json")
-    with pytest.raises(PersistWorldError, match="no action adapter"):
+    with pytest.raises(PersistWorldError, match="no joint-velocity adapter"):
         load_adapter(str(tmp_path / "none.pth"))
     save_file({"net.0.weight": torch.zeros(4, 4)}, tmp_path / "other.safetensors")
     with pytest.raises(PersistWorldError, match=r"'net\.0\.weight' has shape \(4, 4\)"):

@@ -4,7 +4,7 @@
     <root>/videos/{split}/<id>/{0,1,2}.mp4
     <root>/latent_videos/{split}/<id>/{0,1,2}.npy     float16 (T, C, h1, w): the native form
                                           {0,1,2}.pt      float32 (T, C, h1, w): Ctrl-World's, read in place
-    <root>/meta/{index.safetensors, stat.json, adapter.json}  from `persistworld build-meta`
+    <root>/meta/{index.safetensors, stat.json, joint_velocity_adapter.json}  from `persistworld build-meta`
 
 Legend: T frames at the model rate, C latent channels, V cameras, h1 latent height of one camera, h = V * h1 (cameras
 stacked along height in their order), w latent width, N requested frames, H, W image pixels.

@@ -1,4 +1,4 @@
-"""The action adapter that build-meta fits: joint motion = gain x commanded velocity, one gain per joint (method.md 6).
+"""The joint-velocity adapter that build-meta fits: motion = gain x commanded velocity for each joint (method.md 6).
 
 Legend: R raw frames of an episode, J joints. A window is a start frame and the 1..15 raw frames after it that a
 policy's chunk covers. Errors are of the joint angle (rad) and, with forward kinematics, of the hand's position (m).
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from persistworld_cli.data.metadata.scan import AnnotationStat
 
+ADAPTER_FILES = ("joint_velocity_adapter.json", "adapter.json")  # in a dataset's meta: as written, as in older ones
 HORIZON = 15  # raw frames a policy's chunk moves ahead (openpi's pi0.5-DROID)
 FIT_EPISODES = 1000  # at most this many: 300,000 raw frames for seven numbers
 BOUND = 0.2  # rad per raw frame that DROID's controller commands at velocity 1

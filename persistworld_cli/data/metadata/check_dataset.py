@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[bool, str, str]] = {
         "states differ in width from most episodes",
         "keep other robots' episodes in another dataset",
     ),
-    "raw-lists": (False, "lists at the raw rate differ in length", "the action adapter is not fitted on them"),
+    "raw-lists": (False, "lists at the raw rate differ in length", "the joint-velocity adapter is not fitted on them"),
     "no-instruction": (False, "no instruction", "the model gets an empty text there; that may be intended"),
     "video-missing": (True, "video of a camera is missing", _REDO),
     "video-unreadable": (True, "video cannot be decoded", _REDO),

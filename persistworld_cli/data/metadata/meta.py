@@ -1,8 +1,8 @@
-"""Metadata of a processed dataset: index, percentiles of the states, action adapter, health report.
+"""Metadata of a processed dataset: index, percentiles of the states, joint-velocity adapter, health report.
 
-Written to ``<dataset>/meta``: index.safetensors, stat.json, adapter.json, health.json. Worker processes parse the
-annotations; those unchanged since the previous index are not opened again. No file is replaced before all results
-are ready.
+Written to ``<dataset>/meta``: index.safetensors, stat.json, joint_velocity_adapter.json, health.json. Worker
+processes parse the annotations; those unchanged since the previous index are not opened again. No file is replaced
+before all results are ready.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from persistworld_cli.config.keys import FRANKA_POSE, state_names
 from persistworld_cli.config.settings import Settings
-from persistworld_cli.data.metadata.adapter_fit import HandPosition, chosen, fit_adapter
+from persistworld_cli.data.metadata.adapter_fit import ADAPTER_FILES, HandPosition, chosen, fit_adapter
 from persistworld_cli.data.metadata.ctrl_world_meta import SampleLists
 from persistworld_cli.data.metadata.health import count_starts, findings, start_percentiles, state_table, unusable
 from persistworld_cli.data.metadata.index import INDEX_FILE, ActionStat, StateWriter, write_index
@@ -132,12 +132,11 @@ def build_meta(
     write_json(
         target / "stat.json", {"state_01": stat.p01, "state_99": stat.p99, **({"from": imported} if imported else {})}
     )
+    for name in (*ADAPTER_FILES, "index.npz"):  # an older adapter would mislead; index.npz is of older versions
+        (target / name).unlink(missing_ok=True)
     if adapter is not None:
-        write_json(target / "adapter.json", adapter)
-    else:
-        (target / "adapter.json").unlink(missing_ok=True)  # an older adapter would mislead
+        write_json(target / ADAPTER_FILES[0], adapter)
     write_json(target / "health.json", health)
-    (target / "index.npz").unlink(missing_ok=True)  # written by older versions
     return report
 
 
