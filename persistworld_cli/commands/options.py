@@ -141,11 +141,11 @@ def setting(key: str, help: str, flag: str = "", **how: Any) -> Slot:
 
 CKPT = setting(
     "model.inference",
-    "Weights, or a post-trained adapter: a file, a folder, a hub id, or bundled:NAME.",
+    "Weights, or a LoRA adapter: a file, a folder, a hub id, or bundled:NAME.",
     "--ckpt",
     metavar="PATH|HUB_ID",
 )
-ADAPTER = setting("model.adapter", "Post-trained adapter (PEFT folder) on top of the weights.", metavar="PATH")
+ADAPTER = setting("model.adapter", "LoRA adapter (PEFT folder of a post-training) on the weights.", metavar="PATH")
 DATASET = setting("world.dataset", "Processed dataset (what extract-latents wrote).", metavar="DIR")
 COMPILE = setting(
     "launch.compile", "Compile the network first (torch.compile): faster calls, but compiling takes minutes on a CPU."

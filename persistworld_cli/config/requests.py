@@ -259,7 +259,7 @@ class ReplayRequest(TaskRequest):
         (), "Weights; may be repeated, for models side by side.", flag="--ckpt", metavar="PATH|HUB_ID"
     )
     adapters: tuple[str, ...] = option(
-        (), "Adapter on the weights, or base for none; may be repeated.", flag="--adapter", metavar="PATH"
+        (), "LoRA adapter on the weights, or base for none; may be repeated.", flag="--adapter", metavar="PATH"
     )
 
 
@@ -378,12 +378,12 @@ class ExportRequest(Request):
     """Write weights or an adapter for other programs."""
 
     task: ClassVar[str] = "export"
-    ckpt: str = option(REQUIRED, "Weights, or with --to peft an adapter: file, folder or hub id.", flag="CKPT")
+    ckpt: str = option(REQUIRED, "Weights, or with --to peft a LoRA adapter: file, folder or hub id.", flag="CKPT")
     output: Path = option(REQUIRED, "File to write; with --to peft, folder.", flag="--output -o", metavar="FILE")
     to: Literal["ctrl-world", "safetensors", "peft"] = option(
         REQUIRED, "ctrl-world (.pt that Ctrl-World loads), safetensors (one file), or peft (adapter folder)."
     )
-    adapter: str = option("", "Post-trained adapter (PEFT folder) on top of the weights.", metavar="PATH")
+    adapter: str = option("", "LoRA adapter (PEFT folder of a post-training) on the weights.", metavar="PATH")
     dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "Type of the weights: float32, bfloat16 or float16."
     )
