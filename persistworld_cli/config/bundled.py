@@ -24,7 +24,7 @@ def bundled_root() -> Path:
     raise PersistWorldError(
         "the bundled presets are missing from this installation",
         where=str(package / "_bundled"),
-        fix="install again: pip install --force-reinstall persistworld, or pip install -e . in the repository",
+        fix="install again: pip install --force-reinstall --no-deps . in a clone of the repository",
     )
 
 

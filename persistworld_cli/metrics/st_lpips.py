@@ -19,7 +19,7 @@ from torch.nn import functional
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.metrics.lpips import Lpips
 
-PACKAGE, EXTRA = "stlpips_pytorch", "pip install 'persistworld[referee]'"
+PACKAGE, EXTRA = "stlpips_pytorch", "pip install stlpips-pytorch"
 _WEIGHTS = Path("weights") / "vST0.0" / "alex_shift_tolerant.pth"
 _CONVOLUTIONS = ("slice1.0", "slice2.5", "slice3.9", "slice4.11", "slice5.13")
 _PADDING = (2, 2, 1, 1, 1)

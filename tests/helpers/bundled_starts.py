@@ -79,7 +79,7 @@ def recorded_evidence(settings: Settings, episode: int, instruction: str = "") -
 def recorder(module: str) -> Any:
     """A module of the bundled world's recorder; skips where that is not at hand. Physics need nothing else."""
     package = pytest.importorskip("dataset_example.recorder", reason="runs in a checkout only")  # chooses MuJoCo's GL
-    pytest.importorskip("mujoco", reason="the simulator needs mujoco (pip install 'persistworld[sim]')")
+    pytest.importorskip("mujoco", reason="the simulator needs mujoco (pip install -e '.[sim]')")
     return importlib.import_module(f"{package.__name__}.{module}")
 
 

@@ -68,7 +68,7 @@ def test_a_referee_that_is_not_installed_is_left_out_and_said_to_be(
         monkeypatch.setattr(module, "find_weights", lambda: None)
     with caplog.at_level(logging.INFO):
         assert list(load_referees(("sharpness_gap", "st_lpips", OBJECTS), CPU)) == ["sharpness_gap", "objects_kept"]
-    assert "st_lpips is not installed" in caplog.text and "persistworld[referee]" in caplog.text
+    assert "st_lpips is not installed" in caplog.text and "pip install stlpips-pytorch" in caplog.text
     with pytest.raises(PersistWorldError, match="not installed"):
         StLpips()
 
