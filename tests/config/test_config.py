@@ -76,7 +76,7 @@ def test_without_a_preset_the_bundled_world_is_taken_and_said() -> None:
     resolved = resolve_settings(None, env={})
     assert resolved.implied and resolved.preset == "tiny"
     assert resolved.settings == load_settings("tiny", env={})
-    assert "no --preset" in resolved.origin["world.raw"]
+    assert resolved.origin["world.raw"] == "preset tiny"
 
 
 def test_extends_a_file_beside_and_a_bundled_name(tmp_path: Path) -> None:
