@@ -17,6 +17,7 @@ from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.policies.msgpack_numpy import pack, unpack
 
 MAX_MESSAGE = 256 * 2**20  # bytes; a chunk of actions is a kilobyte
+BATCH = "batch"  # true in the metadata of a server that takes several observations; their field, and the answers'
 _RETRY_S = 0.5
 _SEE_LOG = "see the server's log"
 _LONGEST_SHOWN = 20_000  # characters of a server's traceback
@@ -61,6 +62,7 @@ class PolicyClient:
         self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else {}
         self._connection: ClientConnection | None = self._connect(wait_s, on_wait)
         self.metadata: dict[str, Any] = self._receive(what="its metadata")
+        self.batched = self.metadata.get(BATCH) is True
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """One request, one answer. A second message is an error: it would count as the answer to the next request.
@@ -90,6 +92,10 @@ class PolicyClient:
         except (ConnectionClosed, OSError) as error:
             raise self._gone(error) from error
         return self._receive(what="an answer")
+
+    def infer_batch(self, observations: list[dict[str, Any]]) -> Any:
+        """Several observations in one request, to a server whose metadata has ``batch``. Raises as `infer`."""
+        return self.infer({BATCH: observations}).get(BATCH)
 
     def reset(self) -> None:
         """Does nothing: openpi's protocol has no reset message; a new episode is a new connection."""

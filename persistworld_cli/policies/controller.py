@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persistworld_cli.policies.languages import ActionLanguage, ArmState
-from persistworld_cli.policies.observation import Policy, PolicyView, ask_policy
+from persistworld_cli.policies.observation import Policy, PolicyView, ask_policies
 
 Float = NDArray[np.float64]
 Images = NDArray[np.uint8]
@@ -42,10 +42,10 @@ class PolicyTrace:
 
 
 class PolicyController:
-    """Asks a policy once per rollout and interaction; its answers give the poses.
+    """Asks a policy for each rollout in each interaction; its answers give the poses.
 
     Args:
-        policies: one per rollout, since a policy may have a memory.
+        policies: one per rollout, since a policy may have a memory; a batched one as often.
         view: the policy's observation and the reading of its answer.
         starts: each rollout's state at the start.
         prompts: each rollout's instruction.
@@ -65,8 +65,7 @@ class PolicyController:
             PersistWorldError: a policy failed, or its answer cannot be followed. No rollout advances then.
         """
         view, end = self._view, self._view.advance
-        asked = zip(self._policies, images, self.states, self._prompts, strict=True)
-        answers = [ask_policy(policy, view, *shown) for policy, *shown in asked]
+        answers = ask_policies(self._policies, view, images, self.states, self._prompts)
         pairs = zip(answers, self.states, strict=True)
         motions = [view.language.follow(actions, now, end) for actions, now in pairs]
         for trace, motion, actions in zip(self.traces, motions, answers, strict=True):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,11 +172,18 @@ class LocalPolicy:
 
     def __init__(self, policy: Policy, name: str) -> None:
         self._policy, self.name = policy, name
+        self.batched = hasattr(policy, "infer_batch")
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """The policy's answer. Raises PersistWorldError with the traceback of its exception."""
         with running("policy", self.name):
             return self._policy.infer(obs)
+
+    def infer_batch(self, observations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The policy's answers to several observations. Raises as `infer`."""
+        with running("policy", self.name):
+            answers: list[dict[str, Any]] = cast("Any", self._policy).infer_batch(observations)
+            return answers
 
     def reset(self) -> None:
         """Forget the episode so far."""

@@ -5,9 +5,9 @@ Shapes: R rows of an answer, W numbers in each; V cameras, H, W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,11 @@ ACTIONS = "actions"
 
 
 class Policy(Protocol):
-    """Anything that turns an observation into a chunk of actions: a server connection or an object here."""
+    """Anything that turns an observation into a chunk of actions: a server connection or an object here.
+
+    One with ``batched = True`` serves every rollout: ``infer_batch`` takes a list of observations and returns as many
+    answers.
+    """
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """One observation -> a map with ``actions`` (R, W)."""
@@ -62,27 +66,42 @@ class PolicyView:
         return (self.rows - 1) * self.skip
 
 
-def ask_policy(policy: Policy, view: PolicyView, images: NDArray[np.uint8], now: ArmState, prompt: str) -> Float:
-    """Ask a policy once.
+def ask_policies(
+    policies: Sequence[Policy],
+    view: PolicyView,
+    images: Iterable[NDArray[np.uint8]],
+    states: Sequence[ArmState],
+    prompts: Sequence[str],
+) -> list[Float]:
+    """Ask once for each of B rollouts: in one request if the policy takes several (`batched`), else in one each.
 
     Args:
-        policy: the policy.
-        view: its observation.
-        images: (V, H, W, 3) uint8.
-        now: the current state.
-        prompt: the instruction.
+        policies: one per rollout.
+        view: their observation.
+        images: B images (V, H, W, 3) uint8.
+        states: the current states.
+        prompts: the instructions.
 
     Returns:
-        (R, W) rows that cover the interaction, or more.
+        B arrays (R, W), each with the rows that cover the interaction, or more.
 
     Raises:
-        PersistWorldError: the policy failed, or its answer does not fit.
+        PersistWorldError: a policy failed, or an answer does not fit.
     """
-    return check_actions(policy.infer(build_observation(view, images, now, prompt)), view, "the policy")
+    shown = zip(images, states, prompts, strict=True)
+    observations = [build_observation(view, *one) for one in shown]
+    if getattr(policies[0], "batched", False):
+        answers = cast("Any", policies[0]).infer_batch(observations)
+    else:
+        answers = [policy.infer(obs) for policy, obs in zip(policies, observations, strict=True)]
+    if not isinstance(answers, Sequence) or len(answers) != len(observations):
+        what = f"the policy did not answer a request of {len(observations)} observations with as many answers"
+        raise PersistWorldError(what, where="the policy", fix="answer each observation, in their order")
+    return [check_actions(answer, view, "the policy") for answer in answers]
 
 
 def build_observation(view: PolicyView, images: NDArray[np.uint8], now: ArmState, prompt: str) -> dict[str, Any]:
-    """One request; arguments as for `ask_policy`."""
+    """The observation of one rollout; arguments as for `ask_policies`."""
     return {
         **{key: resize_with_pad(images[i], view.image_size, view.resize) for key, i in view.images.items()},
         **view.language.observe(now),

@@ -238,7 +238,7 @@ def _roll(
     states = [plan.view.language.begin(start) for start in starts]
     controller = PolicyController(policies, plan.view, states, [start.text for start in starts])
     frames, steps, error = [world.images[:, None]], [], None
-    for policy in policies:
+    for policy in dict.fromkeys(policies):  # a batched one is there for every rollout
         policy.reset()
     for _ in range(plan.steps):
         try:

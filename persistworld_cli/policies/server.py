@@ -11,14 +11,14 @@ import time
 import traceback
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.sync.server import Server, ServerConnection
 
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.policies.client import MAX_MESSAGE
+from persistworld_cli.policies.client import BATCH, MAX_MESSAGE
 from persistworld_cli.policies.embedded import ROWS, make_policy
 from persistworld_cli.policies.languages import DEFAULT_ACTIONS
 from persistworld_cli.policies.msgpack_numpy import pack, unpack
@@ -146,7 +146,11 @@ class PolicyServer:
         if isinstance(message, str):
             raise PersistWorldError("a request must be a binary message (msgpack), not text")
         began = time.perf_counter()
-        answer = dict(policy.infer(unpack(message)))
+        request = unpack(message)
+        if BATCH in request:
+            answer = {BATCH: cast("Any", policy).infer_batch(request[BATCH])}
+        else:
+            answer = dict(policy.infer(request))
         answer["server_timing"] = {"infer_ms": 1e3 * (time.perf_counter() - began)}
         return pack(answer)
 
@@ -167,6 +171,6 @@ def serve_embedded(
     Raises:
         UsageError: an unknown name, a language that the policy does not speak, or others could reach it without a key.
     """
-    make_policy(name, actions, rows, seed)  # refuses the name or the language
-    metadata = {"policy": name, "actions": actions, "action_rows": rows}
+    policy = make_policy(name, actions, rows, seed)  # refuses the name or the language
+    metadata = {"policy": name, "actions": actions, "action_rows": rows, BATCH: hasattr(policy, "infer_batch")}
     return PolicyServer(lambda: make_policy(name, actions, rows, seed), metadata, **options)

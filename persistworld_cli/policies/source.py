@@ -38,14 +38,14 @@ def open_policies(name: str, settings: PolicySettings, count: int, rows: int = R
             ``module:Class``: in this process.
         settings: host, port, timeouts, actions, seed. The API key comes from the environment variable
             ``PERSISTWORLD_POLICY_API_KEY``.
-        count: number of rollouts; each has its own connection (or instance).
+        count: number of rollouts; each has its own connection (or instance), unless the policy is batched.
         rows: of an embedded policy's answer.
 
     Raises:
         UsageError: an unknown name. PersistWorldError: no server in time.
     """
     if MODULE_CLASS.fullmatch(name) and "://" not in name:
-        yield [LocalPolicy(make_policy(name), name) for _ in range(count)]
+        yield _each(count, lambda: LocalPolicy(make_policy(name), name))
         return
     with ExitStack() as stack:
         key = None
@@ -54,9 +54,17 @@ def open_policies(name: str, settings: PolicySettings, count: int, rows: int = R
         else:
             uri, key = _address(name, settings), os.environ.get(API_KEY_VARIABLE)
         times = {"timeout_s": settings.timeout_s, "wait_s": settings.wait_s}
-        yield [
-            stack.enter_context(PolicyClient(uri, api_key=key, on_wait=_countdown(uri), **times)) for _ in range(count)
-        ]
+
+        def connected() -> PolicyClient:
+            return stack.enter_context(PolicyClient(uri, api_key=key, on_wait=_countdown(uri), **times))
+
+        yield _each(count, connected)
+
+
+def _each(count: int, make: Callable[[], PolicyClient | LocalPolicy]) -> list[PolicyClient | LocalPolicy]:
+    """One for each rollout; a batched one serves all."""
+    first = make()
+    return [first] * count if first.batched else [first, *(make() for _ in range(count - 1))]
 
 
 def _address(name: str, settings: PolicySettings) -> str:

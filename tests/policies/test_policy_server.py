@@ -14,7 +14,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
-from policy_views import REST, observation
+from policy_views import IMAGES, REST, VIEW, observation
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 from websockets.sync.server import ServerConnection, serve
@@ -23,7 +23,9 @@ from websockets.typing import Origin
 from persistworld_cli.config.settings import PolicySettings
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.policies.client import PolicyClient, policy_uri
+from persistworld_cli.policies.controller import PolicyController
 from persistworld_cli.policies.embedded import make_policy
+from persistworld_cli.policies.languages import at_joints
 from persistworld_cli.policies.msgpack_numpy import pack, unpack
 from persistworld_cli.policies.server import API_KEY_VARIABLE, serve_embedded
 from persistworld_cli.policies.source import check_policy, open_policies
@@ -258,6 +260,36 @@ def test_policy_names_are_checked_before_any_compute() -> None:
         check_policy(name, "joint-velocity")
     with pytest.raises(UsageError, match=r"unknown policy 'scripped'.*\n.*\n.*scripted"):
         check_policy("scripped", "joint-velocity")
+
+
+class Together:
+    """Answers all rollouts at once; the gripper position says in which place."""
+
+    requests = 0
+
+    def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
+        raise AssertionError("one by one")
+
+    def infer_batch(self, observations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        Together.requests += 1
+        kept = len(observations) if observations[0]["prompt"] == "a" else 1
+        return [{"actions": np.tile([0.0] * 7 + [i / 4], (15, 1))} for i in range(kept)]
+
+    def reset(self) -> None: ...
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_a_policy_may_answer_several_rollouts_in_one_request(served: bool) -> None:
+    name, before = f"{__name__}:Together", Together.requests
+    with contextlib.ExitStack() as stack:
+        uri = stack.enter_context(serve_embedded(name)).uri if served else name
+        policies = stack.enter_context(open_policies(uri, PolicySettings(wait_s=5), 3))
+        controller = PolicyController(policies, VIEW, [at_joints(REST)] * 3, ["a", "b", "c"])
+        assert np.allclose(controller.poses(np.stack([IMAGES] * 3))[:, -1, 6], [0, 0.25, 0.5])
+        assert Together.requests == before + 1
+        controller = PolicyController(policies, VIEW, [at_joints(REST)] * 3, ["x", "b", "c"])
+        with pytest.raises(PersistWorldError, match="3 observations with as many answers"):
+            controller.poses(np.stack([IMAGES] * 3))
 
 
 def test_every_rollout_has_a_connection_of_its_own() -> None:

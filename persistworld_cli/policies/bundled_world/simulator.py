@@ -24,7 +24,7 @@ from persistworld_cli.policies.bundled_world.rules import Condition, Outcome, Ta
 from persistworld_cli.policies.bundled_world.scene import RecordedStart
 from persistworld_cli.policies.controller import PolicyTrace
 from persistworld_cli.policies.languages import ArmState
-from persistworld_cli.policies.observation import Policy, PolicyView, ask_policy
+from persistworld_cli.policies.observation import Policy, PolicyView, ask_policies
 from persistworld_cli.policies.outputs import POLICY_HZ, PolicyRollout
 from persistworld_cli.read_files import as_object, parse_json, reading, whole_number
 from persistworld_cli.rollout.interactive import Float
@@ -140,7 +140,8 @@ def roll_in_simulator(
         look()
         policy.reset()
         for _ in range(steps):
-            actions = ask_policy(policy, view, frames[-1], now, start.text)[: view.advance]
+            (answer,) = ask_policies([policy], view, frames[-1:], [now], [start.text])
+            actions = answer[: view.advance]
             targets = view.language.targets(actions, now)
             rows = [now.pose]
             for number, action in enumerate(actions):
