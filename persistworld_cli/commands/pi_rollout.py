@@ -39,7 +39,7 @@ EXAMPLES = {
 @with_common(
     "single",
     setting("policy.task", "Task: its start frames, instruction, skip and gripper cap."),
-    setting("policy.actions", "What the rows of the policy's answers mean (docs/policies.md has openpi's configs)."),
+    setting("policy.actions", "Action space of the policy (docs/policies.md lists openpi's configs)."),
     setting("policy.steps", "Interaction steps of a rollout."),
     setting("policy.seed", "Random seed."),
     CKPT,

@@ -18,7 +18,7 @@ EXAMPLES = {
     "none",
     setting("policy.host", "Address to listen on."),
     setting("policy.port", "Port to listen on."),
-    setting("policy.actions", "What its rows mean: hold answers in each language, the others in joint-velocity."),
+    setting("policy.actions", "Action space: hold answers in each, the others in joint-velocity."),
     setting("policy.seed", "Random seed."),
 )
 def command(common: Common, request: PolicyServerRequest) -> None:

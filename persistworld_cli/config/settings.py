@@ -310,7 +310,9 @@ class PolicySettings:
     port: Port = 8000
     timeout_s: Positive = 60.0
     wait_s: NonNegative = 30.0
-    actions: Literal["joint-velocity", "joint-position", "pose", "model"] = "joint-velocity"  # policies/languages.py
+    actions: Literal["joint-velocity", "joint-position", "pose", "model"] = (
+        "joint-velocity"  # policies/action_spaces.py
+    )
     rate_hz: Positive = 15.0  # rows of an answer per second
     images: dict[str, str] = field(default_factory=_IMAGES.copy)  # field of an observation = camera
     resize: tuple[Count, ...] = ()  # height, width that images are resized to before padding; empty: as sampled

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from persistworld_cli.policies.languages import ActionLanguage, ArmState
+from persistworld_cli.policies.action_spaces import ActionSpace, ArmState
 from persistworld_cli.policies.observation import Policy, PolicyView, ask_policies
 
 Float = NDArray[np.float64]
@@ -31,14 +31,14 @@ class PolicyTrace:
     state_fk: list[list[float]] = field(default_factory=list)
     answers: list[list[float]] = field(default_factory=list)
 
-    def add(self, motion: ArmState, actions: Float, language: ActionLanguage) -> None:
+    def add(self, motion: ArmState, actions: Float, space: ActionSpace) -> None:
         """Add the states at some rows, and what the policy answered for them."""
-        if language.joints:
-            self.joint_pos += motion.joints[:, : language.joints].tolist()
+        if space.joints:
+            self.joint_pos += motion.joints[:, : space.joints].tolist()
         self.state_fk += motion.pose.tolist()
         self.answers += actions.tolist()
-        if language.rates:
-            self.joint_vel += actions[:, : language.joints].tolist()
+        if space.rates:
+            self.joint_vel += actions[:, : space.joints].tolist()
 
 
 class PolicyController:
@@ -67,8 +67,8 @@ class PolicyController:
         view, end = self._view, self._view.advance
         answers = ask_policies(self._policies, view, images, self.states, self._prompts)
         pairs = zip(answers, self.states, strict=True)
-        motions = [view.language.follow(actions, now, end) for actions, now in pairs]
+        motions = [view.space.follow(actions, now, end) for actions, now in pairs]
         for trace, motion, actions in zip(self.traces, motions, answers, strict=True):
-            trace.add(motion[:end], actions[:end], view.language)
+            trace.add(motion[:end], actions[:end], view.space)
         self.states = [motion[end] for motion in motions]
         return np.stack([motion.pose[: end + 1 : view.skip] for motion in motions])

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from persistworld_cli.config.plugins import make_plugin, running
 from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.policies.action_spaces import ACTION_SPACES, DEFAULT_ACTIONS, GRIPPER, JOINTS
 from persistworld_cli.policies.bundled_world.rules import FLANGE_TO_PADS
-from persistworld_cli.policies.languages import DEFAULT_ACTIONS, GRIPPER, JOINTS, LANGUAGES
 from persistworld_cli.policies.observation import ACTIONS, PROMPT, Policy
 from persistworld_cli.robot.adapter import DEFAULT_GAIN
 from persistworld_cli.robot.kinematics import PANDA, forward, jacobian
@@ -28,7 +28,7 @@ ROWS = 15  # of an answer, as many as pi0.5-DROID's
 class _Embedded:
     """Base of the embedded policies: the rows of an answer, a seed, and the number of calls in the episode."""
 
-    languages: tuple[str, ...] = (DEFAULT_ACTIONS,)  # that it speaks
+    spaces: tuple[str, ...] = (DEFAULT_ACTIONS,)  # in which it answers
 
     def __init__(self, actions: str = DEFAULT_ACTIONS, rows: int = ROWS, seed: int = 0) -> None:
         self._actions, self._rows, self._seed, self._calls = actions, rows, seed, 0
@@ -41,13 +41,13 @@ class _Embedded:
 class HoldPolicy(_Embedded):
     """Stays still, the gripper unchanged. The lower bound of a leaderboard."""
 
-    languages = tuple(LANGUAGES)
+    spaces = tuple(ACTION_SPACES)
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """The observed state in every row, velocities of 0."""
-        language = LANGUAGES[self._actions]
-        fields = [field for field in language.fields if field != GRIPPER or GRIPPER in obs]  # an arm may have none
-        row = np.concatenate([_read(obs, [field]) * (field not in language.rates) for field in fields])
+        space = ACTION_SPACES[self._actions]
+        fields = [field for field in space.fields if field != GRIPPER or GRIPPER in obs]  # an arm may have none
+        row = np.concatenate([_read(obs, [field]) * (field not in space.rates) for field in fields])
         return {ACTIONS: np.tile(row, (self._rows, 1))}
 
 
@@ -145,17 +145,17 @@ def make_policy(name: str, actions: str = DEFAULT_ACTIONS, rows: int = ROWS, see
 
     Args:
         name: the policy.
-        actions: the language that an embedded one answers in (`policy.actions`).
+        actions: the action space of an embedded one (`policy.actions`).
         rows: rows of its answers.
         seed: of its random numbers.
 
     Raises:
-        UsageError: an embedded one does not speak the language; or as `make_plugin`.
+        UsageError: an embedded one has no such action space; or as `make_plugin`.
     """
     if name in POLICIES:
         kind = POLICIES[name]
-        if actions not in kind.languages:
-            fix = f"leave out --actions, or use another --policy ({', '.join(_speaking(actions))}, a server, yours)"
+        if actions not in kind.spaces:
+            fix = f"leave out --actions, or use another --policy ({', '.join(_answering(actions))}, a server, yours)"
             raise UsageError(f"policy '{name}' does not answer in {actions}", where="policy.actions", fix=fix)
         return kind(actions, rows, seed)
     fix = "a policy has infer(obs) -> dict and reset()"
@@ -163,8 +163,8 @@ def make_policy(name: str, actions: str = DEFAULT_ACTIONS, rows: int = ROWS, see
     return policy
 
 
-def _speaking(actions: str) -> list[str]:
-    return [name for name, kind in POLICIES.items() if actions in kind.languages]
+def _answering(actions: str) -> list[str]:
+    return [name for name, kind in POLICIES.items() if actions in kind.spaces]
 
 
 class LocalPolicy:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from persistworld_cli.errors import PersistWorldError, nearest
-from persistworld_cli.policies.languages import DEFAULT_ACTIONS
+from persistworld_cli.policies.action_spaces import DEFAULT_ACTIONS
 from persistworld_cli.read_files import read_json, reading, reason
 from persistworld_cli.statistics.paired import wilson
 from persistworld_cli.statistics.ranking import mmrv, pearson
@@ -27,7 +27,7 @@ _FOLDER = "give the output folder of persistworld pi-rollout"
 
 @dataclass
 class Tally:
-    """Rollouts of one policy in one task, and the language of its answers; `simulated`: successes in the simulator."""
+    """Rollouts of one policy in one task, and their action space; `simulated`: successes in the simulator."""
 
     actions: str = DEFAULT_ACTIONS
     success: list[bool] = field(default_factory=list)
@@ -71,7 +71,7 @@ def read_runs(runs: Sequence[str]) -> tuple[Table, Results]:
             a single rollout takes precedence, since a person may have judged the rollout there.
 
     Raises:
-        PersistWorldError: a file is missing, is not of such a run, or a policy's runs differ in their language.
+        PersistWorldError: a file is missing, is not of such a run, or a policy's runs have different action spaces.
     """
     imagined: Table = {}
     for run in runs:

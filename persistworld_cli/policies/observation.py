@@ -1,4 +1,4 @@
-"""A policy's observation and its answer (method.md section 6). What the rows of an answer mean: `policies.languages`.
+"""A policy's observation and its answer (method.md section 6); `action_spaces` has what its rows mean.
 
 Shapes: R rows of an answer, W numbers in each; V cameras, H, W pixels.
 """
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.policies.languages import LANGUAGES, ActionLanguage, ArmState
+from persistworld_cli.policies.action_spaces import ACTION_SPACES, ActionSpace, ArmState
 
 Float = NDArray[np.float64]
 
@@ -43,7 +43,7 @@ class PolicyView:
     """How a policy sees the world, and how its answer is read.
 
     Attributes:
-        language: the meaning of its answer.
+        space: its action space.
         skip: every skip-th row of an answer is a pose of the world model.
         images: field of an observation -> index of the camera that it shows.
         resize: (height, width) to which images are resized before padding; empty: no resizing.
@@ -52,7 +52,7 @@ class PolicyView:
         rate_hz: rows of an answer per second.
     """
 
-    language: ActionLanguage
+    space: ActionSpace
     skip: int = 2
     images: Mapping[str, int] = field(default_factory=dict)
     resize: tuple[int, ...] = ()
@@ -104,7 +104,7 @@ def build_observation(view: PolicyView, images: NDArray[np.uint8], now: ArmState
     """The observation of one rollout; arguments as for `ask_policies`."""
     return {
         **{key: resize_with_pad(images[i], view.image_size, view.resize) for key, i in view.images.items()},
-        **view.language.observe(now),
+        **view.space.observe(now),
         PROMPT: prompt,
     }
 
@@ -144,9 +144,9 @@ def check_actions(answer: Any, view: PolicyView, source: str) -> Float:
 
     Raises:
         PersistWorldError: no ``actions``, not numbers, a wrong width, too few rows, a NaN, or a number beyond the
-            language's bound; names the entry.
+            action space's bound; names the entry.
     """
-    language, fix = view.language, f"answer with {{'actions': rows of {len(view.language.parts)} numbers}}"
+    space, fix = view.space, f"answer with {{'actions': rows of {len(view.space.parts)} numbers}}"
     if not isinstance(answer, Mapping):
         raise PersistWorldError(f"the policy answered with {type(answer).__name__}, not a map", where=source, fix=fix)
     if ACTIONS not in answer:
@@ -162,24 +162,23 @@ def check_actions(answer: Any, view: PolicyView, source: str) -> Float:
         raise PersistWorldError(f"field 'actions' holds {actions.dtype}, not numbers", where=source, fix=fix)
     _check_shape(actions.shape, view, source)
     actions = actions.astype(np.float64)
-    bad = np.argwhere(~(np.abs(actions) <= language.most))  # written this way, NaN is bad too
+    bad = np.argwhere(~(np.abs(actions) <= space.most))  # written this way, NaN is bad too
     if len(bad):
         row, column = (int(i) for i in bad[0])
         raise PersistWorldError(
-            f"field 'actions' is {actions[row, column]} at [{row}, {column}] ({language.parts[column]} in row {row})",
+            f"field 'actions' is {actions[row, column]} at [{row}, {column}] ({space.parts[column]} in row {row})",
             where=source,
-            fix=f"answer with finite numbers between -{language.most:g} and {language.most:g}",
+            fix=f"answer with finite numbers between -{space.most:g} and {space.most:g}",
         )
     return actions
 
 
 def _check_shape(shape: tuple[int, ...], view: PolicyView, source: str) -> None:
     """Any number of rows that covers an interaction is taken."""
-    parts = view.language.parts
+    parts = view.space.parts
     if len(shape) != 2 or shape[1] != len(parts):
-        others = [
-            name for name, kind in LANGUAGES.items() if len(shape) == 2 and len(getattr(kind, "parts", ())) == shape[1]
-        ]
+        width = shape[-1] if len(shape) == 2 else 0
+        others = [name for name, kind in ACTION_SPACES.items() if width and len(getattr(kind, "parts", ())) == width]
         own = f"rows of {len(parts)} numbers ({parts[0]}, ..., {parts[-1]})"
         fix = f"answer with {own}" + (f", or take another --actions ({', '.join(others)})" if others else "")
         raise PersistWorldError(f"field 'actions' has shape {shape}, not {own}", where=source, fix=fix)

@@ -38,7 +38,7 @@ class PolicyRollout:
         frames: (F, V, H, W, 3).
         poses: (S, L, D).
         trace: the arm's motion, row by row.
-        joints_end: (8,) joints and gripper at the end; empty in a language that does not need them.
+        joints_end: (8,) joints and gripper at the end; empty in an action space without joints.
         skip, rate_hz: rows of the policy's answer per frame, and per second.
         seconds: computing time per interaction.
         error: why the rollout ended early; None for a complete one.

@@ -27,20 +27,20 @@ from persistworld_cli.data.metadata.adapter_fit import ADAPTER_FILES
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.files import write_json, write_text
 from persistworld_cli.models.world_model import WorldModel
+from persistworld_cli.policies.action_spaces import (
+    DEFAULT_ACTIONS,
+    ActionSpace,
+    JointPosition,
+    JointVelocity,
+    ModelActions,
+    Pose,
+)
 from persistworld_cli.policies.bundled_world.compare import Simulated, compare
 from persistworld_cli.policies.bundled_world.scene import RecordedStart, find_recorded
 from persistworld_cli.policies.bundled_world.simulator import check_simulator, roll_in_simulator
 from persistworld_cli.policies.controller import PolicyController
 from persistworld_cli.policies.embedded import ROWS
 from persistworld_cli.policies.judge import Judge, Verdict, ask_judge, load_judge
-from persistworld_cli.policies.languages import (
-    DEFAULT_ACTIONS,
-    ActionLanguage,
-    JointPosition,
-    JointVelocity,
-    ModelActions,
-    Pose,
-)
 from persistworld_cli.policies.observation import Policy, PolicyView
 from persistworld_cli.policies.outputs import POLICY_HZ, PolicyRollout, save_rollout, write_episodes
 from persistworld_cli.policies.source import check_policy, open_policies
@@ -124,7 +124,7 @@ class RolloutResults:
             "actions": self.settings.policy.actions,
             "judge": judging.name or None,
             "steps_planned": plan.steps,
-            "gripper_cap": plan.view.language.gripper_cap,
+            "gripper_cap": plan.view.space.gripper_cap,
         }
         shown, images = {}, None
         if simulated is not None:
@@ -184,7 +184,7 @@ def run(settings: Settings, request: PolicyRolloutRequest) -> dict[str, Any]:
         `RolloutResults.summary`, and ``text`` (path).
 
     Raises:
-        UsageError: an unknown policy, task or judge, or a policy that does not speak the language.
+        UsageError: an unknown policy, task or judge, or a policy without this action space.
         PersistWorldError: no server in time; no data to judge by; no simulator; or a policy or judge failed. In
             the last case the rollouts are saved first (incomplete ones marked ``"complete": false``).
     """
@@ -235,7 +235,7 @@ def _roll(
     world: InteractiveRollout, plan: PolicyRolloutPlan, starts: list[Start], policies: Sequence[Policy], meter: Meter
 ) -> list[PolicyRollout]:
     """Roll out one batch, to the end or to a policy's error."""
-    states = [plan.view.language.begin(start) for start in starts]
+    states = [plan.view.space.begin(start) for start in starts]
     controller = PolicyController(policies, plan.view, states, [start.text for start in starts])
     frames, steps, error = [world.images[:, None]], [], None
     for policy in dict.fromkeys(policies):  # a batched one is there for every rollout
@@ -305,7 +305,7 @@ def make_plan(settings: Settings, request: PolicyRolloutRequest, store: EpisodeS
     check_policy(request.policy, own.actions)
     task = load_task(own.task)
     view = PolicyView(
-        language=_language(settings, store, own.gripper_cap or task.gripper_cap),
+        space=_action_space(settings, store, own.gripper_cap or task.gripper_cap),
         skip=own.skip or task.skip,
         images={key: _camera(name, key, settings) for key, name in own.images.items()},
         resize=own.resize,
@@ -316,12 +316,12 @@ def make_plan(settings: Settings, request: PolicyRolloutRequest, store: EpisodeS
     _check_rate(settings, view)
     starts, missing = _starts(settings, request, store, task)
     for start in starts:
-        view.language.begin(start)  # before the weights are read
+        view.space.begin(start)  # before the weights are read
     return PolicyRolloutPlan(request.policy, task, view, own.steps or task.steps, starts, missing)
 
 
-def _language(settings: Settings, store: EpisodeStore, gripper_cap: float) -> ActionLanguage:
-    """The language of the policy's answers."""
+def _action_space(settings: Settings, store: EpisodeStore, gripper_cap: float) -> ActionSpace:
+    """The policy's action space."""
     own = settings.policy
     if own.actions == "model":
         return ModelActions(settings)

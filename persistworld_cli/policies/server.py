@@ -18,9 +18,9 @@ from websockets.http11 import Request, Response
 from websockets.sync.server import Server, ServerConnection
 
 from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.policies.action_spaces import DEFAULT_ACTIONS
 from persistworld_cli.policies.client import BATCH, MAX_MESSAGE
 from persistworld_cli.policies.embedded import ROWS, make_policy
-from persistworld_cli.policies.languages import DEFAULT_ACTIONS
 from persistworld_cli.policies.msgpack_numpy import pack, unpack
 from persistworld_cli.policies.observation import Policy
 from persistworld_cli.serving import is_loopback, listen, same_secret
@@ -169,8 +169,8 @@ def serve_embedded(
     """A server (not started yet) of a policy: arguments as for `make_policy`, ``options`` as for `PolicyServer`.
 
     Raises:
-        UsageError: an unknown name, a language that the policy does not speak, or others could reach it without a key.
+        UsageError: an unknown name, an action space that the policy lacks, or others could reach it without a key.
     """
-    policy = make_policy(name, actions, rows, seed)  # refuses the name or the language
+    policy = make_policy(name, actions, rows, seed)  # refuses the name or the action space
     metadata = {"policy": name, "actions": actions, "action_rows": rows, BATCH: hasattr(policy, "infer_batch")}
     return PolicyServer(lambda: make_policy(name, actions, rows, seed), metadata, **options)

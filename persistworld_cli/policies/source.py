@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_policy(name: str, actions: str) -> None:
-    """Refuse an unknown name, or a language that it does not speak, before anything is computed. Raises UsageError."""
+    """Refuse an unknown name, or an action space that it lacks, before anything is computed. Raises UsageError."""
     if name not in ("", "server") and "://" not in name and not _ADDRESS.fullmatch(name):
         make_policy(name, actions)
 

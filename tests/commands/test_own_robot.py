@@ -25,7 +25,7 @@ from persistworld_cli.interact.live import _status
 from persistworld_cli.interact.outputs import write_lerobot_zip
 from persistworld_cli.interact.web import hello
 from persistworld_cli.launch import launcher
-from persistworld_cli.policies.languages import ArmState, JointPosition, JointVelocity, Pose
+from persistworld_cli.policies.action_spaces import ArmState, JointPosition, JointVelocity, Pose
 from persistworld_cli.robot.adapter import GainAdapter
 from persistworld_cli.robot.keyboard import KeyMap
 
@@ -205,9 +205,9 @@ def test_other_arms_are_moved_by_their_kinematics(names: tuple[str, ...]) -> Non
     np.testing.assert_allclose(
         moved.pose[-1], np.append([np.cos(np.radians(10)), 1 + np.sin(np.radians(10))], [100.0] * gripper)
     )
-    language = JointPosition(1.0, 1.0, False, False, *arm)
-    assert len(language.parts) == len(names) and set(language.observe(now)) == set(language.fields[: 1 + gripper])
+    space = JointPosition(1.0, 1.0, False, False, *arm)
+    assert len(space.parts) == len(names) and set(space.observe(now)) == set(space.fields[: 1 + gripper])
     with pytest.raises(PersistWorldError, match="the policy commands 100 at joint 1, whose limits are -90 and 90"):
-        language.follow(rows * 10, now, 2)
+        space.follow(rows * 10, now, 2)
     with pytest.raises(PersistWorldError, match="needs inverse kinematics"):
         Pose(1.0, 1.0, False, False, *arm)

@@ -51,7 +51,7 @@ from persistworld_cli.policies.observation import check_actions
 from persistworld_cli.policies.server import PolicyServer, serve_embedded
 from persistworld_cli.reports.progress import Meter
 
-MOST = VIEW.language.most
+MOST = VIEW.space.most
 # Clears the screen, sets the title, CSI as one character, overwrites the line, turns text round, half a surrogate pair.
 NASTY = "a\x1b[2Jb\x1b]0;title\x07c\x9b31md\re\x08f\u202eg\ud800h\x7fi"
 SHOWN = r"a\u001b[2Jb\u001b]0;title\u0007c\u009b31md\u000de\u0008f\u202eg\ud800h\u007fi"

@@ -35,9 +35,9 @@ from persistworld_cli.data.raw.video import count_frames, read_frames
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.interact import drive
 from persistworld_cli.policies import run as policy_rollout
+from persistworld_cli.policies.action_spaces import JointVelocity, at_joints
 from persistworld_cli.policies.controller import PolicyController
 from persistworld_cli.policies.embedded import make_policy
-from persistworld_cli.policies.languages import JointVelocity, at_joints
 from persistworld_cli.policies.msgpack_numpy import pack, unpack
 from persistworld_cli.policies.observation import PolicyView
 from persistworld_cli.robot.adapter import load_adapter
@@ -156,7 +156,7 @@ def test_a_served_policy_acts_in_the_world(root: Path, tmp_path: Path) -> None:
     assert np.allclose(np.asarray(record["poses"])[:, 0], np.asarray(record["state_fk"])[::12])
 
 
-def test_the_language_of_a_policy_is_recorded(root: Path, tmp_path: Path) -> None:
+def test_the_action_space_of_a_policy_is_recorded(root: Path, tmp_path: Path) -> None:
     request = PolicyRolloutRequest(policy="hold", output=tmp_path)
     result = policy_rollout.run(world(root, steps=1, actions="pose"), request)
     record = json.loads(Path(result["rollouts"][0]["json"]).read_text())
@@ -207,9 +207,9 @@ def test_a_plan_takes_task_request_and_settings_into_account(root: Path) -> None
     plan = policy_rollout.make_plan(world(root, seed=3), request, store)
     found = [(s.item.episode, s.item.start, s.item.seed) for s in plan.starts]
     assert found == [("7", 2, 3), ("8", 2, 3)]
-    assert (plan.view.skip, plan.view.language.gripper_cap, plan.steps) == (3, 1.0, 2)
+    assert (plan.view.skip, plan.view.space.gripper_cap, plan.steps) == (3, 1.0, 2)
     plan = policy_rollout.make_plan(world(root, skip=2, gripper_cap=0.6, steps=0), request, store)
-    assert (plan.view.skip, plan.view.language.gripper_cap, plan.steps) == (2, 0.6, 8)
+    assert (plan.view.skip, plan.view.space.gripper_cap, plan.steps) == (2, 0.6, 8)
 
 
 def failing_server(respond: Callable[[int, ServerConnection], None]) -> Any:
@@ -339,7 +339,7 @@ def test_policy_in_the_loop_equals_the_reference(golden: GoldenFiles, tag: str, 
         def close(self) -> None: ...
 
     adapter = load_adapter(str(golden / "action_adapter_weights.safetensors"))
-    view = PolicyView(language=JointVelocity(adapter, 0.75), skip=skip)
+    view = PolicyView(space=JointVelocity(adapter, 0.75), skip=skip)
     controller = PolicyController([Recorded()], view, [at_joints(data["joint_in"][0].numpy())], ["go"])
     images = np.zeros((1, 3, 8, 8, 3), np.uint8)
     for i, noise in enumerate(data["noise"]):

@@ -18,10 +18,10 @@ from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.data.raw.video import count_frames, read_frames
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.policies import run as policy_rollout
+from persistworld_cli.policies.action_spaces import JointPosition
 from persistworld_cli.policies.bundled_world.rules import Outcome
 from persistworld_cli.policies.bundled_world.scene import find_recorded
 from persistworld_cli.policies.bundled_world.simulator import check_simulator, restored, roll_in_simulator
-from persistworld_cli.policies.languages import JointPosition
 from persistworld_cli.policies.run import make_plan
 
 PICK, PUSH = 60, 65
@@ -147,7 +147,7 @@ def test_a_policy_acts_in_the_simulator(drawing: None, bundled: Settings, record
     assert np.abs(rolled.rollout.trace.joint_pos - joints).max() < 0.03  # velocities move the arm as they did
     asked_of = replace(start, text=start.text.replace("to the left", "forward"))
     assert roll_in_simulator(bundled, asked_of, recorded, load(recorded_policy), view, 2).truth != rolled.truth
-    positions = replace(view, language=JointPosition(0.5))
+    positions = replace(view, space=JointPosition(0.5))
     moved = roll_in_simulator(bundled, start, recorded, load("replaying:Positions"), positions, 1).rollout.trace
     assert np.abs(moved.joint_pos - joints[:12]).max() < 0.03 and not moved.joint_vel
     towel = replace(start, text="fold the towel")

@@ -68,7 +68,7 @@ def test_confusion_by_hand() -> None:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_other_languages_are_not_compared_in_silence(tmp_path: Path) -> None:
+def test_other_action_spaces_are_not_compared_in_silence(tmp_path: Path) -> None:
     for name, actions in (("old", {}), ("new", {"actions": "pose"})):
         folder = write_run(tmp_path / name, "mine", [True, False])
         record = json.loads((folder / "rollouts.json").read_text())

@@ -16,18 +16,18 @@ from safetensors.numpy import load_file
 
 from persistworld_cli.config.settings import RobotSettings, Settings
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.policies.controller import PolicyController
-from persistworld_cli.policies.embedded import POLICIES, make_policy
-from persistworld_cli.policies.languages import (
+from persistworld_cli.policies.action_spaces import (
+    ACTION_SPACES,
     CARTESIAN,
-    LANGUAGES,
-    ActionLanguage,
+    ActionSpace,
     JointPosition,
     JointVelocity,
     ModelActions,
     Pose,
     at_joints,
 )
+from persistworld_cli.policies.controller import PolicyController
+from persistworld_cli.policies.embedded import POLICIES, make_policy
 from persistworld_cli.policies.observation import PolicyView, build_observation, check_actions, resize_with_pad
 from persistworld_cli.policies.tasks import load_task, task_names
 from persistworld_cli.robot.adapter import GainAdapter
@@ -160,10 +160,10 @@ class RecordedAdapter:
 @pytest.mark.parametrize(("tag", "skip"), [("skip2", 2), ("skip3", 3)])
 def test_chunks_become_poses_as_in_the_reference(golden: GoldenFiles, tag: str, skip: int) -> None:
     data = reference_rollout(golden, tag)
-    view = PolicyView(language=JointVelocity(RecordedAdapter(data), 0.75), skip=skip)
+    view = PolicyView(space=JointVelocity(RecordedAdapter(data), 0.75), skip=skip)
     taken = slice(0, view.advance + 1, skip)
     for i, (actions, joints) in enumerate(zip(data["chunk"], data["joint_in"], strict=True)):
-        motion = view.language.follow(actions, at_joints(joints), view.advance)
+        motion = view.space.follow(actions, at_joints(joints), view.advance)
         arm, states = motion.joints[:-1], motion.pose[:-1]
         close(f"I policy {tag}, joints", arm[:, :7], data["fk_joints"][i], 1e-6)
         close(f"I policy {tag}, states", states, data["fk_states"][i], 1e-6)
@@ -187,7 +187,7 @@ def test_policy_controller_follows_the_reference_through_a_rollout(golden: Golde
 
         def close(self) -> None: ...
 
-    view = PolicyView(language=JointVelocity(RecordedAdapter(data), 0.75), skip=skip, images=IMAGES_SHOWN)
+    view = PolicyView(space=JointVelocity(RecordedAdapter(data), 0.75), skip=skip, images=IMAGES_SHOWN)
     policies = [Recorded(), Recorded()]
     controller = PolicyController(policies, view, [at_joints(data["joint_in"][0])] * 2, ["a", "b"])
     images = np.zeros((2, 3, 8, 8, 3), np.uint8)
@@ -214,13 +214,13 @@ def test_the_gripper_of_now_is_capped_only_where_asked() -> None:
     assert np.allclose(capped[:9:2, 6], 0.75)
 
 
-# -- action languages -------------------------------------------------------------------------------------------------
+# -- action spaces ----------------------------------------------------------------------------------------------------
 
 MOVED = REST + np.append(np.linspace(-0.1, 0.1, 7), 0.5)
 HELD = {"joint-velocity": np.append(np.zeros(7), 0.5), "joint-position": MOVED, "pose": at_joints(MOVED).pose}
 
 
-def language(name: str, gain: float = 1.0) -> ActionLanguage:
+def space(name: str, gain: float = 1.0) -> ActionSpace:
     return {
         "joint-velocity": JointVelocity(GainAdapter()),
         "joint-position": JointPosition(gain),
@@ -229,9 +229,9 @@ def language(name: str, gain: float = 1.0) -> ActionLanguage:
     }[name]
 
 
-@pytest.mark.parametrize("name", LANGUAGES)
-def test_each_language_moves_the_arm_where_the_policy_says(name: str) -> None:
-    """The same motion in each language: one that starts at REST and ends at MOVED."""
+@pytest.mark.parametrize("name", ACTION_SPACES)
+def test_each_action_space_moves_the_arm_where_the_policy_says(name: str) -> None:
+    """The same motion in each action space: one that starts at REST and ends at MOVED."""
     path = np.linspace(REST, MOVED, 17)[1:]
     steps = np.diff(path, axis=0, prepend=REST[None])
     rows = {
@@ -240,7 +240,7 @@ def test_each_language_moves_the_arm_where_the_policy_says(name: str) -> None:
         "pose": np.array([at_joints(row).pose for row in path]),
     }
     rows["model"] = rows["pose"]
-    view = replace(VIEW, language=language(name), skip=3)
+    view = replace(VIEW, space=space(name), skip=3)
     start = at_joints(REST)
     now = start if name != "model" else replace(start, joints=np.empty(0))
 
@@ -265,7 +265,7 @@ def test_each_language_moves_the_arm_where_the_policy_says(name: str) -> None:
         assert np.allclose(seen["observation/joint_position"], REST[:7])
         assert (CARTESIAN in seen) == (name == "pose")
     held = make_policy("hold", name).infer(build_observation(view, IMAGES, controller.states[0], "go"))
-    after = view.language.follow(check_actions(held, view, "hold"), controller.states[0], 12)
+    after = view.space.follow(check_actions(held, view, "hold"), controller.states[0], 12)
     assert np.allclose(after.pose, after.pose[0], atol=1e-5)
 
 
@@ -273,7 +273,7 @@ def test_each_language_moves_the_arm_where_the_policy_says(name: str) -> None:
 def test_the_arm_lags_behind_commanded_positions(name: str) -> None:
     """As in DROID: it covers a share of the way in each row."""
     goal = MOVED if name == "joint-position" else at_joints(MOVED).pose
-    moved = language(name, 0.27).follow(np.tile(goal, (3, 1)), at_joints(REST), 3).joints
+    moved = space(name, 0.27).follow(np.tile(goal, (3, 1)), at_joints(REST), 3).joints
     assert np.allclose(moved[:, :7], MOVED[:7] - 0.73 ** np.arange(4)[:, None] * (MOVED - REST)[:7], atol=2e-2)
     assert np.allclose(moved[:, 7], [0.0, 0.5, 0.5, 0.5])
 
@@ -287,7 +287,7 @@ def test_the_arm_lags_behind_commanded_positions(name: str) -> None:
         ("pose", "cartesian_position", 0.27, 13),
     ],
 )
-def test_each_language_follows_the_commands_of_real_episodes(
+def test_each_action_space_follows_the_commands_of_real_episodes(
     shared_data: Path, name: str, columns: str, gain: float, bound: float
 ) -> None:
     """DROID's recorded commands bring the flange near to where it was recorded: mean distance in mm over 12 rows."""
@@ -300,41 +300,41 @@ def test_each_language_follows_the_commands_of_real_episodes(
         )
         joints, commands = np.concatenate(state, axis=1), np.concatenate(action, axis=1)
         for row in range(0, len(joints) - 13, 24):
-            moved = language(name, gain).follow(commands[row : row + 12], at_joints(joints[row]), 12).pose
+            moved = space(name, gain).follow(commands[row : row + 12], at_joints(joints[row]), 12).pose
             there = note["observation.state.cartesian_position"][row : row + 13]
             errors.append(np.linalg.norm(moved[1:, :3] - there[1:, :3], axis=1).mean() * 1e3)
     assert 0.8 * bound < np.mean(errors) < bound
 
 
-def test_another_language_than_the_policys_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+def test_another_action_space_than_the_policys_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
     """Joint positions read as velocities, velocities as positions, and a pose out of reach."""
     now, velocity = at_joints(REST), np.append(np.full(7, -0.3), 0.0)
     with pytest.raises(PersistWorldError, match=r"reaches -3.1\d* rad at joint 4, .* -3.0718 and -0.0698") as refused:
-        language("joint-velocity").follow(np.tile(REST, (15, 1)), now, 12)
+        space("joint-velocity").follow(np.tile(REST, (15, 1)), now, 12)
     assert "--actions joint-position" in str(refused.value)
     assert "velocity of joint 4 in row 0 of the policy's answer is -2.25, outside DROID's -1 to 1" in caplog.text
     with pytest.raises(PersistWorldError, match=r"commands -0\.3 rad at joint 6") as refused:
-        language("joint-position").follow(velocity[None], now, 1)
+        space("joint-position").follow(velocity[None], now, 1)
     assert "row 0" in str(refused.value) and "--actions joint-velocity" in str(refused.value)
     assert "position of joint 3 in row 0 of the policy's answer is -0.3, over 0.5 rad from" in caplog.text
     with pytest.raises(PersistWorldError, match=r"cannot reach pose \(0.300, 0.000, 2.000"):
-        language("pose").follow(np.array([[0.3, 0, 2, 3.1, 0, 0, 0]]), now, 1)
+        space("pose").follow(np.array([[0.3, 0, 2, 3.1, 0, 0, 0]]), now, 1)
     with pytest.raises(PersistWorldError, match=r"gripper = 0\.9, limited to 0 to 0\.6"):
-        language("model").follow(np.full((1, 7), 0.9), now, 1)
+        space("model").follow(np.full((1, 7), 0.9), now, 1)
     caplog.clear()
-    kept = language("joint-velocity")
+    kept = space("joint-velocity")
     for _ in range(2):  # a run is warned once; unused rows are not checked
         kept.follow(np.concatenate([np.tile(velocity * 5, (1, 1)), np.tile(REST, (11, 1)) * 9]), now, 1)
     assert len(caplog.records) == 1
-    push = np.tile(np.append(np.ones(7), 0), (99, 1))  # a wrong policy, not another language
+    push = np.tile(np.append(np.ones(7), 0), (99, 1))  # a wrong policy, not another action space
     with pytest.raises(PersistWorldError, match=r"policy\.joint_limits=stop"):
-        language("joint-velocity").follow(push, now, 99)
+        space("joint-velocity").follow(push, now, 99)
     assert np.allclose(JointVelocity(GainAdapter(), stop=True).follow(push, now, 99).joints[99, :7], PANDA.joint_high)
 
 
 def test_random_and_scripted_policies_keep_away_from_the_joints_limits() -> None:
     for name in ("random", "scripted"):
-        policy, now, kept = make_policy(name), at_joints(REST), language("joint-velocity")
+        policy, now, kept = make_policy(name), at_joints(REST), space("joint-velocity")
         for _ in range(40):
             now = kept.follow(check_actions(policy.infer(observation(now.joints)), VIEW, name), now, 15)[15]
 

@@ -22,10 +22,10 @@ from websockets.typing import Origin
 
 from persistworld_cli.config.settings import PolicySettings
 from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.policies.action_spaces import at_joints
 from persistworld_cli.policies.client import PolicyClient, policy_uri
 from persistworld_cli.policies.controller import PolicyController
 from persistworld_cli.policies.embedded import make_policy
-from persistworld_cli.policies.languages import at_joints
 from persistworld_cli.policies.msgpack_numpy import pack, unpack
 from persistworld_cli.policies.server import API_KEY_VARIABLE, serve_embedded
 from persistworld_cli.policies.source import check_policy, open_policies

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.raw.resize import resize
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.policies.action_spaces import ArmState
 from persistworld_cli.policies.bundled_world.rules import Condition, Outcome, Task, pad_positions, read_instruction
 from persistworld_cli.policies.bundled_world.scene import RecordedStart
 from persistworld_cli.policies.controller import PolicyTrace
-from persistworld_cli.policies.languages import ArmState
 from persistworld_cli.policies.observation import Policy, PolicyView, ask_policies
 from persistworld_cli.policies.outputs import POLICY_HZ, PolicyRollout
 from persistworld_cli.read_files import as_object, parse_json, reading, whole_number
@@ -142,11 +142,11 @@ def roll_in_simulator(
         for _ in range(steps):
             (answer,) = ask_policies([policy], view, frames[-1:], [now], [start.text])
             actions = answer[: view.advance]
-            targets = view.language.targets(actions, now)
+            targets = view.space.targets(actions, now)
             rows = [now.pose]
             for number, action in enumerate(actions):
-                trace.add(now[None], action[None], view.language)
-                gripper = float(np.clip(action[-1], 0, view.language.gripper_cap or 1.0))
+                trace.add(now[None], action[None], view.space)
+                gripper = float(np.clip(action[-1], 0, view.space.gripper_cap or 1.0))
                 if targets is None:
                     world.drive(action[:7], gripper)
                 else:

@@ -1,6 +1,6 @@
-"""Action languages: what the rows of a policy's answer mean (`policy.actions`), and how the arm moves along them.
+"""Action spaces: what the rows of a policy's answer mean (`policy.actions`), and how the arm moves along them.
 
-To add one: write a class (see `ActionLanguage`), a line in `LANGUAGES`, and its name in `policy.actions`.
+To add one: write a class (see `ActionSpace`), a line in `ACTION_SPACES`, and its name in `policy.actions`.
 
 Shapes: R rows of an answer (`policy.rate_hz`); a motion has a row more, row 0 is now. D numbers of an action of the
 world model, for the Franka its pose: x y z (m), roll pitch yaw (rad), gripper (0 open .. 1 closed). J joints; recorded
@@ -39,7 +39,7 @@ _FARTHEST = 0.5  # rad: DROID commands positions at most 0.28 rad from the arm's
 _FASTEST = 1.0  # DROID's controller slows a faster command down; 0.1 to 99.9% of those rows' velocities: -1.00 .. 1.00
 _ELSEWHERE = {"m": 0.01, "cm": 1.0, "mm": 10.0}  # between recorded pose and recorded joints: DROID's agree to 4e-8 m
 _FRANKA = dimensions_of(Settings())
-# The likely causes of numbers that no policy of the language answers.
+# The likely causes of numbers that no policy with this action space answers.
 _POSITIONS = (
     "likely cause: joint positions read as velocities; openpi's *_full_droid_finetune and *_jointpos configs need "
     "--actions joint-position"
@@ -63,7 +63,7 @@ def _parts(what: str, joints: int, grippers: int = 1) -> tuple[str, ...]:
 class ArmState:
     """Action (..., D) of the world model and joints (..., J + 1) that it belongs to, now or at each row of a motion.
 
-    ``joints`` is (..., 0) in a language that does not need them.
+    ``joints`` is (..., 0) in an action space without joints.
     """
 
     pose: Float
@@ -73,7 +73,7 @@ class ArmState:
         return ArmState(self.pose[rows], self.joints[rows])
 
 
-class ActionLanguage(ABC):
+class ActionSpace(ABC):
     """The meaning of a policy's answer.
 
     Attributes:
@@ -121,8 +121,8 @@ class ActionLanguage(ABC):
         """
 
 
-class _Joints(ActionLanguage):
-    """Base of the languages of an arm whose kinematics are known, with or without a gripper.
+class _Joints(ActionSpace):
+    """Base of the action spaces of an arm whose kinematics are known, with or without a gripper.
 
     Args:
         gripper_cap: largest gripper position of a Franka; another arm's keeps to `robot.limits`.
@@ -161,7 +161,7 @@ class _Joints(ActionLanguage):
         self.parts = _parts(self.what, self.joints, self._grippers)
         self._is_franka = arm is PANDA
         if not self._is_franka:
-            self.most = ActionLanguage.most
+            self.most = ActionSpace.most
         grip = (0.0, gripper_cap) if self._is_franka else (dimensions[-1].low, dimensions[-1].high)
         self._grip_low, self._grip_high = grip
         self.gripper_cap, self._cap_current = gripper_cap if self._is_franka else None, cap_current
@@ -321,7 +321,7 @@ class Pose(JointPosition):
         return np.array(joints[1:])
 
 
-class ModelActions(ActionLanguage):
+class ModelActions(ActionSpace):
     """The world model's own actions, for any robot: states within `robot.limits`, without lag."""
 
     fields = (STATE,)
@@ -354,7 +354,7 @@ class ModelActions(ActionLanguage):
         return ArmState(poses, np.empty((len(poses), 0)))
 
 
-LANGUAGES: Mapping[str, type[ActionLanguage]] = {
+ACTION_SPACES: Mapping[str, type[ActionSpace]] = {
     DEFAULT_ACTIONS: JointVelocity,
     "joint-position": JointPosition,
     "pose": Pose,
