@@ -103,8 +103,8 @@ class _Stderr(logging.Handler):
     """Looks up `sys.stderr` for every record: tests and progress bars replace it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line."""
-        print(escaped(self.format(record)), file=sys.stderr, flush=True)
+        """As `note`."""
+        note(self.format(record))
 
 
 def listen_to_library(rank: int = 0) -> None:
@@ -118,8 +118,10 @@ def listen_to_library(rank: int = 0) -> None:
 
 
 def note(text: str) -> None:
-    """One line for the user, on standard error."""
-    stderr_console().print(text, markup=False, soft_wrap=True)
+    """A message for the user, on standard error; a terminal gets it wrapped between words, but for commands to copy."""
+    console = stderr_console()
+    for line in text.split("\n"):
+        console.print(line, markup=False, soft_wrap=not console.is_terminal or line.startswith("    "))
 
 
 def debug_wanted() -> bool:

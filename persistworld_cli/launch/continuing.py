@@ -53,7 +53,7 @@ def what_remains(request: TaskRequest) -> str:
     work, command = find_finished_work(request.task, request.output), to_continue(request.command)
     if work is None and request.task != "extract-latents":
         return f"{request.task}: stopped; nothing was saved to continue with. To start again:\n    {command}"
-    saved = f"{work.words} is kept in {relative(request.output)}" if work else "finished episodes are kept"
+    saved = f"{relative(request.output)} holds {work.words}" if work else "finished episodes are kept"
     return f"{request.task}: stopped; {saved}. To continue:\n    {command}"
 
 

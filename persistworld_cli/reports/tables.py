@@ -25,6 +25,8 @@ from persistworld_cli.files import whole_file
 BARELY = 0.05  # dB: a smaller gain has no practical use, whatever its interval
 COLOURS = {"better": "green", "worse": "red"}
 
+_SHORTEST = 12  # columns of a text whose words are folded
+
 UNTRAINED_NOTE = "lpips (untrained): the settings choose a random backbone; not comparable with LPIPS."
 
 
@@ -34,8 +36,8 @@ _EDGELESS = Box("    \n    \n ── \n    \n ── \n    \n    \n    \n")  # a
 class FittedTable(Table):
     """A table that is as wide as its content where that fits, and never cuts a cell.
 
-    In less width, texts wrap between words and columns of numbers keep their lines; if that does not suffice, words
-    of texts are folded. Title and caption use the whole width.
+    In less width, texts and headings wrap between words, and numbers keep their lines; if that does not suffice, words
+    are folded. Title and caption use the whole width.
     """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -52,21 +54,18 @@ class FittedTable(Table):
             yield console.render_str(str(self.caption), style="dim")
 
     def _fit(self, console: Console, options: ConsoleOptions, room: int) -> list[int]:
-        """The width of each column: the widest ones give way first, down to their longest word (numbers: line)."""
-        whole = [column.justify == "right" or column.no_wrap for column in self.columns]
-        widths, least = [], []
-        for column, lines in zip(self.columns, whole, strict=True):
+        """The width of each column: the widest give way, first where they can wrap, then where words can be folded."""
+        widths, wrapped, folded = [], [], []
+        for column in self.columns:
             header = Measurement.get(console, options, column.header if self.show_header else "")
             cells = measure_renderables(console, options, list(column.cells) or [""])
+            whole = column.justify == "right" or column.no_wrap
             widths.append(max(header.maximum, cells.maximum))
-            least.append(max(header.minimum, cells.maximum if lines else cells.minimum))
-
-        def order(index: int) -> tuple[bool, bool, int]:
-            above = widths[index] > least[index]
-            return above, not above and not whole[index], widths[index]
-
-        while sum(widths) > max(room, len(widths)):
-            widths[max(range(len(widths)), key=order)] -= 1
+            wrapped.append(max(header.minimum, cells.maximum if whole else cells.minimum))
+            folded.append(cells.maximum if whole else min(_SHORTEST, wrapped[-1]))
+        for least in (wrapped, folded, [1] * len(widths)):
+            while sum(widths) > room and (able := [i for i, width in enumerate(widths) if width > least[i]]):
+                widths[max(able, key=lambda i: widths[i])] -= 1
         return widths
 
 

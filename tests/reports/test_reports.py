@@ -73,6 +73,7 @@ def test_a_table_wraps_between_words_keeps_numbers_whole_and_cuts_nothing(result
             assert all(len(line) <= width for line in text.splitlines()) and all(span in text for span in spans)
             assert "…" not in text
     assert note in plain(table, width=80) and "post-trained" in plain(table, width=52)
+    table.columns[1].header = "a_long_name_of_a_checkpoint.safetensors"
     narrow = plain(table, width=30)
     assert all(len(line) <= 30 for line in narrow.splitlines()) and "…" not in narrow and "undecided" in narrow
 
