@@ -22,12 +22,9 @@ def rollout_tables(result: Mapping[str, Any]) -> list[RenderableType]:
     """
     against, judge = result.get("against_sim"), result["judge"]
     title = escape(f"{result['policy']} ({result['actions']}) in task {result['task']}")
-    table = new_table(f"{title}, judged by {escape(judge)}" if judge else title, ["rollout", "steps"])
-    for name in (
-        *(("success", "progress") if judge else ()),
-        *(("success, simulated", "progress, simulated") if against else ()),
-    ):
-        table.add_column(name, justify="right", overflow="fold")
+    numbers = ["steps", *(["success", "progress"] if judge else [])]
+    numbers += ["success, simulated", "progress, simulated"] if against else []
+    table = new_table(f"{title}, judged by {escape(judge)}" if judge else title, ["rollout"], numbers)
     table.add_column("what the judge saw" if judge else "video", overflow="fold")
     for row in result["rollouts"]:
         cells = [f"episode {row['episode']}, frame {row['start']}, seed {row['seed']}", str(row["steps"])]
