@@ -19,9 +19,14 @@ from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.policies.embedded import make_policy
 from persistworld_cli.policies.judge import Evidence, ask_judge, load_judge
 
-ROLLOUT, CLASSES = re.findall(
-    r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "python.md").read_text(), re.DOTALL
-)
+
+def blocks(page: str) -> list[str]:
+    """The Python code in a page of the project."""
+    return re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / page).read_text(), re.DOTALL)
+
+
+ROLLOUT, CLASSES = blocks("docs/python.md")
+(README,) = blocks("README.md")
 
 
 def test_the_package_imports_no_torch_and_has_every_name() -> None:
@@ -43,6 +48,9 @@ def test_the_example_of_a_rollout_runs(
     exec(compile(ROLLOUT, "docs/python.md", "exec"), names)
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("lpips", "ssim", "psnr"))
+    shorter: dict[str, object] = {}
+    exec(compile(README, "README.md", "exec"), shorter)
+    assert np.array_equal(shorter["images"], names["images"][0])  # type: ignore[index,arg-type]
     assert names["scores"]["psnr"].shape == (1, 12, 3) and names["scores"]["psnr"].mean() > 15  # type: ignore[index]
 
 

@@ -15,6 +15,7 @@ from persistworld_cli.config.presets import load_settings, to_json
 
 pytestmark = pytest.mark.usefixtures("counted_once")
 README = Path(__file__).resolve().parents[2] / "README.md"
+PAGES = [README, *sorted((README.parent / "docs").glob("*.md")), README.parent / "presets" / "tiny" / "README.md"]
 
 
 def commands() -> list[str]:
@@ -36,6 +37,28 @@ def test_readme_command_resolves(command: str, tmp_path: Path, monkeypatch: pyte
     result = CliRunner().invoke(app, [*shlex.split(command)[1:], "--dry-run"])
     assert result.exit_code == 0, result.output
     assert not list(tmp_path.iterdir())
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith(("http://", "https://")):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_readme_is_short() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 200
 
 
 def test_reference_behaviour_tells_the_presets_values() -> None:
