@@ -15,6 +15,7 @@ from persistworld_cli import __version__
 from persistworld_cli.commands.options import Common, with_common
 from persistworld_cli.commands.run import show_tables, write_json
 from persistworld_cli.config.bundled import bundled_root
+from persistworld_cli.console import note
 from persistworld_cli.cost.report import BYTES, amount
 
 EXAMPLES = {"": ("persistworld env", "persistworld env --json")}
@@ -36,6 +37,7 @@ def command(common: Common) -> None:
 
     Values of variables that may be secrets are left out. Nothing is sent anywhere.
     """
+    note("env: looking at versions, devices and folders")
     variables = _variables()  # torch sets some when it is imported
     result = {"system": _system(), "torch": _torch(), "packages": _packages(), "paths": _paths()}
     result["variables"] = variables
