@@ -18,7 +18,6 @@ import numpy as np
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
-from persistworld_cli.data.raw.video import read_frames
 from persistworld_cli.policies.bundled_world.scene import find_recorded
 from persistworld_cli.policies.bundled_world.simulator import check_simulator, restored
 from persistworld_cli.rollout.interactive import make_start
@@ -32,14 +31,15 @@ def repeat(settings: Settings, store: EpisodeStore, split: str, item: Item) -> l
     """At each of `TICKS`: the farthest object (m), the least PSNR (dB), and the reset error at the start."""
     recorded = find_recorded(settings, make_start(store, item, split))
     columns = recorded.raw.read(recorded.index, list(_FIELDS))
-    videos = [recorded.raw.video(recorded.index, camera)[0] for camera in settings.world.cameras]
+    shown = [recorded.row + tick for tick in TICKS]
+    views = [recorded.raw.images(recorded.index, camera, shown) for camera in settings.world.cameras]
     rows = []
     with restored(recorded) as (world, error):
         for tick in range(TICKS[-1] + 1):
             row = recorded.row + tick
             if tick in TICKS:
                 gap = (world.observe()[_FIELDS[0]] - columns[_FIELDS[0]][row]).reshape(3, 7)[:, :3]
-                true = np.stack([read_frames(video, [row])[0] for video in videos]).astype(np.float64)
+                true = np.stack([next(view) for view in views]).astype(np.float64)
                 squared = ((world.images() - true) ** 2).mean(axis=(1, 2, 3))
                 rows.append(
                     (float(np.linalg.norm(gap, axis=1).max()), float(10 * np.log10(255**2 / squared.max())), error)

@@ -3,7 +3,7 @@
 Each process prepares one episode at a time (`preparing.prepare`), never loads torch, and waits while its results are
 not read. Memory does not depend on the length of an episode: this process holds one chunk of 16 frames x V cameras;
 each decoding process holds four, one camera's chunk at the recorded size, and one table (of a version 3 file, the row
-groups with the episode).
+groups with the episode; images in it still encoded).
 """
 
 from __future__ import annotations

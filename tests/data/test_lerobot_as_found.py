@@ -25,6 +25,7 @@ from persistworld_cli.data.raw import video
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.extraction.pipeline import extract_latents
+from persistworld_cli.training.vae import load_images
 
 LENGTHS, CAMERA = [8, 7, 9], CAMERAS[0]
 SHARED = "data/chunk-000/file-000.parquet"  # of a v3.0 dataset
@@ -133,6 +134,11 @@ FAULTS: dict[str, tuple[str, list[Change], str]] = {  # layout, changes, how epi
         [change(SHARED, timestamp=rows(lambda t: t + (t > 0.3) / 15))],
         "timestamps of episode 1: rows 4 and 5 are at 0.267 and 0.400 s, 2.0 frames apart",
     ),
+    "a timestamp that is no number": (
+        "v3.0, images",
+        [change(SHARED, timestamp=rows(lambda t: np.where(t > 0.25, np.nan, t)))],
+        "timestamps of episode 1: the timestamp of row 4 is not a finite number",
+    ),
     "timestamps that stand still": (
         "v3.0, images",
         [change(SHARED, timestamp=rows(lambda t: np.minimum(t, t[5])))],
@@ -158,12 +164,12 @@ FAULTS: dict[str, tuple[str, list[Change], str]] = {  # layout, changes, how epi
     "timestamps at half the video's speed": (
         "v2.1",
         [change("data/chunk-000/episode_000001.parquet", timestamp=lambda t: [2 * x for x in t])],
-        f"camera '{CAMERA}' of episode 1: frame 2 is at 0.133 s in the video, at 0.267 s in the table",
+        f"camera '{CAMERA}' of episode 1: frame 2 is at 0.133 s in the video, at 0.267 s by timestamp",
     ),
     "a video at half speed": (
         "v2.1",
         [film(7.5, list(range(7)))],
-        f"camera '{CAMERA}' of episode 1: frame 1 is at 0.133 s in the video, at 0.067 s in the table",
+        f"camera '{CAMERA}' of episode 1: frame 1 is at 0.133 s in the video, at 0.067 s by timestamp",
     ),
     "a video with more frames than rows": (
         "v2.1",
@@ -226,6 +232,14 @@ def test_time_is_what_timestamps_say(prepared: dict[str, Path], tmp_path: Path, 
         assert brightness == pytest.approx(40 + 12 * np.arange(len(brightness)), abs=1.5)  # one frame is 4
 
 
+def test_without_timestamps_the_rate_of_info_json_must_be_that_of_the_video(
+    prepared: dict[str, Path], tmp_path: Path
+) -> None:
+    raw = RawDataset(changed(prepared, "v2.1", [no_timestamps, info(fps=30)], tmp_path / "raw"))
+    with pytest.raises(PersistWorldError, match=r"is at 0\.067 s in the video, at 0\.033 s by info\.json's 30 fps"):
+        list(raw.images(1, CAMERA, [0]))
+
+
 def test_two_episodes_in_the_same_seconds_of_a_video_are_both_in_doubt(
     prepared: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -246,6 +260,14 @@ def test_several_tasks_of_an_episode_are_in_any_order(prepared: dict[str, Path],
     assert RawDataset(raw).instruction(1) == "lift it"
     (raw / "meta/tasks.parquet").unlink()
     assert RawDataset(raw).instruction(1) == "then push it"
+
+
+def test_images_to_train_a_vae_follow_the_timestamps_too(prepared: dict[str, Path], tmp_path: Path) -> None:
+    world = WorldSettings(cameras=(CAMERA,), exterior=(0,), wrist=(), height=HEIGHT, width=WIDTH)
+    raw = changed(prepared, "v3.0", [info(fps=30)], tmp_path / "raw")
+    images = load_images(raw, world, tmp_path / "images.npy", quiet=True)
+    assert images.shape == (3, 3, HEIGHT, WIDTH, 3)  # as many as the shortest episode has
+    assert images[:, :, HEIGHT // 2 :].mean(axis=(2, 3, 4)) == pytest.approx(np.array([[40, 52, 64]] * 3), abs=1.5)
 
 
 def test_a_recording_slower_than_the_model_is_refused(prepared: dict[str, Path], tmp_path: Path) -> None:

@@ -106,14 +106,14 @@ def _absolute(motion: NDArray[np.floating[Any]], gain: Float) -> Float:
 
 def _hand_error(motions: Sequence[NDArray[np.floating[Any]]], gains: Float, hand_position: HandPosition) -> float:
     """Mean distance (m) between the recorded and the predicted hand position 1, 3, ... 15 raw frames ahead."""
-    meant, came = [], []
+    predicted, came = [], []
     for motion, gain in zip(motions, gains, strict=True):
         start = motion[:, 0].astype(np.float64)
         for moved, commanded in _windows(motion)[::2]:
             rows = slice(0, len(moved), _HAND_STRIDE)
-            meant.append(start[rows] + gain * commanded[rows])
+            predicted.append(start[rows] + gain * commanded[rows])
             came.append(start[rows] + moved[rows])
-    points, truth = np.concatenate(meant), np.concatenate(came)
+    points, truth = np.concatenate(predicted), np.concatenate(came)
     total = 0.0
     for at in range(0, len(points), _HANDS):
         gap = hand_position(points[at : at + _HANDS]) - hand_position(truth[at : at + _HANDS])

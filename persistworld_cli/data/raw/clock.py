@@ -23,24 +23,29 @@ class Clock:
         times: (T,) seconds since the first row, increasing.
         spacing: seconds from a row to the next (median).
         fps: rows per second: that of info.json unless it is off by over half a frame in the episode.
+        source: what gives the times, for messages.
     """
 
     times: NDArray[np.float64]
     spacing: float
     fps: float
+    source: str
 
     @classmethod
-    def of(cls, stamps: NDArray[Any], fps: float) -> Clock:
-        """From timestamps in seconds (T,) and info.json's ``fps``.
+    def of(cls, stamps: NDArray[Any], fps: float, source: str = "timestamp") -> Clock:
+        """From timestamps in seconds, (T,) or (T, 1), and info.json's ``fps``.
 
         Raises:
             ValueError: not finite, not increasing, or with a hole of over 1.5 frames; the message has the values.
         """
+        if stamps.size != len(stamps):
+            raise ValueError(f"they have the shape {stamps.shape}")
+        stamps = stamps.reshape(-1)
         times = stamps.astype(np.float64) - float(stamps[0])
         if not np.isfinite(times).all():
             raise ValueError(f"the timestamp of row {int(np.argmin(np.isfinite(times)))} is not a finite number")
         if len(times) == 1:
-            return cls(times, 1 / fps, fps)
+            return cls(times, 1 / fps, fps, source)
         gaps = np.diff(times)
         spacing = float(np.median(gaps))
         bad = (gaps <= 0) | (gaps > _HOLE * spacing)
@@ -50,7 +55,7 @@ class Clock:
             raise ValueError(f"rows {row} and {row + 1} are at {stamps[row]:.3f} and {stamps[row + 1]:.3f} s{apart}")
         counted = (len(times) - 1) / fps
         right = abs(times[-1] - counted) <= 0.5 / fps
-        return cls(times, spacing, fps if right else round((len(times) - 1) / float(times[-1]), 3))
+        return cls(times, spacing, fps if right else round((len(times) - 1) / float(times[-1]), 3), source)
 
     @property
     def duration(self) -> float:

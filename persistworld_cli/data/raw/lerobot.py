@@ -107,11 +107,12 @@ class RawDataset:
                 raise ValueError(f"feature '{odd[0]}' is not an object")
             kinds = {k.removeprefix(_IMAGES): v.get("dtype") for k, v in self.features.items()}
             self.cameras = tuple(name for name, kind in kinds.items() if kind in ("video", "image"))
-            self._filmed = tuple(name for name in self.cameras if kinds[name] == "video")
+            self._in_videos = tuple(name for name in self.cameras if kinds[name] == "video")
             self._check_info()
         self._known: dict[int, RawEpisode] = {}
         self._file: tuple[Path, pq.ParquetFile, list[set[int] | None]] | None = None
         self._table: tuple[Path, tuple[int, ...], pa.Table] | None = None
+        self._last: tuple[tuple[Path, int], pa.Table] | None = None  # the rows of one episode
 
     def _check_info(self) -> None:
         """Raise if the rest of info.json holds values of the wrong type."""
@@ -120,7 +121,7 @@ class RawDataset:
         fields = _PLACE if self.version.startswith("v3") else ("episode_chunk", "episode_index")
         names: dict[str, int | str] = dict.fromkeys(fields, 0)
         fill_template(self.info["data_path"], names)
-        if self._filmed:
+        if self._in_videos:
             fill_template(self.info.get("video_path"), {"video_key": "", **names})
 
     @property
@@ -196,16 +197,13 @@ class RawDataset:
         Raises:
             PersistWorldError: timestamps that do not increase or leave frames out, or an unreadable table.
         """
-        table = self.episode(index).table
+        episode = self.episode(index)
         if "timestamp" in self.columns(index):
-            stamps = self.read(index, ["timestamp"])["timestamp"].reshape(-1)
+            stamps, source = self.read(index, ["timestamp"])["timestamp"], "timestamp"
         else:
-            stamps = np.arange(self._rows(self.episode(index)).num_rows) / self.fps
-        try:
-            return Clock.of(stamps, self.fps)
-        except ValueError as error:
-            what = f"timestamps of episode {index}: {error}"
-            raise PersistWorldError(what, where=str(table), fix=TIMES_FIX) from error
+            stamps, source = np.arange(self._rows(episode).num_rows) / self.fps, f"info.json's {self.fps:g} fps"
+        with reading(f"timestamps of episode {index}", episode.table, TIMES_FIX):
+            return Clock.of(stamps, self.fps, source)
 
     def images(self, index: int, camera: str, rows: Sequence[int], threads: int = 0) -> Iterator[Frames]:
         """A camera's images (H, W, 3) at some rows of an episode, ascending, nearest in time (see `video.iter_rows`).
@@ -217,18 +215,15 @@ class RawDataset:
         """
         key, name = camera.removeprefix(_IMAGES), f"camera '{camera}' of episode {index}"
         clock = self.clock(index)
-        if key in self.cameras and key not in self._filmed:
+        if key in self.cameras and key not in self._in_videos:
             return self._stored(index, self._feature(key), rows, name)
         span = self.video(index, camera)
         if span.begin is not None and span.end is not None:
-            what, lasts = f"{name} is from_timestamp {span.begin:.3f} to {span.end:.3f} s in its video", clock.duration
-            if abs(span.end - span.begin - lasts) > 0.5 * clock.spacing:
-                what += f", its {len(clock.times)} rows last {lasts:.3f} s"
-            elif span.shared is not None:
-                what += f", which overlaps episode {span.shared}"
-            else:
-                what = ""
-            if what:
+            wrong = None if span.shared is None else f"which overlaps episode {span.shared}"
+            if abs(span.end - span.begin - clock.duration) > 0.5 * clock.spacing:
+                wrong = f"its {len(clock.times)} rows last {clock.duration:.3f} s"
+            if wrong:
+                what = f"{name} is from_timestamp {span.begin:.3f} to {span.end:.3f} s in its video, {wrong}"
                 raise PersistWorldError(what, where=str(self.path / "meta/episodes"), fix=TIMES_FIX)
         return iter_rows(span.path, clock, rows, name=name, begin=span.begin, threads=threads)
 
@@ -240,7 +235,7 @@ class RawDataset:
         """
         episode, key = self.episode(index), camera.removeprefix(_IMAGES)
         if key not in episode.videos:
-            known = key in self._filmed
+            known = key in self._in_videos
             raise PersistWorldError(
                 f"episode {index} has no video of camera '{camera}'" if known else f"no camera '{camera}'",
                 where=str(self.path / "meta"),
@@ -284,7 +279,7 @@ class RawDataset:
                 folders[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
             return path.name in folders[path.parent]
 
-        stored = len(self._filmed) < len(self.cameras)
+        stored = len(self._in_videos) < len(self.cameras)
         return {
             index
             for index, episode in self._all.items()
@@ -319,7 +314,7 @@ class RawDataset:
         def parse(row: dict[str, Any]) -> RawEpisode:
             index = int(row["episode_index"])
             names = {"episode_chunk": index // chunk, "episode_index": index}
-            return self._episode(row, names, {c: VideoSpan(self._video_file(c, names)) for c in self._filmed})
+            return self._episode(row, names, {c: VideoSpan(self._video_file(c, names)) for c in self._in_videos})
 
         return _listed(read_json_lines(path, "unreadable list of episodes", _FETCH), path, parse)
 
@@ -342,7 +337,7 @@ class RawDataset:
     def _row_v3(self, row: dict[str, Any]) -> RawEpisode:
         """An episode from its row in the version 3 list."""
         videos: dict[str, VideoSpan] = {}
-        for camera in self._filmed:
+        for camera in self._in_videos:
             head = f"videos/{self._feature(camera)}/"
             if _empty(row.get(head + "chunk_index")):  # pandas writes NaN where an episode lacks a camera
                 continue
@@ -380,6 +375,8 @@ class RawDataset:
 
     def _rows(self, episode: RawEpisode, camera: str | None = None) -> pa.Table:
         """The rows of one episode, by frame: all columns but images; with a camera's feature, that column of images."""
+        if camera is None and self._last is not None and self._last[0] == (episode.table, episode.index):
+            return self._last[1]
         if not episode.table.is_file():
             raise PersistWorldError("table is missing", where=str(episode.table), fix=_FETCH)
         with reading("unreadable table", episode.table, _FETCH):
@@ -393,6 +390,8 @@ class RawDataset:
                 frames = table.column("frame_index").to_numpy()
                 if not np.array_equal(frames - frames[0], np.arange(len(frames))):
                     raise PersistWorldError("frame_index leaves frames out", where=str(episode.table), fix=_FETCH)
+        if camera is None:
+            self._last = (episode.table, episode.index), table
         return table
 
     def _groups(self, episode: RawEpisode, camera: str | None) -> pa.Table:

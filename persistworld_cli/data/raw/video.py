@@ -97,7 +97,7 @@ def iter_rows(
         time = frame.time - begin
         if time >= -half and seen < len(clock.times) and abs(time - clock.times[seen]) > half:
             raise PersistWorldError(
-                f"{name}: frame {seen} is at {time:.3f} s in the video, at {clock.times[seen]:.3f} s in the table",
+                f"{name}: frame {seen} is at {time:.3f} s in the video, at {clock.times[seen]:.3f} s by {clock.source}",
                 where=str(path),
                 fix=TIMES_FIX,
             )

@@ -96,7 +96,7 @@ def recorded_origin(recorded: RecordedStart) -> tuple[int, str]:
 @contextmanager
 def restored(recorded: RecordedStart) -> Iterator[tuple[Any, float]]:
     """The simulated world restored at a recorded start (the recorder's `LiveWorld`), and its reset error (m or rad)."""
-    ticks = round(recorded.row * POLICY_HZ / recorded.raw.fps)
+    ticks = round(float(recorded.raw.clock(recorded.index).times[recorded.row]) * POLICY_HZ)
     state = {name: values[recorded.row] for name, values in recorded.raw.read(recorded.index, _STATE).items()}
     joints, gripper, objects = (state[name] for name in _STATE)
     seed, design = recorded_origin(recorded)
