@@ -25,7 +25,6 @@ from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.robot.adapter import JointVelocityAdapter
 from persistworld_cli.robot.kinematics import PANDA, Kinematics
 from persistworld_cli.robot.kinematics import pose as flange_pose
-from persistworld_cli.rollout.interactive import require_dimensions
 from persistworld_cli.rollout.recording import Start
 
 Float = NDArray[np.float64]
@@ -327,12 +326,11 @@ class ModelActions(ActionSpace):
     fields = (STATE,)
 
     def __init__(self, settings: Settings) -> None:
-        self._settings, self._dimensions = settings, dimensions_of(settings)
+        self._dimensions = dimensions_of(settings)
         self.parts = tuple(one.name for one in self._dimensions)
 
     def begin(self, start: Start) -> ArmState:
-        """The recorded state. Raises PersistWorldError unless `robot.dimensions` names its numbers."""
-        require_dimensions(self._settings, start)
+        """The recorded state."""
         return ArmState(start.pose, np.empty(0))
 
     def observe(self, now: ArmState) -> dict[str, Float]:

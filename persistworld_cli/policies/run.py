@@ -50,7 +50,7 @@ from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.tables import plain
 from persistworld_cli.robot.adapter import JointVelocityAdapter, load_adapter
 from persistworld_cli.robot.kinematics import load_kinematics
-from persistworld_cli.rollout.interactive import InteractiveRollout, find_split, make_start
+from persistworld_cli.rollout.interactive import InteractiveRollout, find_split, make_start, require_dimensions
 from persistworld_cli.rollout.recording import Item, Start
 
 BUNDLED_JUDGE = "bundled-world"  # compares with the simulator unless another judge is named
@@ -304,6 +304,9 @@ def make_plan(settings: Settings, request: PolicyRolloutRequest, store: EpisodeS
     own = settings.policy
     check_policy(request.policy, own.actions)
     task = load_task(own.task)
+    starts, missing = _starts(settings, request, store, task)
+    for start in starts:
+        require_dimensions(settings, start)
     view = PolicyView(
         space=_action_space(settings, store, own.gripper_cap or task.gripper_cap),
         skip=own.skip or task.skip,
@@ -314,7 +317,6 @@ def make_plan(settings: Settings, request: PolicyRolloutRequest, store: EpisodeS
         rate_hz=own.rate_hz,
     )
     _check_rate(settings, view)
-    starts, missing = _starts(settings, request, store, task)
     for start in starts:
         view.space.begin(start)  # before the weights are read
     return PolicyRolloutPlan(request.policy, task, view, own.steps or task.steps, starts, missing)

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from dataset_example.six_joints import JOINTS, joint_angles, main
 from persistworld_cli.commands.app import app
 from persistworld_cli.config.presets import load_settings
+from persistworld_cli.config.requests import PolicyRolloutRequest
 from persistworld_cli.config.settings import RobotSettings, Settings
-from persistworld_cli.data.clips.store import EpisodeStore
+from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.interact.drive import open_session
@@ -26,6 +27,7 @@ from persistworld_cli.interact.outputs import write_lerobot_zip
 from persistworld_cli.interact.web import hello
 from persistworld_cli.launch import launcher
 from persistworld_cli.policies.action_spaces import ArmState, JointPosition, JointVelocity, Pose
+from persistworld_cli.policies.run import make_plan
 from persistworld_cli.robot.adapter import GainAdapter
 from persistworld_cli.robot.keyboard import KeyMap
 
@@ -160,8 +162,10 @@ def test_a_policy_answers_with_states(run: Any, weights: str, monkeypatch: pytes
 
 def test_numbers_without_names_are_refused(own: Settings) -> None:
     unnamed = Settings(world=own.world, model=own.model)
-    with pytest.raises(PersistWorldError, match=r"states have 6 numbers, but robot\.dimensions is not set"):
-        open_session(unnamed)
+    request, store = PolicyRolloutRequest(policy="hold"), open_store(unnamed)
+    for call in (lambda: open_session(unnamed), lambda: make_plan(unnamed, request, store)):
+        with pytest.raises(PersistWorldError, match=r"states have 6 numbers, but robot\.dimensions is not set"):
+            call()
 
 
 @pytest.mark.parametrize(
