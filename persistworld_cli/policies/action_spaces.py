@@ -78,7 +78,7 @@ class ActionSpace(ABC):
     Attributes:
         parts: what each number of a row is, for messages.
         fields: the observation's fields that hold the same numbers of the current state, in order.
-        rates: those of the fields for which a row holds rates, which are 0 where the arm stays.
+        rates: those of the fields that are rates in a row: 0 where the arm stays.
         joints: number of joints of the arm; 0 where none are needed.
         most: largest number that is accepted.
         gripper_cap: largest gripper position; None: not limited.
@@ -135,7 +135,7 @@ class _Joints(ActionSpace):
     """
 
     fields = (JOINTS, GRIPPER)
-    what: ClassVar[str]  # of a joint that a row holds
+    what: ClassVar[str]  # in a row, of a joint: position or velocity
     most = 100.0  # 1 is full speed and full grip
 
     def __init__(

@@ -151,7 +151,7 @@ def test_objects_are_found_where_they_were(bundled: Settings) -> None:
         assert np.nanpercentile(apart, 90) < 0.03
 
 
-def test_recorded_successes_and_failures_are_told(bundled: Settings) -> None:
+def test_recorded_successes_and_failures_are_reported(bundled: Settings) -> None:
     for episode in (PICK, PUSH):
         own = recorded_evidence(bundled, episode)
         for text, success in ((own.instruction, True), (own.instruction.replace("the left", "the right"), False)):
@@ -238,7 +238,7 @@ def test_the_bundled_judge_wants_the_bundled_world(root: Path, tmp_path: Path) -
     assert not any(tmp_path.iterdir())
 
 
-def test_bad_judges_are_told(root: Path, tmp_path: Path) -> None:
+def test_bad_judges_are_reported(root: Path, tmp_path: Path) -> None:
     for name, text in (
         ("bundled", "did you mean 'bundled-world'"),
         ("nowhere_x:A", "no module 'nowhere_x'"),

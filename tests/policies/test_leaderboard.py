@@ -172,7 +172,7 @@ def test_what_cannot_be_said_is_said(tmp_path: Path) -> None:
         ("policy,task,success\npi05,cubes,0.4\npi0,cubes,0.5\n", "did you mean 'pi05'?"),
     ],
 )
-def test_bad_real_results_are_told(tmp_path: Path, text: str, told: str) -> None:
+def test_bad_real_results_are_reported(tmp_path: Path, text: str, told: str) -> None:
     runs = [write_run(tmp_path / name, name, [True]) for name in ("pi-05", "pi-0")]
     real = tmp_path / "real.csv"
     real.write_text(text)
@@ -181,7 +181,7 @@ def test_bad_real_results_are_told(tmp_path: Path, text: str, told: str) -> None
     assert told in result.output.replace("\n", " ").replace("  ", " ")
 
 
-def test_bad_runs_are_told(tmp_path: Path) -> None:
+def test_bad_runs_are_reported(tmp_path: Path) -> None:
     assert "no rollouts.json here" in command(tmp_path / "nowhere").output
     (tmp_path / "rollouts.json").write_text("{}")
     result = command(tmp_path)

@@ -145,7 +145,7 @@ def test_api_key_and_origin_are_checked(monkeypatch: pytest.MonkeyPatch) -> None
         connect(server.uri, proxy=None, origin=Origin("http://evil.example"))
 
 
-def test_no_server_is_waited_for_with_a_countdown_and_then_told() -> None:
+def test_no_server_is_waited_for_with_a_countdown_and_then_reported() -> None:
     left: list[float] = []
     with pytest.raises(PersistWorldError, match=r"within 0\.7 s") as absent:
         PolicyClient("ws://127.0.0.1:9", wait_s=0.7, on_wait=left.append)
@@ -203,7 +203,7 @@ def test_a_slow_answer_is_given_up_and_the_connection_closed() -> None:
         (None, "closed the connection"),
     ],
 )
-def test_bad_first_messages_are_told(first: str | bytes | None, text: str) -> None:
+def test_bad_first_messages_are_reported(first: str | bytes | None, text: str) -> None:
     def handle(connection: ServerConnection) -> None:
         if first is not None:
             connection.send(first)
@@ -213,7 +213,7 @@ def test_bad_first_messages_are_told(first: str | bytes | None, text: str) -> No
         PolicyClient(uri, wait_s=5, timeout_s=5)
 
 
-def test_what_is_no_policy_server_is_told_at_once() -> None:
+def test_what_is_no_policy_server_is_reported_at_once() -> None:
     def not_found(connection: ServerConnection, request: Any) -> Any:
         return connection.respond(404, "nothing here")
 
