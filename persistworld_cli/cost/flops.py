@@ -28,33 +28,21 @@ _WHOLE: set[Any] = {functional.group_norm, functional.layer_norm, functional.sof
 
 
 class Work(NamedTuple):
-    """FLOPs of a call, and the peak of the bytes that it allocates."""
+    """FLOPs of a call (``forward``: without its gradient's), and the peak of the bytes that it allocates."""
 
     flops: int
     peak: int
+    forward: int
 
 
-class _Counter(TorchDispatchMode):
-    """Adds up FLOPs and tracks the bytes alive; ``known`` tensors are not counted."""
+class AliveBytes:
+    """Tracks the bytes of tensors alive; ``known`` tensors are not counted."""
 
-    def __init__(self, known: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self.flops = self.alive = self.peak = 0
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+        self.alive = self.peak = 0
         self.seen = {tensor.untyped_storage()._cdata for tensor in known}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def count(self, storage: torch.UntypedStorage) -> None:
         """Count a storage once, until it is freed; views share theirs."""
         key, size = storage._cdata, storage.nbytes()
         if key in self.seen:
@@ -67,6 +55,26 @@ class _Counter(TorchDispatchMode):
     def _freed(self, key: int, size: int) -> None:
         self.seen.discard(key)
         self.alive -= size
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up FLOPs and tracks the bytes alive."""
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.flops, self.bytes = 0, AliveBytes(known)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.bytes.count(leaf.untyped_storage())
+        return out
 
 
 class _LikeCuda(TorchFunctionMode):
@@ -119,12 +127,13 @@ def measure(
     with counter, nullcontext() if backward else torch.no_grad():
         with _LikeCuda(dtype):
             out = call()
+        forward = counter.flops
         if backward:
             torch.autograd.backward(out.float().square().mean())
     del out
     for p in there:
         p.grad = None
-    return Work(counter.flops, counter.peak)
+    return Work(counter.flops, counter.bytes.peak, forward)
 
 
 @contextmanager

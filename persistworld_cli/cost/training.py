@@ -28,7 +28,7 @@ from persistworld_cli.cost.report import CostReport, MemoryRow, WorkRow
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.training.candidates import prefix_limit
 from persistworld_cli.training.optim import Optimizers, inputs_and_outputs
-from persistworld_cli.training.policy_switch import PolicySwitch
+from persistworld_cli.training.policy_switch import PolicySwitch, product_type_on_gpu
 from persistworld_cli.training.pretrain import trained_parameters
 from persistworld_cli.training.sharing import team_size
 
@@ -39,26 +39,28 @@ def post_train_report(settings: Settings) -> CostReport:
     """Cost of post-training: an interaction, an update by its kinds of work, the run, and a process's memory."""
     options, sampling = settings.post_train, settings.sampling
     model = meta_model(settings.model, settings.world)
-    parameters, weights = part_sizes(model), weight_bytes(model)
+    parameters = part_sizes(model)
     interaction = count_interaction(model, sampling, 1)
+    held = product_type_on_gpu(settings)
     with META:
-        switch = PolicySwitch(model, options)
+        switch = PolicySwitch(model, options, held)
     processes = settings.launch.num_processes
     team = team_size(options, processes)
     groups, candidates = math.ceil(options.groups * team / processes), math.ceil(options.candidates / team)  # its own
     local = groups * candidates
     micro = min(options.micro_batch, groups * min(options.keep_best + options.keep_worst, candidates))
     together = min(local, max(1, options.micro_batch * 4))  # as CandidateMaker draws them
-    with switch.use("old", sampling=True):
-        drawn = measure(
-            lambda: predict(model, together, sampling.guidance), model.parameters(), AUTOCAST[sampling.dtype]
-        )
-    old = drawn.flops // (together if sampling.guidance == 1.0 else 2 * together)
+    with switch.use("old", sampling=True), torch.no_grad():
+        merged = [layer.effective_weight() for layer in switch.layers]
+        there = [*model.parameters(), *merged]
+        drawn = measure(lambda: predict(model, together, sampling.guidance), there, AUTOCAST[sampling.dtype])
     learned = _learning(model, options, micro)
     clip_count, frames, world = local * options.chunks, settings.model.num_frames, settings.world
     latents = (settings.model.num_history + 1 + frames) * math.prod(model.latent_shape)  # also what is predicted from
     image = len(world.cameras) * 3 * world.height * world.width
     adapters = [p for policy in ("theta", "old") for p in switch.parameters(policy)]
+    encoders = {id(p) for policy in ("theta", "old") for p in switch.encoders[policy].parameters()}
+    lora_layers = [p for p in adapters if id(p) not in encoders]
     learning = switch.trainable()
     encoder = sum(p.numel() for p in switch.encoders["theta"].parameters() if p.requires_grad)
     lora = sum(p.numel() for p in learning) - encoder
@@ -67,11 +69,12 @@ def post_train_report(settings: Settings) -> CostReport:
         trained={f"LoRA, rank {options.lora_rank}": lora, "action_encoder": encoder},
         work=[
             *interaction_rows(interaction, settings),
-            *_update_rows(settings, interaction, old, learned.flops // micro),
+            *_update_rows(settings, interaction, learned.forward // micro, learned.flops // micro),
         ],
         memory=[
-            MemoryRow("weights", "weights, float32", weights),
+            MemoryRow("weights", f"weights, {_held(held)}", weight_bytes(model) - tensor_bytes(lora_layers)),
             MemoryRow("adapters", "adapters of the trained and the sampling policy", tensor_bytes(adapters)),
+            MemoryRow("merged", "weights of the sampling policy, merged", tensor_bytes(merged)),
             *_training_rows(learning, options.optimizer),
             MemoryRow(
                 "candidates",
@@ -129,12 +132,12 @@ def _learning(model: WorldModel, options: PostTrainSettings | PretrainSettings, 
 def _update_rows(settings: Settings, interaction: InteractionCost, old: int, theta: int) -> list[WorkRow]:
     """An update by its kinds of work, over all processes.
 
-    ``old``: FLOPs of a clip with adapters, forward; ``theta``: forward and backward. The reference has no adapters.
+    ``old``: FLOPs of a clip with adapters, forward; ``theta``: forward and backward. Sampling merges them.
     """
     options, processes = settings.post_train, settings.launch.num_processes
     drawn, prefix = options.groups * options.candidates * options.chunks, mean_prefix(options)
     kept = options.groups * (options.keep_best + options.keep_worst) * options.chunks * options.sigmas_per_candidate
-    draw = interaction.calls * old
+    draw = interaction.calls * interaction.network  # adapters are merged once per update
     prefixes = options.groups * team_size(options, processes)  # every process of a team rolls it out for itself
     ahead = f"  {prefixes} prefixes of {prefix:g} interactions"
     parts = [
@@ -150,7 +153,6 @@ def _update_rows(settings: Settings, interaction: InteractionCost, old: int, the
     ]
     update = sum(part.flops for part in parts)
     return [
-        WorkRow("drawing", "interaction step while training, with adapters", draw + interaction.decoding),
         WorkRow("update", "update", update, processes),
         *parts,
         WorkRow("run", f"run: {options.updates} updates", update * options.updates, processes),
@@ -169,6 +171,11 @@ def _training_rows(
         MemoryRow("gradients", "gradients", tensor_bytes(learned)),
         MemoryRow("optimizer", f"optimiser ({optimizer})", state),
     ]
+
+
+def _held(dtype: torch.dtype | None) -> str:
+    """The types that a post-training holds the weights in."""
+    return "float32" if dtype is None else f"the network's products {str(dtype).removeprefix('torch.')}, others float32"
 
 
 def _how(options: PostTrainSettings | PretrainSettings) -> str:

@@ -6,7 +6,7 @@ Shape legend: B rollouts, N frames, V cameras, H x W pixels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,12 +38,6 @@ class _Images:
 
     def by_rollout(self, value: Tensor, label: str) -> Tensor:
         """A metric's values (M, ...) in the rollouts' order: (B, N, V, ...)."""
-        if not bool(torch.isfinite(value).all()):
-            raise PersistWorldError(
-                f"{label} is not finite",
-                where="rewards",
-                fix="the predicted images hold NaN: check the weights, the learning rate and the precision",
-            )
         batch, frames, views = self.shape
         if value.shape[:1] != self.drawn.shape[:1]:
             raise PersistWorldError(
@@ -51,8 +45,21 @@ class _Images:
                 where="rewards.weights",
                 fix="return one value per predicted image",
             )
-        apart = value.unflatten(0, (self.groups, frames, views, batch // self.groups))
+        apart = value.to(self.drawn.device).unflatten(0, (self.groups, frames, views, batch // self.groups))
         return apart.movedim(3, 1).flatten(0, 1)
+
+
+def _require_finite(values: Sequence[Tensor], labels: Iterable[str]) -> None:
+    """Raise PersistWorldError for the first metric that is not finite; one wait for a GPU in all."""
+    if not values:
+        return
+    for label, finite in zip(labels, torch.stack([torch.isfinite(v).all() for v in values]).tolist(), strict=True):
+        if not finite:
+            raise PersistWorldError(
+                f"{label} is not finite",
+                where="rewards",
+                fix="the predicted images hold NaN: check the weights, the learning rate and the precision",
+            )
 
 
 class Scorer:
@@ -113,6 +120,10 @@ class Scorer:
         scorer.names = (*self.names, *referees)
         return scorer
 
+    def place(self, images: Tensor) -> Tensor:
+        """Images on the scorer's device; a GPU copies them from the CPU without a wait."""
+        return images.to(self.device, non_blocking=self.device.type == "cuda")
+
     @torch.no_grad()
     @stage("scoring")
     def metrics(self, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -129,11 +140,14 @@ class Scorer:
         Raises:
             PersistWorldError: shapes that do not match, or a metric that is not finite.
         """
-        images = _Images(pred.to(self.device), target.to(self.device))
-        return {
+        images = _Images(self.place(pred), self.place(target))
+        metrics = {**self.registered, **self.referees}
+        values = {
             name: images.by_rollout(metric(images.drawn, images.known), metric.label)
-            for name, metric in [*self.registered.items(), *self.referees.items()]
+            for name, metric in metrics.items()
         }
+        _require_finite([*values.values()], [metric.label for metric in metrics.values()])
+        return values
 
     @torch.no_grad()
     @stage("scoring")
@@ -142,13 +156,11 @@ class Scorer:
 
         Args and errors as for `metrics`. Camera weights are not applied.
         """
-        images = _Images(pred.to(self.device), target.to(self.device))
-        parts = []
-        for name, weight in self.weights.items():
-            metric = self.registered[name]
-            maps = metric.maps(images.drawn, images.known, grid)
-            parts.append(weight * images.by_rollout(maps, metric.label))
-        return torch.stack(parts).sum(dim=0)
+        images = _Images(self.place(pred), self.place(target))
+        metrics = [self.registered[name] for name in self.weights]
+        maps = [images.by_rollout(m.maps(images.drawn, images.known, grid), m.label) for m in metrics]
+        _require_finite(maps, [metric.label for metric in metrics])
+        return torch.stack([w * m for w, m in zip(self.weights.values(), maps, strict=True)]).sum(dim=0)
 
     def by_image(self, metrics: dict[str, Tensor]) -> Tensor:
         """The weighted sum of metrics of every image: (B, N, V)."""

@@ -174,9 +174,9 @@ class WorldModel(nn.Module):
         """Embeddings (B, E) of instructions; cached unless `grad`."""
         unknown = sorted({t for t in texts if grad or t not in self._text_cache})
         if unknown:
-            ids, mask = tokenize(self.tokenizer, unknown)
+            ids, mask = (part.to(self.device, non_blocking=True) for part in tokenize(self.tokenizer, unknown))
             with torch.set_grad_enabled(grad):
-                made = self.text_encoder(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).text_embeds
+                made = self.text_encoder(input_ids=ids, attention_mask=mask).text_embeds
             if grad:
                 return made[[unknown.index(t) for t in texts]]
             self._text_cache.update(zip(unknown, made, strict=True))

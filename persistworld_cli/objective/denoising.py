@@ -44,10 +44,10 @@ class Draws:
         b, n, *frame = shape
 
         def normal(*size: int) -> torch.Tensor:
-            return torch.randn(b, *size, generator=generator).to(device)
+            return torch.randn(b, *size, generator=generator).to(device, non_blocking=True)
 
         def uniform() -> torch.Tensor:
-            return torch.rand(b, generator=generator).to(device)
+            return torch.rand(b, generator=generator).to(device, non_blocking=True)
 
         return cls(
             current_u=uniform(),
@@ -121,7 +121,8 @@ def clip_losses(
         actions: (B, N, D) given in place of the batch's own.
     """
     device = model.device
-    latents, actions = batch.latents.to(device), (batch.actions if actions is None else actions).to(device)
+    actions = batch.actions if actions is None else actions
+    latents, actions = (part.to(device, non_blocking=True) for part in (batch.latents, actions))
     draws = Draws.by_clip(latents.shape, model.settings.num_history, seed, first, device)
     learns_text = "text_encoder" in options.parts and torch.is_grad_enabled()
     text = model.text_embeds(list(batch.texts), grad=learns_text) if model.settings.text_cond else None

@@ -22,7 +22,7 @@ from persistworld_cli.models.diffusion import karras_sigmas
 from persistworld_cli.models.precision import small_products
 from persistworld_cli.models.samplers import find_sampler
 from persistworld_cli.models.world_model import Condition, WorldModel
-from persistworld_cli.rollout.history import Memory
+from persistworld_cli.rollout.history import Memory, on_device
 from persistworld_cli.rollout.recording import NoiseKey, Start
 from persistworld_cli.seeding import generator
 from persistworld_cli.stages import stage
@@ -55,7 +55,7 @@ class RolloutState:
 
     def select(self, rows: list[int]) -> RolloutState:
         """An independent copy of some rows; a row may repeat."""
-        text = None if self.text is None else self.text[rows]
+        text = None if self.text is None else self.text[on_device(rows, self.text.device)]
         keys = [self.keys[row] for row in rows] if self.keys else ()
         return RolloutState(self.memory.select(rows), text, keys, self.steps)
 
@@ -164,7 +164,7 @@ class RolloutEngine:
         history, past_poses = state.memory.history(self.entries)
         current, _ = state.memory.current
         actions = self.stat.normalise(np.concatenate([past_poses, poses], axis=1))
-        return Inputs(history, current, torch.as_tensor(actions, device=self.model.device), state.text)
+        return Inputs(history, current, torch.as_tensor(actions).to(self.model.device, non_blocking=True), state.text)
 
     def condition(self, inputs: Inputs) -> Condition:
         """The model's condition, with tokens from the current action encoder (gradients flow into it)."""
@@ -187,7 +187,7 @@ class RolloutEngine:
                 levels = x.new_full(x.shape[:1], float(sigma))
                 return self.model.denoise_guided(x, levels, condition, guidance).float()
 
-        x = noise.to(self.model.device) * (sigmas[0] ** 2 + 1).sqrt()
+        x = noise.to(self.model.device, non_blocking=True) * (sigmas[0] ** 2 + 1).sqrt()
         clip = self.sampler(denoise, x, sigmas)
         if clip.shape != x.shape:
             raise PersistWorldError(

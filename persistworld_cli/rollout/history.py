@@ -11,6 +11,11 @@ import numpy as np
 import torch
 
 
+def on_device(rows: list[int], device: torch.device) -> torch.Tensor:
+    """Row numbers as an index that selects without a wait for a GPU."""
+    return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+
+
 class Memory:
     """The buffer of B rollouts that advance together (as in Ctrl-World's loops).
 
@@ -53,6 +58,7 @@ class Memory:
     def select(self, rows: list[int]) -> Memory:
         """An independent copy of some of the rollouts, in the given order; a row may repeat."""
         other = copy.copy(self)
-        other._latents = [latent[rows] for latent in self._latents]
+        there = on_device(rows, self._latents[0].device)
+        other._latents = [latent[there] for latent in self._latents]
         other._poses = [pose[rows] for pose in self._poses]
         return other

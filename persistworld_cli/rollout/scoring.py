@@ -115,10 +115,10 @@ def score_frames(
     """
     pred, target, first = scoring.shown(pred), scoring.cut(target), scoring.cut(first)
     scores = scorer.metrics(pred, target)
-    pred, target, first = (part.to(scorer.device) for part in (pred, target, first))
+    pred, target, first = (scorer.place(part) for part in (pred, target, first))
     scores[MOVING] = masked_psnr(pred, target, moving_mask(target, first[:, None], threshold=scoring.motion))
     for name, mask in (marked or {}).items():
-        inside = scoring.cut(mask).to(scorer.device)
+        inside = scorer.place(scoring.cut(mask))
         scores[f"psnr@{name}"] = masked_psnr(pred, target, inside)
         scores[f"ssim@{name}"] = masked_ssim(pred, target, inside)
     return scores

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from persistworld_cli.training.candidates import Candidates
@@ -28,31 +29,34 @@ def candidate_health(
         cameras: names, in stacking order.
         labels: metric -> label (`Scorer.labels`).
     """
-    best = made.reward.gather(1, kept)
+    best = made.reward.gather(1, kept.to(made.reward.device))
     spread = made.reward.std(dim=1)
+    means = {
+        "reward": made.reward,
+        **{f"reward_{labels[name]}": value for name, value in made.metrics.items()},
+        **{
+            f"{labels[name]}/{camera}": value[..., index]
+            for name, value in made.metrics.items()
+            for index, camera in enumerate(cameras)
+        },
+        "group_spread": spread,
+        "groups_without_spread": (spread < 1e-6).float(),
+        "kept_margin": best.max(1).values - best.min(1).values,
+        "sharpness": _gradient(made.images, -1),
+        "motion": _gradient(made.images, 1),
+        "recorded_sharpness": _gradient(made.recorded, -1),
+        "recorded_motion": _gradient(made.recorded, 1),
+    }
+    numbers = dict(zip(means, torch.stack([value.mean() for value in means.values()]).tolist(), strict=True))
+    for name in ("sharpness", "motion"):
+        numbers[name] /= max(1e-9, numbers.pop(f"recorded_{name}"))
     total = sum(made.seconds.values())
-    by_camera = {
-        f"{labels[name]}/{camera}": value[..., index].mean().item()
-        for name, value in made.metrics.items()
-        for index, camera in enumerate(cameras)
-    }
-    return {
-        "reward": made.reward.mean().item(),
-        **{f"reward_{labels[name]}": value.mean().item() for name, value in made.metrics.items()},
-        **by_camera,
-        "group_spread": spread.mean().item(),
-        "groups_without_spread": (spread < 1e-6).float().mean().item(),
-        "kept_margin": (best.max(1).values - best.min(1).values).mean().item(),
-        "sharpness": _gradient(made.images, -1) / max(1e-9, _gradient(made.recorded, -1)),
-        "motion": _gradient(made.images, 1) / max(1e-9, _gradient(made.recorded, 1)),
-        "seconds": total,
-        **{f"share_{name}": value / total for name, value in made.seconds.items()},
-    }
+    return {**numbers, "seconds": total, **{f"share_{name}": value / total for name, value in made.seconds.items()}}
 
 
-def _gradient(images: Tensor, dim: int) -> float:
-    """Mean absolute difference of neighbours: along the width it is sharpness, along the frames motion."""
-    return images.diff(dim=dim).abs().mean().item()
+def _gradient(images: Tensor, dim: int) -> Tensor:
+    """Absolute differences of neighbours: along the width they measure sharpness, along the frames motion."""
+    return images.diff(dim=dim).abs()
 
 
 @dataclass

@@ -19,12 +19,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from persistworld_cli.checkpoints.adapters import lora_config, write_adapter
-from persistworld_cli.config.settings import PostTrainSettings
+from persistworld_cli.config.settings import PostTrainSettings, Settings
 from persistworld_cli.data.metadata.index import ActionStat
 from persistworld_cli.models.cpu.hook import speed_up
 from persistworld_cli.models.world_model import WorldModel
 
 POLICIES = ("theta", "old", "reference")
+
+
+def product_type_on_gpu(settings: Settings) -> torch.dtype | None:
+    """The one type of all of a post-training's products on a GPU; None if sampling and learning differ, or float32."""
+    both = settings.post_train.mixed_precision == "bf16" and settings.sampling.dtype == "bfloat16"
+    return torch.bfloat16 if both else None
 
 
 class PolicySwitch:
@@ -34,9 +40,11 @@ class PolicySwitch:
         model: the world model; its UNet gets LoRA layers in place, its weights are frozen.
         options: of LoRA, whether theta's action encoder learns, and the seed of the adapters' initial weights (B starts
             at 0, so theta = old = reference).
+        held: hold the weights of the UNet's products in this type, if all calls are under autocast to it
+            (`product_type_on_gpu`): the numbers are the same, and no call rounds them again.
     """
 
-    def __init__(self, model: WorldModel, options: PostTrainSettings) -> None:
+    def __init__(self, model: WorldModel, options: PostTrainSettings, held: torch.dtype | None = None) -> None:
         self.model = model
         model.requires_grad_(False)
         self.config = lora_config(options)
@@ -47,6 +55,8 @@ class PolicySwitch:
                 inject_adapter_in_model(self.config, model.unet, adapter_name=name)
         speed_up(model.unet)
         self.layers: list[Any] = [m for m in model.unet.modules() if isinstance(m, BaseTunerLayer)]
+        if held:
+            self._hold(held)
         reference = model.action_encoder
         self.encoders = {"reference": reference, "theta": copy.deepcopy(reference), "old": copy.deepcopy(reference)}
         self.encoders["theta"].requires_grad_(options.train_action_encoder)
@@ -55,6 +65,18 @@ class PolicySwitch:
                 parameter.requires_grad_(learns)
         self.copy_theta(0.0)
         self.activate("theta")
+
+    def _hold(self, dtype: torch.dtype) -> None:
+        """Round the UNet's frozen matrices and kernels; adapted ones are kept in float32 too, to merge adapters into.
+
+        The first convolution stays: its type is the model's (`WorldModel.dtype`), which norms and inputs have.
+        """
+        for layer in self.layers:
+            layer.exact = nn.Parameter(layer.base_layer.weight.detach(), requires_grad=False)
+        for name, module in self.model.unet.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) and "lora_" not in name and name != "conv_in":
+                for part, value in list(module.named_parameters(recurse=False)):
+                    setattr(module, part, nn.Parameter(value.to(dtype), requires_grad=False))
 
     def activate(self, policy: str, *, sampling: bool = False) -> None:
         """Use this policy in every later call of the model; see `use`."""

@@ -8,10 +8,11 @@ sampling policy follow.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from operator import neg, pos
 from typing import Any
 
@@ -38,7 +39,7 @@ from persistworld_cli.training.action_margin import HeldOutLosses, against_base,
 from persistworld_cli.training.candidates import CandidateMaker, Candidates, GroupPlan, credit
 from persistworld_cli.training.health import CollapseGuard, candidate_health
 from persistworld_cli.training.optim import Optimizers, lr_factor
-from persistworld_cli.training.policy_switch import PolicySwitch
+from persistworld_cli.training.policy_switch import PolicySwitch, product_type_on_gpu
 from persistworld_cli.training.run import Run, Trainer
 from persistworld_cli.training.sharing import Share
 from persistworld_cli.training.states import require_same_shapes
@@ -76,7 +77,8 @@ class PostTrainer(Trainer):
         )
         if options.gradient_checkpointing:
             self.model.unet.enable_gradient_checkpointing()
-        self.switch = PolicySwitch(self.model, options)
+        small = product_type_on_gpu(settings) if work.device.type == "cuda" else None
+        self.switch = PolicySwitch(self.model, options, small)
         # in float32 a merged adapter changes less than 1e-6; in bfloat16 compared policies are computed the same way
         self.exact = work.device.type == "cpu" and work.accelerator.mixed_precision == "no"
         self.stat = store.stat()
@@ -143,7 +145,7 @@ class PostTrainer(Trainer):
         if options.objective == "recorded":
             self.use_recorded_targets(made, plans)
             r = torch.ones_like(r)
-        kept = keep_extremes(made.reward, options.keep_best, options.keep_worst)  # (G, m + n)
+        kept = keep_extremes(made.reward.cpu(), options.keep_best, options.keep_worst)  # (G, m + n)
         rows, places = share.own(kept)
         own_r = r.unflatten(0, made.reward.shape)[places[:, 0], kept[places[:, 0], places[:, 1]]]
         keys = [(options.seed, step, plans[group].number, place) for group, place in places.tolist()]
@@ -174,19 +176,23 @@ class PostTrainer(Trainer):
         total = kept * options.chunks * options.sigmas_per_candidate
         sums = dict.fromkeys(("loss", "kl", "theta_old", "theta_reference"), 0.0)
         # a rank that shares a group may have none of its kept candidates
-        parts = torch.arange(len(rows)).split(options.micro_batch) if len(rows) else ()
+        parts = [slice(i, i + options.micro_batch) for i in range(0, len(rows), options.micro_batch)]
+        rows = rows.to(made.x0[0].device)
+        logged: list[torch.Tensor] = []
         for chunk, repeat, part in product(range(options.chunks), range(options.sigmas_per_candidate), parts):
             x0, inputs = made.x0[chunk][rows[part]], made.inputs[chunk].select(rows[part])
-            keys = [(*draws[int(i)], chunk, repeat) for i in part]
+            keys = [(*key, chunk, repeat) for key in draws[part]]
             loss, numbers = self.loss(x0, inputs, r[part] if r.ndim == 1 else r[part, chunk], keys)
             with stage("backward"):
                 (loss.sum() / total).backward()
-            for name, value in numbers.items():
-                sums[name] += value.sum().item() / total
+            logged += [numbers[name].sum() for name in sums]
         trainable = self.switch.trainable()
         self.work.average_gradients(trainable)
         norm = torch.nn.utils.clip_grad_norm_(trainable, options.max_grad_norm)
-        if not torch.isfinite(norm):
+        *values, grad_norm = torch.stack([*logged, norm]).tolist()  # the only wait for a GPU
+        for name, value in zip(cycle(sums), values, strict=False):
+            sums[name] += value / total
+        if not math.isfinite(grad_norm):
             path = self.work.output / f"bad-batch-{step + 1}.pt"
             save_torch(path, {"x0": made.x0, "inputs": [i._asdict() for i in made.inputs], "reward": made.reward})
             raise PersistWorldError(
@@ -196,7 +202,7 @@ class PostTrainer(Trainer):
             )
         self.optimizers.step()
         self.switch.copy_theta(sampling_decay(step + 1, options.ema, options.ema_rate, options.ema_max))
-        return {**sums, "grad_norm": norm.item(), "lr": lr}
+        return {**sums, "grad_norm": grad_norm, "lr": lr}
 
     def loss(
         self, x0: torch.Tensor, inputs: Inputs, r: torch.Tensor, keys: list[tuple[int, ...]]
@@ -204,8 +210,9 @@ class PostTrainer(Trainer):
         """Loss (M,) of candidates x0 (M, L, C, h, w), each with its own noise, and numbers (M,) to log."""
         options = self.options
         generators = [generator("update", *key) for key in keys]
-        z = torch.stack([torch.randn((), generator=g) for g in generators]).to(x0.device)
-        noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0.device)
+        z = torch.stack([torch.randn((), generator=g) for g in generators]).to(x0.device, non_blocking=True)
+        drawn = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators])
+        noise = drawn.to(x0.device, non_blocking=True)
         sigma = (options.p_std * z + options.p_mean).exp()
         noisy = x0 + sigma.view(-1, 1, 1, 1, 1) * noise
 

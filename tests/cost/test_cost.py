@@ -171,8 +171,7 @@ def test_an_update_is_the_sum_of_its_parts() -> None:
     assert work["update"] == pytest.approx(sum(work[key] for key in parts))
     assert work["run"] == pytest.approx(post.updates * work["update"])
     drawn = post.groups * post.candidates
-    assert work["candidates"] + work["images"] == pytest.approx(drawn * work["drawing"])
-    assert work["drawing"] > work["interaction"]  # adapters beside the weights
+    assert work["candidates"] + work["images"] == pytest.approx(drawn * work["interaction"])  # adapters are merged
     model = build_world_model(TINY.model, TINY.world)
     switch = PolicySwitch(model, post)
     assert sum(report.trained.values()) == sum(p.numel() for p in switch.trainable())

@@ -23,6 +23,7 @@ from persistworld_cli.config.requests import PostTrainRequest, PretrainRequest
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.launch.launcher import run_task
+from persistworld_cli.models.cpu.native.build import without_kernels
 from persistworld_cli.training import post_train, pretrain
 from persistworld_cli.training.policy_switch import PolicySwitch
 
@@ -231,6 +232,35 @@ def test_policies_share_frozen_weights_and_start_equal(world: Settings) -> None:
     pairs = zip(switch.parameters("theta"), switch.parameters("old"), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs) and torch.allclose(run("theta"), run("old"), atol=1e-4)
     assert all(p.requires_grad for p in switch.trainable()) and not model.unet.conv_in.weight.requires_grad
+
+
+def test_a_network_held_in_bfloat16_computes_the_same_under_autocast(world: Settings) -> None:
+    options = PostTrainSettings(lora_rank=4, lora_alpha=4, lora_targets=("to_q", "to_v"))
+    made: list[list[torch.Tensor]] = []
+    for held in (None, torch.bfloat16):
+        model = load_world_model(world.model, world.world)
+        switch = PolicySwitch(model, options, held)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for policy in ("theta", "old"):
+                for p in switch.parameters(policy):
+                    p.add_(0.1 * torch.randn_like(p))
+        c, h, w = model.latent_shape
+        inputs = (torch.randn(1, 11, 2 * c, h, w), torch.zeros(1), torch.randn(1, 11, model.settings.token_dim))
+        outs = []
+        for policy, sampling in (("old", True), ("reference", True), ("old", False), ("theta", False)):
+            learns = policy == "theta"
+            with (
+                switch.use(policy, sampling=sampling),
+                torch.set_grad_enabled(learns),
+                torch.autocast("cpu", torch.bfloat16),
+                without_kernels(),
+            ):
+                outs.append(model.unet(*inputs, torch.zeros(1, 3), return_dict=False)[0])
+        outs[-1].float().square().mean().backward()
+        made.append([*outs, *(p.grad for p in switch.trainable() if p.grad is not None)])
+    assert model.unet.conv_out.weight.dtype is torch.bfloat16 and model.dtype is torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True)) and not torch.equal(made[0][0], made[0][1])
 
 
 def test_a_saved_adapter_merges_into_the_policy_it_was(world: Settings, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ adds it to a copy of the layer's own: four passes over the largest activations o
 - In float32 on a CPU the layer is one product by W', forward and backward. W' is small beside the activations and kept
   until W, A or B is written to. In bfloat16 W' would lose what A and B add to it.
 - Otherwise the low-rank product is added in place while it is computed.
-- While a policy only samples (`merging`), W' is the layer's weight in every type.
+- While a policy only samples (`merging`), W' is the layer's weight in every type; a GPU makes it once per update.
+- If the layer holds W rounded to bfloat16 (`PolicySwitch`), W' is made from W in float32 (`exact`) and rounded once.
 
 Shapes: x (..., C), W (C', C), A (r, C), B (C', r); for convolutions x (N, C, H, W) with channels last in memory,
 W (C', C, 3, k[, 1]), A (r, C, 3, k[, 1]), B (C', r, 1, 1[, 1]), k 1 or 3.
@@ -29,7 +30,7 @@ from persistworld_cli.models.cpu.native import linear as native_linear
 from persistworld_cli.models.cpu.native import outer as native_outer
 from persistworld_cli.models.cpu.native.calls import derived
 
-KEPT = 2**20  # numbers of a merged weight; kernels keep up to four times as many
+KEPT = 2**20  # numbers of a merged weight on a CPU; kernels keep up to four times as many
 
 
 class _FusedLora:
@@ -62,7 +63,11 @@ class _FusedLora:
         if self.disable_adapters:
             return own
         name = self._adapter()
-        return None if name is None else merged_weight(own, *self._factors(name))
+        if name is None:
+            return None
+        down, up, scale = self._factors(name)
+        exact = getattr(self, "exact", None)  # W in float32, if the layer holds it rounded
+        return merged_weight(own, down, up, scale, exact)
 
     def _adapter(self: Any) -> str | None:
         """The adapter's name if one plain adapter is active, else None."""
@@ -136,18 +141,22 @@ FUSED_LORA: dict[type, type] = {Linear: FusedLoraLinear, Conv2d: FusedLoraConv2d
 
 
 @torch.no_grad()
-def merged_weight(own: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
-    """W + s B A, of W's shape and type, never computed in autocast's type.
+def merged_weight(
+    own: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float, exact: torch.Tensor | None = None
+) -> torch.Tensor:
+    """W + s B A, of W's shape and type, never computed in autocast's type; from ``exact``, if W is rounded.
 
-    On a CPU it is kept until one of them is written to, with what kernels made of it, where it is not large.
+    It is kept until one of them is written to, on a CPU with what kernels made of it and where it is not large.
     """
+    source = own if exact is None else exact
 
     def make(down: torch.Tensor) -> torch.Tensor:
         kind = own.device.type
         with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
-            return torch.addmm(own.flatten(1), up.flatten(1), down.flatten(1), alpha=scale).view_as(own)
+            merged = torch.addmm(source.flatten(1), up.flatten(1), down.flatten(1), alpha=scale)
+            return merged.to(own.dtype).view_as(own)
 
-    if own.device.type != "cpu" or own.numel() > KEPT:
+    if own.device.type == "cpu" and own.numel() > KEPT:
         return make(down)
     stamps = (scale, own.data_ptr(), own._version, up.data_ptr(), up._version)
     return derived(down, ("merged", *stamps), make)
