@@ -23,6 +23,7 @@ from persistworld_cli.config.weight_names import PARTS, PASSTHROUGH, USED_PARTS
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.compiling import compile_network
+from persistworld_cli.models.precision import allow_tf32
 from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae
 from persistworld_cli.models.world_model import WorldModel, build_world_model, sampling_dtype
 
@@ -93,6 +94,7 @@ def load_for_sampling(settings: Settings, *, ckpt: str, adapter: str, device: to
 
     `references.inference_ref` names the weights of a preset.
     """
+    allow_tf32(settings.launch.tf32)
     model = load_world_model(
         settings.model,
         settings.world,

@@ -17,7 +17,7 @@ from persistworld_cli.config.settings import ClipSettings, Settings, setting_typ
 
 _EXTRACTION = ("world.raw", "world.state_fields", "world.joint_fields", "world.val_rule")
 _STARTS = ("eval.split", "eval.starts", "eval.seeds")  # of the held-out rollouts of a training
-_LAUNCH = ("launch.num_processes", "launch.device", "launch.compile", "launch.trackers")
+_LAUNCH = ("launch.num_processes", "launch.device", "launch.compile", "launch.tf32", "launch.trackers")
 _CLIPS = tuple(f"clips.{field.name}" for field in dataclasses.fields(ClipSettings))
 _POLICY = ("sampling.history_policy",)
 

@@ -341,6 +341,8 @@ class LaunchSettings:
     threads: Whole = 0  # CPU threads per process; 0: cores / processes
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False  # torch.compile the network for sampling (eval, frontier, replay, drive, pi-rollout)
+    # What a GPU computes in TF32 (10 bits of a factor) where types are float32; convolutions: as torch by default.
+    tf32: Literal["none", "convolutions", "all"] = "convolutions"
     trackers: tuple[Tracker, ...] = ("tensorboard",)  # of training runs
 
 

@@ -29,6 +29,12 @@ def product_type(device: torch.device, wanted: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
+def allow_tf32(which: str) -> None:
+    """Which float32 products a GPU computes in TF32, with 10 of their factors' 23 bits (`LaunchSettings.tf32`)."""
+    torch.backends.cudnn.allow_tf32 = which != "none"
+    torch.backends.cuda.matmul.allow_tf32 = which == "all"
+
+
 def small_products(device: torch.device, dtype: torch.dtype, own: torch.dtype) -> AbstractContextManager[object]:
     """Autocast to ``dtype`` for weights of type ``own``; none if the two are equal or ``dtype`` is float32."""
     dtype = dtype if own is dtype else product_type(device, dtype)

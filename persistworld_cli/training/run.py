@@ -26,7 +26,7 @@ from persistworld_cli.checkpoints.saving import save_torch
 from persistworld_cli.config.requests import TrainingRequest
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings, VaeSettings
 from persistworld_cli.files import CannotWrite, sweep, whole_folder, write_text, writing
-from persistworld_cli.models.precision import product_type
+from persistworld_cli.models.precision import allow_tf32, product_type
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.training.states import (
     LOG,
@@ -158,6 +158,7 @@ class Run:
         cls, settings: Settings, options: PretrainSettings | PostTrainSettings | VaeSettings, request: TrainingRequest
     ) -> Run:
         """The run that is requested: its folder, precision, states to keep, device, and whether to resume."""
+        allow_tf32(settings.launch.tf32)
         return cls(
             request.output,
             mixed_precision=options.mixed_precision,
