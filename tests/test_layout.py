@@ -10,7 +10,7 @@ from golden_files import SHIPPED
 
 TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "persistworld_cli"
-OTHERS = {"benchmarks", "files", "golden", "helpers", "recorder"}  # files: single modules; recorder: dataset_example's
+OTHERS = {"benchmarks", "files", "golden", "helpers", "recorder", "traces"}  # files: single modules
 
 
 def test_folders_are_those_of_the_package() -> None:

@@ -131,7 +131,7 @@ def count_interaction(model: WorldModel, sampling: SamplingSettings, rollouts: i
     rows, chunk = model.settings.num_frames * len(model.world.cameras), sampling.decode_chunk
     together = 1 if rows % (chunk or model.settings.num_frames) else -(-model.decode_rows // rows)
     latents = torch.empty(together, model.settings.num_frames, *model.latent_shape, device=META)
-    decode_dtype = AUTOCAST[sampling.decode_dtype]
+    decode_dtype = AUTOCAST[sampling.decode_dtype] if model.vae.dtype is torch.float32 else torch.float32
     decoded = measure(lambda: model.decode_latents(latents, chunk), model.parameters(), decode_dtype)
     images = torch.empty(len(model.world.cameras), 3, model.world.height, model.world.width, device=META)
     with as_diffusers(model.unet):
