@@ -1,8 +1,8 @@
-"""Repositories on the hub: what one holds, and its files; those in the cache if the hub does not answer at once.
+"""Repositories on the hub: their lists of files and the files; from the cache if the hub does not answer soon.
 
 The hub's own client does the work, so HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are honoured. But it repeats a
-failed request for over a minute, and a name server or a firewall may never answer. So one request with a time limit
-asks for a repository's files and commit, once per process. A file of that commit in the cache needs no other request.
+failed request for over a minute, and a name server or a firewall may never answer. So each process lists a repository
+once, by a single request with a timeout. A file of the listed commit that is in the cache needs no other request.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from huggingface_hub.file_download import repo_folder_name
 
 from persistworld_cli.errors import PersistWorldError
 
-QUICK_S, PATIENT_S = 3.0, 10.0  # for the hub's answer: if the cache has files of the repository, and if it has none
+CACHED_TIMEOUT_S, TIMEOUT_S = 3.0, 10.0  # for the list: if the cache has the repository, and if it has not
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_silence: list[str] = []  # why the hub did not answer this process
+_unreachable: list[str] = []  # why this process got no answer from the hub
 _Value = TypeVar("_Value")
 
 logger = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ class Repository:
 
     Attributes:
         name: ``owner/name``.
-        names: its files; if the hub did not answer, those of the cache.
-        snapshot: the cache's folder for its commit.
+        names: its files; if the hub did not answer, those in the cache.
+        snapshot: the folder of its commit in the cache.
         answered: whether the hub answered.
     """
 
@@ -55,7 +55,7 @@ class Repository:
             return path
         if not self.answered:
             raise PersistWorldError(
-                f"'{name}' of '{self.name}' is not whole in the hub's cache, and the hub does not answer",
+                f"'{name}' of '{self.name}' is incomplete in the hub's cache, and the hub does not answer",
                 where=str(path),
                 fix=f"with internet: {command(self.name, name)}",
             )
@@ -84,7 +84,7 @@ def open_repository(repo: str) -> Repository:
     """
     home = _home(repo)
     try:
-        info = _ask(repo, QUICK_S if (home / "snapshots").is_dir() else PATIENT_S)
+        info = _request(repo, CACHED_TIMEOUT_S if (home / "snapshots").is_dir() else TIMEOUT_S)
     except Exception as error:  # as in `Repository.fetch`
         snapshot = snapshot_in(home)
         if snapshot is None:
@@ -98,7 +98,7 @@ def open_repository(repo: str) -> Repository:
 
 
 def cached_snapshot(repo: str) -> Path | None:
-    """The cache's folder for a repository, without a question to the hub; None if there is none."""
+    """The cache's folder for a repository, without a request; None if there is none."""
     return snapshot_in(_home(repo))
 
 
@@ -161,18 +161,18 @@ def _home(repo: str) -> Path:
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
 
 
-def _ask(repo: str, seconds: float) -> Any:
-    """The hub's description of a repository; a hub that was silent once is not asked again."""
+def _request(repo: str, seconds: float) -> Any:
+    """The hub's description of a repository; after one request without an answer, none is sent."""
     if constants.HF_HUB_OFFLINE:
         raise OSError("HF_HUB_OFFLINE is set")
-    if _silence:
-        raise OSError(_silence[0])
+    if _unreachable:
+        raise OSError(_unreachable[0])
     try:
         return within(seconds, lambda: HfApi().model_info(repo, timeout=seconds))
     except HfHubHTTPError:  # an answer
         raise
     except Exception as error:  # as in `Repository.fetch`
-        _silence.append(_first_line(error))
+        _unreachable.append(_first_line(error))
         raise
 
 

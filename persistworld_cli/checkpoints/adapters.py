@@ -93,9 +93,11 @@ def read_adapter(source: WeightSource) -> Adapter:
     lora = {new: tensors[name] for name, new in names.items()}
     if given:
         config = _state_config(source.root) if source.kind == "state" else _peft_config(source.root)
-        config = config if lora.keys() == tensors.keys() else _config_of_layers(config, names, lora)
-    else:
-        config = _config_of_file(source, files.metadata, names, lora, alphas)
+    with reading("the adapter is damaged", source.root, "fetch it again"):
+        if not given:
+            config = _config_of_file(source, files.metadata, names, lora, alphas)
+        elif lora.keys() != tensors.keys():
+            config = _config_of_layers(config, names, lora)
     return Adapter(config, lora, encoder, source.root)
 
 
@@ -122,7 +124,7 @@ def _peft_names(source: str, names: Iterable[str], *, strict: bool) -> dict[str,
         layer = layer + ".0" if layer.endswith(".to_out") else layer  # a Sequential, which the oldest files leave out
         plain[name] = f"{layer}.weight" if ends[name] else layer
     naming = read_names(dict.fromkeys(plain.values()))
-    odd = [name for name, layer in plain.items() if layer in naming.strange or (strict and not _LORA_END.search(name))]
+    odd = [name for name, layer in plain.items() if layer in naming.unknown or (strict and not _LORA_END.search(name))]
     other = [name for name, layer in plain.items() if not naming.names[layer].startswith("unet.")]
     if (strict and odd) or (other and not odd):
         raise PersistWorldError(
@@ -136,6 +138,9 @@ def _peft_names(source: str, names: Iterable[str], *, strict: bool) -> dict[str,
         return {name: name for name in plain}
     own = {name: naming.names[layer].removeprefix("unet.").removesuffix(".weight") for name, layer in plain.items()}
     peft = {name: _LORA_PREFIX + own[name] + ends[name] for name in plain}
+    if len(set(peft.values())) < len(peft):
+        twice = Counter(peft.values()).most_common(1)[0][0]
+        raise PersistWorldError(f"several of the adapter's tensors are '{twice}'", where=source, fix="fetch it again")
     if changed := next((name for name, new in peft.items() if name != new), ""):
         report_reading(f"{source}: {len(peft)} names, such as '{changed}', are read as peft's '{peft[changed]}'")
     return peft
@@ -151,8 +156,8 @@ def _ranks(lora: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return {_layer_of(name): tensor.shape[0] for name, tensor in lora.items() if ".lora_A." in name}
 
 
-def _config_of_layers(config: PeftConfig, names: Mapping[str, str], lora: Mapping[str, torch.Tensor]) -> PeftConfig:
-    """An adapter's settings whose layers have other names in its files than in the UNet."""
+def _config_of_layers(config: Any, names: Mapping[str, str], lora: Mapping[str, torch.Tensor]) -> PeftConfig:
+    """LoRA settings for layers that have other names in the adapter's files than in the UNet."""
     config = copy.copy(config)
     own = {_LORA_END.sub("", name).removeprefix(_LORA_PREFIX): _layer_of(new) for name, new in names.items()}
     ranks, patterns = _ranks(lora), dict(getattr(config, "alpha_pattern", None) or {})
@@ -161,9 +166,10 @@ def _config_of_layers(config: PeftConfig, names: Mapping[str, str], lora: Mappin
         pattern = next((one for one in patterns if re.match(rf"(.*\.)?({one})$", name)), None)
         if pattern is not None:
             alphas[layer] = patterns[pattern]
-    given = {"target_modules": sorted(ranks), "rank_pattern": ranks, "alpha_pattern": alphas, "exclude_modules": None}
-    for key, value in given.items():
-        setattr(config, key, value)
+    config.target_modules = sorted(ranks)
+    config.rank_pattern = {layer: rank for layer, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = alphas
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None  # the layers are named above
     return config
 
 
@@ -177,18 +183,16 @@ def _config_of_file(
     """The settings of a LoRA file that has none beside it: diffusers' in its header, else those of its tensors.
 
     Raises:
-        PersistWorldError: alpha is unknown, or the header is damaged.
+        PersistWorldError: alpha is unknown. Exception: damaged settings or tensors.
     """
     ranks = _ranks(lora)
     rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
     if _DIFFUSERS in notes:
-        with reading("the adapter's settings in its header are damaged", source.root):
-            header = {
-                key.removeprefix("unet."): value for key, value in as_object(parse_json(notes[_DIFFUSERS])).items()
-            }
-            _check_config(header)
-            known = {key: value for key, value in header.items() if key in LoraConfig.__dataclass_fields__}
-            return _config_of_layers(LoraConfig(**known), names, lora)
+        header = as_object(parse_json(notes[_DIFFUSERS]))
+        header = {key.removeprefix("unet."): value for key, value in header.items()}
+        _check_config(header)
+        known = {key: value for key, value in header.items() if key in LoraConfig.__dataclass_fields__}
+        return _config_of_layers(LoraConfig(**known), names, lora)
     if any(name.startswith(_LORA_PREFIX.partition(".")[0]) for name in names):
         ends = sorted({re.search(r"[^.]*(\.\d+)?$", layer)[0] for layer in ranks})  # type: ignore[index]
         known = {"peft_type": "LORA", "r": rank, "lora_alpha": "ALPHA", "target_modules": ends}
@@ -201,8 +205,9 @@ def _config_of_file(
         )
     by_layer = {_layer_of(new): name for name, new in names.items()}
     stems = {layer: _LORA_END.sub("", name) for layer, name in by_layer.items()}
-    scales = {layer: float(alphas[stem + _ALPHA]) for layer, stem in stems.items() if stem + _ALPHA in alphas}
-    if strays := alphas.keys() - {stem + _ALPHA for stem in stems.values()}:
+    named = {layer: stem + _ALPHA for layer, stem in stems.items() if stem + _ALPHA in alphas}
+    scales = {layer: positive_number(alphas[name].item(), name) for layer, name in named.items()}
+    if strays := alphas.keys() - set(named.values()):
         what = f"the adapter has an alpha without its layer (first: {min(strays)})"
         raise PersistWorldError(what, where=source.name, fix="fetch it again")
     known_by = "alpha is in the file" if scales else "alpha is the rank, as diffusers takes it"

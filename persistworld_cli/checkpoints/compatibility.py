@@ -73,7 +73,7 @@ def _pruning(where: str) -> str:
         'python -c "from safetensors.torch import save_file; from persistworld_cli.checkpoints.sources import locate; '
         "from persistworld_cli.checkpoints.tensor_files import WeightFiles; "
         f"files = WeightFiles(locate({where!r})); "
-        "save_file({name: t.contiguous() for name, t in files.load().items() if name not in files.naming.strange}, "
+        "save_file({name: t.contiguous() for name, t in files.load().items() if name not in files.naming.unknown}, "
         "'pruned.safetensors')\""
     )
 

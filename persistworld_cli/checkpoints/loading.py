@@ -28,7 +28,7 @@ from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae
 from persistworld_cli.models.world_model import WorldModel, build_world_model, sampling_dtype
 
 logger = logging.getLogger(__name__)
-FRESH = ("text_encoder", "action_encoder")  # what Stable Video Diffusion does not have
+OPTIONAL = ("text_encoder", "action_encoder")  # parts that Stable Video Diffusion does not have
 _CLIP_IMAGES = tuple(f"text_encoder.{name}" for name in ("vision_model.", "visual_projection.", "logit_scale"))
 
 
@@ -40,7 +40,7 @@ def load_world_model(
     adapter: str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    fresh: Sequence[str] = (),
+    optional: Sequence[str] = (),
     passthrough: bool = False,
 ) -> WorldModel:
     """The model of a preset with its weights, on `device`, in eval mode, frozen; for every subcommand.
@@ -52,7 +52,7 @@ def load_world_model(
         adapter: a post-trained PEFT folder on top; None: `settings.adapter`; "" for none.
         device: where to put it.
         dtype: of all weights, whatever the file's; an adapter is merged in float32 first.
-        fresh: of `FRESH`, parts that the checkpoint may lack as a whole: the text encoder then comes from the
+        optional: of `OPTIONAL`, parts that the checkpoint may lack as a whole: the text encoder then comes from the
             tokenizer's folder or hub id (CLIP), the action encoder starts at random.
         passthrough: also load the unused image encoder (a quarter of the full-size checkpoint); by default it is only
             checked, if the checkpoint has it.
@@ -66,7 +66,7 @@ def load_world_model(
     overlay = settings.adapter if adapter is None else adapter
     with torch.device("meta"):
         model = build_world_model(settings, world).to(torch.float32 if overlay else dtype)
-    files, absent = _open(source, settings, fresh, passthrough)
+    files, absent = _open(source, settings, optional, passthrough)
     expected = shapes_of(model.state_dict())
     require_fit({k: shape for k, shape in expected.items() if part_of(k) not in absent}, files.shapes, source)
     if not passthrough or PASSTHROUGH not in parts_of(files.info):
@@ -141,13 +141,13 @@ def open_passthrough(source: str) -> WeightFiles:
 
 
 def _open(
-    source: str, settings: ModelSettings, fresh: Sequence[str], passthrough: bool
+    source: str, settings: ModelSettings, optional: Sequence[str], passthrough: bool
 ) -> tuple[WeightFiles, list[str]]:
     """A checkpoint's tensors, with CLIP's text tower if its own is missing; and the missing parts."""
     located = locate(source, PARTS if passthrough else USED_PARTS)
     files = WeightFiles(located)
     held = parts_of(files.info)
-    absent = [part for part in fresh if part not in held]
+    absent = [part for part in optional if part not in held]
     if "unet" not in held or "text_encoder" not in absent:
         return files, absent if "unet" in held else []
     try:

@@ -1,8 +1,9 @@
 """Names of tensors as other tools write them -> the names of a world model.
 
-A wrapper puts its own segment into names: ``module.unet.conv_in.weight`` (DDP), ``unet._orig_mod.conv_in.weight``
-(torch.compile). There is no list of such segments: whatever all names at a place share is left out if the rest is then
-a model's. A part that was saved alone lacks its name, which is put before (``decoder...``: ``vae.decoder...``).
+A wrapper adds segments to names: ``module.unet.conv_in.weight`` (DDP), ``unet._orig_mod.conv_in.weight``
+(torch.compile). No list of such segments exists here: a segment that all names at its place share is removed if the
+rest are a model's names. A part that was saved alone lacks its own name, which is added: ``decoder...`` becomes
+``vae.decoder...``.
 """
 
 from __future__ import annotations
@@ -27,48 +28,50 @@ class Naming:
 
     Attributes:
         names: name in the file -> name in a world model; names of no model stay as they are.
-        strange: the names of no model.
-        removed: segments that were left out (``module.``) -> number of names that had them.
+        unknown: the names of no model.
+        removed: removed segments (``module.``) -> number of names that had them.
     """
 
     names: dict[str, str]
-    strange: list[str]
+    unknown: list[str]
     removed: dict[str, int]
 
     def __str__(self) -> str:
-        """What was left out, in one line; "" for nothing."""
-        return ", ".join(f"'{text}' left out of {count} names" for text, count in self.removed.items())
+        """What was removed, in one line; "" for nothing."""
+        return ", ".join(f"'{text}' removed from {count} tensor names" for text, count in self.removed.items())
 
 
 def read_names(names: Iterable[str]) -> Naming:
-    """The names of a world model, of one of its parts, or of neither, whatever its size."""
+    """What names mean: those of a world model or of one of its parts, of any size, or of something else."""
     names = list(names)
     given, known = _tree(names), _known()
-    best, part, fits = len(names), "", frozenset[_Path]()
+    fewest, part, dropped = len(names), "", frozenset[_Path]()
     for candidate in ("", *PARTS):
-        strange, dropped = _fit(given, known[candidate] if candidate else known, ())
-        if strange < best:
-            best, part, fits = strange, candidate, dropped
-        if not best:
+        count, paths = _fit(given, known[candidate] if candidate else known, ())
+        if count < fewest:
+            fewest, part, dropped = count, candidate, paths
+        if not fewest:
             break
-    if 2 * best >= len(names):  # it is something else
-        return Naming({name: name for name in names}, names, {})
+    other = Naming({name: name for name in names}, names, {})
+    if 2 * fewest >= len(names):
+        return other
     below = known[part] if part else known
-    mapping, unknown, removed = {}, [], Counter[str]()
+    mapping, unknown, removed = {}, list[str](), Counter[str]()
     for name in names:
-        kept, left_out = _without(name.split("."), fits)
-        mapping[name] = ".".join((part, *kept) if part else kept) if _holds(below, kept) else name
-        if not _holds(below, kept):
+        kept, runs = _without(name.split("."), dropped)
+        if _holds(below, kept):
+            mapping[name] = ".".join((part, *kept) if part else kept)
+            removed.update(set(runs))
+        else:
+            mapping[name] = name
             unknown.append(name)
-        elif left_out:
-            removed.update(set(left_out))
-    if len(set(mapping.values())) < len(names):  # two tensors of one name
-        return Naming({name: name for name in names}, names, {})
+    if len(set(mapping.values())) < len(names):  # two tensors would have one name
+        return other
     return Naming(mapping, unknown, dict(removed))
 
 
 def split_joined(text: str, part: str) -> list[str]:
-    """The layers of a part whose name with ``_`` for every dot is `text`: one, if it is unambiguous."""
+    """The layers of a part whose name, with ``_`` for every dot, is `text`; one if it is unambiguous."""
 
     def below(rest: str, known: _Tree) -> Iterable[_Path]:
         if not rest and "weight" in known:
@@ -118,27 +121,27 @@ def _count(tree: _Tree) -> int:
 
 
 def _fit(given: _Tree, known: _Tree, path: _Path) -> tuple[int, frozenset[_Path]]:
-    """The smallest number of names that stay unknown, and the paths of the segments to leave out for it."""
-    strange, dropped = 0, frozenset[_Path]()
+    """The fewest names that remain unknown, and the paths of the segments to remove for that."""
+    unknown, dropped = 0, frozenset[_Path]()
     for segment, child in given.items():
         if (into := _child(known, segment)) is None:
-            strange += _count(child) if segment != _END else 1
+            unknown += _count(child) if segment != _END else 1
         elif segment != _END:
             more, paths = _fit(child, into, (*path, segment))
-            strange, dropped = strange + more, dropped | paths
+            unknown, dropped = unknown + more, dropped | paths
     inner = {segment: child for segment, child in given.items() if segment != _END}
-    if strange and inner and set(known) != {_END}:  # nothing follows the end of a name
+    if unknown and inner and set(known) != {_END}:  # nothing follows the end of a name
         segment = max(inner, key=lambda key: _count(inner[key]))
         here = (*path, segment)
         more, paths = _fit(inner[segment], known, here)
         more += _count(given) - _count(inner[segment])
-        if more < strange:
+        if more < unknown:
             return more, paths | {here}
-    return strange, dropped
+    return unknown, dropped
 
 
 def _without(segments: Sequence[str], dropped: frozenset[_Path]) -> tuple[list[str], list[str]]:
-    """The segments that stay, and the runs of those that are left out (``base_model.model.``)."""
+    """The segments that are kept, and the runs of those that are removed (``base_model.model.``)."""
     kept: list[str] = []
     runs: list[str] = []
     joined = False

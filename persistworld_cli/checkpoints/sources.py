@@ -31,7 +31,7 @@ _TRAINING = (
     *("optimizer", "scheduler", "rng_state", "random_states", "training_args", "scaler", "trainer_state"),
     *("sampler", "dl_state_dict", "custom_checkpoint"),
 )
-_UNFINISHED = (".aria2", ".incomplete", ".part", ".crdownload")  # beside a file: its download did not end
+_UNFINISHED = (".aria2", ".incomplete", ".part", ".crdownload")  # of the file that lies beside an unfinished download
 # How a file's name ends -> what its folder is, and the command that makes weights of it.
 _FOREIGN = {
     ".distcp": (
@@ -77,8 +77,8 @@ def locate(source: str | Path, parts: Iterable[str] = PARTS) -> WeightSource:
     """
     text = str(source)
     path = resolve_path(text)
-    if path.is_file():
-        beside = frozenset(file.name for file in path.parent.iterdir() if file.is_file())
+    if path.is_file() or (path.is_symlink() and not path.exists()):
+        beside = frozenset(file.name for file in path.parent.iterdir() if not file.is_dir())
         return _of_file(text, _Listing(str(path.parent), "/", beside, path.parent.joinpath), path.name, parts)
     if path.is_dir():
         return _of_folder(_listing_of_folder(text, path), parts)
@@ -135,14 +135,14 @@ class _Listing:
         return replace(self, name=inside, join="/", names=names, fetch=lambda name: self.fetch(f"{folder}/{name}"))
 
     def files(self, names: Iterable[str], prefix: str = "") -> tuple[tuple[Path, str], ...]:
-        """Some files, fetched, each with the prefix of its keys. Raises PersistWorldError for one that is not whole."""
+        """Some files, fetched, each with the prefix of its keys. Raises PersistWorldError for an incomplete one."""
         found = tuple((self.fetch(name), prefix) for name in names)
         for path, _ in found:
             if path.is_symlink() and not path.exists():
                 raise self.lacking(f"'{path.name}' is a link to a file that is not there: {path.readlink()}")
         for name in names:
             if beside := next((name + ending for ending in _UNFINISHED if name + ending in self.names), ""):
-                raise self.lacking(f"'{name}' is not whole: its download left '{PurePosixPath(beside).name}'")
+                raise self.lacking(f"'{name}' is incomplete: its download left '{PurePosixPath(beside).name}'")
         return found
 
     def error(self, what: str, fix: str) -> PersistWorldError:
@@ -150,7 +150,7 @@ class _Listing:
         return PersistWorldError(what, where=self.name, fix=fix)
 
     def lacking(self, what: str, otherwise: str = "fetch it again") -> PersistWorldError:
-        """An error about files that are missing or not whole."""
+        """An error about missing or incomplete files."""
         fix = f"{otherwise}; to fetch the rest: {self.again}" if self.again else otherwise
         return self.error(what + self.unfinished, fix)
 

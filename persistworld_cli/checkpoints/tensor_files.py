@@ -1,7 +1,7 @@
 """Read tensors from files: names and shapes first, then one tensor after another, never a whole file in memory.
 
 No code is run: safetensors hold none, and torch's `weights_only` reader refuses all but tensors and plain values.
-numpy's scalars and arrays beside the weights are passed over: nothing of numpy runs.
+numpy's scalars and arrays beside the weights are skipped without running any of numpy's code.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class WeightFiles:
             raise PersistWorldError(f"no '{source.entry}' in the file", where=source.name, fix=f"it holds: {held}")
         sets = _weights_in(groups)
         together = [name for names in sets.values() for name in names]
-        if len(sets) > 1 and read_names(together).strange:
+        if len(sets) > 1 and read_names(together).unknown:
             places = [place or _OUTER for place in sets]
             raise PersistWorldError(
                 f"{len(places)} sets of weights in the file: {', '.join(places)}",
@@ -119,7 +119,7 @@ class WeightFiles:
         if text := str(self.naming):
             report_reading(f"{self._name}: {text}")
         if unread := sorted(set(self._unread)):
-            report_reading(f"{self._name}: not read, beside the weights: {', '.join(unread)}")
+            report_reading(f"{self._name}: skipped, beside the weights: {', '.join(unread)}")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -154,7 +154,7 @@ def _weights_in(groups: Mapping[str, list[str]]) -> dict[str, list[str]]:
     """The groups of a file's names that are a model's or an adapter's; all, if there is only one."""
     if len(groups) < 2:
         return dict(groups)
-    own = (place for place, names in groups.items() if is_lora(names) or len(read_names(names).strange) < len(names))
+    own = (place for place, names in groups.items() if is_lora(names) or len(read_names(names).unknown) < len(names))
     return {place: groups[place] for place in own}
 
 

@@ -75,7 +75,7 @@ def _torchvision_file(url: str, net: str) -> Path:
     from filelock import FileLock
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    from persistworld_cli.hub import PATIENT_S, within
+    from persistworld_cli.hub import TIMEOUT_S, within
 
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / url.rpartition("/")[2]
@@ -84,7 +84,7 @@ def _torchvision_file(url: str, net: str) -> Path:
     try:
         if HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
-        within(PATIENT_S, lambda: urllib.request.urlopen(url, timeout=PATIENT_S).close())
+        within(TIMEOUT_S, lambda: urllib.request.urlopen(url, timeout=TIMEOUT_S).close())
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{path.name}.lock"):
             if not path.is_file():

@@ -19,7 +19,7 @@ _warned: set[str] = set()  # instructions that were cut
 
 
 def load_tokenizer(source: str) -> CLIPTokenizer:
-    """A CLIP tokenizer from a folder or a hub id; the hub is asked only if the cache has none."""
+    """A CLIP tokenizer from a folder or a hub id; it is downloaded only if the cache has none."""
     try:
         folder = _from_hub(source) if is_hub_id(source) and not Path(source).exists() else Path(source)
     except PersistWorldError as error:

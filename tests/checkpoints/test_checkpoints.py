@@ -28,7 +28,7 @@ from checkpoint_files import (
 )
 from safetensors.torch import load_file, save_file
 
-from persistworld_cli.checkpoints.loading import FRESH, load_vae, load_world_model
+from persistworld_cli.checkpoints.loading import OPTIONAL, load_vae, load_world_model
 from persistworld_cli.checkpoints.sources import locate
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.errors import PersistWorldError
@@ -89,14 +89,14 @@ def test_pretraining_starts_from_a_folder_without_text_and_action_encoder(
     model = replace(TINY.model, tokenizer=str(clip))
     torch.manual_seed(0)
     with caplog.at_level("INFO", logger="persistworld_cli"):
-        loaded = load_world_model(model, TINY.world, ckpt=str(svd), fresh=FRESH).state_dict()
+        loaded = load_world_model(model, TINY.world, ckpt=str(svd), optional=OPTIONAL).state_dict()
     assert "has no action encoder: it starts with random weights" in caplog.text
     assert "has no text encoder: using CLIP's from" in caplog.text
-    fresh = [k for k, v in base.items() if not torch.equal(loaded[k], v)]
-    assert fresh and all(k.startswith("action_encoder.") for k in fresh)
+    random = [k for k, v in base.items() if not torch.equal(loaded[k], v)]
+    assert random and all(k.startswith("action_encoder.") for k in random)
     assert all(v.isfinite().all() and v.abs().max() < 1 for v in part(loaded, "action_encoder").values())
     with pytest.raises(PersistWorldError, match="none with the tokenizer"):
-        load_world_model(TINY.model, TINY.world, ckpt=str(svd), fresh=FRESH)
+        load_world_model(TINY.model, TINY.world, ckpt=str(svd), optional=OPTIONAL)
     with pytest.raises(PersistWorldError, match="keys missing") as error:
         load_world_model(model, TINY.world, ckpt=str(svd))
     assert re.fullmatch(

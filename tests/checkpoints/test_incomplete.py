@@ -1,4 +1,4 @@
-"""Downloads and caches that are not whole, and a hub that does not answer."""
+"""Incomplete downloads and caches, and a hub that does not answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of acme/one in a cache of the hub's; there is no hub."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub, "_silence", [])
+    monkeypatch.setattr(hub, "_unreachable", [])
     hub.open_repository.cache_clear()
     yield tmp_path / "hub" / "models--acme--one"
     hub.open_repository.cache_clear()
@@ -57,7 +57,7 @@ AGAIN = "hf download acme/one"
         ({"blobs/abc.incomplete": "12345"}, "a download was interrupted: blobs/abc.incomplete, 5 bytes", AGAIN),
         ({"blobs/abc": "12345", "refs/main": COMMIT}, "cannot be fetched from the hub", AGAIN),
         ({f"{S}/config.json": "{}", "blobs/a.incomplete": ""}, "no weights there; a download was interrupted", AGAIN),
-        ({f"{S}/model.safetensors": "GONE"}, "'model.safetensors' of 'acme/one' is not whole", AGAIN),
+        ({f"{S}/model.safetensors": "GONE"}, "'model.safetensors' of 'acme/one' is incomplete", AGAIN),
         (
             {f"{S}/m.safetensors.index.json": INDEX, f"{S}/m-00001-of-00002.safetensors": "x"},
             "only 1 of the 2 shards .* are there .missing: m-00002-of-00002.safetensors",
@@ -66,9 +66,7 @@ AGAIN = "hf download acme/one"
         ({f"{S}/a.pt": "x", "snapshots/b/a.pt": "x"}, "2 commits in the hub's cache", f"name one: .*{COMMIT}"),
     ],
 )
-def test_a_cache_that_is_not_whole_names_what_is_missing(
-    files: dict[str, str], said: str, fix: str, cache: Path
-) -> None:
+def test_an_incomplete_cache_names_what_is_missing(files: dict[str, str], said: str, fix: str, cache: Path) -> None:
     write(cache, **files)
     with pytest.raises(PersistWorldError, match=said) as error:
         locate("acme/one")
@@ -90,13 +88,13 @@ def test_a_cache_without_refs_has_one_meaning_if_it_has_one_commit(cache: Path) 
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["model.safetensors", "model.safetensors.aria2"], "'model.safetensors' is not whole"),
+        (["model.safetensors", "model.safetensors.aria2"], "'model.safetensors' is incomplete"),
         (["config.json", ".cache/huggingface/download/x.incomplete"], "no weights there; a download was interrupted"),
         (["model_index.json", "text_encoder/config.json"], "has none of the requested parts"),
         (["x/.metadata", "x/__0_0.distcp"], "a checkpoint in shards of torch.distributed"),
     ],
 )
-def test_a_folder_that_is_not_whole_is_refused(names: list[str], said: str, tmp_path: Path) -> None:
+def test_an_incomplete_folder_is_refused(names: list[str], said: str, tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -116,7 +114,7 @@ def test_a_half_precision_index_beside_the_full_one_is_another_checkpoint(tmp_pa
     assert [path.name[:7] for path, _ in locate(tmp_path).files] == ["m-00001", "m-00002"]
 
 
-def test_a_silent_hub_is_asked_once(
+def test_a_silent_hub_gets_one_request(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(cache, **{f"{S}/model.pt": "x", f"{S}/vocab.json": '{"a": 0}', f"{S}/merges.txt": ""})
@@ -124,9 +122,9 @@ def test_a_silent_hub_is_asked_once(
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and never answers
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(hub, "QUICK_S", 0.05)
-        load_tokenizer("acme/one")  # whole in the cache: the hub is not asked
-        assert not hub._silence
+        monkeypatch.setattr(hub, "CACHED_TIMEOUT_S", 0.05)
+        load_tokenizer("acme/one")  # complete in the cache: no request
+        assert not hub._unreachable
         assert locate("acme/one").files == ((cache / S / "model.pt", ""),)
         assert "no answer from the hub" in caplog.text and "its cached files of commit aaaaaaaaaaaa" in caplog.text
         with pytest.raises(PersistWorldError, match="'acme/other' is not on disk"):  # at once

@@ -42,10 +42,10 @@ MARKED = {name: torch.tensor([float(number)]) for number, name in enumerate(NAME
         (lambda name: name.replace("unet.", "unet.base_model.model.", 1), {"base_model.model."}),
     ],
 )
-def test_what_all_names_at_a_place_share_is_left_out(rename: Callable[[str], str], removed: set[str] | None) -> None:
+def test_what_all_names_at_a_place_share_is_removed(rename: Callable[[str], str], removed: set[str] | None) -> None:
     given = [rename(name) for name in NAMES]
     naming = read_names(given)
-    assert not naming.strange and [naming.names[name] for name in given] == NAMES
+    assert not naming.unknown and [naming.names[name] for name in given] == NAMES
     assert removed is None or naming.removed.keys() == removed
 
 
@@ -57,11 +57,11 @@ def test_a_part_alone_is_known_without_its_name(name: str, wrapper: str) -> None
 
 
 def test_names_of_no_model_stay() -> None:
-    assert read_names(["layer.weight", "a.b"]).strange == ["layer.weight", "a.b"]
+    assert read_names(["layer.weight", "a.b"]).unknown == ["layer.weight", "a.b"]
     one = read_names(["extra", *(f"module.{name}" for name in NAMES)])
-    assert one.strange == ["extra"] and one.names["module.vae.quant_conv.bias"] == "vae.quant_conv.bias"
+    assert one.unknown == ["extra"] and one.names["module.vae.quant_conv.bias"] == "vae.quant_conv.bias"
     twice = [*NAMES, *(f"ema.{name}" for name in NAMES)]
-    assert read_names(twice).strange == twice
+    assert read_names(twice).unknown == twice
 
 
 # -- what is saved beside weights ------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_loaded_weights_are_the_same_and_the_reading_is_reported(
         vae = load_vae(TINY.model, str(path)).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in base.items())
     assert all(torch.equal(vae[name], tensor) for name, tensor in part(base, "vae").items())
-    read = [f"{path}: 'state_dict.module.' left out of 918 names", f"{path}: not read, beside the weights: best"]
+    read = [f"{path}: 'state_dict.module.' removed from 918 tensor names", f"{path}: skipped, beside the weights: best"]
     assert read == weight_names.READINGS and caplog.messages == read
     torch.save({**prefixed, "module.loss.weight": torch.zeros(1)}, extra)
     with pytest.raises(PersistWorldError, match=r"1 unexpected \(first: module.loss.weight\)") as error:
@@ -244,3 +244,12 @@ def test_an_adapter_that_leaves_a_doubt_is_refused(
         settings = str(error.value.fix).partition("echo '")[2].partition("'")[0].replace("ALPHA", "8")
         (tmp_path / "adapter_config.json").write_text(settings)
         assert adapter_misfit(read_adapter(locate(tmp_path)), TINY.model) == ""
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(float("nan")), torch.tensor(0.0), torch.ones(2)])
+def test_a_damaged_alpha_is_refused(alpha: torch.Tensor, adapter: Path, tmp_path: Path) -> None:
+    tensors = as_kohya(peft_layers(adapter), 8.0)
+    tensors[next(name for name in tensors if name.endswith(".alpha"))] = alpha
+    save_file(tensors, str(tmp_path / "my.safetensors"))
+    with pytest.raises(PersistWorldError, match="the adapter is damaged"):
+        read_adapter(locate(tmp_path))
