@@ -68,7 +68,7 @@ def locate(source: str | Path, parts: Iterable[str] = PARTS) -> WeightSource:
 
     Args:
         source: file, folder (also of the hub's cache), ``bundled:PATH``, hub id ``owner/name``, or one file or folder
-            of a hub repository, ``owner/name:PATH``; ``FILE:ENTRY`` is one of several sets of weights in a file.
+            of a hub repository, ``owner/name:PATH``; ``FILE:ENTRY`` is one of several sets of weights in either file.
         parts: of a diffusers folder, the parts that are wanted; others are neither fetched nor listed.
 
     Raises:
@@ -88,9 +88,9 @@ def locate(source: str | Path, parts: Iterable[str] = PARTS) -> WeightSource:
     repo, _, name = text.partition(":")
     if not _is_hub_id(repo):
         raise PersistWorldError(f"no such file or folder: '{path}'", where="weights", fix="check the path")
-    listing = _listing_of_hub(repo)
+    listing, (name, _, entry) = _listing_of_hub(repo), name.partition(":")
     if name in listing.names:
-        return _of_file(text, listing, name, parts)
+        return replace(_of_file(text, listing, name, parts), entry=entry)
     folder = listing.inside(name)
     if not folder.names:
         shown = sorted(file for file in listing.names if _is_weights(file))

@@ -80,6 +80,7 @@ def test_a_cache_without_refs_has_one_meaning_if_it_has_one_commit(cache: Path) 
     write(cache, **{f"{S}/model.pt": "x", f"{S}/README.md": "x"})
     found = [locate(source).files for source in ("acme/one", cache, cache / S, "acme/one:model.pt")]
     assert found == [((cache / S / "model.pt", ""),)] * 4
+    assert locate("acme/one:model.pt:ema").entry == "ema"
     write(cache, **{"snapshots/b/other.pt": "x", "refs/main": "b"})
     hub.open_repository.cache_clear()
     assert locate("acme/one").files == ((cache / "snapshots/b/other.pt", ""),)
