@@ -258,7 +258,7 @@ def test_a_bad_file_is_one_error_and_nothing_is_written(kind: str, message: str,
     path, out = bad_file(kind, tmp_path), tmp_path / "out"
     for arguments in (["inspect", path], ["export", path, "--to", "safetensors", "-o", out / "m.safetensors"]):
         told = cli(*arguments, code=1)
-        assert told.startswith("error: ") and message in told
+        assert "\nerror: " in f"\n{told}" and told.count("error: ") == 1 and message in told
     with pytest.raises(PersistWorldError):
         load_world_model(TINY.model, TINY.world, ckpt=str(path))
     with pytest.raises(PersistWorldError):
