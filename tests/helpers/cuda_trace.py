@@ -22,7 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from persistworld_cli.config.settings import ModelSettings, WorldSettings
 from persistworld_cli.cost.flops import AliveBytes
+from persistworld_cli.models.world_model import WorldModel, build_world_model
 
 CUDA = torch.device("cuda")
 PACKAGE = str(Path(sys.modules["persistworld_cli"].__path__[0]))
@@ -245,6 +247,14 @@ def cuda_trace() -> Iterator[CudaTrace]:
         trace,
     ):
         yield trace
+
+
+def without_weights(settings: ModelSettings, world: WorldSettings, **how: Any) -> WorldModel:
+    """As `load_world_model`, with no numbers in the weights."""
+    with torch.device("meta"):
+        model = build_world_model(settings, world).to(how.get("dtype", torch.float32))
+    model.drop_passthrough()
+    return model.to_empty(device=CUDA).eval().requires_grad_(False)
 
 
 def require_no_wait_in_a_loop(trace: CudaTrace) -> None:

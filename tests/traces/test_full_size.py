@@ -17,12 +17,12 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from cuda_trace import CUDA, CudaTrace, cuda_trace, require_no_wait_in_a_loop
+from cuda_trace import CUDA, CudaTrace, cuda_trace, require_no_wait_in_a_loop, without_weights
 
 from persistworld_cli.config.bundled import bundled_root
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.requests import PostTrainRequest, PretrainRequest
-from persistworld_cli.config.settings import ModelSettings, Settings, WorldSettings
+from persistworld_cli.config.settings import Settings
 from persistworld_cli.cost.report import CostReport, cost_report
 from persistworld_cli.data.clips.loader import ClipLoader
 from persistworld_cli.data.clips.mixture import open_clips
@@ -30,7 +30,6 @@ from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.data.metadata.meta import build_meta
 from persistworld_cli.data.raw.video import write_mp4
 from persistworld_cli.metrics.score import Scorer
-from persistworld_cli.models.world_model import WorldModel, build_world_model
 from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.rollout.images import draw_images
 from persistworld_cli.rollout.recording import Item, Start
@@ -78,14 +77,6 @@ def full_size(preset: str, dataset: str, *sets: str) -> Settings:
     tokenizer = bundled_root() / "presets" / "tiny" / "tokenizer"
     given = [f"world.dataset={dataset}", f"model.tokenizer={tokenizer}", "sampling.steps=2", "launch.trackers=none"]
     return load_settings(preset, [*given, *sets], {})
-
-
-def without_weights(settings: ModelSettings, world: WorldSettings, **how: Any) -> WorldModel:
-    """As `load_world_model`, with no numbers in the weights."""
-    with torch.device("meta"):
-        model = build_world_model(settings, world).to(how.get("dtype", torch.float32))
-    model.drop_passthrough()
-    return model.to_empty(device=CUDA).eval().requires_grad_(False)
 
 
 # -- what is expected of a trace --------------------------------------------------------------------------------------

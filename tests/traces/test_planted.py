@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
-from cuda_trace import CUDA, CudaTrace, cuda_trace, require_no_wait_in_a_loop
+from cuda_trace import CUDA, CudaTrace, cuda_trace, require_no_wait_in_a_loop, without_weights
 from torch import nn
 
+from persistworld_cli.config.presets import load_settings
+from persistworld_cli.data.clips.store import ActionStat
 from persistworld_cli.metrics.score import _require_finite
 from persistworld_cli.models.precision import small_products
+from persistworld_cli.models.world_model import WorldModel
+from persistworld_cli.rollout.engine import Inputs, RolloutEngine
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="torch is no CUDA build (.ci/traces gets one)")
 
@@ -27,6 +34,43 @@ def test_mixed_devices_and_types() -> None:
         with small_products(CUDA, torch.bfloat16, torch.float32):  # as a card does, and as none does without one
             assert layer(torch.bfloat16)(x).dtype is layer()(x).dtype is torch.bfloat16
         assert (x * torch.tensor(2.0)).device.type == "cuda"  # a number on the CPU is an argument of a kernel
+
+
+def sample(planted: Callable[[WorldModel], object] = lambda model: None, history: torch.device = CUDA) -> CudaTrace:
+    """Two calls of the small network by the engine, with a fault."""
+    settings = load_settings("tiny", ["sampling.steps=2", "sampling.dtype=float32"], {})
+    with cuda_trace() as trace:
+        model = without_weights(settings.model, settings.world)
+        planted(model)
+        engine = RolloutEngine(model, settings.sampling, ActionStat(np.zeros(7), np.ones(7)))
+        past, frame = settings.model.num_history, model.latent_shape
+        inputs = Inputs(
+            history=torch.zeros(1, past, *frame, device=history),
+            current=torch.zeros(1, *frame, device=CUDA),
+            actions=torch.zeros(1, past + settings.model.num_frames, 7, device=CUDA),
+            text=torch.zeros(1, model.text_encoder.text_projection.out_features, device=CUDA),
+        )
+        engine.sample(engine.condition(inputs), torch.zeros(1, *engine.noise_shape))
+    return trace
+
+
+def test_faults_in_the_engine() -> None:
+    require_no_wait_in_a_loop(sample())
+
+    def reads(model: WorldModel) -> None:
+        network = model.network
+        model.network = lambda x, sigma, condition: (x.mean().item(), network(x, sigma, condition))[1]
+
+    with pytest.raises(AssertionError, match=r"models/world_model\.py:\d+': 2"):
+        require_no_wait_in_a_loop(sample(reads))
+    with pytest.raises(RuntimeError, match="cpu"):
+        sample(history=torch.device("cpu"))
+
+    def rounds_a_kernel(model: WorldModel) -> None:
+        model.unet.conv_out.weight = nn.Parameter(model.unet.conv_out.weight.bfloat16(), requires_grad=False)
+
+    with pytest.raises(RuntimeError, match="mixed dtypes"):
+        sample(rounds_a_kernel)
 
 
 def waits(trace: CudaTrace, x: torch.Tensor, times: int, *, in_loop: bool) -> None:
