@@ -3,7 +3,8 @@
 DROID's controller scales a velocity of 1 to at most 0.2 rad per control step (15 Hz), and the arm lags behind: in real
 episodes the motion per frame is about 0.054 of the velocity (method.md section 6). `GainAdapter` sums gain x velocity;
 `MlpAdapter` is Ctrl-World's network, which has learnt the lag.
-Shapes: velocities (R, 7), R = 15 rows at 15 Hz; joints (7,) rad now -> (R, 7) rad after each row's control step.
+Shapes: velocities (R, J), joints (J,) now -> (R, J) after each row's control step; a Franka has J = 7 joints (rad), and
+its network takes R = 15 rows at 15 Hz.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class JointVelocityAdapter(Protocol):
     """Joint velocities and the joints now -> joints after each row."""
 
     def __call__(self, velocities: ArrayLike, joints: ArrayLike) -> Float:
-        """(R, 7) velocities and (7,) joints -> (R, 7) joints."""
+        """(R, J) velocities and (J,) joints -> (R, J) joints."""
         ...
 
 
@@ -49,7 +50,7 @@ class GainAdapter:
         self.gain: Float = np.array(gain, dtype=np.float64)
 
     def __call__(self, velocities: ArrayLike, joints: ArrayLike) -> Float:
-        """(R, 7) velocities and (7,) joints -> (R, 7) joints."""
+        """(R, J) velocities and (J,) joints -> (R, J) joints."""
         steps = self.gain * np.asarray(velocities, dtype=np.float64)
         return np.asarray(joints, dtype=np.float64) + np.cumsum(steps, axis=0)
 
