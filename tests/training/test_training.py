@@ -228,9 +228,11 @@ def test_policies_share_frozen_weights_and_start_equal(world: Settings) -> None:
             p.add_(0.1 * torch.randn_like(p))
     assert not torch.allclose(run("theta"), run("reference"), atol=1e-4)
     assert torch.allclose(run("old"), run("reference"), atol=1e-6)
-    switch.copy_theta(0.0)
-    pairs = zip(switch.parameters("theta"), switch.parameters("old"), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs) and torch.allclose(run("theta"), run("old"), atol=1e-4)
+    for decay in (0.0, 0.9):  # equal policies stay equal
+        switch.copy_theta(decay)
+        pairs = zip(switch.parameters("theta"), switch.parameters("old"), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert torch.allclose(run("theta"), run("old"), atol=1e-4)
     assert all(p.requires_grad for p in switch.trainable()) and not model.unet.conv_in.weight.requires_grad
 
 
