@@ -186,16 +186,23 @@ def test_export_in_half_precision_and_without_adapter(base: Tensors, tmp_path: P
 
 def test_an_adapter_is_written_as_peft_reads_it(adapter: Path, unmerged: list[torch.Tensor], tmp_path: Path) -> None:
     state = adapter.parents[1] / "state" / "step-00000001"
+    written = []
     for number, source in enumerate((adapter, adapter.parent, state, state / "state.pt")):
         out = tmp_path / str(number)
         cli("export", source, "--to", "peft", "--output", out)
-        model = bundled_model()
-        model.unet = PeftModel.from_pretrained(model.unet, str(out))
-        assert (outputs(model)[0] - unmerged[0]).abs().max() < 1e-6
-        encoder = load_file(str(out / "action_encoder.safetensors"))
-        assert all(
-            torch.equal(v, load_file(str(adapter / "action_encoder.safetensors"))[k]) for k, v in encoder.items()
-        )
+        config = json.loads((out / "adapter_config.json").read_text())
+        tensors = load_file(str(out / "adapter_model.safetensors"))
+        written.append((config, tensors, load_file(str(out / "action_encoder.safetensors"))))
+    for config, tensors, encoder in written[1:]:
+        assert config == written[0][0] and tensors.keys() == written[0][1].keys()
+        assert all(torch.equal(value, written[0][1][name]) for name, value in tensors.items())
+        assert all(torch.equal(value, written[0][2][name]) for name, value in encoder.items())
+    model = bundled_model()
+    model.unet = PeftModel.from_pretrained(model.unet, str(tmp_path / "0"))
+    assert (outputs(model)[0] - unmerged[0]).abs().max() < 1e-6
+    own = load_file(str(adapter / "action_encoder.safetensors"))
+    assert own.keys() == written[0][2].keys()
+    assert all(torch.equal(value, own[name]) for name, value in written[0][2].items())
     assert cli("inspect", state)["kind"] == "saved state of a post-training"
     told = cli("export", BASE, "--adapter", adapter, "--to", "peft", "-o", tmp_path / "named", "--dtype", "bfloat16")
     assert told["dtype"] == "bfloat16"
