@@ -77,7 +77,7 @@ def inference_ref(model: ModelSettings, label: str = "") -> ModelRef:
     if model.inference:
         return weights_ref(model.inference, model.ckpt, adapter, label)
     if not model.ckpt:
-        raise UsageError("no weights are named", where="model.ckpt", fix="take a preset, or give --ckpt")
+        raise UsageError("no weights are named", where="model.ckpt", fix="give --ckpt, or a preset with weights")
     return ModelRef(label, model.ckpt, adapter)
 
 
@@ -135,7 +135,7 @@ def refs_of_replay(model: ModelSettings, ckpts: Sequence[str] = (), adapters: Se
             fix="give one of either, or the same number of both",
         )
     if not all(below):
-        raise UsageError("no weights to replay in", where="model.ckpt", fix="take a preset, or give --ckpt")
+        raise UsageError("no weights to replay in", where="model.ckpt", fix="give --ckpt, or a preset with weights")
     pairs = zip(below * (count // len(below)), above * (count // len(above)), strict=True)
     refs = [weights_ref(ckpt, model.ckpt, adapter_name(own)) for ckpt, own in pairs]
     kinds = [_kind(ref, model) for ref in refs]

@@ -106,7 +106,7 @@ def weights_rows(resolved: Resolved, request: Request) -> list[dict[str, str]]:
     compared = isinstance(request, EvalRequest) or _verifies_gain(resolved, request)
     if isinstance(request, EvalRequest) and request.baseline:
         rows.append(row("compared with", request.baseline, "--baseline"))
-    elif compared and (rows[0]["weights"] != model.ckpt or rows[0]["adapter"]):
+    elif compared and model.ckpt and (rows[0]["weights"] != model.ckpt or rows[0]["adapter"]):
         rows.append(row("compared with", model.ckpt, why("model.ckpt")))
     return rows
 
@@ -123,7 +123,8 @@ def weights_lines(rows: list[dict[str, str]]) -> list[str]:
     lines = []
     for row in rows:
         on = f" with adapter {row['adapter']}" if row["adapter"] else ""
-        lines.append(f"{row['use']} {row['weights']}{on}".replace("  ", " ") + f" ({row['why']})")
+        named = row["weights"] or ("" if on else "no weights yet")
+        lines.append(f"{row['use']} {named}{on}".replace("  ", " ") + f" ({row['why']})")
     return lines
 
 

@@ -184,7 +184,7 @@ def _check_shape(shape: tuple[int, ...], view: PolicyView, source: str) -> None:
         raise PersistWorldError(f"field 'actions' has shape {shape}, not {own}", where=source, fix=fix)
     if shape[0] < view.advance:
         frames = view.rows - 1
-        fix = f"raise the policy's action horizon to {view.advance} or more (openpi: model.action_horizon)"
+        fix = f"answer {view.advance} rows or more (openpi: model.action_horizon)"
         if shape[0] >= frames:
             fewer = shape[0] // frames
             fix += f", or take {fewer} rows per frame, which replays the policy slower: --set policy.skip={fewer}"

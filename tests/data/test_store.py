@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from clip_data import camera_latents, episode_latents, latent_path, write_datase
 from data_raw import HEIGHT, WIDTH, encode, write_v21
 
 from persistworld_cli.config.settings import WorldSettings
-from persistworld_cli.data.clips.store import ActionStat, EpisodeStore
+from persistworld_cli.data.clips.store import ActionStat, EpisodeStore, store_of
 from persistworld_cli.data.metadata.meta import build_meta
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.extraction.pipeline import extract_latents
@@ -60,6 +61,18 @@ def test_frames_and_latents_of_any_ids(store: EpisodeStore) -> None:
     assert np.array_equal(frames[1], frames[2]) and not np.array_equal(frames[0], frames[3])
     with pytest.raises(PersistWorldError, match=r"frame 11 is not in a file with 11 latents: it is shorter"):
         store.latents("train", "10", [0, 11])
+
+
+def test_a_dataset_of_another_rate_or_of_other_cameras_is_refused(store: EpisodeStore) -> None:
+    world = WorldSettings(height=HEIGHT, width=WIDTH)
+    assert store_of(world, str(store.root)).root == store.root
+    for other, words in (
+        (replace(world, rate_hz=30.0), "world.rate_hz = 5.0, the settings have 30.0"),
+        (replace(world, cameras=("top", *world.cameras[1:])), "the settings have ['top', "),
+    ):
+        with pytest.raises(PersistWorldError) as wrong:
+            store_of(other, str(store.root))
+        assert words in wrong.value.what and "--preset" in str(wrong.value.fix)
 
 
 def test_mistakes_are_named(store: EpisodeStore, tmp_path: Path) -> None:

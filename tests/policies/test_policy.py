@@ -69,8 +69,8 @@ def test_wrong_answers_name_the_field() -> None:
         ({"action": good}, "no field 'actions' .it has: action."),
         ({"actions": [["a"] * 8] * 15}, "not numbers"),
         ({"actions": good[:, :7]}, r"(?s)shape \(15, 7\), not rows of 8 numbers.*another --actions \(pose\)"),
-        ({"actions": good[:7]}, r"(?s)7 rows, but an interaction takes 8 .frames: 4, skip: 2.* horizon to 8 .*skip=1"),
-        ({"actions": good[:3]}, r"(?s)3 rows, .* horizon to 8 or more \(openpi: model.action_horizon\)$"),
+        ({"actions": good[:7]}, r"(?s)7 rows, but an interaction takes 8 .frames: 4, skip: 2.* answer 8 rows .*skip=1"),
+        ({"actions": good[:3]}, r"(?s)3 rows, .* answer 8 rows or more \(openpi: model.action_horizon\)$"),
         ({"actions": bad}, r"nan at \[3, 2\] .velocity of joint 3 in row 3."),
     ):
         with pytest.raises(PersistWorldError, match=text):

@@ -21,7 +21,7 @@ from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.clips import ClipSource
 from persistworld_cli.data.clips.order import Order
-from persistworld_cli.data.clips.store import ActionStat, EpisodeStore, open_store
+from persistworld_cli.data.clips.store import ActionStat, open_store, store_of
 from persistworld_cli.errors import PersistWorldError, UsageError
 
 _STREAM = 0xC11B  # keeps these random numbers apart from others drawn with the same seed
@@ -169,7 +169,7 @@ def open_clips(settings: Settings, split: str = "train", stat: ActionStat | None
     shares = training_shares(settings) if split == "train" else {own: 1.0}
     stat = stat or open_store(settings).stat()
     frames = settings.model.num_history, settings.model.num_frames
-    stores = [EpisodeStore(resolve_path(name)) for name in shares]
+    stores = [store_of(settings.world, name) for name in shares]
     sources = [ClipSource(store, split, settings.clips, *frames, settings.sampling, stat) for store in stores]
     return ClipMixture(sources, list(shares.values()))
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from persistworld_cli.config.bundled import resolve_path
-from persistworld_cli.config.settings import Settings
+from persistworld_cli.config.settings import Settings, WorldSettings
 from persistworld_cli.data.clips.latent_files import LatentReader
 from persistworld_cli.data.metadata import scan
 from persistworld_cli.data.metadata.annotations import Annotation, read_annotation
@@ -147,9 +147,23 @@ def open_store(settings: Settings) -> EpisodeStore:
 
     Raises:
         UsageError: the settings name no dataset.
-        PersistWorldError: the dataset is missing.
+        PersistWorldError: the dataset is missing, or of other cameras or another rate.
     """
     if not settings.world.dataset:
         raise UsageError("no dataset named", where="world.dataset", fix="give --dataset, or a preset that names one")
     stat = resolve_path(settings.model.stat) if settings.model.stat else None
-    return EpisodeStore(resolve_path(settings.world.dataset), stat=stat)
+    return store_of(settings.world, settings.world.dataset, stat)
+
+
+def store_of(world: WorldSettings, dataset: str, stat: Path | None = None) -> EpisodeStore:
+    """A dataset of these cameras at this rate, by its path or "bundled:NAME". Raises PersistWorldError for others."""
+    store = EpisodeStore(resolve_path(dataset), stat=stat)
+    noted = scan.extraction_notes(store.root)
+    for key, own in (("cameras", list(world.cameras)), ("rate_hz", world.rate_hz)):
+        if noted.get(key, own) != own:
+            raise PersistWorldError(
+                f"the dataset was extracted with world.{key} = {noted[key]}, the settings have {own}",
+                where=str(store.root),
+                fix="use the preset that it was extracted with (--preset), or extract it with this one",
+            )
+    return store
