@@ -158,12 +158,10 @@ def open_store(settings: Settings) -> EpisodeStore:
 def store_of(world: WorldSettings, dataset: str, stat: Path | None = None) -> EpisodeStore:
     """A dataset of these cameras at this rate, by its path or "bundled:NAME". Raises PersistWorldError for others."""
     store = EpisodeStore(resolve_path(dataset), stat=stat)
-    noted = scan.extraction_notes(store.root)
-    for key, own in (("cameras", list(world.cameras)), ("rate_hz", world.rate_hz)):
-        if noted.get(key, own) != own:
-            raise PersistWorldError(
-                f"the dataset was extracted with world.{key} = {noted[key]}, the settings have {own}",
-                where=str(store.root),
-                fix="use the preset that it was extracted with (--preset), or extract it with this one",
-            )
+    for key, (noted, own) in scan.other_world(scan.extraction_notes(store.root), world).items():
+        raise PersistWorldError(
+            f"the dataset was extracted with world.{key} = {noted}, the settings have {own}",
+            where=str(store.root),
+            fix="use the preset that it was extracted with (--preset), or extract it with this one",
+        )
     return store

@@ -22,7 +22,7 @@ from persistworld_cli.config.sizes import latent_size
 from persistworld_cli.data.metadata.check_episode import Seen, inspect
 from persistworld_cli.data.metadata.index import INDEX_FILE, ActionStat, IndexFile
 from persistworld_cli.data.metadata.index_rows import signatures
-from persistworld_cli.data.metadata.scan import AnnotationStat, extraction_notes, list_annotations
+from persistworld_cli.data.metadata.scan import AnnotationStat, extraction_notes, list_annotations, other_world
 from persistworld_cli.data.processes import in_order
 from persistworld_cli.errors import PersistWorldError
 
@@ -198,11 +198,12 @@ def _compare(report: Report, listed: Sequence[AnnotationStat], seen: Sequence[Se
 def _preset(report: Report, usual: Seen, noted: dict[str, Any], settings: Settings, name: str) -> None:
     """Compare the common values, and the notes of extract-latents, with the preset."""
     world, numbers = settings.world, settings.model.action_dim
+    other = other_world(noted, world)
     cameras, latent = len(world.cameras), latent_size(settings.model.vae, world.height, world.width)
     if usual.cameras not in (0, cameras):
         names = ", ".join(world.cameras)
         report.add("preset-cameras", name, f"the dataset has {usual.cameras} cameras, the preset {cameras}: {names}")
-    elif list(noted.get("cameras", world.cameras)) != list(world.cameras):
+    elif "cameras" in other:
         report.add("preset-cameras", name, f"{', '.join(noted['cameras'])} against {', '.join(world.cameras)}")
     if usual.numbers not in (0, numbers):
         report.add("preset-numbers", name, f"states of {usual.numbers} numbers, the preset takes {numbers}")
@@ -211,7 +212,7 @@ def _preset(report: Report, usual: Seen, noted: dict[str, Any], settings: Settin
     size = (noted["height"], noted["width"]) if {"height", "width"} <= set(noted) else usual.images
     if size not in ((), (world.height, world.width)):
         report.add("preset-image", name, f"{size[0]}x{size[1]}, the preset takes {world.height}x{world.width}")
-    if noted.get("rate_hz", world.rate_hz) != world.rate_hz:
+    if "rate_hz" in other:
         report.add("preset-rate", name, f"{noted['rate_hz']:g} Hz, the preset's is {world.rate_hz:g}")
 
 

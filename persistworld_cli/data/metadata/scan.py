@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from persistworld_cli.config.settings import WorldSettings
 from persistworld_cli.data.metadata.annotations import (
     KEYS,
     Unreadable,
@@ -110,6 +111,12 @@ def extraction_notes(root: Path) -> dict[str, Any]:
         if "rate_hz" in noted:
             positive_number(noted["rate_hz"], "rate_hz")
         return noted
+
+
+def other_world(noted: dict[str, Any], world: WorldSettings) -> dict[str, tuple[Any, Any]]:
+    """Cameras and rate where a dataset's notes differ from the settings: name -> (noted, own)."""
+    own = {"cameras": list(world.cameras), "rate_hz": world.rate_hz}
+    return {key: (noted[key], value) for key, value in own.items() if noted.get(key, value) != value}
 
 
 def read_episode(root: Path, request: tuple[AnnotationStat, bool]) -> Episode:
