@@ -1,21 +1,25 @@
 """Prefix, branch, score, credit: post-training's candidates (PersistWorld, arXiv 2603.25685).
 
 Shapes: G groups on this rank, K candidates per group, F chunks, L frames per chunk, V cameras, H x W image.
-Every draw is a function of (seed, update, global number of the group), so the split over ranks changes nothing.
+Every draw is a function of (seed, update, global number of the group), so the split over ranks changes nothing, and
+neither does which rank samples a candidate (`sharing.divide`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from persistworld_cli.config.settings import PostTrainSettings
+from persistworld_cli.config.settings import PostTrainSettings, SamplingSettings
 from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.metrics.score import Scorer
@@ -24,6 +28,7 @@ from persistworld_cli.rollout.engine import Inputs, RolloutEngine, RolloutState
 from persistworld_cli.rollout.images import draw_images, to_unit
 from persistworld_cli.rollout.recording import Item, NoiseKey, Start
 from persistworld_cli.seeding import generator
+from persistworld_cli.training.sharing import Draw, Share, divide
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,16 @@ def prefix_limit(options: PostTrainSettings, update: int) -> int:
     return round(options.prefix_max * min(1.0, (update + 1) / max(1, options.updates)))
 
 
+def sampling_calls(options: PostTrainSettings, sampling: SamplingSettings) -> tuple[int, int]:
+    """Calls of the network for an interaction of a prefix, and for a candidate: their ratio is what counts."""
+    return sampling.steps, options.chunks * (options.steps or sampling.steps)
+
+
+def sampled_together(options: PostTrainSettings) -> int:
+    """How many clips are sampled at once, at most: without gradients, each takes less memory than in learning."""
+    return 4 * options.micro_batch
+
+
 def exploration(keys: Iterable[NoiseKey], x0: torch.Tensor, views: int, options: PostTrainSettings) -> torch.Tensor:
     """Smooth noise (M, L, C, h, w) for candidates x0 of that shape; row 0, which no image scores, stays 0 (ours).
 
@@ -87,10 +102,15 @@ class CandidateMaker:
         store: EpisodeStore,
         scorer: Scorer,
         options: PostTrainSettings,
+        shares: Sequence[Share],
+        rank: int,
+        gather: Callable[[list[Any]], list[Any]],
         split: str = "train",
     ) -> None:
         self.engine, self.store, self.scorer, self.options = engine, store, scorer, options
+        self.shares, self.rank, self.gather = shares, rank, gather  # of all ranks; this one; as `Run.gather`
         self.split = split
+        self.together = sampled_together(options)
         self._annotation = lru_cache(64)(lambda episode: store.annotation(split, episode))
         steps = options.steps or engine.sampling.steps
         self.brancher = RolloutEngine(engine.model, replace(engine.sampling, steps=steps), engine.stat, engine.entries)
@@ -130,7 +150,9 @@ class CandidateMaker:
         return self.start(plan).poses(interaction, self.num_frames)[None]
 
     def prefixes(self, plans: list[GroupPlan], update: int) -> list[RolloutState]:
-        """Roll out all groups' prefixes in one batch; each group's own state (1 row) at the end of its prefix."""
+        """Roll out groups' prefixes, `together` at a time; each group's own state (1 row) at the end of its prefix."""
+        if len(plans) > self.together:
+            return self.prefixes(plans[: self.together], update) + self.prefixes(plans[self.together :], update)
         keys: list[NoiseKey] = [(self.options.seed, f"prefix {update}", p.number) for p in plans]
         state = self.engine.start_from(self.store, [self.start(p) for p in plans], keys)
         live = list(range(len(plans)))
@@ -149,45 +171,104 @@ class CandidateMaker:
         return [ready[g] for g in range(len(plans))]
 
     @torch.no_grad()
-    def make(self, plans: list[GroupPlan], update: int, numbers: range | None = None) -> Candidates:
-        """Prefix, branches and scores of some groups: all K candidates, or those of the given numbers."""
-        options = self.options
-        drawn = numbers or range(options.candidates)
-        k = len(drawn)
+    def make(self, plans: list[GroupPlan], update: int) -> Candidates:
+        """Prefix, branches and scores of this rank's candidates; ``plans``: of all groups, by number."""
+        share = self.shares[self.rank]
+        own = [plans[group] for group in share.groups]
         clock = [time.perf_counter()]
-        states = [
-            state.branch([(options.seed, f"branch {update} {p.number}", i) for i in drawn])
-            for state, p in zip(self.prefixes(plans, update), plans, strict=True)
-        ]
-        chunks_in: list[Inputs] = []
-        chunks_x0: list[torch.Tensor] = []
-        for chunk in range(options.chunks):
-            poses = [np.repeat(self.poses(p, p.prefix + chunk), k, axis=0) for p in plans]
-            inputs = Inputs.join([self.engine.inputs(s, q) for s, q in zip(states, poses, strict=True)])
-            x0 = self._sample(inputs, torch.cat([self.engine.noise(state) for state in states]))
-            if options.explore:
-                keys = [key for state in states for key in state.noise_keys()]
-                x0 = x0 + exploration(keys, x0, len(self.scorer.camera_weights), options).to(x0)
-            for g, state in enumerate(states):
-                state.append(x0[g * k : (g + 1) * k, -1], poses[g][:, -1])
-            chunks_in.append(inputs)
-            chunks_x0.append(x0)
+        states = dict(zip(share.groups, self.prefixes(own, update), strict=True))
+        chunks_in, chunks_x0 = self._shared(plans, states, update)
         clock.append(time.perf_counter())
         model, sampling = self.engine.model, self.engine.sampling
         images = torch.cat([draw_images(model, x, sampling)[:, 1:] for x in chunks_x0], dim=1)
         clock.append(time.perf_counter())
-        recorded = torch.stack([self.recorded(p) for p in plans]).to(images.device)
+        recorded = torch.stack([self.recorded(p) for p in own]).to(images.device)
         metrics = self.scorer.metrics(images, recorded)
-        reward = self.scorer.reward(metrics).view(len(plans), k)
+        reward = self.scorer.reward(metrics).view(len(own), -1)
         clock.append(time.perf_counter())
         seconds = dict(zip(("sampling", "decoding", "scoring"), np.diff(clock).tolist(), strict=True))
         return Candidates(chunks_in, chunks_x0, reward, metrics, images, recorded, seconds)
 
-    def _sample(self, inputs: Inputs, noise: torch.Tensor) -> torch.Tensor:
-        """Sample, `micro_batch` x 4 rows at a time."""
-        size = max(1, self.options.micro_batch * 4)
-        parts = [slice(i, i + size) for i in range(0, noise.shape[0], size)]
-        return torch.cat([self.brancher.sample(self.engine.condition(inputs.select(p)), noise[p]) for p in parts])
+    def _shared(
+        self, plans: list[GroupPlan], states: dict[int, RolloutState], update: int
+    ) -> tuple[list[Inputs], list[torch.Tensor]]:
+        """Inputs and clips of this rank's candidates, chunk by chunk, sampled by whichever rank has time."""
+        own = self.shares[self.rank].draws
+        calls = sampling_calls(self.options, self.engine.sampling)
+        division = divide(self.shares, [plan.prefix for plan in plans], *calls)
+        lent = division.lent(self.shares)
+        if not lent:
+            return self._chunks(plans, states, update, own)
+        clips: dict[Draw, torch.Tensor] = {}
+
+        def sample(draws: list[Draw]) -> None:
+            if draws:
+                parts = self._chunks(plans, states, update, draws)[1]
+                clips.update(zip(draws, torch.stack(parts, 1), strict=True))  # each (F, L, C, h, w)
+
+        sample(division.early[self.rank])
+        pasts = [(group, *_past(states[group], plans[group])) for group in {g for g, _ in lent & {*own}}]
+        late = sorted(division.late[self.rank])
+        missing = {group for group, _ in late} - {*states}
+        states |= {
+            group: self._continued(plans[group], *past) for group, *past in self.gather(pasts) if group in missing
+        }
+        sample(late)
+        given = [draw for draw in late if draw in lent - {*own}]
+        made = torch.stack([clips[draw] for draw in given]).cpu().numpy() if given else ()
+        for draw, clip in self.gather(list(zip(given, made, strict=True))):
+            clips[draw] = torch.from_numpy(clip).to(self.engine.model.device)
+        mine = torch.stack([clips[draw] for draw in own], 1)
+        return self._chunks(plans, states, update, own, list(mine))
+
+    def _continued(self, plan: GroupPlan, latents: np.ndarray, poses: np.ndarray) -> RolloutState:
+        """A group's state after a prefix that another rank rolled out (`_past`)."""
+        entries = torch.from_numpy(latents).to(self.engine.model.device)
+        state = self.engine.start(entries[:, 0], poses[:, 0], [self.start(plan).text])
+        for step in range(1, plan.prefix + 1):
+            state.append(entries[:, step], poses[:, step])
+        return state
+
+    def _chunks(
+        self,
+        plans: list[GroupPlan],
+        states: dict[int, RolloutState],
+        update: int,
+        draws: list[Draw],
+        clips: list[torch.Tensor] | None = None,
+    ) -> tuple[list[Inputs], list[torch.Tensor]]:
+        """Of n candidates, group by group: each chunk's inputs and clips (n, L, C, h, w); sampled, unless given."""
+        seed = self.options.seed
+        numbers = {group: [number for _, number in part] for group, part in groupby(draws, itemgetter(0))}
+        branches = [
+            states[group].branch([(seed, f"branch {update} {group}", number) for number in part])
+            for group, part in numbers.items()
+        ]
+        sizes = [len(part) for part in numbers.values()]
+        chunks_in: list[Inputs] = []
+        chunks_x0: list[torch.Tensor] = []
+        for chunk in range(self.options.chunks):
+            poses = [
+                np.repeat(self.poses(plans[group], plans[group].prefix + chunk), size, axis=0)
+                for group, size in zip(numbers, sizes, strict=True)
+            ]
+            inputs = Inputs.join([self.engine.inputs(s, q) for s, q in zip(branches, poses, strict=True)])
+            x0 = clips[chunk] if clips else self._sample(inputs, branches)
+            for state, part, pose in zip(branches, x0.split(sizes), poses, strict=True):
+                state.append(part[:, -1], pose[:, -1])
+            chunks_in.append(inputs)
+            chunks_x0.append(x0)
+        return chunks_in, chunks_x0
+
+    def _sample(self, inputs: Inputs, branches: list[RolloutState]) -> torch.Tensor:
+        """Clips of branches' next interaction, explored, `together` rows at a time."""
+        noise = torch.cat([self.engine.noise(state) for state in branches])
+        parts = [slice(i, i + self.together) for i in range(0, len(noise), self.together)]
+        x0 = torch.cat([self.brancher.sample(self.engine.condition(inputs.select(p)), noise[p]) for p in parts])
+        if self.options.explore:
+            keys = [key for state in branches for key in state.noise_keys()]
+            x0 = x0 + exploration(keys, x0, len(self.scorer.camera_weights), self.options).to(x0)
+        return x0
 
     def recorded_latents(self, plan: GroupPlan, chunk: int) -> torch.Tensor:
         """The recorded latents (L, C, h, w) of a group's chunk."""
@@ -198,6 +279,12 @@ class CandidateMaker:
         """The recorded images (F * (L - 1), V, 3, H, W) in [0, 1] that a group is scored against."""
         ids = self.start(plan).row_ids(plan.prefix, self.num_frames, self.options.chunks)[1:]
         return to_unit(self.store.frames(self.split, plan.episode, ids.tolist()))
+
+
+def _past(state: RolloutState, plan: GroupPlan) -> tuple[np.ndarray, np.ndarray]:
+    """The latents (1, P + 1, C, h, w) and poses (1, P + 1, D) of a prefix of P interactions, from its first frame."""
+    latents, poses = state.memory.history(tuple(range(-plan.prefix - 1, 0)))
+    return latents.cpu().numpy(), poses
 
 
 def credit(

@@ -68,7 +68,8 @@ class PostTrainer(Trainer):
     def __init__(self, settings: Settings, work: Run) -> None:
         self.settings, self.options, self.work = settings, settings.post_train, work
         options = self.options
-        self.share = Share.of(options, work.rank, work.world)
+        shares = [Share.of(options, rank, work.world) for rank in range(work.world)]
+        self.share = shares[work.rank]
         weights = [*work.resumed_from, settings.model.ckpt]
         (store,) = weights_stores(settings, open_store(settings), [weights], split="train", quiet=not work.main)
         work.notes |= scale_note(store.stat())
@@ -84,7 +85,7 @@ class PostTrainer(Trainer):
         self.stat = store.stat()
         self.engine = RolloutEngine(self.model, settings.sampling, self.stat)
         self.scorer = Scorer(settings.rewards, settings.world, work.device)
-        self.maker = CandidateMaker(self.engine, store, self.scorer, options)
+        self.maker = CandidateMaker(self.engine, store, self.scorer, options, shares, work.rank, work.gather)
         steps, batch = options.validate_steps, options.micro_batch * 4
         held = partial(HeldOut, settings, self.engine, store, work, steps=steps, batch=batch)
         self.check: ClosedLoopCheck | None = None
@@ -136,9 +137,10 @@ class PostTrainer(Trainer):
     def update(self, step: int) -> dict[str, float]:
         """One update; its numbers to log (means over ranks)."""
         options, share = self.options, self.share
-        plans = [self.maker.plan(step, group) for group in share.groups]
+        groups = [self.maker.plan(step, group) for group in range(options.groups)]
         with self.switch.use("old", sampling=True):
-            made = self.maker.make(plans, step, share.candidates)
+            made = self.maker.make(groups, step)
+        plans = [groups[number] for number in share.groups]
         whole = partial(share.whole, gather=self.work.gather)
         made.reward = whole(made.reward.flatten()).view(len(plans), -1)
         r = credit(made, self.scorer, options, whole)

@@ -1,13 +1,14 @@
-"""Every candidate of every group is one rank's, and a team's values come together in the order of the candidates."""
+"""Every candidate is one rank's and is sampled once, by a rank that has time; a team's values come in their order."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from persistworld_cli.config.settings import PostTrainSettings
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.training.sharing import Share
+from persistworld_cli.training.sharing import Share, divide
 
 
 def options(groups: int, candidates: int, split: bool = True) -> PostTrainSettings:
@@ -48,3 +49,21 @@ def test_what_cannot_be_shared_evenly_is_refused_with_what_to_do() -> None:
     assert "--split-groups (2 processes per group)" in str(caught.value.fix)
     with pytest.raises(PersistWorldError, match="5 candidates of a group cannot be shared by 2 processes"):
         Share.of(options(1, 5), 0, 2)
+
+
+@pytest.mark.parametrize(("world", "groups", "candidates", "split"), [*CASES, (1, 8, 16, False), (16, 8, 16, True)])
+def test_who_has_time_samples_candidates_of_others(world: int, groups: int, candidates: int, split: bool) -> None:
+    shares = [Share.of(options(groups, candidates, split), rank, world) for rank in range(world)]
+    drawn = sorted(draw for share in shares for draw in share.draws)
+    waits = []
+    for prefixes in np.random.default_rng(0).integers(10, size=(100, groups)).tolist():
+        division = divide(shares, prefixes, 50, 50)
+        assert sorted(draw for part in division.early + division.late for draw in part) == drawn
+        ahead = [sum(prefixes[group] for group in share.groups) for share in shares]
+        for share, before, early in zip(shares, ahead, division.early, strict=True):
+            assert set(early) <= set(share.draws) and before + len(early) <= max(ahead)  # nobody waits for them
+        assert division.calls <= 50 * (max(ahead) + len(shares[0].draws))  # a rank that samples its own alone
+        waits.append(division.calls / 50 - (sum(ahead) + len(drawn)) / world)
+    assert min(waits) >= 0
+    if (world, groups) in ((1, 8), (8, 8)):  # 8 ranks that sample their own alone wait for 3.8 interactions
+        assert np.mean(waits) < 0.5

@@ -63,6 +63,7 @@ def world(small_world: Settings) -> Settings:
             keep_best=1,
             keep_worst=1,
             prefix_max=1,
+            steps=1,  # half of a prefix's: prefixes 1 and 0 let a process sample a candidate of the other's
             save_every=1,
             lora_rank=4,
             lora_alpha=4,
