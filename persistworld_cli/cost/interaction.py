@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from persistworld_cli.config.plugins import running
 from persistworld_cli.config.settings import ModelSettings, SamplingSettings, Settings, WorldSettings
 from persistworld_cli.config.weight_names import PASSTHROUGH
 from persistworld_cli.cost.flops import measure
@@ -119,8 +118,7 @@ def sampler_calls(sampling: SamplingSettings) -> int:
         return x
 
     sigmas = karras_sigmas(sampling.steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
-    with running("sampler", f"sampling.sampler {sampling.sampler}"):
-        find_sampler(sampling.sampler)(count, torch.zeros(1, 1, 1, 1, 1), sigmas)
+    find_sampler(sampling.sampler)(count, torch.zeros(1, 1, 1, 1, 1), sigmas)
     return calls if sampling.guidance == 1.0 else 2 * calls
 
 

@@ -6,11 +6,12 @@ Shape legend: B rollouts, N frames, V cameras, H x W pixels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from persistworld_cli.config.plugins import running
 from persistworld_cli.config.settings import RewardSettings, WorldSettings
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.metrics.referees import Referee
@@ -36,12 +37,14 @@ class _Images:
         self.drawn = pred.clamp(0.0, 1.0).unflatten(0, (self.groups, -1)).movedim(1, 3).flatten(0, 3)
         self.known = target.flatten(0, 2)
 
-    def by_rollout(self, value: Tensor, label: str) -> Tensor:
-        """A metric's values (M, ...) in the rollouts' order: (B, N, V, ...)."""
+    def score(self, metric: Callable[..., Tensor], label: str, *grid: tuple[int, int]) -> Tensor:
+        """A metric's values in the rollouts' order: (B, N, V, ...). Raises PersistWorldError where a user's fails."""
+        with running("metric", label):
+            value = metric(self.drawn, self.known, *grid)
         batch, frames, views = self.shape
-        if value.shape[:1] != self.drawn.shape[:1]:
+        if (shape := tuple(getattr(value, "shape", ())))[:1] != self.drawn.shape[:1]:
             raise PersistWorldError(
-                f"{label} gives values of shape {tuple(value.shape)} for {len(self.drawn)} images",
+                f"{label} gives values of shape {shape} for {len(self.drawn)} images",
                 where="rewards.weights",
                 fix="return one value per predicted image",
             )
@@ -142,10 +145,7 @@ class Scorer:
         """
         images = _Images(self.place(pred), self.place(target))
         metrics = {**self.registered, **self.referees}
-        values = {
-            name: images.by_rollout(metric(images.drawn, images.known), metric.label)
-            for name, metric in metrics.items()
-        }
+        values = {name: images.score(metric, metric.label) for name, metric in metrics.items()}
         _require_finite([*values.values()], [metric.label for metric in metrics.values()])
         return values
 
@@ -158,7 +158,7 @@ class Scorer:
         """
         images = _Images(self.place(pred), self.place(target))
         metrics = [self.registered[name] for name in self.weights]
-        maps = [images.by_rollout(m.maps(images.drawn, images.known, grid), m.label) for m in metrics]
+        maps = [images.score(metric.maps, metric.label, grid) for metric in metrics]
         _require_finite(maps, [metric.label for metric in metrics])
         return torch.stack([w * m for w, m in zip(self.weights.values(), maps, strict=True)]).sum(dim=0)
 

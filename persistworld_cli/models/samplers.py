@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import torch
 
-from persistworld_cli.config.plugins import make_plugin
+from persistworld_cli.config.plugins import make_plugin, running
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, 0-d sigma) -> x0, same shape as x
 Sampler = Callable[[Denoiser, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -112,13 +112,16 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def find_sampler(name: str) -> Sampler:
-    """The sampler called ``name``, or an instance of ``module:Class``. Raises as `make_plugin`."""
+    """The sampler called ``name``, or one of class ``module:Class``. Raises as `make_plugin`."""
     if name in SAMPLERS:
         return SAMPLERS[name]
-    fix = "a sampler has __call__(denoise, x, sigmas), which returns a clip of x's shape"
-    sampler: Sampler = make_plugin(
-        name, SAMPLERS, kind="sampler", where="sampling.sampler", needs=("__call__",), fix=fix
-    )
+    where, fix = "sampling.sampler", "a sampler has __call__(denoise, x, sigmas), which returns a clip of x's shape"
+    made: Sampler = make_plugin(name, SAMPLERS, kind="sampler", where=where, needs=("__call__",), fix=fix)
+
+    def sampler(denoise: Denoiser, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+        with running("sampler", f"{where} {name}"):
+            return made(denoise, x, sigmas)
+
     return sampler
 
 

@@ -166,7 +166,7 @@ class _Joints(ActionSpace):
         self.gripper_cap, self._cap_current = gripper_cap if self._is_franka else None, cap_current
 
     def _pose(self, joints: Float) -> Float:
-        """(..., J) joints -> (..., P). Raises PersistWorldError with the traceback of a user's class."""
+        """(..., J) joints -> (..., P). Raises PersistWorldError where a user's class fails."""
         with running("kinematics", "robot.kinematics"):
             return np.asarray(self._arm.pose(joints), dtype=np.float64)
 

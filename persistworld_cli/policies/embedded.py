@@ -168,14 +168,14 @@ def _answering(actions: str) -> list[str]:
 
 
 class LocalPolicy:
-    """A user's policy in this process; its exceptions become errors with the traceback."""
+    """A user's policy in this process; its exceptions become errors (`running`)."""
 
     def __init__(self, policy: Policy, name: str) -> None:
         self._policy, self.name = policy, name
         self.batched = hasattr(policy, "infer_batch")
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
-        """The policy's answer. Raises PersistWorldError with the traceback of its exception."""
+        """The policy's answer. Raises PersistWorldError for its exception."""
         with running("policy", self.name):
             return self._policy.infer(obs)
 
@@ -187,7 +187,8 @@ class LocalPolicy:
 
     def reset(self) -> None:
         """Forget the episode so far."""
-        self._policy.reset()
+        with running("policy", self.name):
+            self._policy.reset()
 
 
 def read_joints(obs: Mapping[str, Any]) -> Float:

@@ -106,7 +106,7 @@ def load_judge(name: str) -> Judge:
 
 
 def ask_judge(judge: Judge, evidence: Evidence, name: str) -> Verdict:
-    """The verdict, checked. Raises PersistWorldError: the judge failed (with its traceback), or returns no verdict."""
+    """The verdict, checked. Raises PersistWorldError: the judge failed, or returns no verdict."""
     with running("judge", name):
         verdict: Any = judge.judge(evidence)
     if not isinstance(verdict, Verdict):

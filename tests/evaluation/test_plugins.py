@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.evaluation import run as eval_run
 from persistworld_cli.frontier.grid import make_grid
 from persistworld_cli.metrics.score import Scorer
+from persistworld_cli.models.samplers import euler, find_sampler
 
 MODULE = '''
 from persistworld_cli.metrics.registry import Metric
@@ -73,6 +75,13 @@ class Midpoint:
 class Cut:
     def __call__(self, denoise, x, sigmas):
         return denoise(x, sigmas[0])[:, 1:]
+
+
+class Broken(MeanError):
+    label = "broken"
+
+    def __call__(self, pred, target):
+        return {}[0]
 
 
 class Failing:
@@ -141,6 +150,8 @@ def test_values_of_another_count_are_refused() -> None:
     images = torch.zeros(1, 1, 3, 3, 8, 8)
     with pytest.raises(PersistWorldError, match="short gives values of shape"):
         scorer("own_parts:Short").metrics(images, images)
+    with pytest.raises(PersistWorldError, match=r"the metric failed in Broken.__call__: KeyError: 0"):
+        scorer("own_parts:Broken").metrics(images, images)
     with pytest.raises(UsageError, match="two rewards have the label 'mean_error'"):
         scorer(OWN, "own_parts:Same")
     with pytest.raises(UsageError, match="the referee 'mean_error' has the label of a reward"):
@@ -152,6 +163,8 @@ def test_calls_of_an_own_sampler_are_counted_by_running_it() -> None:
     assert sampler_calls(own) == 7 and sampler_calls(replace(own, guidance=2.0)) == 14
     with pytest.raises(PersistWorldError, match=r"(?s)the sampler failed.*my mistake"):
         sampler_calls(SamplingSettings(sampler="own_parts:Failing"))
+    with pytest.raises(TypeError):  # of this package's, which the sampler calls
+        find_sampler("own_parts:Midpoint")(partial(euler, None), torch.zeros(1), torch.tensor([2.0, 1.0, 0.0]))
     plain = load_settings("tiny", env={})
     samplers = ("euler", "own_parts:Midpoint")
     request = FrontierRequest(reference="own_parts:Midpoint:8", samplers=samplers, calls=(1,))

@@ -233,23 +233,33 @@ def test_what_is_no_policy_server_is_reported_at_once() -> None:
 
 
 def test_a_policy_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_policy.py").write_text(
-        "import numpy as np\n"
-        "class Still:\n"
-        "    def infer(self, obs):\n"
-        "        if obs['prompt'] == 'fail': raise ValueError('my mistake')\n"
-        "        return {'actions': np.zeros((15, 8))}\n"
-        "    def reset(self): pass\n"
-        "class Half:\n"
-        "    def infer(self, obs): pass\n"
+    lines = (
+        "import numpy as np",
+        "class Still:",
+        "    def infer(self, obs):",
+        "        if obs['prompt'] == 'fail': raise ValueError('my mistake')",
+        "        return {'actions': np.zeros((15, 8))}",
+        "    def reset(self): pass",
+        "class Half:",
+        "    def infer(self, obs): pass",
+        "class Deaf:",
+        "    def infer(self): pass",
+        "    def reset(self): self.calls.clear()",
     )
+    (tmp_path / "my_policy.py").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "my_policy", raising=False)
     with open_policies("my_policy:Still", PolicySettings(), 2) as (one, two):
         assert one is not two
         assert one.infer(observation())["actions"].shape == (15, 8)
-        with pytest.raises(PersistWorldError, match=r"(?s)Traceback.*my mistake"):
+        with pytest.raises(PersistWorldError, match=r"failed in Still.infer: ValueError: my mistake\n") as failed:
             two.infer(observation(prompt="fail"))
+        assert failed.value.where == f"my_policy:Still; {tmp_path}/my_policy.py:4: {lines[3].strip()}"
+    with open_policies("my_policy:Deaf", PolicySettings(), 1) as (one,):
+        with pytest.raises(PersistWorldError, match=r"failed: TypeError: Deaf.infer\(\) takes 1"):
+            one.infer(observation())
+        with pytest.raises(PersistWorldError, match=r"failed in Deaf.reset: AttributeError"):
+            one.reset()
     for name, text in (("my_policy:Half", "reset"), ("my_policy:None_", "no class"), ("nowhere_x:A", "no module")):
         with pytest.raises(UsageError, match=text):
             check_policy(name, "joint-velocity")
