@@ -32,10 +32,12 @@ from persistworld_cli.console import write_out
 
 
 def _without_types(parameters: list[Any]) -> list[Any]:
-    """Show nothing beside a switch, typer's own ones too; typer would show <bool>."""
+    """Show nothing beside a switch and an argument, typer's own ones too; typer would show <bool> and <str>."""
     for parameter in parameters:
         if getattr(parameter, "is_flag", False):
             parameter.metavar = ""
+        elif parameter.param_type_name == "argument":
+            parameter.display_type_rich = lambda ctx: None
     return parameters
 
 

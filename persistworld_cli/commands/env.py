@@ -39,8 +39,9 @@ def command(common: Common) -> None:
     """
     note("env: looking at versions, devices and folders")
     variables = _variables()  # torch sets some when it is imported
-    result = {"system": _system(), "torch": _torch(), "packages": _packages(), "paths": _paths()}
-    result["variables"] = variables
+    torch = _torch()
+    packages = {name: version for name, version in _packages().items() if name not in torch}
+    result = {"system": _system(), "torch": torch, "packages": packages, "paths": _paths(), "variables": variables}
     if common.as_json:
         write_json(result)
         return

@@ -21,6 +21,7 @@ import typer
 
 from persistworld_cli.command_line import command_line, to_continue
 from persistworld_cli.config.fields import bare_type, choices, field_types, parse_text
+from persistworld_cli.config.presets import preset_names
 from persistworld_cli.config.requests import INTERRUPTED, Option, Request, option, option_of
 from persistworld_cli.config.settings import setting_types
 from persistworld_cli.console import debug_wanted, listen_to_library, note, show_error, show_traceback
@@ -47,7 +48,7 @@ def _named(place: str) -> Callable[[], Iterable[str]]:
 
 # Option -> the names to complete, where the annotation does not list them.
 _COMPLETED: dict[str, Callable[[], Iterable[str]]] = {
-    "preset": _named("config.presets:preset_names"),
+    "preset": preset_names,
     "accelerator": _named("cost.accelerators:ACCELERATORS"),
     "eval.benchmark": lambda: [*_named("evaluation.benchmarks:benchmark_names")(), "none"],
     "policy.task": _named("policies.tasks:task_names"),
@@ -201,7 +202,7 @@ class Common:
 
     preset: str | None = option(
         None,
-        "Preset: tiny, ctrl-world, persistworld, or the path of a TOML file.",
+        f"Preset: {', '.join(preset_names())}, or the path of a TOML file.",
         flag="--preset -p",
         metavar="NAME|FILE",
         panel=_SETTINGS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -79,7 +80,7 @@ def test_every_help_works_without_torch() -> None:
     command = [sys.executable, "-c", HELP, json.dumps([[], *([name] for name in NAMES)])]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
     assert done.returncode == 0, done.stderr
-    assert "…" not in done.stdout and "<bool>" not in done.stdout
+    assert not re.search("…|<(bool|str|list)", done.stdout) and "one-camera" in done.stdout
     shown = [line.split()[2] for line in done.stdout.splitlines() if line.strip().startswith("Usage: persistworld ")]
     assert shown[1:] == NAMES
 
@@ -141,7 +142,7 @@ def test_env_describes_the_machine_and_hides_secrets() -> None:
     assert result.exit_code == 0 and "hf_abc" not in result.stdout
     told = json.loads(result.stdout)
     assert told["variables"]["HF_ENDPOINT"] == "https://***@hub" and told["variables"]["OMP_NUM_THREADS"] == "1"
-    assert told["packages"]["torch"] == told["torch"]["torch"] and "error" not in told["torch"]
+    assert not told["packages"].keys() & told["torch"].keys() and "error" not in told["torch"]
     assert Path(told["paths"]["bundled_files"]["path"]) == bundled_root()
 
 
