@@ -30,7 +30,7 @@ from persistworld_cli.files import write_json
 from persistworld_cli.launch.continuing import find_earlier_run, keep_history, what_remains
 from persistworld_cli.launch.elastic import killed
 from persistworld_cli.launch.environment import cores_alone, gpu_count, torch_has_cuda, use_gpu, worker_environment
-from persistworld_cli.launch.run_lock import SHARED_TASKS, RunFolder, own_folder
+from persistworld_cli.launch.run_lock import RunFolder, own_folder
 from persistworld_cli.launch.terminal import keep_terminal
 from persistworld_cli.read_files import read_json
 
@@ -68,8 +68,7 @@ def run_task(settings: Settings, request: TaskRequest, *, take_over: bool = Fals
             if folder.first:
                 keep_history(earlier, record, output)
                 write_json(output / CONFIG, record)
-                if task not in SHARED_TASKS:
-                    (output / FAILURE).unlink(missing_ok=True)
+                _clear(output, RESULT, FAILURE)
             write_json(folder.private / CONFIG, record)
         except OSError as error:
             raise PersistWorldError(
@@ -113,13 +112,13 @@ def _work(launch: LaunchSettings, folder: RunFolder, terminal: bool) -> int:
 
 
 def _outcome(code: int, folder: RunFolder) -> tuple[int, dict[str, Any]]:
-    """The exit code and result that this run's workers left; both are put into the folder, for people."""
-    failure = _read(folder.private / FAILURE)
-    if failure is not None:
-        # Ranks that stopped on request exit with 0, so that accelerate waits for all of them: the file has the code.
-        code = code or int(failure["code"])
-        if folder.first:
-            write_json(folder.output / FAILURE, failure | {"run": folder.run})
+    """The exit code and result that this run's workers left; one of both is put into the folder, for people."""
+    failure = _read(folder.private / FAILURE) or {"code": code, "what": f"the worker ended with {code}"}  # killed
+    # Ranks that stopped on request exit with 0, so that accelerate waits for all of them: the file has the code.
+    code = code or int(failure["code"])
+    if code and folder.first:
+        write_json(folder.output / FAILURE, failure | {"run": folder.run})
+        _clear(folder.output, RESULT)
     if code or not folder.first:
         return code, {}
     result = _read(folder.private / RESULT)
@@ -128,8 +127,14 @@ def _outcome(code: int, folder: RunFolder) -> tuple[int, dict[str, Any]]:
             "the worker ended without a result", where=str(folder.output), fix="run it again with --debug"
         )
     shutil.move(folder.private / RESULT, folder.output / RESULT)
-    (folder.output / FAILURE).unlink(missing_ok=True)
+    _clear(folder.output, FAILURE)
     return 0, result
+
+
+def _clear(output: Path, *names: str) -> None:
+    """Remove files that say how an earlier run ended; runs that share the folder may have left them meanwhile."""
+    for name in names:
+        (output / name).unlink(missing_ok=True)
 
 
 def _settle_device(launch: LaunchSettings) -> LaunchSettings:

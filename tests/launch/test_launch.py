@@ -79,6 +79,8 @@ def waiting(output: Path, ranks: int) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_one_process_is_one_child_with_its_environment(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "failure.json").write_text("{}")  # of a run before
     code, out, err = launch(1, {}, tmp_path / "run")
     assert code == 0, err
     result = json.loads(out)
@@ -127,7 +129,8 @@ def test_a_single_worker_that_fails_passes_its_code_on(tmp_path: Path, how: str,
         "kill": "killed by SIGKILL",
     }
     assert told[how] in err
-    assert (tmp_path / "result.json").read_text() == "{}"  # the last result stays
+    failure = json.loads((tmp_path / "failure.json").read_text())
+    assert failure["code"] == expected and not (tmp_path / "result.json").exists()  # only what happened last
 
 
 @pytest.mark.parametrize("processes", [1, 2])
