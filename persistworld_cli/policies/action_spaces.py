@@ -82,6 +82,7 @@ class ActionSpace(ABC):
         joints: number of joints of the arm; 0 where none are needed.
         most: largest number that is accepted.
         gripper_cap: largest gripper position; None: not limited.
+        is_franka: whether the arm is a Franka, which all action spaces fit.
     """
 
     parts: tuple[str, ...]
@@ -90,6 +91,7 @@ class ActionSpace(ABC):
     joints: int = 0
     most: float = float(np.finfo(np.float32).max)
     gripper_cap: float | None = None
+    is_franka: bool
 
     @abstractmethod
     def begin(self, start: Start) -> ArmState:
@@ -158,12 +160,12 @@ class _Joints(ActionSpace):
             )
         self._grippers = len(dimensions) - width
         self.parts = _parts(self.what, self.joints, self._grippers)
-        self._is_franka = arm is PANDA
-        if not self._is_franka:
+        self.is_franka = arm is PANDA
+        if not self.is_franka:
             self.most = ActionSpace.most
-        grip = (0.0, gripper_cap) if self._is_franka else (dimensions[-1].low, dimensions[-1].high)
+        grip = (0.0, gripper_cap) if self.is_franka else (dimensions[-1].low, dimensions[-1].high)
         self._grip_low, self._grip_high = grip
-        self.gripper_cap, self._cap_current = gripper_cap if self._is_franka else None, cap_current
+        self.gripper_cap, self._cap_current = gripper_cap if self.is_franka else None, cap_current
 
     def _pose(self, joints: Float) -> Float:
         """(..., J) joints -> (..., P). Raises PersistWorldError where a user's class fails."""
@@ -178,7 +180,7 @@ class _Joints(ActionSpace):
             off = np.abs(pose - start.pose)
             if all(off[i] <= _ELSEWHERE.get(one.unit, np.inf) for i, one in enumerate(self._dimensions)):
                 return ArmState(pose, joints)
-        whose = "a Franka" if self._is_franka else "robot.kinematics"
+        whose = "a Franka" if self.is_franka else "robot.kinematics"
         raise PersistWorldError(
             f"the recorded states are not poses of {whose} at the recorded joints",
             where=f"episode '{start.item.episode}', frame {start.item.start}",
@@ -210,7 +212,7 @@ class _Joints(ActionSpace):
             return np.clip(joints, low, high)
         if len(beyond := np.argwhere((joints[:taken] < low) | (joints[:taken] > high))):
             row, joint = (int(i) for i in beyond[0])
-            unit, ends = " rad" if self._is_franka else "", f"{low[joint]:g} and {high[joint]:g}"
+            unit, ends = " rad" if self.is_franka else "", f"{low[joint]:g} and {high[joint]:g}"
             raise PersistWorldError(
                 f"{what} {joints[row, joint]:.4g}{unit} at joint {joint + 1}, whose limits are {ends}{unit}",
                 where=f"row {row} of the policy's answer",
@@ -220,7 +222,7 @@ class _Joints(ActionSpace):
 
     def _warn_once(self, actions: Float, unusual: NDArray[np.bool_], text: str, cause: str) -> None:
         """Log the first number (R, J) of the run that is unusual for a Franka."""
-        if self._warned or not self._is_franka or not unusual.any():
+        if self._warned or not self.is_franka or not unusual.any():
             return
         self._warned = True
         row, joint = (int(i) for i in np.argwhere(unusual)[0])
@@ -251,7 +253,8 @@ class JointVelocity(_Joints):
         fast = np.abs(rows[:taken]) > _FASTEST
         self._warn_once(actions, fast, "outside DROID's -1 to 1 (0.1 to 99.9%)", _POSITIONS)
         arm = self._adapter(rows, now.joints[: self.joints])
-        return self._limit(arm, taken, "the arm reaches", _POSITIONS if fast.any() else _INTO_STOP)
+        cause = _POSITIONS if self.is_franka and fast.any() else _INTO_STOP
+        return self._limit(arm, taken, "the arm reaches", cause)
 
 
 class JointPosition(_Joints):
@@ -273,7 +276,7 @@ class JointPosition(_Joints):
         joints = actions[:, : self.joints]
         far = np.abs(joints[:1] - now.joints[: self.joints]) > _FARTHEST
         self._warn_once(actions, far, f"over {_FARTHEST} rad from where the joint is", _VELOCITIES)
-        cause = _VELOCITIES if far.any() else _INTO_STOP
+        cause = _VELOCITIES if self.is_franka and far.any() else _INTO_STOP
         return self._limit(joints, len(actions), "the policy commands", cause)
 
     def _move(self, actions: Float, now: ArmState, taken: int) -> Float:
@@ -312,9 +315,9 @@ class Pose(JointPosition):
             with running("kinematics", "robot.kinematics"):
                 found = arm.inverse(goal, joints[-1])
             if found is None:
-                shown, whose = ", ".join(f"{value:.3f}" for value in goal), "Franka" if self._is_franka else "arm"
+                shown, whose = ", ".join(f"{value:.3f}" for value in goal), "Franka" if self.is_franka else "arm"
                 what = f"the {whose} cannot reach pose ({shown}) within its joints' limits"
-                fix = _POSES if self._is_franka else "answer poses as the dataset has them"
+                fix = _POSES if self.is_franka else "answer poses as the dataset has them"
                 raise PersistWorldError(what, where=f"row {row} of the policy's answer", fix=fix)
             joints.append(np.asarray(found, dtype=np.float64))
         return np.array(joints[1:])
@@ -326,7 +329,7 @@ class ModelActions(ActionSpace):
     fields = (STATE,)
 
     def __init__(self, settings: Settings) -> None:
-        self._dimensions = dimensions_of(settings)
+        self._dimensions, self.is_franka = dimensions_of(settings), not settings.robot.dimensions
         self.parts = tuple(one.name for one in self._dimensions)
 
     def begin(self, start: Start) -> ArmState:

@@ -178,7 +178,8 @@ def _check_shape(shape: tuple[int, ...], view: PolicyView, source: str) -> None:
     parts = view.space.parts
     if len(shape) != 2 or shape[1] != len(parts):
         width = shape[-1] if len(shape) == 2 else 0
-        others = [name for name, kind in ACTION_SPACES.items() if width and len(getattr(kind, "parts", ())) == width]
+        kinds = ACTION_SPACES.items() if view.space.is_franka and width else ()
+        others = [name for name, kind in kinds if len(getattr(kind, "parts", ())) == width]
         own = f"rows of {len(parts)} numbers ({parts[0]}, ..., {parts[-1]})"
         fix = f"answer with {own}" + (f", or take another --actions ({', '.join(others)})" if others else "")
         raise PersistWorldError(f"field 'actions' has shape {shape}, not {own}", where=source, fix=fix)

@@ -14,6 +14,7 @@ from golden_table import close
 from policy_views import IMAGES, IMAGES_SHOWN, REST, VIEW, observation
 from safetensors.numpy import load_file
 
+from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.settings import RobotSettings, Settings
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.policies.action_spaces import (
@@ -75,6 +76,10 @@ def test_wrong_answers_name_the_field() -> None:
     ):
         with pytest.raises(PersistWorldError, match=text):
             check_actions(answer, VIEW, "p")
+    arm = replace(VIEW, space=ModelActions(load_settings("one-camera", env={})))  # whose kinematics are not known
+    with pytest.raises(PersistWorldError) as failed:
+        check_actions({"actions": good}, arm, "p")
+    assert failed.value.fix == "answer with rows of 6 numbers (base, ..., tool)"
 
 
 # -- policies ---------------------------------------------------------------------------------------------------------
