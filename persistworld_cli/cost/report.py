@@ -31,22 +31,31 @@ NOTES = (
     "FLOPs are those of matrix products, convolutions and attention, 2 per multiply-add.",
     "Memory is estimated: the tensors alive at once, operation by operation, with fused attention and the casts of "
     "CUDA's autocast. Kernel workspaces, allocator fragmentation and the CUDA context come on top (some GiB).",
-    "A floor is FLOPs divided by the peak dense bf16 rate. What runs in float32 (the VAE; without mixed "
+    "A floor is FLOPs divided by the peak dense bf16 rate, of the slowest process on average; in brackets the mean of "
+    "the processes. What runs in float32 (the VAE; without mixed "
     "precision, everything) cannot reach that peak.",
 )
 
 
 @dataclass(frozen=True)
 class WorkRow:
-    """Some work: its FLOPs, and how many processes share it evenly."""
+    """Some work: its FLOPs, and how many processes share it.
+
+    slowest: FLOPs until the slowest process is done, on average, where the others wait for it; 0: shared evenly.
+    """
 
     key: str
     what: str
     flops: float
     processes: int = 1
+    slowest: float = 0.0
 
     def floor(self, accelerator: Accelerator) -> float:
-        """Seconds at the accelerator's peak."""
+        """Seconds at the accelerator's peak, of the slowest process."""
+        return (self.slowest or self.flops / self.processes) / (accelerator.tflops * 1e12)
+
+    def even(self, accelerator: Accelerator) -> float:
+        """Seconds at the accelerator's peak, if no process waited for another."""
         return self.flops / (accelerator.tflops * 1e12 * self.processes)
 
 
@@ -91,6 +100,7 @@ class CostReport:
                     "flops": row.flops,
                     "processes": row.processes,
                     "floor_s": row.floor(accelerator),
+                    "even_s": row.even(accelerator),
                 }
                 for row in self.work
             },
@@ -183,10 +193,12 @@ def _work(report: CostReport, accelerator: Accelerator) -> Table:
     """FLOPs and the least time they take."""
     speed = f"{accelerator.tflops:g} TFLOP/s"
     name = accelerator.name if accelerator.name == speed else f"{accelerator.name}, {speed}"
-    rows = [
-        (row.what, amount(row.flops, FLOPS), amount(row.floor(accelerator), SECONDS), str(row.processes))
-        for row in report.work
-    ]
+
+    def floor(row: WorkRow) -> str:
+        slowest, even = (amount(seconds, SECONDS) for seconds in (row.floor(accelerator), row.even(accelerator)))
+        return slowest if slowest == even else f"{slowest} ({even})"
+
+    rows = [(row.what, amount(row.flops, FLOPS), floor(row), str(row.processes)) for row in report.work]
     return _table(("work", "counted", f"floor ({name})", "processes"), rows)
 
 

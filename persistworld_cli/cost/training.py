@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import nn
 
-from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings
+from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, SamplingSettings, Settings
 from persistworld_cli.cost.flops import Work, checkpointing, measure
 from persistworld_cli.cost.interaction import (
     AUTOCAST,
@@ -21,18 +23,20 @@ from persistworld_cli.cost.interaction import (
     meta_model,
     part_sizes,
     predict,
+    sampler_calls,
     tensor_bytes,
     weight_bytes,
 )
 from persistworld_cli.cost.report import CostReport, MemoryRow, WorkRow
 from persistworld_cli.models.world_model import WorldModel
-from persistworld_cli.training.candidates import prefix_limit
+from persistworld_cli.training.candidates import prefix_limit, sampled_together, sampling_calls
 from persistworld_cli.training.optim import Optimizers, inputs_and_outputs
 from persistworld_cli.training.policy_switch import PolicySwitch, product_type_on_gpu
 from persistworld_cli.training.pretrain import trained_parameters
-from persistworld_cli.training.sharing import team_size
+from persistworld_cli.training.sharing import Share, divide
 
 FLOAT32 = 4  # bytes
+DRAWN = 500  # updates over which the wait for the slowest process is averaged
 
 
 def post_train_report(settings: Settings) -> CostReport:
@@ -45,11 +49,11 @@ def post_train_report(settings: Settings) -> CostReport:
     with META:
         switch = PolicySwitch(model, options, held)
     processes = settings.launch.num_processes
-    team = team_size(options, processes)
-    groups, candidates = math.ceil(options.groups * team / processes), math.ceil(options.candidates / team)  # its own
-    local = groups * candidates
-    micro = min(options.micro_batch, groups * min(options.keep_best + options.keep_worst, candidates))
-    together = min(local, max(1, options.micro_batch * 4))  # as CandidateMaker draws them
+    share = Share.of(options, 0, processes)
+    local = len(share.draws)
+    kept = min(options.keep_best + options.keep_worst, len(share.candidates))
+    micro = min(options.micro_batch, len(share.groups) * kept)
+    together = min(local, sampled_together(options))
     with switch.use("old", sampling=True), torch.no_grad():
         merged = [layer.effective_weight() for layer in switch.layers]
         there = [*model.parameters(), *merged]
@@ -129,33 +133,61 @@ def _learning(model: WorldModel, options: PostTrainSettings | PretrainSettings, 
         return measure(lambda: predict(model, count), model.parameters(), dtype, backward=True)
 
 
+def slowest_process(options: PostTrainSettings, sampling: SamplingSettings, processes: int) -> tuple[float, float]:
+    """Of the slowest process of an update, on average: calls of the network to sample, and candidates learned from.
+
+    Over random prefixes, as if episodes were long enough, and random kept candidates.
+    """
+    shares = [Share.of(options, rank, processes) for rank in range(processes)]
+    rng, kept = np.random.default_rng(0), options.keep_best + options.keep_worst
+    numbers = np.tile(np.arange(options.candidates), (options.groups, 1))
+    calls = learned = 0
+    for draw in range(DRAWN):
+        longest = prefix_limit(options, draw * options.updates // DRAWN)
+        prefixes = rng.integers(longest if options.prefix == "fixed" else 0, longest + 1, options.groups)
+        calls += divide(shares, prefixes.tolist(), *sampling_calls(options, sampling)).calls
+        best = rng.permuted(numbers, axis=1)[:, :kept]
+        learned += max(int(np.isin(best[list(share.groups)], share.candidates).sum()) for share in shares)
+    return calls / DRAWN, learned / DRAWN
+
+
 def _update_rows(settings: Settings, interaction: InteractionCost, old: int, theta: int) -> list[WorkRow]:
     """An update by its kinds of work, over all processes.
 
     ``old``: FLOPs of a clip with adapters, forward; ``theta``: forward and backward. Sampling merges them.
     """
-    options, processes = settings.post_train, settings.launch.num_processes
+    options, sampling, processes = settings.post_train, settings.sampling, settings.launch.num_processes
     drawn, prefix = options.groups * options.candidates * options.chunks, mean_prefix(options)
-    kept = options.groups * (options.keep_best + options.keep_worst) * options.chunks * options.sigmas_per_candidate
-    draw = interaction.calls * interaction.network  # adapters are merged once per update
-    prefixes = options.groups * team_size(options, processes)  # every process of a team rolls it out for itself
+    repeats = options.chunks * options.sigmas_per_candidate
+    kept = options.groups * (options.keep_best + options.keep_worst) * repeats
+    calls = sampler_calls(replace(sampling, steps=options.steps or sampling.steps))
+    # every process of a team rolls out its prefixes for itself
+    prefixes = options.groups * len(Share.of(options, 0, processes).team)
     ahead = f"  {prefixes} prefixes of {prefix:g} interactions"
-    parts = [
-        WorkRow("prefixes", ahead, prefixes * prefix * draw, processes),
-        WorkRow("candidates", f"  {drawn} candidates drawn", drawn * draw, processes),
+    learning = theta + old + interaction.network
+    parts = [  # adapters are merged once per update
+        WorkRow("prefixes", ahead, prefixes * prefix * interaction.calls * interaction.network, processes),
+        WorkRow("candidates", f"  {drawn} candidates drawn", drawn * calls * interaction.network, processes),
         WorkRow("images", "  and decoded", drawn * interaction.decoding, processes),
         WorkRow(
             "learning",
             f"  {kept} learned from: trained policy forward and backward, sampling and reference forward",
-            kept * (theta + old + interaction.network),
+            kept * learning,
             processes,
         ),
     ]
+    steps, learned = slowest_process(options, sampling, processes)  # a single one waits for none
+    sampled = steps * interaction.network * interaction.calls / sampling.steps
+    slowest = (
+        sampled + drawn * interaction.decoding / processes + learned * repeats * learning if processes > 1 else 0.0
+    )
     update = sum(part.flops for part in parts)
     return [
-        WorkRow("update", "update", update, processes),
+        WorkRow("update", "update", update, processes, slowest),
         *parts,
-        WorkRow("run", f"run: {options.updates} updates", update * options.updates, processes),
+        WorkRow(
+            "run", f"run: {options.updates} updates", update * options.updates, processes, slowest * options.updates
+        ),
     ]
 
 

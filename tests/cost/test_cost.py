@@ -29,7 +29,7 @@ from persistworld_cli.cost.interaction import (
     sampler_calls,
 )
 from persistworld_cli.cost.report import BYTES, FLOPS, SECONDS, CostReport, MemoryRow, WorkRow, amount
-from persistworld_cli.cost.training import mean_prefix, post_train_report, pretrain_report
+from persistworld_cli.cost.training import mean_prefix, post_train_report, pretrain_report, slowest_process
 from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.models.cpu import attention
 from persistworld_cli.models.cpu.native.build import without_kernels
@@ -157,6 +157,17 @@ def test_prefixes_are_averaged_over_the_run() -> None:
     assert mean_prefix(growing) == 2.5
 
 
+@pytest.mark.parametrize(
+    ("processes", "groups", "most"),  # interactions of the slowest process; with whole groups 45.1, 24.3, 16.4, 24.8
+    [(4, 8, 41.5), (8, 8, 21.1), (16, 8, 13.1), (16, 16, 21.1)],
+)
+def test_the_slowest_process_hardly_waits(processes: int, groups: int, most: float) -> None:
+    options = PostTrainSettings(groups=groups, candidates=16, split_groups=True)
+    calls, learned = slowest_process(options, SamplingSettings(steps=50), processes)
+    assert 20.4 * groups / processes < calls / 50 < most
+    assert (learned == 10 * groups / processes) == (groups >= processes)  # else a team's kept candidates are divided
+
+
 # -- reports ----------------------------------------------------------------------------------------------------------
 
 
@@ -165,13 +176,15 @@ def rows(report: CostReport) -> dict[str, float]:
 
 
 def test_an_update_is_the_sum_of_its_parts() -> None:
-    report = post_train_report(TINY)
-    work, post = rows(report), TINY.post_train
+    post = replace(TINY.post_train, steps=2 * TINY.sampling.steps)  # candidates by twice the calls
+    report = post_train_report(replace(TINY, post_train=post))
+    work = rows(report)
     parts = ("prefixes", "candidates", "images", "learning")
     assert work["update"] == pytest.approx(sum(work[key] for key in parts))
     assert work["run"] == pytest.approx(post.updates * work["update"])
     drawn = post.groups * post.candidates
-    assert work["candidates"] + work["images"] == pytest.approx(drawn * work["interaction"])  # adapters are merged
+    assert work["images"] == drawn * work["decoding"]
+    assert work["candidates"] == 2 * drawn * (work["interaction"] - work["decoding"])  # adapters are merged
     model = build_world_model(TINY.model, TINY.world)
     switch = PolicySwitch(model, post)
     assert sum(report.trained.values()) == sum(p.numel() for p in switch.trainable())
@@ -183,8 +196,9 @@ def test_processes_share_the_work_and_not_the_weights() -> None:
         rows(shared)["update"], rel=1e-3
     )  # merged adapters and frame places: once a call
     h100 = find_accelerator("h100")
-    floors = [next(row for row in report.work if row.key == "update").floor(h100) for report in (alone, shared)]
-    assert floors[0] == pytest.approx(2 * floors[1], rel=1e-3)
+    updates = [next(row for row in report.work if row.key == "update") for report in (alone, shared)]
+    assert updates[0].floor(h100) == updates[0].even(h100) == pytest.approx(2 * updates[1].even(h100), rel=1e-3)
+    assert updates[1].floor(h100) > updates[1].even(h100)
     held = [{r.key: r.bytes for r in report.memory} for report in (alone, shared)]
     assert held[0]["weights"] == held[1]["weights"] and held[0]["candidates"] == 2 * held[1]["candidates"]
 
