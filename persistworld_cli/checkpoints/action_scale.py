@@ -17,7 +17,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -182,7 +182,7 @@ def weights_stores(
         if all(scale_differences(scale.stat, other) for other in checked):
             check_poses(settings, store, scale, split=split, episodes=names, quiet=quiet)
             checked.append(scale.stat)
-        stores.append(store.scaled_by(scale.stat))
+        stores.append(store.scaled_by(replace(scale.stat, names=state_names(len(scale.stat.p01), settings))))
     return stores
 
 

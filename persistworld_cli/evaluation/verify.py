@@ -264,8 +264,8 @@ def _actions(
     """Compare the scale that was used with the published one, and the data's poses with the scale."""
     scaling = Check("scale", NOTE, scale.origin)
     if published.stat:
-        used = ActionStat(*(np.asarray(part) for part in result["models"][-1]["state_percentiles"]))
-        apart = scale_differences(used, ActionStat.load(resolve_path(published.stat)))
+        low, high = map(np.asarray, result["models"][-1]["state_percentiles"])
+        apart = scale_differences(ActionStat(low, high), ActionStat.load(resolve_path(published.stat)))
         differences = "; ".join(f"{name} {own}, published {other}" for name, own, other in apart)
         scaling = _check("scale", differences, scale.origin)
     free = replace(settings, model=replace(settings.model, strict_actions=False))

@@ -164,6 +164,7 @@ class RolloutEngine:
         history, past_poses = state.memory.history(self.entries)
         current, _ = state.memory.current
         actions = self.stat.normalise(np.concatenate([past_poses, poses], axis=1))
+        self.stat.watch(poses)
         return Inputs(history, current, torch.as_tensor(actions).to(self.model.device, non_blocking=True), state.text)
 
     def condition(self, inputs: Inputs) -> Condition:

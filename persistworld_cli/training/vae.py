@@ -7,6 +7,7 @@ first), L1 on image gradients, and a small KL.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from persistworld_cli.config.requests import PretrainVaeRequest
 from persistworld_cli.config.settings import Settings, VaeSettings, WorldSettings
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.data.raw.resize import resize
+from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import hash_of, whole_file, write_json
 from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae, pixels_to_unit
 from persistworld_cli.read_files import reading
@@ -28,27 +30,49 @@ from persistworld_cli.stages import stage
 from persistworld_cli.training.optim import Optimizers, WeightAverage, inputs_and_outputs, lr_factor
 from persistworld_cli.training.run import FREE_DISK, Run, Trainer
 
+logger = logging.getLogger(__name__)
+
 
 def load_images(raw: Path, world: WorldSettings, cache: Path, quiet: bool) -> np.ndarray:
     """All images of a raw dataset at the model's rate and size, uint8 (episodes * V, N, H, W, 3), cached as .npy.
 
-    Episodes are cut to the shortest one's length.
+    Episodes are cut to the shortest one's length. Those that cannot be read are named and left out, as extraction does.
+    Raises PersistWorldError if none is left.
     """
     if cache.exists():
         return read_images(cache)
-    dataset = RawDataset(raw)
-    rows = {episode: dataset.clock(episode).rows(world.rate_hz) for episode in dataset.episodes}
-    length = min(map(len, rows.values()))
-    shape = (len(rows) * len(world.cameras), length, world.height, world.width, 3)
+    dataset, rows, bad = RawDataset(raw), dict[int, np.ndarray](), dict[int, PersistWorldError]()
+    for episode in dataset.episodes:
+        try:
+            rows[episode] = dataset.clock(episode).rows(world.rate_hz)
+        except PersistWorldError as error:
+            bad[episode] = error
+    length, count = min(map(len, rows.values()), default=0), len(dataset.episodes)
     # written, not memory-mapped: on a full disk a memory map kills the process
     with whole_file(cache) as partial, partial.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+        def write_header() -> None:  # of the same size for every number of episodes
+            shape = ((count - len(bad)) * len(world.cameras), length, world.height, world.width, 3)
+            file.seek(0)
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+        write_header()
         with Meter("reading images", len(rows), quiet=quiet) as meter:
             for episode, ids in rows.items():
-                for camera in world.cameras:
-                    frames = np.stack(list(dataset.images(episode, camera, ids[:length].tolist())))
-                    file.write(np.ascontiguousarray(resize(frames, world.height, world.width)).data)
+                try:
+                    views = [list(dataset.images(episode, name, ids[:length].tolist())) for name in world.cameras]
+                except PersistWorldError as error:
+                    bad[episode], views = error, []
+                for frames in views:
+                    file.write(np.ascontiguousarray(resize(np.stack(frames), world.height, world.width)).data)
                 meter.advance()
+        reasons = "".join(f"\n  episode {k}: {bad[k].what} ({bad[k].where})" for k in sorted(bad))
+        if len(bad) == count:
+            what = f"none of {count} episodes can be read:{reasons}"
+            raise PersistWorldError(what, where=str(raw), fix="name a LeRobot dataset: --set world.raw=FOLDER")
+        if bad:
+            logger.warning("warning: %d of %d episodes cannot be read and are left out:%s", len(bad), count, reasons)
+        write_header()
     return read_images(cache)
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +270,20 @@ def test_images_to_train_a_vae_follow_the_timestamps_too(prepared: dict[str, Pat
     images = load_images(raw, world, tmp_path / "images.npy", quiet=True)
     assert images.shape == (3, 3, HEIGHT, WIDTH, 3)  # as many as the shortest episode has
     assert images[:, :, HEIGHT // 2 :].mean(axis=(2, 3, 4)) == pytest.approx(np.array([[40, 52, 64]] * 3), abs=1.5)
+
+
+@pytest.mark.parametrize("fault", ["NaN in the video columns", "a frame lost in the table"])
+def test_episodes_without_usable_images_are_left_out_by_name(
+    prepared: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    world = WorldSettings(cameras=(CAMERA,), exterior=(0,), wrist=(), height=HEIGHT, width=WIDTH)
+    layout, changes, message = FAULTS[fault]
+    images = load_images(changed(prepared, layout, changes, tmp_path / "raw"), world, tmp_path / "i.npy", quiet=True)
+    assert images.shape[0] == 2 and images[1, 0].mean() != images[0, 0].mean()
+    assert re.search(rf"1 of 3 episodes cannot be read and are left out:\n  episode 1: .*{message}", caplog.text)
+    with pytest.raises(PersistWorldError, match=r"none of 3 episodes can be read:(\n  episode \d: .*){3}"):
+        load_images(tmp_path / "raw", replace(world, cameras=("nowhere",)), tmp_path / "none.npy", quiet=True)
+    assert not (tmp_path / "none.npy").exists()
 
 
 def test_a_recording_slower_than_the_model_is_refused(prepared: dict[str, Path], tmp_path: Path) -> None:

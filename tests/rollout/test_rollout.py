@@ -98,6 +98,21 @@ def poses(rows: int) -> np.ndarray:
     return np.linspace(-0.4, 0.4, rows * 35).reshape(rows, 5, 7)
 
 
+def test_states_far_outside_those_of_the_training_are_reported_once(
+    engine: RolloutEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = RolloutEngine(engine.model, engine.sampling, ActionStat(-np.ones(7), np.ones(7), tuple("xyzabcd")))
+    state, far = begin(own, 1), poses(1)
+    far[0, :2, 1] = -1.8, 1.4  # over and under a quarter of the range outside
+    for many in [poses(1)] * 3 + [far]:
+        own.inputs(state, many)  # 1 of 20: no more than 5%
+    assert not caplog.messages
+    for _ in range(2):
+        own.inputs(state, far)
+    (message,) = caplog.messages
+    assert message.endswith("\n  y: 2 of 25 poses, up to 0.8 outside -1 .. 1")
+
+
 def test_a_rollout_is_the_same_in_any_batch(engine: RolloutEngine) -> None:
     keys = [(0, str(row), 0, 0) for row in range(3)]
     together = engine.step(begin(engine, 3), poses(3), rollout_noise(keys, engine.noise_shape))
