@@ -16,20 +16,22 @@ from persistworld_cli.cost.report import BYTES, GIB, SECONDS, CostReport, amount
 
 RESERVE = 3 * GIB  # CUDA context, kernel workspaces, fragmentation
 GPUS = tuple(map(find_accelerator, ("rtx-4090", "a100-40gb", "l40s", "h100", "h200")))
-# command, preset, what varies, its values (largest first), processes, row of the dry run's work
+# command, preset and settings, what varies, its values (largest first), processes, row of the dry run's work
 COMMANDS = (
     ("replay, drive, pi-rollout", "drive", "persistworld", "", (1,), 1, "interaction"),
     ("eval", "eval", "persistworld", "eval.batch", (32, 16, 8, 4, 2, 1), 1, "interaction"),
     ("post-train, 1 GPU", "post-train", "persistworld", "post_train.micro_batch", (16, 8, 4, 2, 1), 1, "update"),
     ("post-train, 8 GPUs", "post-train", "persistworld", "post_train.micro_batch", (16, 8, 4, 2, 1), 8, "update"),
     ("pretrain, 8 GPUs", "pretrain", "ctrl-world", "pretrain.batch", (64, 32, 16, 8), 8, "update"),
+    ("the same, sharded", "pretrain", "ctrl-world pretrain.shard=true", "pretrain.batch", (64, 32, 16, 8), 8, "update"),
 )
 
 
 @cache
 def report(task: str, preset: str, key: str, value: int, processes: int) -> CostReport:
     """What a dry run counts; a pretraining's update has 64 clips whatever its batch."""
-    sets = [f"{key}={value}"] if key else []
+    preset, *sets = preset.split()
+    sets += [f"{key}={value}"] if key else []
     if key == "pretrain.batch":
         sets.append(f"pretrain.accumulate={64 // value}")
     found = cost_report(task, load_settings(preset, [*sets, f"launch.num_processes={processes}"], env={}))

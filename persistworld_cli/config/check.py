@@ -153,7 +153,10 @@ def _check_sampling(settings: Settings, refuse: _Refuse) -> None:
 
 
 def _check_training(settings: Settings, refuse: _Refuse) -> None:
-    clips, post = settings.clips, settings.post_train
+    clips, pre, post = settings.clips, settings.pretrain, settings.post_train
+    if pre.shard and pre.optimizer == "muon":
+        what = "pretrain.shard = true: Muon needs whole matrices (pretrain.optimizer = 'muon')"
+        refuse(what, "set pretrain.optimizer = 'adamw'", "pretrain.shard", "pretrain.optimizer")
     if clips.zero_history_prob + clips.rollout_history_prob > 1.0:
         what = "clips.zero_history_prob and clips.rollout_history_prob add up to more than 1"
         refuse(what, "lower one of them", "clips.zero_history_prob", "clips.rollout_history_prob")

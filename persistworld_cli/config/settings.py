@@ -149,6 +149,7 @@ class PretrainSettings:
     token_drop: Share = 0.05
     mixed_precision: Precision = "no"
     gradient_checkpointing: bool = free(False)
+    shard: bool = free(False)  # FSDP2: each process holds its share of all that is trained; AdamW only
     accumulate: Count = 1
     seed: int = 0
     save_every: Count = free(500)

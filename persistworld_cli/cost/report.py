@@ -22,7 +22,7 @@ SECONDS: _Scale = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), 
 # What to change if memory is too small.
 _SMALLER = {
     "post-train": "lower post_train.micro_batch",
-    "pretrain": "more processes, or a smaller pretrain.batch with more pretrain.accumulate",
+    "pretrain": "pretrain.shard = true, more processes, or a smaller pretrain.batch with more pretrain.accumulate",
     "eval": "lower eval.batch",
     "replay": "lower eval.batch",
 }

@@ -29,10 +29,12 @@ from persistworld_cli.cost.interaction import (
 )
 from persistworld_cli.cost.report import CostReport, MemoryRow, WorkRow
 from persistworld_cli.models.world_model import WorldModel
+from persistworld_cli.training.action_margin import BATCH
 from persistworld_cli.training.candidates import prefix_limit, sampled_together, sampling_calls
+from persistworld_cli.training.fsdp import units
 from persistworld_cli.training.optim import Optimizers, inputs_and_outputs
 from persistworld_cli.training.policy_switch import PolicySwitch, product_type_on_gpu
-from persistworld_cli.training.pretrain import trained_parameters
+from persistworld_cli.training.pretrain import ROLLOUTS, clips_per_process, trained_parameters
 from persistworld_cli.training.sharing import Share, divide
 
 FLOAT32 = 4  # bytes
@@ -100,7 +102,8 @@ def pretrain_report(settings: Settings) -> CostReport:
     model = meta_model(settings.model, settings.world)
     parameters = part_sizes(model)
     learned = trained_parameters(model, options)
-    share = max(1, options.batch // processes)
+    held, ranks = tensor_bytes(learned), processes if options.shard else 1
+    share = clips_per_process(options, processes)
     step = _learning(model, options, share)
     update = step.flops / share * options.batch * options.accumulate
     return CostReport(
@@ -112,12 +115,39 @@ def pretrain_report(settings: Settings) -> CostReport:
             WorkRow("run", f"run: {options.updates} updates", update * options.updates, processes),
         ],
         memory=[
-            MemoryRow("weights", "weights, float32", weight_bytes(model)),
-            *_training_rows(learned, options.optimizer, inputs_and_outputs(model)),
-            *([MemoryRow("average", "averaged weights", tensor_bytes(learned))] if options.ema else []),
-            MemoryRow("learning", f"learning from {clips(share)} at once{_how(options)}", step.peak, passing=True),
+            MemoryRow("weights", "weights, float32", weight_bytes(model) - held + held // ranks),
+            *_training_rows(learned, options.optimizer, inputs_and_outputs(model), ranks),
+            *([MemoryRow("average", "averaged weights", held // ranks)] if options.ema else []),
+            MemoryRow(
+                "learning",
+                f"learning from {clips(share)} at once{_how(options)}",
+                step.peak + (_gathered(model, options) if ranks > 1 else 0),
+                passing=True,
+            ),
+            *_between_updates(model, settings, held, ranks),
         ],
     )
+
+
+def _gathered(model: WorldModel, options: PretrainSettings) -> int:
+    """Bytes that an update of a sharded model holds beside shares, at most: a part's own weights and their gradients,
+    and four times its largest unit (weights, gradients, and what is being gathered and reduced).
+    """
+    apart = [[tensor_bytes(unit.parameters()) for unit in units(getattr(model, part))] for part in options.parts]
+    return max(2 * (whole - sum(inner)) + 4 * max(inner, default=0) for *inner, whole in apart)
+
+
+def _between_updates(model: WorldModel, settings: Settings, held: int, ranks: int) -> list[MemoryRow]:
+    """What passes with several processes: gradients, averaged whole; or a sharded model's checks, gathered whole."""
+    options, processes = settings.pretrain, settings.launch.num_processes
+    if ranks == 1:
+        return [MemoryRow("averaging", "averaging gradients", 2 * held, passing=True)] if processes > 1 else []
+    looked = measure(lambda: predict(model, BATCH), model.parameters(), AUTOCAST[options.mixed_precision]).peak
+    if options.check_every or options.video_every:
+        drawn = count_interaction(model, settings.sampling, ROLLOUTS)
+        looked = max(looked, drawn.sampling_bytes, drawn.decoding_bytes)
+    own = held // ranks if options.ema else 0  # put aside for the averages
+    return [MemoryRow("checks", "checks, with all weights gathered", held + own + looked, passing=True)]
 
 
 def mean_prefix(options: PostTrainSettings) -> float:
@@ -192,16 +222,16 @@ def _update_rows(settings: Settings, interaction: InteractionCost, old: int, the
 
 
 def _training_rows(
-    learned: list[nn.Parameter], optimizer: str, by_adamw: Iterable[nn.Parameter] = ()
+    learned: list[nn.Parameter], optimizer: str, by_adamw: Iterable[nn.Parameter] = (), ranks: int = 1
 ) -> list[MemoryRow]:
-    """Gradients, and the optimisers' state: one number per parameter for Muon, two for AdamW."""
+    """Gradients, and the optimisers' state: one number per parameter for Muon, two for AdamW; shared by ``ranks``."""
     state = 0
     for part in Optimizers(learned, optimizer, lr=1.0, weight_decay=0.0, by_adamw=by_adamw).all:
         held = [p for group in part.param_groups for p in group["params"]]
         state += tensor_bytes(held) * (1 if isinstance(part, torch.optim.Muon) else 2)
     return [
-        MemoryRow("gradients", "gradients", tensor_bytes(learned)),
-        MemoryRow("optimizer", f"optimiser ({optimizer})", state),
+        MemoryRow("gradients", "gradients", tensor_bytes(learned) // ranks),
+        MemoryRow("optimizer", f"optimiser ({optimizer})", state // ranks),
     ]
 
 

@@ -11,8 +11,8 @@ from persistworld_cli.errors import UsageError
 _TAKEN = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
 _PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU")
 _INSTEAD = {
-    "FSDP": "every process holds the whole network (docs/training.md, Memory); use MULTI_GPU",
-    "DEEPSPEED": "every process holds the whole network (docs/training.md, Memory); use MULTI_GPU",
+    "FSDP": "use MULTI_GPU, and pretrain.shard = true to shard a pretraining (docs/training.md, Memory)",
+    "DEEPSPEED": "use MULTI_GPU, and pretrain.shard = true to shard a pretraining (docs/training.md, Memory)",
 }
 
 

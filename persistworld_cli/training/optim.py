@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from persistworld_cli.stages import stage
+from persistworld_cli.training.fsdp import shared_as
 
 KINDS = ("muon", "adamw")
 
@@ -88,7 +89,12 @@ class Optimizers:
     def load_state(self, states: list[dict[str, Any]]) -> None:
         """Load what `state` returned."""
         for optimizer, state in zip(self.all, states, strict=True):
-            optimizer.load_state_dict(state)
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            moments = {
+                place: {name: shared_as(held[place], x) if x.ndim else x for name, x in values.items()}
+                for place, values in state["state"].items()
+            }  # without dimensions: the count of steps
+            optimizer.load_state_dict({**state, "state": moments})
 
 
 def lr_factor(step: int, total: int, warmup: int, decay: str) -> float:
@@ -152,5 +158,5 @@ class WeightAverage:
         if not self.decay or not saved:
             self.shadow, self.count = self._copies(parameters), 0
             return
-        self.shadow = [s.to(p.device) for s, p in zip(saved, parameters, strict=True)]
+        self.shadow = [shared_as(p, s) for s, p in zip(saved, parameters, strict=True)]
         self.count = state["count"]

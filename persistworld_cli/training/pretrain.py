@@ -33,6 +33,7 @@ from persistworld_cli.reports.curves import PRETRAIN_PANELS, training_curves
 from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.stages import stage
 from persistworld_cli.training.action_margin import clip_by_clip, held_out_losses
+from persistworld_cli.training.fsdp import gathered, shard, shared_as, whole, whole_state
 from persistworld_cli.training.optim import Optimizers, WeightAverage, inputs_and_outputs, lr_factor
 from persistworld_cli.training.run import FREE_DISK, Run, Trainer
 from persistworld_cli.training.states import require_same_shapes
@@ -40,6 +41,7 @@ from persistworld_cli.training.validation import ClosedLoopCheck, HeldOut, Sampl
 from persistworld_cli.training.warnings import IgnoredActions, Warnings
 
 logger = logging.getLogger(__name__)
+ROLLOUTS = 8  # of a check, made together
 _USE_ACTIONS = (
     "Check that actions and frames are synchronised, and that action_encoder is in pretrain.parts (build-meta "
     "--check reports actions that never change); lower pretrain.token_drop, or train longer"
@@ -75,8 +77,25 @@ def trained_parameters(model: WorldModel, options: PretrainSettings) -> list[tor
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def clips_per_process(options: PretrainSettings, world: int) -> int:
+    """Clips of one pass on each of ``world`` processes. Raises PersistWorldError if they do not divide evenly."""
+    share, rest = divmod(options.batch, world)
+    if rest:
+        raise PersistWorldError(
+            f"{options.batch} clips cannot be shared by {world} processes",
+            where="pretrain.batch",
+            fix="make it a multiple of --num-processes",
+        )
+    return share
+
+
 def save_weights(
-    model: WorldModel, folder: Path, carried: WeightFiles | None = None, stat: ActionStat | None = None
+    model: WorldModel,
+    folder: Path,
+    carried: WeightFiles | None = None,
+    stat: ActionStat | None = None,
+    *,
+    write: bool = True,
 ) -> Path:
     """Write all parts as one safetensors file under Ctrl-World's names, atomically.
 
@@ -85,13 +104,16 @@ def save_weights(
         folder: of the file.
         carried: tensors of the initial checkpoint outside the model (an image encoder), copied unchanged.
         stat: the percentiles that scale actions, recorded in the file.
+        write: whether this rank writes the file; all ranks of a sharded model call this.
 
     Raises:
         CannotWrite: the disk is full or read-only.
     """
     path = folder / "model.safetensors"
-    own = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    save_safetensors(path, {**own, **(carried.load() if carried else {})}, scale_note(stat), FREE_DISK)
+    own = whole_state(model.state_dict(), keep=write)
+    if write:
+        own = {k: v.detach().cpu().contiguous() for k, v in own.items()}
+        save_safetensors(path, {**own, **(carried.load() if carried else {})}, scale_note(stat), FREE_DISK)
     return path
 
 
@@ -122,6 +144,10 @@ class Pretrainer(Trainer):
         options = self.options
         self.model = initial_model(settings, request, work.device)
         self.parameters = trained_parameters(self.model, options)
+        self.sharded = options.shard and work.world > 1
+        if self.sharded:
+            shard(self.model, options.parts, work.world)
+            self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         if options.gradient_checkpointing:
             self.model.unet.enable_gradient_checkpointing()
         self.optimizers = Optimizers(
@@ -138,7 +164,7 @@ class Pretrainer(Trainer):
         if val is None and options.validate_every and work.main:
             logger.warning("no held-out episodes: the held-out loss and the use of actions are not measured")
         engine = RolloutEngine(self.model, settings.sampling, store.stat())
-        held = partial(HeldOut, settings, engine, store, work, steps=options.check_steps, batch=8)
+        held = partial(HeldOut, settings, engine, store, work, steps=options.check_steps, batch=ROLLOUTS)
         self.loop: ClosedLoopCheck | None = None
         if options.check_every:
             scorer = Scorer(settings.rewards, settings.world, work.device)
@@ -172,8 +198,10 @@ class Pretrainer(Trainer):
                 loss = clip_losses(self.model, batch, options, options.seed, first).mean()
             with stage("backward"):
                 (loss / options.accumulate).backward()
-        work.average_gradients(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.max_grad_norm)
+        if not self.sharded:  # FSDP averages gradients as it shards them
+            work.average_gradients(self.parameters)
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, options.max_grad_norm, norm)
         if not torch.isfinite(norm):
             work.save(step, self.state())
             raise PersistWorldError(
@@ -214,7 +242,7 @@ class Pretrainer(Trainer):
         self.model.eval()
         self.model.forget_texts()
         try:
-            with self.average.in_place_of(self.parameters):
+            with self.average.in_place_of(self.parameters), gathered(self.model):
                 yield
         finally:
             self.model.forget_texts()
@@ -223,7 +251,7 @@ class Pretrainer(Trainer):
     def state(self) -> dict[str, Any]:
         """As `Trainer`."""
         return {
-            "parameters": [p.detach().cpu() for p in self.parameters],
+            "parameters": [p.detach() for p in self.parameters],
             "optimizers": self.optimizers.state(),
             **self.average.state(),
             "val_base": self.loop.base if self.loop else None,
@@ -236,7 +264,7 @@ class Pretrainer(Trainer):
         require_same_shapes(then, now, "pretrain.parts, model")
         with torch.no_grad():
             for p, value in zip(self.parameters, saved["parameters"], strict=True):
-                p.copy_(value)
+                p.copy_(shared_as(p, value))
         self.optimizers.load_state(saved["optimizers"])
         self.average.load_state(saved, self.parameters)
         self.warnings.load_state(saved.get("warnings", {}))
@@ -267,7 +295,7 @@ def run(settings: Settings, request: PretrainRequest) -> dict[str, Any]:
         work.notes |= scale_note(scale.stat)
         if work.main:
             logger.info("clips: %s; action scale: %s", train.describe(), scale.origin)
-        share = settings.pretrain.batch // work.world
+        share = clips_per_process(settings.pretrain, work.world)
         # before the model is loaded: its workers are forks of this process
         with ClipLoader(train, share, workers=clips.workers, ahead=clips.ahead) as loader:
             trainer = Pretrainer(settings, request, work, loader, val, store)
@@ -278,8 +306,8 @@ def run(settings: Settings, request: PretrainRequest) -> dict[str, Any]:
             val_loss = trainer.val_loss()
             trainer.average.copy_to(trainer.parameters)
             weights = work.output / "weights" / "model.safetensors"
+            save_weights(trainer.model, weights.parent, carried, store.stat(), write=work.main)
             if work.main:
-                save_weights(trainer.model, weights.parent, carried, store.stat())
                 training_curves(work.output / "curves.png", trainer.title, work.history(), PRETRAIN_PANELS)
             return {
                 "updates": max(begun, settings.pretrain.updates),

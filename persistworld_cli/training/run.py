@@ -28,6 +28,7 @@ from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings
 from persistworld_cli.files import CannotWrite, sweep, whole_folder, write_text, writing
 from persistworld_cli.models.precision import allow_tf32, product_type
 from persistworld_cli.reports.progress import Meter
+from persistworld_cli.training.fsdp import whole_state
 from persistworld_cli.training.states import (
     LOG,
     STATE,
@@ -187,14 +188,16 @@ class Run:
         return self._stop
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Mean of the gradients over the ranks, in one flat message."""
+        """Mean of the gradients over the ranks, in one flat message; a parameter without one on any rank keeps none."""
         if self.world == 1:
             return
         with_grad = [p for p in parameters if p.requires_grad]
-        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in with_grad])
-        flat = self.accelerator.reduce(flat, "mean")
-        for p, part in zip(with_grad, flat.split([p.numel() for p in with_grad]), strict=True):
-            p.grad = part.view_as(p).clone()
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in with_grad]
+        used = torch.tensor([float(p.grad is not None) for p in with_grad], device=self.device)
+        flat = self.accelerator.reduce(torch.cat([used, *(grad.flatten() for grad in grads)]), "mean")
+        used, *parts = flat.split([len(grads), *(grad.numel() for grad in grads)])
+        for p, part, share in zip(with_grad, parts, used.tolist(), strict=True):
+            p.grad = part.view_as(p).clone() if share else None
 
     def gather(self, values: list[Any]) -> list[Any]:
         """All ranks' lists, concatenated, on every rank."""
@@ -203,7 +206,10 @@ class Run:
     # -- state ----------------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write `state` (tensors and plain values, nested) atomically, on rank 0; then delete old ones."""
+        """Write `state` (tensors, which may be sharded, and plain values, nested) atomically, on rank 0, for any number
+        of ranks; then delete old ones. Every rank calls this.
+        """
+        state = whole_state(state, keep=self.main)
         if self.main:
             with whole_folder(self.output / "state" / f"step-{step:08d}", FREE_DISK) as partial:
                 save_torch(partial / STATE, {"step": step, **state}, self.notes, FREE_DISK)
@@ -230,7 +236,7 @@ class Run:
         if not (states := states_of(self.output)):
             self._trim_logs(0)
             return None
-        state: dict[str, Any] = torch.load(states[-1] / STATE, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(states[-1] / STATE, map_location="cpu", weights_only=True, mmap=True)
         self._trim_logs(int(state["step"]))
         if self.main:
             logger.info(_resuming(int(state["step"]), self.updates, states[-1] / STATE))

@@ -51,7 +51,7 @@ def test_processes_and_machines_are_taken_and_flags_go_before_them(tmp_path: Pat
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("MULTI_CPU", "FSDP", "every process holds the whole network"),
+        ("MULTI_CPU", "FSDP", "pretrain.shard = true"),
         ("MULTI_CPU", "XLA", "use one of NO, MULTI_CPU, MULTI_GPU"),
         ("use_cpu: true", "gpu_ids: 0,2", "CUDA_VISIBLE_DEVICES=0,2"),
         ("num_processes: 4", "num_processors: 4", "unknown keys (['num_processors'])"),

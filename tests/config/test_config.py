@@ -160,6 +160,7 @@ def test_whole_numbers_pass_as_numbers_and_infinity_does_not(tmp_path: Path) -> 
         (["vae.mixed_precision=fp16"], "gradients underflow without loss scaling"),
         (["pretrain.mixed_precision=fp8"], "not one of no, bf16"),
         (["pretrain.beta2=1.0"], "less than 1"),
+        (["pretrain.shard=true", "pretrain.optimizer=muon"], "Muon needs whole matrices"),
         (["sampling.cast=weights"], "not one of autocast, model"),
         (["model.posterior=mean"], "not one of mode, sample"),
         (["pretrain.token_drop=1.5"], "must be at least 0 and at most 1"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from persistworld_cli.commands.app import app
 from persistworld_cli.config.presets import load_settings
-from persistworld_cli.config.settings import PostTrainSettings, SamplingSettings
+from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, SamplingSettings
 from persistworld_cli.cost.accelerators import ACCELERATORS, find_accelerator
 from persistworld_cli.cost.flops import checkpointing, measure
 from persistworld_cli.cost.interaction import (
@@ -34,7 +34,9 @@ from persistworld_cli.errors import PersistWorldError, UsageError
 from persistworld_cli.models.cpu import attention
 from persistworld_cli.models.cpu.native.build import without_kernels
 from persistworld_cli.models.world_model import Condition, WorldModel, build_world_model
+from persistworld_cli.training.fsdp import gathered, shard
 from persistworld_cli.training.policy_switch import PolicySwitch
+from persistworld_cli.training.pretrain import clips_per_process, trained_parameters
 
 TINY = load_settings("tiny", [], {})
 
@@ -210,6 +212,48 @@ def test_pretraining_counts_gradients_and_both_optimisers() -> None:
         held[kind] = {row.key: row.bytes for row in report.memory}
     gradients = held["adamw"]["gradients"]
     assert held["adamw"]["optimizer"] == 2 * gradients > held["muon"]["optimizer"] > gradients
+
+
+@pytest.fixture
+def ranks() -> Iterator[int]:
+    """A process group of so many ranks of which there is only this one: what it is sent is made up."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    yield 8
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_pretraining_holds_what_is_counted(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    monkeypatch.setattr(attention, "SHORT", 0)
+    options = PretrainSettings(batch=ranks, ema=0.9, gradient_checkpointing=True, shard=True)
+    settings = replace(TINY, pretrain=options, launch=replace(TINY.launch, num_processes=ranks))
+    stated = {row.key: row.bytes for row in pretrain_report(settings).memory}
+    model = build_world_model(TINY.model, TINY.world)
+    learned = sum(p.numel() for p in trained_parameters(model, options))
+    frozen = sum(p.numel() for p in model.parameters()) - learned
+    shard(model, options.parts, ranks)
+    model.unet.enable_gradient_checkpointing()
+    own = sum(p.to_local().numel() for p in model.parameters() if p.requires_grad)
+    held = {"weights": frozen + own, "gradients": own, "optimizer": 2 * own, "average": own}
+    for key, numbers in held.items():  # of a tensor that does not divide evenly the first rank has more
+        assert 4 * numbers == pytest.approx(stated[key], rel=0.02), key
+    with without_kernels():
+        clip(model, "cpu").square().mean().backward()  # the gradients' shares are there afterwards
+        step = allocated(lambda: clip(model, "cpu").square().mean().backward())
+        with torch.no_grad():
+            whole = allocated(lambda: enter_and_leave(model))
+    assert step == pytest.approx(stated["learning"], rel=0.15) and whole == pytest.approx(4 * learned, rel=0.15)
+
+
+def enter_and_leave(model: WorldModel) -> None:
+    with gathered(model):
+        pass
+
+
+def test_clips_are_shared_evenly() -> None:
+    with pytest.raises(PersistWorldError, match="32 clips cannot be shared by 3 processes"):
+        clips_per_process(load_settings("ctrl-world", [], {}).pretrain, 3)
 
 
 def test_the_peak_takes_the_largest_of_what_passes() -> None:

@@ -19,6 +19,7 @@ from small_groups import small_groups
 from typer.testing import CliRunner
 
 from persistworld_cli import command_line
+from persistworld_cli.checkpoints.compatibility import preset_shapes
 from persistworld_cli.commands.app import app
 from persistworld_cli.config.presets import flatten
 from persistworld_cli.config.requests import (
@@ -62,6 +63,7 @@ def world(small_world: Settings) -> Settings:
 @contextmanager
 def only_what_counts(task: str) -> Iterator[None]:
     """Every setting that is read meanwhile must count for the task: else a change of it would go unseen."""
+    preset_shapes("ctrl-world")  # of which weights' names are recognised: from presets, read once in a process
     seen: set[str] = set()
 
     def recorder(table: str, names: set[str]) -> Callable[[Any, str], Any]:

@@ -16,15 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_flatten
 
 from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.config.presets import to_json
 from persistworld_cli.config.requests import PostTrainRequest, PretrainRequest
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings
 from persistworld_cli.errors import PersistWorldError
-from persistworld_cli.launch.launcher import run_task
+from persistworld_cli.launch.environment import worker_environment
+from persistworld_cli.launch.launcher import _command, run_task
 from persistworld_cli.models.cpu.native.build import without_kernels
-from persistworld_cli.training import post_train, pretrain
+from persistworld_cli.training import action_margin, post_train, pretrain
 from persistworld_cli.training.policy_switch import PolicySwitch
 
 ADAPTER = "weights/adapter/adapter_model.safetensors"
@@ -180,17 +182,51 @@ def test_a_full_disk_leaves_the_last_state_whole_and_says_so(
     assert (output / ADAPTER).read_bytes() == (post_trained / ADAPTER).read_bytes()
 
 
-def test_two_pretraining_processes_equal_one(world: Settings, tmp_path: Path) -> None:
-    settings = replace(world, pretrain=replace(world.pretrain, batch=4))
-    pretrain.run(settings, PretrainRequest(output=tmp_path / "one"))
-    together = replace(settings, launch=replace(world.launch, num_processes=2, threads=1))
-    assert run_task(together, PretrainRequest(output=tmp_path / "two"))[0] == 0
+# Every rank: one task after another, since what takes longest is to start; of 8 held-out clips.
+IN_TURN = """
+import json, sys
+from pathlib import Path
+from persistworld_cli import worker
+from persistworld_cli.training import action_margin
+
+action_margin.CLIPS = 8
+for config in map(Path, sys.argv[1:]):
+    worker._run(json.loads(config.read_text()), config)
+worker._leave_group()
+"""
+
+
+def test_two_pretraining_processes_equal_one_whole_and_sharded(
+    world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(action_margin, "CLIPS", 8)
+    options = replace(world.pretrain, batch=4, updates=3, validate_every=3, check_every=3)
+    pretrain.run(replace(world, pretrain=options), PretrainRequest(output=tmp_path / "one"))
+    launch = replace(world.launch, num_processes=2, threads=1, device="cpu")
+    # one update whole, two sharded: one rank has two of the three rollouts, and the only video
+    sharded = replace(options, shard=True, gradient_checkpointing=True, video_every=3, video_rollouts=1)
+    configs = []
+    for name, part in (("whole", replace(options, updates=1)), ("sharded", sharded)):
+        written = config_file("pretrain", replace(world, pretrain=part, launch=launch), tmp_path / "two")
+        configs.append(str(Path(written).rename(tmp_path / f"{name}.json")))
+    script = tmp_path / "in_turn.py"
+    script.write_text(IN_TURN)
+    command = [*_command(launch, tmp_path)[:-3], str(script), *configs]  # in place of the worker as a module
+    assert subprocess.run(command, env=worker_environment(launch)).returncode == 0
     for name in ("loss", "grad_norm", "val_loss", "val_reward", "val_base"):
         assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), abs=1e-5)
     one, two = (load_file(str(tmp_path / n / "weights" / "model.safetensors")) for n in ("one", "two"))
     # AdamW divides by a gradient's size, so one that is all rounding makes steps as large as any
     gap = torch.cat([(one[k] - two[k]).abs().flatten() for k in one])
     assert gap.mean() < 1e-6 and (gap > 1e-5).float().mean() < 0.02
+    # the states are alike, so that any number of ranks, sharded or not, continues from either
+    saved = [
+        torch.load(tmp_path / n / "state" / "step-00000003" / "state.pt", weights_only=True) for n in ("one", "two")
+    ]
+    (ones, how), (twos, same) = (tree_flatten(state) for state in saved)
+    tensors = [(a, b) for a, b in zip(ones, twos, strict=True) if isinstance(a, torch.Tensor)]
+    assert how == same and all(a.shape == b.shape and type(a) is type(b) for a, b in tensors)
+    assert torch.cat([(a - b).abs().flatten() for a, b in tensors]).mean() < 1e-6
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["groups", "candidates of one group"])
