@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import NoReturn
@@ -67,6 +68,12 @@ def _check_cameras(settings: Settings, refuse: _Refuse) -> None:
             what = f"{key} names camera {outside[0]}, but there are {count} (0..{count - 1})"
             fix = f"set world.exterior and world.wrist too: indices into world.cameras, from 0 to {count - 1}"
             refuse(what, fix, key, "world.cameras")
+    grouped = Counter((*world.exterior, *world.wrist))
+    if odd := [i for i in range(count) if grouped[i] != 1]:
+        times = f"{grouped[odd[0]]} times" if grouped[odd[0]] else "not"
+        what = f"camera {odd[0]} ('{world.cameras[odd[0]]}') is {times} in world.exterior and world.wrist"
+        fix = f"name each of 0..{count - 1} once: in world.exterior if it stands still, in world.wrist if it moves"
+        refuse(what, fix, "world.exterior", "world.wrist", "world.cameras")
     if len(rewards.camera_weights) not in (0, count):
         what = f"rewards.camera_weights has {len(rewards.camera_weights)} entries for {count} cameras"
         fix = "give one weight per camera, or none for equal weights"

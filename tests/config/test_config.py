@@ -169,6 +169,8 @@ def test_whole_numbers_pass_as_numbers_and_infinity_does_not(tmp_path: Path) -> 
         (["sampling.history=0,0"], "has 2 entries, but model.num_history = 6"),
         (["sampling.history=0,0,0,0,0,-99"], "reaches beyond the buffer"),
         (["world.wrist=3"], "names camera 3"),
+        (["world.wrist=[]"], r"camera 2 \('wrist_left'\) is not in world.exterior and world.wrist"),
+        (["world.wrist=1,2"], r"camera 1 \('exterior_2_left'\) is 2 times in world.exterior and world.wrist"),
         (["world.pixel_rounding=up"], "not one of nearest, down"),
         (["model.temporal_token=last"], "not one of first, all"),
         (["policy.resize=180"], "not a height and a width"),
