@@ -1,7 +1,8 @@
 """Run all speed benchmarks and add their numbers to the ledger.
 
 `python -m benchmarks [--only NAME,...] [--minutes 15] [--dataset DIR] [--list]` measures on the CPU, with quick sizes
-`python -m benchmarks --gpu` measures the full-size model with random weights on a GPU; without one: "not measured"
+`python -m benchmarks --gpu [--minutes 8] [--size full|tiny] [--device cuda|cpu]` is the day with a GPU
+(`benchmarks.gpu`): whether it computes what the CPU computes (if not, the exit code is 1), then its speed
 
 Rows are added to benchmarks/ledger.json, and benchmarks/ledger.md shows them. Each benchmark runs in a process of its
 own, as `python -m benchmarks.NAME` would; one that exceeds the time limit is stopped, and its rows say so. Measure
@@ -19,7 +20,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -188,32 +190,12 @@ def _bounded(words: Sequence[str], seconds: float) -> str:
 
 
 def extracted(seconds: float) -> Path:
-    """The bundled world's held-out episodes as latents, made where they are not there yet."""
+    """Training and held-out episodes of the bundled world as latents, made where they are not there yet."""
     program = [sys.executable, "-m", "persistworld_cli"]
     extract = ["extract-latents", "bundled:dataset_example/world", str(WORLD), "--preset", "tiny"]
-    more = ["--episodes", "60:80", "--output", str(WORLD.parent / "extract"), "--json"]
+    more = ["--episodes", "0:12,60:80", "--output", str(WORLD.parent / "extract"), "--json"]
     _bounded([*program, *extract, *more], seconds)
     return WORLD
-
-
-def on_gpu(repeats: int) -> tuple[list[Row], str]:
-    """The rows of `benchmarks.gpu`, in a process of its own; without numbers where there is no GPU."""
-    command = f"python -m benchmarks.gpu --repeats {repeats}"
-    kinds = {"": "s", ", achieved": "TFLOP/s", ", share of peak": "share", ", memory": "GiB"}
-    if not torch.cuda.is_available():
-        names = [f"interaction step, {way.name}{kind}" for way in gpu.WAYS for kind in kinds]
-        return [Row(what=name, value=None, unit="", why="no GPU here") for name in names], command
-    words = [sys.executable, *command.split()[1:], "--json"]
-    told = json.loads(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
-    rows = []
-    for way in told["ways"]:
-        middle = {"value": way["median_s"], "low": min(way["seconds"]), "high": max(way["seconds"]), "n": repeats}
-        rows.append(Row(what=f"interaction step, {way['way']}", unit="s", **middle))
-        values = (way["tflop_per_s"], way["share_of_peak"], way["memory_gib"])
-        for (kind, unit), value in zip(list(kinds.items())[1:], values, strict=True):
-            why = "" if value is not None else "peak not known"
-            rows.append(Row(what=f"interaction step, {way['way']}{kind}", value=value, unit=unit, n=repeats, why=why))
-    return rows, command
 
 
 def chosen(text: str | None) -> list[str]:
@@ -225,25 +207,35 @@ def chosen(text: str | None) -> list[str]:
     return names
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run what was asked for; the ledger grows after each, so that an interrupted run keeps what it had."""
-    deadline = time.monotonic() + 60 * options.minutes
-    entries: list[dict[str, Any]] = []
-    names = ["gpu"] if options.gpu else chosen(options.only)
-    accelerator = torch.cuda.get_device_name() if options.gpu and torch.cuda.is_available() else ""
+def measure(options: argparse.Namespace) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """Run what was requested: rows and their entries, as soon as each is in the ledger."""
+    minutes = options.minutes or (8 if options.gpu else 15)
+    deadline = time.monotonic() + 60 * minutes
+    load_before = os.getloadavg()[0]
+    if load_before > _BUSY * machine()["cores"]:
+        print(f"load {load_before:.1f}: this machine is busy, and its numbers say little", file=sys.stderr)
+
+    def keep(row: Row, name: str, command: str, accelerator: str = "") -> tuple[Row, dict[str, Any]]:
+        new = entry(row, name, command, load_before, accelerator)
+        append(options.ledger, [new])
+        return row, new
+
+    if options.gpu:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started ends with it
+        command = f"python -m benchmarks --gpu --minutes {minutes:g} --size {options.size} --device {options.device}"
+        name = "gpu" if (options.size, options.device) == ("full", "cuda") else f"gpu, {options.size}, {options.device}"
+        accelerator = torch.cuda.get_device_name() if options.device == "cuda" and torch.cuda.is_available() else ""
+        with ThreadPoolExecutor(1) as beside:
+            if options.dataset is None and (options.device == "cpu" or accelerator):
+                beside.submit(extracted, 60 * minutes)
+            for row in gpu.day(options.size, options.device, minutes, Path(options.dataset or WORLD)):
+                yield keep(row, name, command, accelerator)
+        return
+    names = chosen(options.only)
     for number, name in enumerate(names, start=1):
-        before = os.getloadavg()[0] if number == 1 else entries[-1]["load"]  # later it is the benchmarks' own
-        if number == 1 and before > _BUSY * machine()["cores"]:
-            print(f"load {before:.1f}: this machine is busy, and its numbers say little", file=sys.stderr)
         print(f"[{number}/{len(names)}] {name}", file=sys.stderr, flush=True)
-        if options.gpu:
-            rows, command = on_gpu(5)
-        else:
-            rows, command = run_one(name, BENCHMARKS[name], options.dataset, deadline - time.monotonic())
-        new = [entry(row, name, command, before, accelerator) for row in rows]
-        append(options.ledger, new)
-        entries += new
-    return entries
+        rows, command = run_one(name, BENCHMARKS[name], options.dataset, deadline - time.monotonic())
+        yield from [keep(row, name, command) for row in rows]
 
 
 def main() -> None:
@@ -252,8 +244,10 @@ def main() -> None:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", help="some of them, as a,b")
-    parser.add_argument("--gpu", action="store_true", help="the full-size model on a GPU instead")
-    parser.add_argument("--minutes", type=float, default=15, help="for all of them together")
+    parser.add_argument("--gpu", action="store_true", help="the day with a GPU instead")
+    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="of its models")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="that it measures")
+    parser.add_argument("--minutes", type=float, help="for all of them together; 15, with --gpu 8")
     parser.add_argument("--dataset", help="the bundled world, extracted")
     parser.add_argument("--ledger", type=Path, default=LEDGER)
     parser.add_argument("--list", action="store_true", help="name the benchmarks and do nothing")
@@ -263,13 +257,20 @@ def main() -> None:
         for name, benchmark in BENCHMARKS.items():
             print(f"{name:20}{benchmark.command(name)}")
         return
-    entries = measure(options)
+    entries, rows = [], []
+    for row, new in measure(options):
+        rows.append(row)
+        entries.append(new)
+        if not options.json:
+            count = f", n = {row.n}" if row.n else ""
+            print(f"{new['benchmark']:20}{row.what:76} {shown(new)}{count}", flush=True)
     if options.json:
         print(json.dumps(entries, indent=1))
-        return
-    for row in entries:
-        print(f"{row['benchmark']:20}{row['what']:76} {shown(row)}" + (f", n = {row['n']}" if row["n"] else ""))
-    print(f"{len(load(options.ledger))} rows in {options.ledger}")
+    else:
+        print(f"{len(load(options.ledger))} rows in {options.ledger}")
+    checks = [row for row in rows if row.limit is not None]
+    if options.gpu and (not checks or any(row.fails for row in checks)):
+        raise SystemExit("not shown to be right: a check fails, or was not made")
 
 
 if __name__ == "__main__":

@@ -1,76 +1,80 @@
-"""An interaction step of the full-size model on a GPU, with random weights: time, FLOP/s, share of peak, memory.
+"""The day with a GPU: whether it computes what the CPU computes, then how fast, in minutes; each row as it is measured.
 
-`python -m benchmarks.gpu [--preset persistworld] [--repeats 5] [--device cuda] [--json]`
+`python -m benchmarks --gpu [--minutes 8] [--size full|tiny] [--device cuda|cpu] [--dataset DIR] [--ledger FILE]`
 
-The model gets random weights of the preset's size, in the type of its sampling. A way is a sampler, its steps, guidance
-and the number of rollouts advanced together; each samples clips from random conditions and decodes them, as an
-interaction step does, once to warm up and then `--repeats` times, all ways in turn. FLOPs are those of a dry run, peaks
-those of the data sheets. `--device cpu --preset tiny` tests the script without a GPU.
+Correctness first: a network call, decoding, and the gradient of a post-training update, of the bundled model and of the
+preset with random weights (at full size: its whole network on small images, which a CPU can follow), in float32 without
+TF32 and as the presets compute (bf16). `apart` is the distance from the CPU's float32 result, divided by that result's
+norm: at most 1e-4 in float32. In bf16 at most 1e-2, or three times the CPU's own distance where that is more (rounding
+alone moves a gradient by several percent), and never more than 0.5. Then speed, the most informative first, through the
+engine and the trainers that every command uses: time, share of the data sheet's peak, and peak memory with what a dry
+run states.
+
+A part that fails, takes too long or no longer fits into the minutes is a row with the reason. All parts run in one
+process, which starts again where a part ended it. `--size tiny --device cpu` runs the same code on any machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import queue
+import signal
 import statistics
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.full_forward import build, random_clips
-from benchmarks.full_size import peak_bytes
+from benchmarks.gpu_parts import CALLS, GIB, SIZES, TOGETHER, UPDATE, Bench, Found, Part, parts, pretrain_sets
+from benchmarks.ledger import Row
+from persistworld_cli.compat import free_main_thread
 from persistworld_cli.config.presets import load_settings
-from persistworld_cli.config.settings import SamplingSettings, Settings
+from persistworld_cli.config.settings import LaunchSettings
 from persistworld_cli.cost.accelerators import ACCELERATORS, Accelerator
-from persistworld_cli.cost.interaction import count_interaction, meta_model
-from persistworld_cli.data.clips.store import ActionStat
-from persistworld_cli.models.world_model import WorldModel, sampling_dtype
-from persistworld_cli.rollout.engine import RolloutEngine
+from persistworld_cli.cost.report import CostReport, cost_report
+from persistworld_cli.launch.environment import worker_environment
+
+Counted = Mapping[str, tuple[float, float]]  # FLOPs and peak bytes
+START_S, GRACE_S = 120.0, 10.0  # until the process begins its first part; after the last minute
 
 
-class Way(NamedTuple):
-    """How a clip is drawn, and of how many rollouts at once."""
-
-    sampler: str
-    steps: int
-    guidance: float
-    rollouts: int
-
-    @property
-    def name(self) -> str:
-        """In words."""
-        guided = "with guidance" if self.guidance != 1.0 else "no guidance"
-        return f"{self.sampler} {self.steps}, {guided}, {self.rollouts} together"
+# -- rows -------------------------------------------------------------------------------------------------------------
 
 
-WAYS = (
-    Way("euler", 50, 2.0, 1),
-    Way("euler", 50, 1.0, 1),
-    Way("dpmpp-2m", 6, 1.0, 1),
-    Way("dpmpp-2m", 6, 1.0, 8),
-)
+def stated(size: str) -> Counted:
+    """FLOPs and peak bytes of each part, as dry runs count them."""
+    one = SIZES[size]
 
+    def report(task: str, preset: str, *sets: str) -> CostReport:
+        found = cost_report(task, load_settings(preset, [*sets, "model.adapter=none"], env={}))
+        assert found is not None
+        return found
 
-def way_sampling(settings: Settings, way: Way) -> SamplingSettings:
-    """The preset's sampling, drawn this way."""
-    return replace(settings.sampling, sampler=way.sampler, steps=way.steps, guidance=way.guidance)
-
-
-def interaction(model: WorldModel, sampling: SamplingSettings, rollouts: int) -> Callable[[], torch.Tensor]:
-    """A call that draws and decodes one interaction of so many rollouts."""
-    numbers = model.settings.action_dim
-    engine = RolloutEngine(model, sampling, ActionStat(np.zeros(numbers), np.ones(numbers)))
-    condition, noise = random_clips(model, rollouts, sampling.noise_aug)
-
-    @torch.no_grad()
-    def step() -> torch.Tensor:
-        return model.draw(engine.sample(condition, noise), sampling)
-
-    return step
+    drive = report("drive", one.preset)
+    flops, memory = {row.key: row.flops for row in drive.work}, {row.key: row.bytes for row in drive.memory}
+    together = report("eval", one.preset, "sampling.steps=8", f"eval.batch={TOGETHER}")
+    learned = report("post-train", one.preset, *UPDATE)
+    pretrained = report("pretrain", one.pretrain, *pretrain_sets())
+    calls = 1 if load_settings(one.preset, env={}).sampling.guidance == 1.0 else 2
+    return {
+        "call": (calls * flops["network"], memory["weights"] + memory["sampling"]),
+        "decoding": (flops["decoding"], memory["weights"] + memory["decoding"]),
+        **{f"interaction {n}": (calls * n * flops["network"] + flops["decoding"], drive.peak) for n in CALLS},
+        "together": (next(row.flops for row in together.work if row.key == "batch"), together.peak),
+        "update": (next(row.flops for row in learned.work if row.key == "update"), learned.peak),
+        "pretraining": (next(row.flops for row in pretrained.work if row.key == "update"), pretrained.peak),
+    }
 
 
 def peak_of(name: str) -> Accelerator | None:
@@ -80,76 +84,186 @@ def peak_of(name: str) -> Accelerator | None:
     return ACCELERATORS[known[-1]] if known else None
 
 
-def measure(preset: str, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Every way, in turn."""
-    settings = load_settings(preset, env={})
-    counted = meta_model(settings.model, settings.world)
-    dtype = sampling_dtype(settings.sampling)
-    model = build(settings, dtype, device, ("unet", "action_encoder", "vae"))
-    on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else ""
-    peak = peak_of(name)
-    steps = {way: interaction(model, way_sampling(settings, way), way.rollouts) for way in WAYS}
-    times: dict[Way, list[float]] = {way: [] for way in WAYS}
-    memory: dict[Way, int] = {}
-    for turn in range(repeats + 1):
-        for way, step in steps.items():
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats(device)
-                torch.cuda.synchronize(device)
-            begun = time.perf_counter()
-            images = step()
-            if on_gpu:
-                torch.cuda.synchronize(device)
-            if turn:  # the first one chooses kernels
-                times[way].append(time.perf_counter() - begun)
-                memory[way] = torch.cuda.max_memory_allocated(device) if on_gpu else peak_bytes()
-            assert images.isfinite().all()
-    seconds_of_robot = (settings.model.num_frames - 1) / settings.world.rate_hz
-    rows = []
-    for way, taken in times.items():
-        flops = way.rollouts * count_interaction(counted, way_sampling(settings, way), 1).flops
-        middle = statistics.median(taken)
-        rows.append(
-            {
-                "way": way.name,
-                "seconds": taken,
-                "median_s": middle,
-                "of_real_time": middle / way.rollouts / seconds_of_robot,
-                "tflop_per_s": flops / middle / 1e12,
-                "share_of_peak": flops / middle / 1e12 / peak.tflops if peak else None,
-                "memory_gib": memory[way] / 2**30,
-            }
-        )
-    return {"preset": preset, "device": name or device.type, "repeats": repeats, "ways": rows}
+def rows_of(
+    found: Found, counted: Callable[[], Counted], peak: Accelerator | None, limit: float | None
+) -> Iterator[Row]:
+    """A measurement's rows: itself, its share of the device's peak, its memory beside the dry run's."""
+    limit = limit if found.limit is None else found.limit
+    if not found.values:
+        yield Row(what=found.what, value=None, unit=found.unit, why=found.why, limit=limit)
+        return
+    middle, several = statistics.median(found.values), len(found.values) > 1
+    flops, memory = counted().get(found.key, (0.0, 0.0)) if found.key else (0.0, 0.0)
+    rate = f"{flops / middle / 1e12:.3g} TFLOP/s, " if flops else ""
+    yield Row(
+        what=found.what,
+        value=middle,
+        unit=found.unit,
+        low=min(found.values) if several else None,
+        high=max(found.values) if several else None,
+        n=len(found.values),
+        limit=limit,
+        detail=rate + found.detail,
+    )
+    if flops and peak:
+        share = flops / middle / 1e12 / peak.tflops
+        yield Row(what=f"{found.what}, share of peak", value=share, unit="share", n=len(found.values))
+    if found.bytes and memory:
+        kind, told = "peak memory of the process", f"a dry run states {memory / GIB:.3g}"
+        if found.reserved:
+            kind = "peak memory"
+            told += f", {found.bytes / memory - 1:+.0%}; the allocator held {found.reserved / GIB:.3g}"
+        yield Row(what=f"{found.what}, {kind}", value=found.bytes / GIB, unit="GiB", n=1, detail=told)
 
 
-def table(result: dict[str, Any]) -> str:
-    """For people."""
-    lines = [f"{result['preset']} on {result['device']}, random weights, n = {result['repeats']}"]
-    lines.append(f"{'way':42}{'s (min .. max)':>28}{'of real time':>14}{'TFLOP/s':>10}{'of peak':>9}{'GiB':>7}")
-    for row in result["ways"]:
-        spread = f"{row['median_s']:.3f} ({min(row['seconds']):.3f} .. {max(row['seconds']):.3f})"
-        share = "-" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}"
-        lines.append(
-            f"{row['way']:42}{spread:>28}{row['of_real_time']:>13.2f}x{row['tflop_per_s']:>10.3g}{share:>9}"
-            f"{row['memory_gib']:>7.1f}"
-        )
-    return "\n".join(lines)
+# -- the process that measures, and the one that watches it -----------------------------------------------------------
+
+
+def measured(bench: Bench, table: Mapping[str, Part], say: Callable[..., None]) -> bool:
+    """Run parts, and say what they begin, find and end; False where the device no longer works."""
+    for name, part in table.items():
+        say(part=name)
+        failed = bench.left < part.needs
+        if failed:
+            say(found=asdict(Found(what=name, why=f"{bench.left:.0f} s left, it needs {part.needs:.0f}")))
+        else:
+            try:
+                for found in part.run(bench, name):
+                    say(found=asdict(found))
+            except Exception as error:
+                traceback.print_exc()
+                text = (str(error).splitlines() or [""])[0][:200]
+                say(found=asdict(Found(what=name, why=f"{type(error).__name__}: {text}")))
+                bench.forget()
+                if not works(bench.device):
+                    say(done=name)
+                    return False
+        say(done=name)
+    return True
+
+
+def works(device: torch.device) -> bool:
+    """Whether the device still computes: after an illegal access no later call in the process does."""
+    try:
+        return bool(torch.ones(2, device=device).sum().item() == 2)
+    except RuntimeError:
+        return False
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="persistworld")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--json", action="store_true")
+    """The process that measures: a message a line on standard output, everything else on standard error."""
+    parser = argparse.ArgumentParser()
+    for name in ("--size", "--device", "--work", "--dataset", "--until", "--names"):
+        parser.add_argument(name, required=True)
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device was found")
-    result = measure(options.preset, torch.device(options.device), options.repeats)
-    print(json.dumps(result, indent=1) if options.json else table(result))
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    free_main_thread()
+    bench = Bench(
+        options.size, torch.device(options.device), Path(options.work), Path(options.dataset), float(options.until)
+    )
+    table = parts(options.size)
+    names = json.loads(options.names)
+    if not measured(bench, {name: table[name] for name in names}, lambda **m: print(json.dumps(m), file=out)):
+        raise SystemExit(1)
+
+
+class Watched:
+    """A process and the messages that it prints; it and what it started end with the block."""
+
+    def __init__(self, words: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True, env=env)
+        self.messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.messages.put(json.loads(line))
+        self.messages.put(None)
+
+    def __enter__(self) -> Watched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def watch(
+    table: Mapping[str, Part],
+    start: Callable[[Sequence[str]], Watched],
+    until: float,
+    rows: Callable[[Found, float | None], Iterator[Row]],
+) -> Iterator[Row]:
+    """The rows of all parts, in one process or, where a part ends it or exceeds its time, in several.
+
+    Args:
+        table: the parts.
+        start: a process that measures those of the given names.
+        until: when all must end, by `time.time`.
+        rows: of a measurement and its part's limit.
+    """
+    waiting = list(table)
+
+    def missing(name: str, why: str) -> Iterator[Row]:
+        return rows(Found(what=name, why=why), table[name].limit)
+
+    while waiting and until > time.time():
+        first, begun = waiting[0], ""
+        with start(waiting) as child:
+            deadline = time.time() + START_S
+            while True:
+                try:
+                    message = child.messages.get(timeout=max(0.0, min(deadline, until + GRACE_S) - time.time()))
+                except queue.Empty:
+                    why = f"not done after {table[begun].most:.0f} s" if begun else "its process did not start"
+                    why = "out of time" if until + GRACE_S <= time.time() else why
+                    break
+                if message is None:
+                    code = child.process.wait()
+                    why = f"its process ended with {signal.Signals(-code).name if code < 0 else code}"
+                    break
+                if "found" in message:
+                    yield from rows(Found(**message["found"]), table[begun].limit)
+                elif "part" in message:
+                    begun = message["part"]
+                    deadline = time.time() + table[begun].most
+                else:
+                    waiting.remove(message["done"])
+                    begun, deadline = "", time.time() + START_S
+        if begun:
+            yield from missing(begun, why)
+            waiting.remove(begun)
+        elif waiting and waiting[0] == first:  # nothing was done: another process would do no more
+            for name in waiting:
+                yield from missing(name, why)
+            return
+    for name in waiting:
+        yield from missing(name, "out of time")
+
+
+def day(size: str, device: str, minutes: float, dataset: Path) -> Iterator[Row]:
+    """All rows, each as soon as it is known; without a CUDA device one that says so."""
+    table = parts(size)
+    if device == "cuda" and not torch.cuda.is_available():
+        yield Row(what=next(iter(table)), value=None, unit="s", why="no GPU here")
+        return
+    peak = peak_of(torch.cuda.get_device_name()) if device == "cuda" else None
+    environment = worker_environment(LaunchSettings(device="cpu"))  # the CPU computes what is compared with
+    if device == "cuda":
+        del environment["ACCELERATE_USE_CPU"]
+    until = time.time() + 60 * minutes
+    with TemporaryDirectory() as work, ThreadPoolExecutor(1) as beside:
+        counted: Future[Counted] = beside.submit(stated, size)
+
+        def start(names: Sequence[str]) -> Watched:
+            words = ["--size", size, "--device", device, "--work", work, "--dataset", str(dataset)]
+            words += ["--until", str(until), "--names", json.dumps(list(names))]
+            return Watched([sys.executable, "-m", "benchmarks.gpu", *words], environment)
+
+        yield from watch(table, start, until, lambda found, limit: rows_of(found, counted.result, peak, limit))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ class Row:
         unit: ``ratio``, ``s``, ...
         n: repeats.
         why: it was not measured.
+        limit: the largest value of a check that passes.
+        detail: what belongs to the number, in words.
     """
 
     what: str
@@ -46,6 +48,13 @@ class Row:
     high: float | None = None
     n: int = 0
     why: str = ""
+    limit: float | None = None
+    detail: str = ""
+
+    @property
+    def fails(self) -> bool:
+        """Whether it is a check that does not pass, or was not made."""
+        return self.limit is not None and not (self.value is not None and self.value <= self.limit)
 
 
 def entry(row: Row, benchmark: str, command: str, load: float, accelerator: str = "") -> dict[str, Any]:
@@ -71,14 +80,11 @@ def machine() -> dict[str, Any]:
 
 
 def append(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Add to the ledger and render it again; that something could not be measured stands there once."""
+    """Add to the ledger and render it again; why something was not measured is replaced by what comes next."""
     kept = load(path)
     for new in entries:
-        same = [old for old in kept if (old["benchmark"], old["what"]) == (new["benchmark"], new["what"])]
-        if new["value"] is None and same:
-            continue
-        if new["value"] is not None:
-            kept = [old for old in kept if old not in same or old["value"] is not None]
+        key = new["benchmark"], new["what"]
+        kept = [old for old in kept if (old["benchmark"], old["what"]) != key or old["value"] is not None]
         kept.append(dict(new))
     write_json(path, kept)
     write_text(path.with_suffix(".md"), render(kept))
@@ -113,13 +119,17 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def shown(row: Mapping[str, Any]) -> str:
-    """``0.52 (0.50 .. 0.55)`` with the unit, or why there is no number."""
+    """``0.52 (0.50 .. 0.55)`` with the unit, whether a check passes, and details; or why there is no number."""
     if row["value"] is None:
         return f"{NOT_MEASURED}: {row['why']}"
     text = f"{row['value']:.4g}"
     if row["low"] is not None:
         text += f" ({row['low']:.4g} .. {row['high']:.4g})"
-    return text if row["unit"] == "ratio" else f"{text} {row['unit']}"
+    if row["unit"] not in ("ratio", ""):
+        text += f" {row['unit']}"
+    if (limit := row.get("limit")) is not None:
+        text += f", passes (at most {limit:.2g})" if row["value"] <= limit else f", FAILS (more than {limit:.2g})"
+    return text + (f"; {row['detail']}" if row.get("detail") else "")
 
 
 def _cpuinfo() -> str:

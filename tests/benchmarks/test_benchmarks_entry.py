@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import gpu
 from benchmarks.ledger import ROOT, Row, append, entry, load, render
 
 
 def options(path: Path, **changed: Any) -> argparse.Namespace:
     whole = {"only": None, "gpu": False, "minutes": 5.0, "dataset": None, "ledger": path / "ledger.json"}
+    whole |= {"size": "full", "device": "cuda", "json": False}
     return argparse.Namespace(**{**whole, **changed})
 
 
@@ -33,7 +33,7 @@ def test_a_benchmark_is_run_read_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(ROOT)
     nothing = benchmarks.Benchmark("--dataset nowhere --cold-gb 0", ("speed",), benchmarks._loading_clips)
     monkeypatch.setattr(benchmarks, "BENCHMARKS", {"loader": nothing})
-    rows = benchmarks.measure(options(tmp_path))
+    rows = [new for _, new in benchmarks.measure(options(tmp_path))]
     assert [(row["value"], row["why"][:10]) for row in rows] == [(None, "no dataset")]
     assert rows[0]["command"] == "python -m benchmarks.loader --dataset nowhere --cold-gb 0"
     assert load(tmp_path / "ledger.json") == rows
@@ -62,38 +62,28 @@ def test_an_unknown_benchmark_is_refused() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_its_rows_say_not_measured_once(tmp_path: Path) -> None:
+def test_without_a_gpu_nothing_is_shown_to_be_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = tmp_path / "ledger.json"
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--gpu", "--ledger", str(ledger)])
     for _ in range(2):
-        benchmarks.measure(options(tmp_path, gpu=True))
-    rows = load(tmp_path / "ledger.json")
-    assert len(rows) == 4 * len(gpu.WAYS)
-    assert "not measured: no GPU here" in (tmp_path / "ledger.md").read_text()
+        with pytest.raises(SystemExit, match="not shown to be right"):
+            benchmarks.main()
+    assert len(load(ledger)) == 1 and "not measured: no GPU here" in ledger.with_suffix(".md").read_text()
+    assert "not measured: no GPU here" in capsys.readouterr().out
 
 
 def test_a_number_takes_the_place_of_its_absence_and_earlier_numbers_stay(tmp_path: Path) -> None:
-    def told(value: float | None) -> dict[str, Any]:
-        return entry(Row(what="speed", value=value, unit="ratio", low=value, high=value, n=3), "one", "python", 0.1)
+    def told(value: float | None, why: str = "") -> dict[str, Any]:
+        row = Row(what="speed", value=value, unit="ratio", low=value, high=value, n=3, why=why)
+        return entry(row, "one", "python", 0.1)
 
     path = tmp_path / "ledger.json"
-    for value in (None, 0.5, None, 0.4):
-        append(path, [told(value)])
+    for value in (None, 0.5, None, None):
+        append(path, [told(value, "new" if load(path) else "old")])
+    assert [(row["value"], row["why"]) for row in load(path)] == [(0.5, "new"), (None, "new")]
+    append(path, [told(0.4)])
     assert [row["value"] for row in load(path)] == [0.5, 0.4]
     assert "| 0.5 (0.5 .. 0.5) | 3 |" in render(load(path))
     assert json.loads(path.read_text())[0]["load"] == 0.1
-
-
-def test_the_gpu_script_measures_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, with the small model and fewer steps: the same code but for the GPU's clock and memory."""
-    ways = (gpu.Way("unipc", 2, 2.0, 1),)
-    monkeypatch.setattr(gpu, "WAYS", ways)
-    told = gpu.measure("tiny", torch.device("cpu"), 1)
-    assert [row["way"] for row in told["ways"]] == [way.name for way in ways]
-    assert all(row["median_s"] > 0 and row["tflop_per_s"] > 0 and row["share_of_peak"] is None for row in told["ways"])
-    assert "unipc 2, with guidance, 1 together" in gpu.table(told)
-
-
-def test_a_device_is_known_by_its_name() -> None:
-    assert gpu.peak_of("NVIDIA H200").name == "h200"
-    assert gpu.peak_of("NVIDIA H100 PCIe").name == "h100-pcie"
-    assert gpu.peak_of("NVIDIA GeForce RTX 4090").name == "rtx-4090"
-    assert gpu.peak_of("Some other device") is None

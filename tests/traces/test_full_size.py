@@ -6,19 +6,18 @@ the weights have shapes alone. `.ci/traces` runs this where torch is no CUDA bui
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from cuda_trace import CUDA, CudaTrace, cuda_trace, require_no_wait_in_a_loop, without_weights
 
+from benchmarks.full_size import recorded_world
 from persistworld_cli.config.bundled import bundled_root
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.requests import PostTrainRequest, PretrainRequest
@@ -27,8 +26,6 @@ from persistworld_cli.cost.report import CostReport, cost_report
 from persistworld_cli.data.clips.loader import ClipLoader
 from persistworld_cli.data.clips.mixture import open_clips
 from persistworld_cli.data.clips.store import EpisodeStore
-from persistworld_cli.data.metadata.meta import build_meta
-from persistworld_cli.data.raw.video import write_mp4
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.rollout.images import draw_images
@@ -54,21 +51,8 @@ def imported() -> None:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Two short recordings of three grey cameras, with latents."""
     root = tmp_path_factory.mktemp("full-size") / "world"
-    world = load_settings("ctrl-world", [], {}).world
-    frames = np.full((16, world.height, world.width, 3), 128, np.uint8)
-    for split, episode in (("train", "0"), ("val", "1")):
-        latents = root / "latent_videos" / split / episode
-        latents.mkdir(parents=True)
-        for camera in range(len(world.cameras)):
-            write_mp4(root / "videos" / split / episode / f"{camera}.mp4", frames, world.rate_hz)
-            np.save(latents / f"{camera}.npy", np.zeros((16, 4, world.height // 8, world.width // 8), np.float16))
-        states = (np.linspace(-0.5, 0.5, 16)[:, None] * np.ones(7)).tolist()
-        (root / "annotation" / split).mkdir(parents=True)
-        note = {"texts": ["push the red block"], "states": states, "video_length": 16, "success": True}
-        (root / "annotation" / split / f"{episode}.json").write_text(json.dumps(note))
-    build_meta(root)
+    recorded_world(root, load_settings("ctrl-world", [], {}))
     return str(root)
 
 
