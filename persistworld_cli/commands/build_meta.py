@@ -106,8 +106,9 @@ def _warn(report: MetaReport, settings: Settings) -> None:
     left_out = sum(row["episodes"] for row in report.health["unusable"])
     if left_out:
         note(f"{left_out} episodes are left out: see the table; persistworld build-meta --check reports each")
-    if len(report.stat.p01) != settings.model.action_dim:
-        note(f"the states have {len(report.stat.p01)} numbers, the preset's model takes {settings.model.action_dim}")
+    if (width := len(report.stat.p01)) != (own := settings.model.action_dim):
+        fix = f"set model.action_dim = {width}"
+        note(f"states have {width} numbers, but model.action_dim = {own}, so training refuses them; {fix}")
 
 
 def _machine(report: MetaReport, exported: str | None) -> dict[str, Any]:

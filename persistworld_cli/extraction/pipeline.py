@@ -66,6 +66,7 @@ def extract_latents(
     encode: Encode,
     *,
     episodes: set[int] | None = None,
+    numbers: int | None = None,
     layout: str = "native",
     rank: int = 0,
     world_size: int = 1,
@@ -84,6 +85,7 @@ def extract_latents(
         raw, out: raw dataset and processed dataset.
         encode: images uint8 (N, V, H, W, 3) to scaled latents (N, C, h, w), cameras stacked along height.
         episodes: only these indices; all on disk by default.
+        numbers: of a state, that the model takes (``model.action_dim``); None: any.
         layout: 'native' (.npy float16) or 'ctrl-world' (.pt float32).
         rank, world_size: number of this process among those that share the episodes.
         workers: decoding processes; 0: this one decodes too.
@@ -95,12 +97,13 @@ def extract_latents(
         run: its name, if other processes or runs write to the same dataset; the report then covers this process only.
 
     Raises:
-        PersistWorldError: bad raw dataset, unknown layout or rule, ``out`` has other settings; strict: any bad episode.
+        PersistWorldError: bad raw dataset, states of another width, unknown layout or rule, ``out`` has other settings;
+            strict: any bad episode.
     """
     if layout not in SUFFIX:
         raise PersistWorldError(f"unknown latent layout '{layout}'", where="--layout", fix=f"use one of {[*SUFFIX]}")
     dataset = RawDataset(raw)
-    _check_world(world, dataset)
+    _check_world(world, dataset, numbers)
     output, locks = Output(out, Recipe(raw, world, layout)), EpisodeLocks(out)
     try:
         output.settle(locks, encoder, changes)
@@ -115,7 +118,7 @@ def extract_latents(
         locks.close()
 
 
-def _check_world(world: WorldSettings, dataset: RawDataset) -> None:
+def _check_world(world: WorldSettings, dataset: RawDataset, numbers: int | None) -> None:
     """Refuse settings with which every episode would fail: the preset is wrong, not the episodes."""
     split_of(0, "every-2" if world.val_rule == "info-splits" else world.val_rule, {})
     for name, known, what in (
@@ -128,6 +131,13 @@ def _check_world(world: WorldSettings, dataset: RawDataset) -> None:
                 where=str(dataset.path / "meta/info.json"),
                 fix=nearest(name, known),
             )
+    width = dataset.width(world.state_fields)
+    if numbers and width and width != numbers:
+        raise PersistWorldError(
+            f"states ({', '.join(world.state_fields)}) have {width} numbers, but model.action_dim = {numbers}",
+            where=str(dataset.path / "meta/info.json"),
+            fix=f"set model.action_dim = {width}, or name other columns in world.state_fields",
+        )
 
 
 @dataclass

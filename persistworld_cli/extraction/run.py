@@ -141,6 +141,7 @@ def _extract(
             Path(resolve_path(settings.world.dataset)),
             encoder,
             episodes=chosen,
+            numbers=settings.model.action_dim,
             layout=request.layout,
             rank=work.rank,
             world_size=work.world,

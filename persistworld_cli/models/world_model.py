@@ -124,15 +124,13 @@ class WorldModel(nn.Module):
         if tuple(latent) != self.latent_shape:
             cameras = f"{len(world.cameras)} cameras of {world.height}x{world.width}"
             what = f"latents are {tuple(latent)} per frame, this preset's model takes {self.latent_shape} ({cameras})"
+            fix = "use the preset that the dataset was extracted with (--preset), or extract it with this one"
         elif numbers != width:
             what = f"poses have {numbers} numbers, this preset's model takes {width}"
+            fix = f"set model.action_dim = {numbers} (weights of another width do not fit), or use another dataset"
         else:
             return
-        raise PersistWorldError(
-            f"the dataset's {what}",
-            where="world.dataset and the preset's [model]",
-            fix="use the preset that the dataset was extracted with (--preset), or extract it with this one",
-        )
+        raise PersistWorldError(f"the dataset's {what}", where="world.dataset and the preset's [model]", fix=fix)
 
     # -- images -------------------------------------------------------------------------------------------------
 

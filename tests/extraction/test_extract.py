@@ -183,7 +183,9 @@ def test_a_wrong_preset_is_not_blamed_on_the_episodes(tmp_path: Path) -> None:
     ):
         with pytest.raises(PersistWorldError, match=message):
             extract_latents(world, raw, tmp_path / "out", encode)
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(PersistWorldError, match=r"have 7 numbers, but model\.action_dim = 6") as wide:
+        extract_latents(WORLD, raw, tmp_path / "out", encode, numbers=6)
+    assert "model.action_dim = 7" in str(wide.value.fix) and not (tmp_path / "out").exists()
 
 
 def test_a_broken_encoder_stops_the_run(tmp_path: Path) -> None:

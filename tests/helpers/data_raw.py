@@ -77,9 +77,11 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def _info(version: str, fps: float, stored: bool, **paths: object) -> dict[str, object]:
-    kind = {"dtype": "image" if stored else "video"}
+    names = ["height", "width", "channels"]
+    kind = {"dtype": "image" if stored else "video", "shape": [HEIGHT, WIDTH, 3], "names": names}
     features: dict[str, object] = {f"observation.images.{c}": kind for c in CAMERAS}
-    features |= {k: {"dtype": "float32"} for k in columns(0, 1)} | {"language_instruction": {"dtype": "string"}}
+    features |= {k: {"dtype": "float32", "shape": [*v.shape[1:]] or [1]} for k, v in columns(0, 1).items()}
+    features |= {"language_instruction": {"dtype": "string"}}
     return {"codebase_version": version, "fps": fps, "chunks_size": 1000, "features": features, **paths}
 
 

@@ -13,6 +13,7 @@ stacked along height in their order), w latent width, N requested frames, H, W i
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,6 +163,6 @@ def store_of(world: WorldSettings, dataset: str, stat: Path | None = None) -> Ep
         raise PersistWorldError(
             f"the dataset was extracted with world.{key} = {noted}, the settings have {own}",
             where=str(store.root),
-            fix="use the preset that it was extracted with (--preset), or extract it with this one",
+            fix=f"set world.{key} = {json.dumps(noted)} (or --preset with it), or extract another dataset with {own}",
         )
     return store

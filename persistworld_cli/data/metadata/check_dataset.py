@@ -28,6 +28,7 @@ from persistworld_cli.errors import PersistWorldError
 
 _REDO = "delete these annotations and run persistworld extract-latents again: it extracts only missing episodes"
 _META = "run persistworld build-meta DATASET"
+_PRESET = "or name the preset it was extracted with: --preset"
 _NAMED = 5
 # kind -> (must be fixed, what is wrong, what to do)
 KINDS: dict[str, tuple[bool, str, str]] = {
@@ -64,11 +65,11 @@ KINDS: dict[str, tuple[bool, str, str]] = {
     "latent-values": (True, "latents hold NaN or infinite values", f"was the encoder in fp16? {_REDO}"),
     "latent-constant": (False, "latents are the same everywhere", "look at the video: is it black?"),
     "cameras": (True, "number of cameras differs from most episodes", _REDO),
-    "preset-cameras": (True, "not the preset's cameras", "name the preset it was extracted with: --preset"),
-    "preset-numbers": (True, "not the preset's action_dim", "name the preset it was extracted with: --preset"),
-    "preset-latent": (True, "not the preset's latent size", "name the preset it was extracted with: --preset"),
-    "preset-image": (True, "not the preset's image size", "name the preset it was extracted with: --preset"),
-    "preset-rate": (True, "not the preset's rate", "name the preset it was extracted with: --preset"),
+    "preset-cameras": (True, "not the preset's cameras", f"set world.cameras to the dataset's, {_PRESET}"),
+    "preset-numbers": (True, "not the preset's action_dim", "set model.action_dim to the states' numbers"),
+    "preset-latent": (True, "not the preset's latent size", f"set world.height and width to the dataset's, {_PRESET}"),
+    "preset-image": (True, "not the preset's image size", f"set world.height and width to the dataset's, {_PRESET}"),
+    "preset-rate": (True, "not the preset's rate", f"set world.rate_hz to the dataset's, {_PRESET}"),
     "no-preset": (False, "not compared with a preset", "add --preset NAME (its cameras, sizes, rate, action_dim)"),
     "no-index": (False, "no metadata yet", _META),
     "bad-index": (True, "metadata cannot be read", _META),

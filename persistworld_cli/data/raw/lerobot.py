@@ -187,6 +187,11 @@ class RawDataset:
         with reading("unreadable table", episode.table, _FETCH):
             return {name: _column(table, name, episode.table) for name in fields}
 
+    def width(self, columns: Sequence[str]) -> int | None:
+        """How many numbers a row of these columns has, by info.json; None: it does not state it."""
+        shapes = [self._shape(name) for name in columns]
+        return sum(map(math.prod, shapes)) if all(shapes) else None
+
     def columns(self, index: int) -> list[str]:
         """Names of the columns in the table of an episode."""
         return list(self._rows(self.episode(index)).column_names)
@@ -363,6 +368,13 @@ class RawDataset:
     def _video_file(self, camera: str, names: dict[str, int]) -> Path:
         """Path of a camera's video from info.json's template."""
         return self.path / fill_template(self.info["video_path"], {"video_key": self._feature(camera), **names})
+
+    def _shape(self, feature: str) -> list[int]:
+        """A feature's shape by info.json; [] where it states none."""
+        shape = self.features.get(feature, {}).get("shape")
+        if not isinstance(shape, list) or not all(isinstance(size, int) and size > 0 for size in shape):
+            return []
+        return shape
 
     def _feature(self, camera: str) -> str:
         """The feature of a camera; some datasets name it without the usual ``observation.images.``."""
