@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from persistworld_cli.config.bundled import resolve_path
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATE = "adapter_config.json", "adapter_model", "state.pt"
+CARD = "README.md"  # the model card beside weights
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # of files with weights
 _ADAPTER_FOLDERS = ("", "adapter/", "weights/adapter/")  # an adapter, a post-training's `weights`, its run's folder
 PARTS = ("unet", "vae", "image_encoder", "text_encoder", "action_encoder")  # of a world model's checkpoint

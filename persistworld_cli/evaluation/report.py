@@ -16,6 +16,7 @@ from persistworld_cli.evaluation.results import EvalData, build_result
 from persistworld_cli.evaluation.uncertainty import uncertainty_result
 from persistworld_cli.files import jsonable, write_json, write_text
 from persistworld_cli.reports.curves import change_plot, horizon_curves, uncertainty_plot
+from persistworld_cli.reports.model_card import add_evaluation
 from persistworld_cli.reports.page import write_page
 from persistworld_cli.reports.tables import eval_tables, plain, reward_words, write_csv
 from persistworld_cli.reports.videos import ComparedRollout
@@ -48,6 +49,7 @@ def write_report(data: EvalData, output: Path, video_net: FeatureNet | None = No
     result["files"] = [str(file.relative_to(output)) for file in [*images, *sheets, *videos]]
     write_json(output / "eval.json", result)
     write_page(output / "report.html", result, [*images, *sheets], videos)
+    add_evaluation(result)
     return summary(result, output, sheets, videos)
 
 

@@ -32,6 +32,7 @@ from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.objective.advantage import keep_extremes
 from persistworld_cli.objective.nft import kl_to_reference, nft_loss, sampling_decay
 from persistworld_cli.reports.curves import POST_TRAIN_PANELS, training_curves
+from persistworld_cli.reports.model_card import read_card, write_card
 from persistworld_cli.rollout.engine import Inputs, RolloutEngine
 from persistworld_cli.seeding import generator
 from persistworld_cli.stages import stage
@@ -338,25 +339,27 @@ def run(settings: Settings, request: PostTrainRequest) -> dict[str, Any]:
         begun = work.resume(trainer)
         work.train(trainer, begun, trainer.title, options.save_every)
         adapter = work.output / "weights" / "adapter"
+        rewards = [entry["reward"] for entry in work.history() if "reward" in entry]
+        few = max(1, len(rewards) // 4)
+        result = {
+            "updates": max(begun, options.updates),  # a finished run may have more than requested now
+            "processes": work.world,
+            "reward_first": sum(rewards[:few]) / few if rewards else None,
+            "reward_last": sum(rewards[-few:]) / few if rewards else None,
+            "trainable": sum(p.numel() for p in trainer.switch.trainable()),
+            "lpips": trainer.scorer.labels.get("lpips", ""),
+            "adapter": str(adapter),
+            "warnings": trainer.warnings.repeat(),
+        }
         if work.main:  # of a finished run too: one that was stopped in its last update has an older adapter
+            card = read_card(adapter)
             trainer.switch.save_adapter(adapter, "old", trainer.stat)
+            write_card(adapter, card, settings, request, trainer.stat, result)
             training_curves(work.output / "curves.png", trainer.title, work.history(), POST_TRAIN_PANELS)
-        warnings = trainer.warnings.repeat()
     if trainer.ended:
         raise PersistWorldError(
             f"post-training collapsed: the held-out closed loop fell {options.collapse_checks} checks in a row",
             where=str(work.output / "metrics.jsonl"),
             fix=f"the best policy is in {adapter}; lower post_train.lr, or set post_train.on_collapse = 'rollback'",
         )
-    rewards = [entry["reward"] for entry in work.history() if "reward" in entry]
-    few = max(1, len(rewards) // 4)
-    return {
-        "updates": max(begun, options.updates),  # a finished run may have more than requested now
-        "processes": work.world,
-        "reward_first": sum(rewards[:few]) / few if rewards else None,
-        "reward_last": sum(rewards[-few:]) / few if rewards else None,
-        "trainable": sum(p.numel() for p in trainer.switch.trainable()),
-        "lpips": trainer.scorer.labels.get("lpips", ""),
-        "adapter": str(adapter),
-        "warnings": warnings,
-    }
+    return result

@@ -30,6 +30,7 @@ from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.models.world_model import WorldModel, build_world_model
 from persistworld_cli.objective.denoising import clip_losses
 from persistworld_cli.reports.curves import PRETRAIN_PANELS, training_curves
+from persistworld_cli.reports.model_card import read_card, write_card
 from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.stages import stage
 from persistworld_cli.training.action_margin import clip_by_clip, held_out_losses
@@ -306,13 +307,15 @@ def run(settings: Settings, request: PretrainRequest) -> dict[str, Any]:
             val_loss = trainer.val_loss()
             trainer.average.copy_to(trainer.parameters)
             weights = work.output / "weights" / "model.safetensors"
-            save_weights(trainer.model, weights.parent, carried, store.stat(), write=work.main)
-            if work.main:
-                training_curves(work.output / "curves.png", trainer.title, work.history(), PRETRAIN_PANELS)
-            return {
+            result = {
                 "updates": max(begun, settings.pretrain.updates),
                 "loss": trainer.last_loss,
                 "val_loss": val_loss,
                 "weights": str(weights),
                 "warnings": trainer.warnings.repeat(),
             }
+            save_weights(trainer.model, weights.parent, carried, store.stat(), write=work.main)
+            if work.main:
+                training_curves(work.output / "curves.png", trainer.title, work.history(), PRETRAIN_PANELS)
+                write_card(weights.parent, read_card(weights.parent), settings, request, store.stat(), result)
+            return result

@@ -15,7 +15,11 @@ from persistworld_cli.config.presets import load_settings, to_json
 
 pytestmark = pytest.mark.usefixtures("counted_once")
 README = Path(__file__).resolve().parents[2] / "README.md"
-PAGES = [README, *sorted((README.parent / "docs").glob("*.md")), README.parent / "presets" / "tiny" / "README.md"]
+PAGES = [
+    *sorted(README.parent.glob("*.md")),
+    *sorted((README.parent / "docs").glob("*.md")),
+    README.parent / "presets" / "tiny" / "README.md",
+]
 
 
 def commands() -> list[str]:

@@ -135,6 +135,7 @@ def test_pretraining_lowers_the_loss_on_what_it_sees(world: Settings, tmp_path: 
     curve = losses(tmp_path, "loss")
     assert sum(curve[-8:]) < sum(curve[:8])
     assert Path(result["weights"]).exists()
+    assert "| updates | 24 |" in (tmp_path / "weights" / "README.md").read_text()
 
 
 def test_killed_and_resumed_pretraining_equals_an_unbroken_run(
@@ -155,6 +156,7 @@ def test_killed_and_resumed_post_training_equals_an_unbroken_run(
     for file in ("adapter_model.safetensors", "action_encoder.safetensors"):
         ours, theirs = (load_file(str(folder / "weights" / "adapter" / file)) for folder in (tmp_path, post_trained))
         assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert "## Training" in (tmp_path / "weights" / "adapter" / "README.md").read_text()
     assert losses(tmp_path, "reward") == losses(post_trained, "reward")
 
 
