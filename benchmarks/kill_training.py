@@ -60,6 +60,7 @@ def begin(options: argparse.Namespace, dataset: str, out: Path, processes: int =
     table = options.task.replace("-", "_")
     sets = [word for key, value in SETS[options.task].items() for word in ("--set", f"{table}.{key}={value}")]
     flags = ["--preset", str(preset), "--device", "cpu", "--threads", "1", "--num-processes", str(processes)]
+    flags += ["--restarts", "0"]  # the benchmark starts the command again itself
     if options.task == "eval":
         flags += ["--benchmark", "none"]
     else:

@@ -8,13 +8,13 @@ KeyboardInterrupt means that this rank was interrupted without that agreement.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from persistworld_cli.compat import STOP_SIGNALS, end_with_parent, free_main_thread
 from persistworld_cli.config import requests
 from persistworld_cli.config.presets import from_json
-from persistworld_cli.config.requests import FAILURE, INTERRUPTED, RESULT, TaskRequest, request_from_json
+from persistworld_cli.config.requests import FAILURE, INTERRUPTED, RESULT, TRY_AGAIN, TaskRequest, request_from_json
 from persistworld_cli.config.weight_names import READINGS
 from persistworld_cli.console import debug_wanted, listen_to_library, note, show_error, show_traceback
 from persistworld_cli.errors import PersistWorldError, UsageError
@@ -42,10 +42,15 @@ TASKS: dict[type[TaskRequest], str] = {
     requests.SelfcheckRequest: "persistworld_cli.launch.selfcheck:run",
 }
 _OF_ONE_MACHINE = ("machine_rank", "cores", "command", "output", "threads")  # may differ between the machines of a run
+_RESUME = ("resume", "resume_from")
+_OF_THE_MACHINE = ("CUDA error", "CUDA out of memory", "CUDNN_STATUS", "CUBLAS_STATUS", "NCCL", "DataLoader worker")
 
 
 def main(argv: list[str]) -> int:
-    """Run the task of a config.json. Returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run the task of a config.json.
+
+    Returns the exit code: 0 done, 1 failed, 2 wrong usage, 75 the machine failed, 130 interrupted.
+    """
     end_with_parent()
     _hear_signals()
     listen_to_library(_rank())
@@ -83,16 +88,16 @@ def main(argv: list[str]) -> int:
         return _crashed(error, folder)
 
 
-def _run(whole: Mapping[str, Any], config: Path) -> dict[str, Any]:
+def _run(whole: dict[str, Any], config: Path) -> dict[str, Any]:
     """Import the task and call it."""
     kinds = {kind.task: kind for kind in TASKS}
     if whole["task"] not in kinds:
         raise UsageError(f"unknown task '{whole['task']}'", where=str(config), fix=f"known: {', '.join(sorted(kinds))}")
     kind = kinds[whole["task"]]
     settings = from_json(whole["settings"], where=str(config))
-    request = request_from_json(kind, whole["request"], where=str(config))
     if settings.launch.num_machines > 1:
         _require_one_command(whole)
+    request = request_from_json(kind, whole["request"], where=str(config))
     module, _, name = TASKS[kind].partition(":")
     task = getattr(importlib.import_module(module), name)
     if not request.profile or _rank():
@@ -105,8 +110,10 @@ def _run(whole: Mapping[str, Any], config: Path) -> dict[str, Any]:
     return {**result, "profile": folder / "table.txt"}
 
 
-def _require_one_command(whole: Mapping[str, Any]) -> None:
+def _require_one_command(whole: dict[str, Any]) -> None:
     """Raise if the machines run different commands: each launcher resolves its own settings.
+
+    After a restart, whether to resume is machine 0's decision: the others may not see its last state yet.
 
     Raises:
         UsageError: on every rank, naming what differs.
@@ -115,9 +122,11 @@ def _require_one_command(whole: Mapping[str, Any]) -> None:
     from accelerate.utils import gather_object
 
     PartialState(cpu=whole["settings"]["launch"]["device"] == "cpu")
-    own = {"task": whole["task"], "version": whole.get("version")}
-    for table, entries in {**whole["settings"], "request": whole["request"]}.items():
+    own, request = {"task": whole["task"], "version": whole.get("version")}, dict(whole["request"])
+    resume = {name: request.pop(name) for name in _RESUME if name in request and whole.get("restarts")}
+    for table, entries in {**whole["settings"], "request": request}.items():
         own |= {f"{table}.{name}": value for name, value in entries.items() if name not in _OF_ONE_MACHINE}
+    whole["request"] = request | gather_object([resume])[0]
     first, *others = gather_object([own])
     for other in others:
         for key in dict.fromkeys([*first, *other]):
@@ -164,9 +173,9 @@ def _crashed(error: Exception, folder: Path) -> int:
     """Report an unexpected error once, from the rank that raised it; the other ranks print one line each."""
     if _world_size() > 1 and _lost_contact(error):
         note(f"rank {_rank()} lost contact with another rank: {error}")
-    elif _first_to_fail(folder, 1, repr(error)):
+    elif _first_to_fail(folder, code := TRY_AGAIN if _of_the_machine(error) else 1, f"rank {_rank()}: {error!r}"):
         show_traceback()
-        return 1
+        return code
     else:
         note(f"rank {_rank()} failed after another one: {error!r}")
     if debug_wanted():
@@ -181,6 +190,13 @@ def _lost_contact(error: Exception) -> bool:
     return known or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
+def _of_the_machine(error: Exception) -> bool:
+    """Whether an error may not come again after a restart: the GPU's, communication's, memory's, the network disk's."""
+    if isinstance(error, RuntimeError):
+        return _lost_contact(error) or any(words in str(error) for words in _OF_THE_MACHINE)
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.EIO, errno.ESTALE)
+
+
 def _in_group() -> bool:
     """Whether this process is in a group of ranks."""
     distributed = sys.modules.get("torch.distributed")
@@ -189,9 +205,10 @@ def _in_group() -> bool:
 
 def _first_to_fail(folder: Path, code: int, what: str) -> bool:
     """Write the exit code for the launcher; True if this is the first rank to fail on this machine: it reports why."""
+    again = "yes" if code == TRY_AGAIN else "no"
     try:
         with (folder / FAILURE).open("x", encoding="utf-8") as file:
-            json.dump({"code": code, "rank": _rank(), "what": what}, file)
+            json.dump({"code": code, "rank": _rank(), "what": what, "again": again}, file)
     except FileExistsError:
         return False
     except OSError:

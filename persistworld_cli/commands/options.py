@@ -188,6 +188,7 @@ _LAUNCH: dict[str, tuple[Slot, ...]] = {
         setting("launch.machine_rank", "Rank of this machine, from 0.", panel=_LAUNCHING),
         setting("launch.main_process_ip", "Address of machine 0.", panel=_LAUNCHING),
         setting("launch.main_process_port", "Port on machine 0; 0 takes a free one.", panel=_LAUNCHING),
+        setting("launch.restarts", "How often workers that died are restarted from the last state.", panel=_LAUNCHING),
         _THREADS,
         _DEVICE,
     ),

@@ -23,8 +23,9 @@ from persistworld_cli.files import jsonable
 # Files that the launcher and its workers exchange; the launcher leaves copies in the run's folder for people.
 CONFIG = "config.json"  # request and settings, written by the launcher
 RESULT = "result.json"  # what the task returned, written by rank 0
-FAILURE = "failure.json"  # exit code and reason, written by the first rank that failed
+FAILURE = "failure.json"  # exit code, reason, and whether to try again, written by the first rank that failed
 INTERRUPTED = 130  # exit code
+TRY_AGAIN = 75  # exit code (EX_TEMPFAIL of sysexits.h): the machine failed, not the program or its user
 LOCALHOST = "127.0.0.1"
 VERIFY_COUNT = 8
 REQUIRED = dataclasses.MISSING
@@ -319,19 +320,21 @@ class PolicyRolloutRequest(TaskRequest):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelfcheckRequest(TaskRequest):
+class SelfcheckRequest(ContinuingRequest):
     """Check that launching works; used by tests and benchmarks, not by a command.
 
     Attributes:
         seconds: each rank writes ``waiting.RANK`` into ``output`` and waits for this time.
         fail_rank: this rank fails.
-        fail_how: mistake (PersistWorldError), crash (another error) or kill (by a signal).
+        fail_how: mistake (PersistWorldError), crash (another error), lost-gpu (CUDA's error) or kill (by a signal).
+        fail_starts: in so many starts, which it counts in ``output``; by default in all.
     """
 
     task: ClassVar[str] = "selfcheck"
     seconds: NonNegative = 0.0
     fail_rank: Whole | None = None
-    fail_how: Literal["mistake", "crash", "kill"] = "mistake"
+    fail_how: Literal["mistake", "crash", "lost-gpu", "kill"] = "mistake"
+    fail_starts: Count | None = None
 
 
 # -- commands that run in their own process ---------------------------------------------------------------------------

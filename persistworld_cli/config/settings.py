@@ -339,6 +339,7 @@ class LaunchSettings:
     machine_rank: Whole = 0
     main_process_ip: str = ""
     main_process_port: Port = 0  # 0: a free one
+    restarts: Whole = 3  # how often workers that died are restarted from the last state, on all machines
     threads: Whole = 0  # CPU threads per process; 0: cores / processes
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False  # torch.compile the network for sampling (eval, frontier, replay, drive, pi-rollout)

@@ -7,6 +7,7 @@ The folder's config.json is the record of its run. ``settings_history.json`` is 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,11 +38,26 @@ class FinishedWork:
     words: str
 
 
+def saved_states(output: Path) -> dict[tuple[int, int], Path]:
+    """The states of a run, by updates and time of saving (ns)."""
+    found = ((path, _step(path)) for path in (output / "state").glob("step-*"))
+    return {(step, path.stat().st_mtime_ns): path for path, step in found if step is not None}
+
+
+def last_logged(output: Path) -> int | None:
+    """The last update in a training's log; None if there is none, or the line is incomplete."""
+    try:
+        lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return int(json.loads(lines[-1])["step"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def find_finished_work(task: str, output: Path) -> FinishedWork | None:
     """What a task would continue in a folder; None if there is nothing."""
     if task in _TRAININGS:
-        states = {step: path for path in (output / "state").glob("step-*") if (step := _step(path)) is not None}
-        return _trained(states[max(states)], max(states)) if states else None
+        states = saved_states(output)
+        return _trained(states[max(states)], max(states)[0]) if states else None
     if task in USES or task == "verify":
         count = sum(not path.name.startswith(".") for path in (output / "rollouts").glob("*/*.npz"))
         return FinishedWork(count, "rollouts", f"{count} finished rollouts") if count else None

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,13 +28,15 @@ from persistworld_cli.console import note, show_error
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import write_json
 from persistworld_cli.launch.continuing import find_earlier_run, keep_history, what_remains
-from persistworld_cli.launch.elastic import killed
+from persistworld_cli.launch.elastic import END_RANKS
 from persistworld_cli.launch.environment import cores_alone, gpu_count, torch_has_cuda, use_gpu, worker_environment
+from persistworld_cli.launch.restarting import POLL_S, Restarts
 from persistworld_cli.launch.run_lock import RunFolder, own_folder
 from persistworld_cli.launch.terminal import keep_terminal
 from persistworld_cli.read_files import read_json
 
 _PATIENCE = 3  # the worker is killed after this many signals
+_SECONDS_TO_END = 60.0  # an agent gives its ranks 30 s to end
 
 
 def run_task(settings: Settings, request: TaskRequest, *, take_over: bool = False) -> tuple[int, dict[str, Any]]:
@@ -75,8 +77,8 @@ def run_task(settings: Settings, request: TaskRequest, *, take_over: bool = Fals
                 f"the output folder cannot be written: {error.strerror}", where=str(output), fix="take another --output"
             ) from error
         with keep_terminal() if request.terminal else nullcontext():
-            code = _work(launch, folder, request.terminal)
-        code, result = _outcome(code, folder)
+            code = _work(launch, folder, request, record)
+        result = {} if code or not folder.first else _result(folder)
         if code == INTERRUPTED and folder.first and request.command:
             note(what_remains(request))
         return code, result
@@ -96,31 +98,66 @@ def _record(settings: Settings, request: TaskRequest, run: str) -> dict[str, Any
     }
 
 
-def _work(launch: LaunchSettings, folder: RunFolder, terminal: bool) -> int:
-    """Start the workers and wait for their exit code."""
-    command = _command(launch, folder.private / CONFIG)
-    held = () if folder.fd is None else (folder.fd,)
-    with cores_alone(launch) as alone:
+def _work(launch: LaunchSettings, folder: RunFolder, request: TaskRequest, record: dict[str, Any]) -> int:
+    """Start the workers, again if they die, and wait for their exit code; reports a worker that was killed."""
+    config, several = folder.private / CONFIG, launch.num_machines > 1
+    command, stdin = _command(launch, config), None if request.terminal else subprocess.DEVNULL
+    with cores_alone(launch) as alone, _Child() as child:
         if not alone:
             note("other work runs on these CPU cores: to share them, this run's threads sleep while they wait")
         environment = worker_environment(launch, alone=alone)
-        code = _wait(command, environment, stdin=None if terminal else subprocess.DEVNULL, pass_fds=held)
-    if code < 0:
-        show_error(killed("the worker", -code, where=str(folder.output), otherwise="run it again with --debug"))
-        code = 128 - code
-    return code
-
-
-def _outcome(code: int, folder: RunFolder) -> tuple[int, dict[str, Any]]:
-    """The exit code and result that this run's workers left; one of both is put into the folder, for people."""
-    failure = _read(folder.private / FAILURE) or {"code": code, "what": f"the worker ended with {code}"}  # killed
-    # Ranks that stopped on request exit with 0, so that accelerate waits for all of them: the file has the code.
-    code = code or int(failure["code"])
-    if code and folder.first:
+        restarts = Restarts(folder, request, launch.restarts, alone=not several, stopped=lambda: bool(child.signals))
+        while True:
+            code = child.run(command, environment, stdin, folder.fd, restarts.must_end if several else None)
+            failure = _failure(code, folder, launch, followed=child.followed)
+            if failure is None or not restarts.begin(failure):
+                break
+            _clear(folder.private, FAILURE, RESULT)
+            again = {"request": restarts.request(record["request"]), "restarts": restarts.done}
+            write_json(config, record | again)
+    if failure is None:
+        return 0
+    if folder.first:
         write_json(folder.output / FAILURE, failure | {"run": folder.run})
         _clear(folder.output, RESULT)
-    if code or not folder.first:
-        return code, {}
+    if restarts.ended_elsewhere:
+        note("another machine has ended the run; its messages say why")
+        return 1
+    if child.signals and failure["again"] == "elsewhere":
+        return INTERRUPTED
+    if failure["code"] > 128 and failure["code"] != INTERRUPTED:
+        memory = failure["code"] == 128 + signal.SIGKILL
+        fix = "if nobody killed it, memory ran out: use a smaller batch" if memory else "run it again with --debug"
+        others = "; the other ranks were ended" if launch.num_processes > 1 else ""
+        show_error(PersistWorldError(f"{failure['what']}{others}", where=str(folder.output), fix=fix))
+    return int(failure["code"])
+
+
+def _failure(code: int, folder: RunFolder, launch: LaunchSettings, *, followed: bool) -> dict[str, Any] | None:
+    """Why the workers ended, as `launch.restarting` reads it; None if they are done.
+
+    Args:
+        code: of the child; negative if a signal killed it. Ranks that stopped on request exit with 0, so that
+            accelerate waits for all of them: then the file has the code.
+        folder: the run's.
+        launch: its processes.
+        followed: whether the launcher ended them, since another machine restarts.
+    """
+    failure = _read(folder.private / FAILURE)
+    if failure is None and code == 0:
+        return None
+    if failure is None:
+        who, again = ("the worker", "yes") if launch.num_processes == 1 else ("the ranks' agent", "no")
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        code, again = (128 - code, again) if code < 0 else (code, "no")
+        failure = {"code": code, "rank": 0, "what": f"{who} {how}", "again": again}
+    if followed and failure["code"] >= 128:  # the signal was this launcher's
+        failure |= {"what": "the workers of another machine died", "again": "elsewhere"}
+    return failure
+
+
+def _result(folder: RunFolder) -> dict[str, Any]:
+    """The result that this run's workers left; it is put into the folder, for people."""
     result = _read(folder.private / RESULT)
     if result is None:
         raise PersistWorldError(
@@ -128,7 +165,7 @@ def _outcome(code: int, folder: RunFolder) -> tuple[int, dict[str, Any]]:
         )
     shutil.move(folder.private / RESULT, folder.output / RESULT)
     _clear(folder.output, FAILURE)
-    return 0, result
+    return result
 
 
 def _clear(output: Path, *names: str) -> None:
@@ -181,46 +218,71 @@ def _command(launch: LaunchSettings, config: Path) -> list[str]:
     return [sys.executable, "-m", "persistworld_cli.launch.elastic", "--multi_gpu", *spelled, *module]
 
 
-def _wait(
-    command: Sequence[str],
-    env: Mapping[str, str],
-    stdin: int | None = subprocess.DEVNULL,
-    pass_fds: Sequence[int] = (),
-) -> int:
-    """Start the child, pass signals on to it, and wait for its exit code; it inherits the files of ``pass_fds``.
+class _Child:
+    """The child process. While the block runs, signals are passed on to it; it saves its work and ends in its own time.
 
-    The child gets its own session, so that Ctrl-C reaches it once, from here, and not from the terminal too. Its
-    standard output goes to standard error, because this process's standard output carries only data.
+    Attributes:
+        signals: that asked this process to end.
+        followed: whether the last child was ended to follow another machine.
     """
-    options: dict[str, Any] = {"stdout": 2, "stdin": stdin, "start_new_session": True, "pass_fds": pass_fds}
-    with subprocess.Popen(command, env=dict(env), **options) as child, _forwarding(child):
-        return child.wait()
 
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+        self.followed = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._before: dict[int, Any] = {}
 
-@contextmanager
-def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Pass signals on; the child saves its work and ends in its own time."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only a main thread can have handlers
-        return
+    def __enter__(self) -> _Child:
+        if threading.current_thread() is threading.main_thread():  # only a main thread can have handlers
+            self._before = {number: signal.signal(number, self._forward) for number in STOP_SIGNALS}
+        return self
 
-    seen: list[int] = []
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        if len(seen) >= _PATIENCE:
-            child.kill()
-            return
-        child.send_signal(number)  # before the note: standard error may be closed
-        if len(seen) == 1:
-            note(f"{signal.Signals(number).name}: saving and stopping (a second signal ends it sooner, a third kills)")
-
-    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def run(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        stdin: int | None,
+        lock: int,
+        must_end: Callable[[], bool] | None,
+    ) -> int:
+        """Start the child and wait for its exit code; it inherits the file ``lock``.
+
+        It gets its own session, so that Ctrl-C reaches it once, from here, and not from the terminal too. Its standard
+        output goes to standard error, because this process's standard output carries only data. Once ``must_end`` is
+        true, it is ended.
+        """
+        options: dict[str, Any] = {"stdout": 2, "stdin": stdin, "start_new_session": True, "pass_fds": (lock,)}
+        self.followed = False
+        with subprocess.Popen(command, env=dict(env), **options) as self._process:
+            try:
+                for number in self.signals[-1:]:  # between two children
+                    self._process.send_signal(number)
+                while must_end:
+                    with suppress(subprocess.TimeoutExpired):
+                        return self._process.wait(POLL_S)
+                    if must_end():
+                        self.followed, must_end = True, None
+                        self._process.send_signal(END_RANKS)
+                        with suppress(subprocess.TimeoutExpired):
+                            return self._process.wait(_SECONDS_TO_END)
+                        self._process.kill()
+                return self._process.wait()
+            finally:
+                self._process = None
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self.signals.append(number)
+        if self._process is not None and len(self.signals) >= _PATIENCE:
+            self._process.kill()
+            return
+        if self._process is not None:
+            self._process.send_signal(number)  # before the note: standard error may be closed
+        if len(self.signals) == 1:
+            note(f"{signal.Signals(number).name}: saving and stopping (a second signal ends it sooner, a third kills)")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

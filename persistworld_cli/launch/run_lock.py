@@ -21,7 +21,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from persistworld_cli.config.fields import coerce, field_types
@@ -47,6 +47,7 @@ class Holder:
         since: when the run began, local time.
         machines: of the run.
         rendezvous: address and port at which its machines meet; "" for one machine.
+        restarts: how often this launcher has restarted its workers (`launch.restarting`).
     """
 
     run: str
@@ -58,6 +59,7 @@ class Holder:
     since: str
     machines: int
     rendezvous: str
+    restarts: int = 0
 
     def words(self) -> str:
         """For messages."""
@@ -88,15 +90,26 @@ class RunFolder:
         run: its id.
         output: the folder.
         private: files of this machine's launcher and workers; removed at the end.
-        fd: the lock, for the child to hold too; None if the file system has none.
+        fd: the lock, for the child to hold too.
         first: whether this is machine 0, which writes the files that stay.
     """
 
     run: str
     output: Path
     private: Path
-    fd: int | None
+    fd: int
     first: bool
+
+    def count_restarts(self, count: int) -> None:
+        """Write how often this machine's workers were restarted into its lock, for the run's other launchers."""
+        if (own := _parse(self.fd)) is not None:
+            _write(self.fd, replace(own, restarts=count))
+
+    def other_machines(self) -> dict[str, int]:
+        """The restarts of the run's other launchers, by their ids."""
+        own = _parse(self.fd)
+        found = [holder for path in self.output.glob("run*.lock") if (holder := _read(path))] if own else []
+        return {holder.run: holder.restarts for holder in found if own and holder.run != self.run and holder.is_of(own)}
 
 
 @contextmanager
@@ -130,7 +143,7 @@ def own_folder(
             for left in output.glob(f".run-node{rank}-*"):
                 shutil.rmtree(left, ignore_errors=True)
         private.mkdir()
-        yield RunFolder(own.run, output, private, fd if locked else None, first=not rank)
+        yield RunFolder(own.run, output, private, fd, first=not rank)
         if not shared and (now := _read(path)) is not None and now.run != own.run:
             raise PersistWorldError(
                 f"the folder was taken over meanwhile: {now.words()}",
@@ -255,7 +268,8 @@ def _taken(path: Path, holder: Holder | None) -> PersistWorldError:
 def _release(fd: int, path: Path, own: Holder, *, shared: bool, locked: bool) -> None:
     """Release the lock, and remove the file unless another run shares it or has taken it over."""
     try:
-        mine = _same_file(fd, path) and (shared or _parse(fd) == own)
+        now = _parse(fd)
+        mine = _same_file(fd, path) and (shared or (now is not None and now.run == own.run))
         if mine and (not shared or (locked and _flock(fd, fcntl.LOCK_EX))):
             if shared:
                 for left in path.parent.glob(".run-node*-*"):
@@ -287,10 +301,10 @@ def _same_file(fd: int, path: Path) -> bool:
 
 
 def _write(fd: int, holder: Holder) -> None:
-    """Write the file in place: the lock is on this file, not on one that replaces it."""
+    """Write the file in place: the lock is on this file, not on one that replaces it. A reader never finds it empty."""
     text = json.dumps(asdict(holder), indent=1).encode()
-    os.ftruncate(fd, 0)
     os.pwrite(fd, text, 0)
+    os.ftruncate(fd, len(text))
     os.fsync(fd)
 
 
@@ -309,7 +323,7 @@ def _read(path: Path) -> Holder | None:
 def _parse(fd: int) -> Holder | None:
     """The holder that an open lock file names; None if it is empty, or incomplete since its writer was killed."""
     try:
-        data = json.loads(os.pread(fd, 1 << 16, 0).decode())
+        data = {"restarts": 0} | json.loads(os.pread(fd, 1 << 16, 0).decode())
         own = field_types(Holder).items()
         return Holder(**{name: coerce(data[name], kind, key=name, where="") for name, kind in own})
     except (ValueError, TypeError, KeyError, RecursionError, UsageError):

@@ -18,7 +18,7 @@ def run(settings: Settings, request: SelfcheckRequest) -> dict[str, Any]:
     from accelerate.utils import gather_object, reduce
 
     state = PartialState(cpu=settings.launch.device == "cpu")
-    if request.fail_rank == state.process_index:
+    if request.fail_rank == state.process_index and _still_fails(request):
         _fail(request.fail_how)
     if request.seconds:
         (request.output / f"waiting.{state.process_index}").write_text("waiting\n", encoding="utf-8")
@@ -33,10 +33,22 @@ def run(settings: Settings, request: SelfcheckRequest) -> dict[str, Any]:
     return {"world_size": state.num_processes, "sum": float(total), "ranks": gather_object([own])}
 
 
+def _still_fails(request: SelfcheckRequest) -> bool:
+    """Whether this start is one of those that fail."""
+    if request.fail_starts is None:
+        return True
+    with (request.output / "failed").open("a+") as failed:
+        failed.write("failed\n")
+        failed.seek(0)
+        return len(failed.readlines()) <= request.fail_starts
+
+
 def _fail(how: str) -> None:
     """Make this rank fail in the requested way."""
     if how == "kill":
         os.kill(os.getpid(), 9)
     if how == "crash":
         raise RuntimeError("selfcheck was asked to crash")
+    if how == "lost-gpu":
+        raise RuntimeError("CUDA error: unspecified launch failure")
     raise PersistWorldError("selfcheck was asked to fail", where="fail_rank", fix="ask for something else")

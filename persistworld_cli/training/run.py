@@ -25,6 +25,7 @@ from accelerate.utils import ProjectConfiguration, gather_object
 from persistworld_cli.checkpoints.saving import save_torch
 from persistworld_cli.config.requests import TrainingRequest
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings, VaeSettings
+from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import CannotWrite, sweep, whole_folder, write_text, writing
 from persistworld_cli.models.precision import allow_tf32, product_type
 from persistworld_cli.reports.progress import Meter
@@ -138,8 +139,9 @@ class Run:
                 sweep(self.output / folder)  # half-written files of a killed run
             set_aside_damaged(self.output)
         self.accelerator.wait_for_everyone()
+        self._newest = self._agreed_state()
         if self.main and names:
-            begun = next((step_of(state) for state in reversed(states_of(self.output))), 0)
+            begun = step_of(self._newest) if self._newest else 0
             sent = max((int(entry["step"]) for entry in self.history()), default=0)
             self._trackers = Trackers(self.accelerator, self.output, settings, begun=begun, sent=sent)
 
@@ -226,20 +228,34 @@ class Run:
             forget_trackers(self.output)
         self.accelerator.wait_for_everyone()
 
+    def _agreed_state(self) -> Path | None:
+        """The newest state that rank 0 finds: another machine may see an older list of a shared disk's files."""
+        names = self.gather([state.name for state in states_of(self.output)[-1:]] or [""])
+        if not names[0]:
+            return None
+        newest = self.output / "state" / names[0]
+        if not (newest / STATE).is_file():
+            raise PersistWorldError(
+                f"rank {self.rank} does not find the state that rank 0 resumes from",
+                where=str(newest),
+                fix="take an --output on a disk that all machines share",
+            )
+        return newest
+
     @property
     def resumed_from(self) -> list[str]:
         """Path of the state that `load` will read, in a list; empty if there is none."""
-        return [str(state / STATE) for state in states_of(self.output)[-1:]]
+        return [str(self._newest / STATE)] if self._newest else []
 
     def load(self) -> dict[str, Any] | None:
-        """The latest saved state, or None. Lines logged after it are dropped: they will be written again."""
-        if not (states := states_of(self.output)):
+        """The state that the run resumes from, or None. Lines logged after it are dropped and will be written again."""
+        if not self._newest:
             self._trim_logs(0)
             return None
-        state: dict[str, Any] = torch.load(states[-1] / STATE, map_location="cpu", weights_only=True, mmap=True)
+        state: dict[str, Any] = torch.load(self._newest / STATE, map_location="cpu", weights_only=True, mmap=True)
         self._trim_logs(int(state["step"]))
         if self.main:
-            logger.info(_resuming(int(state["step"]), self.updates, states[-1] / STATE))
+            logger.info(_resuming(int(state["step"]), self.updates, self._newest / STATE))
         return state
 
     # -- the loop -------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_values_become_their_types() -> None:
         (FrontierRequest, {"calls": [1, 0]}, "calls[1] = 0 must be at least 1"),
         (FrontierRequest, {"percent": "much"}, "percent = 'much' has the wrong type: expected a number"),
         (EvalRequest, {"basline": "x"}, "unknown field 'basline' of the eval request"),
-        (SelfcheckRequest, {"fail_how": "crsh"}, "fail_how = 'crsh' is not one of mistake, crash, kill"),
+        (SelfcheckRequest, {"fail_how": "crsh"}, "fail_how = 'crsh' is not one of mistake, crash, lost-gpu, kill"),
         (
             PostTrainRequest,
             {"resume": False, "resume_from": "x"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 from pathlib import Path
 
 
@@ -28,3 +29,11 @@ def read_lines(path: Path, count: int) -> list[str]:
     """Block until so many lines were written to a named pipe, by however many processes."""
     with os.fdopen(os.open(path, os.O_RDWR)) as pipe:  # also writing: the end of one writer is not the end
         return [pipe.readline().rstrip() for _ in range(count)]
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port

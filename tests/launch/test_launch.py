@@ -31,7 +31,7 @@ from pathlib import Path
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.requests import SelfcheckRequest
 from persistworld_cli.launch.launcher import run_task
-settings = load_settings("tiny", ["launch.device=cpu", "launch.num_processes=" + sys.argv[1]])
+settings = load_settings("tiny", ["launch.device=cpu", *("launch." + word for word in sys.argv[1].split())])
 code, result = run_task(settings, SelfcheckRequest(output=Path(sys.argv[3]), **json.loads(sys.argv[2])))
 print(json.dumps(result))
 sys.exit(code)
@@ -39,9 +39,10 @@ sys.exit(code)
 
 
 @contextmanager
-def started(processes: int, request: dict[str, Any], output: Path) -> Iterator[subprocess.Popen[str]]:
+def started(processes: int, request: dict[str, Any], output: Path, restarts: int) -> Iterator[subprocess.Popen[str]]:
     """The launcher, in a process that is killed in the end if it still lives."""
-    command = [sys.executable, "-c", LAUNCH, str(processes), json.dumps(request), str(output)]
+    options = f"num_processes={processes} restarts={restarts}"
+    command = [sys.executable, "-c", LAUNCH, options, json.dumps(request), str(output)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -49,8 +50,8 @@ def started(processes: int, request: dict[str, Any], output: Path) -> Iterator[s
             process.kill()
 
 
-def launch(processes: int, request: dict[str, Any], output: Path) -> tuple[int, str, str]:
-    with started(processes, request, output) as process:
+def launch(processes: int, request: dict[str, Any], output: Path, restarts: int = 0) -> tuple[int, str, str]:
+    with started(processes, request, output, restarts) as process:
         out, err = process.communicate()
     return process.returncode, out, err
 
@@ -72,7 +73,7 @@ def alive(marker: str) -> list[int]:
 def waiting(output: Path, ranks: int) -> Iterator[subprocess.Popen[str]]:
     """The launcher of ranks that have all come to the point where they only wait."""
     pipes = [make_pipe(output / f"waiting.{rank}") for rank in range(ranks)]
-    with started(ranks, {"seconds": 900}, output) as process:
+    with started(ranks, {"seconds": 900}, output, 3) as process:
         for pipe in pipes:
             assert read_lines(pipe, 1) == ["waiting"]
         yield process
@@ -117,16 +118,18 @@ def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path: Path, how: str
     assert not (tmp_path / "result.json").exists()
 
 
-@pytest.mark.parametrize(("how", "expected"), [("mistake", 1), ("crash", 1), ("kill", 137)])
+@pytest.mark.parametrize(("how", "expected"), [("mistake", 1), ("crash", 1), ("lost-gpu", 75), ("kill", 137)])
 def test_a_single_worker_that_fails_passes_its_code_on(tmp_path: Path, how: str, expected: int) -> None:
     (tmp_path / "result.json").write_text("{}")
-    code, out, err = launch(1, {"fail_rank": 0, "fail_how": how}, tmp_path)
+    code, out, err = launch(1, {"fail_rank": 0, "fail_how": how}, tmp_path, restarts=1)
     assert (code, out.strip()) == (expected, "{}")
-    assert ("Traceback" in err) == (how == "crash")
+    assert err.count("Traceback") == {"crash": 1, "lost-gpu": 2}.get(how, 0)
+    assert ("restart 1 of 1" in err) == ("no restart: there were 1" in err) == (expected > 2)
     told = {
         "mistake": "to do: ask for something else",
         "crash": "RuntimeError: selfcheck was",
-        "kill": "killed by SIGKILL",
+        "lost-gpu": "restart 1 of 1: rank 0: RuntimeError('CUDA error",
+        "kill": "restart 1 of 1: the worker was killed by SIGKILL; nothing was saved yet",
     }
     assert told[how] in err
     failure = json.loads((tmp_path / "failure.json").read_text())

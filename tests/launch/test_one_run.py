@@ -15,6 +15,7 @@ from pathlib import Path
 import eval_world
 import pytest
 from drive_world import arm_world, drive_command
+from processes import free_port
 
 from persistworld_cli.config.presets import to_json
 from persistworld_cli.config.settings import LaunchSettings, PretrainSettings, Settings
@@ -192,7 +193,7 @@ def test_a_dead_holder_of_this_host_frees_the_folder_one_of_another_needs_the_fl
     leave_lock(tmp_path)  # no locks in this file system: the living process that the file names is this one
     assert "another run works in this folder" in refused(tmp_path)
     leave_lock(tmp_path, born=1.0)
-    assert had(tmp_path).fd is None
+    assert had(tmp_path).first
 
 
 def test_a_run_whose_folder_was_taken_over_says_so(tmp_path: Path) -> None:
@@ -224,14 +225,9 @@ def test_extractions_share_the_folder_of_their_reports_and_nobody_else(tmp_path:
 
 
 def test_two_launchers_stand_for_two_machines_and_must_have_been_given_one_command(tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     base, out = eval_world.settings(tmp_path), tmp_path / "out"
     pair = LaunchSettings(
-        device="cpu", num_machines=2, num_processes=2, main_process_ip="127.0.0.1", main_process_port=port
+        device="cpu", num_machines=2, num_processes=2, main_process_ip="127.0.0.1", main_process_port=free_port()
     )
     both = []
     for rank in (0, 1):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import free_port
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_flatten
 
@@ -231,22 +232,69 @@ def test_two_pretraining_processes_equal_one_whole_and_sharded(
     assert torch.cat([(a - b).abs().flatten() for a, b in tensors]).mean() < 1e-6
 
 
-@pytest.mark.parametrize("split", [False, True], ids=["groups", "candidates of one group"])
-def test_two_processes_equal_one(world: Settings, post_trained: Path, tmp_path: Path, split: bool) -> None:
-    alone = post_trained
-    if split:
-        options = replace(world.post_train, groups=1, candidates=4, split_groups=True, credit="patch")
-        world, alone = replace(world, post_train=options), tmp_path / "one"
-        post_train.run(world, PostTrainRequest(output=alone))
+def test_two_processes_that_share_a_group_equal_one(world: Settings, tmp_path: Path) -> None:
+    options = replace(world.post_train, groups=1, candidates=4, split_groups=True, credit="patch")
+    world = replace(world, post_train=options)
+    post_train.run(world, PostTrainRequest(output=tmp_path / "one"))
     together = replace(world, launch=replace(world.launch, num_processes=2, threads=1))
     code, result = run_task(together, PostTrainRequest(output=tmp_path / "two"))
     assert code == 0 and result["processes"] == 2
+    require_equal(tmp_path / "two", tmp_path / "one")
+
+
+def require_equal(two: Path, one: Path) -> None:
+    """The post-trainings of another number of processes."""
     for name in ("reward", "loss", "grad_norm"):
-        assert losses(tmp_path / "two", name) == pytest.approx(losses(alone, name), abs=1e-5)
-    one, two = (load_file(str(folder / ADAPTER)) for folder in (alone, tmp_path / "two"))
+        assert losses(two, name) == pytest.approx(losses(one, name), abs=1e-5)
+    ours, theirs = (load_file(str(folder / ADAPTER)) for folder in (two, one))
     # Muon orthogonalises in bfloat16, so where a gradient is all but zero rounding is blown up to whole steps of 2e-5
-    gap = torch.cat([(one[k] - two[k]).abs().flatten() for k in one])
+    gap = torch.cat([(ours[k] - theirs[k]).abs().flatten() for k in ours])
     assert gap.mean() < 1e-6 and gap.max() < 5e-5
+
+
+# sitecustomize.py of the workers: rank 1 is killed (-9) once, as soon as it starts.
+KILLED_ONCE = """
+import os, signal, sys
+from pathlib import Path
+
+once = Path(__file__).with_name("killed")
+if os.environ.get("RANK") == "1" and "persistworld_cli.worker" in sys.orig_argv and not once.exists():
+    once.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+LAUNCH = """
+import json, sys
+from persistworld_cli.config.presets import from_json
+from persistworld_cli.config.requests import PostTrainRequest
+from persistworld_cli.launch.launcher import run_task
+print(run_task(from_json(json.loads(sys.argv[1])), PostTrainRequest(output=sys.argv[2])))
+"""
+
+
+def test_two_machines_restart_together_from_the_state_of_one_process_and_equal_it(
+    world: Settings,
+    post_trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(KILLED_ONCE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    pair = {"num_machines": 2, "num_processes": 2, "main_process_ip": "127.0.0.1", "main_process_port": free_port()}
+    machines = [replace(world, launch=replace(world.launch, threads=1, machine_rank=rank, **pair)) for rank in (0, 1)]
+    out = tmp_path / "two"
+    shutil.copytree(post_trained, out)
+    shutil.rmtree(out / "state" / "step-00000002")
+    command = [sys.executable, "-c", LAUNCH, json.dumps(to_json(machines[1])), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as second:
+        code, result = run_task(machines[0], PostTrainRequest(output=out))
+        theirs = second.communicate()
+    ours = capfd.readouterr().err
+    assert (code, theirs[0]) == (0, "(0, {})\n"), (ours, theirs)
+    assert result["processes"] == 2
+    assert "restart 1 of 3: rank 1 was killed by SIGKILL after update 2; resuming from update 1, saved at" in theirs[1]
+    assert "restart 1 of 3: the workers of another machine died" in ours and "resuming from update 1 of 2" in ours
+    require_equal(out, post_trained)
 
 
 def test_policies_share_frozen_weights_and_start_equal(world: Settings) -> None:
