@@ -164,6 +164,13 @@ def _open(
     return files, [part for part in absent if part != "text_encoder"]
 
 
+def vae_source(vae: str | None, settings: ModelSettings) -> str:
+    """The weights of the VAE to load: ``--vae``, else the model's. Raises PersistWorldError if there are none."""
+    if source := vae or settings.ckpt:
+        return source
+    raise PersistWorldError("no VAE is named", where="--vae, model.ckpt", fix="give --vae, or a preset with weights")
+
+
 def load_vae(settings: ModelSettings, source: str) -> AutoencoderKLTemporalDecoder:
     """The preset's VAE with its weights, float32, frozen.
 

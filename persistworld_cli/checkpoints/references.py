@@ -63,7 +63,7 @@ def weights_ref(weights: str, ckpt: str, adapter: str = "", label: str = "") -> 
         raise UsageError(
             f"'{weights}' is an adapter, but its base weights are not given",
             where="model.ckpt",
-            fix="use the preset it was trained with, or set model.ckpt",
+            fix="give them with --ckpt, and this one with --adapter",
         )
     return ModelRef(label, ckpt, own)
 

@@ -270,7 +270,7 @@ class DriveRequest(TaskRequest):
 
     task: ClassVar[str] = "drive"
     keys: str | None = option(
-        None, "One key per step, of the preset's drive.keys: l r f b u d o c; l*3 is lll.  \\[lllrrr]"
+        None, "One key per step, of the preset's drive.keys (a Franka's: l r f b u d o c); l*3 is lll.  \\[lllrrr]"
     )
     live: bool = option(False, "Drive in this terminal: one key, one step.")
     web: bool = option(False, "Drive on a web page that this machine serves.")

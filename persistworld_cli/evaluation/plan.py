@@ -268,7 +268,7 @@ def _absent(
     """The error for episodes that the dataset does not have."""
     some = ", ".join(f"'{name}'" for name in absent[:6]) + (" ..." if len(absent) > 6 else "")
     what = f"no episode{'s' if len(absent) > 1 else ''} {some} in split '{split}'"
-    fix = "take one of: " + (", ".join(there[:12]) + (" ..." if len(there) > 12 else "") or "none there")
+    fix = store.instead_of(split, absent)
     if benchmark:
         what += f", of {count} that benchmark '{benchmark.name}' names"
         own = f", or name your own: --episodes {','.join(there[:3])}" if there else ""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from persistworld_cli.checkpoints.loading import load_vae
+from persistworld_cli.checkpoints.loading import load_vae, vae_source
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.inputs import describe_content
 from persistworld_cli.config.requests import ExtractRequest
@@ -82,7 +82,7 @@ def run(settings: Settings, request: ExtractRequest) -> dict[str, Any]:
     """
     work = Run(request.output, cpu=settings.launch.device == "cpu")
     raw, out = resolve_path(settings.world.raw), Path(resolve_path(settings.world.dataset))
-    source = request.vae or settings.model.ckpt
+    source = vae_source(request.vae, settings.model)
     dataset = RawDataset(raw)
     chosen = parse_episodes(request.episodes, dataset.episodes)
     run = work.gather([secrets.token_hex(4)])[0]  # several runs may write to this dataset
@@ -122,7 +122,7 @@ def _extract(
     settings: Settings, request: ExtractRequest, work: Run, encoder: Vae, run: str, chosen: set[int] | None
 ) -> ExtractReport:
     """This process's share."""
-    source, posterior = request.vae or settings.model.ckpt, settings.model.posterior
+    source, posterior = vae_source(request.vae, settings.model), settings.model.posterior
     weights = resolve_path(source)
     content = (
         str(describe_content(weights).get("sha256", "")) if weights.exists() else ""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from persistworld_cli.checkpoints.action_scale import check_poses, scale_note, scale_of
-from persistworld_cli.checkpoints.loading import OPTIONAL, load_vae, load_world_model, open_passthrough
+from persistworld_cli.checkpoints.loading import OPTIONAL, load_vae, load_world_model, open_passthrough, vae_source
 from persistworld_cli.checkpoints.saving import save_safetensors
 from persistworld_cli.checkpoints.tensor_files import WeightFiles
 from persistworld_cli.config.requests import PretrainRequest
@@ -58,11 +58,14 @@ def initial_model(settings: Settings, request: PretrainRequest, device: torch.de
     torch.manual_seed(settings.pretrain.seed)
     if not request.scratch:
         own = settings.model
+        if not own.ckpt:
+            fix = "give --ckpt, or begin from random ones: --scratch --vae WEIGHTS"
+            raise PersistWorldError("no weights to begin from", where="model.ckpt", fix=fix)
         return load_world_model(
             own, settings.world, ckpt=own.ckpt, adapter=adapter_name(own.adapter), device=device, optional=OPTIONAL
         )
     model = build_world_model(settings.model, settings.world)
-    model.vae = load_vae(settings.model, request.vae or settings.model.ckpt)
+    model.vae = load_vae(settings.model, vae_source(request.vae, settings.model))
     return model.to(device)
 
 

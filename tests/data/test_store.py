@@ -84,6 +84,7 @@ def test_mistakes_are_named(store: EpisodeStore, tmp_path: Path) -> None:
     with pytest.raises(PersistWorldError, match="no episode '7' in split 'train'") as caught:
         store.annotation("train", "7")
     assert "0, 2, 10" in str(caught.value)
+    assert store.instead_of("val", ["2", "10"]) == "take --split train"
     with pytest.raises(PersistWorldError, match="split 'test' has no episodes"):
         store.index("test")
     bare = EpisodeStore(store.root, meta=tmp_path / "none")

@@ -77,9 +77,17 @@ class EpisodeStore:
             raise PersistWorldError(
                 f"no episode '{episode}' in split '{split}'",
                 where=str(path.parent),
-                fix=f"take one of: {', '.join(self.episodes(split)[:12]) or 'none there'}",
+                fix=self.instead_of(split, [episode]),
             )
         return read_annotation(path)
+
+    def instead_of(self, split: str, absent: list[str]) -> str:
+        """What to take instead of episodes that a split lacks: the split that has them all, or some that it has."""
+        for other in self.splits:
+            if all((self.root / "annotation" / other / f"{episode}.json").is_file() for episode in absent):
+                return f"take --split {other}"
+        there = self.episodes(split)
+        return "take one of: " + (", ".join(there[:12]) + (" ..." if len(there) > 12 else "") or "none there")
 
     def num_cameras(self, split: str, episode: str) -> int:
         """Number of cameras V; raises as `scan.num_cameras`."""
