@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from cuda_trace import CUDA, CudaTrace, cuda_trace, require_no_wait_in_a_loop, without_weights
 
 from benchmarks.full_size import recorded_world
+from benchmarks.requirements import TRACED
 from persistworld_cli.config.bundled import bundled_root
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.config.requests import PostTrainRequest, PretrainRequest
@@ -137,10 +138,14 @@ def on_cuda(settings: Settings, request: Any, options: Any) -> Iterator[Run]:
         AcceleratorState._reset_state(True)
 
 
-def test_a_post_training_update(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checks = [f"post_train.{name}=0" for name in ("margin_every", "validate_every", "video_every")]
-    sets = ["post_train.groups=1", "post_train.prefix=fixed", "post_train.prefix_max=2", "post_train.referees=[]"]
-    settings = full_size("persistworld", dataset, "launch.device=cpu", *checks, *sets)
+@pytest.mark.parametrize("micro_batch", TRACED.values(), ids=TRACED)
+def test_a_post_training_update(
+    micro_batch: int, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = [f"{name}=0" for name in ("margin_every", "validate_every", "video_every")]
+    sets = [f"{name}={micro_batch}" for name in ("micro_batch", "keep_best", "keep_worst")]  # two passes
+    sets += ["groups=1", "prefix=fixed", "prefix_max=2", "referees=[]", *checks]
+    settings = full_size("persistworld", dataset, "launch.device=cpu", *(f"post_train.{one}" for one in sets))
     report, peaks = cost_report("post-train", settings), Peaks()
     assert report is not None
     monkeypatch.setattr(post_train, "load_world_model", without_weights)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +24,17 @@ from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.config.presets import to_json
 from persistworld_cli.config.requests import PostTrainRequest, PretrainRequest
 from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, Settings
+from persistworld_cli.data.clips.store import open_store
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.launch.environment import worker_environment
 from persistworld_cli.launch.launcher import _command, run_task
+from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.models.cpu.native.build import without_kernels
+from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.training import action_margin, post_train, pretrain
+from persistworld_cli.training.candidates import CandidateMaker
 from persistworld_cli.training.policy_switch import PolicySwitch
+from persistworld_cli.training.sharing import Share
 
 ADAPTER = "weights/adapter/adapter_model.safetensors"
 
@@ -295,6 +301,21 @@ def test_two_machines_restart_together_from_the_state_of_one_process_and_equal_i
     assert "restart 1 of 3: rank 1 was killed by SIGKILL after update 2; resuming from update 1, saved at" in theirs[1]
     assert "restart 1 of 3: the workers of another machine died" in ours and "resuming from update 1 of 2" in ours
     require_equal(out, post_trained)
+
+
+def test_prefixes_are_uniform_independent_and_the_same_to_every_process(world: Settings) -> None:
+    options, store = replace(world.post_train, split_groups=True), open_store(world)
+    engine = RolloutEngine(load_world_model(world.model, world.world), world.sampling, store.stat())
+    scorer = Scorer(world.rewards, world.world)
+    seen = []
+    for processes in (1, 4):
+        shares = [Share.of(options, rank, processes) for rank in range(processes)]
+        maker = CandidateMaker(engine, store, scorer, options, shares, processes - 1, list)
+        seen.append([[maker.plan(update, group) for group in range(2)] for update in range(1000)])
+    assert seen[0] == seen[1]
+    counts = Counter(tuple(plan.prefix for plan in plans) for plans in seen[0])  # episodes leave room for 0 or 1
+    assert set(counts) == {(a, b) for a in (0, 1) for b in (0, 1)}
+    assert all(abs(count - 250) < 70 for count in counts.values())  # 5 standard deviations
 
 
 def test_policies_share_frozen_weights_and_start_equal(world: Settings) -> None:
