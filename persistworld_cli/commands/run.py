@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from persistworld_cli.command_line import command_line
+from persistworld_cli.commands.hints import hints
 from persistworld_cli.commands.options import Common
-from persistworld_cli.commands.weights import hints, weights_lines, weights_rows
+from persistworld_cli.commands.weights import weights_lines, weights_rows
 from persistworld_cli.config.presets import Resolved, flatten, load_settings, resolve_settings
 from persistworld_cli.config.requests import Request, TaskRequest, request_to_json
 from persistworld_cli.config.settings import Settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from persistworld_cli.commands.options import Common
 from persistworld_cli.config import requests
 from persistworld_cli.config.bundled import resolve_path
-from persistworld_cli.config.presets import Resolved, load_settings
+from persistworld_cli.config.presets import Resolved
 from persistworld_cli.config.requests import EvalRequest, PretrainRequest, ReplayRequest, Request, option
 from persistworld_cli.config.weight_names import NO_ADAPTER, adapter_name, adapter_on_disk
 from persistworld_cli.errors import UsageError
@@ -126,11 +126,3 @@ def weights_lines(rows: list[dict[str, str]]) -> list[str]:
         named = row["weights"] or ("" if on else "no weights yet")
         lines.append(f"{row['use']} {named}{on}".replace("  ", " ") + f" ({row['why']})")
     return lines
-
-
-def hints(resolved: Resolved, request: Request) -> list[str]:
-    """When pretraining starts from the finished Ctrl-World, name the preset that starts from Stable Video Diffusion."""
-    finished = load_settings("ctrl-world", env={}).model.ckpt
-    if not isinstance(request, PretrainRequest) or request.scratch or resolved.settings.model.ckpt != finished:
-        return []
-    return ["these weights are trained already; to start from Stable Video Diffusion: --preset ctrl-world-svd"]

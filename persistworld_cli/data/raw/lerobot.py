@@ -192,6 +192,15 @@ class RawDataset:
         shapes = [self._shape(name) for name in columns]
         return sum(map(math.prod, shapes)) if all(shapes) else None
 
+    def image_size(self, camera: str) -> tuple[int, int] | None:
+        """Height and width of a camera's images, by info.json; None: it does not state them."""
+        feature = self._feature(camera)
+        shape, names = self._shape(feature), self.features.get(feature, {}).get("names")
+        if isinstance(names, list) and len(names) == len(shape) and "height" in names and "width" in names:
+            return shape[names.index("height")], shape[names.index("width")]
+        sides = [side for side in shape if side > 4]  # the other is the colours, first or last
+        return (sides[0], sides[1]) if len(sides) == 2 else None
+
     def columns(self, index: int) -> list[str]:
         """Names of the columns in the table of an episode."""
         return list(self._rows(self.episode(index)).column_names)
