@@ -82,7 +82,7 @@ def only_what_counts(task: str) -> Iterator[None]:
         yield
     uncounted = {key for key in seen if not key.startswith("launch.")} - set(used_keys(task))
     uncounted -= {"sampling.history_policy"}  # a protocol takes all of the table but this one
-    uncounted -= {"robot.dimensions", "robot.limits", "world.state_fields"}  # they name numbers in messages
+    uncounted -= {"robot.name", "robot.dimensions", "robot.limits", "world.state_fields"}  # in messages and the card
     assert len(seen) > 50 and not uncounted, f"{task} reads what does not count for it: {sorted(uncounted)}"
 
 
