@@ -186,6 +186,11 @@ def test_what_does_not_fit_the_robot_is_named(item: str, text: str) -> None:
         load_settings("one-camera", [item], env={})
 
 
+def test_nothing_of_the_bundled_world_is_inherited() -> None:
+    settings = load_settings("one-camera", env={})
+    assert settings.post_train.referees == ("sharpness_gap", "st_lpips") and "bundled" not in settings.world.raw
+
+
 class Planar:
     """Two joints in degrees, one metre each."""
 
