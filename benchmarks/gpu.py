@@ -6,7 +6,7 @@ Correctness first: a network call, decoding, and the gradient of a post-training
 preset with random weights (at full size: its whole network on small images, which a CPU can follow), in float32 without
 TF32 and as the presets compute (bf16). `apart` is the distance from the CPU's float32 result, divided by that result's
 norm: at most 1e-4 in float32. In bf16 at most 1e-2, or three times the CPU's own distance where that is more (rounding
-alone moves a gradient by several percent), and never more than 0.5. Then speed, the most informative first, through the
+alone moves calls and gradients by 1%), and never more than 0.1. Then speed, the most informative first, through the
 engine and the trainers that every command uses: time, share of the data sheet's peak, and peak memory with what a dry
 run states.
 
@@ -244,9 +244,18 @@ def watch(
         yield from missing(name, "out of time")
 
 
-def day(size: str, device: str, minutes: float, dataset: Path) -> Iterator[Row]:
-    """All rows, each as soon as it is known; without a CUDA device one that says so."""
-    table = parts(size)
+def chosen(size: str, only: str | None) -> dict[str, Part]:
+    """The parts whose names contain one of the texts in ``only``, which commas separate; all without it."""
+    every = parts(size)
+    texts = [text.strip() for text in (only or "").split(",") if text.strip()]
+    table = {name: part for name, part in every.items() if not texts or any(text in name for text in texts)}
+    if not table:
+        raise SystemExit(f"no part's name contains {' or '.join(texts)}; there are: {'; '.join(every)}")
+    return table
+
+
+def day(table: Mapping[str, Part], size: str, device: str, minutes: float, dataset: Path) -> Iterator[Row]:
+    """The rows of some parts, each as soon as it is known; without a CUDA device one that says so."""
     if device == "cuda" and not torch.cuda.is_available():
         yield Row(what=next(iter(table)), value=None, unit="s", why="no GPU here")
         return

@@ -157,6 +157,13 @@ def test_a_process_that_ends_or_hangs_costs_one_part(started: Callable[[Sequence
     assert [row.why for row in broken] == ["its process ended with 3"] * len(table)
 
 
+def test_parts_are_chosen_by_their_names() -> None:
+    assert list(gpu.chosen("full", "compiled, pretraining")) == ["pretraining step", "call, compiled"]
+    assert list(gpu.chosen("full", None)) == list(parts("full"))
+    with pytest.raises(SystemExit, match="no part's name contains gradeint; there are: imports"):
+        gpu.chosen("full", "gradeint")
+
+
 def test_a_device_is_known_by_its_name() -> None:
     assert gpu.peak_of("NVIDIA H200").name == "h200"
     assert gpu.peak_of("NVIDIA H100 PCIe").name == "h100-pcie"
