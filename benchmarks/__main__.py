@@ -190,11 +190,12 @@ def _bounded(words: Sequence[str], seconds: float) -> str:
 
 
 def extracted(seconds: float) -> Path:
-    """Training and held-out episodes of the bundled world as latents, made where they are not there yet."""
+    """Training and held-out episodes of the bundled world with metadata, made where they are not there yet."""
     program = [sys.executable, "-m", "persistworld_cli"]
     extract = ["extract-latents", "bundled:dataset_example/world", str(WORLD), "--preset", "tiny"]
     more = ["--episodes", "0:12,60:80", "--output", str(WORLD.parent / "extract"), "--json"]
     _bounded([*program, *extract, *more], seconds)
+    _bounded([*program, "build-meta", str(WORLD), "--json"], seconds)
     return WORLD
 
 

@@ -123,23 +123,30 @@ def measured(bench: Bench, table: Mapping[str, Part], say: Callable[..., None]) 
     """Run parts, and say what they begin, find and end; False where the device no longer works."""
     for name, part in table.items():
         say(part=name)
-        failed = bench.left < part.needs
-        if failed:
+        if bench.left < part.needs:
             say(found=asdict(Found(what=name, why=f"{bench.left:.0f} s left, it needs {part.needs:.0f}")))
-        else:
-            try:
-                for found in part.run(bench, name):
-                    say(found=asdict(found))
-            except Exception as error:
-                traceback.print_exc()
-                text = (str(error).splitlines() or [""])[0][:200]
-                say(found=asdict(Found(what=name, why=f"{type(error).__name__}: {text}")))
-                bench.forget()
-                if not works(bench.device):
-                    say(done=name)
-                    return False
+            say(done=name)
+            continue
+        whole = name
+        try:
+            for found in part.run(bench, name):
+                say(found=asdict(found))
+                whole = rest(name)
+        except Exception as error:
+            traceback.print_exc()
+            text = (str(error).splitlines() or [""])[0][:200]
+            say(found=asdict(Found(what=whole, why=f"{type(error).__name__}: {text}")))
+            if not works(bench.device):
+                say(done=name)
+                return False
+            bench.forget()
         say(done=name)
     return True
+
+
+def rest(name: str) -> str:
+    """What a part did not measure that ended after its first row."""
+    return f"{name}: what else it measures"
 
 
 def works(device: torch.device) -> bool:
@@ -207,11 +214,11 @@ def watch(
     """
     waiting = list(table)
 
-    def missing(name: str, why: str) -> Iterator[Row]:
-        return rows(Found(what=name, why=why), table[name].limit)
+    def missing(name: str, why: str, *, begun: bool = False) -> Iterator[Row]:
+        return rows(Found(what=rest(name) if begun else name, why=why), table[name].limit)
 
     while waiting and until > time.time():
-        first, begun = waiting[0], ""
+        first, begun, some = waiting[0], "", False
         with start(waiting) as child:
             deadline = time.time() + START_S
             while True:
@@ -227,14 +234,15 @@ def watch(
                     break
                 if "found" in message:
                     yield from rows(Found(**message["found"]), table[begun].limit)
+                    some = True
                 elif "part" in message:
-                    begun = message["part"]
+                    begun, some = message["part"], False
                     deadline = time.time() + table[begun].most
                 else:
                     waiting.remove(message["done"])
                     begun, deadline = "", time.time() + START_S
         if begun:
-            yield from missing(begun, why)
+            yield from missing(begun, why, begun=some)
             waiting.remove(begun)
         elif waiting and waiting[0] == first:  # nothing was done: another process would do no more
             for name in waiting:

@@ -511,6 +511,6 @@ def parts(size: str) -> dict[str, Part]:
         "share of attention in fused kernels": Part(attention, 3, 30),
         "post-training update, K = 16": Part(update, 40, 120),
         "pretraining step": Part(pretraining, 20, 60),
-        "call, compiled": Part(compiled, 60, 150),
+        "call, compiled": Part(compiled, 60, 180),
         f"{UPDATES} updates of the bundled preset, each": Part(bundled_updates, 20, 150),
     }
