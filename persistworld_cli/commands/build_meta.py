@@ -103,6 +103,12 @@ def _build(settings: Settings, request: BuildMetaRequest, *, as_json: bool) -> N
 
 def _warn(report: MetaReport, settings: Settings) -> None:
     """Print warnings about the dataset."""
+    from persistworld_cli.data.metadata.check_dataset import TOO_FEW
+    from persistworld_cli.statistics.paired import FEWEST
+
+    held = report.episodes.get("val", 0)
+    if held < FEWEST:
+        note(f"{held} of {sum(report.episodes.values())} episodes are held out, under {FEWEST}: {TOO_FEW}")
     left_out = sum(row["episodes"] for row in report.health["unusable"])
     if left_out:
         note(f"{left_out} episodes are left out: see the table; persistworld build-meta --check reports each")

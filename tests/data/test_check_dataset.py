@@ -25,6 +25,7 @@ extends = "tiny"
 [world]
 height = {HEIGHT}
 width = {WIDTH}
+val_rule = "id-ends-99"
 [model.vae]
 block_out_channels = [1, 1, 1, 1]
 """
@@ -62,11 +63,12 @@ def check(dataset: Path, preset: Path | str, *more: str) -> tuple[int, dict[str,
 
 def test_a_sound_dataset_passes(sound: Path, dataset: Path) -> None:
     code, found, told = check(dataset, sound / "mine.toml")
-    assert (code, found, told["ok"]) == (0, {}, True)
+    assert (code, set(found), told["ok"]) == (0, {"few-val"}, True)
+    assert found["few-val"]["first"] == ["annotation/val (1 of 5)"]
     assert list(told["checked"].values()) == [5, 15, 5]
     assert check(dataset, sound / "mine.toml", "--sample", "2")[2]["checked"].popitem()[1] == 2
     code, found, _ = check(dataset, "")
-    assert code == 0 and set(found) == {"no-preset"}
+    assert code == 0 and set(found) == {"few-val", "no-preset"}
     text = CliRunner().invoke(app, ["build-meta", str(dataset), "--check"]).stdout
     assert "not compared with a preset" in text and "fit for use" in text
 
@@ -272,26 +274,29 @@ def test_an_index_older_than_the_episodes(sound: Path, dataset: Path) -> None:
     for folder in ("videos", "latent_videos"):
         shutil.copytree(dataset / folder / "train/1", dataset / folder / "train/7")
     code, found, _ = check(dataset, sound / "mine.toml")
-    assert code == 1 and set(found) == {"stale-index"}
+    assert code == 1 and set(found) == {"few-val", "stale-index"}
     assert found["stale-index"]["first"] == ["train/7 (new)", "train/2 (changed)", "train/0 (deleted)"]
     build_meta(dataset)
-    assert check(dataset, sound / "mine.toml")[:2] == (0, {})
+    code, found, _ = check(dataset, sound / "mine.toml")
+    assert code == 0 and set(found) == {"few-val"}
 
 
 def test_another_preset_than_the_datasets(dataset: Path, tmp_path: Path) -> None:
     code, found, _ = check(dataset, "tiny")
-    assert code == 1 and set(found) == {"preset-latent", "preset-image"}
+    assert code == 1 and set(found) == {"few-val", "preset-latent", "preset-image", "preset-split"}
     assert found["preset-image"]["first"] == ["preset tiny (32x48, the preset takes 48x80)"]
     assert "--preset" in found["preset-image"]["to do"]
     _, found, _ = check(dataset, "one-camera")
-    assert set(found) == {"preset-cameras", "preset-numbers", "preset-latent", "preset-image", "preset-rate"}
+    differing = {"preset-cameras", "preset-numbers", "preset-latent", "preset-image", "preset-rate", "preset-split"}
+    assert set(found) == {"few-val"} | differing
+    assert found["preset-split"]["first"] == ["preset one-camera (split by id-ends-99, the preset has every-3)"]
 
 
 def test_the_real_samples(shared_data: Path) -> None:
     code, found, _ = check(shared_data / "droid_subset", "ctrl-world", "--sample", "1")
-    assert code == 0 and set(found) == {"no-instruction", "no-index"}
+    assert code == 0 and set(found) == {"few-val", "no-instruction", "no-index"}
     code, found, _ = check(shared_data / "droid_new_setup", "ctrl-world", "--sample", "1")
-    assert code == 1 and set(found) == {"no-train", "no-latents", "no-index", "video-longer"}
+    assert code == 1 and set(found) == {"few-val", "no-train", "no-latents", "no-index", "video-longer"}
 
 
 def test_check_goes_with_nothing_that_writes(dataset: Path) -> None:

@@ -25,16 +25,21 @@ from persistworld_cli.data.metadata.index_rows import signatures
 from persistworld_cli.data.metadata.scan import AnnotationStat, extraction_notes, list_annotations, other_world
 from persistworld_cli.data.processes import in_order
 from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.statistics.paired import FEWEST
 
 _REDO = "delete these annotations and run persistworld extract-latents again: it extracts only missing episodes"
 _META = "run persistworld build-meta DATASET"
 _PRESET = "or name the preset it was extracted with: --preset"
+TOO_FEW = (
+    f"no comparison can decide: extract another dataset with --split-rule every-N, N at most its episodes / {FEWEST}"
+)
 _NAMED = 5
 # kind -> (must be fixed, what is wrong, what to do)
 KINDS: dict[str, tuple[bool, str, str]] = {
     "no-annotation": (True, "folder annotation/ is missing", "give the folder that holds annotation/ and videos/"),
     "no-train": (True, "split train is empty", "extract more episodes, or use another --split-rule"),
     "no-val": (False, "split val is empty", "evaluation needs one: extract more episodes, or use another --split-rule"),
+    "few-val": (False, f"under {FEWEST} episodes are held out", TOO_FEW),
     "no-videos": (False, "folder videos/ is missing", "rewards, evaluation and replay compare with it"),
     "no-latents": (False, "folder latent_videos/ is missing", "training needs it: run persistworld extract-latents"),
     "nothing": (True, "neither videos/ nor latent_videos/ is there", "copy the rest of the dataset here"),
@@ -70,6 +75,7 @@ KINDS: dict[str, tuple[bool, str, str]] = {
     "preset-latent": (True, "not the preset's latent size", f"set world.height and width to the dataset's, {_PRESET}"),
     "preset-image": (True, "not the preset's image size", f"set world.height and width to the dataset's, {_PRESET}"),
     "preset-rate": (True, "not the preset's rate", f"set world.rate_hz to the dataset's, {_PRESET}"),
+    "preset-split": (False, "not the preset's val_rule", "the split is the extraction's: for another, extract again"),
     "no-preset": (False, "not compared with a preset", "add --preset NAME (its cameras, sizes, rate, action_dim)"),
     "no-index": (False, "no metadata yet", _META),
     "bad-index": (True, "metadata cannot be read", _META),
@@ -169,6 +175,8 @@ def _folders(report: Report, listed: Sequence[AnnotationStat], there: tuple[bool
     for split in ("train", "val"):
         if not splits[split]:
             report.add(f"no-{split}", f"annotation/{split}", f"found: {dict(splits) or 'no annotation'}")
+    if 0 < splits["val"] < FEWEST:
+        report.add("few-val", "annotation/val", f"{splits['val']} of {len(listed)}")
     if not any(there):
         report.add("nothing", "videos/, latent_videos/")
     elif not there[0]:
@@ -215,6 +223,8 @@ def _preset(report: Report, usual: Seen, noted: dict[str, Any], settings: Settin
         report.add("preset-image", name, f"{size[0]}x{size[1]}, the preset takes {world.height}x{world.width}")
     if "rate_hz" in other:
         report.add("preset-rate", name, f"{noted['rate_hz']:g} Hz, the preset's is {world.rate_hz:g}")
+    if (rule := noted.get("val_rule", world.val_rule)) != world.val_rule:
+        report.add("preset-split", name, f"split by {rule}, the preset has {world.val_rule}")
 
 
 def _metadata(
