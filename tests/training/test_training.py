@@ -32,9 +32,9 @@ from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.models.cpu.native.build import without_kernels
 from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.training import action_margin, post_train, pretrain
-from persistworld_cli.training.candidates import CandidateMaker
+from persistworld_cli.training.candidates import CandidateMaker, sampling_calls
 from persistworld_cli.training.policy_switch import PolicySwitch
-from persistworld_cli.training.sharing import Share
+from persistworld_cli.training.sharing import Share, divide
 
 ADAPTER = "weights/adapter/adapter_model.safetensors"
 
@@ -72,7 +72,8 @@ def world(small_world: Settings) -> Settings:
             keep_best=1,
             keep_worst=1,
             prefix_max=1,
-            steps=1,  # half of a prefix's: prefixes 1 and 0 let a process sample a candidate of the other's
+            steps=1,  # half of a prefix's: prefixes 1 and 0 let a process sample a candidate of the other's ...
+            seed=4,  # ... as in both updates
             save_every=1,
             lora_rank=4,
             lora_alpha=4,
@@ -313,6 +314,10 @@ def test_prefixes_are_uniform_independent_and_the_same_to_every_process(world: S
         maker = CandidateMaker(engine, store, scorer, options, shares, processes - 1, list)
         seen.append([[maker.plan(update, group) for group in range(2)] for update in range(1000)])
     assert seen[0] == seen[1]
+    shares = [Share.of(options, rank, 2) for rank in range(2)]
+    for plans in seen[0][: options.updates]:  # so two processes of this run do lend
+        calls = sampling_calls(options, world.sampling)
+        assert divide(shares, [plan.prefix for plan in plans], *calls).lent(shares)
     counts = Counter(tuple(plan.prefix for plan in plans) for plans in seen[0])  # episodes leave room for 0 or 1
     assert set(counts) == {(a, b) for a in (0, 1) for b in (0, 1)}
     assert all(abs(count - 250) < 70 for count in counts.values())  # 5 standard deviations
