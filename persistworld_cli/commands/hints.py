@@ -6,8 +6,8 @@ import math
 
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.presets import Resolved, load_settings
-from persistworld_cli.config.requests import ExtractRequest, PretrainRequest, Request
-from persistworld_cli.config.settings import WorldSettings
+from persistworld_cli.config.requests import ExtractRequest, PostTrainRequest, PretrainRequest, Request
+from persistworld_cli.config.settings import PostTrainSettings, PretrainSettings, WorldSettings
 
 _STRETCH = 0.02  # of the ratio of width to height; less is not seen
 
@@ -16,8 +16,11 @@ def hints(resolved: Resolved, request: Request) -> list[str]:
     """Lines for the terminal, without the task's name."""
     if isinstance(request, ExtractRequest):
         return _stretched(resolved.settings.world)
-    if isinstance(request, PretrainRequest) and not request.scratch:
-        return _finished(resolved.settings.model.ckpt)
+    if isinstance(request, PretrainRequest):
+        started = [] if request.scratch else _finished(resolved.settings.model.ckpt)
+        return [*started, *_warming("pretrain", resolved.settings.pretrain)]
+    if isinstance(request, PostTrainRequest):
+        return _warming("post_train", resolved.settings.post_train)
     return []
 
 
@@ -26,6 +29,18 @@ def _finished(ckpt: str) -> list[str]:
     if ckpt != load_settings("ctrl-world", env={}).model.ckpt:
         return []
     return ["these weights are trained already; to start from Stable Video Diffusion: --preset ctrl-world-svd"]
+
+
+def _warming(table: str, options: PretrainSettings | PostTrainSettings) -> list[str]:
+    """The learning rate rises during half of the updates or more."""
+    updates, warmup = options.updates, options.warmup
+    if updates >= 2 * warmup:
+        return []
+    rising, reached = min(warmup, updates), min(1, updates / warmup)
+    return [
+        f"the learning rate rises during {rising} of {updates} updates, to {reached:.0%} of {table}.lr: "
+        f"{table}.warmup = {warmup}; --set {table}.warmup={updates // 10} makes it a tenth of the updates"
+    ]
 
 
 def _stretched(world: WorldSettings) -> list[str]:
