@@ -16,6 +16,7 @@ from persistworld_cli.checkpoints.loading import load_for_sampling
 from persistworld_cli.checkpoints.references import ModelRef, refs_of_replay
 from persistworld_cli.config.requests import ReplayRequest
 from persistworld_cli.config.settings import Settings
+from persistworld_cli.console import note
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.errors import UsageError
 from persistworld_cli.files import jsonable, write_json, write_text
@@ -97,6 +98,12 @@ def _write(
     for item in items:
         recording = load_recording(store, settings.eval.split, item, steps, settings.model.num_frames)
         length = int(recording.valid.sum())
+        done = -(-length // (settings.model.num_frames - 1))  # the last step may be a part
+        if done < steps:
+            note(
+                f"replay: episode {item.episode} ends at frame {item.start + length}, in step {done} of {steps} from "
+                f"frame {item.start}: no actions are recorded after it, so the other steps are not predicted"
+            )
         frames = {label: images[:length] for label, images in drawn[item].items()}
         title = f"episode {item.episode}, frame {item.start}, seed {item.seed}: {recording.annotation.text}"
         stem = f"episode-{item.episode}_start-{item.start}_seed-{item.seed}"

@@ -227,10 +227,11 @@ def test_eval_mistakes_are_named_before_any_compute(root: Path) -> None:
     assert not list((root / "never").rglob("*.npz"))
 
 
-def test_replay_end_to_end(root: Path) -> None:
+def test_replay_end_to_end(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     s = settings(root, episodes=("29",), starts=(1,), steps=3, seeds=(4,))
     both = (str(root / "base.safetensors"), str(root / "other.safetensors"))
     summary = replay(s, ReplayRequest(output=root / "replay", ckpts=both))
+    assert "episode 29 ends at frame 6, in step 2 of 3 from frame 1: no actions" in capsys.readouterr().err
     record = json.loads((root / "replay" / "replay.json").read_text())
     entry = record["replays"][0]
     assert entry["frames"] == 5 and [row["step"] for row in entry["rows"]] == [1, 1, 2, 2]  # frame 6 is the last
