@@ -44,6 +44,11 @@ TASKS: dict[type[TaskRequest], str] = {
 _OF_ONE_MACHINE = ("machine_rank", "cores", "command", "output", "threads")  # may differ between the machines of a run
 _RESUME = ("resume", "resume_from")
 _OF_THE_MACHINE = ("CUDA error", "CUDA out of memory", "CUDNN_STATUS", "CUBLAS_STATUS", "NCCL", "DataLoader worker")
+_NO_MEMORY = "can't allocate memory"  # torch's words on a CPU
+_LESS = (
+    "lower --batch (extract-latents), pretrain.batch (with pretrain.accumulate), post_train.micro_batch or eval.batch; "
+    "see docs/troubleshooting.md, out of memory"
+)
 
 
 def main(argv: list[str]) -> int:
@@ -174,7 +179,10 @@ def _crashed(error: Exception, folder: Path) -> int:
     if _world_size() > 1 and _lost_contact(error):
         note(f"rank {_rank()} lost contact with another rank: {error}")
     elif _first_to_fail(folder, code := TRY_AGAIN if _of_the_machine(error) else 1, f"rank {_rank()}: {error!r}"):
-        show_traceback()
+        if _NO_MEMORY in str(error) and not debug_wanted():
+            show_error(PersistWorldError("out of memory", where=str(error).splitlines()[0], fix=_LESS))
+        else:
+            show_traceback()
         return code
     else:
         note(f"rank {_rank()} failed after another one: {error!r}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from processes import make_pipe, read_lines, wait_for_end
 
 from persistworld_cli import worker
@@ -236,3 +237,11 @@ def test_torchvision_imports_and_a_second_time_costs_nothing() -> None:
     first = sys.modules["torchvision"]
     ensure_torchvision()
     assert sys.modules["torchvision"] is first
+
+
+def test_memory_that_cannot_be_had_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert worker._crashed(refused.value, tmp_path) == 1
+    said = capsys.readouterr().err
+    assert "out of memory" in said and "lower --batch" in said and "Traceback" not in said
