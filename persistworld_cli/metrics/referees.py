@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -26,6 +27,8 @@ class Referee(Protocol):
     Attributes:
         label: its name in logs; in metrics.jsonl, ``val_LABEL``.
         higher_is_better: direction of improvement.
+
+    A referee of certain datasets may also have ``check_dataset(root)``, which raises PersistWorldError for others.
     """
 
     label: str
@@ -64,11 +67,13 @@ REFEREES: Mapping[str, Callable[[torch.device], Referee]] = {
 }
 
 
-def load_referees(names: Sequence[str], device: torch.device) -> dict[str, Referee]:
-    """Label -> referee. Shift-tolerant LPIPS is skipped, with a note, if its package is not installed.
+def load_referees(names: Sequence[str], device: torch.device, dataset: Path | None = None) -> dict[str, Referee]:
+    """Label -> referee, for a processed dataset if one is given.
+
+    Shift-tolerant LPIPS is skipped, with a note, if its package is not installed.
 
     Raises:
-        UsageError: no such referee, module or class (as `make_plugin`).
+        UsageError: no such referee, module or class (as `make_plugin`), or it is not for this dataset.
     """
     loaded: dict[str, Referee] = {}
     for name in names:
@@ -81,5 +86,7 @@ def load_referees(names: Sequence[str], device: torch.device) -> dict[str, Refer
             continue
         else:
             made = REFEREES[name](device)
+        if dataset and (check := getattr(made, "check_dataset", None)):
+            check(dataset)
         loaded[made.label] = made
     return loaded

@@ -91,7 +91,7 @@ class PostTrainer(Trainer):
         held = partial(HeldOut, settings, self.engine, store, work, steps=steps, batch=batch)
         self.check: ClosedLoopCheck | None = None
         if options.validate_every:
-            referees = load_referees(options.referees, work.device)
+            referees = load_referees(options.referees, work.device, store.root)
             self.check = ClosedLoopCheck(held(count=options.validate_rollouts), self.scorer.with_referees(referees))
         elif options.referees:
             names = ", ".join(options.referees)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +72,16 @@ def test_a_referee_that_is_not_installed_is_left_out_and_said_to_be(
     assert "st_lpips is not installed" in caplog.text and "pip install stlpips-pytorch" in caplog.text
     with pytest.raises(PersistWorldError, match="not installed"):
         StLpips()
+
+
+def test_a_referee_of_the_bundled_world_refuses_other_datasets(tmp_path: Path) -> None:
+    note = tmp_path / "annotation/train/0.json"
+    note.parent.mkdir(parents=True)
+    note.write_text('{"texts": ["go"], "states": [[0.0]], "sim.object_pose": [[0.0]]}')
+    assert list(load_referees((OBJECTS,), CPU, tmp_path)) == ["objects_kept"]
+    note.write_text('{"texts": ["go"], "states": [[0.0]]}')
+    with pytest.raises(UsageError, match="coloured objects, which this dataset does not have"):
+        load_referees((OBJECTS,), CPU, tmp_path)
 
 
 def test_names_that_mean_nothing_are_refused_when_settings_are_read() -> None:
