@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from persistworld_cli.checkpoints.sources import adapter_at, locate
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.settings import ModelSettings
-from persistworld_cli.config.weight_names import NO_ADAPTER, adapter_name
+from persistworld_cli.config.weight_names import NO_ADAPTER, adapter_name, content_of, require_one_adapter
 from persistworld_cli.errors import UsageError
 from persistworld_cli.files import hash_files
 
@@ -53,12 +53,7 @@ def weights_ref(weights: str, ckpt: str, adapter: str = "", label: str = "") -> 
     own = adapter_at(weights)
     if not own:
         return ModelRef(label, weights, adapter)
-    if adapter and adapter != own:
-        raise UsageError(
-            f"'{weights}' is an adapter, and '{adapter}' is another one",
-            where="--ckpt, --adapter",
-            fix="name one adapter, or whole weights with --ckpt",
-        )
+    require_one_adapter(weights, own, adapter)
     if not ckpt:
         raise UsageError(
             f"'{weights}' is an adapter, but its base weights are not given",
@@ -140,7 +135,7 @@ def refs_of_replay(model: ModelSettings, ckpts: Sequence[str] = (), adapters: Se
     refs = [weights_ref(ckpt, model.ckpt, adapter_name(own)) for ckpt, own in pairs]
     kinds = [_kind(ref, model) for ref in refs]
     if len(refs) > 1 and (len(set(kinds)) < len(kinds) or any(ref.ckpt != model.ckpt for ref in refs)):
-        kinds = _names([ref.adapter or ref.ckpt for ref in refs])
+        kinds = names_of([ref.adapter or ref.ckpt for ref in refs])
     return [replace(ref, label=label) for ref, label in zip(refs, kinds, strict=True)]
 
 
@@ -148,7 +143,7 @@ def _kind(ref: ModelRef, model: ModelSettings) -> str:
     """``post-trained`` with an adapter, ``base`` for the settings' checkpoint, else the name of its weights."""
     if ref.adapter:
         return "post-trained"
-    return "base" if ref.ckpt == model.ckpt else _names([ref.ckpt])[0]
+    return "base" if ref.ckpt == model.ckpt else names_of([ref.ckpt])[0]
 
 
 def _labels(baseline: ModelRef, judged: ModelRef) -> list[str]:
@@ -156,11 +151,11 @@ def _labels(baseline: ModelRef, judged: ModelRef) -> list[str]:
     if baseline.ckpt == judged.ckpt and not baseline.adapter:
         return ["base", "post-trained"]
     if baseline.ckpt == judged.ckpt:
-        return _names([baseline.adapter, judged.adapter or "base"])
-    return _names([baseline.ckpt, judged.ckpt])
+        return names_of([baseline.adapter, judged.adapter or "base"])
+    return names_of([baseline.ckpt, judged.ckpt])
 
 
-def _names(paths: list[str]) -> list[str]:
+def names_of(paths: list[str]) -> list[str]:
     """Short, different names for paths: the last parts that differ."""
     parts = [path.replace("bundled:", "").rstrip("/").split("/") for path in paths]
     for depth in range(1, max(len(part) for part in parts) + 1):
@@ -173,6 +168,8 @@ def _names(paths: list[str]) -> list[str]:
 def sha256_of(path: str) -> str:
     """SHA-256 of a file, of a folder's files and names in order, or of a hub id's files as fetched; "" for "".
 
+    A folder's model card does not count.
+
     Raises:
         PersistWorldError: not on disk, and the hub cannot give it.
     """
@@ -180,7 +177,7 @@ def sha256_of(path: str) -> str:
         return ""
     root = resolve_path(path)
     if root.is_dir():
-        files = [(file, str(file.relative_to(root))) for file in sorted(root.rglob("*")) if file.is_file()]
+        files = [(file, str(file.relative_to(root))) for file in content_of(root)]
     else:
         source = None if root.is_file() else locate(path)
         found = [file for file, _ in source.files] if source else [root]

@@ -7,7 +7,7 @@ from persistworld_cli.config import requests
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.presets import Resolved
 from persistworld_cli.config.requests import EvalRequest, PretrainRequest, ReplayRequest, Request, option
-from persistworld_cli.config.weight_names import NO_ADAPTER, adapter_name, adapter_on_disk
+from persistworld_cli.config.weight_names import NO_ADAPTER, adapter_name, adapter_on_disk, require_one_adapter
 from persistworld_cli.errors import UsageError
 from persistworld_cli.evaluation.published import has_gain
 
@@ -98,6 +98,7 @@ def weights_rows(resolved: Resolved, request: Request) -> list[dict[str, str]]:
         ]
     if model.inference:
         own = adapter_on_disk(model.inference)
+        require_one_adapter(model.inference, own, overlay)
         more = "" if own or resolve_path(model.inference).exists() else f"; if it holds an adapter, on {model.ckpt}"
         weights = model.ckpt if own else model.inference
         rows = [row("runs", weights, why("model.inference") + more, own or overlay)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.resume import PATHS, USES
-from persistworld_cli.config.weight_names import CARD
+from persistworld_cli.config.weight_names import content_of
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import hash_files
 
@@ -56,8 +56,7 @@ def _describe(key: str, value: str, settings: Mapping[str, Mapping[str, Any]]) -
 
 def describe_content(path: Path) -> dict[str, Any]:
     """The content of a file, or of a folder without its card: ``{sha256}``, or ``{bytes, modified}`` if it is large."""
-    inside = path.rglob("*") if path.is_dir() else (path,)
-    files = sorted(file for file in inside if file.is_file() and file.name != CARD)
+    files = content_of(path)
     stats = [file.stat() for file in files]
     size = sum(one.st_size for one in stats)
     if size <= _READ_WHOLE:

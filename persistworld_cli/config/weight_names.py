@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
 from persistworld_cli.config.bundled import resolve_path
+from persistworld_cli.errors import UsageError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATE = "adapter_config.json", "adapter_model", "state.pt"
 CARD = "README.md"  # the model card beside weights
@@ -26,6 +27,12 @@ def report_reading(text: str) -> None:
     if text not in READINGS:
         READINGS.append(text)
         logger.info(text)
+
+
+def content_of(path: Path) -> list[Path]:
+    """The files that make weights what they are, in order: a folder's without its model card, which `eval` rewrites."""
+    inside = path.rglob("*") if path.is_dir() else (path,)
+    return sorted(file for file in inside if file.is_file() and file.name != CARD)
 
 
 def adapter_name(name: str) -> str:
@@ -52,6 +59,16 @@ def adapter_on_disk(name: str) -> str:
     if folder is not None:
         return f"{name.rstrip('/')}/{folder}".rstrip("/") if folder else name
     return name if (path / STATE).is_file() else ""
+
+
+def require_one_adapter(weights: str, own: str, adapter: str) -> None:
+    """Refuse an adapter on weights that hold another one, ``own``. Raises UsageError."""
+    if own and adapter and adapter != own:
+        raise UsageError(
+            f"'{weights}' is an adapter, and '{adapter}' is another one",
+            where="--ckpt, --adapter",
+            fix="name one adapter, or whole weights with --ckpt",
+        )
 
 
 def adapter_folder_in(names: Collection[str]) -> str | None:

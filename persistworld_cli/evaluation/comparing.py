@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from persistworld_cli.checkpoints.references import names_of
+from persistworld_cli.errors import UsageError
 from persistworld_cli.evaluation.protocol import require_same
 from persistworld_cli.files import jsonable
 from persistworld_cli.read_files import read_json, reading
@@ -43,6 +45,8 @@ def compare_files(first: str, second: str) -> tuple[dict[str, Any], Table]:
     """
     where = f"{first} and {second}"
     results = load_result(first), load_result(second)
+    if results[0] == results[1]:
+        raise UsageError("a result would be compared with itself", where=where, fix="give two evaluations")
     with reading("cannot compare the results", where, "give the eval.json of two finished evaluations"):
         against = compare_results(*results, where)
         return against, eval_table(against)
@@ -59,7 +63,9 @@ def compare_results(first: Mapping[str, Any], second: Mapping[str, Any], where: 
     """
     require_same(first["protocol"], second["protocol"], where)
     models = [first["models"][-1], second["models"][-1]]
-    labels = _labels([model["label"] for model in models])
+    labels = [str(model["label"]) for model in models]
+    if labels[0] == labels[1]:
+        labels = names_of([str(model["adapter"] or model["ckpt"]) for model in models])
     episodes = [item[0] for item in second["protocol"]["items"]]
     own = [(first, models[0]["label"]), (second, models[1]["label"])]
     paired = []
@@ -95,8 +101,3 @@ def rollout_values(result: Mapping[str, Any], group: str, label: str, model: str
     """One number per rollout, NaN where it is missing."""
     values = result["rollouts"][group][label][model]
     return np.array([np.nan if value is None else value for value in values])
-
-
-def _labels(labels: Sequence[str]) -> list[str]:
-    """Two different names."""
-    return list(labels) if labels[0] != labels[1] else [f"{label} #{index + 1}" for index, label in enumerate(labels)]

@@ -68,6 +68,8 @@ def test_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file.write_bytes(b"abc")
     assert sha256_of(str(file)).startswith("ba7816bf8f01cfea")
     folder = sha256_of(str(file.parent))
+    (file.parent / "README.md").write_text("a model card, which an evaluation rewrites")
+    assert sha256_of(str(file.parent)) == folder
     file.rename(file.with_name("b.bin"))
     assert sha256_of(str(file.parent)) != folder
     assert sha256_of("") == ""
