@@ -10,7 +10,6 @@ import numpy as np
 from rich.table import Table
 
 from persistworld_cli.checkpoints.references import names_of
-from persistworld_cli.errors import UsageError
 from persistworld_cli.evaluation.protocol import require_same
 from persistworld_cli.files import jsonable
 from persistworld_cli.read_files import read_json, reading
@@ -45,8 +44,6 @@ def compare_files(first: str, second: str) -> tuple[dict[str, Any], Table]:
     """
     where = f"{first} and {second}"
     results = load_result(first), load_result(second)
-    if results[0] == results[1]:
-        raise UsageError("a result would be compared with itself", where=where, fix="give two evaluations")
     with reading("cannot compare the results", where, "give the eval.json of two finished evaluations"):
         against = compare_results(*results, where)
         return against, eval_table(against)
