@@ -86,7 +86,7 @@ def run(settings: Settings, request: ExtractRequest) -> dict[str, Any]:
     dataset = RawDataset(raw)
     chosen = parse_episodes(request.episodes, dataset.episodes)
     run = work.gather([secrets.token_hex(4)])[0]  # several runs may write to this dataset
-    _extract(settings, request, work, Vae(settings, source, request.dtype, work.device), run, chosen)
+    _extract(settings, request, work, source, run, chosen)
     report = _joined(out, work, run)
     if work.main and report.other_fps:
         rates = ", ".join(f"{fps:g}" for fps in sorted(set(report.other_fps.values()))[:4])
@@ -119,10 +119,10 @@ def run(settings: Settings, request: ExtractRequest) -> dict[str, Any]:
 
 
 def _extract(
-    settings: Settings, request: ExtractRequest, work: Run, encoder: Vae, run: str, chosen: set[int] | None
+    settings: Settings, request: ExtractRequest, work: Run, source: str, run: str, chosen: set[int] | None
 ) -> ExtractReport:
-    """This process's share."""
-    source, posterior = vae_source(request.vae, settings.model), settings.model.posterior
+    """This process's share, encoded with the VAE of ``source``."""
+    encoder, posterior = Vae(settings, source, request.dtype, work.device), settings.model.posterior
     weights = resolve_path(source)
     content = (
         str(describe_content(weights).get("sha256", "")) if weights.exists() else ""

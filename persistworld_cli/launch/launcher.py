@@ -147,10 +147,11 @@ def _failure(code: int, folder: RunFolder, launch: LaunchSettings, *, followed: 
     if failure is None and code == 0:
         return None
     if failure is None:
-        who, again = ("the worker", "yes") if launch.num_processes == 1 else ("the ranks' agent", "no")
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        code, again = (128 - code, again) if code < 0 else (code, "no")
-        failure = {"code": code, "rank": 0, "what": f"{who} {how}", "again": again}
+        alone, killed = launch.num_processes == 1, code < 0
+        who = "the worker" if alone else "the ranks' agent"
+        how = f"was killed by {signal.Signals(-code).name}" if killed else f"ended with exit code {code}"
+        again = "yes" if alone and killed else "no"
+        failure = {"code": 128 - code if killed else code, "rank": 0, "what": f"{who} {how}", "again": again}
     if followed and failure["code"] >= 128:  # the signal was this launcher's
         failure |= {"what": "the workers of another machine died", "again": "elsewhere"}
     return failure
