@@ -485,7 +485,7 @@ def _evaluations(folder: Path) -> list[Case]:
         "kind": "eval",
         "n": {**counts, "sampler": "euler", "sampling_steps": 5},
         "protocol": {"items": [[str(k), 0, 0] for k in range(3)], "steps": 1},
-        "models": [{"label": "base"}, {"label": "new"}],
+        "models": [{"label": name, "ckpt": f"{name}.pt", "adapter": None} for name in ("base", "new")],
         "metrics": [metric],
         "groups": ["exterior"],
         "floor": "copy",
