@@ -43,8 +43,8 @@ TASKS: dict[type[TaskRequest], str] = {
 }
 _OF_ONE_MACHINE = ("machine_rank", "cores", "command", "output", "threads")  # may differ between the machines of a run
 _RESUME = ("resume", "resume_from")
-_OF_THE_MACHINE = ("CUDA error", "CUDA out of memory", "CUDNN_STATUS", "CUBLAS_STATUS", "NCCL", "DataLoader worker")
-_NO_MEMORY = "can't allocate memory"  # torch's words on a CPU
+_OF_THE_MACHINE = ("CUDA error", "CUDNN_STATUS", "CUBLAS_STATUS", "NCCL", "DataLoader worker")
+_NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # torch's words on CPUs and GPUs, CUDA's
 _LESS = (
     "lower --batch (extract-latents), pretrain.batch (with pretrain.accumulate), post_train.micro_batch or eval.batch; "
     "see docs/troubleshooting.md, out of memory"
@@ -179,8 +179,8 @@ def _crashed(error: Exception, folder: Path) -> int:
     if _world_size() > 1 and _lost_contact(error):
         note(f"rank {_rank()} lost contact with another rank: {error}")
     elif _first_to_fail(folder, code := TRY_AGAIN if _of_the_machine(error) else 1, f"rank {_rank()}: {error!r}"):
-        if _NO_MEMORY in str(error) and not debug_wanted():
-            show_error(PersistWorldError("out of memory", where=str(error).splitlines()[0], fix=_LESS))
+        if _no_memory(error) and not debug_wanted():
+            show_error(PersistWorldError("out of memory", where=(str(error) or repr(error)).splitlines()[0], fix=_LESS))
         else:
             show_traceback()
         return code
@@ -199,10 +199,21 @@ def _lost_contact(error: Exception) -> bool:
 
 
 def _of_the_machine(error: Exception) -> bool:
-    """Whether an error may not come again after a restart: the GPU's, communication's, memory's, the network disk's."""
+    """Whether an error may not come again after a restart: the GPU's, communication's, the network disk's.
+
+    What did not fit into memory would not fit the next time.
+    """
+    if _no_memory(error):
+        return False
     if isinstance(error, RuntimeError):
         return _lost_contact(error) or any(words in str(error) for words in _OF_THE_MACHINE)
-    return isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.EIO, errno.ESTALE)
+    return getattr(error, "errno", None) in (errno.EIO, errno.ESTALE)
+
+
+def _no_memory(error: Exception) -> bool:
+    """Whether an error says that memory, a CPU's or a GPU's, was not enough."""
+    torch_told = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    return torch_told or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
 def _in_group() -> bool:

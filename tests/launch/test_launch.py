@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -239,9 +239,34 @@ def test_torchvision_imports_and_a_second_time_costs_nothing() -> None:
     assert sys.modules["torchvision"] is first
 
 
-def test_memory_that_cannot_be_had_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RuntimeError) as refused:
-        torch.empty(2**60, dtype=torch.uint8)
+def _no_memory_on_the_cpu() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def _no_memory_on_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 23 GiB in all")
+
+
+def _none_for_cublas() -> None:
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def _none_for_python() -> None:
+    bytearray(2**60)
+
+
+@pytest.mark.parametrize("ask", [_no_memory_on_the_cpu, _no_memory_on_a_gpu, _none_for_cublas, _none_for_python])
+def test_memory_that_cannot_be_had_is_one_error_without_a_restart(
+    ask: Callable[[], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as refused:
+        ask()
     assert worker._crashed(refused.value, tmp_path) == 1
     said = capsys.readouterr().err
     assert "out of memory" in said and "lower --batch" in said and "Traceback" not in said
+    assert json.loads((tmp_path / "failure.json").read_text())["again"] == "no"
+
+
+def test_a_failed_gpu_is_the_machines_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert worker._crashed(RuntimeError("CUDA error: unspecified launch failure"), tmp_path) == 75
+    assert json.loads((tmp_path / "failure.json").read_text())["again"] == "yes"
