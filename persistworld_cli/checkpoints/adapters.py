@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from persistworld_cli.checkpoints.action_scale import scale_note
+from persistworld_cli.checkpoints.base_sample import SAME, BaseSample, base_note, difference, noted_base
 from persistworld_cli.checkpoints.compatibility import (
     Shapes,
     bundled_settings,
@@ -44,6 +46,7 @@ from persistworld_cli.models.unet import FrameLevelUNet
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.read_files import as_object, parse_json, positive_number, read_json, reading, whole_number
 
+logger = logging.getLogger(__name__)
 _ENCODER, _LORA_PREFIX = f"{ENCODER}.", "base_model.model."
 _MOST_RANK = 2**20
 # How a LoRA tensor's name ends: peft's (with the adapter's name), diffusers', the oldest diffusers', kohya's.
@@ -63,12 +66,14 @@ class Adapter:
         lora: tensors under PEFT's names (``base_model.model.<module>.lora_A.weight``).
         encoder: the action encoder's tensors; empty if the adapter does not change it.
         root: its folder, or its file.
+        base: numbers of the weights that it was trained on; {} if it does not say.
     """
 
     config: PeftConfig
     lora: dict[str, torch.Tensor]
     encoder: dict[str, torch.Tensor]
     root: Path
+    base: BaseSample = field(default_factory=dict)
 
 
 def read_adapter(source: WeightSource) -> Adapter:
@@ -98,7 +103,7 @@ def read_adapter(source: WeightSource) -> Adapter:
             config = _config_of_file(source, files.metadata, names, lora, alphas)
         elif lora.keys() != tensors.keys():
             config = _config_of_layers(config, names, lora)
-    return Adapter(config, lora, encoder, source.root)
+    return Adapter(config, lora, encoder, source.root, noted_base(files.metadata, source.name))
 
 
 def _peft_names(source: str, names: Iterable[str], *, strict: bool) -> dict[str, str]:
@@ -334,6 +339,8 @@ def _wrap(adapter: Adapter, unet: FrameLevelUNet, encoder: ActionEncoder) -> tup
 def merge_adapter(model: WorldModel, source: str | Path) -> None:
     """Merge an adapter into the model's weights, and take its action encoder; the model keeps its type and device.
 
+    An adapter that was trained on other weights of the same shapes is merged with a warning.
+
     Args:
         model: a model with weights; unusable after an error.
         source: PEFT folder, a run's ``weights``, a post-training's saved state, or a hub id.
@@ -342,9 +349,17 @@ def merge_adapter(model: WorldModel, source: str | Path) -> None:
         PersistWorldError: not an adapter, or an adapter of another model.
     """
     adapter = read_adapter(locate(source))
+    apart = difference(model.unet, adapter.base)
     wrapped, why = _wrap(adapter, model.unet, model.action_encoder)
     if why:
         raise _other_model(adapter, why)
+    if apart > SAME:
+        logger.warning(
+            "the adapter %s was trained on other weights than these (they differ by %.0f%%): its predictions mean "
+            "little here. Give --ckpt the weights that it was trained on",
+            source,
+            100 * apart,
+        )
     dtype = model.unet.conv_in.weight.dtype  # peft casts to it too; one by one, so that two full copies never exist
     lora = {name: adapter.lora.pop(name).to(dtype) for name in list(adapter.lora)}
     set_peft_model_state_dict(wrapped, lora, low_cpu_mem_usage=True)
@@ -362,10 +377,12 @@ def write_adapter(
     *,
     force: bool = False,
     stat: ActionStat | None = None,
+    base: BaseSample | None = None,
 ) -> None:
     """Write a PEFT folder atomically, with the action encoder if there is one.
 
-    ``stat``, the percentiles that actions are scaled by, is saved in every file of it.
+    ``stat``, the percentiles that actions are scaled by, is saved in every file of it; ``base``, numbers of the weights
+    that the adapter was trained on, beside the LoRA.
 
     Raises:
         PersistWorldError: the folder exists (without `force`), or it cannot be written.
@@ -375,7 +392,8 @@ def write_adapter(
         for name, part in ((f"{ADAPTER_WEIGHTS}.safetensors", lora), (f"{ENCODER}.safetensors", encoder)):
             if part:
                 plain = {key: t.detach().cpu().contiguous() for key, t in part.items()}
-                save_safetensors(partial / name, plain, scale_note(stat))
+                notes = scale_note(stat) | (base_note(base or {}) if part is lora else {})
+                save_safetensors(partial / name, plain, notes)
         config = copy.copy(config)
         for name, value in vars(config).items():  # peft writes sets in an order that changes from run to run
             setattr(config, name, sorted(value) if isinstance(value, set) else value)

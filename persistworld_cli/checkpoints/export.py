@@ -124,7 +124,7 @@ def _export_adapter(request: ExportRequest, settings: Settings | None) -> _Expor
         )
     lora, encoder = ({name: t.to(dtype) for name, t in part.items()} for part in (found.lora, found.encoder))
     _require_finite({**lora, **encoder}, request.dtype)
-    write_adapter(request.output, found.config, lora, encoder, force=request.force, stat=stat)
+    write_adapter(request.output, found.config, lora, encoder, force=request.force, stat=stat, base=found.base)
     return {**lora, **encoder}, None, stat
 
 

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from persistworld_cli.checkpoints.adapters import lora_config, write_adapter
+from persistworld_cli.checkpoints.base_sample import sample_base
 from persistworld_cli.config.settings import PostTrainSettings, Settings
 from persistworld_cli.data.metadata.index import ActionStat
 from persistworld_cli.models.cpu.hook import speed_up
@@ -47,7 +48,7 @@ class PolicySwitch:
     def __init__(self, model: WorldModel, options: PostTrainSettings, held: torch.dtype | None = None) -> None:
         self.model = model
         model.requires_grad_(False)
-        self.config = lora_config(options)
+        self.config, self.base = lora_config(options), sample_base(model.unet)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are intended
             torch.manual_seed(options.seed)
@@ -146,4 +147,5 @@ class PolicySwitch:
         """Write a policy as a PEFT folder (`write_adapter`)."""
         lora = get_peft_model_state_dict(self.model.unet, adapter_name=policy)
         named = {f"base_model.model.{name}": tensor for name, tensor in lora.items()}
-        write_adapter(folder, self.config, named, self.encoders[policy].state_dict(), force=True, stat=stat)
+        encoder = self.encoders[policy].state_dict()
+        write_adapter(folder, self.config, named, encoder, force=True, stat=stat, base=self.base)
