@@ -92,6 +92,14 @@ def _check_sizes(settings: Settings, refuse: _Refuse) -> None:
             sizes = " or ".join(str(size) for size in (below, below + factor) if size)
             what = f"{key} = {side} is not a multiple of {factor}, this VAE's downsampling factor"
             refuse(what, f"set {key} = {sizes}", key, "model.vae")
+    context = settings.model.unet.get("cross_attention_dim", settings.model.token_dim)
+    if context != settings.model.token_dim:
+        what = f"model.token_dim = {settings.model.token_dim}, but the UNet's cross_attention_dim is {context}"
+        refuse(what, f"set model.token_dim = {context}", "model.token_dim", "model.unet")
+    text = settings.model.text.get("projection_dim", context)
+    if isinstance(text, int) and text and settings.model.token_dim % text:
+        what = f"model.token_dim = {settings.model.token_dim} is not a multiple of the text encoder's width {text}"
+        refuse(what, "change model.text.projection_dim or model.token_dim", "model.token_dim", "model.text")
     crop, resize = settings.eval.crop, settings.policy.resize
     if sum(crop[:2]) >= world.height or sum(crop[2:]) >= world.width:
         what = f"eval.crop = {list(crop)} leaves nothing of {world.height}x{world.width} pixels"

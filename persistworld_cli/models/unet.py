@@ -29,6 +29,10 @@ class FrameLevelUNet(UNetSpatioTemporalConditionModel):
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
+        widths, heads = self.config["block_out_channels"], self.config["num_attention_heads"]
+        for width, count in zip(widths, [heads] * len(widths) if isinstance(heads, int) else heads, strict=True):
+            if width % count:
+                raise ValueError(f"{width} channels (block_out_channels) in {count} heads (num_attention_heads)")
         fold_temporal_convs(self)
         speed_up(self)
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):

@@ -6,6 +6,7 @@ T token width, D action numbers. Latents are scaled (unit variance, roughly).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from persistworld_cli.models.text import load_tokenizer, tokenize
 from persistworld_cli.models.tokens import ActionEncoder
 from persistworld_cli.models.unet import FrameLevelUNet
 from persistworld_cli.models.vae import build_vae, decode, encode_images, unstack_cameras
+from persistworld_cli.read_files import reading
 from persistworld_cli.stages import stage
 
 # Images decoded at once; of small images, as many as have this many pixels in total (on two cores, 120 images of
@@ -60,14 +62,18 @@ class WorldModel(nn.Module):
     def __init__(self, settings: ModelSettings, world: WorldSettings) -> None:
         super().__init__()
         self.settings, self.world = settings, world
-        self.unet = FrameLevelUNet(**settings.unet)
+        with _building("model.unet", "UNetSpatioTemporalConditionModel"):
+            self.unet = FrameLevelUNet(**settings.unet)
+            set_norm_groups(self.unet, settings.norm_groups)
         self.unet.frame_level = settings.frame_level
         self.unet.all_tokens = settings.temporal_token == "all"
-        self.vae = build_vae(settings.vae, settings.norm_groups)
+        with _building("model.vae", "AutoencoderKLTemporalDecoder"):
+            self.vae = build_vae(settings.vae, settings.norm_groups)
         if settings.image:
-            self.image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings.image))
-        set_norm_groups(self.unet, settings.norm_groups)
-        self.text_encoder = CLIPTextModelWithProjection(CLIPTextConfig(**settings.text))
+            with _building("model.image", "CLIPVisionConfig"):
+                self.image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings.image))
+        with _building("model.text", "CLIPTextConfig"):
+            self.text_encoder = CLIPTextModelWithProjection(CLIPTextConfig(**settings.text))
         self.action_encoder = ActionEncoder(settings.action_dim, settings.token_dim)
         self._tokenizer: CLIPTokenizer | None = None
         self._text_cache: dict[str, torch.Tensor] = {}
@@ -240,6 +246,12 @@ def sampling_dtype(sampling: SamplingSettings) -> torch.dtype:
     """The type of the weights while sampling: float32 with autocast."""
     dtype: torch.dtype = getattr(torch, sampling.dtype)
     return dtype if sampling.cast == "model" else torch.float32
+
+
+def _building(table: str, kind: str) -> AbstractContextManager[None]:
+    """Turn what a library raises for impossible sizes into one error that names their table."""
+    fix = f"give arguments of {kind}; lists in brackets: [32, 64, 128]; widths are multiples of 32"
+    return reading("no such network can be built", table, fix)
 
 
 def build_world_model(settings: ModelSettings, world: WorldSettings) -> WorldModel:

@@ -173,6 +173,8 @@ def test_whole_numbers_pass_as_numbers_and_infinity_does_not(tmp_path: Path) -> 
         (["world.wrist=1,2"], r"camera 1 \('exterior_2_left'\) is 2 times in world.exterior and world.wrist"),
         (["world.pixel_rounding=up"], "not one of nearest, down"),
         (["model.temporal_token=last"], "not one of first, all"),
+        (["model.token_dim=512"], "model.token_dim = 512, but the UNet's cross_attention_dim is 1024"),
+        (["model.text.projection_dim=768"], "model.token_dim = 1024 is not a multiple of the text encoder's width 768"),
         (["policy.resize=180"], "not a height and a width"),
         (["policy.resize=0,10"], r"policy.resize\[0\] = 0 must be at least 1"),
         (["eval.crop=1,2,3"], "expected a list of 4 whole numbers"),

@@ -251,6 +251,25 @@ def test_full_size_model_has_the_published_keys(golden: GoldenFiles) -> None:
     assert [(k, list(v.shape)) for k, v in model.state_dict().items()] == expected and len(expected) == 2525
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.unet.block_out_channels=32,64,128", "block_out_channels"),  # text: the brackets are missing
+        ("model.unet.num_attention_heads=[1,3,4]", "64 channels .block_out_channels. in 3 heads"),
+        ("model.unet.widths=[32]", "unexpected keyword argument 'widths'"),
+        ("model.norm_groups=5", "32 channels in 5 groups"),
+        ("model.vae.latent_channels=four", "no such network can be built"),
+        ("model.text.hidden_size=33", "no such network can be built"),
+    ],
+)
+def test_a_network_that_cannot_be_is_one_error_that_names_its_table(setting: str, message: str) -> None:
+    settings = load_settings("tiny", [setting], {})
+    with torch.device("meta"), pytest.raises(PersistWorldError, match=message) as told:
+        build_world_model(settings.model, settings.world)
+    table = ".".join(setting.split(".")[:2])
+    assert told.value.where == ("model.unet" if "norm_groups" in setting else table)
+
+
 # -- properties -----------------------------------------------------------------------------------------------------
 
 
