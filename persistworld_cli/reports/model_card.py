@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from persistworld_cli.reports.tables import eval_table, plain
 
 _TRAINING, _EVALUATION = "training", "evaluation"  # sections
 _NO_EVALUATION = "## Evaluation\n\nNone yet: `persistworld eval` with these weights adds its table."
+_HELD = re.compile(r"<!-- (\d+) rollouts, protocol (\S+) -->")  # of the evaluation in a card
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +64,24 @@ def write_card(
 
 
 def add_evaluation(result: Mapping[str, Any]) -> None:
-    """Put an evaluation (``eval.json``) into the card beside the last of its models, if it has one."""
+    """Put an evaluation (``eval.json``) into the card beside the last of its models, if it has one.
+
+    An evaluation of more rollouts under another protocol stays: a quick look does not replace it.
+    """
     model = result["models"][-1]
     source = resolve_path(model["adapter"] or model["ckpt"])
     folder = source if source.is_dir() else source.parent
     text = read_card(folder)
     if _comments(_EVALUATION)[0] not in text:
         return
+    rollouts, protocol = result["n"]["rollouts"], result["protocol"]["hash"]
+    held = _HELD.search(text.partition(_comments(_EVALUATION)[0])[2])
+    if held and int(held[1]) > rollouts and held[2] != protocol:
+        logger.info("the model card keeps its evaluation of %s rollouts; this one has %s", held[1], rollouts)
+        return
     table = (
-        f"## Evaluation\n\n`{result['command']}` on {result['date']}, protocol `{result['protocol']['hash']}`: "
+        f"<!-- {rollouts} rollouts, protocol {protocol} -->\n## Evaluation\n\n"
+        f"`{result['command']}` on {result['date']}, protocol `{protocol}`: "
         f"results of this hash are comparable.\n\n```text\n{plain(eval_table(result)).strip()}\n```"
     )
     try:

@@ -48,6 +48,17 @@ def test_a_training_and_an_evaluation_each_write_their_part(tmp_path: Path) -> N
     assert "| updates | 5 |" in card and "abc123" not in card and "license: mit" in card
 
 
+def test_a_smaller_evaluation_does_not_replace_a_larger_one(tmp_path: Path) -> None:
+    train(tmp_path)
+    for protocol, rollouts, kept in (("aaa", 8, "aaa"), ("bbb", 4, "aaa"), ("ccc", 20, "ccc"), ("ccc", 10, "ccc")):
+        result = made_up_result()
+        result["models"][-1] |= {"adapter": str(tmp_path)}
+        result["protocol"]["hash"], result["n"]["rollouts"] = protocol, rollouts
+        add_evaluation(result)
+        assert f"protocol `{kept}`" in read_card(tmp_path)
+    assert "10 rollouts, protocol ccc" in read_card(tmp_path)  # the same protocol's newest counts
+
+
 def test_no_file_of_others_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / CARD).write_text("# Mine\n")
     result = made_up_result()
