@@ -104,7 +104,7 @@ def fingerprint(value: Any) -> str:
 
 def _feed(add: Callable[[bytes], None], value: Any) -> None:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.compare}
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, torch.Tensor):
         value = value.detach().float().numpy() if value.dtype == torch.bfloat16 else value.detach().numpy()
     if isinstance(value, np.ndarray):

@@ -22,6 +22,7 @@ from persistworld_cli.models.diffusion import karras_sigmas
 from persistworld_cli.models.precision import small_products
 from persistworld_cli.models.samplers import find_sampler
 from persistworld_cli.models.world_model import Condition, WorldModel
+from persistworld_cli.rollout.clipped_poses import ClippedPoses
 from persistworld_cli.rollout.history import Memory, on_device
 from persistworld_cli.rollout.recording import NoiseKey, Start
 from persistworld_cli.seeding import generator
@@ -115,6 +116,7 @@ class RolloutEngine:
         self, model: WorldModel, sampling: SamplingSettings, stat: ActionStat, history: tuple[int, ...] | None = None
     ) -> None:
         self.model, self.sampling, self.stat = model, sampling, stat
+        self._clipped = ClippedPoses(stat)
         self.sampler = find_sampler(sampling.sampler)
         self.entries = history or sampling.history
         self.sigmas = karras_sigmas(sampling.steps, sampling.sigma_min, sampling.sigma_max, sampling.rho)
@@ -164,7 +166,7 @@ class RolloutEngine:
         history, past_poses = state.memory.history(self.entries)
         current, _ = state.memory.current
         actions = self.stat.normalise(np.concatenate([past_poses, poses], axis=1))
-        self.stat.watch(poses)
+        self._clipped.watch(poses)
         return Inputs(history, current, torch.as_tensor(actions).to(self.model.device, non_blocking=True), state.text)
 
     def condition(self, inputs: Inputs) -> Condition:

@@ -26,7 +26,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,7 +46,6 @@ _CLOSED = (
     "for a read-only dataset, make a folder with links to its folders annotation/, videos/ and latent_videos/, "
     "and use that folder"
 )
-_FAR, _OFTEN = 0.25, 0.05  # clipped states are reported: by how much of the range, and in what share of the poses
 _SUMS = "crc32"  # of the metadata: JSON, name of an array -> 8 hex digits
 _SUMMED = 1 << 22  # bytes read at once
 _BLOCK = 1 << 18  # rows of states read at once
@@ -55,12 +54,6 @@ _NAMES = {np.dtype(code): name for name, code in _CODES.items()}
 
 
 _LOG = logging.getLogger(__name__)
-
-
-class _Clipped:
-    """Poses of rollouts; how many of them lie far outside the percentiles, and by how much at most, both (D,)."""
-
-    poses, far, most, reported = 0, np.zeros(1, dtype=int), np.zeros(1), False
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,6 @@ class ActionStat:
     p01: NDArray[np.float64]
     p99: NDArray[np.float64]
     names: tuple[str, ...] = ()
-    _clipped: _Clipped = field(default_factory=_Clipped, init=False, compare=False, repr=False)
 
     def normalise(self, pose: ArrayLike) -> NDArray[np.float32]:
         """``clip(2 (a - p01) / (p99 - p01 + 1e-8) - 1, -1, 1)`` of (..., D), computed in float64 (method.md 1).
@@ -90,31 +82,6 @@ class ActionStat:
             )
         scaled = 2 * (value - self.p01) / (self.p99 - self.p01 + 1e-8) - 1
         return np.clip(scaled, -1, 1).astype(np.float32)
-
-    def watch(self, poses: NDArray[np.float64]) -> None:
-        """Count the poses (..., D) of a rollout, and warn once if many are far outside the percentiles: it clips them.
-
-        One in fifty lies outside by definition, at most 5% of the poses of nine real DROID episodes, none of them by a
-        tenth of the range; 0.9% of the bundled world's poses by over a quarter.
-        """
-        seen = self._clipped
-        if seen.reported:
-            return
-        outside = np.maximum(self.p01 - poses, poses - self.p99).reshape(-1, len(self.p01))
-        seen.poses += len(outside)
-        seen.far = seen.far + (outside > _FAR * np.maximum(self.p99 - self.p01, 1e-8)).sum(axis=0)
-        seen.most = np.maximum(seen.most, outside.max(axis=0))
-        lines = [
-            f"\n  {self.names[i] if self.names else f'number {i + 1}'}: {seen.far[i]} of {seen.poses} poses, "
-            f"up to {seen.most[i]:.3g} outside {self.p01[i]:.4g} .. {self.p99[i]:.4g}"
-            for i in np.flatnonzero(seen.far > _OFTEN * seen.poses).tolist()
-        ]
-        if lines:
-            seen.reported = True
-            what = (
-                "warning: states far outside those of the training are clipped, and the model does not see the rest:%s"
-            )
-            _LOG.warning(what, "".join(lines))
 
     @classmethod
     def load(cls, path: Path) -> ActionStat:
