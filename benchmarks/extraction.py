@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 import torch
 
-from benchmarks.gates import psnr, to_unit
+from benchmarks.gates import to_unit
 from benchmarks.loading import peak_bytes
 from persistworld_cli.checkpoints.loading import load_vae
 from persistworld_cli.config.bundled import resolve_path
@@ -38,6 +38,7 @@ from persistworld_cli.data.clips.store import EpisodeStore
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.extraction.pipeline import ExtractCallbacks, Progress, extract_latents
 from persistworld_cli.extraction.run import DTYPES, Vae, parse_episodes
+from persistworld_cli.metrics.psnr import psnr
 from persistworld_cli.models.vae import decode, encode_images, unstack_cameras
 
 _MIB = 2**20
