@@ -25,6 +25,7 @@ from persistworld_cli.files import whole_file
 BARELY = 0.05  # dB: a smaller gain has no practical use, whatever its interval
 COLOURS = {"better": "green", "worse": "red"}
 
+_MORE = 4  # decimals that a small change may have beyond the usual ones
 _SHORTEST = 12  # columns of a text whose words are folded
 
 UNTRAINED_NOTE = "lpips (untrained): the settings choose a random backbone; not comparable with LPIPS."
@@ -86,9 +87,9 @@ def digits(label: str) -> int:
     return 2 if label.startswith("psnr") else 4 if "untrained" in label else 3
 
 
-def number(value: float | None, label: str, *, signed: bool = False) -> str:
-    """A metric's value as text; ``-`` for None."""
-    return "-" if value is None else f"{value:{'+' if signed else ''}.{digits(label)}f}"
+def number(value: float | None, label: str, *, signed: bool = False, more: int = 0) -> str:
+    """A metric's value as text, with ``more`` decimals than usual; ``-`` for None."""
+    return "-" if value is None else f"{value:{'+' if signed else ''}.{digits(label) + more}f}"
 
 
 def heading(metric: Mapping[str, Any]) -> str:
@@ -119,9 +120,12 @@ def eval_table(result: Mapping[str, Any]) -> Table:
 
 
 def _change(row: Mapping[str, Any], label: str) -> list[RenderableType]:
-    """Change with verdict and interval, and win rate, in the colour of the verdict."""
-    style = COLOURS.get(row["verdict"], "")
-    middle, low, high = (number(row[key], label, signed=True) for key in ("change", "change_low", "change_high"))
+    """Change with verdict and interval, and win rate, in the colour of the verdict; no decided change reads as 0."""
+    style, more = COLOURS.get(row["verdict"], ""), 0
+    while style and more < _MORE and float(number(row["change"], label, more=more)) == 0:
+        more += 1
+    parts = (row[key] for key in ("change", "change_low", "change_high"))
+    middle, low, high = (number(part, label, signed=True, more=more) for part in parts)
     return [Text(f"{middle} {row['verdict']}\n[{low}, {high}]", style), Text(win_rate(row), style)]
 
 

@@ -42,6 +42,14 @@ def test_eval_table_says_what_a_person_needs(result: dict[str, Any]) -> None:
     assert "win rate" not in alone and "recording through VAE" in alone
 
 
+@pytest.mark.parametrize(
+    ("change", "shown"), [(0.0003, "+0.0003 better"), (0.0, "+0.000000 better"), (1.5, "+1.50 better")]
+)
+def test_a_decided_change_has_the_decimals_that_show_it(result: dict[str, Any], change: float, shown: str) -> None:
+    result["paired"][0] |= {"change": change, "change_low": change / 2, "change_high": 2 * change}
+    assert shown in plain(eval_table(result))
+
+
 def test_numbers() -> None:
     assert (
         number(None, "psnr") == "-"
