@@ -19,7 +19,7 @@ from persistworld_cli.config.weight_names import (
     adapter_on_disk,
     names_in,
 )
-from persistworld_cli.errors import PersistWorldError
+from persistworld_cli.errors import PersistWorldError, nearest
 from persistworld_cli.hub import command, is_hub_id, open_repository, snapshot_in, unfinished_in
 from persistworld_cli.read_files import parse_json
 
@@ -305,7 +305,22 @@ def _listing_of_folder(text: str, path: Path) -> _Listing:
 
 
 def _listing_of_hub(repo: str) -> _Listing:
-    """A repository's file names, from the hub or the cache. Raises PersistWorldError."""
-    found = open_repository(repo)
+    """A repository's file names, from the hub or the cache.
+
+    Raises:
+        PersistWorldError: it cannot be had; where a folder here has the owner's name, a mistyped path is likelier.
+    """
+    try:
+        found = open_repository(repo)
+    except PersistWorldError as error:
+        owner, _, name = repo.partition("/")
+        beside = [entry.name for entry in sorted(Path(owner).iterdir())] if Path(owner).is_dir() else []
+        if not beside:
+            raise
+        raise PersistWorldError(
+            f"no such file or folder: '{repo}' (and no such repository to be had from the hub: {error.what})",
+            where=f"weights, in the folder {owner}",
+            fix=nearest(name, beside),
+        ) from error
     unfinished = "" if found.answered else unfinished_in(found.snapshot.parents[1])
     return _Listing(repo, ":", found.names, found.fetch, unfinished, "" if found.answered else command(repo))

@@ -182,3 +182,10 @@ def test_of_a_repository_only_what_is_needed_is_fetched(
     assert "is not on disk, and cannot be fetched from the hub" in absent and "HF_HOME" in absent
     unreachable = locate(tmp_path, ("acme/one", None), HF_ENDPOINT="http://127.0.0.1:9")
     assert unreachable == [one]  # no network: what the cache holds
+
+
+def test_a_mistyped_path_is_not_taken_for_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "outputs" / "run-1").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (told,) = locate(tmp_path / "home", ("outputs/rnu-1", None), HF_HUB_OFFLINE="1")
+    assert "no such file or folder: 'outputs/rnu-1'" in told and "did you mean 'run-1'?" in told
