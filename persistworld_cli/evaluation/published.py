@@ -4,8 +4,8 @@ A file holds ``description``; tables ``[exterior]`` and ``[wrist]`` with means o
 ``lpips``; ``[tolerance.GROUP]``, how far a published figure may lie outside the measured interval; ``[widest.GROUP]``,
 the largest half width of an interval that still decides. Optional:
 
-- ``stat`` (percentiles that scale actions), ``dtype`` (of the weights in their file), ``lpips_backbone``
-  (``trained``, the default, or ``untrained``);
+- ``stat`` (percentiles that scale actions), ``dtype`` (of the weights in their file), ``weights`` (SHA-256 of their
+  files, and of the adapter's after a +), ``lpips_backbone`` (``trained``, the default, or ``untrained``);
 - ``[gain.GROUP]``, the gain over the base, rollout by rollout;
 - if the same rollouts can be repeated: ``protocol`` (hash), ``items`` (episode, start, seed), ``[rollouts.GROUP]``
   (lists, one per metric) and ``[same.GROUP]``, the largest mean difference at which a rollout counts as the same.
@@ -32,7 +32,8 @@ TRAINED, UNTRAINED = "trained", "untrained"
 Figures = dict[str, dict[str, float]]  # group -> metric -> value
 Item = tuple[str, int, int]  # episode, start, seed
 _TABLES = ("tolerance", "widest", "gain", "same")
-_KEYS = ("description", "stat", "dtype", "lpips_backbone", "protocol", "items", "rollouts", *GROUPS, *_TABLES)
+_TEXTS = ("stat", "dtype", "weights", "protocol")
+_KEYS = ("description", *_TEXTS, "lpips_backbone", "items", "rollouts", *GROUPS, *_TABLES)
 # Written into our own files: other hardware and other releases round differently.
 _SAME = {"ssim": 0.002, "psnr": 0.05, "lpips": 0.002}
 _TOLERANCE = {"ssim": 0.01, "psnr": 0.25, "lpips": 0.01}
@@ -51,6 +52,7 @@ class Published:
     gain: Figures = field(default_factory=dict)
     stat: str = ""
     dtype: str = ""
+    weights: str = ""
     lpips: str = TRAINED
     protocol: str = ""
     items: tuple[Item, ...] = ()
@@ -87,7 +89,7 @@ def load_published(name: str) -> Published:
             for group, own in figures.items():
                 if lacking := [metric for metric in own if metric not in given.get(group, {})]:
                     raise UsageError(f"[{table}.{group}] does not state {', '.join(lacking)}", where=str(path))
-        own_keys: dict[str, Any] = {key: str(data[key]) for key in ("stat", "dtype", "protocol") if key in data}
+        own_keys: dict[str, Any] = {key: str(data[key]) for key in _TEXTS if key in data}
         return Published(
             path=path,
             description=str(data.get("description", path.stem)),
@@ -131,11 +133,12 @@ def write_published(
     items: list[Item],
     protocol: str,
     dtype: str,
+    weights: str,
     lpips: str,
     stat: Path,
 ) -> None:
     """Write the measured figures as a file of figures, whole or not at all. Raises CannotWrite."""
-    texts = {"description": description, "dtype": dtype, "lpips_backbone": lpips, "stat": str(stat)}
+    texts = {"description": description, "dtype": dtype, "weights": weights, "lpips_backbone": lpips, "stat": str(stat)}
     top = texts | {"protocol": protocol, "items": [list(item) for item in items]}
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in top.items()]
     tables: dict[str, Mapping[str, Any]] = dict(figures)

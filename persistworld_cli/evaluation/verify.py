@@ -135,7 +135,7 @@ def run(settings: Settings, request: VerifyRequest) -> dict[str, Any]:
     scale = scale_of(settings, store, refs[-1].parts, quiet=True)
     result = measured.result
     checks = [
-        *_weights(refs, result),
+        *_weights(refs, result, published),
         _types(files, published),
         *_actions(settings, store, scale, result, published),
         _data(result, published),
@@ -234,12 +234,24 @@ class Measured:
 # -- checks -------------------------------------------------------------------------------------------------------
 
 
-def _weights(refs: Sequence[ModelRef], result: Mapping[str, Any]) -> list[Check]:
-    """The loaded weights. Keys and shapes are compared before anything is computed: another model is an error."""
+def _hashes(model: Mapping[str, Any]) -> str:
+    """SHA-256 of a model's weights, and of its adapter after a +."""
+    return "+".join(filter(None, (model["ckpt_sha256"], model["adapter_sha256"])))
+
+
+def _weights(refs: Sequence[ModelRef], result: Mapping[str, Any], published: Published) -> list[Check]:
+    """The loaded weights, and whether the figures are of the same files: the same weights may lie in others.
+
+    Keys and shapes are compared before anything is computed: another model is an error.
+    """
     lines = []
     for ref, model in zip(refs, result["models"], strict=True):
         adapter = f", adapter {ref.adapter} {model['adapter_sha256'][:12]}" if ref.adapter else ""
         text = f"{ref.ckpt} {model['ckpt_sha256'][:12]}{adapter}"
+        if ref == refs[-1] and published.weights:
+            told = "+".join(one[:12] for one in published.weights.split("+"))
+            same = _hashes(model) == published.weights
+            text += ", the files of the figures" if same else f": other files than those of the figures, {told}"
         lines.append(Check("weights" if ref == refs[-1] else "base", NOTE, text))
     return lines
 
@@ -351,6 +363,7 @@ def _write(path: Path, title: str, lpips: str, measured: Measured, files: Weight
         items=measured.items,
         protocol=measured.protocol,
         dtype=dtypes[0] if len(dtypes) == 1 else "",
+        weights=_hashes(measured.result["models"][-1]),
         lpips=lpips,
         stat=stat,
     )

@@ -85,8 +85,12 @@ def test_right_weights_fit_and_wrong_ones_are_told_apart(world: Path, verify: An
     assert lines[0] == "persistworld verify: FITS" and max(map(len, lines[: lines.index("")])) <= 80
     for word in ("right.pt", "float32", "carried by", "60, 61", "s per step", "GiB", "torch 2", "recording through"):
         assert word in right.stdout, word
+    assert "the files of the figures" in " ".join(right.stdout.split())
 
-    base = differing(verify("--ckpt", world / "base.pt", *same, "--json"))
+    other = verify("--ckpt", world / "base.pt", *same, "--json")
+    told = {check["name"]: check["text"] for check in json.loads(other.stdout)["checks"]}
+    assert f"other files than those of the figures, {published.weights[:12]}" in told["weights"]
+    base = differing(other)
     assert {"exterior psnr same", "wrist psnr same"} & base and not {"keys", "scale", "poses", "data"} & base
     assert differing(verify("--ckpt", BASE, *same, "--json")) >= {"base", "keys"}
     assert differing(verify("--ckpt", world / "half.safetensors", *same, "--alone", "--json")) == {"keys"}
