@@ -11,7 +11,6 @@ from persistworld_cli.config.settings import ModelSettings, SamplingSettings, Se
 from persistworld_cli.config.weight_names import PASSTHROUGH
 from persistworld_cli.cost.flops import measure
 from persistworld_cli.cost.report import CostReport, MemoryRow, WorkRow
-from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.models.cpu.hook import as_diffusers
 from persistworld_cli.models.diffusion import karras_sigmas
 from persistworld_cli.models.samplers import SAMPLERS, find_sampler
@@ -63,15 +62,8 @@ def meta_model(settings: ModelSettings, world: WorldSettings) -> WorldModel:
     Raises:
         PersistWorldError: no model can be built from the settings.
     """
-    try:
-        with META:
-            model = build_world_model(settings, world)
-    except (TypeError, ValueError, RuntimeError, KeyError, AssertionError) as error:
-        raise PersistWorldError(
-            f"no model can be built from these settings: {str(error).splitlines()[0]}",
-            where="model",
-            fix="fix [model], or leave it as the preset has it",
-        ) from error
+    with META:
+        model = build_world_model(settings, world)
     return model.to(META).eval().requires_grad_(False)  # diffusers still creates a few scalars on the CPU
 
 

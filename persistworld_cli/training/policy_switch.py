@@ -48,7 +48,7 @@ class PolicySwitch:
     def __init__(self, model: WorldModel, options: PostTrainSettings, held: torch.dtype | None = None) -> None:
         self.model = model
         model.requires_grad_(False)
-        self.config, self.base = lora_config(options), sample_base(model.unet)
+        self.config = lora_config(options)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are intended
             torch.manual_seed(options.seed)
@@ -148,4 +148,5 @@ class PolicySwitch:
         lora = get_peft_model_state_dict(self.model.unet, adapter_name=policy)
         named = {f"base_model.model.{name}": tensor for name, tensor in lora.items()}
         encoder = self.encoders[policy].state_dict()
-        write_adapter(folder, self.config, named, encoder, force=True, stat=stat, base=self.base)
+        base = sample_base(self.model.unet)
+        write_adapter(folder, self.config, named, encoder, force=True, stat=stat, base=base)

@@ -48,6 +48,11 @@ def test_its_own_weights_are_known_in_every_type(
     assert said(random_model(7).to(dtype).float(), trained_on_7, caplog) == ""
 
 
+def test_weights_held_in_bfloat16_are_known(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    PolicySwitch(random_model(7), TINY.post_train, torch.bfloat16).save_adapter(tmp_path / "adapter")
+    assert said(random_model(7), tmp_path / "adapter", caplog) == ""
+
+
 def test_further_trained_weights_are_told(trained_on_7: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = copy.deepcopy(random_model(7))
     with torch.no_grad():

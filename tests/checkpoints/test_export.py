@@ -48,7 +48,7 @@ def test_inspect_tells_what_the_bundled_weights_are(base: Tensors, adapter: Path
     stored = (resolve_path(BASE) / "model.safetensors").read_bytes()
     assert told["sha256"] == hashlib.sha256(stored).hexdigest()
     assert told["files"] == [{"file": "model.safetensors", "bytes": len(stored), "sha256": told["sha256"]}]
-    other = cli("inspect", BASE, "--preset", "tiny", "--set", "model.token_dim=64")
+    other = cli("inspect", BASE, "--preset", "tiny", "--set", "model.text.hidden_size=64")
     assert "of another shape" in other["own_preset"]
     told = cli("inspect", adapter)
     assert told["kind"] == "adapter" and told["fits"] == ["tiny"]

@@ -266,7 +266,7 @@ def test_the_peak_takes_the_largest_of_what_passes() -> None:
 
 def test_settings_that_make_no_model_are_told() -> None:
     broken = replace(TINY, model=replace(TINY.model, norm_groups=7))
-    with pytest.raises(PersistWorldError, match=r"no model can be built from these settings: .*7 groups"):
+    with pytest.raises(PersistWorldError, match=r"no such network can be built: .*7 groups"):
         interaction_report(broken, 1)
 
 
