@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 
 import torch
@@ -19,14 +18,13 @@ from persistworld_cli.read_files import as_object, parse_json, reading
 NOTE = "base_sample"  # in an adapter's notes: JSON, name of a matrix -> numbers
 SAME = 0.02  # largest relative difference of the same weights
 _MATRICES, _NUMBERS = 8, 32
-_ADDED = re.compile(r"\.lora_|\.exact$")  # by post-training, beside the weights of a layer
 
 BaseSample = Mapping[str, list[float]]
 
 
 def sample_base(unet: nn.Module) -> BaseSample:
     """Numbers of a network's own weights, adapted by peft or not, evenly spread over its matrices and kernels."""
-    own = ((name, p) for name, p in unet.named_parameters() if p.ndim > 1 and not _ADDED.search(name))
+    own = ((name, p) for name, p in unet.named_parameters() if p.ndim > 1 and ".lora_" not in name)
     matrices = {name.replace(".base_layer.", "."): p for name, p in own}
     names = sorted(matrices)[:: math.ceil(len(matrices) / _MATRICES)]
     return {name: _numbers(matrices[name]) for name in names}

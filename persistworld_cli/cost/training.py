@@ -67,6 +67,7 @@ def post_train_report(settings: Settings) -> CostReport:
     adapters = [p for policy in ("theta", "old") for p in switch.parameters(policy)]
     encoders = {id(p) for policy in ("theta", "old") for p in switch.encoders[policy].parameters()}
     lora_layers = [p for p in adapters if id(p) not in encoders]
+    exact = tensor_bytes([layer.exact for layer in switch.layers]) if held else 0
     learning = switch.trainable()
     encoder = sum(p.numel() for p in switch.encoders["theta"].parameters() if p.requires_grad)
     lora = sum(p.numel() for p in learning) - encoder
@@ -78,7 +79,7 @@ def post_train_report(settings: Settings) -> CostReport:
             *_update_rows(settings, interaction, learned.forward // micro, learned.flops // micro),
         ],
         memory=[
-            MemoryRow("weights", f"weights, {_held(held)}", weight_bytes(model) - tensor_bytes(lora_layers)),
+            MemoryRow("weights", f"weights, {_held(held)}", weight_bytes(model) - tensor_bytes(lora_layers) + exact),
             MemoryRow("adapters", "adapters of the trained and the sampling policy", tensor_bytes(adapters)),
             MemoryRow("merged", "weights of the sampling policy, merged", tensor_bytes(merged)),
             *_training_rows(learning, options.optimizer),

@@ -73,7 +73,8 @@ class PolicySwitch:
         The first convolution stays: its type is the model's (`WorldModel.dtype`), which norms and inputs have.
         """
         for layer in self.layers:
-            layer.exact = nn.Parameter(layer.base_layer.weight.detach(), requires_grad=False)
+            # no parameter: peft would save it with the adapter
+            layer.register_buffer("exact", layer.base_layer.weight.detach(), persistent=False)
         for name, module in self.model.unet.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) and "lora_" not in name and name != "conv_in":
                 for part, value in list(module.named_parameters(recurse=False)):
