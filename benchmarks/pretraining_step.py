@@ -9,7 +9,6 @@ that a slow minute of the machine falls on all of them.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import time
 from collections.abc import Callable
 
@@ -47,7 +46,7 @@ def updater(preset: str, batch: int, device: torch.device) -> tuple[Callable[[],
 
     def update() -> None:
         texts = model.text_embeds(["put the cube on the drum"] * batch, grad=True) if clip.text_cond else None
-        with small if options.mixed_precision == "bf16" else contextlib.nullcontext():
+        with small:
             loss = denoising_loss(model, latents, actions, texts, draws, options).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], options.max_grad_norm)
