@@ -28,6 +28,7 @@ INTERRUPTED = 130  # exit code
 TRY_AGAIN = 75  # exit code (EX_TEMPFAIL of sysexits.h): the machine failed, not the program or its user
 LOCALHOST = "127.0.0.1"
 VERIFY_COUNT = 8
+ANIMATIONS = (".webp", ".gif")
 REQUIRED = dataclasses.MISSING
 CONTINUING = "Continuing a run"  # a heading of the help
 
@@ -206,7 +207,21 @@ class EvalRequest(ContinuingRequest):
     study: Path | None = option(
         None, "Also write a blind preference study to this folder, and its key beside it.", metavar="DIR"
     )
+    animation: Path | None = option(
+        None,
+        "Also write a looped animation (.webp or .gif): two episodes, record and models side by side.",
+        metavar="FILE.webp",
+    )
     compare: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.animation and self.animation.suffix.lower() not in ANIMATIONS:
+            raise UsageError(
+                f"no animation format '{self.animation.suffix}'",
+                where="--animation",
+                fix=f"name a file that ends in {' or '.join(ANIMATIONS)}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

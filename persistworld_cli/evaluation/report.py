@@ -15,6 +15,7 @@ from persistworld_cli.evaluation.fvd import FeatureNet, fvd_result
 from persistworld_cli.evaluation.results import EvalData, build_result
 from persistworld_cli.evaluation.uncertainty import uncertainty_result
 from persistworld_cli.files import jsonable, write_json, write_text
+from persistworld_cli.reports.animation import AnimatedRow, write_animation
 from persistworld_cli.reports.curves import change_plot, horizon_curves, uncertainty_plot
 from persistworld_cli.reports.model_card import add_evaluation
 from persistworld_cli.reports.page import write_page
@@ -162,3 +163,49 @@ def draw_picks(data: EvalData, output: Path) -> tuple[list[Path], list[Path]]:
         videos.append(output / "videos" / f"{stem}.mp4")
         shown.write_video(videos[-1])
     return sheets, videos
+
+
+def percentile_picks(data: EvalData) -> list[tuple[str, int]]:
+    """(name, index) of the rollouts to animate: at the median and the 90th percentile of the baseline's loss of reward.
+
+    An episode's loss is the mean over its noise seeds; its first rollout is shown.
+    """
+    loss = -data.rewards(data.labels[0])
+    first = {episode: index for index, episode in reversed(list(enumerate(data.episodes)))}
+    own = {episode: float(np.mean(loss[np.array(data.episodes) == episode])) for episode in first}
+    order = sorted(own, key=lambda episode: (own[episode], first[episode]))
+    places = {"median": 0.5, "90th percentile": 0.9}
+    found = {order[round(share * (len(order) - 1))]: name for name, share in reversed(places.items())}
+    return [(name, first[episode]) for episode, name in reversed(found.items())]
+
+
+def animate(data: EvalData, path: Path) -> None:
+    """Write the animation of `percentile_picks`: a row for the first camera of each group, scores below each image.
+
+    Raises:
+        CannotWrite: the file cannot be written.
+    """
+    cameras = {cams[0]: data.settings.world.cameras[cams[0]].replace("_", " ") for cams in data.groups.values()}
+    rows = []
+    for name, index in percentile_picks(data):
+        item = data.items[index]
+        recording, drawn = data.draw(item)
+        length = int(recording.valid.sum())
+        caption = f"{name} of {data.labels[0]}'s loss: episode {item.episode}: {recording.annotation.text}"
+        for camera, title in cameras.items():
+            columns = {"recorded": recording.frames[:length], **drawn}
+            images = {
+                label: np.concatenate([recording.first[None, camera], frames[:, camera]])
+                for label, frames in columns.items()
+            }
+            notes = {label: _scores(data, label, index, camera) for label in data.labels}
+            rows.append(AnimatedRow(images, {"recorded": title, **notes}, caption))
+            caption = ""
+    write_animation(path, rows, data.settings.world.rate_hz)
+
+
+def _scores(data: EvalData, label: str, index: int, camera: int) -> str:
+    """``PSNR 20.1 dB, LPIPS 0.082``, the mean over a rollout's frames."""
+    scores = data.rollouts[label][index].scores
+    psnr, lpips = (float(np.nanmean(scores[name][:, camera])) for name in ("psnr", "lpips"))
+    return f"PSNR {psnr:.1f} dB, {data.metrics['lpips'].label.upper()} {lpips:.3f}"

@@ -22,7 +22,7 @@ from persistworld_cli.evaluation.action_following import commands_of
 from persistworld_cli.evaluation.comparing import compare_files
 from persistworld_cli.evaluation.plan import EvalPlan, Weights, make_plan
 from persistworld_cli.evaluation.protocol import provenance
-from persistworld_cli.evaluation.report import write_comparison, write_report
+from persistworld_cli.evaluation.report import animate, write_comparison, write_report
 from persistworld_cli.evaluation.results import CEILING, FLOOR, Drawn, EvalData
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.reports.progress import Meter
@@ -55,6 +55,9 @@ def run(settings: Settings, request: EvalRequest) -> dict[str, Any]:
         return {}
     data.provenance["command"] = shlex.join(request.command)
     summary = write_report(data, output, plan.video_net)
+    if request.animation:
+        animate(data, request.animation)
+        summary["animation"] = str(request.animation)
     if other:
         summary |= write_comparison(*compare_files(other, str(output / "eval.json")), output)
     if study and request.study:

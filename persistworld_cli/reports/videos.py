@@ -30,17 +30,17 @@ LABEL = 116
 
 
 @lru_cache(maxsize=8)
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans from matplotlib, the same on every machine."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
-def _clip(text: str, size: int, width: int) -> str:
+def clipped(text: str, size: int, width: int) -> str:
     """A text cut to a width in pixels, with an ellipsis."""
-    font = _font(size)
-    if font.getlength(text) <= width:
+    drawn = font(size)
+    if drawn.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
+    while text and drawn.getlength(text + "…") > width:
         text = text[:-1]
     return text.rstrip() + "…"
 
@@ -78,18 +78,18 @@ def contact_sheet(path: Path, title: str, columns: Sequence[str], blocks: Sequen
     height = 2 * BAR + sum(BAR + len(block.rows) * (h + GAP) for block in blocks)
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((8, 4), _clip(title, 15, width - 16), INK, font=_font(15))
+    draw.text((8, 4), clipped(title, 15, width - 16), INK, font=font(15))
     for column, text in enumerate(columns):
         centre = LABEL + column * (w + GAP) + w // 2
-        draw.text((centre, BAR + 6), text, DIM, font=_font(13), anchor="ma")
+        draw.text((centre, BAR + 6), text, DIM, font=font(13), anchor="ma")
     top = 2 * BAR
     for block, images in zip(blocks, rows, strict=True):
-        draw.text((8, top + 5), block.title, INK, font=_font(14))
+        draw.text((8, top + 5), block.title, INK, font=font(14))
         top += BAR
         for (name, _, notes), cells in zip(block.rows, images, strict=True):
-            draw.text((8, top + 4), _clip(name, 13, LABEL - 12), INK, font=_font(13))
+            draw.text((8, top + 4), clipped(name, 13, LABEL - 12), INK, font=font(13))
             for line, note in enumerate(notes):
-                draw.text((8, top + 24 + 17 * line), note, DIM, font=_font(12))
+                draw.text((8, top + 24 + 17 * line), note, DIM, font=font(12))
             for column, one in enumerate(cells):
                 sheet.paste(Image.fromarray(one), (LABEL + column * (w + GAP), top))
             top += h + GAP
@@ -118,18 +118,18 @@ def side_by_side(
     height = 2 * BAR + len(rows) * (BAR + h)
     base = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(base)
-    draw.text((8, 5), _clip(title, 14, width - 170), INK, font=_font(14))
+    draw.text((8, 5), clipped(title, 14, width - 170), INK, font=font(14))
     for column, camera in enumerate(cameras):
-        draw.text((column * (w + GAP) + w // 2, BAR + 5), camera, DIM, font=_font(12), anchor="ma")
+        draw.text((column * (w + GAP) + w // 2, BAR + 5), camera, DIM, font=font(12), anchor="ma")
     for index, text in enumerate(times):
         canvas = base.copy()
         draw = ImageDraw.Draw(canvas)
-        draw.text((width - 8, 5), text, INK, font=_font(14), anchor="ra")
+        draw.text((width - 8, 5), text, INK, font=font(14), anchor="ra")
         top = 2 * BAR
         for row in rows:
-            draw.text((8, top + 5), _clip(row.name, 13, width - 260), INK, font=_font(13))
+            draw.text((8, top + 5), clipped(row.name, 13, width - 260), INK, font=font(13))
             if row.notes:
-                draw.text((width - 8, top + 5), row.notes[index], DIM, font=_font(13), anchor="ra")
+                draw.text((width - 8, top + 5), row.notes[index], DIM, font=font(13), anchor="ra")
             views = enlarge(row.frames[index], VIDEO_CELL)
             for column, view in enumerate(views):
                 canvas.paste(Image.fromarray(view), (column * (w + GAP), top + BAR))

@@ -12,6 +12,7 @@ from eval_world import make_world, settings
 from scipy import stats as scipy_stats
 
 from persistworld_cli.evaluation.action_following import commands_of, following_result, partners, wrong_kinds
+from persistworld_cli.evaluation.report import percentile_picks
 from persistworld_cli.evaluation.results import CEILING, FLOOR, EvalData, build_result
 from persistworld_cli.evaluation.uncertainty import NEEDED, seed_variance, uncertainty_result
 from persistworld_cli.metrics.score import Scorer
@@ -136,3 +137,11 @@ def test_wrong_actions_start_where_the_recording_does(tmp_path: Path) -> None:
     driven = replace(recording, commanded=swapped)
     np.testing.assert_array_equal(driven.poses(1, 5), swapped[4:9])
     np.testing.assert_array_equal(driven.poses(0, 5)[0], recording.poses(0, 5)[0])
+
+
+def test_the_animation_shows_the_median_and_a_hard_episode_by_the_baseline_s_loss(tmp_path: Path) -> None:
+    data = made_up(tmp_path)  # episode 7 is the worst, seeds 0 and 1 of each
+    assert percentile_picks(data) == [("median", 8), ("90th percentile", 12)]  # episodes 4 and 6 of 0 .. 7, first seed
+    assert percentile_picks(replace(data, items=data.items[:2], rollouts={"base": data.rollouts["base"][:2]})) == [
+        ("median", 0)
+    ]

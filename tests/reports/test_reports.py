@@ -13,6 +13,7 @@ from eval_result import METRICS, made_up_result
 from PIL import Image
 
 from persistworld_cli.data.raw.video import count_frames, read_frames, write_mp4
+from persistworld_cli.reports.animation import CELL, AnimatedRow, write_animation
 from persistworld_cli.reports.curves import change_plot, horizon_curves
 from persistworld_cli.reports.page import write_page
 from persistworld_cli.reports.tables import eval_table, new_table, number, plain, steps_tables, win_rate, write_csv
@@ -123,6 +124,29 @@ def test_videos_show_every_row_camera_and_note(tmp_path: Path) -> None:
     assert count_frames(tmp_path / "v.mp4") == 3
     shown = read_frames(tmp_path / "v.mp4", [0])[0]
     assert shown[-60, -60].min() > 230 and shown[-60, 60].max() < 25
+
+
+@pytest.mark.parametrize("ending", ["webp", "gif"])
+def test_an_animation_shows_every_column_and_holds_the_last_frame_of_a_shorter_row(ending: str, tmp_path: Path) -> None:
+    levels = np.array([0, 90, 180], np.uint8)
+    frames = np.broadcast_to(levels[:, None, None, None], (3, 48, 80, 3))
+    notes = {"recorded": "wrist", "base": "PSNR 20.1 dB"}
+    long = AnimatedRow({"recorded": frames, "base": np.full_like(frames, 255)}, notes, "median")
+    short = AnimatedRow({"recorded": frames[:2], "base": np.full_like(frames[:2], 255)}, notes)
+    path = tmp_path / f"loop.{ending}"
+    write_animation(path, [long, short], 5.0)
+    with Image.open(path) as shown:
+        seen, held = [], []
+        for index in range(shown.n_frames):
+            shown.seek(index)
+            shown.load()
+            held.append(shown.info["duration"])
+            seen.append(np.asarray(shown.convert("RGB")).astype(int))
+        assert shown.info["loop"] == 0 and held == [200, 200, 1500]
+    high, low, left, right = 100, -80, CELL // 2, -CELL // 2
+    assert [abs(one[high, left, 0] - level) <= 6 for one, level in zip(seen, (0, 90, 180), strict=True)] == [True] * 3
+    assert [abs(one[low, left, 0] - level) <= 6 for one, level in zip(seen, (0, 90, 90), strict=True)] == [True] * 3
+    assert all(one[y, right].min() > 245 for one in seen for y in (high, low))
 
 
 def test_csv_and_page(result: dict[str, Any], tmp_path: Path) -> None:
