@@ -11,6 +11,7 @@ from rich.table import Table
 
 from persistworld_cli.checkpoints.references import names_of
 from persistworld_cli.evaluation.protocol import require_same
+from persistworld_cli.evaluation.results import ALL
 from persistworld_cli.files import jsonable
 from persistworld_cli.read_files import read_json, reading
 from persistworld_cli.reports.tables import eval_table
@@ -65,13 +66,16 @@ def compare_results(first: Mapping[str, Any], second: Mapping[str, Any], where: 
         labels = names_of([str(model["adapter"] or model["ckpt"]) for model in models])
     episodes = [item[0] for item in second["protocol"]["items"]]
     own = [(first, models[0]["label"]), (second, models[1]["label"])]
+    reward = {"label": "reward", "higher_is_better": True}
+    compared = [(group, metric) for group in second["groups"] for metric in [*second["metrics"], reward]]
+    if all(ALL in result["rollouts"] for result in (first, second)):  # older results lack it
+        compared.append((ALL, reward))
     paired = []
-    for group in second["groups"]:
-        for metric in [*second["metrics"], {"label": "reward", "higher_is_better": True}]:
-            label = metric["label"]
-            base, new = (rollout_values(result, group, label, model) for result, model in own)
-            pair = compare(base, new, episodes, higher_is_better=metric["higher_is_better"])
-            paired.append({"cameras": group, "metric": label, **vars(pair)})
+    for group, metric in compared:
+        label = metric["label"]
+        base, new = (rollout_values(result, group, label, model) for result, model in own)
+        pair = compare(base, new, episodes, higher_is_better=metric["higher_is_better"])
+        paired.append({"cameras": group, "metric": label, **vars(pair)})
     references = [row for row in second["table"] if row["model"] in (second["floor"], second["ceiling"])]
     table = []
     for group in second["groups"]:

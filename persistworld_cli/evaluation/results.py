@@ -23,6 +23,7 @@ from persistworld_cli.statistics.paired import cluster_bootstrap, compare, mean
 
 FloatArray = NDArray[np.float64]
 FLOOR, CEILING = "copy first frame", "recording through VAE"
+ALL = "all"  # the group of all cameras: the reward alone is a mean over it
 Cameras = Sequence[int]
 Drawn = tuple[Recording, dict[str, NDArray[np.uint8]]]  # a recording, and each model's frames (n, V, H, W, 3) of it
 T = TypeVar("T")
@@ -140,6 +141,7 @@ def build_result(data: EvalData, extra: Mapping[str, Any]) -> dict[str, Any]:
     by_rollout |= data.by_metric(lambda name, cams: {row: data.means(row, name, cams) for row in rows})
     for group, cams in data.groups.items():
         by_rollout[group]["reward"] = {row: data.rewards(row, cams) for row in rows}
+    by_rollout[ALL] = {"reward": {row: data.rewards(row) for row in rows}}
     result = {
         "kind": "eval",
         "benchmark": data.benchmark,
@@ -194,7 +196,7 @@ def _paired(data: EvalData, base: str, new: str) -> list[dict[str, Any]]:
         for group, cams in data.groups.items()
         for name, info in data.metrics.items()
     ]
-    groups: list[tuple[str, Cameras | None]] = [*data.groups.items(), ("all", None)]
+    groups: list[tuple[str, Cameras | None]] = [*data.groups.items(), (ALL, None)]
     rewards = [
         entry(group, "reward", data.rewards(base, cams), data.rewards(new, cams), True) for group, cams in groups
     ]

@@ -127,6 +127,10 @@ def test_results_of_one_protocol_are_compared_and_others_refused(tmp_path: Path)
     against = compare_results(load_result(str(paths[0])), load_result(str(paths[1])), "a and b")
     assert [row["verdict"] for row in against["paired"]] == ["better", "better"]
     assert against["paired"][0]["change"] == pytest.approx(1.3)
+    for one in (first, second):
+        one["rollouts"]["all"] = {"reward": one["rollouts"]["exterior"]["reward"]}
+    whole = compare_results(first, second, "a and b")["paired"]
+    assert [(row["cameras"], row["metric"]) for row in whole[2:]] == [("all", "reward")]
     assert [row["model"] for row in against["table"]] == ["floor", "base", "mine", "ceiling"]
     flags = [part for path in paths for part in ("--compare", str(path))]
     shown = CliRunner().invoke(commands.app.app, ["eval", *flags])

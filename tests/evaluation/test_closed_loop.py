@@ -169,6 +169,7 @@ def check_conduct(result: dict[str, Any]) -> None:
     assert all(margin != 0 for margin in margins.values())  # other actions, other images
     own = np.array(result["rollouts"]["exterior"]["psnr"]["base.safetensors"])
     assert own.shape == (4,) and np.isfinite(own).all()
+    assert len(result["rollouts"]["all"]["reward"]["base.safetensors"]) == 4
     assert trust["seeds"] == 2 and trust["pairs"] == 2 and "too few" in trust["note"]
     for row in trust["rows"]:
         variance = np.array(row["points"]["variance"], dtype=float)
