@@ -1,28 +1,31 @@
 """The proof: is a post-trained world model better in closed loop, and better than with the same effort spent otherwise?
 
-`python -m benchmarks.proof --dataset outputs/demo/world [--output outputs/proof] [--updates 60]` trains
-`python -m benchmarks.proof ... --test` opens the test: rolls out, compares, writes `proof.json` and `proof.md`
-`python -m benchmarks.proof ... --ablate` trains the ablations instead, which `--test` then shows too
+`python -m benchmarks.proof --dataset latents --choose` trains each control at three learning rates (training seed 0)
+    and compares them on validation episodes; the best go into CONTROL_LR
+`python -m benchmarks.proof --dataset latents` trains the arms
+`python -m benchmarks.proof --dataset latents --test-dataset latents-test --test` opens the test: rolls out, compares,
+    writes `proof.json` and `proof.md`
+`python -m benchmarks.proof --dataset latents --ablate` trains the ablations and compares them on validation episodes
 
-Pre-registered; none of it is changed after the test was opened:
+Registered; none of it is changed after the test was opened:
 
-- Arms, each from the preset's base, on the same episodes (split "train"), with the same number of updates and of clips
+- Arms, each from the same base, on the same episodes (split "train"), with the same number of updates and of clips
   per update (groups x kept candidates): `post-trained` (the preset's settings), `recorded` (the same rollouts,
   fine-tuned towards the recorded frames), `teacher-forced` (the base's training continued: real history, all weights,
   under the noise levels that `post-trained` learns under). Training seeds 0, 1, 2.
-- Test: the bundled benchmark's 20 held-out episodes x 10 noise seeds = 200 pairs per arm and training seed, 14
-  interactions, sampled as the benchmark says; a pair shares episode and noise with the base's rollout.
-- Primary: the training reward over all cameras, `post-trained` less base: Wilcoxon's test over episodes, where an
-  episode's difference is the mean over its noise and training seeds. Secondary: SSIM, PSNR, LPIPS by camera group with
-  95% bootstrap intervals over episodes, and `post-trained` less each control, in the same way.
-- Ablations: `post-trained` with one thing changed, each with the first training seed, 20 updates (the preset's own
-  number), one noise seed, less base and less `as it is` (nothing changed, as long). One run each: read them as a first
-  look, not as a test.
-- Settings were chosen on other episodes (presets/tiny/README.md).
+- Test: episodes that nothing was chosen on, each with 5 noise seeds, 14 interactions, both models at the preset's
+  sampler; a pair shares episode and noise with the base's rollout.
+- Bars (`bars`): the reward over all cameras above the base's and both controls', intervals off zero; exterior LPIPS at
+  least 8% lower, exterior PSNR at least 0.6 dB higher, 90% of pairs won by reward; no wrist metric worse by its
+  interval; exterior LPIPS no worse than the base's at the number of calls where the base's is lowest (`--lpips-best`,
+  found on validation); no referee (shift-tolerant LPIPS, sharpness, kept objects) worse by its interval.
+- Primary test: Wilcoxon's over episodes, where an episode's difference is the mean over its noise and training seeds.
+  Intervals: 95% bootstrap over episodes.
+- Ablations: `post-trained` with one thing changed, training seed 0, `--updates` updates, one noise seed, on validation
+  episodes, less base and less `as it is`. One run each: a first look, not a test.
 
-Noise seeds of an episode differ little if a model is sampled in one call, so 200 pairs hold hardly more information
-than their 20 episodes: all tests are over episodes. Trained runs and finished rollouts are kept; an interrupted proof
-continues.
+Noise seeds of one episode resemble each other, so all tests are over episodes. Trained runs and finished rollouts are
+kept; an interrupted proof continues.
 """
 
 from __future__ import annotations
@@ -41,12 +44,13 @@ from numpy.typing import NDArray
 
 from benchmarks.worker_process import become_worker
 from persistworld_cli.checkpoints.loading import load_for_sampling
+from persistworld_cli.checkpoints.references import sha256_of
 from persistworld_cli.config.presets import resolve_settings
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import open_store
-from persistworld_cli.evaluation.benchmarks import load_benchmark
 from persistworld_cli.evaluation.plan import eval_items
-from persistworld_cli.files import write_json, write_text
+from persistworld_cli.files import hash_of, jsonable, write_json, write_text
+from persistworld_cli.metrics.referees import load_referees
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.rollout.closed_loop import ClosedLoop, ScoredRollout, batches, reward_of
@@ -56,7 +60,13 @@ from persistworld_cli.statistics.paired import Paired, compare
 
 METRICS = ("ssim", "psnr", "lpips")
 GROUPS = ("exterior", "wrist")
-AS_IT_IS, ABLATION_UPDATES, ABLATION_NOISE_SEEDS = "as it is", 20, 1
+SEEDS, NOISE_SEEDS, STEPS = (0, 1, 2), 5, 14
+EPISODES = {"choose": 20, "test": 20}  # the first ones of the validation and of the test corpus
+AS_IT_IS = "as it is"
+LR_FACTORS = (1 / 3, 1.0, 3.0)
+# The controls' learning rates: the best of `--choose`; relative to the preset's post_train.lr for `recorded`, absolute
+# for `teacher-forced`
+CONTROL_LR = {"recorded": 1.0, "teacher-forced": 3e-4}
 Numbers = dict[str, NDArray[np.float64]]
 
 
@@ -68,107 +78,159 @@ class Arm:
     task: str
     sets: tuple[str, ...] = ()
 
-    def command(self, settings: Settings, output: Path, updates: int, seed: int) -> list[str]:
-        """What a person would type."""
-        section = self.task.replace("-", "_")
-        dataset = str(settings.world.dataset)
-        pairs = [item for text in (f"{section}.seed={seed}", *self.sets) for item in ("--set", text)]
-        program = [sys.executable, "-m", "persistworld_cli", self.task, "--preset", "tiny", "--dataset", dataset]
-        return [*program, "--updates", str(updates), "--output", str(output), *pairs]
+
+@dataclass(frozen=True)
+class Proof:
+    """One proof: what is trained, on what, and where it lies.
+
+    Attributes:
+        preset, ckpt: the base and its settings; "": the preset's weights.
+        settings: of the preset, with dataset and base.
+        output: folder of the proof.
+        updates: of every arm.
+    """
+
+    preset: str
+    ckpt: str
+    settings: Settings
+    output: Path
+    updates: int
+
+    @property
+    def base(self) -> str:
+        """The base's weights."""
+        return self.ckpt or self.settings.model.ckpt
+
+    def folder(self, arm: Arm, seed: int) -> Path:
+        """Where an arm's run lies."""
+        return self.output / "runs" / f"{arm.name.replace(' ', '_').replace('/', '_')}-seed-{seed}"
+
+    def command(self, arm: Arm, seed: int) -> list[str]:
+        """What a person would type to train an arm."""
+        section = arm.task.replace("-", "_")
+        sets = [item for text in (f"{section}.seed={seed}", *arm.sets) for item in ("--set", text)]
+        given = ["--preset", self.preset, "--dataset", str(self.settings.world.dataset), "--ckpt", self.base]
+        run = ["--updates", str(self.updates), "--output", str(self.folder(arm, seed))]
+        return [sys.executable, "-m", "persistworld_cli", arm.task, *given, *run, *sets]
+
+    def weights(self, arm: Arm, seed: int) -> dict[str, str]:
+        """`ckpt` and `adapter` of a trained arm."""
+        folder = self.folder(arm, seed) / "weights"
+        if arm.task == "post-train":
+            return {"ckpt": self.base, "adapter": str(folder / "adapter")}
+        return {"ckpt": str(folder / "model.safetensors"), "adapter": ""}
+
+    def done(self, arm: Arm, seed: int) -> bool:
+        """Whether an arm is trained to the end."""
+        log = self.folder(arm, seed) / "metrics.jsonl"
+        if not (self.folder(arm, seed) / "weights").is_dir() or not log.exists():
+            return False
+        steps: int = json.loads(log.read_text().splitlines()[-1])["step"]
+        return steps >= self.updates
+
+    def train(self, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
+        """Train what is not trained yet, a seed of every arm after the other; each run continues from its last state.
+
+        Raises:
+            SystemExit: a run failed; its own message stands above.
+        """
+        for seed in seeds:
+            for arm in arms:
+                if self.done(arm, seed):
+                    continue
+                command = self.command(arm, seed)
+                print("$", *command[2:], flush=True)
+                if code := subprocess.run(command, check=False).returncode:
+                    raise SystemExit(code)
 
 
-def arms(settings: Settings) -> list[Arm]:
-    """The three arms; the control's noise levels and batch are those of the post-training."""
+# -- arms ---------------------------------------------------------------------------------------------------------
+
+
+def post_trained(name: str = "post-trained", *sets: str) -> Arm:
+    """The preset's post-training, with some settings changed."""
+    return Arm(name, "post-train", tuple(f"post_train.{text}" for text in sets))
+
+
+def recorded(settings: Settings, lr: float, name: str = "recorded") -> Arm:
+    """Own rollouts, recorded frames as targets; the learning rate relative to the preset's."""
+    return post_trained(name, "objective=recorded", f"lr={lr * settings.post_train.lr:g}")
+
+
+def teacher_forced(settings: Settings, lr: float, name: str = "teacher-forced") -> Arm:
+    """The base's training continued, with the noise levels and the clips per update of the post-training."""
     post = settings.post_train
     clips = post.groups * (post.keep_best + post.keep_worst)
-    control = ("lr=1e-3", "warmup=0", "ema=0.9", f"p_mean={post.p_mean}", f"p_std={post.p_std}", f"batch={clips}")
-    quiet = ("validate_every=0", "log_every=1")
-    return [
-        Arm("post-trained", "post-train"),
-        Arm("recorded", "post-train", ("post_train.objective=recorded",)),
-        Arm("teacher-forced", "pretrain", tuple(f"pretrain.{text}" for text in (*control, *quiet))),
-    ]
+    levels = (f"p_mean={post.p_mean}", f"p_std={post.p_std}", f"batch={clips}")
+    run = ("decay=cosine", "warmup=0", "ema=0.9", "validate_every=0", "check_every=0", "log_every=1")
+    return Arm(name, "pretrain", tuple(f"pretrain.{text}" for text in (f"lr={lr:g}", *levels, *run)))
+
+
+def registered(settings: Settings) -> list[Arm]:
+    """The three arms of the test."""
+    lr = CONTROL_LR
+    return [post_trained(), recorded(settings, lr["recorded"]), teacher_forced(settings, lr["teacher-forced"])]
+
+
+def candidates(settings: Settings) -> list[Arm]:
+    """Each control at three learning rates (`--choose`)."""
+    made = [recorded(settings, f, f"recorded lr x {f:.2g}") for f in LR_FACTORS]
+    own = CONTROL_LR["teacher-forced"]
+    return [*made, *(teacher_forced(settings, f * own, f"teacher-forced lr {f * own:.2g}") for f in LR_FACTORS)]
 
 
 def ablations(settings: Settings) -> list[Arm]:
-    """`post-trained` with one thing changed, and with none."""
+    """`post-trained` with one thing changed that a user would think of changing, and with none."""
     post = settings.post_train
+    half, kept = max(2, post.candidates // 2), (post.keep_best + post.keep_worst) // 4
     changes = {
-        "lr x 1/3": f"lr={post.lr / 3:g}",
-        "lr x 3": f"lr={post.lr * 3:g}",
-        "prefix 0": "prefix_max=0",
-        "prefix fixed 9": "prefix=fixed",
-        "prefix curriculum": "prefix=curriculum",
-        "K 4, keep all": "candidates=4 keep_best=2 keep_worst=2",
-        "K 16, keep 8": "candidates=16",
-        "keep 2 + 2": "keep_best=2 keep_worst=2",
-        "beta 0.1": "beta=0.1",
-        "beta 1": "beta=1.0",
-        "KL 0": "kl=0.0",
-        "KL 1e-2": "kl=1e-2",
-        "EMA 0": "ema_max=0.0",
-        "credit rollout": "credit=rollout",
-        "credit frame": "credit=frame",
-        "no exploration": "explore=0.0",
+        "lr x 1/3": (f"lr={post.lr / 3:g}",),
+        "lr x 3": (f"lr={post.lr * 3:g}",),
+        "half the candidates": (f"candidates={half}", f"keep_best={half // 2}", f"keep_worst={half // 2}"),
+        "half of them kept": (f"keep_best={kept}", f"keep_worst={kept}"),
+        "no prefix": ("prefix_max=0",),
+        "credit rollout": ("credit=rollout",),
+        "credit patch": ("credit=patch",),
+        "no KL": ("kl=0.0",),
     }
-    made = [Arm(name, "post-train", tuple(f"post_train.{t}" for t in text.split())) for name, text in changes.items()]
-    alone = [
-        (name, f"rewards.weights={{{name}={sign}}}") for name, sign in (("ssim", 1), ("psnr", 0.03125), ("lpips", -1))
-    ]
-    return [
-        Arm(AS_IT_IS, "post-train"),
-        *made,
-        *(Arm(f"reward {name} alone", "post-train", (text,)) for name, text in alone),
-    ]
+    same = {"credit rollout": post.credit == "rollout", "credit patch": post.credit == "patch", "no KL": post.kl == 0}
+    made = [post_trained(name, *sets) for name, sets in changes.items() if not same.get(name)]
+    alone = {
+        name: f"rewards.weights={{{name}={sign}}}" for name, sign in (("ssim", 1), ("psnr", 0.03125), ("lpips", -1))
+    }
+    rewards = [Arm(f"reward {name} alone", "post-train", (text,)) for name, text in alone.items()]
+    return [post_trained(AS_IT_IS), *made, *rewards]
 
 
-def trained(output: Path, arm: Arm, seed: int) -> Path:
-    """Where an arm's run lies."""
-    return output / "runs" / f"{arm.name.replace(' ', '_').replace('/', '_')}-seed-{seed}"
+# -- rollouts -----------------------------------------------------------------------------------------------------
 
 
-def train(settings: Settings, output: Path, chosen: Sequence[Arm], seeds: Sequence[int], updates: int) -> None:
-    """Train what is not trained yet; each run continues from its last state.
-
-    Raises:
-        SystemExit: a run failed; its own message stands above.
-    """
-    for seed in seeds:
-        for arm in chosen:
-            folder = trained(output, arm, seed)
-            if (folder / "weights").is_dir() and _updates(folder) >= updates:
-                continue
-            command = arm.command(settings, folder, updates, seed)
-            print("$", *command[2:], flush=True)
-            if done := subprocess.run(command, check=False).returncode:
-                raise SystemExit(done)
+def scorer_of(settings: Settings) -> Scorer:
+    """The reward's metrics and the preset's referees."""
+    scorer = Scorer(settings.rewards, settings.world, "cpu", names=METRICS)
+    root = Path(str(settings.world.dataset))
+    return scorer.with_referees(load_referees(settings.post_train.referees, scorer.device, root))
 
 
-def _updates(folder: Path) -> int:
-    log = folder / "metrics.jsonl"
-    return json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() else 0
-
-
-def rollouts(settings: Settings, output: Path, name: str, weights: Mapping[str, str]) -> list[ScoredRollout]:
-    """The test's rollouts of one model: read, or made now.
+def rollouts(settings: Settings, root: Path, name: str, weights: Mapping[str, str]) -> list[ScoredRollout]:
+    """The rollouts of one model: read, or made now.
 
     Args:
-        settings: with the benchmark's values.
-        output: the proof's folder.
-        name: of the model, for its folder.
+        settings: dataset, episodes, seeds and sampler.
+        root: folder of all rollouts; those of other weights, another sampler or dataset are not read.
+        name: of the model.
         weights: `ckpt` and `adapter` of it.
     """
-    store = open_store(settings)
+    store, ev = open_store(settings), settings.eval
     items = eval_items(store, settings)
-    folder = output / "rollouts" / name
+    hashes = [sha256_of(path) for path in weights.values()]
+    folder = root / f"{name}-{hash_of([hashes, jsonable(settings.sampling), str(settings.world.dataset), ev.steps])}"
     folder.mkdir(parents=True, exist_ok=True)
-    todo = pending(folder, batches(items, settings.eval.batch))
+    todo = pending(folder, batches(items, ev.batch))
     if todo:
         model = load_for_sampling(settings, device="cpu", **weights)
         engine = RolloutEngine(model, settings.sampling, store.stat())
-        scorer = Scorer(settings.rewards, settings.world, "cpu", names=METRICS)
-        ev = settings.eval
-        loop = ClosedLoop(engine, store, ev.split, ev.steps, ev.batch, scorer)
+        loop = ClosedLoop(engine, store, ev.split, ev.steps, ev.batch, scorer_of(settings))
         with Meter(f"proof: {name}", len(todo)) as meter:
             for rollout in loop.roll(todo):
                 save_rollout(folder, rollout)
@@ -177,18 +239,39 @@ def rollouts(settings: Settings, output: Path, name: str, weights: Mapping[str, 
 
 
 def numbers(settings: Settings, made: Sequence[ScoredRollout]) -> Numbers:
-    """What is compared, a number a rollout: the reward, and each metric by camera group."""
-    scorer = Scorer(settings.rewards, settings.world, "cpu", names=METRICS)
-    stacked = {name: np.stack([rollout.scores[name] for rollout in made]) for name in METRICS}
+    """What is compared, a number a rollout: the reward, and each metric and referee by camera group."""
+    scorer = scorer_of(settings)
+    stacked = {name: np.stack([rollout.scores[name] for rollout in made]) for name in scorer.names}
     found = {"reward": reward_of(scorer, stacked)}
     for group in GROUPS:
         views = list(getattr(settings.world, group))
         for name, value in stacked.items():
-            found[f"{group} {scorer.labels[name]}"] = np.nanmean(value[..., views].astype(np.float64), axis=(1, 2))
+            found[f"{group} {name}"] = np.nanmean(value[..., views].astype(np.float64), axis=(1, 2))
     return found
 
 
-def row(base: Sequence[Numbers], new: Sequence[Numbers], episodes: Sequence[str], seed: int = 0) -> dict[str, Paired]:
+def better_upwards(settings: Settings) -> dict[str, bool]:
+    """Whether more is better, by the names of `numbers`."""
+    scorer = scorer_of(settings)
+    by_name = {name: metric.higher_is_better for name, metric in {**scorer.registered, **scorer.referees}.items()}
+    return {"reward": True} | {f"{group} {name}": up for group in GROUPS for name, up in by_name.items()}
+
+
+def opened(settings: Settings, dataset: str, count: int, noise_seeds: int, steps: int = 0) -> Settings:
+    """The settings of a comparison: a dataset's first held-out episodes, noise seeds, and another number of calls."""
+    world = replace(settings.world, dataset=dataset)
+    chosen = tuple(open_store(replace(settings, world=world)).episodes("val")[:count])
+    ev = replace(settings.eval, split="val", episodes=chosen, starts=(0,), steps=STEPS, seeds=tuple(range(noise_seeds)))
+    sampling = replace(settings.sampling, steps=steps or settings.sampling.steps)
+    return replace(settings, world=world, eval=ev, sampling=sampling)
+
+
+# -- comparison ---------------------------------------------------------------------------------------------------
+
+
+def row(
+    base: Sequence[Numbers], new: Sequence[Numbers], episodes: Sequence[str], upwards: Mapping[str, bool]
+) -> dict[str, Paired]:
     """Every number of some runs (training seeds) against others', pair by pair."""
     many = list(episodes) * len(new)
     return {
@@ -196,11 +279,72 @@ def row(base: Sequence[Numbers], new: Sequence[Numbers], episodes: Sequence[str]
             np.concatenate([one[name] for one in base]),
             np.concatenate([one[name] for one in new]),
             many,
-            higher_is_better="lpips" not in name,
-            seed=seed,
+            higher_is_better=upwards[name],
         )
         for name in new[0]
     }
+
+
+def less(
+    settings: Settings, found: Mapping[str, list[Numbers]], others: Mapping[str, list[Numbers]], form: str = "{0}"
+) -> dict[str, dict[str, Paired]]:
+    """Every arm of `found` less every one of `others`, training seed by training seed, as far as both have them."""
+    episodes = [item.episode for item in eval_items(open_store(settings), settings)]
+    upwards = better_upwards(settings)
+    return {
+        form.format(name, other): row(their[: len(own)], own[: len(their)], episodes, upwards)
+        for name, own in found.items()
+        for other, their in others.items()
+        if name != other
+    }
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One registered bar: what is asked, what was measured, whether it is met."""
+
+    what: str
+    measured: str
+    met: bool
+
+
+def bars(
+    ours: Mapping[str, Paired],
+    controls: Mapping[str, Mapping[str, Paired]],
+    best: Paired | None,
+    means: Mapping[str, float],
+    upwards: Mapping[str, bool],
+) -> list[Bar]:
+    """The registered bars.
+
+    Args:
+        ours: `post-trained` less base.
+        controls: `post-trained` less each control.
+        best: exterior LPIPS of `post-trained` less that of the base at its LPIPS-best number of calls.
+        means: the base's numbers.
+        upwards: whether more is better, by name.
+    """
+
+    def worse(pair: Paired, name: str) -> bool:
+        return pair.change_high < 0 if upwards[name] else pair.change_low > 0
+
+    made = []
+    for name, pair in {"base": ours["reward"], **{name: row["reward"] for name, row in controls.items()}}.items():
+        made.append(Bar(f"reward above {name}", _change(pair, "reward"), pair.change_low > 0))
+    lpips, psnr = ours["exterior lpips"], ours["exterior psnr"]
+    share = 100 * lpips.change / means["exterior lpips"]
+    made.append(Bar("exterior LPIPS at least 8% lower", f"{share:+.1f}%", share <= -8))
+    made.append(Bar("exterior PSNR at least 0.6 dB higher", _change(psnr, "psnr"), psnr.change >= 0.6))
+    won = 100 * ours["reward"].win_rate
+    made.append(Bar("90% of pairs won (reward)", f"{won:.0f}%", won >= 90))
+    if best:
+        no_worse = not worse(best, "exterior lpips")
+        made.append(Bar("exterior LPIPS no worse than the base's best", _change(best, "lpips"), no_worse))
+    for name, pair in ours.items():
+        metric = name.split(" ")[-1]
+        if name != "reward" and (name.startswith("wrist") or metric not in METRICS):
+            made.append(Bar(f"{name} not worse", _change(pair, name), not worse(pair, name)))
+    return made
 
 
 def _change(pair: Paired, name: str) -> str:
@@ -231,98 +375,121 @@ def by_arm(title: str, rows: Mapping[str, Mapping[str, Paired]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def measured(settings: Settings, output: Path, chosen: Sequence[Arm], seeds: Sequence[int]) -> dict[str, list[Numbers]]:
-    """Rollouts of every arm that was trained, a list over training seeds."""
+def by_bar(found: Sequence[Bar]) -> str:
+    """A table, a line a bar."""
+    lines = ["### bars", "", "| bar | measured | |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {b.what} | {b.measured} | {'met' if b.met else 'missed'} |" for b in found), ""])
+
+
+def measured(
+    proof: Proof, settings: Settings, folder: Path, arms: Sequence[Arm], seeds: Sequence[int]
+) -> dict[str, list[Numbers]]:
+    """Numbers of every arm that is trained, a list over training seeds."""
     found: dict[str, list[Numbers]] = {}
-    for arm in chosen:
+    for arm in arms:
         for seed in seeds:
-            folder = trained(output, arm, seed) / "weights"
-            if not folder.is_dir():
-                continue
-            post = {"ckpt": settings.model.ckpt, "adapter": str(folder / "adapter")}
-            whole = {"ckpt": str(folder / "model.safetensors"), "adapter": ""}
-            made = rollouts(
-                settings, output, trained(output, arm, seed).name, post if arm.task == "post-train" else whole
-            )
-            found.setdefault(arm.name, []).append(numbers(settings, made))
+            if proof.done(arm, seed):
+                made = rollouts(settings, folder, proof.folder(arm, seed).name, proof.weights(arm, seed))
+                found.setdefault(arm.name, []).append(numbers(settings, made))
     return found
 
 
-def less(
-    settings: Settings, found: Mapping[str, list[Numbers]], others: Mapping[str, list[Numbers]], form: str = "{0}"
-) -> dict[str, dict[str, Paired]]:
-    """Every arm of `found` less every one of `others`, training seed by training seed, as far as both have them."""
-    episodes = [item.episode for item in eval_items(open_store(settings), settings)]
-    return {
-        form.format(name, other): row(their[: len(own)], own[: len(their)], episodes)
-        for name, own in found.items()
-        for other, their in others.items()
-        if name != other
-    }
+def base_numbers(proof: Proof, settings: Settings, folder: Path) -> Numbers:
+    """The base's numbers, at the settings' number of calls."""
+    name = f"base-{settings.sampling.steps}-calls"
+    return numbers(settings, rollouts(settings, folder, name, {"ckpt": proof.base, "adapter": ""}))
 
 
-def test(settings: Settings, output: Path, seeds: Sequence[int], ablated: Sequence[Arm]) -> dict[str, Any]:
-    """Roll everything out, compare, write `proof.json` and `proof.md`."""
-    base = [numbers(settings, rollouts(settings, output, "base", {"adapter": ""}))]
-    found = measured(settings, output, arms(settings), seeds)
+def tested(proof: Proof, dataset: str, lpips_best: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Open the test: roll everything out, compare."""
+    settings = opened(proof.settings, dataset, options.episodes or EPISODES["test"], options.noise_seeds)
+    folder = proof.output / "rollouts-test"
+    base = base_numbers(proof, settings, folder)
+    found = measured(proof, settings, folder, registered(settings), options.training_seeds)
     ours = {name: own for name, own in found.items() if name == "post-trained"}
     controls = {name: own for name, own in found.items() if name not in ours}
-    few = replace(settings, eval=replace(settings.eval, seeds=settings.eval.seeds[:ABLATION_NOISE_SEEDS]))
-    changed = measured(few, output, ablated, seeds[:1])
-    few_base = [numbers(few, rollouts(few, output, "base", {"adapter": ""}))] if changed else []
-    unchanged = {name: own for name, own in changed.items() if name == AS_IT_IS}
     tables = {
-        "less base": less(settings, found, {"base": base * len(seeds)}),
-        "less the controls": less(settings, ours, controls, "{0} less {1}"),
-        "ablations less base": less(few, changed, {"base": few_base}),
-        "ablations less as it is": less(few, changed, unchanged),
+        "less base": less(settings, found, {"base": [base] * len(options.training_seeds)}),
+        "less the controls": less(settings, ours, controls, "{1}"),
     }
-    means = {name: float(value.mean()) for name, value in base[0].items()}
-    shown = [
-        by_arm(title, cells) if title.startswith("ablations") else by_figure(title, cells, of)
-        for (title, cells), of in zip(tables.items(), (means, None, None, None), strict=True)
-        if cells
-    ]
-    text = "\n".join(shown)
-    result = {
-        "pairs": len(base[0]["reward"]),
-        "training_seeds": {name: len(own) for name, own in {**found, **changed}.items()},
+    best = None
+    if lpips_best:
+        few = opened(proof.settings, dataset, options.episodes or EPISODES["test"], options.noise_seeds, lpips_best)
+        at_best = base_numbers(proof, few, folder)
+        tables[f"less base at {lpips_best} calls"] = less(settings, ours, {"": [at_best] * len(options.training_seeds)})
+        best = tables[f"less base at {lpips_best} calls"]["post-trained"]["exterior lpips"]
+    means = {name: float(value.mean()) for name, value in base.items()}
+    upwards = better_upwards(settings)
+    met = bars(tables["less base"]["post-trained"], tables["less the controls"], best, means, upwards)
+    shown = [by_figure(title, rows, means if title == "less base" else None) for title, rows in tables.items() if rows]
+    return {
+        "pairs": len(base["reward"]) * len(options.training_seeds),
+        "training_seeds": {name: len(own) for name, own in found.items()},
         "base": means,
-        "tables": {
-            title: {label: {k: vars(p) for k, p in cells.items()} for label, cells in rows.items()}
-            for title, rows in tables.items()
-        },
+        "tables": tables,
+        "bars": [vars(bar) for bar in met],
+        "text": "\n".join([by_bar(met), *shown]),
     }
-    write_json(output / "proof.json", result)
-    write_text(output / "proof.md", text)
+
+
+def looked(proof: Proof, title: str, arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, Any]:
+    """Compare single runs on validation episodes with one noise seed: learning rates, ablations."""
+    dataset = str(proof.settings.world.dataset)
+    settings = opened(proof.settings, dataset, options.episodes or EPISODES["choose"], 1)
+    folder = proof.output / "rollouts-validation"
+    base = base_numbers(proof, settings, folder)
+    found = measured(proof, settings, folder, arms, SEEDS[:1])
+    tables = {f"{title} less base": less(settings, found, {"base": [base]})}
+    unchanged = {name: own for name, own in found.items() if name == AS_IT_IS}
+    if unchanged:
+        tables[f"{title} less as it is"] = less(settings, found, unchanged)
+    means = {name: float(value.mean()) for name, value in base.items()}
+    text = "\n".join(by_arm(name, rows) for name, rows in tables.items() if rows)
+    return {"pairs": len(base["reward"]), "base": means, "tables": tables, "text": text}
+
+
+def written(proof: Proof, name: str, result: dict[str, Any]) -> None:
+    """Write `<name>.json` and `<name>.md`, and print the tables."""
+    text = result.pop("text")
+    tables = {
+        title: {label: {k: vars(p) for k, p in cells.items()} for label, cells in rows.items()}
+        for title, rows in result["tables"].items()
+    }
+    write_json(proof.output / f"{name}.json", {**result, "tables": tables})
+    write_text(proof.output / f"{name}.md", text)
     print(text)
-    return result
 
 
 def main() -> None:
-    """Train, or test."""
+    """Train, choose, ablate, or test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", help="the bundled world, extracted; the preset's by default")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--ckpt", default="", help="the base's weights; the preset's by default")
+    parser.add_argument("--dataset", help="training and validation episodes; the preset's by default")
+    parser.add_argument("--test-dataset", help="episodes of the test (split val); --dataset by default")
     parser.add_argument("--output", type=Path, default=Path("outputs/proof"))
-    parser.add_argument("--updates", type=int, default=60)
-    parser.add_argument("--training-seeds", default="0,1,2")
-    parser.add_argument("--noise-seeds", type=int, default=10)
-    parser.add_argument("--ablate", action="store_true", help="train the ablations (the first training seed)")
-    parser.add_argument("--test", action="store_true", help="open the test")
+    parser.add_argument("--updates", type=int, default=300)
+    parser.add_argument("--training-seeds", type=lambda text: [int(one) for one in text.split(",")], default=[*SEEDS])
+    parser.add_argument("--noise-seeds", type=int, default=NOISE_SEEDS)
+    parser.add_argument("--episodes", type=int, default=0, help="the first so many held-out ones")
+    parser.add_argument("--lpips-best", type=int, default=0, help="calls at which the base's exterior LPIPS is lowest")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--choose", action="store_true", help="learning rates of the controls")
+    what.add_argument("--ablate", action="store_true", help="the ablations")
+    what.add_argument("--test", action="store_true", help="open the test")
     options = parser.parse_args()
     become_worker("benchmarks.proof")
-    benchmark = load_benchmark("bundled")
-    flags = {"world.dataset": options.dataset}
-    settings = resolve_settings("tiny", flags=flags, pinned=benchmark.pinned if benchmark else None).settings
-    settings = replace(settings, eval=replace(settings.eval, seeds=tuple(range(options.noise_seeds))))
-    seeds = [int(text) for text in options.training_seeds.split(",")]
-    extra = ablations(settings)
+    settings = resolve_settings(options.preset, flags={"world.dataset": options.dataset}).settings
+    proof = Proof(options.preset, options.ckpt, settings, options.output, options.updates)
     if options.test:
-        test(settings, options.output, seeds, extra)
-    elif options.ablate:
-        train(settings, options.output, extra, seeds[:1], min(options.updates, ABLATION_UPDATES))
+        dataset = options.test_dataset or str(settings.world.dataset)
+        written(proof, "proof", tested(proof, dataset, options.lpips_best, options))
+    elif options.choose or options.ablate:
+        name, arms = ("choose", candidates(settings)) if options.choose else ("ablations", ablations(settings))
+        proof.train(arms, SEEDS[:1])
+        written(proof, name, looked(proof, name, arms, options))
     else:
-        train(settings, options.output, arms(settings), seeds, options.updates)
+        proof.train(registered(settings), options.training_seeds)
 
 
 if __name__ == "__main__":
