@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from persistworld_cli.errors import PersistWorldError, nearest
 from persistworld_cli.policies.action_spaces import DEFAULT_ACTIONS
@@ -20,6 +21,7 @@ from persistworld_cli.read_files import read_json, reading, reason
 from persistworld_cli.statistics.paired import wilson
 from persistworld_cli.statistics.ranking import mmrv, pearson
 
+RESAMPLES = 1000
 SIMULATOR = "sim"  # --real sim: the results of `pi-rollout --against sim`
 _COLUMNS = ("policy", "task", "success")
 _FOLDER = "give the output folder of persistworld pi-rollout"
@@ -188,7 +190,8 @@ def build_leaderboard(imagined: Table, real: Results | None) -> dict[str, Any]:
 
     Returns:
         ``policies`` (a row each), and with real results ``predicted``: n, Pearson's r of success and of progress with
-        real success (None where undefined), mmrv, the same by task, and policies that one side lacks.
+        real success (None where undefined), mmrv, mean absolute error of success, their 95% intervals (`_intervals`),
+        the same by task, and policies that one side lacks.
 
     Raises:
         PersistWorldError: fewer than two policies with results of both kinds in the same task.
@@ -260,21 +263,54 @@ def _prediction(imagined: Table, real: Results) -> dict[str, Any]:
 
 
 def _correlate(imagined: Table, real: Results, policies: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
-    """r and MMRV of policies by their means over tasks."""
-    success, progress, truth = [], [], []
+    """r, MMRV and error of policies by their means over tasks, with intervals."""
+    rng, drawn = np.random.default_rng(0), RESAMPLES
+    success, progress, truth, again, truth_again = [], [], [], [], []
     for policy in policies:
         own = [task for task in tasks if task in imagined[policy] and task in real[policy]]
-        tallies = [imagined[policy][task] for task in own]
+        tallies, results = [imagined[policy][task] for task in own], [real[policy][task] for task in own]
         success.append(_score(tallies, "success") or 0.0)
         progress.append(_score(tallies, "progress"))
-        truth.append(float(np.mean([real[policy][task].success for task in own])))
+        truth.append(float(np.mean([one.success for one in results])))
+        rates = [(float(np.mean(tally.success)), len(tally.success)) for tally in tallies if tally.success]
+        again.append(np.mean([_resampled(rng, *rate, drawn) for rate in rates], axis=0) if rates else np.zeros(drawn))
+        truth_again.append(np.mean([_resampled(rng, one.success, one.n, drawn) for one in results], axis=0))
     whole = [value for value in progress if value is not None]
     return {
         "n": len(policies),
         "pearson_r": pearson(success, truth),
         "pearson_r_progress": pearson(whole, truth) if len(whole) == len(truth) else None,
         "mmrv": mmrv(success, truth),
+        "mean_absolute_error": _error(success, truth),
+        "intervals": _intervals(np.array(again).T, np.array(truth_again).T),
         "constant": [side for side, values in (("imagined", success), ("real", truth)) if np.ptp(values) == 0],
+    }
+
+
+def _error(success: Sequence[float], truth: Sequence[float]) -> float:
+    return float(np.mean(np.abs(np.subtract(success, truth))))
+
+
+def _resampled(rng: np.random.Generator, rate: float, n: int | None, samples: int) -> NDArray[np.float64]:
+    """A success rate of n trials, its trials drawn again with replacement (samples,); the rate where n is unknown."""
+    return rng.binomial(n, rate, samples) / n if n else np.full(samples, rate)
+
+
+def _intervals(success: NDArray[np.float64], truth: NDArray[np.float64]) -> dict[str, list[float | None]]:
+    """95% bootstrap intervals of r, MMRV and error, from rates (samples, policies) whose rollouts were drawn again.
+
+    The policies are fixed. Both sides are drawn independently, also where a simulated rollout has the start of an
+    imagined one, so intervals are rather too wide.
+    """
+    pairs = [(list(a), list(b)) for a, b in zip(success, truth, strict=True)]
+    found = {
+        "pearson_r": [r for pair in pairs if (r := pearson(*pair)) is not None],
+        "mmrv": [mmrv(*pair) for pair in pairs],
+        "mean_absolute_error": [_error(*pair) for pair in pairs],
+    }
+    return {
+        name: [float(end) for end in np.percentile(values, (2.5, 97.5))] if values else [None, None]
+        for name, values in found.items()
     }
 
 

@@ -82,14 +82,16 @@ def _prediction(predicted: Mapping[str, Any]) -> Table:
     table = new_table(
         "How well imagined success predicts real success",
         ["tasks"],
-        ["policies", "r", "r of progress", "MMRV"],
-        "r: Pearson's, 1 is best; MMRV: mean maximum rank violation (SIMPLER), 0 is best",
+        ["policies", "r", "r of progress", "MMRV", "error"],
+        "r: Pearson's, 1 is best; MMRV: mean maximum rank violation (SIMPLER), 0 is best; error: mean absolute, of "
+        "success; [95% bootstrap interval over rollouts, policies fixed]",
     )
     rows = [("all", predicted)] + [(one["task"], one) for one in predicted["tasks"] if len(predicted["tasks"]) > 1]
     for name, one in rows:
-        table.add_row(
-            escape(name), str(one["n"]), _r(one["pearson_r"]), _r(one["pearson_r_progress"]), f"{one['mmrv']:.3f}"
-        )
+        spans = {key: f"\n[{low:.2f}, {high:.2f}]" for key, (low, high) in one["intervals"].items() if low is not None}
+        r, progress = _r(one["pearson_r"]) + spans.get("pearson_r", ""), _r(one["pearson_r_progress"])
+        apart = [f"{one[key]:.3f}{spans.get(key, '')}" for key in ("mmrv", "mean_absolute_error")]
+        table.add_row(*map(Text, (name, str(one["n"]), r, progress, *apart)))
     return table
 
 

@@ -103,8 +103,25 @@ def test_a_leaderboard_by_hand(tmp_path: Path) -> None:
     assert told["mmrv"] == pytest.approx((0 + 0.4 + 0.4) / 3)
     # imagined (0.75, 0.25, 0.5), real (0.9, 0.6, 0.2): deviations (0.25, -0.25, 0) and (1, 0.1, -1.1) / 3
     assert told["pearson_r"] == pytest.approx((0.25 * 0.9 / 3) / (0.125 * (1 + 0.01 + 1.21) / 9) ** 0.5)
+    assert told["mean_absolute_error"] == pytest.approx((0.15 + 0.35 + 0.3) / 3)
+    for name, (low, high) in told["intervals"].items():
+        assert low <= told[name] <= high and high - low > 0.1
     assert (told["without_real"], told["without_imagined"]) == (["new"], ["old"])
     assert build_leaderboard(read_runs([str(runs[0])])[0], None)["policies"][0]["policy"] == "good"
+
+
+def test_intervals_come_from_rollouts_alone(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, name, [name == "good"] * 4) for name in ("good", "poor")]
+    real = tmp_path / "real.csv"
+    real.write_text("policy,task,success\ngood,cubes,0.9\npoor,cubes,0.2\n")  # without n: taken as it is
+    told = build_leaderboard(read_runs([str(run) for run in runs])[0], read_real(real))["predicted"]
+    assert told["intervals"] == {"pearson_r": [1, 1], "mmrv": [0, 0], "mean_absolute_error": [pytest.approx(0.15)] * 2}
+    real.write_text("policy,task,success,n\ngood,cubes,0.9,100\npoor,cubes,0.2,100\n")
+    told = build_leaderboard(read_runs([str(run) for run in runs])[0], read_real(real))["predicted"]
+    low, high = told["intervals"]["mean_absolute_error"]  # a standard error of (0.03^2 + 0.04^2)^0.5 / 2 = 0.025
+    assert low == pytest.approx(0.15 - 1.96 * 0.025, abs=0.01) and high == pytest.approx(0.15 + 1.96 * 0.025, abs=0.01)
+    shown = command(*runs, "--real", str(real)).output
+    assert "+1.000" in shown and f"[{low:.2f}, {high:.2f}]" in shown
 
 
 def test_only_tasks_that_all_have_are_compared(tmp_path: Path) -> None:
