@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import linecache
+import os
+import sys
 import traceback
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,10 +40,14 @@ def make_plugin(spec: str, known: Collection[str], *, kind: str, where: str, nee
     where = f"{where} {spec}"
     _USERS.add(module_name.partition(".")[0])
     with running(kind, where):
+        if (here := os.getcwd()) not in sys.path:  # as workers have it, which start by python -m
+            sys.path.append(here)
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
-            raise UsageError(f"no module '{error.name}'", where=where, fix="is it on PYTHONPATH?") from error
+            raise UsageError(
+                f"no module '{error.name}'", where=where, fix="is it in this folder or on PYTHONPATH?"
+            ) from error
         made = getattr(module, class_name, None)
         if not callable(made):
             raise UsageError(f"'{module_name}' has no class '{class_name}'", where=where, fix="check the name")

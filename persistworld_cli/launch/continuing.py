@@ -67,10 +67,22 @@ def find_finished_work(task: str, output: Path) -> FinishedWork | None:
 def what_remains(request: TaskRequest) -> str:
     """After an interruption: what was saved, and the command to run."""
     work, command = find_finished_work(request.task, request.output), to_continue(request.command)
+    if request.task == "pi-rollout" and (rollouts := _rolled(request.output)):
+        return f"{request.task}: stopped; {relative(request.output)} holds {rollouts}. To start again:\n    {command}"
     if work is None and request.task != "extract-latents":
         return f"{request.task}: stopped; nothing was saved to continue with. To start again:\n    {command}"
     saved = f"{relative(request.output)} holds {work.words}" if work else "finished episodes are kept"
     return f"{request.task}: stopped; {saved}. To continue:\n    {command}"
+
+
+def _rolled(output: Path) -> str:
+    """What an interrupted `pi-rollout` saved, in words; "" if nothing."""
+    result, config = output / "rollouts.json", output / CONFIG
+    if not result.is_file() or not config.is_file() or result.stat().st_mtime_ns < config.stat().st_mtime_ns:
+        return ""  # of an earlier run
+    entries = read_json(result, "not a run's rollouts.json", "run it again")["rollouts"]
+    cut = sum(not entry["complete"] for entry in entries)
+    return f"{len(entries)} rollouts" + (f", {cut} of them incomplete" if cut else "")
 
 
 def _step(state: Path) -> int | None:

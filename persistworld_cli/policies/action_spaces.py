@@ -48,6 +48,8 @@ _VELOCITIES = (
     "pi05_droid_finetune configs need --actions joint-velocity"
 )
 _INTO_STOP = "likely cause: the policy drives the joint into its stop; --set policy.joint_limits=stop keeps it there"
+_GRIPPER = "likely cause: another scale or sign; a Franka's is 0 open to 1 closed, another arm's as in robot.limits"
+_GRIP_SLACK = 0.1  # share of its range by which a gripper's command may be beyond it without a warning
 _POSES = "answer x y z (m) of the flange in the base frame and roll pitch yaw (rad, extrinsic xyz), as DROID has them"
 
 logger = logging.getLogger(__name__)
@@ -148,7 +150,8 @@ class _Joints(ActionSpace):
         arm: Kinematics = PANDA,
         dimensions: Sequence[Dimension] = _FRANKA,
     ) -> None:
-        self._arm, self._dimensions, self._stop, self._warned = arm, tuple(dimensions), stop, False
+        self._arm, self._dimensions, self._stop = arm, tuple(dimensions), stop
+        self._warned: set[str] = set()
         low, high = np.array(arm.joint_low, dtype=np.float64), np.array(arm.joint_high, dtype=np.float64)
         self.joints, self._low, self._high = len(low), low, high
         width = self._pose((low + high) / 2).shape[-1]
@@ -165,6 +168,8 @@ class _Joints(ActionSpace):
             self.most = ActionSpace.most
         grip = (0.0, gripper_cap) if self.is_franka else (dimensions[-1].low, dimensions[-1].high)
         self._grip_low, self._grip_high = grip
+        low, high = (0.0, 1.0) if self.is_franka else grip
+        self._grip_usual = low - _GRIP_SLACK * (high - low), high + _GRIP_SLACK * (high - low)
         self.gripper_cap, self._cap_current = gripper_cap if self.is_franka else None, cap_current
 
     def _pose(self, joints: Float) -> Float:
@@ -197,7 +202,10 @@ class _Joints(ActionSpace):
         arm = np.concatenate([now.joints[None, : self.joints], self._move(actions, now, taken)])
         current = now.joints[self.joints :]
         current = np.minimum(current, self._grip_high) if self._cap_current else current
-        commanded = np.clip(actions[:, actions.shape[1] - self._grippers :], self._grip_low, self._grip_high)
+        wanted = actions[:, actions.shape[1] - self._grippers :]
+        unusual = (wanted[:taken] < self._grip_usual[0]) | (wanted[:taken] > self._grip_usual[1])
+        self._warn_once("gripper", wanted, unusual, "and is cut", _GRIPPER)
+        commanded = np.clip(wanted, self._grip_low, self._grip_high)
         grip = np.concatenate([current[None], commanded])[: len(arm)]
         return ArmState(np.concatenate([self._pose(arm), grip], axis=1), np.concatenate([arm, grip], axis=1))
 
@@ -220,15 +228,15 @@ class _Joints(ActionSpace):
             )
         return joints
 
-    def _warn_once(self, actions: Float, unusual: NDArray[np.bool_], text: str, cause: str) -> None:
-        """Log the first number (R, J) of the run that is unusual for a Franka."""
-        if self._warned or not self.is_franka or not unusual.any():
+    def _warn_once(self, kind: str, numbers: Float, unusual: NDArray[np.bool_], text: str, cause: str) -> None:
+        """Log the first number (R, n) of the run that is unusual, once a kind (joints, gripper)."""
+        if kind in self._warned or not unusual.any():
             return
-        self._warned = True
-        row, joint = (int(i) for i in np.argwhere(unusual)[0])
-        value = actions[row, joint]
+        self._warned.add(kind)
+        row, column = (int(i) for i in np.argwhere(unusual)[0])
+        part = self.parts[column] if kind == "joints" else self.parts[-1]
         said = "the %s in row %d of the policy's answer is %.4g, %s; %s"
-        logger.warning(said, self.parts[joint], row, value, text, cause)
+        logger.warning(said, part, row, numbers[row, column], text, cause)
 
 
 def at_joints(joints: Float) -> ArmState:
@@ -251,7 +259,7 @@ class JointVelocity(_Joints):
     def _move(self, actions: Float, now: ArmState, taken: int) -> Float:
         rows = actions[:, : self.joints]
         fast = np.abs(rows[:taken]) > _FASTEST
-        self._warn_once(actions, fast, "outside DROID's -1 to 1 (0.1 to 99.9%)", _POSITIONS)
+        self._warn_once("joints", actions, fast & self.is_franka, "outside DROID's -1 to 1 (0.1 to 99.9%)", _POSITIONS)
         arm = self._adapter(rows, now.joints[: self.joints])
         cause = _POSITIONS if self.is_franka and fast.any() else _INTO_STOP
         return self._limit(arm, taken, "the arm reaches", cause)
@@ -275,7 +283,9 @@ class JointPosition(_Joints):
         """The commanded joints, within the limits."""
         joints = actions[:, : self.joints]
         far = np.abs(joints[:1] - now.joints[: self.joints]) > _FARTHEST
-        self._warn_once(actions, far, f"over {_FARTHEST} rad from where the joint is", _VELOCITIES)
+        self._warn_once(
+            "joints", actions, far & self.is_franka, f"over {_FARTHEST} rad from where the joint is", _VELOCITIES
+        )
         cause = _VELOCITIES if self.is_franka and far.any() else _INTO_STOP
         return self._limit(joints, len(actions), "the policy commands", cause)
 

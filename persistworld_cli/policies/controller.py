@@ -40,6 +40,11 @@ class PolicyTrace:
         if space.rates:
             self.joint_vel += actions[:, : space.joints].tolist()
 
+    def cut(self, rows: int) -> None:
+        """Keep the first rows only."""
+        for part in (self.joint_pos, self.joint_vel, self.state_fk, self.answers):
+            del part[rows:]
+
 
 class PolicyController:
     """Asks a policy for each rollout in each interaction; its answers give the poses.
@@ -56,6 +61,7 @@ class PolicyController:
     ) -> None:
         self._policies, self._view, self._prompts = list(policies), view, list(prompts)
         self.states = list(starts)
+        self._before = [list(starts)]  # the states at the start of each interaction
         self.traces = [PolicyTrace() for _ in policies]
 
     def poses(self, images: Images) -> Float:
@@ -71,4 +77,12 @@ class PolicyController:
         for trace, motion, actions in zip(self.traces, motions, answers, strict=True):
             trace.add(motion[:end], actions[:end], view.space)
         self.states = [motion[end] for motion in motions]
+        self._before.append(self.states)
         return np.stack([motion.pose[: end + 1 : view.skip] for motion in motions])
+
+    def keep(self, interactions: int) -> None:
+        """Forget what came after so many interactions: the answer to one that the world model did not make."""
+        self._before = self._before[: interactions + 1]
+        self.states = self._before[-1]
+        for trace in self.traces:
+            trace.cut(interactions * self._view.advance)

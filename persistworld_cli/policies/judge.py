@@ -105,12 +105,15 @@ def load_judge(name: str) -> Judge:
     return judge
 
 
+_VERDICT = "return persistworld_cli.Verdict(success, progress, reason); success None: undecided"
+
+
 def ask_judge(judge: Judge, evidence: Evidence, name: str) -> Verdict:
     """The verdict, checked. Raises PersistWorldError: the judge failed, or returns no verdict."""
     with running("judge", name):
         verdict: Any = judge.judge(evidence)
     if not isinstance(verdict, Verdict):
-        raise PersistWorldError(f"the judge gave {verdict!r}, not a Verdict", where=name)
+        raise PersistWorldError(f"the judge gave {verdict!r}, not a Verdict", where=name, fix=_VERDICT)
     progress = verdict.progress
     if progress is not None and not (math.isfinite(progress) and 0 <= progress <= 1):
         raise PersistWorldError(f"the judge gave progress {progress!r}, not a number from 0 to 1", where=name)

@@ -23,30 +23,49 @@ from persistworld_cli.statistics.ranking import mmrv, pearson
 
 RESAMPLES = 1000
 SIMULATOR = "sim"  # --real sim: the results of `pi-rollout --against sim`
+CONDUCT = ("judge", "steps", "weights", "sampling")  # of a run: what success depends on besides the policy
 _COLUMNS = ("policy", "task", "success")
 _FOLDER = "give the output folder of persistworld pi-rollout"
 
 
 @dataclass
 class Tally:
-    """Rollouts of one policy in one task, and their action space; `simulated`: successes in the simulator."""
+    """Rollouts of one policy in one task.
+
+    Attributes:
+        actions: their action space.
+        conduct: judge, steps, weights and sampling of their run, as far as it says.
+        seen: (episode, start, seed) of each, as far as they say.
+        unjudged: complete ones that no judge saw.
+        simulated: successes in the simulator.
+    """
 
     actions: str = DEFAULT_ACTIONS
+    conduct: dict[str, Any] = field(default_factory=dict)
+    seen: set[tuple[Any, ...]] = field(default_factory=set)
     success: list[bool] = field(default_factory=list)
     progress: list[float] = field(default_factory=list)
     undecided: int = 0
+    unjudged: int = 0
     incomplete: int = 0
     simulated: list[bool] = field(default_factory=list)
 
-    def add(self, entry: Mapping[str, Any]) -> None:
-        """Add one rollout."""
+    def add(self, entry: Mapping[str, Any], judged: bool) -> None:
+        """Add one rollout, and whether its run had a judge. Raises ValueError where it is here already."""
+        if "episode" in entry:
+            which = tuple(entry.get(key) for key in ("episode", "start", "seed"))
+            if which in self.seen:
+                raise ValueError("episode {}, frame {}, seed {}".format(*which))
+            self.seen.add(which)
         if entry.get("sim_success") is not None:
             self.simulated.append(bool(entry["sim_success"]))
         if not entry.get("complete", True):
             self.incomplete += 1
             return
-        if entry.get("success") is None:
+        if entry.get("success") is None and judged:
             self.undecided += 1
+        elif entry.get("success") is None:
+            self.unjudged += 1
         else:
             self.success.append(entry["success"])
         if entry.get("progress") is not None:
@@ -73,7 +92,8 @@ def read_runs(runs: Sequence[str]) -> tuple[Table, Results]:
             a single rollout takes precedence, since a person may have judged the rollout there.
 
     Raises:
-        PersistWorldError: a file is missing, is not of such a run, or a policy's runs have different action spaces.
+        PersistWorldError: a file is missing or is not of such a run; or a policy's runs differ in action space or
+            `CONDUCT`, or have the same rollout.
     """
     imagined: Table = {}
     for run in runs:
@@ -84,15 +104,34 @@ def read_runs(runs: Sequence[str]) -> tuple[Table, Results]:
         if other := next((tally.actions for tally in tasks.values() if tally.actions != actions), None):
             what = f"policy '{policy}' answers {other} in one run and {actions} in another"
             raise PersistWorldError(what, where=str(path), fix="give each its own name: NAME=FOLDER")
-        tally = tasks.setdefault(found["task"], Tally(actions))
+        conduct = _conduct(found)
+        tally = tasks.setdefault(found["task"], Tally(actions, conduct))
+        if other := next((key for key in conduct if tally.conduct.get(key, conduct[key]) != conduct[key]), None):
+            what = f"policy '{policy}' has {other} {tally.conduct[other]} in one run and {conduct[other]} in another"
+            raise PersistWorldError(what, where=str(path), fix="give each its own name: NAME=FOLDER")
         for entry in found["rollouts"]:
-            tally.add(_own(path, entry))
+            try:
+                tally.add(_own(path, entry), "judge" not in found or found["judge"] is not None)
+            except ValueError as twice:
+                what = f"policy '{policy}' has the same rollout twice: {twice}"
+                raise PersistWorldError(what, where=str(path), fix="leave one run out, or NAME=FOLDER") from twice
     real = {
         policy: {task: Real(float(np.mean(one.simulated)), len(one.simulated)) for task, one in tasks.items()}
         for policy, all_tasks in imagined.items()
         if (tasks := {task: one for task, one in all_tasks.items() if one.simulated})
     }
     return imagined, real
+
+
+def _conduct(found: Mapping[str, Any]) -> dict[str, Any]:
+    """`CONDUCT` of a run as flat, comparable values; older runs say less."""
+    conduct: dict[str, Any] = {key: found[key] for key in ("judge", "steps") if key in found}
+    weights, sampling = found.get("weights"), found.get("sampling")
+    if isinstance(weights, dict):
+        conduct["weights"] = " + ".join(str(digest)[:8] for digest in weights.values() if digest)
+    if isinstance(sampling, dict):
+        conduct |= {f"sampling.{key}": value for key, value in sampling.items()}
+    return conduct
 
 
 def _named(run: str) -> tuple[str, Path]:
@@ -189,16 +228,30 @@ def build_leaderboard(imagined: Table, real: Results | None) -> dict[str, Any]:
         real: real results; None: the leaderboard alone.
 
     Returns:
-        ``policies`` (a row each), and with real results ``predicted``: n, Pearson's r of success and of progress with
-        real success (None where undefined), mmrv, mean absolute error of success, their 95% intervals (`_intervals`),
-        the same by task, and policies that one side lacks.
+        ``policies`` (a row each), ``differences``, and with real results ``predicted``: n, Pearson's r of success and
+        of progress with real success (None where undefined), mmrv, mean absolute error of success, their 95% intervals
+        (`_intervals`), the same by task, and policies that one side lacks.
 
     Raises:
         PersistWorldError: fewer than two policies with results of both kinds in the same task.
     """
     rows = [_row(policy, tasks, real) for policy, tasks in imagined.items()]
+    differing = differences(imagined)
     rows.sort(key=lambda row: (row["success"] is None, -(row["success"] or 0), -(row["progress"] or 0), row["policy"]))
-    return {"policies": rows} if real is None else {"policies": rows, "predicted": _prediction(imagined, real)}
+    result: dict[str, Any] = {"policies": rows, "differences": differing}
+    return result if real is None else {**result, "predicted": _prediction(imagined, real)}
+
+
+def differences(imagined: Table) -> list[dict[str, Any]]:
+    """What else than the policy differs between runs of one task: task, key, and the value of each policy."""
+    found = []
+    for task in dict.fromkeys(task for tasks in imagined.values() for task in tasks):
+        own = {policy: tasks[task].conduct for policy, tasks in imagined.items() if task in tasks}
+        for key in dict.fromkeys(key for conduct in own.values() for key in conduct):
+            values = {policy: conduct[key] for policy, conduct in own.items() if key in conduct}
+            if any(value != next(iter(values.values())) for value in values.values()):
+                found.append({"task": task, "key": key, "values": values})
+    return found
 
 
 def _row(policy: str, tasks: Mapping[str, Tally], real: Results | None) -> dict[str, Any]:
@@ -214,6 +267,7 @@ def _row(policy: str, tasks: Mapping[str, Tally], real: Results | None) -> dict[
         "high": high,
         "progress": _score(tasks.values(), "progress"),
         "undecided": sum(tally.undecided for tally in tasks.values()),
+        "unjudged": sum(tally.unjudged for tally in tasks.values()),
         "incomplete": sum(tally.incomplete for tally in tasks.values()),
     }
     if real is None:

@@ -25,7 +25,7 @@ from persistworld_cli.config.settings import PolicySettings, Settings
 from persistworld_cli.data.clips.store import EpisodeStore, open_store
 from persistworld_cli.data.metadata.adapter_fit import ADAPTER_FILES
 from persistworld_cli.errors import PersistWorldError, UsageError
-from persistworld_cli.files import write_json, write_text
+from persistworld_cli.files import jsonable, remove, write_json, write_text
 from persistworld_cli.models.world_model import WorldModel
 from persistworld_cli.policies.action_spaces import (
     DEFAULT_ACTIONS,
@@ -45,6 +45,7 @@ from persistworld_cli.policies.observation import Policy, PolicyView
 from persistworld_cli.policies.outputs import POLICY_HZ, PolicyRollout, save_rollout, write_episodes
 from persistworld_cli.policies.source import check_policy, open_policies
 from persistworld_cli.policies.tasks import Task, TaskStart, load_task
+from persistworld_cli.read_files import read_json, reading
 from persistworld_cli.reports.policy_tables import rollout_tables
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.tables import plain
@@ -56,6 +57,10 @@ from persistworld_cli.rollout.recording import Item, Start
 BUNDLED_JUDGE = "bundled-world"  # compares with the simulator unless another judge is named
 
 logger = logging.getLogger(__name__)
+
+
+class Stopped(PersistWorldError):
+    """Ctrl-C or another signal during a rollout: what is there is saved before the command ends."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,8 @@ class RolloutResults:
                 simulated = self._simulate(rollout.start, scene)
         except PersistWorldError as failed:
             self.error = self.error or failed
+        if not self.entries:
+            remove_earlier(self.output)
         extra: dict[str, Any] = {
             "policy": plan.policy,
             "task": plan.task.name,
@@ -157,6 +164,8 @@ class RolloutResults:
             "task": plan.task.name,
             "actions": self.settings.policy.actions,
             "steps": plan.steps,
+            "weights": _weights(self.settings),
+            "sampling": jsonable(self.settings.sampling),
             "complete": self.error is None,
             "not_started": len(plan.starts) - len(self.entries),
             "missing_episodes": plan.missing,
@@ -173,6 +182,24 @@ class RolloutResults:
         return {**result, "json": str(self.output / "rollouts.json")}
 
 
+def _weights(settings: Settings) -> dict[str, str]:
+    """SHA-256 of the world model's files."""
+    return inference_ref(settings.model).fingerprint()
+
+
+def remove_earlier(output: Path) -> None:
+    """Remove what an earlier run left in the folder, with a note: its rollouts must not be taken for this run's."""
+    path = output / "rollouts.json"
+    if not path.is_file():
+        return
+    with reading("not a run's rollouts.json", path, "remove it, or use another --output"):
+        found = read_json(path, "not a run's rollouts.json", "remove it, or use another --output")
+        files = [str(entry.get(kind)) for entry in found["rollouts"] for kind in ("video", "sheet", "json")]
+    logger.info("replacing %d rollouts of policy '%s' in this folder", len(found["rollouts"]), found.get("policy"))
+    for file in (path, path.with_suffix(".txt"), *(output / Path(name).name for name in files)):
+        remove(file)
+
+
 def run(settings: Settings, request: PolicyRolloutRequest) -> dict[str, Any]:
     """Roll out a policy and write the results.
 
@@ -187,15 +214,23 @@ def run(settings: Settings, request: PolicyRolloutRequest) -> dict[str, Any]:
         UsageError: an unknown policy, task or judge, or a policy without this action space.
         PersistWorldError: no server in time; no data to judge by; no simulator; or a policy or judge failed. In
             the last case the rollouts are saved first (incomplete ones marked ``"complete": false``).
+        KeyboardInterrupt: on a signal, after the rollouts were saved in the same way.
     """
     store = open_store(settings)
     plan = make_plan(settings, request, store)
     results = RolloutResults(settings, plan, _judge_setup(settings, request, plan), request.output)
-    _roll_all(results, store)
+    try:
+        _roll_all(results, store)
+    except KeyboardInterrupt:
+        if not results.entries:
+            raise
+        results.error = Stopped("interrupted")  # between rollouts
     output, summary = results.output, results.summary()
     write_json(output / "rollouts.json", summary)
     write_text(output / "rollouts.txt", plain(*rollout_tables(summary)))
     summary["text"] = str(output / "rollouts.txt")
+    if isinstance(results.error, Stopped):
+        raise KeyboardInterrupt
     if (error := results.error) is not None:
         whole = all(entry["complete"] for entry in results.entries)
         state = "" if whole else " up to the error (marked incomplete)"
@@ -237,18 +272,23 @@ def _roll(
     """Roll out one batch, to the end or to a policy's error."""
     states = [plan.view.space.begin(start) for start in starts]
     controller = PolicyController(policies, plan.view, states, [start.text for start in starts])
-    frames, steps, error = [world.images[:, None]], [], None
+    frames, steps = [world.images[:, None]], []
+    error: PersistWorldError | None = None
     for policy in dict.fromkeys(policies):  # a batched one is there for every rollout
         policy.reset()
     for _ in range(plan.steps):
         try:
-            poses = controller.poses(world.images)
+            step = world.step(controller.poses(world.images))
         except PersistWorldError as failed:
             error = failed
             break
-        steps.append(world.step(poses))
-        frames.append(steps[-1].images)
-        meter.advance(seconds_per_step=steps[-1].seconds)
+        except KeyboardInterrupt:
+            error = Stopped("interrupted")
+            break
+        steps.append(step)
+        frames.append(step.images)
+        meter.advance(seconds_per_step=step.seconds)
+    controller.keep(len(steps))
     return [
         PolicyRollout(
             start=start,
@@ -376,9 +416,8 @@ def _starts(
         for entry in wanted
         for name in ([entry.episode] if entry.episode else store.episodes(split))
     ]
-    missing = [entry.episode for entry in spread if find_split(store, entry.episode, split) is None]
-    if missing and request.episodes:
-        raise PersistWorldError(f"no episode '{missing[0]}' in this dataset", where=str(store.root))
+    absent = [entry.episode for entry in spread if find_split(store, entry.episode, split) is None]
+    missing = [] if request.episodes else absent  # `make_start` refuses a requested one
     found = [entry for entry in spread if entry.episode not in missing][: request.rollouts]
     if not found:
         raise PersistWorldError(
@@ -393,4 +432,8 @@ def _starts(
         frame = entry.start if request.start is None else request.start
         item = Item(entry.episode, frame, settings.policy.seed)
         starts.append(make_start(store, item, split, request.instruction or entry.instruction))
+    for other in dict.fromkeys(start.split for start in starts if start.split != split):
+        names = ", ".join(dict.fromkeys(start.item.episode for start in starts if start.split == other))
+        said = "of split '%s', not '%s', so the world model may have learned it by heart: episode %s"
+        logger.warning(said, other, split, names)
     return starts, missing

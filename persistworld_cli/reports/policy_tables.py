@@ -75,7 +75,23 @@ def leaderboard_tables(result: Mapping[str, Any]) -> list[RenderableType]:
         cells += [f"{row['undecided']}, {row['incomplete']}"]
         cells += [percent(row["real"], row["real_low"], row["real_high"], f" of {row['real_n']}")] if predicted else []
         table.add_row(*map(Text, [name, ", ".join(row["tasks"]), *cells]))
-    return [table, _prediction(predicted), Text(_warnings(predicted))] if predicted else [table]
+    shown: list[RenderableType] = [table, *([_prediction(predicted)] if predicted else [])]
+    said = "\n".join([*_unfair(result), *(_warnings(predicted) if predicted else [])])
+    return [*shown, Text(said)] if said else shown
+
+
+def _unfair(result: Mapping[str, Any]) -> list[str]:
+    """What makes the rows less comparable than they look."""
+    lines = []
+    if unjudged := [f"{row['policy']} ({row['unjudged']})" for row in result["policies"] if row["unjudged"]]:
+        lines.append(
+            f"Rollouts without a judge: {', '.join(unjudged)}. Roll out with --judge, or write true or false "
+            "into their JSON files."
+        )
+    for one in result["differences"]:
+        values = ", ".join(f"{policy} {value}" for policy, value in one["values"].items())
+        lines.append(f"Not only the policies differ: {one['key']} in task {one['task']}: {values}.")
+    return lines
 
 
 def _prediction(predicted: Mapping[str, Any]) -> Table:
@@ -95,7 +111,7 @@ def _prediction(predicted: Mapping[str, Any]) -> Table:
     return table
 
 
-def _warnings(predicted: Mapping[str, Any]) -> str:
+def _warnings(predicted: Mapping[str, Any]) -> list[str]:
     lines = [f"r is undefined: all policies have the same {side} success." for side in predicted["constant"]]
     if predicted["n"] < 4:
         lines.append(f"{predicted['n']} policies: r over so few says little.")
@@ -104,7 +120,7 @@ def _warnings(predicted: Mapping[str, Any]) -> str:
     for key, what in (("without_real", "real results"), ("without_imagined", "judged rollouts")):
         if predicted[key]:
             lines.append(f"Left out, without {what} in the same task: {', '.join(predicted[key])}.")
-    return "\n".join(lines)
+    return lines
 
 
 def _yes(value: bool | None) -> str:

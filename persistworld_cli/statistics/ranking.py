@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+SAME = 1e-6  # shares that differ by less are equal: rounding must not be correlated
+
 
 def pearson(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Pearson's r of n pairs; None (undefined) with fewer than two pairs or if a side is constant."""
-    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+    """Pearson's r of n pairs of shares; None (undefined) with fewer than two pairs or if a side is constant."""
+    if len(a) < 2 or np.ptp(a) < SAME or np.ptp(b) < SAME:
         return None
     return float(stats.pearsonr(a, b).statistic)
 

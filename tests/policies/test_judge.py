@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from dataclasses import replace
@@ -20,12 +21,14 @@ from persistworld_cli.config.settings import PolicySettings, Settings
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.data.raw.video import count_frames
 from persistworld_cli.errors import PersistWorldError, UsageError
+from persistworld_cli.launch.continuing import what_remains
 from persistworld_cli.policies import run as policy_rollout
 from persistworld_cli.policies.bundled_world import rules
 from persistworld_cli.policies.bundled_world.judge import BundledJudge, find_condition, locate
 from persistworld_cli.policies.bundled_world.scene import find_recorded, true_positions
 from persistworld_cli.policies.bundled_world.triangulate import nominal_camera
 from persistworld_cli.policies.judge import Evidence, SceneObject, Verdict, ask_judge, load_judge
+from persistworld_cli.rollout.interactive import InteractiveRollout
 
 PICK, PUSH = 60, 65
 
@@ -228,6 +231,16 @@ def test_a_judge_of_ones_own_is_shown_the_rollout(root: Path, tmp_path: Path) ->
     assert "moved" in Path(result["text"]).read_text()
 
 
+def test_an_episode_of_another_split_is_told(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own = replace(settings(root), policy=PolicySettings(steps=1))
+    own = replace(own, eval=replace(own.eval, split="held-out"))
+    result = policy_rollout.run(own, PolicyRolloutRequest(policy="hold", output=tmp_path, episodes=("7",)))
+    assert [entry["episode"] for entry in result["rollouts"]] == ["7"]
+    assert "of split 'val', not 'held-out'" in caplog.text and "episode 7" in caplog.text
+    with pytest.raises(PersistWorldError, match="no episode '99'"):
+        policy_rollout.run(own, PolicyRolloutRequest(policy="hold", output=tmp_path, episodes=("99",)))
+
+
 def test_the_bundled_judge_wants_the_bundled_world(root: Path, tmp_path: Path) -> None:
     with pytest.raises(PersistWorldError, match="no raw recording of the bundled world"):
         roll(root, tmp_path, judge="bundled-world")
@@ -262,6 +275,37 @@ def test_bad_judges_are_reported(root: Path, tmp_path: Path) -> None:
 
 
 # -- what is left behind ----------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_keeps_the_rollouts_so_far(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the second interaction: one is kept, without answers that led nowhere; the earlier run is gone."""
+    caplog.set_level(logging.INFO)
+    roll(root, tmp_path)
+    request = PolicyRolloutRequest(output=tmp_path, rollouts=9, policy="hold", command=("pi-rollout",))
+    (tmp_path / "config.json").write_text("{}")  # as the launcher writes it at the start
+    assert "nothing was saved" in what_remains(request)
+    step, calls = InteractiveRollout.step, []
+
+    def stopped(world: InteractiveRollout, poses: np.ndarray) -> Any:
+        calls.append(poses)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(world, poses)
+
+    monkeypatch.setattr(InteractiveRollout, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        roll(root, tmp_path, policy="hold")
+    summary = json.loads((tmp_path / "rollouts.json").read_text())
+    assert summary["policy"] == "hold" and summary["complete"] is False
+    assert [(entry["complete"], entry["steps"]) for entry in summary["rollouts"]] == [(False, 1)] * 2
+    record = json.loads(Path(summary["rollouts"][1]["json"]).read_text())
+    assert len(record["answers"]) == len(record["joint_pos"]) == len(record["state_fk"]) == 12
+    assert np.shape(record["poses"])[:2] == (1, 5) and record["error"] == "interrupted"
+    assert not (tmp_path / "lerobot").exists()
+    assert "replacing 2 rollouts of policy 'scripted'" in caplog.text
+    assert "holds 2 rollouts, 2 of them incomplete. To start again" in what_remains(request)
 
 
 def test_rollouts_are_a_lerobot_dataset_too(root: Path, tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def test_pearson_by_hand() -> None:
     assert pearson([0, 1], [0.9, 0.1]) == pytest.approx(-1)
     assert pearson([0.5, 0.5, 0.5], [0.1, 0.2, 0.3]) is None
     assert pearson([0.5], [0.5]) is None
+    assert pearson([0, 8e-8, 3e-8], [0.1, 0.2, 0.3]) is None  # rounding
 
 
 def test_confusion_by_hand() -> None:
@@ -108,6 +109,42 @@ def test_a_leaderboard_by_hand(tmp_path: Path) -> None:
         assert low <= told[name] <= high and high - low > 0.1
     assert (told["without_real"], told["without_imagined"]) == (["new"], ["old"])
     assert build_leaderboard(read_runs([str(runs[0])])[0], None)["policies"][0]["policy"] == "good"
+
+
+def test_no_rollout_counts_twice_and_other_conditions_are_not_mixed(tmp_path: Path) -> None:
+    """The same run twice, or runs of one name whose judge or length differ, are refused; of two names, told."""
+    one = write_run(tmp_path / "one", "p", [True], episode="7", start=0, seed=0)
+    again = write_run(tmp_path / "again", "p", [True, False], episode="7", start=0, seed=1)
+    for runs in ((one, one), (again,)):
+        refused = command(*runs)
+        assert refused.exit_code == 1 and "the same rollout twice: episode 7, frame 0, seed" in refused.stderr
+    for name, keys in (
+        (
+            "long",
+            {"steps": 9, "judge": "a", "weights": {"ckpt": "1234567890", "adapter": ""}, "sampling": {"steps": 4}},
+        ),
+        (
+            "short",
+            {"steps": 3, "judge": "a", "weights": {"ckpt": "abcdefghij", "adapter": ""}, "sampling": {"steps": 1}},
+        ),
+    ):
+        record = json.loads((write_run(tmp_path / name, "p", [True]) / "rollouts.json").read_text())
+        (tmp_path / name / "rollouts.json").write_text(json.dumps(record | keys))
+    refused = command(tmp_path / "long", tmp_path / "short")
+    assert refused.exit_code == 1 and "policy 'p' has steps 9 in one run and 3 in another" in refused.stderr
+    shown = " ".join(command(tmp_path / "long", f"q={tmp_path / 'short'}").output.split())
+    assert "steps in task cubes: p 9, q 3" in shown and "weights in task cubes: p 12345678, q abcdefgh" in shown
+    assert "sampling.steps in task cubes: p 4, q 1" in shown and "judge in task" not in shown
+    assert command(one, tmp_path / "long").exit_code == 0  # an older run does not say how it was made
+
+
+def test_rollouts_without_a_judge_are_not_undecided(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "p", [None, None])
+    record = json.loads((run / "rollouts.json").read_text())
+    (run / "rollouts.json").write_text(json.dumps(record | {"judge": None}))
+    row = build_leaderboard(read_runs([str(run)])[0], None)["policies"][0]
+    assert (row["undecided"], row["unjudged"], row["n"]) == (0, 2, 0)
+    assert "Rollouts without a judge: p (2)" in " ".join(command(run).output.split())
 
 
 def test_intervals_come_from_rollouts_alone(tmp_path: Path) -> None:
