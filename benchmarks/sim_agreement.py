@@ -3,8 +3,8 @@
 `python -m benchmarks.sim_agreement [--dataset DIR] [--rollouts 20] [--steps 10] [--output DIR] [--json]`
 
 Each policy (`benchmarks.policies` and the embedded ones) is rolled out by `persistworld pi-rollout --against sim` from
-the same held-out starts, then `persistworld leaderboard --real sim` compares. Finished runs are kept; a run of an
-earlier version is refused.
+the same held-out starts, then `persistworld leaderboard --real sim` compares, and `bars` says which of the registered
+bars are met. Finished runs are kept; a run of an earlier version is refused.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from persistworld_cli.statistics.paired import wilson
 
 PARTS = ("true_positive", "false_positive", "false_negative", "true_negative", "undecided")
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,24 +52,60 @@ def against_sim(path: Path) -> dict[str, Any]:
     return found
 
 
+def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The registered bars: what is asked, the number with its 95% interval, whether the number meets the bar.
+
+    Args:
+        result: of `leaderboard --real sim`, with ``against_sim``, each policy's comparison.
+    """
+    predicted, rows = result["predicted"], result["policies"]
+    spans = predicted["intervals"]
+    graded = sum(0.2 <= row["real"] <= 0.8 for row in rows)
+    undecided, judged = sum(row["undecided"] for row in rows), sum(row["n"] + row["undecided"] for row in rows)
+    counts = {part: sum(one["judge_on_simulated"][part] for one in result["against_sim"].values()) for part in PARTS}
+    right = counts["true_positive"] + counts["true_negative"]
+    seen = right + counts["false_positive"] + counts["false_negative"]
+    found: list[tuple[str, float, Sequence[float | None], bool]] = [
+        ("policies with simulated success 0.2 to 0.8: at least 5", graded, (None, None), graded >= 5),
+        ("r of success: at least 0.8", r := predicted["pearson_r"] or 0.0, spans["pearson_r"], r >= 0.8),
+        ("MMRV: at most 0.2", predicted["mmrv"], spans["mmrv"], predicted["mmrv"] <= 0.2),
+        ("undecided: at most 0.15", share := undecided / judged, wilson(undecided, judged), share <= 0.15),
+        (
+            "mean absolute error of success: at most 0.15",
+            predicted["mean_absolute_error"],
+            spans["mean_absolute_error"],
+            predicted["mean_absolute_error"] <= 0.15,
+        ),
+        ("judge right on simulated images: at least 0.95", share := right / seen, wilson(right, seen), share >= 0.95),
+    ]
+    return [
+        {"bar": bar, "value": value, "low": low, "high": high, "met": met} for bar, value, (low, high), met in found
+    ]
+
+
 def main() -> None:
     """Roll out, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--ckpt", help="the world model's weights; the preset's by default")
     parser.add_argument("--dataset", help="the bundled world, extracted; the preset's by default")
     parser.add_argument("--rollouts", type=int, default=20)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("outputs/sim_agreement"))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    dataset = ["--dataset", options.dataset] if options.dataset else []
+    world = ["--preset", options.preset]
+    for flag, given in (("--dataset", options.dataset), ("--ckpt", options.ckpt)):
+        world += [flag, given] if given else []
     for name, policy in POLICIES.items():
         folder = options.output / name
         if not (folder / "rollouts.json").is_file():
             sizes = ["--rollouts", str(options.rollouts), "--steps", str(options.steps), "--output", str(folder)]
-            persistworld("pi-rollout", "--preset", "tiny", "--policy", policy, "--against", "sim", *sizes, *dataset)
+            persistworld("pi-rollout", *world, "--policy", policy, "--against", "sim", *sizes)
     runs = [f"{name}={options.output / name}" for name in POLICIES]
     result: dict[str, Any] = json.loads(persistworld("leaderboard", *runs, "--real", "sim", "--json", capture=True))
     result["against_sim"] = {name: against_sim(options.output / name / "rollouts.json") for name in POLICIES}
+    result["bars"] = bars(result)
     if options.json:
         print(json.dumps(result, indent=1))
         return
@@ -75,6 +114,9 @@ def main() -> None:
         counts = [sum(one[key][part] for one in result["against_sim"].values()) for part in PARTS]
         words = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in zip(PARTS, counts, strict=True))
         print(f"judge on {what} images against the simulator's state: {words}")
+    for bar in result["bars"]:
+        span = "" if bar["low"] is None else f" [{bar['low']:.2f}, {bar['high']:.2f}]"
+        print(f"{'met   ' if bar['met'] else 'missed'} {bar['bar']}: {bar['value']:.3g}{span}")
 
 
 if __name__ == "__main__":
