@@ -47,12 +47,19 @@ def write_animation(path: Path, rows: Sequence[AnimatedRow], rate: float) -> Non
     Raises:
         CannotWrite: the file cannot be written.
     """
-    first, *others = [Image.fromarray(frame) for frame in _frames(rows, rate)]
-    milliseconds = [round(1000 / rate)] * len(others) + [HOLD_MS]
+    frames = list(_frames(rows, rate))
+    save_animation(path, frames, [round(1000 / rate)] * (len(frames) - 1) + [HOLD_MS])
+
+
+def save_animation(path: Path, frames: Sequence[Images], milliseconds: Sequence[int]) -> None:
+    """Write frames (H, W, 3), each shown for so long, as a looped WebP or GIF. Raises CannotWrite."""
+    first, *others = [Image.fromarray(frame) for frame in frames]
     kind = path.suffix.lower().removeprefix(".").upper()
     how = {"quality": QUALITY, "method": 4} if kind == "WEBP" else {"optimize": True}
     with whole_file(path) as partial:
-        first.save(partial, format=kind, save_all=True, append_images=others, duration=milliseconds, loop=0, **how)
+        first.save(
+            partial, format=kind, save_all=True, append_images=others, duration=list(milliseconds), loop=0, **how
+        )
 
 
 def _frames(rows: Sequence[AnimatedRow], rate: float) -> Iterator[Images]:
