@@ -1,6 +1,6 @@
 """Record the driving page in a browser, in real time, as a looped animation.
 
-`python -m benchmarks.driving_page docs/driving.webp [--keys llluuff] [-- OPTIONS OF persistworld drive]`
+`python -m benchmarks.driving_page docs/driving.webp [--keys llluuff] [OPTIONS OF persistworld drive]`
 
 Starts `persistworld drive --web`, opens its page in a headless chromium, presses a key whenever the last step has been
 played, and keeps what is to be seen with the time it was seen. Prints the seconds from a key to its last frame.
@@ -36,11 +36,13 @@ def address(process: subprocess.Popen[str]) -> str:
         SystemExit: the command ended without one.
     """
     assert process.stderr
+    said = []
     for line in process.stderr:
+        said.append(line)
         if found := re.search(r"http://127\.0\.0\.1:\d+/\S*", line):
             threading.Thread(target=process.stderr.read, daemon=True).start()
             return found[0]
-    raise SystemExit("persistworld drive ended without an address")
+    raise SystemExit("".join([*said, "persistworld drive ended without an address"]))
 
 
 def drive(page: Page, keys: str, fresh: int) -> tuple[list[np.ndarray], list[float], list[float]]:
@@ -70,9 +72,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="a .webp or .gif")
     parser.add_argument("--keys", default="lllfffuu")
     parser.add_argument("--frames", type=int, default=4, help="new frames of a step")
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="of persistworld drive, after --")
-    options = parser.parse_args()
-    more = [text for text in options.options if text != "--"]
+    options, more = parser.parse_known_args()
     command = [sys.executable, "-m", "persistworld_cli", "drive", "--web", *more]
     with tempfile.TemporaryDirectory() as folder:
         command += ["--output", f"{folder}/out"]

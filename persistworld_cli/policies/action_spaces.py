@@ -168,8 +168,9 @@ class _Joints(ActionSpace):
             self.most = ActionSpace.most
         grip = (0.0, gripper_cap) if self.is_franka else (dimensions[-1].low, dimensions[-1].high)
         self._grip_low, self._grip_high = grip
-        low, high = (0.0, 1.0) if self.is_franka else grip
-        self._grip_usual = low - _GRIP_SLACK * (high - low), high + _GRIP_SLACK * (high - low)
+        least, most = (0.0, 1.0) if self.is_franka else grip
+        slack = _GRIP_SLACK * (most - least)
+        self._grip_usual = least - slack, most + slack
         self.gripper_cap, self._cap_current = gripper_cap if self.is_franka else None, cap_current
 
     def _pose(self, joints: Float) -> Float:

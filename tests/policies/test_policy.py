@@ -337,7 +337,9 @@ def test_another_action_space_than_the_policys_is_noticed(caplog: pytest.LogCapt
     assert not caplog.records
     for grip in (85.0, -1.0):
         kept.follow(np.append(np.zeros(7), grip)[None], now, 1)
-    assert len(caplog.records) == 1 and "gripper in row 0 of the policy's answer is 85, and is cut" in caplog.text
+    assert (
+        len(caplog.records) == 1 and "gripper position in row 0 of the policy's answer is 85, and is cut" in caplog.text
+    )
     push = np.tile(np.append(np.ones(7), 0), (99, 1))  # a wrong policy, not another action space
     with pytest.raises(PersistWorldError, match=r"policy\.joint_limits=stop"):
         space("joint-velocity").follow(push, now, 99)
