@@ -32,6 +32,7 @@ from persistworld_cli.errors import PersistWorldError, UsageError
 SHARED_TASKS = ("extract-latents",)  # runs may share the folder: episodes are claimed one by one (extraction.locks)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 _SECONDS_TO_END = 120.0  # for workers whose launcher was killed: they save their state first
+_SECONDS_TO_NAME = 5.0  # between taking the lock and writing who holds it
 _POLL_S = 0.2
 
 
@@ -196,9 +197,11 @@ def _require_same_run(path: Path, own: Holder, *, take_over: bool) -> None:
 def _take(path: Path, own: Holder, *, shared: bool, take_over: bool) -> tuple[int, bool]:
     """Open and lock the file, and write who holds it; returns the descriptor, and whether the file system has locks.
 
-    If its holder ends between opening and locking, the file vanishes, and a new one is opened.
+    If its holder ends between opening and locking, the file vanishes, and a new one is opened. A holder that has not
+    written who it is yet is given a few seconds, since the refusal names it.
     """
     end: float | None = None
+    unnamed = time.monotonic() + _SECONDS_TO_NAME
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -210,7 +213,9 @@ def _take(path: Path, own: Holder, *, shared: bool, take_over: bool) -> tuple[in
                 _write(fd, own)
                 return fd, granted is True
             before = _parse(fd)
-            if granted is False and _same_file(fd, path):
+            if granted is False and before is None and time.monotonic() < unnamed:
+                time.sleep(_POLL_S)
+            elif granted is False and _same_file(fd, path):
                 end = _wait_or_refuse(path, before, end)
         except BaseException:
             os.close(fd)

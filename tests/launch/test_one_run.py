@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -155,6 +156,23 @@ def test_a_folder_that_is_held_is_refused_whoever_asks_and_free_when_its_run_end
         process.communicate("")
         assert process.returncode == 0
     assert had(tmp_path).first and list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_has_just_taken_the_lock_is_waited_for_to_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from persistworld_cli.launch import run_lock
+
+    with holding(tmp_path):
+        lock = tmp_path / "run.lock"
+        text = lock.read_text()
+        lock.write_text("")  # taken, but it does not say yet by whom
+        threading.Timer(0.5, lock.write_text, (text,)).start()
+        assert "another run works in this folder: persistworld pretrain" in refused(tmp_path)
+        lock.write_text("")
+        monkeypatch.setattr(run_lock, "_SECONDS_TO_NAME", 0.0)
+        assert "another run is starting in this folder" in refused(tmp_path)
+        lock.write_text(text)
 
 
 def test_a_killed_launcher_frees_the_folder_when_its_workers_have_ended(
