@@ -20,7 +20,7 @@ from persistworld_cli.reports.curves import change_plot, horizon_curves, uncerta
 from persistworld_cli.reports.model_card import add_evaluation
 from persistworld_cli.reports.page import write_page
 from persistworld_cli.reports.tables import eval_tables, plain, reward_words, write_csv
-from persistworld_cli.reports.videos import ComparedRollout
+from persistworld_cli.reports.videos import ComparedRollout, camera_names
 from persistworld_cli.statistics.paired import mean
 
 _CURVES = (
@@ -185,7 +185,8 @@ def animate(data: EvalData, path: Path) -> None:
     Raises:
         CannotWrite: the file cannot be written.
     """
-    cameras = {cams[0]: data.settings.world.cameras[cams[0]].replace("_", " ") for cams in data.groups.values()}
+    names = camera_names(data.settings)
+    cameras = {cams[0]: names[cams[0]] for cams in data.groups.values()}
     rows = []
     for name, index in percentile_picks(data):
         item = data.items[index]
