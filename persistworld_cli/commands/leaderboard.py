@@ -29,8 +29,9 @@ def command(common: Common, request: LeaderboardRequest) -> None:
     from persistworld_cli.reports.policy_tables import leaderboard_tables
 
     imagined, simulated = read_runs(request.runs)
-    wanted = simulated if request.real == SIMULATOR else read_real(Path(request.real)) if request.real else None
-    result = build_leaderboard(imagined, wanted)
+    by_simulator = request.real == SIMULATOR
+    wanted = simulated if by_simulator else read_real(Path(request.real)) if request.real else None
+    result = build_leaderboard(imagined, wanted, simulated=by_simulator)
     if common.as_json:
         write_json(result)
     else:

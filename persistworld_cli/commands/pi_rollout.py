@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from persistworld_cli.commands.options import (
 )
 from persistworld_cli.commands.run import execute
 from persistworld_cli.config.requests import PolicyRolloutRequest
+from persistworld_cli.config.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -51,7 +53,21 @@ EXAMPLES = {
 )
 def command(common: Common, request: PolicyRolloutRequest) -> None:
     """Let a policy act in the world model: it sees the predicted images and answers with actions."""
-    execute(common, request, tables=_tables)
+    execute(common, request, functools.partial(_check_names, request), _tables)
+
+
+def _check_names(request: PolicyRolloutRequest, settings: Settings) -> None:
+    """Refuse unknown names at once: the worker, which also makes a user's classes, loads torch first."""
+    from persistworld_cli.config.fields import MODULE_CLASS
+    from persistworld_cli.policies.judge import check_judge
+    from persistworld_cli.policies.source import check_policy
+    from persistworld_cli.policies.tasks import load_task
+
+    load_task(settings.policy.task)
+    if not MODULE_CLASS.fullmatch(request.policy):
+        check_policy(request.policy, settings.policy.actions)
+    if request.judge:
+        check_judge(request.judge)
 
 
 def _tables(result: Mapping[str, Any]) -> list[RenderableType]:

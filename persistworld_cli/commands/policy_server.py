@@ -18,8 +18,9 @@ EXAMPLES = {
     "none",
     setting("policy.host", "Address to listen on."),
     setting("policy.port", "Port to listen on."),
-    setting("policy.actions", "Action space: hold answers in each, the others in joint-velocity."),
+    setting("policy.actions", "Action space of its answers, told to clients: hold has each, others joint-velocity."),
     setting("policy.seed", "Random seed."),
+    without=("output",),
 )
 def command(common: Common, request: PolicyServerRequest) -> None:
     """Serve a simple policy, without neural network or GPU, over openpi's protocol until interrupted."""

@@ -20,6 +20,7 @@ from persistworld_cli.config.resume import USES, Change, Changes, find_changes, 
 from persistworld_cli.console import note
 from persistworld_cli.errors import UsageError
 from persistworld_cli.files import write_json
+from persistworld_cli.policies.summary_file import SUMMARY_FILE, read_summary
 from persistworld_cli.read_files import as_object, parse_json, read_json, reading
 
 HISTORY = "settings_history.json"
@@ -77,11 +78,11 @@ def what_remains(request: TaskRequest) -> str:
 
 def _rolled(output: Path) -> str:
     """What an interrupted `pi-rollout` saved, in words; "" if nothing."""
-    result, config = output / "rollouts.json", output / CONFIG
+    result, config = output / SUMMARY_FILE, output / CONFIG
     if not result.is_file() or not config.is_file() or result.stat().st_mtime_ns < config.stat().st_mtime_ns:
         return ""  # of an earlier run
-    entries = read_json(result, "not a run's rollouts.json", "run it again")["rollouts"]
-    cut = sum(not entry["complete"] for entry in entries)
+    entries = read_summary(result, "run it again")["rollouts"]
+    cut = sum(not entry.get("complete", True) for entry in entries)
     return f"{len(entries)} rollouts" + (f", {cut} of them incomplete" if cut else "")
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from persistworld_cli.config.fields import Known
 from persistworld_cli.config.plugins import make_plugin, running
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.policies.bundled_world.rules import LARGE_SHAPES, Float
@@ -95,6 +96,11 @@ class Judge(Protocol):
     def judge(self, evidence: Evidence) -> Verdict:
         """The verdict on one rollout."""
         ...
+
+
+def check_judge(name: str) -> None:
+    """Refuse a name that is neither in the registry nor ``module:Class``. Raises UsageError."""
+    Known("judge", tuple(JUDGES)).check(name, "judge", "--judge")
 
 
 def load_judge(name: str) -> Judge:

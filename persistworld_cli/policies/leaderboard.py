@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from persistworld_cli.errors import PersistWorldError, nearest
 from persistworld_cli.policies.action_spaces import DEFAULT_ACTIONS
-from persistworld_cli.read_files import read_json, reading, reason
+from persistworld_cli.policies.summary_file import SUMMARY_FILE, read_summary, read_verdict
+from persistworld_cli.read_files import reading, reason
 from persistworld_cli.statistics.paired import wilson
-from persistworld_cli.statistics.ranking import mmrv, pearson
+from persistworld_cli.statistics.ranking import constant, mmrv, pearson
 
 RESAMPLES = 1000
 SIMULATOR = "sim"  # --real sim: the results of `pi-rollout --against sim`
@@ -98,7 +99,7 @@ def read_runs(runs: Sequence[str]) -> tuple[Table, Results]:
     imagined: Table = {}
     for run in runs:
         name, path = _named(run)
-        found = _read(path)
+        found = read_summary(path, _FOLDER)
         policy, actions = name or found["policy"], found.get("actions", DEFAULT_ACTIONS)  # older runs: velocities
         tasks = imagined.setdefault(policy, {})
         if other := next((tally.actions for tally in tasks.values() if tally.actions != actions), None):
@@ -140,34 +141,10 @@ def _named(run: str) -> tuple[str, Path]:
     if "=" in run and not Path(run).exists():
         name, _, rest = run.partition("=")
     path = Path(rest).expanduser()
-    path = path / "rollouts.json" if path.is_dir() else path
+    path = path / SUMMARY_FILE if path.is_dir() else path
     if not path.is_file():
         raise PersistWorldError("no rollouts.json here", where=str(path), fix=_FOLDER)
     return name, path
-
-
-def _read(path: Path) -> dict[str, Any]:
-    what = "not a run's rollouts.json"
-    found = read_json(path, what, _FOLDER)
-    with reading(what, path, _FOLDER):
-        rollouts = found.get("rollouts")
-        named = isinstance(found.get("policy"), str) and isinstance(found.get("task"), str)
-        if not named or not isinstance(rollouts, list) or not all(isinstance(entry, dict) for entry in rollouts):
-            raise ValueError("no policy, task or rollouts")
-        for entry in rollouts:
-            _check(entry)
-        return found
-
-
-def _check(entry: Mapping[str, Any]) -> None:
-    """Raise ValueError where a rollout's success or progress has a wrong value."""
-    success, progress = entry.get("success"), entry.get("progress")
-    if success is not None and not isinstance(success, bool):
-        raise ValueError(f"success is {success!r}: write true, false or null")
-    if progress is not None and (isinstance(progress, bool) or not isinstance(progress, int | float)):
-        raise ValueError(f"progress is {progress!r}, not a number")
-    if progress is not None and not 0 <= progress <= 1:
-        raise ValueError(f"progress is {progress!r}, not from 0 to 1")
 
 
 def _own(path: Path, entry: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -178,10 +155,7 @@ def _own(path: Path, entry: Mapping[str, Any]) -> Mapping[str, Any]:
             return entry
     except OSError:  # an invalid file name
         return entry
-    with reading("unreadable rollout", own):
-        found = read_json(own, "unreadable rollout")
-        _check(found)
-    return {**entry, "success": found.get("success"), "progress": found.get("progress")}
+    return {**entry, **read_verdict(own)}
 
 
 def read_real(path: Path) -> Results:
@@ -220,17 +194,18 @@ def _real(row: Mapping[str, Any], where: str) -> Real:
     return Real(success, trials)
 
 
-def build_leaderboard(imagined: Table, real: Results | None) -> dict[str, Any]:
+def build_leaderboard(imagined: Table, real: Results | None, *, simulated: bool = False) -> dict[str, Any]:
     """Policies ordered by imagined success, and how well it predicts real success.
 
     Args:
         imagined: rollouts in the world model.
         real: real results; None: the leaderboard alone.
+        simulated: they are the simulator's.
 
     Returns:
-        ``policies`` (a row each), ``differences``, and with real results ``predicted``: n, Pearson's r of success and
-        of progress with real success (None where undefined), mmrv, mean absolute error of success, their 95% intervals
-        (`_intervals`), the same by task, and policies that one side lacks.
+        ``simulated``, ``policies`` (a row each), ``differences``, and with real results ``predicted``: n, Pearson's r
+        of success and of progress with real success (None where undefined), mmrv, mean absolute error of success,
+        their 95% intervals (`_intervals`), the same by task, and policies that one side lacks.
 
     Raises:
         PersistWorldError: fewer than two policies with results of both kinds in the same task.
@@ -238,7 +213,7 @@ def build_leaderboard(imagined: Table, real: Results | None) -> dict[str, Any]:
     rows = [_row(policy, tasks, real) for policy, tasks in imagined.items()]
     differing = differences(imagined)
     rows.sort(key=lambda row: (row["success"] is None, -(row["success"] or 0), -(row["progress"] or 0), row["policy"]))
-    result: dict[str, Any] = {"policies": rows, "differences": differing}
+    result: dict[str, Any] = {"simulated": simulated, "policies": rows, "differences": differing}
     return result if real is None else {**result, "predicted": _prediction(imagined, real)}
 
 
@@ -337,7 +312,7 @@ def _correlate(imagined: Table, real: Results, policies: Sequence[str], tasks: S
         "mmrv": mmrv(success, truth),
         "mean_absolute_error": _error(success, truth),
         "intervals": _intervals(np.array(again).T, np.array(truth_again).T),
-        "constant": [side for side, values in (("imagined", success), ("real", truth)) if np.ptp(values) == 0],
+        "constant": [side for side, values in (("imagined", success), ("real", truth)) if constant(values)],
     }
 
 

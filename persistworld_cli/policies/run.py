@@ -44,8 +44,8 @@ from persistworld_cli.policies.judge import Judge, Verdict, ask_judge, load_judg
 from persistworld_cli.policies.observation import Policy, PolicyView
 from persistworld_cli.policies.outputs import POLICY_HZ, PolicyRollout, save_rollout, write_episodes
 from persistworld_cli.policies.source import check_policy, open_policies
+from persistworld_cli.policies.summary_file import SUMMARY_FILE, earlier_run
 from persistworld_cli.policies.tasks import Task, TaskStart, load_task
-from persistworld_cli.read_files import read_json, reading
 from persistworld_cli.reports.policy_tables import rollout_tables
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.tables import plain
@@ -98,12 +98,16 @@ class JudgeSetup:
 
 @dataclass
 class RolloutResults:
-    """Collects rollouts, each with its verdict, its counterpart in the simulator, and its entry in the summary."""
+    """Collects rollouts, each with its verdict, its counterpart in the simulator, and its entry in the summary.
+
+    `earlier`: what the folder holds of an earlier run (`earlier_run`).
+    """
 
     settings: Settings
     plan: PolicyRolloutPlan
     judging: JudgeSetup
     output: Path
+    earlier: tuple[str, list[Path]] = ("", [])
     rollouts: list[PolicyRollout] = field(default_factory=list)
     verdicts: list[Verdict | None] = field(default_factory=list)
     simulated: list[Simulated | None] = field(default_factory=list)
@@ -124,7 +128,7 @@ class RolloutResults:
         except PersistWorldError as failed:
             self.error = self.error or failed
         if not self.entries:
-            remove_earlier(self.output)
+            self._replace_earlier()
         extra: dict[str, Any] = {
             "policy": plan.policy,
             "task": plan.task.name,
@@ -144,6 +148,14 @@ class RolloutResults:
         self.entries.append({**entry, **shown})
         self.error = self.error or rollout.error
 
+    def _replace_earlier(self) -> None:
+        """Remove what an earlier run left here, with a note: its rollouts must not be taken for this run's."""
+        found, files = self.earlier
+        if found:
+            logger.info("replacing %s in this folder", found)
+        for file in files:
+            remove(file)
+
     def _simulate(self, start: Start, scene: RecordedStart) -> Simulated | None:
         """The same rollout in the simulator, judged from the simulated images."""
         plan, settings = self.plan, self.settings
@@ -153,7 +165,7 @@ class RolloutResults:
         return Simulated(rolled, verdict) if verdict else None
 
     def summary(self) -> dict[str, Any]:
-        """Write the LeRobot dataset; returns the summary of the run, the content of ``rollouts.json``."""
+        """Write the LeRobot dataset; returns the summary of the run, the content of `SUMMARY_FILE`."""
         plan, folder = self.plan, self.output / "lerobot"
         numbers = write_episodes(folder, self.settings, self.rollouts)
         left_out = numbers.count(None)
@@ -179,25 +191,12 @@ class RolloutResults:
             result["against_sim"] = compare([v for v, _ in both], [s for _, s in both])
         result["rollouts"] = [{**entry, "lerobot": one} for entry, one in zip(self.entries, numbers, strict=True)]
         result["lerobot"] = str(folder) if left_out < len(numbers) else None
-        return {**result, "json": str(self.output / "rollouts.json")}
+        return {**result, "json": str(self.output / SUMMARY_FILE)}
 
 
 def _weights(settings: Settings) -> dict[str, str]:
     """SHA-256 of the world model's files."""
     return inference_ref(settings.model).fingerprint()
-
-
-def remove_earlier(output: Path) -> None:
-    """Remove what an earlier run left in the folder, with a note: its rollouts must not be taken for this run's."""
-    path = output / "rollouts.json"
-    if not path.is_file():
-        return
-    with reading("not a run's rollouts.json", path, "remove it, or use another --output"):
-        found = read_json(path, "not a run's rollouts.json", "remove it, or use another --output")
-        files = [str(entry.get(kind)) for entry in found["rollouts"] for kind in ("video", "sheet", "json")]
-    logger.info("replacing %d rollouts of policy '%s' in this folder", len(found["rollouts"]), found.get("policy"))
-    for file in (path, path.with_suffix(".txt"), *(output / Path(name).name for name in files)):
-        remove(file)
 
 
 def run(settings: Settings, request: PolicyRolloutRequest) -> dict[str, Any]:
@@ -212,13 +211,15 @@ def run(settings: Settings, request: PolicyRolloutRequest) -> dict[str, Any]:
 
     Raises:
         UsageError: an unknown policy, task or judge, or a policy without this action space.
-        PersistWorldError: no server in time; no data to judge by; no simulator; or a policy or judge failed. In
-            the last case the rollouts are saved first (incomplete ones marked ``"complete": false``).
+        PersistWorldError: no server in time; no data to judge by; no simulator; an earlier run's summary is damaged;
+            or a policy or judge failed. In the last case the rollouts are saved first (incomplete ones marked
+            ``"complete": false``).
         KeyboardInterrupt: on a signal, after the rollouts were saved in the same way.
     """
     store = open_store(settings)
     plan = make_plan(settings, request, store)
-    results = RolloutResults(settings, plan, _judge_setup(settings, request, plan), request.output)
+    earlier = earlier_run(request.output)  # before anything is rolled out, since it may be damaged
+    results = RolloutResults(settings, plan, _judge_setup(settings, request, plan), request.output, earlier)
     try:
         _roll_all(results, store)
     except KeyboardInterrupt:
@@ -226,7 +227,7 @@ def run(settings: Settings, request: PolicyRolloutRequest) -> dict[str, Any]:
             raise
         results.error = Stopped("interrupted")  # between rollouts
     output, summary = results.output, results.summary()
-    write_json(output / "rollouts.json", summary)
+    write_json(output / SUMMARY_FILE, summary)
     write_text(output / "rollouts.txt", plain(*rollout_tables(summary)))
     summary["text"] = str(output / "rollouts.txt")
     if isinstance(results.error, Stopped):

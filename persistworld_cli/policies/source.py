@@ -11,6 +11,8 @@ from contextlib import ExitStack, contextmanager
 
 from persistworld_cli.config.fields import MODULE_CLASS
 from persistworld_cli.config.settings import PolicySettings
+from persistworld_cli.errors import UsageError
+from persistworld_cli.policies.action_spaces import ACTION_SPACES
 from persistworld_cli.policies.client import PolicyClient, policy_uri
 from persistworld_cli.policies.embedded import POLICIES, ROWS, LocalPolicy, make_policy
 from persistworld_cli.policies.observation import Policy
@@ -42,7 +44,7 @@ def open_policies(name: str, settings: PolicySettings, count: int, rows: int = R
         rows: of an embedded policy's answer.
 
     Raises:
-        UsageError: an unknown name. PersistWorldError: no server in time.
+        UsageError: an unknown name, or a server that tells another action space. PersistWorldError: no server in time.
     """
     if MODULE_CLASS.fullmatch(name) and "://" not in name:
         yield _each(count, lambda: LocalPolicy(make_policy(name), name))
@@ -56,9 +58,20 @@ def open_policies(name: str, settings: PolicySettings, count: int, rows: int = R
         times = {"timeout_s": settings.timeout_s, "wait_s": settings.wait_s}
 
         def connected() -> PolicyClient:
-            return stack.enter_context(PolicyClient(uri, api_key=key, on_wait=_countdown(uri), **times))
+            client = stack.enter_context(PolicyClient(uri, api_key=key, on_wait=_countdown(uri), **times))
+            _check_actions(client, settings.actions)
+            return client
 
         yield _each(count, connected)
+
+
+def _check_actions(client: PolicyClient, actions: str) -> None:
+    """Refuse a server that names another action space: eight numbers may be joints or their velocities."""
+    told = client.metadata.get("actions")  # of `serve_embedded`; openpi's server does not tell
+    if told in ACTION_SPACES and told != actions:
+        what = f"the policy server answers in {told}, not {actions}"
+        fix = f"--actions {told}, or start the server with --actions {actions}"
+        raise UsageError(what, where=f"policy.actions; {client.uri}", fix=fix)
 
 
 def _each(count: int, make: Callable[[], PolicyClient | LocalPolicy]) -> list[PolicyClient | LocalPolicy]:

@@ -64,8 +64,8 @@ def _words(against: Mapping[str, Any]) -> str:
 
 def leaderboard_tables(result: Mapping[str, Any]) -> list[RenderableType]:
     """Policies by imagined success, and how well it predicts real success (`policies.leaderboard`)."""
-    predicted = result.get("predicted")
-    columns = ["imagined success", "progress", "undecided, incomplete", *(["real success"] if predicted else [])]
+    predicted, side = result.get("predicted"), "simulated" if result["simulated"] else "real"
+    columns = ["imagined success", "progress", "undecided, incomplete", *([f"{side} success"] if predicted else [])]
     title, caption = "Leaderboard: success [95% Wilson interval]", "means over tasks; intervals as if of one task"
     table = new_table(title, ["policy", "tasks"], columns, caption)
     mixed = len({row["actions"] for row in result["policies"]}) > 1
@@ -75,8 +75,8 @@ def leaderboard_tables(result: Mapping[str, Any]) -> list[RenderableType]:
         cells += [f"{row['undecided']}, {row['incomplete']}"]
         cells += [percent(row["real"], row["real_low"], row["real_high"], f" of {row['real_n']}")] if predicted else []
         table.add_row(*map(Text, [name, ", ".join(row["tasks"]), *cells]))
-    shown: list[RenderableType] = [table, *([_prediction(predicted)] if predicted else [])]
-    said = "\n".join([*_unfair(result), *(_warnings(predicted) if predicted else [])])
+    shown: list[RenderableType] = [table, *([_prediction(predicted, side)] if predicted else [])]
+    said = "\n".join([*_unfair(result), *(_warnings(predicted, side) if predicted else [])])
     return [*shown, Text(said)] if said else shown
 
 
@@ -94,9 +94,9 @@ def _unfair(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _prediction(predicted: Mapping[str, Any]) -> Table:
+def _prediction(predicted: Mapping[str, Any], side: str) -> Table:
     table = new_table(
-        "How well imagined success predicts real success",
+        f"How well imagined success predicts {side} success",
         ["tasks"],
         ["policies", "r", "r of progress", "MMRV", "error"],
         "r: Pearson's, 1 is best; MMRV: mean maximum rank violation (SIMPLER), 0 is best; error: mean absolute, of "
@@ -111,13 +111,14 @@ def _prediction(predicted: Mapping[str, Any]) -> Table:
     return table
 
 
-def _warnings(predicted: Mapping[str, Any]) -> list[str]:
-    lines = [f"r is undefined: all policies have the same {side} success." for side in predicted["constant"]]
+def _warnings(predicted: Mapping[str, Any], side: str) -> list[str]:
+    constant = [side if one == "real" else one for one in predicted["constant"]]
+    lines = [f"r is undefined: all policies have the same {one} success." for one in constant]
     if predicted["n"] < 4:
         lines.append(f"{predicted['n']} policies: r over so few says little.")
     if not predicted["same_tasks"]:
         lines.append("No task has results of all policies: each policy is scored on its own tasks.")
-    for key, what in (("without_real", "real results"), ("without_imagined", "judged rollouts")):
+    for key, what in (("without_real", f"{side} results"), ("without_imagined", "judged rollouts")):
         if predicted[key]:
             lines.append(f"Left out, without {what} in the same task: {', '.join(predicted[key])}.")
     return lines

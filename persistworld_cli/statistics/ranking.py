@@ -16,9 +16,14 @@ SAME = 1e-6  # shares that differ by less are equal: rounding must not be correl
 
 def pearson(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Pearson's r of n pairs of shares; None (undefined) with fewer than two pairs or if a side is constant."""
-    if len(a) < 2 or np.ptp(a) < SAME or np.ptp(b) < SAME:
+    if len(a) < 2 or constant(a) or constant(b):
         return None
     return float(stats.pearsonr(a, b).statistic)
+
+
+def constant(shares: Sequence[float]) -> bool:
+    """Whether shares are all equal, up to rounding."""
+    return bool(np.ptp(shares) < SAME)
 
 
 def mmrv(imagined: Sequence[float], real: Sequence[float]) -> float:

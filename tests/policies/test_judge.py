@@ -308,6 +308,25 @@ def test_ctrl_c_keeps_the_rollouts_so_far(
     assert "holds 2 rollouts, 2 of them incomplete. To start again" in what_remains(request)
 
 
+def test_a_damaged_summary_of_an_earlier_run_ends_the_next_before_it_rolls(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it names may be any path; what is no rollout stays where it is."""
+    output, other = tmp_path / "run", tmp_path / "run" / "notes.txt"
+    output.mkdir()
+    other.write_text("mine")
+    monkeypatch.setattr(InteractiveRollout, "step", lambda *_: pytest.fail("rolled out"))
+    for content in ("{", '{"policy": "hold", "task": "bundled", "rollouts": [7]}'):
+        (output / "rollouts.json").write_text(content)
+        with pytest.raises(PersistWorldError, match=r"not a run's rollouts\.json"):
+            roll(root, output)
+    monkeypatch.undo()
+    entries = [{"video": "..", "sheet": "notes.txt", "json": "a\0.json"}, {}]
+    (output / "rollouts.json").write_text(json.dumps({"policy": "hold", "task": "bundled", "rollouts": entries}))
+    roll(root, output)
+    assert other.read_text() == "mine"
+
+
 def test_rollouts_are_a_lerobot_dataset_too(root: Path, tmp_path: Path) -> None:
     for _ in range(2):  # the second run replaces what the first wrote
         result = roll(root, tmp_path)

@@ -194,6 +194,8 @@ def test_the_simulator_may_be_what_is_real(tmp_path: Path) -> None:
     told = json.loads(result.stdout)
     assert [(row["policy"], row["real"], row["real_n"]) for row in told["policies"]] == [("p", 1.0, 2), ("q", 0.0, 2)]
     assert told["predicted"]["pearson_r"] == pytest.approx(1)
+    shown = command(tmp_path / "a", tmp_path / "b", "--real", "sim").output
+    assert "predicts simulated success" in shown and "real" not in shown
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -288,6 +288,16 @@ class Together:
     def reset(self) -> None: ...
 
 
+def test_a_server_of_another_action_space_is_refused() -> None:
+    """Joint positions and velocities are eight numbers each: nothing else would tell them apart."""
+    with serve_embedded("hold", "joint-position") as server:
+        with open_policies(server.uri, PolicySettings(actions="joint-position", wait_s=5), 1) as (policy,):
+            assert policy.infer(observation())["actions"].shape == (15, 8)
+        velocities = open_policies(server.uri, PolicySettings(wait_s=5), 1)
+        with pytest.raises(UsageError, match="answers in joint-position, not joint-velocity"), velocities:
+            pass
+
+
 @pytest.mark.parametrize("served", [False, True])
 def test_a_policy_may_answer_several_rollouts_in_one_request(served: bool) -> None:
     name, before = f"{__name__}:Together", Together.requests
