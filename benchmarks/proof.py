@@ -208,8 +208,11 @@ def ablations(settings: Settings) -> list[Arm]:
 def scorer_of(settings: Settings) -> Scorer:
     """The reward's metrics and the preset's referees."""
     scorer = Scorer(settings.rewards, settings.world, "cpu", names=METRICS)
-    root = Path(str(settings.world.dataset))
-    return scorer.with_referees(load_referees(settings.post_train.referees, scorer.device, root))
+    root, names = Path(str(settings.world.dataset)), settings.post_train.referees
+    referees = load_referees(names, scorer.device, root)
+    if len(referees) < len(names):
+        raise SystemExit("error: shift-tolerant LPIPS is a registered referee\n  to do: pip install stlpips-pytorch")
+    return scorer.with_referees(referees)
 
 
 def rollouts(settings: Settings, root: Path, name: str, weights: Mapping[str, str]) -> list[ScoredRollout]:
