@@ -54,7 +54,7 @@ def compare_results(first: Mapping[str, Any], second: Mapping[str, Any], where: 
     """Compare the evaluated models of two results rollout by rollout; the first is the baseline.
 
     Returns:
-        A result that `reports.tables.eval_table` shows.
+        A result that `reports.tables.eval_table` shows; with the numbers of their common baseline if they have one.
 
     Raises:
         PersistWorldError: the protocols differ; ``where`` names the results.
@@ -76,12 +76,15 @@ def compare_results(first: Mapping[str, Any], second: Mapping[str, Any], where: 
         base, new = (rollout_values(result, group, label, model) for result, model in own)
         pair = compare(base, new, episodes, higher_is_better=metric["higher_is_better"])
         paired.append({"cameras": group, "metric": label, **vars(pair)})
+    baseline = _common_baseline(first, second)
+    shown = [*([(second, baseline, baseline)] if baseline and baseline not in labels else [])]
+    shown += [(result, name, label) for (result, name), label in zip(own, labels, strict=True)]
     references = [row for row in second["table"] if row["model"] in (second["floor"], second["ceiling"])]
     table = []
     for group in second["groups"]:
         rows = {row["model"]: row for row in references if row["cameras"] == group}
         table.append(rows[second["floor"]])
-        for (result, name), label in zip(own, labels, strict=True):
+        for result, name, label in shown:
             row = next(r for r in result["table"] if r["cameras"] == group and r["model"] == name)
             table.append({**row, "model": label})
         table.append(rows[second["ceiling"]])  # by the second result's VAE
@@ -96,6 +99,15 @@ def compare_results(first: Mapping[str, Any], second: Mapping[str, Any], where: 
     }
     cleaned: dict[str, Any] = jsonable(out)
     return cleaned
+
+
+def _common_baseline(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """The label of the baseline that both results have, by its hashes; "" if they have none or different ones."""
+    if min(len(first["models"]), len(second["models"])) < 2:
+        return ""
+    mine, other = first["models"][0], second["models"][0]
+    same = all(mine[key] == other[key] for key in ("ckpt_sha256", "adapter_sha256"))
+    return str(other["label"]) if same else ""
 
 
 def rollout_values(result: Mapping[str, Any], group: str, label: str, model: str) -> FloatArray:

@@ -55,7 +55,7 @@ def write_report(data: EvalData, output: Path, video_net: FeatureNet | None = No
 
 
 def summary(result: Mapping[str, Any], output: Path, sheets: Sequence[Path], videos: Sequence[Path]) -> dict[str, Any]:
-    """What the command prints: the table, the comparison, and the paths of the files."""
+    """What the command prints: the table, the comparison, and the paths of the files; names as in ``eval.json``."""
     keys = (
         "cameras",
         "metric",
@@ -67,12 +67,11 @@ def summary(result: Mapping[str, Any], output: Path, sheets: Sequence[Path], vid
         "win_rate",
         "win_low",
         "win_high",
+        "rollouts",
+        "wilcoxon_p_episodes",
+        "verdict",
     )
-    paired = [
-        {key: row[key] for key in keys}
-        | {"n": row["rollouts"], "p": row["wilcoxon_p_episodes"], "verdict": row["verdict"]}
-        for row in result["paired"]
-    ]
+    paired = [{key: row[key] for key in keys} for row in result["paired"]]
     rows = [{key: value for key, value in row.items() if key not in _CURVES} for row in result["uncertainty"]["rows"]]
     files = {"report": "report.html", "text": "table.txt", "json": "eval.json", "curves": "curves.png"}
     return {
@@ -82,7 +81,7 @@ def summary(result: Mapping[str, Any], output: Path, sheets: Sequence[Path], vid
         **({"paired": paired, "reward": reward_words(result)} if paired else {}),
         **{key: result[key] for key in ("drift_per_s", "action_following", "fvd", "benchmark")},
         "uncertainty": {**result["uncertainty"], "rows": rows},
-        "protocol": result["protocol"]["hash"],
+        "protocol_hash": result["protocol"]["hash"],
         **{name: str(output / file) for name, file in files.items()},
         "csv": [str(output / "rollouts.csv"), str(output / "steps.csv")],
         "sheets": [str(sheet) for sheet in sheets],

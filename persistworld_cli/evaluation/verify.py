@@ -157,7 +157,7 @@ def run(settings: Settings, request: VerifyRequest) -> dict[str, Any]:
         "peak_memory_bytes": memory,
         **{key: result[key] for key in ("device", "device_name", "dtype", "versions")},
         "models": result["models"],
-        "protocol": result["protocol"]["hash"],
+        "protocol_hash": result["protocol"]["hash"],
     }
     whole = summary | {"rollouts": result["rollouts"], "items": result["protocol"]["items"]}
     write_json(output / "verify.json", whole)

@@ -132,6 +132,16 @@ def test_results_of_one_protocol_are_compared_and_others_refused(tmp_path: Path)
     whole = compare_results(first, second, "a and b")["paired"]
     assert [(row["cameras"], row["metric"]) for row in whole[2:]] == [("all", "reward")]
     assert [row["model"] for row in against["table"]] == ["floor", "base", "mine", "ceiling"]
+    bases = [{"label": "base", "ckpt_sha256": digest, "adapter_sha256": ""} for digest in ("ab", "cd")]
+    for digests, rows in (((0, 0), ["floor", "base", "a", "b", "ceiling"]), ((0, 1), ["floor", "a", "b", "ceiling"])):
+        both = [copy.deepcopy(one) for one in (first, second)]
+        for one, digest, label in zip(both, digests, "ab", strict=True):
+            own = next(row for row in one["table"] if row["model"] == one["models"][-1]["label"])
+            one["table"] += [{**own, "model": label}] + ([] if own["model"] == "base" else [{**own, "model": "base"}])
+            for values in one["rollouts"]["exterior"].values():
+                values[label] = values[own["model"]]
+            one["models"] = [bases[digest], {**one["models"][-1], "label": label}]
+        assert [row["model"] for row in compare_results(*both, "a and b")["table"]] == rows
     flags = [part for path in paths for part in ("--compare", str(path))]
     shown = CliRunner().invoke(commands.app.app, ["eval", *flags])
     assert shown.exit_code == 0
