@@ -88,6 +88,7 @@ class Proof:
         settings: of the preset, with dataset and base.
         output: folder of the proof.
         updates: of every arm.
+        processes: that train one arm together.
     """
 
     preset: str
@@ -95,6 +96,7 @@ class Proof:
     settings: Settings
     output: Path
     updates: int
+    processes: int = 1
 
     @property
     def base(self) -> str:
@@ -111,6 +113,7 @@ class Proof:
         sets = [item for text in (f"{section}.seed={seed}", *arm.sets) for item in ("--set", text)]
         given = ["--preset", self.preset, "--dataset", str(self.settings.world.dataset), "--ckpt", self.base]
         run = ["--updates", str(self.updates), "--output", str(self.folder(arm, seed))]
+        run += ["--num-processes", str(self.processes)]
         return [sys.executable, "-m", "persistworld_cli", arm.task, *given, *run, *sets]
 
     def weights(self, arm: Arm, seed: int) -> dict[str, str]:
@@ -472,6 +475,7 @@ def main() -> None:
     parser.add_argument("--test-dataset", help="episodes of the test (split val); --dataset by default")
     parser.add_argument("--output", type=Path, default=Path("outputs/proof"))
     parser.add_argument("--updates", type=int, default=300)
+    parser.add_argument("--num-processes", type=int, default=1, help="processes that train one arm together")
     parser.add_argument("--training-seeds", type=lambda text: [int(one) for one in text.split(",")], default=[*SEEDS])
     parser.add_argument("--noise-seeds", type=int, default=NOISE_SEEDS)
     parser.add_argument("--episodes", type=int, default=0, help="the first so many held-out ones")
@@ -483,7 +487,7 @@ def main() -> None:
     options = parser.parse_args()
     become_worker("benchmarks.proof")
     settings = resolve_settings(options.preset, flags={"world.dataset": options.dataset}).settings
-    proof = Proof(options.preset, options.ckpt, settings, options.output, options.updates)
+    proof = Proof(options.preset, options.ckpt, settings, options.output, options.updates, options.num_processes)
     if options.test:
         dataset = options.test_dataset or str(settings.world.dataset)
         written(proof, "proof", tested(proof, dataset, options.lpips_best, options))
