@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from persistworld_cli.checkpoints.action_scale import weights_stores
 from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.presets import load_settings
@@ -251,7 +252,7 @@ def closed_gate(
 ) -> dict[str, Any]:
     """Rollouts from frame 0 of held-out episodes, one noise seed, for each number of steps."""
     scorer = Scorer(settings.rewards, settings.world, "cpu", names=METRICS)
-    scorer = scorer.with_referees(load_referees(settings.post_train.referees, scorer.device, store.root))
+    scorer = scorer.with_referees(load_referees(settings.post_train.referees, scorer.device, Path(store.root)))
     items = [Item(episode) for episode in store.episodes("val")[:count]]
 
     def loop(n: int) -> ClosedLoop:
@@ -333,7 +334,11 @@ def main() -> None:
     settings = load_settings(options.preset, options.set, {})
     world = replace(settings.world, dataset=str(options.dataset), raw=options.raw or settings.world.raw)
     settings = replace(settings, world=world)
-    store = open_store(settings)
+    store, parts = (
+        open_store(settings),
+        [part for part in (options.adapter, options.ckpt or settings.model.ckpt) if part],
+    )
+    (store,) = weights_stores(settings, store, [parts], split="val", episodes=store.episodes("val"))
     model = load_world_model(settings.model, settings.world, ckpt=options.ckpt, adapter=options.adapter)
     result: dict[str, Any] = {}
     chosen, steps = options.gates.split(","), [int(count) for count in options.steps.split(",")]

@@ -22,6 +22,7 @@ from persistworld_cli.policies.observation import PROMPT
 from persistworld_cli.robot.adapter import DEFAULT_GAIN
 
 ROWS, TAKEN = 15, 12  # of an answer; of it taken in an interaction, at the bundled task's skip of 3
+SAME_JOINTS = 0.01  # rad: an arm further from every recorded row starts in another scene
 _FIELDS = ("observation.state.joint_position", "action.joint_velocity", "action.gripper_position")
 
 
@@ -65,6 +66,8 @@ class Recorded:
             raise PersistWorldError(f"no recording of '{prompt}'")
         gaps = [np.abs(columns[_FIELDS[0]] - joints).max(axis=1) for columns in found]
         best = int(np.argmin([gap.min() for gap in gaps]))
+        if gaps[best].min() > SAME_JOINTS:
+            raise PersistWorldError(f"no recording of '{prompt}' with these joints: an episode of another dataset?")
         return found[best], int(np.argmin(gaps[best]))
 
 

@@ -1,7 +1,7 @@
 """The proof: is a post-trained world model better in closed loop, and better than with the same effort spent otherwise?
 
 `python -m benchmarks.proof --dataset latents --choose` trains each control at three learning rates (training seed 0)
-    and compares them on validation episodes; the best go into CONTROL_LR
+    and compares them on validation episodes; the best go into CONTROL_LR (LR_FACTORS are extended where an end is best)
 `python -m benchmarks.proof --dataset latents` trains the arms
 `python -m benchmarks.proof --dataset latents --test-dataset latents-test --test` opens the test: rolls out, compares,
     writes `proof.json` and `proof.md`
@@ -12,7 +12,8 @@ Registered; none of it is changed after the test was opened:
 - Arms, each from the same base, on the same episodes (split "train"), with the same number of updates and of clips
   per update (groups x kept candidates): `post-trained` (the preset's settings), `recorded` (the same rollouts,
   fine-tuned towards the recorded frames), `teacher-forced` (the base's training continued: real history, all weights,
-  under the noise levels that `post-trained` learns under). Training seeds 0, 1, 2.
+  under the noise levels that `post-trained` learns under; its rate falls along a cosine, that of the others is
+  constant: adapters are averaged instead). Training seeds 0, 1, 2.
 - Test: episodes that nothing was chosen on, each with 5 noise seeds, 14 interactions, both models at the preset's
   sampler; a pair shares episode and noise with the base's rollout.
 - Bars (`bars`): the reward over all cameras above the base's and both controls', intervals off zero; exterior LPIPS at
@@ -25,7 +26,8 @@ Registered; none of it is changed after the test was opened:
   episodes, less base and less `as it is`. One run each: a first look, not a test.
 
 Noise seeds of one episode resemble each other, so all tests are over episodes. Trained runs and finished rollouts are
-kept; an interrupted proof continues.
+kept; an interrupted proof continues. The test opens when every arm is trained with every seed; an output folder belongs
+to one base, one dataset and one set of settings.
 """
 
 from __future__ import annotations
@@ -36,25 +38,25 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from benchmarks.worker_process import become_worker
-from persistworld_cli.checkpoints.loading import load_for_sampling
-from persistworld_cli.checkpoints.references import sha256_of
+from persistworld_cli.checkpoints.references import ModelRef, sha256_of
 from persistworld_cli.config.presets import resolve_settings
 from persistworld_cli.config.settings import Settings
 from persistworld_cli.data.clips.store import open_store
-from persistworld_cli.evaluation.plan import eval_items
+from persistworld_cli.evaluation.plan import eval_items, plan_rollouts
 from persistworld_cli.files import hash_of, jsonable, write_json, write_text
 from persistworld_cli.metrics.referees import load_referees
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.progress import Meter
-from persistworld_cli.rollout.closed_loop import ClosedLoop, ScoredRollout, batches, reward_of
-from persistworld_cli.rollout.engine import RolloutEngine
+from persistworld_cli.rollout.closed_loop import ScoredRollout, batches, reward_of
 from persistworld_cli.rollout.finished import load_rollout, pending, save_rollout
 from persistworld_cli.statistics.paired import Paired, compare
 
@@ -62,6 +64,7 @@ METRICS = ("ssim", "psnr", "lpips")
 GROUPS = ("exterior", "wrist")
 SEEDS, NOISE_SEEDS, STEPS = (0, 1, 2), 5, 14
 EPISODES = {"choose": 20, "test": 20}  # the first ones of the validation and of the test corpus
+MARKER = "proof-arm.json"  # in the run of an arm that is trained to the end
 AS_IT_IS = "as it is"
 LR_FACTORS = (1 / 3, 1.0, 3.0)
 # The controls' learning rates: the best of `--choose`; relative to the preset's post_train.lr for `recorded`, absolute
@@ -123,13 +126,36 @@ class Proof:
             return {"ckpt": self.base, "adapter": str(folder / "adapter")}
         return {"ckpt": str(folder / "model.safetensors"), "adapter": ""}
 
+    def identity(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """Everything that an arm's weights depend on, but for the dataset's content and the code."""
+        tables = ("world", "model", "sampling", "clips", "rewards", "pretrain", "post_train")
+        own = jsonable({name: getattr(self.settings, name) for name in tables})
+        return {
+            "arm": [arm.task, *arm.sets],
+            "seed": seed,
+            "updates": self.updates,
+            "base": self.sha256,
+            "settings": own,
+        }
+
     def done(self, arm: Arm, seed: int) -> bool:
-        """Whether an arm is trained to the end."""
-        log = self.folder(arm, seed) / "metrics.jsonl"
-        if not (self.folder(arm, seed) / "weights").is_dir() or not log.exists():
+        """Whether an arm is trained to the end.
+
+        Raises:
+            SystemExit: it is, from another base, with other settings or other updates.
+        """
+        marker = self.folder(arm, seed) / MARKER
+        if not marker.is_file():
             return False
-        steps: int = json.loads(log.read_text().splitlines()[-1])["step"]
-        return steps >= self.updates
+        if json.loads(marker.read_text()) != json.loads(json.dumps(self.identity(arm, seed))):
+            where = f"{marker.parent} is of another base, other settings or updates"
+            raise SystemExit(f"error: {where}\n  to do: take another --output")
+        return True
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the base's weights."""
+        return sha256_of(self.base)
 
     def train(self, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
         """Train what is not trained yet, a seed of every arm after the other; each run continues from its last state.
@@ -145,6 +171,7 @@ class Proof:
                 print("$", *command[2:], flush=True)
                 if code := subprocess.run(command, check=False).returncode:
                     raise SystemExit(code)
+                write_json(self.folder(arm, seed) / MARKER, self.identity(arm, seed))
 
 
 # -- arms ---------------------------------------------------------------------------------------------------------
@@ -165,7 +192,7 @@ def teacher_forced(settings: Settings, lr: float, name: str = "teacher-forced") 
     post = settings.post_train
     clips = post.groups * (post.keep_best + post.keep_worst)
     levels = (f"p_mean={post.p_mean}", f"p_std={post.p_std}", f"batch={clips}")
-    run = ("decay=cosine", "warmup=0", "ema=0.9", "validate_every=0", "check_every=0", "log_every=1")
+    run = ("decay=cosine", "warmup=0", "ema=0.9", "validate_every=0", "check_every=0", "log_every=1", "save_every=20")
     return Arm(name, "pretrain", tuple(f"pretrain.{text}" for text in (f"lr={lr:g}", *levels, *run)))
 
 
@@ -189,7 +216,11 @@ def ablations(settings: Settings) -> list[Arm]:
     changes = {
         "lr x 1/3": (f"lr={post.lr / 3:g}",),
         "lr x 3": (f"lr={post.lr * 3:g}",),
-        "half the candidates": (f"candidates={half}", f"keep_best={half // 2}", f"keep_worst={half // 2}"),
+        "half the candidates, half the clips": (
+            f"candidates={half}",
+            f"keep_best={half // 2}",
+            f"keep_worst={half // 2}",
+        ),
         "half of them kept": (f"keep_best={kept}", f"keep_worst={kept}"),
         "no prefix": ("prefix_max=0",),
         "credit rollout": ("credit=rollout",),
@@ -223,25 +254,23 @@ def rollouts(settings: Settings, root: Path, name: str, weights: Mapping[str, st
 
     Args:
         settings: dataset, episodes, seeds and sampler.
-        root: folder of all rollouts; those of other weights, another sampler or dataset are not read.
+        root: folder of all rollouts; only those of the same weights, scale of actions, sampler, metrics and dataset are
+            read.
         name: of the model.
         weights: `ckpt` and `adapter` of it.
     """
-    store, ev = open_store(settings), settings.eval
-    items = eval_items(store, settings)
-    hashes = [sha256_of(path) for path in weights.values()]
-    folder = root / f"{name}-{hash_of([hashes, jsonable(settings.sampling), str(settings.world.dataset), ev.steps])}"
+    plan = plan_rollouts(settings, [ModelRef(name, **weights)], torch.device("cpu"), quiet=True)
+    (model,), scorer = plan.models, scorer_of(settings)
+    folder = root / f"{name}-{hash_of([plan.key(model), scorer.names])}"
     folder.mkdir(parents=True, exist_ok=True)
-    todo = pending(folder, batches(items, ev.batch))
+    todo = pending(folder, batches(plan.items, settings.eval.batch))
     if todo:
-        model = load_for_sampling(settings, device="cpu", **weights)
-        engine = RolloutEngine(model, settings.sampling, store.stat())
-        loop = ClosedLoop(engine, store, ev.split, ev.steps, ev.batch, scorer_of(settings))
+        loop = replace(plan.loop(plan.load(model.ref), model), scorer=scorer)
         with Meter(f"proof: {name}", len(todo)) as meter:
             for rollout in loop.roll(todo):
                 save_rollout(folder, rollout)
                 meter.advance()
-    return [load_rollout(folder, item) for item in items]
+    return [load_rollout(folder, item) for item in plan.items]
 
 
 def numbers(settings: Settings, made: Sequence[ScoredRollout]) -> Numbers:
@@ -268,6 +297,7 @@ def opened(settings: Settings, dataset: str, count: int, noise_seeds: int, steps
     world = replace(settings.world, dataset=dataset)
     chosen = tuple(open_store(replace(settings, world=world)).episodes("val")[:count])
     ev = replace(settings.eval, split="val", episodes=chosen, starts=(0,), steps=STEPS, seeds=tuple(range(noise_seeds)))
+    ev = replace(ev, benchmark="")
     sampling = replace(settings.sampling, steps=steps or settings.sampling.steps)
     return replace(settings, world=world, eval=ev, sampling=sampling)
 
@@ -331,8 +361,8 @@ def bars(
         upwards: whether more is better, by name.
     """
 
-    def worse(pair: Paired, name: str) -> bool:
-        return pair.change_high < 0 if upwards[name] else pair.change_low > 0
+    def no_worse(pair: Paired, name: str) -> bool:
+        return pair.change_high >= 0 if upwards[name] else pair.change_low <= 0
 
     made = []
     for name, pair in {"base": ours["reward"], **{name: row["reward"] for name, row in controls.items()}}.items():
@@ -344,12 +374,12 @@ def bars(
     won = 100 * ours["reward"].win_rate
     made.append(Bar("90% of pairs won (reward)", f"{won:.0f}%", won >= 90))
     if best:
-        no_worse = not worse(best, "exterior lpips")
-        made.append(Bar("exterior LPIPS no worse than the base's best", _change(best, "lpips"), no_worse))
+        met = no_worse(best, "exterior lpips")
+        made.append(Bar("exterior LPIPS no worse than the base's best", _change(best, "lpips"), met))
     for name, pair in ours.items():
         metric = name.split(" ")[-1]
         if name != "reward" and (name.startswith("wrist") or metric not in METRICS):
-            made.append(Bar(f"{name} not worse", _change(pair, name), not worse(pair, name)))
+            made.append(Bar(f"{name} not worse", _change(pair, name), no_worse(pair, name)))
     return made
 
 
@@ -390,14 +420,20 @@ def by_bar(found: Sequence[Bar]) -> str:
 def measured(
     proof: Proof, settings: Settings, folder: Path, arms: Sequence[Arm], seeds: Sequence[int]
 ) -> dict[str, list[Numbers]]:
-    """Numbers of every arm that is trained, a list over training seeds."""
-    found: dict[str, list[Numbers]] = {}
-    for arm in arms:
-        for seed in seeds:
-            if proof.done(arm, seed):
-                made = rollouts(settings, folder, proof.folder(arm, seed).name, proof.weights(arm, seed))
-                found.setdefault(arm.name, []).append(numbers(settings, made))
-    return found
+    """Numbers of every arm, a list over training seeds.
+
+    Raises:
+        SystemExit: one is not trained to the end; nothing is rolled out then.
+    """
+    if lacking := [proof.folder(arm, seed).name for arm in arms for seed in seeds if not proof.done(arm, seed)]:
+        raise SystemExit(f"error: not trained to the end: {', '.join(lacking)}")
+    return {
+        arm.name: [
+            numbers(settings, rollouts(settings, folder, proof.folder(arm, seed).name, proof.weights(arm, seed)))
+            for seed in seeds
+        ]
+        for arm in arms
+    }
 
 
 def base_numbers(proof: Proof, settings: Settings, folder: Path) -> Numbers:
@@ -408,10 +444,10 @@ def base_numbers(proof: Proof, settings: Settings, folder: Path) -> Numbers:
 
 def tested(proof: Proof, dataset: str, lpips_best: int, options: argparse.Namespace) -> dict[str, Any]:
     """Open the test: roll everything out, compare."""
-    settings = opened(proof.settings, dataset, options.episodes or EPISODES["test"], options.noise_seeds)
+    settings = opened(proof.settings, dataset, EPISODES["test"], options.noise_seeds)
     folder = proof.output / "rollouts-test"
-    base = base_numbers(proof, settings, folder)
     found = measured(proof, settings, folder, registered(settings), options.training_seeds)
+    base = base_numbers(proof, settings, folder)
     ours = {name: own for name, own in found.items() if name == "post-trained"}
     controls = {name: own for name, own in found.items() if name not in ours}
     tables = {
@@ -420,7 +456,7 @@ def tested(proof: Proof, dataset: str, lpips_best: int, options: argparse.Namesp
     }
     best = None
     if lpips_best:
-        few = opened(proof.settings, dataset, options.episodes or EPISODES["test"], options.noise_seeds, lpips_best)
+        few = opened(proof.settings, dataset, EPISODES["test"], options.noise_seeds, lpips_best)
         at_best = base_numbers(proof, few, folder)
         tables[f"less base at {lpips_best} calls"] = less(settings, ours, {"": [at_best] * len(options.training_seeds)})
         best = tables[f"less base at {lpips_best} calls"]["post-trained"]["exterior lpips"]
@@ -430,7 +466,11 @@ def tested(proof: Proof, dataset: str, lpips_best: int, options: argparse.Namesp
     shown = [by_figure(title, rows, means if title == "less base" else None) for title, rows in tables.items() if rows]
     return {
         "pairs": len(base["reward"]) * len(options.training_seeds),
-        "training_seeds": {name: len(own) for name, own in found.items()},
+        "training_seeds": options.training_seeds,
+        "arms": {arm.name: proof.identity(arm, 0) for arm in registered(settings)},
+        "sampling": jsonable(settings.sampling),
+        "episodes": settings.eval.episodes,
+        "noise_seeds": settings.eval.seeds,
         "base": means,
         "tables": tables,
         "bars": [vars(bar) for bar in met],
@@ -472,31 +512,36 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--ckpt", default="", help="the base's weights; the preset's by default")
     parser.add_argument("--dataset", help="training and validation episodes; the preset's by default")
-    parser.add_argument("--test-dataset", help="episodes of the test (split val); --dataset by default")
+    parser.add_argument("--test-dataset", help="episodes of the test (split val)")
     parser.add_argument("--output", type=Path, default=Path("outputs/proof"))
     parser.add_argument("--updates", type=int, default=300)
     parser.add_argument("--num-processes", type=int, default=1, help="processes that train one arm together")
     parser.add_argument("--training-seeds", type=lambda text: [int(one) for one in text.split(",")], default=[*SEEDS])
     parser.add_argument("--noise-seeds", type=int, default=NOISE_SEEDS)
-    parser.add_argument("--episodes", type=int, default=0, help="the first so many held-out ones")
+    parser.add_argument("--episodes", type=int, default=0, help="the first so many validation episodes")
     parser.add_argument("--lpips-best", type=int, default=0, help="calls at which the base's exterior LPIPS is lowest")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--choose", action="store_true", help="learning rates of the controls")
     what.add_argument("--ablate", action="store_true", help="the ablations")
     what.add_argument("--test", action="store_true", help="open the test")
     options = parser.parse_args()
-    become_worker("benchmarks.proof")
     settings = resolve_settings(options.preset, flags={"world.dataset": options.dataset}).settings
+    if options.test and (options.episodes or not options.test_dataset):
+        parser.error("the test is of --test-dataset, all of its registered episodes")
+    if options.test and Path(options.test_dataset).resolve() == Path(str(settings.world.dataset)).resolve():
+        parser.error("the test needs episodes that nothing was chosen on: another --test-dataset")
+    scorer_of(settings)  # a missing referee shows before hours of training
     proof = Proof(options.preset, options.ckpt, settings, options.output, options.updates, options.num_processes)
+    name, arms = ("choose", candidates(settings)) if options.choose else ("ablations", ablations(settings))
+    looking = options.choose or options.ablate
+    if not options.test:
+        proof.train(*((arms, SEEDS[:1]) if looking else (registered(settings), options.training_seeds)))
+    if looking or options.test:
+        become_worker("benchmarks.proof")  # not before: what trains would inherit its threads
     if options.test:
-        dataset = options.test_dataset or str(settings.world.dataset)
-        written(proof, "proof", tested(proof, dataset, options.lpips_best, options))
-    elif options.choose or options.ablate:
-        name, arms = ("choose", candidates(settings)) if options.choose else ("ablations", ablations(settings))
-        proof.train(arms, SEEDS[:1])
+        written(proof, "proof", tested(proof, options.test_dataset, options.lpips_best, options))
+    elif looking:
         written(proof, name, looked(proof, name, arms, options))
-    else:
-        proof.train(registered(settings), options.training_seeds)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Each policy (`benchmarks.policies` and the embedded ones) is rolled out by `persistworld pi-rollout --against sim` from
 the same held-out starts, then `persistworld leaderboard --real sim` compares, and `bars` says which of the registered
-bars are met. Finished runs are kept; a run of an earlier version is refused.
+bars are met. Finished runs are kept; an output folder belongs to one world model, dataset and size.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from persistworld_cli.checkpoints.references import sha256_of
+from persistworld_cli.files import write_json
 from persistworld_cli.statistics.paired import wilson
 
 PARTS = ("true_positive", "false_positive", "false_negative", "true_negative", "undecided")
@@ -50,6 +52,14 @@ def against_sim(path: Path) -> dict[str, Any]:
     if "true_positive" not in found["success"]:
         raise SystemExit(f"{path} is of an earlier version: remove {path.parent} and run again")
     return found
+
+
+def finished(path: Path, rollouts: int) -> bool:
+    """Whether a run has all its rollouts, none cut short."""
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text())
+    return bool(found["complete"]) and len(found["rollouts"]) == rollouts
 
 
 def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -97,9 +107,14 @@ def main() -> None:
     world = ["--preset", options.preset]
     for flag, given in (("--dataset", options.dataset), ("--ckpt", options.ckpt)):
         world += [flag, given] if given else []
+    identity = [*world, str(options.rollouts), str(options.steps), sha256_of(options.ckpt or "")]
+    marker = options.output / "run.json"
+    if marker.is_file() and json.loads(marker.read_text()) != identity:
+        raise SystemExit(f"error: {options.output} is of another model, dataset or size\n  to do: another --output")
+    write_json(marker, identity)
     for name, policy in POLICIES.items():
         folder = options.output / name
-        if not (folder / "rollouts.json").is_file():
+        if not finished(folder / "rollouts.json", options.rollouts):
             sizes = ["--rollouts", str(options.rollouts), "--steps", str(options.steps), "--output", str(folder)]
             persistworld("pi-rollout", *world, "--policy", policy, "--against", "sim", *sizes)
     runs = [f"{name}={options.output / name}" for name in POLICIES]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import replace
+from pathlib import Path
 
-from benchmarks.proof import Numbers, bars, row
+import numpy as np
+import pytest
+
+from benchmarks.proof import MARKER, Numbers, Proof, bars, measured, registered, row
+from persistworld_cli.config.presets import resolve_settings
+from persistworld_cli.files import write_json
 
 UPWARDS = {
     "reward": True,
@@ -62,3 +68,17 @@ def test_each_bar_is_missed_alone() -> None:
         ),
     ):
         assert {name for name, good in met(**better | changed).items() if not good} == missed
+
+
+def test_only_arms_that_are_trained_to_the_end_from_this_base_are_compared(tmp_path: Path) -> None:
+    settings = resolve_settings("tiny").settings
+    proof = Proof("tiny", "", settings, tmp_path, updates=3)
+    arm = registered(settings)[0]
+    with pytest.raises(SystemExit, match="not trained to the end: post-trained-seed-0, post-trained-seed-2"):
+        measured(proof, settings, tmp_path, [arm], [0, 2])
+    write_json(proof.folder(arm, 0) / MARKER, proof.identity(arm, 0))
+    assert proof.done(arm, 0) and not proof.done(arm, 2)
+    longer = replace(settings, post_train=replace(settings.post_train, lr=1.0))
+    for other in (replace(proof, updates=4), replace(proof, settings=longer)):
+        with pytest.raises(SystemExit, match="take another --output"):
+            other.done(arm, 0)
