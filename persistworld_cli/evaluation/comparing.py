@@ -106,8 +106,8 @@ def _common_baseline(first: Mapping[str, Any], second: Mapping[str, Any]) -> str
     if min(len(first["models"]), len(second["models"])) < 2:
         return ""
     mine, other = first["models"][0], second["models"][0]
-    same = all(mine[key] == other[key] for key in ("ckpt_sha256", "adapter_sha256"))
-    return str(other["label"]) if same else ""
+    same = all(mine.get(key) == other.get(key) for key in ("ckpt_sha256", "adapter_sha256"))
+    return str(other["label"]) if same and mine.get("ckpt_sha256") else ""
 
 
 def rollout_values(result: Mapping[str, Any], group: str, label: str, model: str) -> FloatArray:
