@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.proof import GROUPS, METRICS, STEPS
 from persistworld_cli.checkpoints.action_scale import weights_stores
 from persistworld_cli.checkpoints.loading import load_world_model
 from persistworld_cli.config.bundled import resolve_path
@@ -49,9 +50,7 @@ from persistworld_cli.rollout.images import draw_frames
 from persistworld_cli.rollout.interactive import make_start
 from persistworld_cli.rollout.recording import Item, recorded_poses
 
-METRICS = ("ssim", "psnr", "lpips")
-GROUPS = ("exterior", "wrist")
-LENGTH = 14  # interactions
+LENGTH = STEPS  # interactions of a rollout
 TIE_DB = 0.01  # numbers of steps this close are equal: the fewer is the better
 HUE_KEPT = 25.0  # degrees: half the gap between neighbouring object colours (red and yellow, 49)
 SATURATION_KEPT = 0.6  # part of the recorded pixel's saturation that must be left
