@@ -303,13 +303,12 @@ def closed_gate(
         made = list(loop(n).roll(items, keep_latents=True))
         row = out["steps"][n] = numbers(made)
         row["placed"] = round(float(np.mean([placed(one, one.item) for one in made])), 4)
+        shares = {group: round(row[group]["lpips"] / copied[group]["lpips"] - 1, 4) for group in row if group in GROUPS}
         better = [
             (row[group][name] > copied[group][name]) is metric.higher_is_better
-            for group in copied
-            if group != "reward"
+            for group in shares
             for name, metric in scorer.registered.items()
         ]
-        shares = {group: round(row[group]["lpips"] / copied[group]["lpips"] - 1, 4) for group in row if group in GROUPS}
         row["lpips_against_copy"] = shares
         row["pass"] = all(better) and max(shares.values()) <= -0.25 and row["placed"] >= 0.6
     return out
@@ -333,10 +332,8 @@ def main() -> None:
     settings = load_settings(options.preset, options.set, {})
     world = replace(settings.world, dataset=str(options.dataset), raw=options.raw or settings.world.raw)
     settings = replace(settings, world=world)
-    store, parts = (
-        open_store(settings),
-        [part for part in (options.adapter, options.ckpt or settings.model.ckpt) if part],
-    )
+    store = open_store(settings)
+    parts = [part for part in (options.adapter, options.ckpt or settings.model.ckpt) if part]
     (store,) = weights_stores(settings, store, [parts], split="val", episodes=store.episodes("val"))
     model = load_world_model(settings.model, settings.world, ckpt=options.ckpt, adapter=options.adapter)
     result: dict[str, Any] = {}
