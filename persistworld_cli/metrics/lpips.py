@@ -191,6 +191,10 @@ class Lpips:
         """As `__call__`, of each cell of the grid: (M, *grid)."""
         return self._sum(pred, target, chunk, lambda gap: functional.adaptive_avg_pool2d(gap, grid)[:, 0])
 
+    def slope(self, value: Tensor) -> Tensor:
+        """As `registry.Metric`: an image's value is the mean over its cells."""
+        return torch.ones_like(value)
+
     def _sum(self, pred: Tensor, target: Tensor, chunk: int, pool: Callable[[Tensor], Tensor]) -> Tensor:
         """Sum over layers of weighted distances (m, 1, h, w), pooled; a shared target's features are computed once."""
         if min(pred.shape[-2:]) < SMALLEST:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -31,9 +33,16 @@ class Psnr:
         return psnr(pred.unflatten(0, (target.shape[0], -1)), target.unsqueeze(1)).flatten()
 
     def maps(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
-        """As `__call__`, of each cell of the grid: (M, *grid) dB."""
+        """Mean squared error in each cell of the grid: (M, *grid).
+
+        Not its logarithm: that of a cell without anything in it varies most, and weighs least in the image's PSNR.
+        """
         error = (pred.unflatten(0, (target.shape[0], -1)) - target.unsqueeze(1)).square().flatten(0, 1)
-        return _decibel(functional.adaptive_avg_pool2d(error.mean(dim=1, keepdim=True), grid)[:, 0])
+        return functional.adaptive_avg_pool2d(error.mean(dim=1, keepdim=True), grid)[:, 0]
+
+    def slope(self, value: Tensor) -> Tensor:
+        """Derivative of a PSNR of `value` dB by the mean squared error: -10 / (ln 10 * error)."""
+        return -10.0 / (math.log(10.0) * 10.0 ** (-value / 10.0))
 
     def describe(self) -> dict[str, object]:
         """Exact parameters."""

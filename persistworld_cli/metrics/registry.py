@@ -47,12 +47,16 @@ class Metric(Protocol):
         ...
 
     def maps(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The metric in each cell of a grid of rows x columns: (M, rows, columns) float32, for credit per patch.
+        """What the metric is a function of, in each cell of a grid: (M, rows, columns) float32, for credit per patch.
 
-        The mean over the cells may differ from the image's value (PSNR is a logarithm). This default is for metrics
-        without spatial values: every cell gets the image's value.
+        The image's value is a function of the mean over the cells, and `slope` its derivative. Here every cell has the
+        image's value, for metrics without places.
         """
         return self(pred, target)[:, None, None].expand(-1, *grid)
+
+    def slope(self, value: Tensor) -> Tensor:
+        """Derivative of the image's value by the mean over the cells of its `maps`, where it has this value."""
+        return torch.ones_like(value)
 
     def describe(self) -> dict[str, object]:
         """Everything that two results must share to be comparable; stored in the JSON."""
@@ -76,7 +80,7 @@ def make_reward(name: str, settings: RewardSettings, device: torch.device) -> tu
         return name, REWARDS[name](settings, device)
     where = "rewards.weights"
     fix = "subclass persistworld_cli.metrics.registry.Metric with label, higher_is_better and __call__(pred, target)"
-    needs = ("label", "unit", "higher_is_better", "__call__", "maps", "describe")
+    needs = ("label", "unit", "higher_is_better", "__call__", "maps", "slope", "describe")
     metric: Metric = make_plugin(name, REWARDS, kind="reward", where=where, needs=needs, fix=fix)
     label = str(metric.label)
     if label in (*REWARDS, *_TAKEN) or not _LABEL.fullmatch(label):

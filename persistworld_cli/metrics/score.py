@@ -151,16 +151,25 @@ class Scorer:
 
     @torch.no_grad()
     @stage("scoring")
-    def local(self, pred: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The weighted sum of metrics in each cell of a grid of rows x columns of each image: (B, N, V, *grid).
+    def local(self, pred: Tensor, target: Tensor, grid: tuple[int, int], level: Mapping[str, Tensor]) -> Tensor:
+        """How much of the reward of an image comes from each cell of a grid of rows x columns: (B, N, V, *grid).
 
-        Args and errors as for `metrics`. Camera weights are not applied.
+        By the chain rule around a level: only differences between images of the same level and cell mean something;
+        their mean over the cells is, to first order, the difference of `by_image`.
+
+        Args:
+            pred, target: as for `metrics`, and so are the errors.
+            grid: rows and columns.
+            level: metric -> (B, N, V), the value around which its slope is taken.
+
+        Camera weights are not applied.
         """
         images = _Images(self.place(pred), self.place(target))
-        metrics = [self.registered[name] for name in self.weights]
-        maps = [images.score(metric.maps, metric.label, grid) for metric in metrics]
-        _require_finite(maps, [metric.label for metric in metrics])
-        return torch.stack([w * m for w, m in zip(self.weights.values(), maps, strict=True)]).sum(dim=0)
+        metrics = {name: self.registered[name] for name in self.weights}
+        maps = {name: images.score(metric.maps, metric.label, grid) for name, metric in metrics.items()}
+        _require_finite([*maps.values()], [metric.label for metric in metrics.values()])
+        slopes = {name: metric.slope(self.place(level[name]))[..., None, None] for name, metric in metrics.items()}
+        return torch.stack([self.weights[name] * slopes[name] * maps[name] for name in metrics]).sum(dim=0)
 
     def by_image(self, metrics: dict[str, Tensor]) -> Tensor:
         """The weighted sum of metrics of every image: (B, N, V)."""

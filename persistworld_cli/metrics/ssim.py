@@ -93,6 +93,10 @@ class Ssim:
         maps = (ssim_map(drawn, known).mean(dim=1) for drawn, known in self._parts(pred, target))
         return torch.cat([functional.adaptive_avg_pool2d(part, grid).to(torch.float32) for part in maps])
 
+    def slope(self, value: Tensor) -> Tensor:
+        """As `registry.Metric`: an image's value is the mean over its cells."""
+        return torch.ones_like(value)
+
     def _parts(self, pred: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """A few images at a time: the maps are large."""
         share = pred.shape[0] // target.shape[0]

@@ -16,14 +16,17 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     """``(R - mean) / (std + eps)`` in each group, with the population's std (DiffusionNFT's code).
 
     Args:
-        rewards: (G, K), or (G, K, ...) with rewards of parts of a candidate, each compared with the same part.
+        rewards: (G, K), or (G, K, ...) with rewards of parts of a candidate, each compared with the same part. All
+            parts of a group share one std (root mean square over the parts), so that a part in which the candidates
+            hardly differ hardly counts (ours).
         eps: gives a group of equal rewards 0 instead of 0/0.
 
     Returns:
         The same shape; mean 0 over the candidates.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    return centred / (rewards.std(dim=1, keepdim=True, correction=0) + eps)
+    spread = centred.square().flatten(1).mean(dim=1).sqrt()
+    return centred / (spread.view(-1, *[1] * (rewards.ndim - 1)) + eps)
 
 
 def optimality(advantages: Tensor, clip: float = 1.0) -> Tensor:

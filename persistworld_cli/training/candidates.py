@@ -297,7 +297,7 @@ def credit(
 
     The paper gives a candidate one number. But a candidate can be good in one corner and bad in another, and a group of
     8 does not show which corner made the difference; finer credit compares each frame, camera and patch with the same
-    part of the other candidates (ours).
+    part of the other candidates (ours). What a part is worth is its share of the difference in reward.
 
     Args:
         made: candidates; their reward covers all K of a group, all else only those that this rank drew.
@@ -314,8 +314,14 @@ def credit(
         local = whole(scorer.by_image(made.metrics))[..., None, None]
     else:
         rows, columns = options.credit_grid
-        local = whole(scorer.local(made.images, made.recorded, (rows, columns)))
-    advantage = group_advantages(local.unflatten(0, (groups, candidates)))
+        own = len(made.images) // groups
+        levels = {
+            name: whole(value).unflatten(0, (groups, candidates)).mean(dim=1).repeat_interleave(own, dim=0)
+            for name, value in made.metrics.items()
+        }
+        local = whole(scorer.local(made.images, made.recorded, (rows, columns), levels))
+    share = scorer.camera_weights * len(scorer.camera_weights)
+    advantage = group_advantages((local * share[:, None, None]).unflatten(0, (groups, candidates)))
     r = optimality(advantage, options.adv_clip).flatten(0, 1)  # (G * K, F * (L - 1), V, rows, columns)
     height, width = made.x0[0].shape[-2:]
     size = (height // r.shape[2], width)

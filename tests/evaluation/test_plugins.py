@@ -125,7 +125,7 @@ def test_an_own_reward_is_weighted_and_has_maps_without_places() -> None:
     pred, target = torch.rand(4, 2, 3, 3, 8, 12), torch.rand(2, 2, 3, 3, 8, 12)
     metrics = own.metrics(pred, target)
     torch.testing.assert_close(metrics["mean_error"], (pred - target.repeat_interleave(2, 0)).abs().mean(dim=(3, 4, 5)))
-    torch.testing.assert_close(own.local(pred, target, (2, 3))[..., 1, 2], metrics["mean_error"])
+    torch.testing.assert_close(own.local(pred, target, (2, 3), metrics)[..., 1, 2], metrics["mean_error"])
 
 
 @pytest.mark.parametrize(

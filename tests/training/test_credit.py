@@ -20,10 +20,14 @@ OPTIONS = PostTrainSettings(candidates=4, keep_best=2, keep_worst=2, credit_grid
 
 
 @pytest.mark.parametrize("name", sorted(REWARDS))
-def test_a_single_cell_is_the_whole_image(name: str) -> None:
+def test_cells_sum_to_the_image_by_the_slope(name: str) -> None:
     metric = REWARDS[name](RewardSettings(), torch.device("cpu"))
     pred, target = images(4)
-    torch.testing.assert_close(metric.maps(pred, target[::2], (1, 1)).flatten(), metric(pred, target[::2]))
+    near = pred + 0.01 * (target - pred)
+    values = [metric(drawn, target[::2]) for drawn in (pred, near)]
+    means = [metric.maps(drawn, target[::2], (1, 1)).flatten() for drawn in (pred, near)]
+    slope = metric.slope(torch.stack(values).mean(dim=0))
+    torch.testing.assert_close(slope * (means[1] - means[0]), values[1] - values[0], rtol=1e-3, atol=1e-5)
     cells = metric.maps(pred, target, (3, 5))
     assert cells.shape == (4, 3, 5)
     worse = pred.clone()
@@ -55,6 +59,22 @@ def test_credit_has_the_shape_the_objective_takes() -> None:
     assert (frame[:, :, :12] == frame[:, :, :1, :1]).all()  # one number for a camera's frame
     best = scorer.by_image(candidates.metrics).view(2, 4, 4, 2).argmax(1)[0, 0, 0]
     assert frame[int(best), 0, 0, 0] == frame[:4, 0, 0, 0].max()
+
+
+def test_a_patch_counts_by_its_share_of_the_difference_in_reward() -> None:
+    """Two candidates are better in one patch each; all else differs by noise that an image hardly shows."""
+    scorer = Scorer(replace(NO_LPIPS, weights={"psnr": 1.0}), WORLD, "cpu")
+    _, known = images(2)
+    known = known.view(1, 1, 2, 3, 48, 80)
+    drawn = (known + 0.002 * torch.randn(4, 1, 2, 3, 48, 80)).clamp(0, 1)
+    drawn[1:, :, 0, :, :16, :16] = 1 - drawn[1:, :, 0, :, :16, :16]
+    metrics = scorer.metrics(drawn, known)
+    x0 = [torch.randn(4, 2, 4, 24, 20)]
+    options = replace(OPTIONS, credit="patch")
+    r = credit(Candidates([], x0, scorer.reward(metrics).view(1, 4), metrics, drawn, known, {}), scorer, options)
+    parts = r[:, 0, 1, 0]
+    assert (parts[0, :4, :4] == 1).all() and (parts[1:, :4, :4] < 0.5).all()
+    assert (parts[:, 12:] - 0.5).abs().max() < 0.1  # the other camera
 
 
 def test_an_unweighted_camera_and_the_first_frame_teach_nothing() -> None:
