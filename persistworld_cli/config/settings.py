@@ -233,6 +233,7 @@ class PostTrainSettings:
     lr: Positive = 1e-4
     weight_decay: NonNegative = 0.0
     warmup: Whole = 0
+    decay: Literal["constant", "cosine"] = "constant"
     max_grad_norm: NonNegative = 1.0
     micro_batch: Count = free(8)
     mixed_precision: Precision = "no"

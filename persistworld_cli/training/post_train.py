@@ -173,7 +173,7 @@ class PostTrainer(Trainer):
             draws: n keys, one per candidate, of its random draws.
         """
         options = self.options
-        lr = options.lr * self.lr_scale * lr_factor(step, options.updates, options.warmup, "constant")
+        lr = options.lr * self.lr_scale * lr_factor(step, options.updates, options.warmup, options.decay)
         self.optimizers.set_lr(lr)
         kept = len(self.share.groups) * (options.keep_best + options.keep_worst) / len(self.share.team)  # mean of ranks
         total = kept * options.chunks * options.sigmas_per_candidate

@@ -74,6 +74,7 @@ def world(small_world: Settings) -> Settings:
             prefix_max=1,
             steps=1,  # half of a prefix's: prefixes 1 and 0 let a process sample a candidate of the other's ...
             seed=4,  # ... as in both updates
+            decay="cosine",
             save_every=1,
             lora_rank=4,
             lora_alpha=4,
@@ -166,6 +167,7 @@ def test_killed_and_resumed_post_training_equals_an_unbroken_run(
         assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
     assert "## Training" in (tmp_path / "weights" / "adapter" / "README.md").read_text()
     assert losses(tmp_path, "reward") == losses(post_trained, "reward")
+    assert losses(tmp_path, "lr") == pytest.approx([1e-4, 0.51e-4])  # along the cosine, whenever it was stopped
 
 
 def test_a_full_disk_leaves_the_last_state_whole_and_says_so(
