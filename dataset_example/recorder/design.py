@@ -1,9 +1,10 @@
 """Designs of the bundled world: every number that may differ between worlds, in one frozen dataclass.
 
-`varied` is the world of the shipped recordings and model: everything varies between episodes. `steady` is easier to
-learn: most episodes share cameras and light, the mat is plain, objects are larger, and the wrist camera sees more and
-turns less, so that its frames overlap. Success rules, instructions, object colours and exterior cameras are the same in
-all designs (`persistworld_cli/policies/bundled_world/rules.py`), so the judge of the bundled world works in each.
+`steady` is the world of the shipped recordings and model. `varied` is that of earlier versions, in which everything
+varies between episodes. `steady` is easier to learn: most episodes share cameras and light, the mat is plain, objects
+are larger, and the wrist camera sees more and turns less, so that its frames overlap. Success rules, instructions,
+object colours and exterior cameras are the same in all designs (`persistworld_cli/policies/bundled_world/rules.py`), so
+the judge of the bundled world works in each.
 
 Units are metres and radians, but for fields of view (degrees); the world frame is the robot's base frame (x forward,
 y left, z up), with the table top at z = 0. A pair is the range of a uniform draw.
@@ -250,4 +251,4 @@ STEADY = Design(
 )
 
 DESIGNS: Mapping[str, Design] = MappingProxyType({design.name: design for design in (VARIED, STEADY)})
-DEFAULT = VARIED  # until a base model of the other is shipped
+DEFAULT = STEADY

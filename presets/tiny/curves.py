@@ -1,4 +1,4 @@
-"""Draw the model card's curves: `python presets/tiny/curves.py VAE_RUN BASE_RUN POST_RUN curves.png`."""
+"""Draw the model card's curves: `python presets/tiny/curves.py BASE_RUN LAST_RUN POST_RUN curves.png`."""
 
 from __future__ import annotations
 
@@ -11,40 +11,41 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 
-def series(run: str, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a logged number."""
+def series(run: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Updates and values of a logged number."""
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     kept = [(line["step"], line[name]) for line in lines if name in line]
-    return [s for s, _ in kept], [v for _, v in kept]
+    return np.array([step for step, _ in kept]), np.array([value for _, value in kept])
 
 
-def smooth(values: list[float], width: int) -> np.ndarray:
-    """Running mean."""
+def draw(axis: Axes, steps: np.ndarray, values: np.ndarray, width: int, colour: str) -> None:
+    """A curve and its running mean over `width` values."""
     width = max(1, min(width, len(values)))
-    return np.convolve(values, np.ones(width) / width, mode="valid")
+    axis.plot(steps, values, color="0.8", linewidth=0.8)
+    axis.plot(steps[width - 1 :], np.convolve(values, np.ones(width) / width, mode="valid"), color=colour)
 
 
-def main(vae: str, base: str, post: str, out: str) -> None:
-    """Three panels: VAE, base, post-training."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), constrained_layout=True)
-    panels = [
-        (axes[0], vae, "psnr", "VAE: PSNR of the training batch, dB", 5),
-        (axes[1], base, "loss", "base: denoising loss", 10),
-        (axes[2], post, "reward", "post-training: reward of the candidates", 5),
-    ]
-    for axis, run, name, title, width in panels:
-        steps, values = series(run, name)
-        axis.plot(steps, values, color="0.8", linewidth=0.8)
-        axis.plot(steps[len(steps) - len(smooth(values, width)) :], smooth(values, width), color="C0", label="smoothed")
-        axis.set_title(title, fontsize=10)
+def main(base: str, last: str, post: str, out: str) -> None:
+    """Two panels: the base with its last stretch, post-training."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), constrained_layout=True)
+    done = 0
+    for run, colour, name in ((base, "C0", "constant rate"), (last, "C2", "last stretch")):
+        steps, values = series(run, "loss")
+        draw(left, steps + done, values, 10, colour)
+        held, loss = series(run, "val_loss")
+        left.plot(held + done, loss, "o-", color=colour, markersize=4, label=f"held out, averaged weights, {name}")
+        done += steps[-1]
+    left.set_title("base: denoising loss", fontsize=10)
+    left.set_yscale("log")
+    left.legend(fontsize=8)
+    draw(right, *series(post, "reward"), 10, "C0")
+    right.set_title("post-training: reward of the candidates", fontsize=10)
+    for axis in (left, right):
         axis.set_xlabel("update")
         axis.grid(alpha=0.3)
-    steps, values = series(base, "val_loss")
-    axes[1].plot(steps, values, "o-", color="C1", label="held out (averaged weights)")
-    axes[1].legend(fontsize=8)
-    axes[1].set_yscale("log")
     figure.savefig(out, dpi=110)
 
 

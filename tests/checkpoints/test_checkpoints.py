@@ -138,10 +138,10 @@ def test_a_checkpoint_of_another_preset_is_told_in_one_message(tmp_path: Path) -
     with pytest.raises(PersistWorldError) as error:
         load_world_model(TINY.model, TINY.world, ckpt=str(full_size))
     said = error.value
-    assert re.search(r"\d+ of 918 keys missing \(first: unet\.", said.what)
+    assert re.search(r"\d+ of 914 keys missing \(first: unet\.", said.what)
     assert re.search(r"\d+ unexpected \(first: unet\.", said.what)
     assert re.search(
-        r"\d+ of another shape \(first: unet\.conv_in\.weight \(320, 8, 3, 3\), not \(32, 8, 3, 3\)", said.what
+        r"\d+ of another shape \(first: unet\.conv_in\.weight \(320, 8, 3, 3\), not \(64, 8, 3, 3\)", said.what
     )
     assert said.where == str(full_size)
     assert said.fix == "it fits preset ctrl-world or ctrl-world-svd or persistworld: --preset ctrl-world"
@@ -152,7 +152,7 @@ def test_a_missing_key_and_a_foreign_one_are_named(base: Tensors, tmp_path: Path
     save_file({**tensors, "extra": torch.zeros(1)}, str(tmp_path / "a.safetensors"))
     with pytest.raises(PersistWorldError) as error:
         load_world_model(TINY.model, TINY.world, ckpt=str(tmp_path / "a.safetensors"))
-    told = "1 of 918 keys missing (first: vae.quant_conv.bias); 1 unexpected (first: extra)"
+    told = "1 of 914 keys missing (first: vae.quant_conv.bias); 1 unexpected (first: extra)"
     assert told in error.value.what and "none of the bundled presets" in str(error.value.fix)
 
 

@@ -68,14 +68,14 @@ def test_inspect_says_first_what_it_is(adapter: Path, base: Tensors, tmp_path: P
 
     told = lines(BASE)
     assert told[0] == "world model, fits preset tiny"
-    assert told[2] == "9,215,630 parameters in 918 tensors, float16; whole weights"
-    assert any(line.startswith("model.safetensors  17.7 MiB  ") and len(line.split()[-1]) == 64 for line in told)
+    assert told[2] == "5,060,430 parameters in 914 tensors, float16; whole weights"
+    assert any(line.startswith("model.safetensors  9.76 MiB  ") and len(line.split()[-1]) == 64 for line in told)
     run = lines(adapter.parents[1])  # a run's folder means its adapter
     assert run[0] == "adapter, fits preset tiny" and run[3].startswith("LORA of rank 4, alpha 8 on 214 layers")
     torch.save({k: v for k, v in base.items() if k != "vae.quant_conv.bias"}, tmp_path / "less.pt")
     less = lines(tmp_path / "less.pt")
     assert less[0] == "world model, fits no bundled preset"
-    assert less[3] == "nearest is preset tiny: 1 of 918 keys missing (first: vae.quant_conv.bias)"
+    assert less[3] == "nearest is preset tiny: 1 of 914 keys missing (first: vae.quant_conv.bias)"
 
 
 def test_inspect_tells_of_layers_that_are_not_merged(adapter: Path, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_export_refuses_what_cannot_be_meant(adapter: Path, tmp_path: Path) -> N
         assert message in cli("export", *arguments, code=2)
     assert there.read_bytes() == b"old" and sorted(p.name for p in tmp_path.iterdir()) == ["precious", "there.pt"]
     cli("export", BASE, "--to", "ctrl-world", "-o", there, "--force")
-    assert len(torch.load(there, weights_only=True)) == 918
+    assert len(torch.load(there, weights_only=True)) == 914
     cli("export", adapter, "--to", "peft", "-o", tmp_path / "a")
     assert "--force" in cli("export", adapter, "--to", "peft", "-o", tmp_path / "a", code=2)
     cli("export", adapter, "--to", "peft", "-o", tmp_path / "a", "--force")

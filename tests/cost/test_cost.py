@@ -109,7 +109,10 @@ def clip(model: WorldModel, device: str) -> torch.Tensor:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_counted_bytes_are_those_of_real_tensors(monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
     monkeypatch.setattr(attention, "SHORT", 0)  # fused attention on the CPU too, as it is counted
-    counted, real = meta_model(TINY.model, TINY.world), build_world_model(TINY.model, TINY.world).eval()
+    # at widths 64, 64, 64 the CPU kernels' workspaces, which are not counted, are 2.3% with recomputation
+    unet = {**TINY.model.unet, "block_out_channels": [32, 64, 128], "num_attention_heads": [1, 2, 4]}
+    model = replace(TINY.model, unet=unet)
+    counted, real = meta_model(model, TINY.world), build_world_model(model, TINY.world).eval()
     options = PostTrainSettings(lora_rank=4, lora_alpha=4, lora_targets=("to_q", "to_v"))
     with META:
         PolicySwitch(counted, options)

@@ -62,7 +62,7 @@ def test_benchmark_lies_between_preset_and_flags() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("version = 2", "version = 0", "not a whole number"),
+        ("version = 3", "version = 0", "not a whole number"),
         ("guidance = 1.0\n", "", "does not set sampling.guidance"),
         ("[rewards]", "[model]\nckpt = 'x'\n[rewards]", "cannot set 'model.ckpt'"),
         ("[metrics.psnr]", "[metrics.pnsr]", r"\[metrics.psnr\] is missing"),

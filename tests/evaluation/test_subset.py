@@ -63,7 +63,7 @@ def test_a_subset_is_run_labelled_and_not_compared_with_the_whole(root: Path) ->
     one, other = (rollout_identity(p.protocol, p.store, benchmarked(root, "part").model) for p in (part, whole))
     assert hash_of(one) == hash_of(other)
     result = {**made_up_result(), "benchmark": {**part.benchmark, "changed": {}}}
-    assert "part v2 (SUBSET: 2 of 4 episodes)" in plain(eval_table(result), width=400)
+    assert "part v3 (SUBSET: 2 of 4 episodes)" in plain(eval_table(result), width=400)
 
 
 def test_only_a_run_that_labels_it_takes_a_subset(root: Path) -> None:

@@ -40,9 +40,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for camera, part in enumerate(np.split(latents, 3, axis=2)):
             np.save(folder / f"{camera}.npy", part.astype(np.float16))
     cli("export", BASE, "--preset", "tiny", "--to", "ctrl-world", "--output", root / "base.pt")
+    shutil.copytree(resolve_path(ADAPTER), root / "adapter")
+    config = root / "adapter" / "adapter_config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"lora_alpha": 160})
+    )  # 10 times: to tell from the base
     for name, to, dtype in (("right.pt", "ctrl-world", "float32"), ("half.safetensors", "safetensors", "float16")):
         flags = ["--preset", "tiny", "--to", to, "--dtype", dtype, "--output", root / name]
-        cli("export", BASE, "--adapter", ADAPTER, *flags)
+        cli("export", BASE, "--adapter", root / "adapter", *flags)
     return root
 
 

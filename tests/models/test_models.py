@@ -257,7 +257,7 @@ def test_full_size_model_has_the_published_keys(golden: GoldenFiles) -> None:
         ("model.unet.block_out_channels=32,64,128", "block_out_channels"),  # text: the brackets are missing
         ("model.unet.num_attention_heads=[1,3,4]", "64 channels .block_out_channels. in 3 heads"),
         ("model.unet.widths=[32]", "unexpected keyword argument 'widths'"),
-        ("model.norm_groups=5", "32 channels in 5 groups"),
+        ("model.norm_groups=5", "64 channels in 5 groups"),
         ("model.vae.latent_channels=four", "no such network can be built"),
         ("model.text.hidden_size=33", "no such network can be built"),
     ],

@@ -202,7 +202,7 @@ def test_default_design_is_that_of_the_shipped_recordings(recorder, info: dict) 
 
     for line in read_jsonl(WORLD / "meta/episodes.jsonl")[::4]:
         index = line["episode_index"]
-        world, director = recorder.build_world(0, index, DEFAULT)
+        world, director = recorder.build_world(22, index, DEFAULT)
         drawn = [(item.name, *(round(v, 4) for v in item.rgb)) for item in director.objects]
         assert drawn == [(item["name"], *item["rgb"]) for item in line["objects"]]
         sizes = [[2 * v for v in item.half] for item in director.objects]
@@ -214,7 +214,7 @@ def test_default_design_is_that_of_the_shipped_recordings(recorder, info: dict) 
                 np.testing.assert_allclose(first[name][0].as_py(), value, atol=1e-5)
         director.next_script(world.snapshot())
         assert [director.instruction] == line["tasks"]
-    assert recorded_origin(RecordedStart(RawDataset(WORLD), 0, 0, ())) == (0, DEFAULT.name)
+    assert recorded_origin(RecordedStart(RawDataset(WORLD), 0, 0, ())) == (22, DEFAULT.name)
 
 
 def test_designs_are_frozen(recorder) -> None:
