@@ -316,8 +316,8 @@ def credit(
         rows, columns = options.credit_grid
         own = len(made.images) // groups
         levels = {
-            name: whole(value).unflatten(0, (groups, candidates)).mean(dim=1).repeat_interleave(own, dim=0)
-            for name, value in made.metrics.items()
+            name: whole(made.metrics[name]).unflatten(0, (groups, candidates)).mean(dim=1).repeat_interleave(own, dim=0)
+            for name in scorer.weights
         }
         local = whole(scorer.local(made.images, made.recorded, (rows, columns), levels))
     share = scorer.camera_weights * len(scorer.camera_weights)
