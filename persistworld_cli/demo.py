@@ -15,7 +15,7 @@ from pathlib import Path
 
 from persistworld_cli.checkpoints.references import sha256_of
 from persistworld_cli.config.bundled import resolve_path
-from persistworld_cli.console import stderr_console, stdout_console
+from persistworld_cli.console import show_error, stderr_console, stdout_console
 from persistworld_cli.errors import PersistWorldError
 from persistworld_cli.files import write_json
 from persistworld_cli.read_files import read_json
@@ -103,6 +103,9 @@ def summary(spent: dict[str, float], total: float) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except PersistWorldError as error:
+        show_error(error)
+        sys.exit(1)
     except KeyboardInterrupt:
         console.print("interrupted; run `make demo` again to continue")
         sys.exit(130)

@@ -62,7 +62,7 @@ def test_credit_has_the_shape_the_objective_takes() -> None:
 
 
 def test_a_patch_counts_by_its_share_of_the_difference_in_reward() -> None:
-    """Two candidates are better in one patch each; all else differs by noise that an image hardly shows."""
+    """One candidate is better in one patch; all else differs by noise that an image hardly shows."""
     scorer = Scorer(replace(NO_LPIPS, weights={"psnr": 1.0}), WORLD, "cpu")
     _, known = images(2)
     known = known.view(1, 1, 2, 3, 48, 80)
