@@ -191,7 +191,7 @@ def animate(data: EvalData, path: Path) -> None:
         item = data.items[index]
         recording, drawn = data.draw(item)
         length = int(recording.valid.sum())
-        caption = f"{name} of {data.labels[0]}'s loss: episode {item.episode}: {recording.annotation.text}"
+        caption = f"{name} of {data.labels[0]}'s error, episode {item.episode}: {recording.annotation.text}"
         for camera, title in cameras.items():
             columns = {"recorded": recording.frames[:length], **drawn}
             images = {
@@ -205,7 +205,7 @@ def animate(data: EvalData, path: Path) -> None:
 
 
 def _scores(data: EvalData, label: str, index: int, camera: int) -> str:
-    """``PSNR 20.1 dB, LPIPS 0.082``, the mean over a rollout's frames."""
+    """``mean PSNR 20.1 dB ↑, LPIPS 0.082 ↓``, over a rollout's frames; the arrows say what is better."""
     scores = data.rollouts[label][index].scores
     psnr, lpips = (float(np.nanmean(scores[name][:, camera])) for name in ("psnr", "lpips"))
-    return f"PSNR {psnr:.1f} dB, {data.metrics['lpips'].label.upper()} {lpips:.3f}"
+    return f"mean PSNR {psnr:.1f} dB ↑, {data.metrics['lpips'].label.upper()} {lpips:.3f} ↓"

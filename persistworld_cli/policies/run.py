@@ -73,6 +73,11 @@ class PolicyRolloutPlan:
     steps: int
     starts: list[Start]
     missing: list[str]  # the task's episodes that are not in this dataset
+    cap: float = 0.0  # `policy.gripper_cap`
+
+    def gripper_cap(self, start: Start) -> float:
+        """Largest gripper position of a rollout in the world model: what it holds stops a gripper."""
+        return self.cap or self.task.cap_of(start.text)
 
     @property
     def rows(self) -> int:
@@ -116,7 +121,7 @@ class RolloutResults:
 
     def record_rollout(self, rollout: PolicyRollout) -> None:
         """Judge a rollout, repeat it in the simulator if requested, and save it; a failure is kept in `error`."""
-        plan, judging = self.plan, self.judging
+        plan, judging, space = self.plan, self.judging, self.plan.view.space
         scene = judging.scenes[len(self.rollouts)] if judging.scenes else None
         verdict: Verdict | None = None
         simulated: Simulated | None = None
@@ -135,7 +140,7 @@ class RolloutResults:
             "actions": self.settings.policy.actions,
             "judge": judging.name or None,
             "steps_planned": plan.steps,
-            "gripper_cap": plan.view.space.gripper_cap,
+            "gripper_cap": plan.gripper_cap(rollout.start) if space.is_franka and space.joints else None,
         }
         shown, images = {}, None
         if simulated is not None:
@@ -272,7 +277,8 @@ def _roll(
 ) -> list[PolicyRollout]:
     """Roll out one batch, to the end or to a policy's error."""
     states = [plan.view.space.begin(start) for start in starts]
-    controller = PolicyController(policies, plan.view, states, [start.text for start in starts])
+    caps = [plan.gripper_cap(start) for start in starts]
+    controller = PolicyController(policies, plan.view, states, [start.text for start in starts], caps)
     frames, steps = [world.images[:, None]], []
     error: PersistWorldError | None = None
     for policy in dict.fromkeys(policies):  # a batched one is there for every rollout
@@ -349,7 +355,7 @@ def make_plan(settings: Settings, request: PolicyRolloutRequest, store: EpisodeS
     for start in starts:
         require_dimensions(settings, start)
     view = PolicyView(
-        space=_action_space(settings, store, own.gripper_cap or task.gripper_cap),
+        space=_action_space(settings, store),
         skip=own.skip or task.skip,
         images={key: _camera(name, key, settings) for key, name in own.images.items()},
         resize=own.resize,
@@ -360,16 +366,16 @@ def make_plan(settings: Settings, request: PolicyRolloutRequest, store: EpisodeS
     _check_rate(settings, view)
     for start in starts:
         view.space.begin(start)  # before the weights are read
-    return PolicyRolloutPlan(request.policy, task, view, own.steps or task.steps, starts, missing)
+    return PolicyRolloutPlan(request.policy, task, view, own.steps or task.steps, starts, missing, own.gripper_cap)
 
 
-def _action_space(settings: Settings, store: EpisodeStore, gripper_cap: float) -> ActionSpace:
+def _action_space(settings: Settings, store: EpisodeStore) -> ActionSpace:
     """The policy's action space."""
     own = settings.policy
     if own.actions == "model":
         return ModelActions(settings)
     arm = load_kinematics(settings)
-    body = gripper_cap, own.cap_current, own.joint_limits == "stop", arm, dimensions_of(settings)
+    body = own.cap_current, own.joint_limits == "stop", arm, dimensions_of(settings)
     if own.actions == DEFAULT_ACTIONS:
         return JointVelocity(_adapter(own, store, len(arm.joint_low)), *body)
     kind = Pose if own.actions == "pose" else JointPosition

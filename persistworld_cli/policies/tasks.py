@@ -5,7 +5,7 @@ To add one: write a TOML file there, or give the path of your own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,8 @@ from persistworld_cli.config.bundled import bundled_root
 from persistworld_cli.config.fields import Bounds, Count, Whole, check_fields, coerce, field_types
 from persistworld_cli.errors import UsageError, nearest
 from persistworld_cli.read_files import read_toml
+
+Cap = Annotated[float, Bounds(gt=0, le=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +33,16 @@ class Task:
     name: str
     description: str = ""
     skip: Count = 2  # every skip-th row of the policy's chunk is taken
-    gripper_cap: Annotated[float, Bounds(gt=0, le=1)] = 1.0  # largest gripper position
+    gripper_cap: Cap = 1.0  # largest gripper position
+    # how an instruction begins = its own gripper_cap
+    gripper_caps: dict[str, Cap] = field(default_factory=dict)
     steps: Count = 12  # interactions
     starts: tuple[TaskStart, ...] = (TaskStart(),)
+
+    def cap_of(self, instruction: str) -> float:
+        """Largest gripper position under an instruction; of the fitting `gripper_caps`, the longest counts."""
+        fitting = [beginning for beginning in self.gripper_caps if instruction.startswith(beginning)]
+        return self.gripper_caps[max(fitting, key=len)] if fitting else self.gripper_cap
 
 
 def task_names() -> list[str]:

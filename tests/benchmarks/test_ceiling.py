@@ -1,8 +1,6 @@
-"""Rollouts with help: without any, the closed loop's own; with the best of some candidates, never a worse interaction."""
+"""Rollouts with help: without any, they are the closed loop's; with candidates, the best of them stays."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -165,10 +165,10 @@ class RecordedAdapter:
 @pytest.mark.parametrize(("tag", "skip"), [("skip2", 2), ("skip3", 3)])
 def test_chunks_become_poses_as_in_the_reference(golden: GoldenFiles, tag: str, skip: int) -> None:
     data = reference_rollout(golden, tag)
-    view = PolicyView(space=JointVelocity(RecordedAdapter(data), 0.75), skip=skip)
+    view = PolicyView(space=JointVelocity(RecordedAdapter(data)), skip=skip)
     taken = slice(0, view.advance + 1, skip)
     for i, (actions, joints) in enumerate(zip(data["chunk"], data["joint_in"], strict=True)):
-        motion = view.space.follow(actions, at_joints(joints), view.advance)
+        motion = view.space.follow(actions, at_joints(joints), view.advance, 0.75)
         arm, states = motion.joints[:-1], motion.pose[:-1]
         close(f"I policy {tag}, joints", arm[:, :7], data["fk_joints"][i], 1e-6)
         close(f"I policy {tag}, states", states, data["fk_states"][i], 1e-6)
@@ -192,9 +192,9 @@ def test_policy_controller_follows_the_reference_through_a_rollout(golden: Golde
 
         def close(self) -> None: ...
 
-    view = PolicyView(space=JointVelocity(RecordedAdapter(data), 0.75), skip=skip, images=IMAGES_SHOWN)
+    view = PolicyView(space=JointVelocity(RecordedAdapter(data)), skip=skip, images=IMAGES_SHOWN)
     policies = [Recorded(), Recorded()]
-    controller = PolicyController(policies, view, [at_joints(data["joint_in"][0])] * 2, ["a", "b"])
+    controller = PolicyController(policies, view, [at_joints(data["joint_in"][0])] * 2, ["a", "b"], [0.75] * 2)
     images = np.zeros((2, 3, 8, 8, 3), np.uint8)
     images[:, 1], images[:, 2] = 10, 20
     for i in range(4):
@@ -213,9 +213,9 @@ def test_policy_controller_follows_the_reference_through_a_rollout(golden: Golde
 def test_the_gripper_of_now_is_capped_only_where_asked() -> None:
     now = np.append(REST[:7], 0.9)
     actions = np.ones((15, 8)) * [0, 0, 0, 0, 0, 0, 0, 1.5]
-    states = JointVelocity(GainAdapter(), 0.75).follow(actions, at_joints(now), 8).pose
+    states = JointVelocity(GainAdapter()).follow(actions, at_joints(now), 8, 0.75).pose
     assert np.allclose(states[:9:2, 6], [0.9, 0.75, 0.75, 0.75, 0.75])
-    capped = JointVelocity(GainAdapter(), 0.75, cap_current=True).follow(actions, at_joints(now), 8).pose
+    capped = JointVelocity(GainAdapter(), cap_current=True).follow(actions, at_joints(now), 8, 0.75).pose
     assert np.allclose(capped[:9:2, 6], 0.75)
 
 
@@ -374,6 +374,18 @@ def test_the_six_tasks_and_the_bundled_one_are_there() -> None:
     assert load_task("bundled").starts[0].episode == ""
 
 
+def test_a_cap_belongs_to_an_instruction(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text('gripper_cap = 0.9\n[gripper_caps]\n"put" = 0.4\n"put the lid" = 0.6\n')
+    task = load_task(str(own))
+    asked = {text: task.cap_of(text) for text in ("put the cube away", "put the lid on", "pull", "do not put it")}
+    assert asked == {"put the cube away": 0.4, "put the lid on": 0.6, "pull": 0.9, "do not put it": 0.9}
+    bundled = load_task("bundled")
+    for text, cap in (("pick up the red cube and place it further back", 0.25), ("push the green box forward", 1.0)):
+        assert bundled.cap_of(text) == cap
+    assert bundled.cap_of("put the red cube on top of the blue box") == 0.25
+
+
 def test_task_files_are_checked(tmp_path: Path, shared_data: Path) -> None:
     own = tmp_path / "own.toml"
     own.write_text('skip = 1\n[[starts]]\nepisode = "7"\n')
@@ -383,6 +395,7 @@ def test_task_files_are_checked(tmp_path: Path, shared_data: Path) -> None:
         ("skip = 1.5", "expected a whole number"),
         ("skip = 0", "must be at least 1"),
         ("gripper_cap = 1.5", "must be more than 0 and at most 1"),
+        ("gripper_caps = { put = 1.5 }", "must be more than 0 and at most 1"),
         ("[[starts]]\nstart = -1", "must be at least 0"),
         ("starts = 3", "tables"),
         ("skip =", "not TOML"),

@@ -122,6 +122,7 @@ def roll_in_simulator(
 
     The policy sees the simulated cameras at the size of the world model's images, and the measured joints. Its
     answer moves the arm's targets row by row, as the dataset defines them, for as many rows as the world model gets.
+    The gripper gets the whole command: what it holds stops it, as a task's gripper cap does in the world model.
 
     Raises:
         PersistWorldError: the policy failed.
@@ -146,7 +147,7 @@ def roll_in_simulator(
             rows = [now.pose]
             for number, action in enumerate(actions):
                 trace.add(now[None], action[None], view.space)
-                gripper = float(np.clip(action[-1], 0, view.space.gripper_cap or 1.0))
+                gripper = float(np.clip(action[-1], 0, 1))
                 if targets is None:
                     world.drive(action[:7], gripper)
                 else:
