@@ -1,5 +1,7 @@
 """Policies of graded skill for the bundled world: they repeat its recordings more or less well.
 
+Their noise and speed were chosen by their success in the simulator alone.
+
 `persistworld pi-rollout --policy benchmarks.policies:Recorded --against sim` in the repository's root.
 
 A policy recognises the episode by its instruction and the arm's joints, and answers with the recorded velocities and
@@ -74,7 +76,7 @@ class Recorded:
 class Noisy(Recorded):
     """With a wrong drift, another in each interaction."""
 
-    noise = 0.06
+    noise = 0.1
 
 
 class Shaky(Recorded):
@@ -83,10 +85,16 @@ class Shaky(Recorded):
     noise = 0.15
 
 
-class Slow(Recorded):
-    """Goes half of every distance."""
+class Wild(Recorded):
+    """With one that mostly misses."""
 
-    speed = 0.5
+    noise = 0.25
+
+
+class Slow(Recorded):
+    """Goes four fifths of every distance, and is not corrected."""
+
+    speed = 0.8
 
 
 class Open(Recorded):

@@ -28,9 +28,9 @@ POLICIES = {
     "recorded": "benchmarks.policies:Recorded",
     "noisy": "benchmarks.policies:Noisy",
     "shaky": "benchmarks.policies:Shaky",
+    "wild": "benchmarks.policies:Wild",
     "slow": "benchmarks.policies:Slow",
     "open": "benchmarks.policies:Open",
-    "scripted": "scripted",
     "random": "random",
     "hold": "hold",
 }
