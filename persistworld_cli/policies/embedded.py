@@ -85,7 +85,7 @@ class ScriptedPolicy(_Embedded):
     tool_z = FLANGE_TO_PADS
     hover, grasp, lift = 0.14, 0.035, 0.17  # m above the table: heights of the finger pads
     near = 0.02  # m: close enough to the spot to go down
-    closed = 0.5  # from here on the gripper holds
+    closed = 0.15  # from here on the gripper may hold: a wide object stops it at 0.2
     stride, grip_stride = 0.016, 0.2  # largest motion of pads (m) and gripper per row (1/15 s)
     damping = 2e-3
 

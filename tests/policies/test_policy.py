@@ -85,11 +85,11 @@ def test_wrong_answers_name_the_field() -> None:
 # -- policies ---------------------------------------------------------------------------------------------------------
 
 
-def act(policy: Any, joints: np.ndarray, rows: int = 12) -> np.ndarray:
-    """The joints after the first rows of a policy's answer, as the gain adapter moves them."""
+def act(policy: Any, joints: np.ndarray, rows: int = 12, held: float = 1.0) -> np.ndarray:
+    """The joints after the first rows of an answer, as the gain adapter moves them; the gripper stops at `held`."""
     actions = check_actions(policy.infer(observation(joints)), VIEW, "p")
     arm = GainAdapter()(actions[:, :7], joints[:7])[rows - 1]
-    return np.append(arm, np.clip(actions[rows - 1, 7], 0, 1))
+    return np.append(arm, np.clip(actions[rows - 1, 7], 0, held))
 
 
 def pads(joints: np.ndarray) -> np.ndarray:
@@ -97,16 +97,17 @@ def pads(joints: np.ndarray) -> np.ndarray:
     return frame[:3, 3] + 0.15 * frame[:3, 2]
 
 
-def test_scripted_policy_reaches_closes_and_lifts() -> None:
+@pytest.mark.parametrize("held", [1.0, 0.2])
+def test_scripted_policy_reaches_closes_and_lifts(held: float) -> None:
     policy = make_policy("scripted")
-    path = [REST]
+    path, lowest = [REST], np.inf
     for _ in range(6):
-        path.append(act(policy, path[-1]))
-    lowest = min(pads(joints)[2] for joints in path)
-    assert lowest < 0.1 < pads(path[0])[2]
-    assert path[-1][7] == 1.0
+        lowest = min(lowest, *(pads(act(policy, path[-1], rows, held))[2] for rows in range(1, 13)))
+        path.append(act(policy, path[-1], held=held))
+    assert lowest < 0.06 < 0.1 < pads(path[0])[2]
+    assert path[-1][7] == held
     assert np.abs(pads(path[-1]) - [0.51, 0.0, 0.17]).max() < 0.01
-    again = act(make_policy("scripted"), path[2])  # it follows from the joints alone
+    again = act(make_policy("scripted"), path[2], held=held)  # it follows from the joints alone
     assert np.array_equal(again, path[3])
 
 
