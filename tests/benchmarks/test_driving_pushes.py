@@ -1,0 +1,34 @@
+"""The pushing policy's rows and the judge that measures how far an object moved."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from bundled_starts import extract, recorded_evidence
+
+from benchmarks.driving_pushes import KEY, LOW, Moved, Push
+from persistworld_cli.policies.action_spaces import CARTESIAN, GRIPPER
+from persistworld_cli.policies.bundled_world.rules import DIRECTIONS, pad_positions
+from persistworld_cli.policies.observation import PROMPT
+
+DOWN = np.array([0.5, 0.0, 0.4, np.pi, 0.0, np.pi / 2])  # a hand that points straight down
+
+
+@pytest.mark.parametrize("way", DIRECTIONS)
+def test_the_hand_goes_down_and_then_moves_a_key_an_interaction(way: str) -> None:
+    pose, rows = DOWN, []
+    for _ in range(8):
+        obs = {CARTESIAN: pose, GRIPPER: np.array([0.9]), PROMPT: f"push the red box {way}"}
+        rows.append(Push().infer(obs)["actions"])
+        assert rows[-1].shape[1] == 7 and (rows[-1][:, 6] == 0.9).all()
+        pose = rows[-1][-1, :6]
+    lowest = pad_positions(rows[-1])[:, 2]
+    assert np.allclose(lowest, LOW, atol=0.011)
+    moved = rows[-1][-1, :2] - rows[-2][-1, :2]
+    assert np.allclose(moved, KEY * DIRECTIONS[way])
+
+
+def test_how_far_a_recorded_object_was_pushed(tmp_path_factory: pytest.TempPathFactory) -> None:
+    settings = extract(tmp_path_factory.mktemp("pushes"), [66], frames=40)
+    verdict = Moved().judge(recorded_evidence(settings, 66))
+    assert verdict.success and 0.1 < verdict.progress < 0.3, verdict
