@@ -1,4 +1,4 @@
-"""How much post-training could gain at most: the base in closed loop, helped by what no model knows.
+"""What post-training could gain: the base in closed loop, helped by what no model knows.
 
 `python -m benchmarks.ceiling [--dataset DIR] [--ckpt PATH] [--candidates 8] [--episodes 10] [--output DIR]`
 
@@ -6,8 +6,8 @@ The base rolls out 14 interactions of held-out episodes, one noise seed, and twi
 
 - `recorded history`: its memory gets the recorded frames, not its own. No exposure bias is left.
 - `best of K`: it samples K candidates from its own history, and the one with the highest reward stays. The first has
-  the noise of the rollout without help. Learning from groups of K can at most teach this choice, and only as far as
-  the history, and not the noise, tells which candidate is best.
+  the noise of the rollout without help. It is what a group of K knows that its mean does not; a model can learn of it
+  only what the history, and not the noise, decides.
 
 Prints each less the base [95% bootstrap over episodes], and how much the candidates of a group differ.
 """
@@ -45,19 +45,14 @@ def helped(
     Args:
         loop: model, dataset, number of interactions; its scorer scores what stays.
         reward: what the candidates are chosen by.
-        item: which rollout.
+        item: which rollout; its recording is as long.
         candidates: K of each interaction.
         recorded_history: store the recorded frames instead of the chosen candidate's.
 
     Returns:
         The rollout, and each interaction's standard deviation of the reward over its candidates.
-
-    Raises:
-        SystemExit: the recording ends before the rollout does.
     """
     engine, recording, new = loop.engine, loop.recording(item), loop.num_frames - 1
-    if not recording.valid.all():
-        raise SystemExit(f"error: episode {item.episode} is shorter than {loop.steps} interactions")
     state = engine.start_from(loop.store, [recording])
     kept: list[torch.Tensor] = []
     spread: list[float] = []
@@ -100,6 +95,9 @@ def main() -> None:
     (model,) = plan.models
     loop = replace(plan.loop(plan.load(model.ref), model), scorer=scorer_of(settings))
     reward = Scorer(settings.rewards, settings.world)
+    for item in plan.items:
+        if not loop.recording(item).valid.all():
+            raise SystemExit(f"error: episode {item.episode} is shorter than {loop.steps} interactions")
     arms: dict[str, dict[str, Any]] = {
         "base": {},
         "recorded history": {"recorded_history": True},

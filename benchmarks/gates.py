@@ -288,6 +288,8 @@ def main() -> None:
     parser.add_argument("--gates", default="vae,clip")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if unknown := {*options.gates.split(",")} - {"vae", "clip", "closed"}:
+        parser.error(f"no gate {', '.join(sorted(unknown))}: there are vae, clip and closed")
     settings = load_settings(options.preset, options.set, {})
     world = replace(settings.world, dataset=str(options.dataset), raw=options.raw or settings.world.raw)
     settings = replace(settings, world=world)

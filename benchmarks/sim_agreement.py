@@ -107,10 +107,14 @@ def main() -> None:
     world = ["--preset", options.preset]
     for flag, given in (("--dataset", options.dataset), ("--ckpt", options.ckpt)):
         world += [flag, given] if given else []
-    identity = [*world, str(options.rollouts), str(options.steps), sha256_of(options.ckpt or "")]
+    sources = [ROOT / "benchmarks" / "policies.py", ROOT / "presets" / "tasks" / "bundled.toml"]
+    sizes = [str(options.rollouts), str(options.steps)]
+    identity = [*world, *sizes, sha256_of(options.ckpt or ""), *POLICIES.values(), *map(sha256_of, map(str, sources))]
     marker = options.output / "run.json"
     if marker.is_file() and json.loads(marker.read_text()) != identity:
-        raise SystemExit(f"error: {options.output} is of another model, dataset or size\n  to do: another --output")
+        raise SystemExit(
+            f"error: {options.output} is of another model, dataset, size or other policies\n  to do: another --output"
+        )
     write_json(marker, identity)
     for name, policy in POLICIES.items():
         folder = options.output / name

@@ -25,7 +25,7 @@ from persistworld_cli.errors import UsageError
 EXAMPLES = {
     WORLD: (
         "persistworld drive --keys lllrrr",
-        "persistworld drive --keys 'f*2 d c u' --episode 66 --start 8 --seed 1",
+        "persistworld drive --keys 'd*2 c u*2' --episode 78 --seed 1",
         "persistworld drive --live",
         "persistworld drive --web --open",
     ),

@@ -40,7 +40,7 @@ EXAMPLES = {
 
 @with_common(
     "single",
-    setting("policy.task", "Task: its start frames, instruction, skip and gripper cap."),
+    setting("policy.task", "Task: start frames, instruction, skip, gripper cap and stops."),
     setting("policy.actions", "Action space of the policy (docs/policies.md lists openpi's configs)."),
     setting("policy.steps", "Interaction steps of a rollout."),
     setting("policy.seed", "Random seed."),

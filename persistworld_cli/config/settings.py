@@ -319,9 +319,9 @@ class PolicySettings:
     images: dict[str, str] = field(default_factory=_IMAGES.copy)  # field of an observation = camera
     resize: tuple[Count, ...] = ()  # height, width that images are resized to before padding; empty: as sampled
     image_size: Count = 224  # side of the padded square that is sent
-    task: str = "bundled"
+    task: str = "episodes"
     skip: Whole = 0  # every skip-th row of the chunk is taken; 0: the task's
-    gripper_cap: Share = 0.0  # the most that the gripper may close; 0: the task's
+    gripper_cap: Share = 0.0  # the most that the gripper may close; 0: the task's gripper_cap and gripper_stops
     cap_current: bool = False  # whether gripper_cap also limits the current gripper (row 0 of an interaction)
     steps: Whole = 0  # interactions; 0: the task's
     joint_limits: Literal["refuse", "stop"] = "refuse"  # a policy that passes one: refuse it, or the joint stays there

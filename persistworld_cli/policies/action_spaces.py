@@ -83,6 +83,7 @@ class ActionSpace(ABC):
         rates: those of the fields that are rates in a row: 0 where the arm stays.
         joints: number of joints of the arm; 0 where none are needed.
         most: largest number that is accepted.
+        gripper_cap: largest gripper position; None: not limited.
         is_franka: whether the arm is a Franka, which all action spaces fit.
     """
 
@@ -91,6 +92,7 @@ class ActionSpace(ABC):
     rates: ClassVar[tuple[str, ...]] = ()
     joints: int = 0
     most: float = float(np.finfo(np.float32).max)
+    gripper_cap: float | None = None
     is_franka: bool
 
     @abstractmethod
@@ -106,15 +108,15 @@ class ActionSpace(ABC):
         return None
 
     @abstractmethod
-    def follow(self, actions: Float, now: ArmState, taken: int, gripper_cap: float = 1.0) -> ArmState:
+    def follow(self, actions: Float, now: ArmState, taken: int, gripper_stop: float = 1.0) -> ArmState:
         """The motion along an answer.
 
         Args:
             actions: (R, len(parts)).
             now: the current state.
             taken: rows that the interaction takes; the others are not checked.
-            gripper_cap: largest gripper position of a Franka: a gripper that holds something stops at its width,
-                whatever is commanded. Another arm's keeps to `robot.limits`.
+            gripper_stop: where a Franka's gripper stops when it closes, since it then holds something; one that is
+                closed further stays so until it opens.
 
         Returns:
             The state at rows 0 .. taken, or more.
@@ -128,7 +130,8 @@ class _Joints(ActionSpace):
     """Base of the action spaces of an arm whose kinematics are known, with or without a gripper.
 
     Args:
-        cap_current: whether a gripper cap also limits the current gripper position, at row 0.
+        gripper_cap: largest gripper position of a Franka; another arm's keeps to `robot.limits`.
+        cap_current: whether the cap also limits the current gripper position, at row 0.
         stop: keep joints at their limits instead of refusing what is beyond.
         arm: kinematics.
         dimensions: the numbers of a state: the arm's pose, and the gripper's position if it has one.
@@ -143,6 +146,7 @@ class _Joints(ActionSpace):
 
     def __init__(
         self,
+        gripper_cap: float = 1.0,
         cap_current: bool = False,
         stop: bool = False,
         arm: Kinematics = PANDA,
@@ -164,11 +168,12 @@ class _Joints(ActionSpace):
         self.is_franka = arm is PANDA
         if not self.is_franka:
             self.most = ActionSpace.most
-        self._grip = (0.0, 1.0) if self.is_franka else (dimensions[-1].low, dimensions[-1].high)
-        least, most = self._grip
+        grip = (0.0, gripper_cap) if self.is_franka else (dimensions[-1].low, dimensions[-1].high)
+        self._grip_low, self._grip_high = grip
+        least, most = (0.0, 1.0) if self.is_franka else grip
         slack = _GRIP_SLACK * (most - least)
         self._grip_usual = least - slack, most + slack
-        self._cap_current = cap_current
+        self.gripper_cap, self._cap_current = gripper_cap if self.is_franka else None, cap_current
 
     def _pose(self, joints: Float) -> Float:
         """(..., J) joints -> (..., P). Raises PersistWorldError where a user's class fails."""
@@ -195,17 +200,19 @@ class _Joints(ActionSpace):
         arm, grip = now.joints[: self.joints].copy(), now.joints[self.joints :].copy()
         return {JOINTS: arm, GRIPPER: grip} if self._grippers else {JOINTS: arm}
 
-    def follow(self, actions: Float, now: ArmState, taken: int, gripper_cap: float = 1.0) -> ArmState:
+    def follow(self, actions: Float, now: ArmState, taken: int, gripper_stop: float = 1.0) -> ArmState:
         """The arm's motion; each row's gripper position is reached with it (Ctrl-World's policy rollout)."""
         arm = np.concatenate([now.joints[None, : self.joints], self._move(actions, now, taken)])
         current = now.joints[self.joints :]
-        low, high = self._grip
-        high = min(high, gripper_cap) if self.is_franka else high
-        current = np.minimum(current, high) if self._cap_current else current
+        current = np.minimum(current, self._grip_high) if self._cap_current else current
         wanted = actions[:, actions.shape[1] - self._grippers :]
         unusual = (wanted[:taken] < self._grip_usual[0]) | (wanted[:taken] > self._grip_usual[1])
         self._warn_once("gripper", wanted, unusual, "and is cut", _GRIPPER)
-        commanded = np.clip(wanted, low, high)
+        commanded = np.clip(wanted, self._grip_low, self._grip_high)
+        if self.is_franka and gripper_stop < 1:
+            before = now.joints[self.joints :]
+            for row in range(len(commanded)):
+                before = commanded[row] = np.minimum(commanded[row], np.maximum(before, gripper_stop))
         grip = np.concatenate([current[None], commanded])[: len(arm)]
         return ArmState(np.concatenate([self._pose(arm), grip], axis=1), np.concatenate([arm, grip], axis=1))
 
@@ -350,8 +357,8 @@ class ModelActions(ActionSpace):
         """The state, as openpi's policies of robots other than DROID get it."""
         return {STATE: now.pose.copy()}
 
-    def follow(self, actions: Float, now: ArmState, taken: int, gripper_cap: float = 1.0) -> ArmState:
-        """The rows as they are; nothing is capped."""
+    def follow(self, actions: Float, now: ArmState, taken: int, gripper_stop: float = 1.0) -> ArmState:
+        """The rows as they are."""
         for column, one in enumerate(self._dimensions):
             outside = np.flatnonzero((actions[:taken, column] < one.low) | (actions[:taken, column] > one.high))
             if len(outside):

@@ -54,7 +54,7 @@ class PolicyController:
         view: the policy's observation and the reading of its answer.
         starts: each rollout's state at the start.
         prompts: each rollout's instruction.
-        gripper_caps: each rollout's largest gripper position; by default none is limited.
+        gripper_stops: where each rollout's gripper stops (`ActionSpace.follow`); by default none does.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class PolicyController:
         view: PolicyView,
         starts: Sequence[ArmState],
         prompts: Sequence[str],
-        gripper_caps: Sequence[float] = (),
+        gripper_stops: Sequence[float] = (),
     ) -> None:
         self._policies, self._view, self._prompts = list(policies), view, list(prompts)
-        self._caps = list(gripper_caps) or [1.0] * len(self._prompts)
+        self._stops = list(gripper_stops) or [1.0] * len(self._prompts)
         self.states = list(starts)
         self._before = [list(starts)]  # the states at the start of each interaction
         self.traces = [PolicyTrace() for _ in policies]
@@ -79,8 +79,8 @@ class PolicyController:
         """
         view, end = self._view, self._view.advance
         answers = ask_policies(self._policies, view, images, self.states, self._prompts)
-        rows = zip(answers, self.states, self._caps, strict=True)
-        motions = [view.space.follow(actions, now, end, cap) for actions, now, cap in rows]
+        rows = zip(answers, self.states, self._stops, strict=True)
+        motions = [view.space.follow(actions, now, end, stop) for actions, now, stop in rows]
         for trace, motion, actions in zip(self.traces, motions, answers, strict=True):
             trace.add(motion[:end], actions[:end], view.space)
         self.states = [motion[end] for motion in motions]

@@ -85,7 +85,10 @@ class ScriptedPolicy(_Embedded):
     tool_z = FLANGE_TO_PADS
     hover, grasp, lift = 0.14, 0.035, 0.17  # m above the table: heights of the finger pads
     near = 0.02  # m: close enough to the spot to go down
-    closed = 0.15  # from here on the gripper may hold: a wide object stops it at 0.2
+    closed = 0.5  # planned rows lift from here on
+    stopped = (
+        0.15  # and all rows of an answer, if the gripper is closed so far before it: a wide object stops it at 0.2
+    )
     stride, grip_stride = 0.016, 0.2  # largest motion of pads (m) and gripper per row (1/15 s)
     damping = 2e-3
 
@@ -93,8 +96,9 @@ class ScriptedPolicy(_Embedded):
         """Plan each row from the joints that the previous rows should reach."""
         joints = read_joints(obs)
         rows = np.empty((self._rows, 8))
+        closed = self.stopped if joints[7] > self.stopped else self.closed
         for row in rows:
-            goal, gripper = self._goal(joints)
+            goal, gripper = self._goal(joints, closed)
             velocity = self._velocity(joints[:7], goal)
             row[:7], row[7] = velocity, np.clip(gripper, joints[7] - self.grip_stride, joints[7] + self.grip_stride)
             moved = np.clip(joints[:7] + DEFAULT_GAIN * velocity, PANDA.joint_low, PANDA.joint_high)
@@ -107,11 +111,11 @@ class ScriptedPolicy(_Embedded):
         point: Float = flange[:3, 3] + self.tool_z * flange[:3, 2]
         return point
 
-    def _goal(self, joints: Float) -> tuple[Float, float]:
-        """(8,) joints and gripper -> goal of the pads, and of the gripper."""
+    def _goal(self, joints: Float, closed: float) -> tuple[Float, float]:
+        """(8,) joints and gripper, and from where on it holds -> goal of the pads, and of the gripper."""
         pads, gripper = self._pads(joints[:7]), float(joints[7])
         away = float(np.linalg.norm(pads[:2] - self.target))
-        if gripper > self.closed:
+        if gripper > closed:
             return np.append(self.target, self.lift), 1.0
         if away < self.near:
             low = pads[2] <= self.grasp + 0.01

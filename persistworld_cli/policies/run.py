@@ -8,7 +8,7 @@ rollouts. Optionally a judge decides success, and the simulator repeats the roll
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,11 +73,13 @@ class PolicyRolloutPlan:
     steps: int
     starts: list[Start]
     missing: list[str]  # the task's episodes that are not in this dataset
-    cap: float = 0.0  # `policy.gripper_cap`
+    gripper_stops: Mapping[str, float]  # the task's, or none where `policy.gripper_cap` or the arm replaces them
 
-    def gripper_cap(self, start: Start) -> float:
-        """Largest gripper position of a rollout in the world model: what it holds stops a gripper."""
-        return self.cap or self.task.cap_of(start.text)
+    def gripper_stop(self, instruction: str) -> float:
+        """Where a closing gripper stops in the world model under an instruction (`Task.gripper_stops`)."""
+        words = instruction.casefold().split()
+        fitting = [key for key in self.gripper_stops if words[: len(key.split())] == key.casefold().split()]
+        return self.gripper_stops[max(fitting, key=len)] if fitting else 1.0
 
     @property
     def rows(self) -> int:
@@ -121,7 +123,7 @@ class RolloutResults:
 
     def record_rollout(self, rollout: PolicyRollout) -> None:
         """Judge a rollout, repeat it in the simulator if requested, and save it; a failure is kept in `error`."""
-        plan, judging, space = self.plan, self.judging, self.plan.view.space
+        plan, judging = self.plan, self.judging
         scene = judging.scenes[len(self.rollouts)] if judging.scenes else None
         verdict: Verdict | None = None
         simulated: Simulated | None = None
@@ -140,7 +142,8 @@ class RolloutResults:
             "actions": self.settings.policy.actions,
             "judge": judging.name or None,
             "steps_planned": plan.steps,
-            "gripper_cap": plan.gripper_cap(rollout.start) if space.is_franka and space.joints else None,
+            "gripper_cap": plan.view.space.gripper_cap,
+            "gripper_stop": plan.gripper_stop(rollout.start.text),
         }
         shown, images = {}, None
         if simulated is not None:
@@ -181,6 +184,7 @@ class RolloutResults:
             "task": plan.task.name,
             "actions": self.settings.policy.actions,
             "steps": plan.steps,
+            "gripper": {"cap": plan.view.space.gripper_cap, "stops": dict(plan.gripper_stops)},
             "weights": _weights(self.settings),
             "sampling": jsonable(self.settings.sampling),
             "complete": self.error is None,
@@ -277,8 +281,8 @@ def _roll(
 ) -> list[PolicyRollout]:
     """Roll out one batch, to the end or to a policy's error."""
     states = [plan.view.space.begin(start) for start in starts]
-    caps = [plan.gripper_cap(start) for start in starts]
-    controller = PolicyController(policies, plan.view, states, [start.text for start in starts], caps)
+    texts = [start.text for start in starts]
+    controller = PolicyController(policies, plan.view, states, texts, [plan.gripper_stop(text) for text in texts])
     frames, steps = [world.images[:, None]], []
     error: PersistWorldError | None = None
     for policy in dict.fromkeys(policies):  # a batched one is there for every rollout
@@ -355,7 +359,7 @@ def make_plan(settings: Settings, request: PolicyRolloutRequest, store: EpisodeS
     for start in starts:
         require_dimensions(settings, start)
     view = PolicyView(
-        space=_action_space(settings, store),
+        space=_action_space(settings, store, own.gripper_cap or task.gripper_cap),
         skip=own.skip or task.skip,
         images={key: _camera(name, key, settings) for key, name in own.images.items()},
         resize=own.resize,
@@ -366,16 +370,20 @@ def make_plan(settings: Settings, request: PolicyRolloutRequest, store: EpisodeS
     _check_rate(settings, view)
     for start in starts:
         view.space.begin(start)  # before the weights are read
-    return PolicyRolloutPlan(request.policy, task, view, own.steps or task.steps, starts, missing, own.gripper_cap)
+    stops: Mapping[str, float] = {} if own.gripper_cap or view.space.gripper_cap is None else task.gripper_stops
+    for beginning, position in stops.items():
+        said = "task '%s': in the world model the gripper stops at %g where an instruction begins with '%s'"
+        logger.info(said, task.name, position, beginning)
+    return PolicyRolloutPlan(request.policy, task, view, own.steps or task.steps, starts, missing, stops)
 
 
-def _action_space(settings: Settings, store: EpisodeStore) -> ActionSpace:
+def _action_space(settings: Settings, store: EpisodeStore, gripper_cap: float) -> ActionSpace:
     """The policy's action space."""
     own = settings.policy
     if own.actions == "model":
         return ModelActions(settings)
     arm = load_kinematics(settings)
-    body = own.cap_current, own.joint_limits == "stop", arm, dimensions_of(settings)
+    body = gripper_cap, own.cap_current, own.joint_limits == "stop", arm, dimensions_of(settings)
     if own.actions == DEFAULT_ACTIONS:
         return JointVelocity(_adapter(own, store, len(arm.joint_low)), *body)
     kind = Pose if own.actions == "pose" else JointPosition

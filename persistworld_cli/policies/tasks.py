@@ -14,7 +14,7 @@ from persistworld_cli.config.fields import Bounds, Count, Whole, check_fields, c
 from persistworld_cli.errors import UsageError, nearest
 from persistworld_cli.read_files import read_toml
 
-Cap = Annotated[float, Bounds(gt=0, le=1)]
+Grip = Annotated[float, Bounds(gt=0, le=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +33,11 @@ class Task:
     name: str
     description: str = ""
     skip: Count = 2  # every skip-th row of the policy's chunk is taken
-    gripper_cap: Cap = 1.0  # largest gripper position
-    # how an instruction begins = its own gripper_cap
-    gripper_caps: dict[str, Cap] = field(default_factory=dict)
+    gripper_cap: Grip = 1.0  # largest gripper position
+    # how an instruction begins = where the gripper stops when it closes, since it then holds something
+    gripper_stops: dict[str, Grip] = field(default_factory=dict)
     steps: Count = 12  # interactions
     starts: tuple[TaskStart, ...] = (TaskStart(),)
-
-    def cap_of(self, instruction: str) -> float:
-        """Largest gripper position under an instruction; of the fitting `gripper_caps`, the longest counts."""
-        fitting = [beginning for beginning in self.gripper_caps if instruction.startswith(beginning)]
-        return self.gripper_caps[max(fitting, key=len)] if fitting else self.gripper_cap
 
 
 def task_names() -> list[str]:
@@ -67,6 +62,8 @@ def load_task(name: str) -> Task:
         raise UsageError("'starts' must be one or more tables", where=str(path), fix="write [[starts]]")
     own = tuple(_build(TaskStart, entry, path) for entry in starts)
     task: Task = _build(Task, data, path, name=path.stem, starts=own)
+    if any(not key.strip() for key in task.gripper_stops):
+        raise UsageError("an empty beginning of an instruction", where=f"{path}: gripper_stops", fix="name its words")
     return task
 
 

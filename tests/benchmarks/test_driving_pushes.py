@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from bundled_starts import extract, recorded_evidence
 
-from benchmarks.driving_pushes import KEY, LOW, Moved, Push
-from persistworld_cli.policies.action_spaces import CARTESIAN, GRIPPER
+from benchmarks.driving_pushes import KEY, LOW, SHUT, Moved, Push
+from persistworld_cli.policies.action_spaces import CARTESIAN
 from persistworld_cli.policies.bundled_world.rules import DIRECTIONS, pad_positions
 from persistworld_cli.policies.observation import PROMPT
 
@@ -16,12 +16,12 @@ DOWN = np.array([0.5, 0.0, 0.4, np.pi, 0.0, np.pi / 2])  # a hand that points st
 
 @pytest.mark.parametrize("way", DIRECTIONS)
 def test_the_hand_goes_down_and_then_moves_a_key_an_interaction(way: str) -> None:
-    pose, rows = DOWN, []
-    for _ in range(8):
-        obs = {CARTESIAN: pose, GRIPPER: np.array([0.9]), PROMPT: f"push the red box {way}"}
-        rows.append(Push().infer(obs)["actions"])
-        assert rows[-1].shape[1] == 7 and (rows[-1][:, 6] == 0.9).all()
-        pose = rows[-1][-1, :6]
+    policy, rows = Push(), []
+    for interaction in range(8):
+        lag = 0.01 * (interaction > 0)  # the arm is not where it was commanded; its path is as long
+        obs = {CARTESIAN: (rows[-1][-1, :6] if rows else DOWN) - lag, PROMPT: f"push the red box {way}"}
+        rows.append(policy.infer(obs)["actions"])
+        assert rows[-1].shape[1] == 7 and (rows[-1][:, 6] == SHUT).all()
     lowest = pad_positions(rows[-1])[:, 2]
     assert np.allclose(lowest, LOW, atol=0.011)
     moved = rows[-1][-1, :2] - rows[-2][-1, :2]
@@ -31,4 +31,4 @@ def test_the_hand_goes_down_and_then_moves_a_key_an_interaction(way: str) -> Non
 def test_how_far_a_recorded_object_was_pushed(tmp_path_factory: pytest.TempPathFactory) -> None:
     settings = extract(tmp_path_factory.mktemp("pushes"), [66], frames=40)
     verdict = Moved().judge(recorded_evidence(settings, 66))
-    assert verdict.success and 0.1 < verdict.progress < 0.3, verdict
+    assert verdict.success and verdict.progress and 0.6 < verdict.progress < 0.8, verdict

@@ -209,14 +209,14 @@ def test_other_arms_are_moved_by_their_kinematics(names: tuple[str, ...]) -> Non
     joints = np.array([0.0, 90.0, 40.0][: len(names)])
     now = ArmState(np.append(arm[0].pose(joints[:2]), joints[2:]), joints)
     rows = np.tile([[10.0, -10.0, 140.0][: len(names)]], (2, 1))
-    moved = JointVelocity(GainAdapter(0.5), False, False, *arm).follow(rows, now, 2)
+    moved = JointVelocity(GainAdapter(0.5), 1.0, False, False, *arm).follow(rows, now, 2)
     np.testing.assert_allclose(moved.joints[:, :2], [[0, 90], [5, 85], [10, 80]])
     np.testing.assert_allclose(
         moved.pose[-1], np.append([np.cos(np.radians(10)), 1 + np.sin(np.radians(10))], [100.0] * gripper)
     )
-    space = JointPosition(1.0, False, False, *arm)
+    space = JointPosition(1.0, 1.0, False, False, *arm)
     assert len(space.parts) == len(names) and set(space.observe(now)) == set(space.fields[: 1 + gripper])
     with pytest.raises(PersistWorldError, match="the policy commands 100 at joint 1, whose limits are -90 and 90"):
         space.follow(rows * 10, now, 2)
     with pytest.raises(PersistWorldError, match="needs inverse kinematics"):
-        Pose(1.0, False, False, *arm)
+        Pose(1.0, 1.0, False, False, *arm)

@@ -207,9 +207,9 @@ def test_a_plan_takes_task_request_and_settings_into_account(root: Path) -> None
     plan = policy_rollout.make_plan(world(root, seed=3), request, store)
     found = [(s.item.episode, s.item.start, s.item.seed) for s in plan.starts]
     assert found == [("7", 2, 3), ("8", 2, 3)]
-    assert (plan.view.skip, plan.gripper_cap(plan.starts[0]), plan.steps) == (3, 1.0, 2)
+    assert (plan.view.skip, plan.view.space.gripper_cap, plan.steps) == (3, 1.0, 2)
     plan = policy_rollout.make_plan(world(root, skip=2, gripper_cap=0.6, steps=0), request, store)
-    assert (plan.view.skip, plan.gripper_cap(plan.starts[0]), plan.steps) == (2, 0.6, 8)
+    assert (plan.view.skip, plan.view.space.gripper_cap, plan.steps) == (2, 0.6, 8)
 
 
 def failing_server(respond: Callable[[int, ServerConnection], None]) -> Any:
@@ -339,8 +339,8 @@ def test_policy_in_the_loop_equals_the_reference(golden: GoldenFiles, tag: str, 
         def close(self) -> None: ...
 
     adapter = load_adapter(str(golden / "action_adapter_weights.safetensors"))
-    view = PolicyView(space=JointVelocity(adapter), skip=skip)
-    controller = PolicyController([Recorded()], view, [at_joints(data["joint_in"][0].numpy())], ["go"], [0.75])
+    view = PolicyView(space=JointVelocity(adapter, 0.75), skip=skip)
+    controller = PolicyController([Recorded()], view, [at_joints(data["joint_in"][0].numpy())], ["go"])
     images = np.zeros((1, 3, 8, 8, 3), np.uint8)
     for i, noise in enumerate(data["noise"]):
         poses = controller.poses(images)

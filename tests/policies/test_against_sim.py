@@ -14,6 +14,7 @@ from bundled_starts import STEP, extract, recorded_start, recorder, require_draw
 
 from persistworld_cli.config.requests import PolicyRolloutRequest
 from persistworld_cli.config.settings import PolicySettings, Settings
+from persistworld_cli.data.clips.store import open_store
 from persistworld_cli.data.raw.lerobot import RawDataset
 from persistworld_cli.data.raw.video import count_frames, read_frames
 from persistworld_cli.errors import PersistWorldError
@@ -127,7 +128,6 @@ def recorded_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_policy_acts_in_the_simulator(drawing: None, bundled: Settings, recorded_policy: str) -> None:
     """Recorded velocities push the drum as they did; asked for something else, that is no success."""
-    from persistworld_cli.data.clips.store import open_store
     from persistworld_cli.policies.embedded import LocalPolicy, make_policy
 
     start = recorded_start(bundled, PUSH)
@@ -170,6 +170,35 @@ def test_imagined_and_simulated_are_compared(drawing: None, bundled: Settings, t
     image = read_frames(Path(entry["video"]), [0])[0]
     rows = 2 * (26 + 4 * bundled.world.height)  # two rows under each other, each view four times as large
     assert image.shape[0] == pytest.approx(52 + rows, abs=2)
+
+
+class Closing:
+    """Stays where it is and closes the gripper."""
+
+    def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
+        return {"actions": np.repeat(np.append(np.zeros(7), 1.0)[None], 15, axis=0)}
+
+    def reset(self) -> None: ...
+
+
+def test_a_task_stops_the_gripper_in_the_world_model_but_not_in_the_simulator(
+    drawing: None, bundled: Settings, tmp_path: Path
+) -> None:
+    policy = f"{__name__}:Closing"
+    request = PolicyRolloutRequest(policy=policy, against="sim", rollouts=2, output=tmp_path / "run")
+    own = replace(bundled, policy=PolicySettings(steps=1, task="bundled"))
+    result = policy_rollout.run(own, request)
+    assert result["gripper"] == {"cap": 1.0, "stops": {"pick up": 0.25, "put": 0.25}}
+    records = [json.loads(Path(entry["json"]).read_text()) for entry in result["rollouts"]]
+    ends = {one["instructions"].split()[0]: (one["gripper_stop"], one["poses"][-1][-1][6]) for one in records}
+    assert ends == {"pick": (0.25, 0.25), "push": (1.0, 1.0)}
+    assert all(one["sim"]["state_fk"][-1][6] > 0.8 for one in records)  # nothing is between its fingers
+    plan = policy_rollout.make_plan(own, request, open_store(own))
+    for text, stop in (("  Put the cube away", 0.25), ("putty is pushed", 1.0), ("do not put it", 1.0)):
+        assert plan.gripper_stop(text) == stop, text
+    capped = replace(own, policy=replace(own.policy, gripper_cap=0.6))
+    plan = policy_rollout.make_plan(capped, request, open_store(own))
+    assert (plan.view.space.gripper_cap, plan.gripper_stop("pick up the red cube")) == (0.6, 1.0)
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------

@@ -100,11 +100,13 @@ def pads(joints: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("held", [1.0, 0.2])
 def test_scripted_policy_reaches_closes_and_lifts(held: float) -> None:
     policy = make_policy("scripted")
-    path, lowest = [REST], np.inf
+    path, low = [REST], []
     for _ in range(6):
-        lowest = min(lowest, *(pads(act(policy, path[-1], rows, held))[2] for rows in range(1, 13)))
-        path.append(act(policy, path[-1], held=held))
-    assert lowest < 0.06 < 0.1 < pads(path[0])[2]
+        rows = [act(policy, path[-1], number, held) for number in range(1, 13)]
+        low += [pads(joints)[2] for joints in rows if 0 < joints[7] < min(held, policy.closed)]
+        path.append(rows[-1])
+    assert max(low, default=0.0) < 0.05  # it stays down while the gripper closes
+    assert min(pads(joints)[2] for joints in path) < 0.1 < pads(path[0])[2]
     assert path[-1][7] == held
     assert np.abs(pads(path[-1]) - [0.51, 0.0, 0.17]).max() < 0.01
     again = act(make_policy("scripted"), path[2], held=held)  # it follows from the joints alone
@@ -166,10 +168,10 @@ class RecordedAdapter:
 @pytest.mark.parametrize(("tag", "skip"), [("skip2", 2), ("skip3", 3)])
 def test_chunks_become_poses_as_in_the_reference(golden: GoldenFiles, tag: str, skip: int) -> None:
     data = reference_rollout(golden, tag)
-    view = PolicyView(space=JointVelocity(RecordedAdapter(data)), skip=skip)
+    view = PolicyView(space=JointVelocity(RecordedAdapter(data), 0.75), skip=skip)
     taken = slice(0, view.advance + 1, skip)
     for i, (actions, joints) in enumerate(zip(data["chunk"], data["joint_in"], strict=True)):
-        motion = view.space.follow(actions, at_joints(joints), view.advance, 0.75)
+        motion = view.space.follow(actions, at_joints(joints), view.advance)
         arm, states = motion.joints[:-1], motion.pose[:-1]
         close(f"I policy {tag}, joints", arm[:, :7], data["fk_joints"][i], 1e-6)
         close(f"I policy {tag}, states", states, data["fk_states"][i], 1e-6)
@@ -193,9 +195,9 @@ def test_policy_controller_follows_the_reference_through_a_rollout(golden: Golde
 
         def close(self) -> None: ...
 
-    view = PolicyView(space=JointVelocity(RecordedAdapter(data)), skip=skip, images=IMAGES_SHOWN)
+    view = PolicyView(space=JointVelocity(RecordedAdapter(data), 0.75), skip=skip, images=IMAGES_SHOWN)
     policies = [Recorded(), Recorded()]
-    controller = PolicyController(policies, view, [at_joints(data["joint_in"][0])] * 2, ["a", "b"], [0.75] * 2)
+    controller = PolicyController(policies, view, [at_joints(data["joint_in"][0])] * 2, ["a", "b"])
     images = np.zeros((2, 3, 8, 8, 3), np.uint8)
     images[:, 1], images[:, 2] = 10, 20
     for i in range(4):
@@ -214,10 +216,20 @@ def test_policy_controller_follows_the_reference_through_a_rollout(golden: Golde
 def test_the_gripper_of_now_is_capped_only_where_asked() -> None:
     now = np.append(REST[:7], 0.9)
     actions = np.ones((15, 8)) * [0, 0, 0, 0, 0, 0, 0, 1.5]
-    states = JointVelocity(GainAdapter()).follow(actions, at_joints(now), 8, 0.75).pose
+    states = JointVelocity(GainAdapter(), 0.75).follow(actions, at_joints(now), 8).pose
     assert np.allclose(states[:9:2, 6], [0.9, 0.75, 0.75, 0.75, 0.75])
-    capped = JointVelocity(GainAdapter(), cap_current=True).follow(actions, at_joints(now), 8, 0.75).pose
+    capped = JointVelocity(GainAdapter(), 0.75, cap_current=True).follow(actions, at_joints(now), 8).pose
     assert np.allclose(capped[:9:2, 6], 0.75)
+
+
+def test_a_closing_gripper_stops_at_what_it_holds_and_one_closed_further_stays_so_until_it_opens() -> None:
+    def follow(now: float, *commands: float) -> list[float]:
+        rows = np.array([[0, 0, 0, 0, 0, 0, 0, one] for one in commands], dtype=float)
+        state = at_joints(np.append(REST[:7], now))
+        return JointVelocity(GainAdapter()).follow(rows, state, len(rows), 0.25).pose[1:, 6].round(6).tolist()
+
+    assert follow(0.0, 0.1, 0.2, 0.6, 1.0) == [0.1, 0.2, 0.25, 0.25]
+    assert follow(0.9, 0.9, 1.0, 0.5, 0.9, 0.0, 1.0) == [0.9, 0.9, 0.5, 0.5, 0.0, 0.25]
 
 
 # -- action spaces ----------------------------------------------------------------------------------------------------
@@ -357,7 +369,7 @@ def test_random_and_scripted_policies_keep_away_from_the_joints_limits() -> None
 # -- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_six_tasks_and_the_bundled_one_are_there() -> None:
+def test_the_six_tasks_and_those_of_whole_datasets_are_there() -> None:
     caps = {
         "pickplace": 0.75,
         "towel_fold": 0.95,
@@ -366,25 +378,14 @@ def test_the_six_tasks_and_the_bundled_one_are_there() -> None:
         "close_laptop": 0.95,
         "stack": 0.75,
     }
-    assert set(task_names()) == {*caps, "bundled"}
+    assert set(task_names()) == {*caps, "bundled", "episodes"}
+    assert not any(load_task(name).gripper_stops for name in {*task_names()} - {"bundled"})
     for name, cap in caps.items():
         task = load_task(name)
         assert task.gripper_cap == cap
         assert task.skip == (3 if name in ("tissue", "close_laptop") else 2)
         assert all(start.episode and start.instruction for start in task.starts)
     assert load_task("bundled").starts[0].episode == ""
-
-
-def test_a_cap_belongs_to_an_instruction(tmp_path: Path) -> None:
-    own = tmp_path / "own.toml"
-    own.write_text('gripper_cap = 0.9\n[gripper_caps]\n"put" = 0.4\n"put the lid" = 0.6\n')
-    task = load_task(str(own))
-    asked = {text: task.cap_of(text) for text in ("put the cube away", "put the lid on", "pull", "do not put it")}
-    assert asked == {"put the cube away": 0.4, "put the lid on": 0.6, "pull": 0.9, "do not put it": 0.9}
-    bundled = load_task("bundled")
-    for text, cap in (("pick up the red cube and place it further back", 0.25), ("push the green box forward", 1.0)):
-        assert bundled.cap_of(text) == cap
-    assert bundled.cap_of("put the red cube on top of the blue box") == 0.25
 
 
 def test_task_files_are_checked(tmp_path: Path, shared_data: Path) -> None:
@@ -396,7 +397,8 @@ def test_task_files_are_checked(tmp_path: Path, shared_data: Path) -> None:
         ("skip = 1.5", "expected a whole number"),
         ("skip = 0", "must be at least 1"),
         ("gripper_cap = 1.5", "must be more than 0 and at most 1"),
-        ("gripper_caps = { put = 1.5 }", "must be more than 0 and at most 1"),
+        ("gripper_stops = { put = 1.5 }", "must be more than 0 and at most 1"),
+        ('gripper_stops = { "" = 0.5 }', "an empty beginning"),
         ("[[starts]]\nstart = -1", "must be at least 0"),
         ("starts = 3", "tables"),
         ("skip =", "not TOML"),
