@@ -63,7 +63,7 @@ class Moved:
         assert not isinstance(task, str), task
         places = locate(evidence, [task.target])[-LAST:, task.target]
         if np.isnan(places).any(axis=1).all():
-            return Verdict(success=None, reason="not seen at the end")
+            return Verdict(success=None, progress=None, reason="not seen at the end")
         way = (np.nanmedian(places, axis=0) - objects[task.target].position)[:2] @ DIRECTIONS[task.direction]
         return Verdict(
             success=bool(way > KEY / 2), progress=float(np.clip(0.5 + way, 0, 1)), reason=f"moved {way:.3f} m"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from bundled_starts import extract, recorded_evidence
@@ -32,3 +35,9 @@ def test_how_far_a_recorded_object_was_pushed(tmp_path_factory: pytest.TempPathF
     settings = extract(tmp_path_factory.mktemp("pushes"), [66], frames=40)
     verdict = Moved().judge(recorded_evidence(settings, 66))
     assert verdict.success and verdict.progress and 0.6 < verdict.progress < 0.8, verdict
+
+
+def test_an_object_that_is_gone_at_the_end_has_not_moved_nor_stayed(tmp_path: Path) -> None:
+    evidence = recorded_evidence(extract(tmp_path, [66], frames=10), 66)
+    verdict = Moved().judge(replace(evidence, frames=np.concatenate([evidence.frames[:1], 0 * evidence.frames[1:]])))
+    assert verdict.success is None and verdict.progress is None
