@@ -25,6 +25,8 @@ from persistworld_cli.reports.animation import HOLD_MS, save_animation
 from tests.helpers.browser import Page, chromium
 
 LAST = "(d => d.state === 'ready' && d.shown.startsWith(d.head + '.') && d.head === '%d' && d.shown.endsWith('.%d'))"
+SHOWN = "[document.body.dataset.state, document.body.dataset.shown]"
+PAUSE = 0.02  # s between two looks
 SIZE = (900, 620)  # of the window
 WIDTH = 720  # of the animation
 
@@ -46,16 +48,23 @@ def address(process: subprocess.Popen[str]) -> str:
 
 
 def drive(page: Page, keys: str, fresh: int) -> tuple[list[np.ndarray], list[float], list[float]]:
-    """Press keys; what was seen, when (seconds), and how long each step took from the key to its last frame."""
+    """Press keys; what was seen, when (seconds), and how long each step took from the key to its last frame.
+
+    An image is taken when the page changes: more of them would take the processor from the model.
+    """
     seen, when, steps = [page.image()], [time.monotonic()], []
+    shown = page.js(SHOWN)
     for number, key in enumerate(keys, 1):
         began = time.monotonic()
         page.key(key)
         done = False
         while not done:
+            time.sleep(PAUSE)
             done = bool(page.js(f"{LAST % (number, fresh - 1)}(document.body.dataset)"))
-            seen.append(page.image())
-            when.append(time.monotonic())
+            if (now := page.js(SHOWN)) != shown:
+                seen.append(page.image())
+                when.append(time.monotonic())
+                shown = now
         steps.append(time.monotonic() - began)
     return seen, when, steps
 
