@@ -86,9 +86,7 @@ class ScriptedPolicy(_Embedded):
     hover, grasp, lift = 0.14, 0.035, 0.17  # m above the table: heights of the finger pads
     near = 0.02  # m: close enough to the spot to go down
     closed = 0.5  # planned rows lift from here on
-    stopped = (
-        0.15  # and all rows of an answer, if the gripper is closed so far before it: a wide object stops it at 0.2
-    )
+    stopped = 0.15  # or, if the gripper is seen closed so far, all rows: a wide object stops it at 0.2
     stride, grip_stride = 0.016, 0.2  # largest motion of pads (m) and gripper per row (1/15 s)
     damping = 2e-3
 

@@ -122,7 +122,7 @@ def roll_in_simulator(
 
     The policy sees the simulated cameras at the size of the world model's images, and the measured joints. Its
     answer moves the arm's targets row by row, as the dataset defines them, for as many rows as the world model gets.
-    The gripper gets the whole command: what it holds stops it, as a task's gripper cap does in the world model.
+    The gripper gets the whole command: what it holds stops it, as a task's `gripper_stops` do in the world model.
 
     Raises:
         PersistWorldError: the policy failed.
