@@ -9,7 +9,8 @@ The base rolls out 14 interactions of held-out episodes, one noise seed, and twi
   the noise of the rollout without help. It is what a group of K knows that its mean does not; a model can learn of it
   only what the history, and not the noise, decides.
 
-Prints each less the base [95% bootstrap over episodes], and how much the candidates of a group differ.
+Prints each less the base [95% bootstrap over episodes], and how much the candidates of a group differ. Finished
+rollouts are kept.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +30,21 @@ from benchmarks.worker_process import become_worker
 from persistworld_cli.checkpoints.references import ModelRef
 from persistworld_cli.config.presets import resolve_settings
 from persistworld_cli.evaluation.plan import plan_rollouts
-from persistworld_cli.files import write_json
+from persistworld_cli.files import hash_of, write_json
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.rollout.closed_loop import ClosedLoop, ScoredRollout
+from persistworld_cli.rollout.finished import load_rollout, pending, save_rollout
 from persistworld_cli.rollout.images import draw_images, to_unit
 from persistworld_cli.rollout.recording import Item
+
+SPREAD = "reward_spread"
 
 
 @torch.no_grad()
 def helped(
     loop: ClosedLoop, reward: Scorer, item: Item, candidates: int = 1, recorded_history: bool = False
-) -> tuple[ScoredRollout, list[float]]:
+) -> ScoredRollout:
     """One rollout with help.
 
     Args:
@@ -50,7 +55,7 @@ def helped(
         recorded_history: store the recorded frames instead of the chosen candidate's.
 
     Returns:
-        The rollout, and each interaction's standard deviation of the reward over its candidates.
+        The rollout; its score `SPREAD` is the standard deviation of the reward over an interaction's candidates.
     """
     engine, recording, new = loop.engine, loop.recording(item), loop.num_frames - 1
     state = engine.start_from(loop.store, [recording])
@@ -74,7 +79,8 @@ def helped(
         state.append(last, poses[:, -1])
     drawn, target = torch.cat(kept, dim=1), to_unit([recording.frames[: loop.steps * new]])
     scores = {name: value[0].cpu().numpy() for name, value in loop.scorer.metrics(drawn, target).items()}
-    return ScoredRollout(item, recording.valid, scores, None, 0.0), spread
+    scores[SPREAD] = np.repeat(np.asarray(spread, dtype=np.float32), new)[:, None]
+    return ScoredRollout(item, recording.valid, scores, None, 0.0)
 
 
 def main() -> None:
@@ -103,24 +109,25 @@ def main() -> None:
         "recorded history": {"recorded_history": True},
         f"best of {options.candidates}": {"candidates": options.candidates},
     }
-    found: dict[str, list[Numbers]] = {}
-    spreads: dict[str, float] = {}
+    made: dict[str, list[ScoredRollout]] = {name: [] for name in arms}
     with Meter("ceiling", len(arms) * len(plan.items)) as meter:
-        for name, help_ in arms.items():
-            made = []
-            for item in plan.items:
-                made.append(helped(loop, reward, item, **help_))
-                meter.advance()
-            found[name] = [numbers(settings, [rollout for rollout, _ in made])]
-            spreads[name] = float(np.mean([spread for _, spread in made]))
+        for item, (name, help_) in product(plan.items, arms.items()):
+            folder = options.output / f"{name.replace(' ', '-')}-{hash_of([plan.key(model), loop.scorer.names])}"
+            folder.mkdir(parents=True, exist_ok=True)
+            if pending(folder, [[item]]):
+                save_rollout(folder, helped(loop, reward, item, **help_))
+            made[name].append(load_rollout(folder, item))
+            meter.advance()
+    found: dict[str, list[Numbers]] = {name: [numbers(settings, rollouts)] for name, rollouts in made.items()}
+    spread = float(np.mean([rollout.scores[SPREAD] for rollout in made[f"best of {options.candidates}"]]))
     base = found.pop("base")
     rows = less(settings, found, {"base": base})
     means = {name: float(value.mean()) for name, value in base[0].items()}
     tables: Mapping[str, Any] = {arm: {name: vars(pair) for name, pair in row.items()} for arm, row in rows.items()}
-    write_json(options.output / "ceiling.json", {"base": means, "less base": tables, "spread": spreads})
+    write_json(options.output / "ceiling.json", {"base": means, "less base": tables, "spread": spread})
     print(by_arm(f"less base, {len(plan.items)} episodes", rows))
     print("base: " + ", ".join(f"{name} {value:.4g}" for name, value in means.items()))
-    print(f"standard deviation of the reward in a group: {spreads[f'best of {options.candidates}']:.4f}")
+    print(f"standard deviation of the reward in a group: {spread:.4f}")
 
 
 if __name__ == "__main__":
