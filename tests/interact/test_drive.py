@@ -269,7 +269,7 @@ def test_a_policy_that_fails_at_once_leaves_the_start(root: Path, tmp_path: Path
     with pytest.raises(PersistWorldError, match="closed"):
         policy_rollout.run(world(root), PolicyRolloutRequest(policy=uri, output=tmp_path))
     server.shutdown()
-    record = json.loads((tmp_path / "bundled_7_0_0.json").read_text())
+    record = json.loads((tmp_path / "episodes_7_0_0.json").read_text())
     assert (record["steps"], record["end_idx"], record["joint_pos"]) == (0, 0, [])
 
 
