@@ -45,7 +45,7 @@ from persistworld_cli.policies.observation import Policy, PolicyView
 from persistworld_cli.policies.outputs import POLICY_HZ, PolicyRollout, save_rollout, write_episodes
 from persistworld_cli.policies.source import check_policy, open_policies
 from persistworld_cli.policies.summary_file import SUMMARY_FILE, earlier_run
-from persistworld_cli.policies.tasks import Task, TaskStart, load_task
+from persistworld_cli.policies.tasks import Task, TaskStart, load_task, stop_under
 from persistworld_cli.reports.policy_tables import rollout_tables
 from persistworld_cli.reports.progress import Meter
 from persistworld_cli.reports.tables import plain
@@ -76,10 +76,8 @@ class PolicyRolloutPlan:
     gripper_stops: Mapping[str, float]  # the task's, or none where `policy.gripper_cap` or the arm replaces them
 
     def gripper_stop(self, instruction: str) -> float:
-        """Where a closing gripper stops in the world model under an instruction (`Task.gripper_stops`)."""
-        words = instruction.casefold().split()
-        fitting = [key for key in self.gripper_stops if words[: len(key.split())] == key.casefold().split()]
-        return self.gripper_stops[max(fitting, key=len)] if fitting else 1.0
+        """Where a closing gripper stops in the world model under an instruction."""
+        return stop_under(instruction, self.gripper_stops)
 
     @property
     def rows(self) -> int:

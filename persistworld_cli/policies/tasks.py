@@ -5,6 +5,7 @@ To add one: write a TOML file there, or give the path of your own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +39,13 @@ class Task:
     gripper_stops: dict[str, Grip] = field(default_factory=dict)
     steps: Count = 12  # interactions
     starts: tuple[TaskStart, ...] = (TaskStart(),)
+
+
+def stop_under(instruction: str, stops: Mapping[str, float]) -> float:
+    """Where a closing gripper stops, by the longest of the `gripper_stops` that begin an instruction; 1 without one."""
+    words = instruction.casefold().split()
+    fitting = [key for key in stops if words[: len(key.split())] == key.casefold().split()]
+    return stops[max(fitting, key=len)] if fitting else 1.0
 
 
 def task_names() -> list[str]:
