@@ -207,17 +207,22 @@ class PostTrainer(Trainer):
         self.switch.copy_theta(sampling_decay(step + 1, options.ema, options.ema_rate, options.ema_max))
         return {**sums, "grad_norm": grad_norm, "lr": lr}
 
-    def loss(
-        self, x0: torch.Tensor, inputs: Inputs, r: torch.Tensor, keys: list[tuple[int, ...]]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss (M,) of candidates x0 (M, L, C, h, w), each with its own noise, and numbers (M,) to log."""
+    def noised(self, x0: torch.Tensor, keys: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clips x0 (M, L, C, h, w), each with the noise level and the noise of its own key, and the levels (M,)."""
         options = self.options
         generators = [generator("update", *key) for key in keys]
         z = torch.stack([torch.randn((), generator=g) for g in generators]).to(x0.device, non_blocking=True)
         drawn = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators])
         noise = drawn.to(x0.device, non_blocking=True)
         sigma = (options.p_std * z + options.p_mean).exp()
-        noisy = x0 + sigma.view(-1, 1, 1, 1, 1) * noise
+        return x0 + sigma.view(-1, 1, 1, 1, 1) * noise, sigma
+
+    def loss(
+        self, x0: torch.Tensor, inputs: Inputs, r: torch.Tensor, keys: list[tuple[int, ...]]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss (M,) of candidates x0 (M, L, C, h, w), each with its own noise, and numbers (M,) to log."""
+        options = self.options
+        noisy, sigma = self.noised(x0, keys)
 
         def predict(policy: str, *, merged: bool = False) -> torch.Tensor:
             with self.switch.use(policy, sampling=merged), self.work.accelerator.autocast():
