@@ -24,7 +24,8 @@ from persistworld_cli.statistics.ranking import constant, mmrv, pearson
 
 RESAMPLES = 1000
 SIMULATOR = "sim"  # --real sim: the results of `pi-rollout --against sim`
-CONDUCT = ("judge", "steps", "gripper", "weights", "sampling")  # of a run: what success depends on besides the policy
+# of a run: what success depends on besides the policy
+CONDUCT = ("judge", "steps", "gripper", "arm", "weights", "sampling")
 _COLUMNS = ("policy", "task", "success")
 _FOLDER = "give the output folder of persistworld pi-rollout"
 
@@ -35,7 +36,7 @@ class Tally:
 
     Attributes:
         actions: their action space.
-        conduct: judge, steps, gripper, weights and sampling of their run, as far as it says.
+        conduct: `CONDUCT` of their run, as far as it says.
         seen: (episode, start, seed) of each, as far as they say.
         unjudged: complete ones that no judge saw.
         simulated: successes in the simulator.
@@ -127,13 +128,12 @@ def read_runs(runs: Sequence[str]) -> tuple[Table, Results]:
 def _conduct(found: Mapping[str, Any]) -> dict[str, Any]:
     """`CONDUCT` of a run as flat, comparable values; older runs say less."""
     conduct: dict[str, Any] = {key: found[key] for key in ("judge", "steps") if key in found}
-    weights, sampling = found.get("weights"), found.get("sampling")
+    weights = found.get("weights")
     if isinstance(weights, dict):
         conduct["weights"] = " + ".join(str(digest)[:8] for digest in weights.values() if digest)
-    if isinstance(gripper := found.get("gripper"), dict):
-        conduct |= {f"gripper.{key}": value for key, value in gripper.items()}
-    if isinstance(sampling, dict):
-        conduct |= {f"sampling.{key}": value for key, value in sampling.items()}
+    for name in ("gripper", "arm", "sampling"):
+        if isinstance(table := found.get(name), dict):
+            conduct |= {f"{name}.{key}": value for key, value in table.items()}
     return conduct
 
 

@@ -183,6 +183,7 @@ class RolloutResults:
             "actions": self.settings.policy.actions,
             "steps": plan.steps,
             "gripper": {"cap": plan.view.space.gripper_cap, "stops": dict(plan.gripper_stops)},
+            "arm": _arm(self.settings, plan.view.skip),
             "weights": _weights(self.settings),
             "sampling": jsonable(self.settings.sampling),
             "complete": self.error is None,
@@ -199,6 +200,13 @@ class RolloutResults:
         result["rollouts"] = [{**entry, "lerobot": one} for entry, one in zip(self.entries, numbers, strict=True)]
         result["lerobot"] = str(folder) if left_out < len(numbers) else None
         return {**result, "json": str(self.output / SUMMARY_FILE)}
+
+
+def _arm(settings: Settings, skip: int) -> dict[str, Any]:
+    """How answers move the arm, and what the policy sees of it."""
+    own = jsonable(settings.policy)
+    names = ("rate_hz", "cap_current", "joint_limits", "joint_velocity_adapter", "gain", "position_gain")
+    return {"skip": skip} | {name: own[name] for name in (*names, "images", "resize", "image_size")}
 
 
 def _weights(settings: Settings) -> dict[str, str]:

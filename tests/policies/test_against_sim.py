@@ -189,6 +189,7 @@ def test_a_task_stops_the_gripper_in_the_world_model_but_not_in_the_simulator(
     own = replace(bundled, policy=PolicySettings(steps=1, task="bundled"))
     result = policy_rollout.run(own, request)
     assert result["gripper"] == {"cap": 1.0, "stops": {"pick up": 0.25, "put": 0.25}}
+    assert result["arm"]["position_gain"] == 0.27 and result["arm"]["skip"] > 0
     records = [json.loads(Path(entry["json"]).read_text()) for entry in result["rollouts"]]
     ends = {one["instructions"].split()[0]: (one["gripper_stop"], one["poses"][-1][-1][6]) for one in records}
     assert ends == {"pick": (0.25, 0.25), "push": (1.0, 1.0)}

@@ -121,11 +121,23 @@ def test_no_rollout_counts_twice_and_other_conditions_are_not_mixed(tmp_path: Pa
     for name, keys in (
         (
             "long",
-            {"steps": 9, "judge": "a", "weights": {"ckpt": "1234567890", "adapter": ""}, "sampling": {"steps": 4}},
+            {
+                "steps": 9,
+                "judge": "a",
+                "weights": {"ckpt": "1234567890", "adapter": ""},
+                "sampling": {"steps": 4},
+                "arm": {"skip": 2},
+            },
         ),
         (
             "short",
-            {"steps": 3, "judge": "a", "weights": {"ckpt": "abcdefghij", "adapter": ""}, "sampling": {"steps": 1}},
+            {
+                "steps": 3,
+                "judge": "a",
+                "weights": {"ckpt": "abcdefghij", "adapter": ""},
+                "sampling": {"steps": 1},
+                "arm": {"skip": 3},
+            },
         ),
     ):
         record = json.loads((write_run(tmp_path / name, "p", [True]) / "rollouts.json").read_text())
@@ -135,6 +147,7 @@ def test_no_rollout_counts_twice_and_other_conditions_are_not_mixed(tmp_path: Pa
     shown = " ".join(command(tmp_path / "long", f"q={tmp_path / 'short'}").output.split())
     assert "steps in task cubes: p 9, q 3" in shown and "weights in task cubes: p 12345678, q abcdefgh" in shown
     assert "sampling.steps in task cubes: p 4, q 1" in shown and "judge in task" not in shown
+    assert "arm.skip in task cubes: p 2, q 3" in shown
     assert command(one, tmp_path / "long").exit_code == 0  # an older run does not say how it was made
 
 
