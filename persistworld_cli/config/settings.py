@@ -139,7 +139,7 @@ class PretrainSettings:
     beta2: Annotated[float, Bounds(ge=0, lt=1)] = 0.99  # AdamW's second beta; ours, 0.999 in Ctrl-World
     warmup: Whole = 0
     decay: Literal["constant", "cosine"] = "constant"
-    max_grad_norm: NonNegative = 1.0
+    max_grad_norm: NonNegative = 1.0  # 0: no clipping
     ema: Share = 0.0  # decay of the averaged weights; 0 = none
     p_mean: float = 0.7
     p_std: Positive = 1.6
@@ -234,7 +234,7 @@ class PostTrainSettings:
     weight_decay: NonNegative = 0.0
     warmup: Whole = 0
     decay: Literal["constant", "cosine"] = "constant"
-    max_grad_norm: NonNegative = 1.0
+    max_grad_norm: NonNegative = 1.0  # 0: no clipping
     micro_batch: Count = free(8)
     mixed_precision: Precision = "no"
     gradient_checkpointing: bool = free(False)

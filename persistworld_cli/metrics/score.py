@@ -52,6 +52,18 @@ class _Images:
         return apart.movedim(3, 1).flatten(0, 1)
 
 
+def _with_its_sign(name: str, weight: float, metric: Metric) -> float:
+    """The weight of a reward. Raises UsageError if it rewards what the metric calls worse."""
+    if weight and (weight > 0) != metric.higher_is_better:
+        better = "higher" if metric.higher_is_better else "lower"
+        raise UsageError(
+            f"the reward's weight of {name} is {weight:g}, but {better} is better: worse images would be rewarded",
+            where="rewards.weights",
+            fix=f"give {-weight:g}",
+        )
+    return weight
+
+
 def _require_finite(values: Sequence[Tensor], labels: Iterable[str]) -> None:
     """Raise PersistWorldError for the first metric that is not finite; one wait for a GPU in all."""
     if not values:
@@ -106,7 +118,7 @@ class Scorer:
                 raise UsageError(f"two rewards have the label '{key}'", where="rewards.weights", fix="change one")
             self.registered[key] = metric
             if name in rewards.weights:
-                self.weights[key] = rewards.weights[name]
+                self.weights[key] = _with_its_sign(name, rewards.weights[name], metric)
         self.names = tuple(self.registered)
         self.labels = {name: metric.label for name, metric in self.registered.items()}
         self.referees: dict[str, Referee] = {}

@@ -87,14 +87,17 @@ class Optimizers:
         return [optimizer.state_dict() for optimizer in self.all]
 
     def load_state(self, states: list[dict[str, Any]]) -> None:
-        """Load what `state` returned."""
+        """Load what `state` returned, but for the settings of a step: those of this run stay in force."""
         for optimizer, state in zip(self.all, states, strict=True):
+            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             held = [p for group in optimizer.param_groups for p in group["params"]]
             moments = {
                 place: {name: shared_as(held[place], x) if x.ndim else x for name, x in values.items()}
                 for place, values in state["state"].items()
             }  # without dimensions: the count of steps
             optimizer.load_state_dict({**state, "state": moments})
+            for group, own in zip(optimizer.param_groups, settings, strict=True):
+                group.update(own)
 
 
 def lr_factor(step: int, total: int, warmup: int, decay: str) -> float:

@@ -103,7 +103,7 @@ class PostTrainer(Trainer):
             self.videos = SampleVideos(held(count=options.video_rollouts), {"base": self.policy("reference")})
         self.guard = CollapseGuard(options.collapse_checks)
         held_out = options.margin_every and store.episodes("val")
-        self.clips = open_clips(settings, "val") if held_out else None
+        self.clips = open_clips(settings, "val", self.stat) if held_out else None
         if options.margin_every and not held_out and work.main:
             logger.warning("no held-out episodes: the use of actions is not measured")
         self.margin_base: list[float] | None = None
@@ -191,7 +191,7 @@ class PostTrainer(Trainer):
             logged += [numbers[name].sum() for name in sums]
         trainable = self.switch.trainable()
         self.work.average_gradients(trainable)
-        norm = torch.nn.utils.clip_grad_norm_(trainable, options.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(trainable, options.max_grad_norm or math.inf)
         *values, grad_norm = torch.stack([*logged, norm]).tolist()  # the only wait for a GPU
         for name, value in zip(cycle(sums), values, strict=False):
             sums[name] += value / total

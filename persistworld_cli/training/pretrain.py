@@ -7,8 +7,10 @@ uninterrupted one, and several processes compute the same as one.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -205,7 +207,7 @@ class Pretrainer(Trainer):
         if not self.sharded:  # FSDP averages gradients as it shards them
             work.average_gradients(self.parameters)
         norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, options.max_grad_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, options.max_grad_norm or math.inf, norm)
         if not torch.isfinite(norm):
             work.save(step, self.state())
             raise PersistWorldError(
@@ -294,7 +296,8 @@ def run(settings: Settings, request: PretrainRequest) -> dict[str, Any]:
         store = store.scaled_by(scale.stat)
         train = open_clips(settings, stat=scale.stat)
         for source in train.sources:
-            check_poses(settings, source.store, scale, split=source.split, quiet=not work.main)
+            own_scale = replace(scale, of_data=scale.of_data and source.store.root == store.root)
+            check_poses(settings, source.store, own_scale, split=source.split, quiet=not work.main)
         val = open_clips(settings, "val", scale.stat) if store.episodes("val") else None
         work.notes |= scale_note(scale.stat)
         if work.main:

@@ -263,6 +263,19 @@ def test_training_refuses_wrong_poses_before_anything_is_loaded(world: Path, tmp
     assert scale_of(free, open_store(free), []).origin.startswith("the dataset's own")
 
 
+def test_every_dataset_of_a_mixture_is_compared_with_the_scale_of_the_first(world: Path, tmp_path: Path) -> None:
+    shrink(world, tmp_path, index=True)
+    own = settings(world)
+    own = replace(
+        own,
+        model=replace(own.model, strict_actions=True),
+        clips=replace(own.clips, workers=0, datasets={own.world.dataset: 0.8, str(tmp_path / "world"): 0.2}),
+    )
+    with pytest.raises(PersistWorldError, match="do not look like") as refused:
+        pretrain.run(own, PretrainRequest(output=tmp_path / "run", scratch=True))
+    assert str(tmp_path / "world") in str(refused.value.where)
+
+
 def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
     """A run that is resumed writes what an unbroken one would: the library's order of notes changes from run to run."""
     notes = {"action_scale": json.dumps(OWN), "name": "größer", **{str(i): "x" for i in range(9)}}

@@ -99,7 +99,7 @@ def own_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scorer(*names: str) -> Scorer:
-    return Scorer(RewardSettings(weights=dict.fromkeys(names, 1.0)), WorldSettings(), "cpu")
+    return Scorer(RewardSettings(weights=dict.fromkeys(names, -1.0)), WorldSettings(), "cpu")
 
 
 def test_eval_with_an_own_reward_and_sampler_shows_them_by_name(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_an_own_reward_is_weighted_and_has_maps_without_places() -> None:
     pred, target = torch.rand(4, 2, 3, 3, 8, 12), torch.rand(2, 2, 3, 3, 8, 12)
     metrics = own.metrics(pred, target)
     torch.testing.assert_close(metrics["mean_error"], (pred - target.repeat_interleave(2, 0)).abs().mean(dim=(3, 4, 5)))
-    torch.testing.assert_close(own.local(pred, target, (2, 3), metrics)[..., 1, 2], metrics["mean_error"])
+    torch.testing.assert_close(own.local(pred, target, (2, 3), metrics)[..., 1, 2], -metrics["mean_error"])
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,9 @@ def test_scorer_mistakes_are_named() -> None:
     assert "ssim" in str(caught.value)
     with pytest.raises(UsageError, match="2 camera weights"):
         Scorer(RewardSettings(weights={"psnr": 1.0}, camera_weights=(1.0, 1.0)), world, "cpu")
+    for wrong in ({"lpips": 0.5}, {"psnr": -1.0}):
+        with pytest.raises(UsageError, match="worse images would be rewarded"):
+            Scorer(RewardSettings(weights=wrong, lpips_backbone="untrained"), world, "cpu")
     scorer = Scorer(NO_LPIPS, world, "cpu")
     with pytest.raises(PersistWorldError, match="do not fit"):
         scorer.metrics(torch.zeros(1, 2, 3, 3, 8, 8), torch.zeros(1, 2, 2, 3, 8, 8))

@@ -67,6 +67,18 @@ def test_state_goes_on_where_it_stopped() -> None:
         assert torch.equal(one, other)
 
 
+def test_a_changed_setting_of_a_step_outlives_the_saved_state() -> None:
+    whole, optimizers = made()
+    learn(whole, optimizers, 1)
+    options = {"weight_decay": 0.3, "betas": (0.8, 0.7), "scale": "original"}
+    ends = inputs_and_outputs(whole)
+    changed = Optimizers(whole.parameters(), "muon", lr=1e-2, by_adamw=ends, **options)  # type: ignore[arg-type]
+    changed.load_state(copy.deepcopy(optimizers.state()))
+    muon, adamw = (optimizer.param_groups[0] for optimizer in changed.all)
+    assert muon["weight_decay"] == adamw["weight_decay"] == 0.3
+    assert muon["adjust_lr_fn"] == "original" and adamw["betas"] == (0.8, 0.7)
+
+
 def test_unknown_kind() -> None:
     with pytest.raises(ValueError, match="sgd"):
         Optimizers([], "sgd", lr=1.0, weight_decay=0.0)

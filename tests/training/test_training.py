@@ -34,6 +34,8 @@ from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.training import action_margin, post_train, pretrain
 from persistworld_cli.training.candidates import CandidateMaker, sampling_calls
 from persistworld_cli.training.policy_switch import PolicySwitch
+from persistworld_cli.training.post_train import PostTrainer
+from persistworld_cli.training.run import Run
 from persistworld_cli.training.sharing import Share, divide
 
 ADAPTER = "weights/adapter/adapter_model.safetensors"
@@ -323,6 +325,26 @@ def test_prefixes_are_uniform_independent_and_the_same_to_every_process(world: S
     counts = Counter(tuple(plan.prefix for plan in plans) for plans in seen[0])  # episodes leave room for 0 or 1
     assert set(counts) == {(a, b) for a in (0, 1) for b in (0, 1)}
     assert all(abs(count - 250) < 70 for count in counts.values())  # 5 standard deviations
+
+
+def test_the_use_of_actions_is_measured_under_the_scale_of_the_run(
+    world: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = open_store(world).stat()
+    wider = replace(stat, p99=2 * stat.p99)
+    monkeypatch.setattr(post_train, "weights_stores", lambda *a, **k: [open_store(world).scaled_by(wider)])
+    with Run.of(world, world.post_train, PostTrainRequest(output=tmp_path)) as work:
+        trainer = PostTrainer(world, work)
+    assert trainer.clips and all(source.stat is trainer.stat is wider for source in trainer.clips.sources)
+
+
+def test_without_a_limit_gradients_are_as_they_are(world: Settings, pretrained: Path, tmp_path: Path) -> None:
+    options = replace(world.pretrain, max_grad_norm=0.0, updates=1, validate_every=0, check_every=0)
+    pretrain.run(replace(world, pretrain=options), PretrainRequest(output=tmp_path))
+    assert losses(tmp_path, "grad_norm")[0] == losses(pretrained, "grad_norm")[0]
+    base = load_file(str(world.model.ckpt))
+    new = load_file(str(tmp_path / "weights" / "model.safetensors"))
+    assert any((new[name] - base[name]).abs().max() > 1e-4 for name in new if name in base)
 
 
 def test_policies_share_frozen_weights_and_start_equal(world: Settings) -> None:
