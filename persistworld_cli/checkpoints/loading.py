@@ -28,6 +28,8 @@ from persistworld_cli.models.vae import AutoencoderKLTemporalDecoder, build_vae
 from persistworld_cli.models.world_model import WorldModel, build_world_model, sampling_dtype
 
 logger = logging.getLogger(__name__)
+SCALING_NOTE = "vae_scaling_factor"  # note of a VAE's weights: 1 / standard deviation of its latents, as measured
+SCALING_TOLERANCE = 0.05
 OPTIONAL = ("text_encoder", "action_encoder")  # parts that Stable Video Diffusion does not have
 _CLIP_IMAGES = tuple(f"text_encoder.{name}" for name in ("vision_model.", "visual_projection.", "logit_scale"))
 
@@ -171,6 +173,19 @@ def vae_source(vae: str | None, settings: ModelSettings) -> str:
     raise PersistWorldError("no VAE is named", where="--vae, model.ckpt", fix="give --vae, or a preset with weights")
 
 
+def _compare_scaling(measured: str | None, used: float, source: str) -> None:
+    """Warn if latents would not have the standard deviation 1 that the noise levels are made for (method.md 2)."""
+    if measured and abs(used / float(measured) - 1) > SCALING_TOLERANCE:
+        logger.warning(
+            "warning: latents of this VAE would have a standard deviation of %.2f instead of 1\n  where: %s; "
+            "model.vae.scaling_factor = %g\n  to do: --set model.vae.scaling_factor=%s, in extraction and training",
+            used / float(measured),
+            source,
+            used,
+            measured,
+        )
+
+
 def load_vae(settings: ModelSettings, source: str) -> AutoencoderKLTemporalDecoder:
     """The preset's VAE with its weights, float32, frozen.
 
@@ -193,6 +208,7 @@ def load_vae(settings: ModelSettings, source: str) -> AutoencoderKLTemporalDecod
     files.rename(own)
     vae.to_empty(device="cpu")
     fill(vae.state_dict(), files)
+    _compare_scaling(files.metadata.get(SCALING_NOTE), float(vae.config.scaling_factor), source)
     return vae.eval().requires_grad_(False)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from persistworld_cli.checkpoints.loading import load_vae
+from persistworld_cli.checkpoints.loading import SCALING_NOTE, load_vae
 from persistworld_cli.checkpoints.saving import save_safetensors
 from persistworld_cli.config.bundled import resolve_path
 from persistworld_cli.config.requests import PretrainVaeRequest
@@ -48,6 +48,10 @@ def load_images(raw: Path, world: WorldSettings, cache: Path, quiet: bool) -> np
         except PersistWorldError as error:
             bad[episode] = error
     length, count = min(map(len, rows.values()), default=0), len(dataset.episodes)
+    if rows and length < (longest := max(map(len, rows.values()))):
+        short = next(episode for episode, ids in rows.items() if len(ids) == length)
+        message = "images: episodes are cut to their first %d frames, as many as episode %s has (the longest: %d)"
+        logger.warning(message, length, short, longest)
     # written, not memory-mapped: on a full disk a memory map kills the process
     with whole_file(cache) as partial, partial.open("wb") as file:
 
@@ -172,7 +176,8 @@ def run(settings: Settings, request: PretrainVaeRequest) -> dict[str, Any]:
     """Train `settings.model.vae` on the raw dataset `settings.world.raw`; one process. Resumes from its output folder.
 
     Writes `weights/vae.safetensors` (the averaged weights) and `weights/vae.json` with the measured `scaling_factor`,
-    1 / standard deviation of the latents (SVD's 0.18215 is the same for its VAE).
+    1 / standard deviation of the latents (SVD's 0.18215 is the same for its VAE). The weights carry it too, and
+    `load_vae` compares it with the preset's.
     """
     raw, world = resolve_path(settings.world.raw), settings.world
     with Run.of(settings, settings.vae, request) as work:
@@ -192,7 +197,7 @@ def finish(vae: AutoencoderKLTemporalDecoder, images: np.ndarray, work: Run, opt
     scaling = 1 / latents.std().item()
     folder = work.output / "weights"
     tensors = {f"vae.{k}": v.contiguous().cpu() for k, v in vae.state_dict().items()}
-    save_safetensors(folder / "vae.safetensors", tensors, fix=FREE_DISK)
+    save_safetensors(folder / "vae.safetensors", tensors, {SCALING_NOTE: f"{scaling:.5f}"}, fix=FREE_DISK)
     result = {
         "scaling_factor": round(scaling, 5),
         "updates": options.updates,

@@ -28,7 +28,8 @@ from checkpoint_files import (
 )
 from safetensors.torch import load_file, save_file
 
-from persistworld_cli.checkpoints.loading import OPTIONAL, load_vae, load_world_model
+from persistworld_cli.checkpoints.loading import OPTIONAL, SCALING_NOTE, load_vae, load_world_model
+from persistworld_cli.checkpoints.saving import save_safetensors
 from persistworld_cli.checkpoints.sources import locate
 from persistworld_cli.config.presets import load_settings
 from persistworld_cli.errors import PersistWorldError
@@ -73,6 +74,17 @@ def test_a_vae_alone_loads_under_either_name(base: Tensors, tmp_path: Path) -> N
     with pytest.raises(PersistWorldError, match="does not fit this preset's VAE") as error:
         load_vae(full.model, str(tmp_path / "vae.safetensors"))
     assert re.fullmatch(r"it fits preset .*tiny: --preset \S+", str(error.value.fix))
+
+
+def test_a_vae_of_another_scale_than_the_presets_is_told(
+    base: Tensors, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for measured, told in (("0.25", False), ("0.5", True)):
+        caplog.clear()
+        save_safetensors(tmp_path / "vae.safetensors", part(base, "vae"), {SCALING_NOTE: measured})
+        load_vae(TINY.model, str(tmp_path / "vae.safetensors"))
+        assert ("standard deviation of 0.50 instead of 1" in caplog.text) is told
+        assert ("--set model.vae.scaling_factor=0.5" in caplog.text) is told
 
 
 def test_pretraining_starts_from_a_folder_without_text_and_action_encoder(
