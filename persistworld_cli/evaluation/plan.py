@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,19 +31,24 @@ from persistworld_cli.evaluation.protocol import (
     check_metrics,
     describe_sampling,
     make_protocol,
+    record_hash,
     require_same,
     rollout_identity,
 )
 from persistworld_cli.evaluation.results import CEILING, FLOOR
-from persistworld_cli.files import hash_of, jsonable, writing
+from persistworld_cli.files import hash_of, jsonable, write_json, writing
 from persistworld_cli.metrics.score import Scorer
 from persistworld_cli.metrics.user_masks import open_masks
 from persistworld_cli.models.world_model import WorldModel, build_world_model
+from persistworld_cli.read_files import read_json
 from persistworld_cli.reports.tables import benchmark_name
 from persistworld_cli.rollout.closed_loop import ClosedLoop, batches
 from persistworld_cli.rollout.engine import RolloutEngine
 from persistworld_cli.rollout.recording import Item, make_items, require_episodes, row_ids
 from persistworld_cli.rollout.scoring import SHOWN, ScoringOptions
+
+logger = logging.getLogger(__name__)
+_RECORD = "record.json"  # under the rollouts: episode -> digest of its recording, when it was rolled out
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,31 @@ class RolloutPlan:
         ev = self.settings.eval
         engine = RolloutEngine(model, sampling or self.settings.sampling, weights.store.stat())
         return ClosedLoop(engine, self.store, ev.split, ev.steps, ev.batch, self.scorer, self.scoring)
+
+    def forget_changed(self, root: Path) -> None:
+        """Delete finished rollouts under `root` whose episodes were recorded or extracted anew since; on rank 0.
+
+        Compared are instruction, poses and length, and size and time of latent and video files. Folders of rollouts are
+        named by what all of them depend on, so that an evaluation can be extended; this is what a single one does.
+        """
+        file, split = root / _RECORD, self.settings.eval.split
+        keys = {item.episode: f"{self.store.root}/{split}/{item.episode}" for item in self.items}
+        known = read_json(file, "record of the rollouts' episodes", f"delete {root}") if file.is_file() else {}
+        now: dict[str, str] = {}
+        for episode, key in keys.items():
+            videos = sorted((self.store.root / "videos" / split / episode).glob("*.mp4"))
+            stats = [path.stat() for path in [*self.store.latent_files(split, episode), *videos]]
+            stamps = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+            now[key] = hash_of([record_hash(self.store, split, [Item(episode)]), stamps])
+        changed = [episode for episode, key in keys.items() if known.get(key, now[key]) != now[key]]
+        for path in root.glob("*/*.npz"):
+            if path.stem.rsplit("_", 2)[0] in changed:
+                path.unlink()
+        if changed:
+            names = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
+            logger.warning("%d episodes changed since their rollouts: made again (%s)", len(changed), names)
+        if now.items() - known.items():
+            write_json(file, known | now)
 
     def work(self, processes: PartialState) -> list[list[Item]]:
         """This process's share of the items, in batches."""

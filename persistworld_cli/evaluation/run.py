@@ -68,6 +68,9 @@ def run(settings: Settings, request: EvalRequest) -> dict[str, Any]:
 def measure(plan: EvalPlan, processes: PartialState) -> EvalData | None:
     """Roll out and score this process's share of the missing rollouts. Returns all on rank 0, None on other ranks."""
     work, quiet = plan.work(processes), not processes.is_main_process
+    if processes.is_main_process:
+        plan.forget_changed(plan.folders[CEILING].parent)
+    processes.wait_for_everyone()
     log_finished([*plan.folders.values(), *(f for own in plan.wrong.values() for f in own.values())], plan.items)
     for weights in plan.models:
         folders = {"": plan.folders[weights.label], **plan.wrong[weights.label]}

@@ -65,6 +65,9 @@ def run(settings: Settings, request: FrontierRequest) -> dict[str, Any]:
     if target:
         require_writable(target)
     plan = make_plan(settings, request, processes.device, quiet=not processes.is_main_process)
+    if processes.is_main_process:
+        plan.forget_changed(output / "rollouts")
+    processes.wait_for_everyone()
     log_finished([one.folder for one in (plan.reference, *plan.grid)], plan.items)
     _roll_out(plan, plan.work(processes), quiet=not processes.is_main_process)
     processes.wait_for_everyone()
